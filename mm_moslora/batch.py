@@ -12,31 +12,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mm_moslora.utils.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers.video_utils import VideoMetadata
+
 IGNORED = -100
 """Label of a token that is not supervised, in transformers' models."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessedImage:
-    """One picture as the inputs of a model."""
+class Video:
+    """A video for a model that takes videos as such."""
 
-    placeholders: tuple[int, ...] = ()
-    """Its token ids in a conversation."""
+    metadata: VideoMetadata
+    """Of the file, with the numbers of the frames that are shown."""
+    frames: Sequence[Image]
+    """RGB, of one size."""
+
+
+Placeholders = Sequence[int] | str
+"""Token ids of a picture in a conversation, or the text of a video with its special tokens, which is tokenised with its
+surroundings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessedImage:
+    """One picture or video as the inputs of a model."""
+
+    placeholders: tuple[int, ...] | str = ()
+    """See `Placeholders`."""
     tensors: dict[str, Tensor]
     """Inputs of the model, with pictures, tiles or patches first: `pixel_values`, `image_grid_thw`, ..."""
     key: str = ""
     """Identifies its pixels: equal keys, equal pixels. Empty: unknown; it counts as different from all others."""
 
 
+class VideoSampling(Protocol):
+    """Chooses the frames of a video as a model's own processor does; its `repr` has the settings of that."""
+
+    def sample(self, metadata: VideoMetadata, *, frames: int | None, fps: float | None) -> list[int]:
+        """Numbers of the frames to show: about `frames`, or `fps` a second."""
+        ...
+
+
 class ImageProcessing(Protocol):
-    """Turns pictures into tensors for one model."""
+    """Turns pictures, and videos where the model takes them as such, into tensors for one model."""
+
+    @property
+    def videos(self) -> VideoSampling | None:
+        """Chooses frames; None: a video is several pictures."""
+        ...
 
     @property
     def fixed(self) -> bool:
@@ -44,11 +76,11 @@ class ImageProcessing(Protocol):
         ...
 
     def process(self, images: Sequence[Any]) -> list[ProcessedImage]:
-        """Prepare the RGB pictures (PIL images) of one conversation."""
+        """Prepare the RGB pictures (PIL images) and `Video`s of one conversation."""
         ...
 
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-        """Placeholder ids of pictures with these widths and heights, without decoding them."""
+    def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
+        """Placeholders of pictures with these widths and heights, and of videos, without decoding them."""
         ...
 
 
@@ -142,12 +174,13 @@ class Batch:
     weights: Tensor | None = None
     """fp32 ``[K]``; weights of the targets in the loss. None: all weigh 1."""
     pixel_values: Tensor | None = None
-    """float32 ``[N, 3, H, W]`` of all images in the order of their placeholders; None for text only. The shapes of
+    """float32 ``[N, 3, H, W]`` of all images in the order of their placeholders; None without any. The shapes of
     ready-made models differ, with images, tiles or patches first."""
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Other inputs that a model takes with its images (`image_grid_thw`, `image_sizes`, ...), images or tiles first."""
+    """Other inputs that a model takes with its images (`image_grid_thw`, `image_sizes`, ...), images or tiles first,
+    and with its videos (`pixel_values_videos`, `video_grid_thw`, ...), videos or patches first."""
     images: int = 0
-    """Images in the batch, ``N``."""
+    """Images in the batch, ``N``; a video that the model takes as such is one."""
     image_keys: tuple[str, ...] = ()
     """`ProcessedImage.key` of the ``N`` images; empty if one of them has none."""
     image_rows: tuple[tuple[int, ...], ...] = ()
@@ -193,7 +226,7 @@ class Batch:
             images=len(pictures),
             image_keys=keys if all(keys) else (),
             image_rows=tuple(
-                tuple(int(picture.tensors["pixel_values"].shape[0]) for picture in example.pictures)
+                tuple(len(picture.tensors.get("pixel_values", ())) for picture in example.pictures)
                 for example in examples
             ),
             ids=tuple(example.id for example in examples),

@@ -17,7 +17,9 @@ def init(
     *,
     image_folder: Path | None = None,
     follow_links: bool = False,
-    parts: Literal["quickstart", "hub"] = "quickstart",
+    parts: Literal["quickstart", "hub", "gguf"] = "quickstart",
+    vlm: str | None = None,
+    gpu: str | None = None,
 ) -> int:
     """Write questions and a commented recipe for your own pictures; prints the next commands.
 
@@ -32,10 +34,21 @@ def init(
     follow_links
         Accept links that lead out of the folder of the pictures.
     parts
-        quickstart: small models for CPUs, fetched once from package registries; hub: Hugging Face ids.
+        quickstart: small models for CPUs, fetched once from package registries; hub: Hugging Face ids; gguf: Hugging
+        Face ids that llama.cpp can hold (mm-moslora export --to gguf).
+    vlm
+        Start from a ready-made vision-language model instead: a folder, or a Hugging Face id.
+    gpu
+        With --vlm: the card that the recipe must fit, such as RTX4090 or A100-80G; default: this machine's. The model
+        is loaded in 4 bits only where it does not fit otherwise.
     """
     quiet_libraries()
     from mm_moslora.quickstart.user_recipe import initialise
 
-    print(initialise(source, output, images=image_folder, follow_links=follow_links, parts=parts, say=logger.info))
+    print(
+        initialise(
+            source, output, images=image_folder, follow_links=follow_links, parts=parts, vlm=vlm, gpu=gpu,
+            say=logger.info,
+        )
+    )  # fmt: skip
     return 0

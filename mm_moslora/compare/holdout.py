@@ -60,7 +60,7 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
         train.append(dataclasses.replace(source, path=str(train_file), image_folder=images))
         validation.append(SourceConfig(
             path=str(validation_file), image_folder=images, follow_links=source.follow_links,
-            video_frames=source.video_frames,
+            video_frames=source.video_frames, video_fps=source.video_fps,
         ))  # fmt: skip
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
 

@@ -21,7 +21,10 @@ class SourceConfig:
     image_hosts: list[str] = field(default_factory=list)
     """Hosts from which images named by URL may be fetched. Each image is fetched once. Empty: no host is allowed."""
     video_frames: int = 8
-    """Number of evenly spaced frames taken from a video; each frame is an image of the record."""
+    """Number of frames taken from a video, as the model's own video processor chooses them, or evenly spaced where it
+    has none and each frame is an image of the record."""
+    video_fps: float | None = None
+    """Frames per second taken from a video instead of `video_frames`."""
     weight: float = 1.0
     """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts: the source's share
     of the epoch."""
@@ -49,6 +52,8 @@ class SourceConfig:
         source = f"data source {self.path!r}"
         require(0 < self.weight <= 1e6, f"{source}: weight is {self.weight}, expected more than 0, finite.")
         at_least(f"{source}: video_frames", self.video_frames, 1)
+        fps = self.video_fps
+        require(fps is None or 0 < fps <= 1000, f"{source}: video_fps is {fps}, expected more than 0, at most 1000.")
         require(self.limit is None or self.limit >= 1, f"{source}: limit is {self.limit}, expected 1 or more.")
         at_least(f"{source}: hold_out", self.hold_out, 0)
         require(

@@ -134,7 +134,8 @@ class ModelConfig:
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"
-    """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
+    """Load the language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes. The head, the
+    vision tower and the projector stay as they are."""
     lean_layers: bool = True
     """Decoder layers of known families keep less for the backward pass; the computed values do not change."""
     kernels: Literal["auto", "torch", "triton", "liger", "native"] = "auto"
@@ -242,7 +243,7 @@ def refuse_all_frozen(config: ModelConfig) -> None:
 
 
 _ASSEMBLED = {
-    "": ("language_revision", "image_aspect", "anyres_tiles", "quantisation"),
+    "": ("language_revision", "image_aspect", "anyres_tiles"),
     "vision.": ("revision", "pretrained", "feature_layer", "fuse_with", "select", "image_size"),
     "projector.": ("kind", "shuffle", "queries", "depth", "scale_to_embeddings", "fit_to_answers", "weights"),
 }

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from itertools import chain, groupby, takewhile
 from operator import eq
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,7 +52,10 @@ _ANSWER = "Squares."
 _LIBRARIES = ("transformers", "tokenizers", "pillow")
 _LONGEST = 2**20
 """Tokens of a prompt, and characters of a token: a file of anybody must not fill the memory."""
-_NO_SETTINGS = frozenset({"image_processor_type", "processor_class", "_processor_class"})
+_NO_SETTINGS = frozenset({"image_processor_type", "video_processor_type", "processor_class", "_processor_class"})
+_OF_VIDEOS = ("video_frames", "video_fps")
+_VIDEO = "video."
+"""Before the names of a video processor's settings."""
 _FLAT = "{%- set messages = flat.messages -%}"
 """Ends what exports put before the chat template of a language model; it changes no prompt."""
 _SHOWN = 60
@@ -117,12 +120,24 @@ def probe_messages(*, picture: bool = True) -> list[dict[str, Any]]:
     return messages
 
 
-def preprocessing_of(parts: PreprocessingParts, *, video_frames: Sequence[int] = ()) -> dict[str, Any]:
+class TrainedVideos(NamedTuple):
+    """What training took from every video; None where it is not stored, or sources differ in it."""
+
+    frames: int | None
+    fps: float | None
+    whole: bool
+    """Whether a model that takes videos as such got them so."""
+
+
+def preprocessing_of(
+    parts: PreprocessingParts, *, video_frames: Sequence[int] = (), video_fps: Sequence[float] = ()
+) -> dict[str, Any]:
     """The fingerprint of a model's preprocessing; empty, with a warning, where its parts refuse the probe.
 
     Args:
         parts: of a model, with or without its weights.
         video_frames: frames that training took from a video.
+        video_fps: frames a second that it took instead.
     """
     try:
         encoder, images = ConversationEncoder.of(parts), parts.image_processing
@@ -141,7 +156,12 @@ def preprocessing_of(parts: PreprocessingParts, *, video_frames: Sequence[int] =
     return {
         "format": FORMAT,
         "versions": {"mm_moslora": __version__} | {name: version(name) for name in _LIBRARIES},
-        "settings": settings | ({"video_frames": sorted(set(video_frames))} if video_frames else {}),
+        "settings": settings
+        | {
+            key: sorted(set(values))
+            for key, values in zip(_OF_VIDEOS, (video_frames, video_fps), strict=True)
+            if values
+        },
         "prompt": [[number, len(list(same)), texts[number]] for number, same in groupby(ids)],
         "tokens_per_picture": {
             f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)
@@ -173,7 +193,8 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
         counts = [count for number, count, _ in fingerprint["prompt"] if number >= 0 and count > 0]
         if len(counts) < len(fingerprint["prompt"]) or sum(counts) > _LONGEST:
             raise ValueError("holds a prompt that no model reads")
-        read_value(list[int], fingerprint["settings"].get("video_frames", []), source=str(file), where="video_frames")
+        for kind, key in zip((list[int], list[float]), _OF_VIDEOS, strict=True):
+            read_value(kind, fingerprint["settings"].get(key, []), source=str(file), where=key)
         return fingerprint
     except FileNotFoundError:
         return {}
@@ -251,14 +272,19 @@ def check_processor(path: str | Path, processor: Any, *, accepted: bool = False)
 def hand_on_preprocessing(path: str | Path, parts: PreprocessingParts, folder: Path) -> None:
     """Write the fingerprint of a trained model into its export; what the parts make now, where the two differ."""
     stored = stored_preprocessing(path)
-    own = preprocessing_of(parts, video_frames=stored.get("settings", {}).get("video_frames", ()))
+    frames, fps = (stored.get("settings", {}).get(key, ()) for key in _OF_VIDEOS)
+    own = preprocessing_of(parts, video_frames=frames, video_fps=fps)
     write_preprocessing(stored if stored and own and not differences(own, stored) else own, folder)
 
 
-def trained_video_frames(path: str | Path) -> int | None:
-    """Frames that training took from every video; None where it is not stored, or sources differ in it."""
-    frames = stored_preprocessing(path).get("settings", {}).get("video_frames", ())
-    return int(frames[0]) if len(frames) == 1 else None
+def trained_videos(path: str | Path) -> TrainedVideos:
+    """See `TrainedVideos`; of a run, a checkpoint or an export."""
+    settings = stored_preprocessing(path).get("settings", {})
+    frames, fps = (settings.get(key, ()) for key in _OF_VIDEOS)
+    whole = not settings or any(key.startswith(_VIDEO) for key in settings)
+    return TrainedVideos(
+        frames[0] if len(frames) == 1 and not fps else None, fps[0] if len(fps) == 1 and not frames else None, whole
+    )
 
 
 def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequence[str]], *, accepted: bool) -> bool:
@@ -309,6 +335,9 @@ def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[s
     if images is not None:
         values |= {"image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast")}
         values |= {f"image.{key}": value for key, value in images.to_dict().items() if key not in _NO_SETTINGS}
+    if parts.image_processing is not None and parts.image_processing.videos is not None:
+        videos = parts.processor.video_processor.to_dict()
+        values |= {f"{_VIDEO}{key}": value for key, value in videos.items() if key not in _NO_SETTINGS}
     plain: dict[str, Any] = parse_json(json.dumps(values, default=_plain))
     return {name: _without_unset(value) for name, value in sorted(plain.items())}
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
-from mm_moslora.config import DataConfig
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
-from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.images.video_clip import Clip, Frame
+from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import TokenCache
+from mm_moslora.utils.errors import reason_of
+
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
 
 _NOT_FETCHED = (448, 448)
 """Assumed pixels of a picture that is not fetched yet."""
@@ -62,7 +72,7 @@ class RecordExamples:
         source, row = self.source_and_row(index)
         return self.files[source][row]
 
-    def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
+    def encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
         """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
@@ -100,7 +110,7 @@ class RecordExamples:
         )
 
     def process(self, record: Record, count: int) -> list[ProcessedImage]:
-        """The first pictures of a record, ready for the model.
+        """The first pictures and videos of a record, ready for the model.
 
         Raises:
             RecordError: a picture cannot be used.
@@ -110,10 +120,48 @@ class RecordExamples:
         images = []
         for number, picture in enumerate(record.images[:count]):
             try:
-                images.append(picture.rgb())
+                images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
             except ImageError as error:
                 raise image_fault(record, number, error) from error
-        return self.image_processing.process(images)
+        with _refusals(record):
+            return self.image_processing.process(images)
+
+
+class SourceExamples(RecordExamples):
+    """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
+
+    Args:
+        sources: at least one.
+        encoder: tokenises.
+        image_processing: turns pictures into tensors; None for a language model alone.
+        config: the recipe's `data`.
+        objective: what is learned from the records.
+        settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
+        quarantine_path: file for bad records.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        encoder: ConversationEncoder,
+        image_processing: ImageProcessing | None,
+        *,
+        config: DataConfig,
+        objective: Objective = "sft",
+        settle: bool = False,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        files = open_sources(sources, objective=objective, processing=image_processing)
+        self.form: ThinkingForm | None = None
+        if settle:
+            encoder, self.form = settled(encoder, files, config.supervise)
+        super().__init__(files, encoder, image_processing, config)
+        self.quarantine = Quarantine(quarantine_path, len(self), config)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits of sources of the hub, by recipe key."""
+        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
 def encode_record(
@@ -122,7 +170,7 @@ def encode_record(
     *,
     config: DataConfig,
     vision: bool,
-    pictures: Sequence[Sequence[int]] | None = None,
+    pictures: Sequence[Placeholders] | None = None,
 ) -> Encoded:
     """Tokenise a record.
 
@@ -131,7 +179,7 @@ def encode_record(
         encoder: of the model.
         config: `max_length`, `too_long`, `train_on` and `supervise`.
         vision: whether the model has a vision encoder.
-        pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+        pictures: placeholders of every picture and video, where they depend on it; None: all alike.
 
     Raises:
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
@@ -157,8 +205,8 @@ def encode_record(
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     """The error of a record with an unusable picture."""
     picture = record.images[number]
-    if isinstance(picture, Frame):
-        name = picture.clip.name
+    if isinstance(picture, Frame | Clip):
+        name = picture.clip.name if isinstance(picture, Frame) else picture.name
         return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
     hint = ""
     if error.code == Code.IMAGE_MISSING and isinstance(picture, LocalPicture):
@@ -167,18 +215,33 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     return record.where.error(error.code, f"image[{number}]", what, error.remedy + hint, path=picture.name)
 
 
-def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
-    """Placeholder ids of the pictures of a record, from their headers; None where all pictures take the same number.
+def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...] | str] | None:
+    """Placeholders of the pictures and videos of a record, from their headers; None where all take the same number.
 
     Raises:
         RecordError: a picture's header has a fault.
     """
     if image_processing is None or image_processing.fixed:
         return None
-    sizes = []
+    sizes: list[tuple[int, int] | VideoMetadata] = []
     for number, picture in enumerate(record.images):
         try:
-            sizes.append(picture.size() or _NOT_FETCHED)
+            sizes.append(picture.metadata() if isinstance(picture, Clip) else picture.size() or _NOT_FETCHED)
         except ImageError as error:
             raise image_fault(record, number, error) from error
-    return image_processing.placeholders(sizes)
+    with _refusals(record):
+        return image_processing.placeholders(sizes)
+
+
+@contextmanager
+def _refusals(record: Record) -> Iterator[None]:
+    """Turn what a model's processor raises for a video into the error of its record."""
+    clips = [picture for picture in record.images if isinstance(picture, Clip)]
+    try:
+        yield
+    except Exception as error:  # processors raise nearly anything
+        if not clips:
+            raise
+        what = f"{clips[0].name}: the model's video processor refuses it ({reason_of(error)})"
+        remedy = "cut or convert it, or change video_frames or video_fps"
+        raise record.where.error(Code.VIDEO_FORMAT, "video", what, remedy, path=clips[0].name) from error

@@ -14,13 +14,13 @@ from mm_moslora.batch import Example, ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, image_fault
+from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.data.quarantine import summary
+from mm_moslora.data.record_examples import RecordExamples, SourceExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import SourceCache, TokenCache
 from mm_moslora.utils.errors import DataError
 
@@ -49,7 +49,7 @@ def source_caches(
         SourceCache(
             Path(config.cache), file, encoder, encode=examples.encode,
             # The cache also holds faults of names, so the rules of names are part of its settings.
-            settings=f"{config.max_length} {images} {file.rules}{texts}",
+            settings=f"{config.max_length} {images} {file.rules}{texts}{_of_videos(file.rules)}",
             tokens_per_image=encoder.tokens_per_image if processing is not None and fixed else 1,
             on_progress=on_progress,
         )
@@ -57,7 +57,12 @@ def source_caches(
     ]  # fmt: skip
 
 
-class TrainingSet(RecordExamples):
+def _of_videos(rules: PictureRules) -> str:
+    """The rules for videos that differ from the defaults, which earlier versions had."""
+    return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
+
+
+class TrainingSet(SourceExamples):
     """All records of some sources.
 
     The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
@@ -91,12 +96,9 @@ class TrainingSet(RecordExamples):
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        files = open_sources(sources)
-        self.form: ThinkingForm | None = None
-        if settle:
-            encoder, self.form = settled(encoder, files, config.supervise)
-        super().__init__(files, encoder, image_processing, config)
-        self.quarantine = Quarantine(quarantine_path, len(self), config)
+        super().__init__(
+            sources, encoder, image_processing, config=config, settle=settle, quarantine_path=quarantine_path
+        )
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
@@ -144,11 +146,6 @@ class TrainingSet(RecordExamples):
         usable, weights = array("L", self.usable), array("d", self.weights)
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
-
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commits of sources of the hub, by recipe key."""
-        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name, wherever the files lie.
@@ -236,7 +233,8 @@ class TrainingSet(RecordExamples):
         """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
             characters = sum(len(turn.text) for turn in record.turns)
-            tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image
+            shown = sum(picture.count if isinstance(picture, Clip) else 1 for picture in record.images)
+            tokens = 1 + int(characters * self._per_character) + shown * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
         encoded = self.encoded(index, record)
         for number, picture in enumerate(record.images[: encoded.images]):

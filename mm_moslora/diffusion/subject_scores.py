@@ -20,9 +20,10 @@ from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.diffusion.drawing import ValidationPictures
 from mm_moslora.diffusion.pipeline_families import PipelineFamily
 from mm_moslora.diffusion.subject_pictures import PictureSet
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.tracking import Trackers
 from mm_moslora.utils import files
-from mm_moslora.utils.errors import reason_of
+from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ def _scored(
 
     reader: Any = AutoImageProcessor if kind == "dino" else AutoProcessor
     try:
-        model = AutoModel.from_pretrained(name, local_files_only=True, trust_remote_code=False).eval()
+        model = load_base(AutoModel, name, local_files_only=True).eval()
         process = reader.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModelError) as error:
         logger.warning("validate.%s %s is not at hand (%s): no %s scores.", kind, name, reason_of(error), kind)
         return {}
     groups = (images, real)

@@ -26,12 +26,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
+from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
 from mm_moslora.models.model_sizes import base_sizes, few_layers
-from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
+from mm_moslora.models.pretrained_vlm import (
+    load_pretrained_processor,
+    load_pretrained_vlm,
+    outside_decoder,
+    pretrained_image_token,
+)
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
@@ -132,10 +139,15 @@ def load_parts(
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
+    if weights == "all" and config.quantisation != "none":
+        refuse_packed(base_sizes(config), config.quantisation, config.vlm or config.language or "")
     device_context: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
     with device_context:
-        return load(config, weights=weights, dtype=dtype, device=device)
+        parts = load(config, weights=weights, dtype=dtype, device=device)
+    if weights == "all":
+        stop_repacking(parts.model)  # evaluations give the values of training
+    return parts
 
 
 def is_quantised(config: ModelConfig) -> bool:
@@ -219,7 +231,10 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
         model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
         return Parts(model=model, base=base, thinking=config.thinking)
     if weights == "all":
-        model, processor = load_pretrained_vlm(name, revision, dtype=dtype, device=device)
+        kind = config.quantisation
+        keep = None if kind == "none" else outside_decoder(base_sizes(config), kind)
+        packed = packing(kind, dtype, keep=keep)
+        model, processor = load_pretrained_vlm(name, revision, dtype=dtype, device=device, packed=packed)
         savable_generation_config(model)
         token = None
     else:

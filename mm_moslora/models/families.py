@@ -125,6 +125,10 @@ class VlmFamily:
     """Whether the processor does not tile pictures that come together."""
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
+    one_by_one: bool = False
+    """Whether pictures are encoded one by one: several in a call would be taken for others."""
+    prefix: bool = False
+    """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
     """Image inputs that are read as numbers alone: they stay in main memory."""
     read_inputs: tuple[str, ...] = ()
@@ -133,7 +137,8 @@ class VlmFamily:
 
 _IDEFICS: dict[str, Any] = {"tower": "model.vision_model", "projectors": ("connector",), "one_image_list": True}
 _QWEN: dict[str, Any] = {
-    "tower": "model.visual", "projectors": ("merger",), "packed": True, "read_inputs": ("image_grid_thw",)
+    "tower": "model.visual", "projectors": ("merger",), "packed": True,
+    "read_inputs": ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
 }  # fmt: skip
 
 VLMS = {
@@ -150,7 +155,11 @@ VLMS = {
     "qwen2_vl": VlmFamily(**_QWEN),
     "qwen2_5_vl": VlmFamily(**_QWEN),
     "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
-    "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True),  # a prefix sees what follows it
+    "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
+    # The tower takes all pictures of a call for as large as the first.
+    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", projectors=("merger",), one_by_one=True),
+    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", projectors=("merger",), one_by_one=True),
+    "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 
@@ -163,7 +172,11 @@ PROJECTOR_ITSELF = re.compile(rf"(^|\.)({_PROJECTORS})$")
 """Finds projectors by their paths."""
 PROJECTOR = re.compile(rf"(^|\.)({_PROJECTORS}|image_newline)(\.|$)")
 """Finds what belongs to a projector, the newline embedding behind rows of patches included."""
-HOST_INPUTS = frozenset(name for family in VLMS.values() for name in family.host_inputs)
+PICTURE_TOKENS = "picture_tokens"
+"""An image input that no model takes, ``[N, tokens]``: what processors mark as a picture's besides the image token."""
+PICTURE_SHAPES = "picture_shapes"
+"""Another one, ``[N, tensors, dimensions]``: the shapes of tensors that a batch holds flat."""
+HOST_INPUTS = frozenset({PICTURE_TOKENS, PICTURE_SHAPES}.union(*(family.host_inputs for family in VLMS.values())))
 """Image inputs that models read as numbers and do nothing else with: they stay in main memory."""
 READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()))
 """Image inputs that the host reads: from main memory, so that it does not wait for the device."""

@@ -35,7 +35,7 @@ from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.families import DECODERS
 from mm_moslora.models.import_xtuner import lora_settings, write_factors
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
@@ -336,8 +336,7 @@ def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], 
 def _load_part(part: str, base: str) -> PreTrainedModel:
     if part != "llm":
         return load_vision(VisionConfig(name=base))[0]
-    refuse_adapter_beside(base)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    model: PreTrainedModel = load_base(AutoModelForCausalLM, base, dtype=torch.float32)
     return model
 
 

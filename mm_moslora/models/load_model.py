@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -24,8 +24,9 @@ from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
+from mm_moslora.models.memory_efficient.packed_weights import is_packed, make_dense
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -45,17 +46,18 @@ def load(
     merge: bool = True,
     dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
-    quantised: bool = True,
+    packed: Literal["keep", "dense", "reload"] = "keep",
 ) -> Parts:
     """Load a model for inference.
 
     Args:
         path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
-        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`, and so are
-            adapters with mixers that depend on their input.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`. Adapters with
+            mixers that depend on their input stay live, and so do those on packed weights, which would be rounded anew.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
-        quantised: False loads a base in full that was trained on in 4 or 8 bits.
+        packed: for a run on a base of 4 or 8 bits. `keep`: as it trained; `dense`: with the same values in `dtype`, or
+            in float32 where adapters are merged; `reload`: the base's own weights, which were not rounded.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
@@ -66,7 +68,7 @@ def load(
     if base is not None and (is_checkpoint or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
     if is_checkpoint:
-        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, packed=packed)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
@@ -86,14 +88,18 @@ def model_of(folder: Path) -> ModelConfig:
     return resolve_model_paths(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, packed: str) -> Parts:
     recipe_model = recipe_of(folder).model
     projector = dataclasses.replace(recipe_model.projector, weights=None)  # which the checkpoint holds
     config = resolve_model_paths(dataclasses.replace(recipe_model, projector=projector), folder)
-    if not quantised:
+    if packed == "reload":
         config = dataclasses.replace(config, quantisation="none")
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_parts(config, dtype=torch.float32)
+    stays = packed == "keep" and config.quantisation != "none"
+    assembly = load_parts(config, dtype=dtype if stays else torch.float32)
+    if packed == "dense" and is_packed(assembly.model):
+        make_dense(assembly.model, torch.float32)
+        assembly.changed = True
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
@@ -117,6 +123,9 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
 def _merge(assembly: Parts) -> None:
     """Merge the adapter, unless it stays live: mixers that depend on their input, methods of PEFT without a merge."""
     assert assembly.peft_model is not None
+    if is_packed(assembly.model):
+        logger.info("The adapter stays live: merged, the packed weights would be rounded anew.")
+        return
     config = assembly.peft_model.peft_config["default"]
     if not isinstance(config, adapters.MoSLoRAConfig):
         try:
@@ -179,17 +188,14 @@ def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | No
 
 
 def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
-    refuse_adapter_beside(str(folder), revision)
     config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:
-        language = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, trust_remote_code=False)
+        language = load_base(AutoModelForCausalLM, folder, revision=revision, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         thinking = _thinking_of(tokenizer.chat_template)
         return Parts(model=language.eval(), tokenizer=tokenizer, base=base, thinking=thinking)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, revision=revision, dtype=dtype, trust_remote_code=False
-    ).eval()
+    model = load_base(AutoModelForImageTextToText, folder, revision=revision, dtype=dtype).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         return pretrained_parts(processor, model=model, base=base, thinking=_thinking_of(processor.chat_template))

@@ -1,16 +1,19 @@
-"""Configurations to count with: the model's own, or the sizes of a shipped recipe's model, which come along."""
+"""Configurations to count with, the model's own or those of shipped recipes, and the way in for weights of a base."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from mm_moslora.adapters.experts.small_models import forget_lost_layers
 from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
@@ -18,6 +21,7 @@ from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
 
 logger = logging.getLogger(__name__)
 
+Needed = Callable[[PreTrainedModel, set[str]], set[str]]
 LAYERS = 2
 """All decoder layers are alike, so two of them tell the size, the cost and the trainable parameters of any number."""
 
@@ -111,10 +115,43 @@ def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
         )
 
 
+def load_base(
+    loader: Any, name: str | Path, *, revision: str | None = None, needed: Needed | None = None, **options: Any
+) -> Any:
+    """A model of a folder or of the hub with all its weights: `loader.from_pretrained`, which makes up missing ones.
+
+    Args:
+        loader: an `Auto` class or a model class of transformers.
+        name: folder or hub id.
+        revision: of the hub.
+        needed: gets the model and the names of the missing weights, gives those that matter; None: all do.
+        **options: of `from_pretrained`.
+
+    Raises:
+        ModelError: an adapter lies beside it, or a weight of the model is not in its files.
+        OSError, ValueError, KeyError, SafetensorError: as `from_pretrained`.
+    """
+    refuse_adapter_beside(str(name), revision)
+    model, info = loader.from_pretrained(
+        name, revision=revision, output_loading_info=True, trust_remote_code=False, **options
+    )
+    missing = set(map(str, info["missing_keys"]))
+    if missing := needed(model, missing) if missing and needed else missing:
+        other = sorted(map(str, info["unexpected_keys"]))
+        unread = f" and {len(other)} that it does not know, such as {other[0]}" if other else ""
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {min(missing)}{unread}: they "
+            "would be random. Save the model under its own names (without the prefix of a wrapper such as `module.` "
+            "or `_orig_mod.`), or give a complete copy."
+        )
+    return model
+
+
 def few_layers(config: Any) -> Any:
     """A copy of a language model's configuration with few layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = min(LAYERS, int(config.num_hidden_layers))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
+    forget_lost_layers(config)
     return config

@@ -70,7 +70,9 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = 
     if recipe.data.cache is None and folder is None:
         raise ConfigError("The recipe names no cache to fill. Set data.cache, model.vision.feature_cache or both.")
     parts = parts_of(recipe)
-    files = [file for _, sources in data_sets(recipe) for file in open_sources(sources)]
+    files = [
+        file for _, sources in data_sets(recipe) for file in open_sources(sources, processing=parts.image_processing)
+    ]
     filled = Filled(0, 0, 0, 0)
     if recipe.data.cache is not None:
         filled = filled._replace(records=_tokens(recipe, files, parts, shard))

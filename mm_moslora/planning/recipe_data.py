@@ -154,7 +154,7 @@ def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
     content = {
         f"content of data.{name}.{number}": file.fingerprint()
         for name, sources in data_sets(recipe)
-        for number, file in enumerate(open_sources(sources, pairs=_pairs(recipe)))
+        for number, file in enumerate(open_sources(sources, objective=recipe.objective))
     }
     work = {"data": as_plain(recipe.data), "model": as_plain(recipe.model), "encoder": parts.encoder.fingerprint()}
     return parse_object(json.dumps(work | content))
@@ -250,11 +250,6 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
     return size, f"Size of the data: {how} {sum(counts):,} records; {lost:,} of those read cannot be used."
 
 
-def _pairs(recipe: Recipe) -> bool:
-    """Whether the records are pairs of answers; the chosen ones are looked at."""
-    return recipe.objective == "dpo"
-
-
 def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
     """The sources of the training data, and of the validation data if there are any."""
     sets = [("train", recipe.data.train)]
@@ -278,7 +273,7 @@ def _check(
         return check(
             sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
             image_processing=parts.image_processing, decode=decode,
-            processes=processes, shard=shard, pairs=_pairs(recipe), on_progress=progress.of,
+            processes=processes, shard=shard, objective=recipe.objective, on_progress=progress.of,
         )  # fmt: skip
 
 
@@ -347,21 +342,21 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
 
 
 def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
-    files = open_sources(recipe.data.train, pairs=_pairs(recipe))
+    parts = parts_of(recipe)
+    files = open_sources(recipe.data.train, objective=recipe.objective, processing=parts.image_processing)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
         raise DataError(
             f"start is {start} and count is {count}, but data.train has {total} records. "
             f"Choose start from 0 to {total - 1} and a count of at least 1."
         )
-    parts = parts_of(recipe)
     return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
 
 
 def parts_of(recipe: Recipe) -> DataParts:
     """Load them, with the form of thinking that the training data decide."""
     parts = load_parts(recipe.model, weights="none")
-    files = open_sources(recipe.data.train, pairs=_pairs(recipe))
+    files = open_sources(recipe.data.train, objective=recipe.objective)
     encoder, _ = settled(ConversationEncoder.of(parts), files, recipe.data.supervise)
     return DataParts(encoder, parts.image_processing)
 

@@ -22,7 +22,7 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import refuse_full_folder
 
-PartsName = Literal["quickstart", "hub"]
+PartsName = Literal["quickstart", "hub", "gguf"]
 
 _NOT_IN_YAML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -45,6 +45,9 @@ class ModelParts:
     vision: dict[str, Any]
     visual_tokens: int
     why: str
+    projector: str = "avg_pool, shuffle: 2"
+    tokens: str = "each the mean of 2 x 2 patches"
+    aspect: str = "resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it"
 
 
 def _parts(name: PartsName, say: Say) -> ModelParts:
@@ -54,6 +57,16 @@ def _parts(name: PartsName, say: Say) -> ModelParts:
             vision={"name": "google/siglip-base-patch16-224", "feature_layer": -2},
             visual_tokens=49,
             why="SigLIP was trained on pictures with texts; it is ten times as slow as EfficientNet-Lite0 on a CPU.",
+        )
+    if name == "gguf":
+        return ModelParts(
+            language="HuggingFaceTB/SmolLM2-135M-Instruct",
+            vision={"name": "openai/clip-vit-base-patch32", "feature_layer": -2},
+            visual_tokens=49,
+            why="llama.cpp holds a CLIP tower with this projector: `mm-moslora export RUN OUT --to gguf`.",
+            projector="mlp2x_gelu",
+            tokens="one for each patch of 32 x 32 pixels",
+            aspect="pad      # to a square, as llama.cpp does",
         )
     return ModelParts(
         language=str(model_assets.language_model(say)),
@@ -98,6 +111,8 @@ def initialise(
     images: Path | None = None,
     follow_links: bool = False,
     parts: PartsName = "quickstart",
+    vlm: str | None = None,
+    gpu: str | None = None,
     say: Say = silent,
 ) -> str:
     """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
@@ -110,7 +125,10 @@ def initialise(
         output: a new or empty folder.
         images: for a file, the folder of its pictures.
         follow_links: accept links that lead out of the folder of the pictures.
-        parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub.
+        parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub; gguf: those that
+            llama.cpp holds.
+        vlm: folder or hub id of a ready-made model that takes the place of the parts.
+        gpu: see `ready_made_recipe`.
         say: receives progress lines.
 
     Returns:
@@ -118,8 +136,14 @@ def initialise(
 
     Raises:
         DataError: no training data can be built.
-        ConfigError: `output` is not empty or lies among the pictures, or a recipe cannot hold a folder's name.
+        ConfigError: `output` is not empty or lies among the pictures, a recipe cannot hold a folder's name, or the
+            model does not fit the card.
+        ModelError: `vlm` is no model with a processor.
     """
+    if vlm is None and gpu is not None:
+        raise ConfigError(f"--gpu is {gpu}, which decides for a ready-made model only. Name one with --vlm.")
+    if vlm is not None and parts != "quickstart":
+        raise ConfigError(f"--vlm brings all its parts, and --parts is {parts}. Leave one of them out.")
     if output.name in ("", ".."):
         raise ConfigError(f"{output} already exists. Name a new folder, such as {output / 'first'}.")
     refuse_full_folder(output)
@@ -129,10 +153,7 @@ def initialise(
     for path in (output.resolve(), data.images):
         if _NOT_IN_YAML.search(str(path)):
             raise ConfigError(f"The folder {str(path)!a} holds characters that a recipe cannot hold. Rename it.")
-    chosen = _parts(parts, say)
-    schedule = StepSchedule.of(data, chosen.visual_tokens)
-    recipe = _recipe(output.resolve(), data, chosen, schedule)
-    Recipe.from_yaml(recipe)
+    recipe, steps = _written(output.resolve(), data, parts, vlm, gpu, say)
     with new_folder(output) as folder:
         for file, lines in (
             ("train.jsonl", lines_of(data.train)),
@@ -142,7 +163,22 @@ def initialise(
         ):
             with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                 stream.writelines(lines)
-    return _closing_text(output, data, schedule)
+    return _closing_text(output, data, steps)
+
+
+def _written(
+    folder: Path, data: OwnData, parts: PartsName, vlm: str | None, gpu: str | None, say: Say
+) -> tuple[str, int]:
+    """The recipe, and its number of steps."""
+    if vlm is not None:
+        from mm_moslora.quickstart.ready_made_recipe import ready_made_recipe
+
+        return ready_made_recipe(folder, data, vlm=vlm, sources=_sources(data), gpu=gpu)
+    chosen = _parts(parts, say)
+    schedule = StepSchedule.of(data, chosen.visual_tokens)
+    recipe = _recipe(folder, data, chosen, schedule)
+    Recipe.from_yaml(recipe)
+    return recipe, schedule.steps
 
 
 def _repeated_file(times: int) -> str:
@@ -183,10 +219,10 @@ model:
   language: {_quoted(parts.language)}
   # {parts.why}
   vision: {{{vision}}}
-  # {parts.visual_tokens} visual tokens per picture, each the mean of 2 x 2 patches. A least-squares fit to the answers
+  # {parts.visual_tokens} visual tokens per picture, {parts.tokens}. A least-squares fit to the answers
   # comes before the first step and takes the place of an alignment stage.
-  projector: {{kind: avg_pool, shuffle: 2, fit_to_answers: true}}
-  image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
+  projector: {{kind: {parts.projector}, fit_to_answers: true}}
+  image_aspect: {parts.aspect}
   system_prompt: ""      # the default one would cost as many tokens as the picture
 # A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
 adapter: {{rank: 64, alpha: 128}}
@@ -241,7 +277,7 @@ def _tests(data: OwnData) -> Iterator[tuple[str, Iterable[str]]]:
         )
 
 
-def _closing_text(output: Path, data: OwnData, schedule: StepSchedule) -> str:
+def _closing_text(output: Path, data: OwnData, steps: int) -> str:
     short = str(output / "test.yaml") if data.follow_links else f"llava:{output / 'test.jsonl'}@{data.images}"
     run = str(output / "run")
     modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")
@@ -260,7 +296,7 @@ def _closing_text(output: Path, data: OwnData, schedule: StepSchedule) -> str:
     lines = [
         f"{output}: {data.epoch} conversations about {data.train_pictures} training pictures, "
         f"{len(data.test or data.captions)} questions{both} about {data.test_pictures} held-out pictures; "
-        f"{schedule.steps} steps."
+        f"{steps} steps."
     ]
     if data.faults:
         lines += ["Left out:", first_of(data.faults)]

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.batch import ProcessedImage
+from mm_moslora.batch import ProcessedImage, Video
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.data.preprocessing_print import check_preprocessing, trained_video_frames
+from mm_moslora.data.preprocessing_print import check_preprocessing, trained_videos
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
@@ -47,20 +47,32 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 class Chat:
     """A conversation with one model."""
 
-    def __init__(self, assembly: Parts, *, max_new_tokens: int = 128, video_frames: int = VIDEO_FRAMES) -> None:
-        self.assembly, self.max_new_tokens, self.video_frames = assembly, max_new_tokens, video_frames
+    def __init__(
+        self,
+        assembly: Parts,
+        *,
+        max_new_tokens: int = 128,
+        video_frames: int = VIDEO_FRAMES,
+        video_fps: float | None = None,
+        whole_videos: bool = True,
+    ) -> None:
+        self.assembly, self.max_new_tokens = assembly, max_new_tokens
+        self.video_frames, self.video_fps = video_frames, video_fps
+        processing = assembly.image_processing if whole_videos else None
+        self.sampling = None if processing is None else processing.videos
         self.encoder = ConversationEncoder.of(assembly)
         self.reset()
 
     def reset(self) -> None:
         """Clear the conversation and its pictures."""
         self.turns: list[Turn] = []
-        self.images: list[Image.Image] = []
+        self.images: list[Image.Image | Video] = []
         self.names: list[str] = []
-        self.pending: list[int] = []
-        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
+        self.pending: list[int | None] = []
+        """Shown since the last question: 1 for a picture, the number of frames for a video, None for one that the model
+        takes as such."""
         self._features: list[Tensor] = []
-        self._pending_by_turn: list[list[int]] = []
+        self._pending_by_turn: list[list[int | None]] = []
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False) -> Chat:
@@ -68,8 +80,11 @@ class Chat:
         assembly = load(folder)
         check_preprocessing(folder, assembly, accepted=other_preprocessing)
         assembly.model.to(distributed.device())  # type: ignore[arg-type]
-        frames = trained_video_frames(folder) or VIDEO_FRAMES
-        return cls(assembly, max_new_tokens=max_new_tokens, video_frames=frames)
+        frames, fps, whole = trained_videos(folder)
+        return cls(
+            assembly, max_new_tokens=max_new_tokens, video_frames=frames or VIDEO_FRAMES, video_fps=fps,
+            whole_videos=whole,
+        )  # fmt: skip
 
     def show(self, path: Path) -> None:
         """Attach a picture file to the next question.
@@ -79,16 +94,23 @@ class Chat:
         """
         self.look(open_image(path), name=str(path))
 
-    def watch(self, path: Path, *, frames: int | None = None) -> None:
+    def watch(self, path: Path, *, frames: int | None = None) -> int:
         """Attach frames of a video file, or of a folder of frames, to the next question, sampled as in training.
+
+        Returns:
+            The number of frames.
 
         Raises:
             DataError: the path is not a video, or the model has no vision encoder.
         """
-        self.look(*Clip(path, str(path), frames or self.video_frames).frames(), name=str(path))
+        fps = self.video_fps if frames is None else None
+        clip = Clip(path, str(path), frames or self.video_frames, fps=fps, sampling=self.sampling)
+        shown = clip.frames()
+        self.look(*(shown if self.sampling is None else [clip.video()]), name=str(path))
+        return len(shown)
 
-    def look(self, *pictures: Image.Image, name: str = "picture") -> None:
-        """Attach RGB pictures, one or the frames of a video, to the next question.
+    def look(self, *pictures: Image.Image | Video, name: str = "picture") -> None:
+        """Attach an RGB picture, the frames of a video, or one that the model takes as such, to the next question.
 
         Raises:
             DataError: the model has no vision encoder.
@@ -97,7 +119,7 @@ class Chat:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         self.images += pictures
         self.names.append(name)
-        self.pending.append(len(pictures))
+        self.pending.append(None if isinstance(pictures[0], Video) else len(pictures))
 
     def stream(self, question: str) -> Iterator[str]:
         """Ask; yields the answer piece by piece and stores it, also when it is stopped half-way.
@@ -193,8 +215,8 @@ def _run_line(chat: Chat, line: str) -> None:
     ).expanduser()  # terminals write it when a file is dropped on them
     dropped = path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
     if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
-        chat.watch(dropped or Path(_unquoted(rest)).expanduser())
-        _say(f"{chat.pending[-1]} frames of the video go with your next question.\n")
+        frames = chat.watch(dropped or Path(_unquoted(rest)).expanduser())
+        _say(f"{frames} frames of the video go with your next question.\n")
     elif dropped is not None or command == "/image":
         chat.show(dropped or Path(_unquoted(rest)).expanduser())
         _say(f"Picture {len(chat.names)} goes with your next question.\n")

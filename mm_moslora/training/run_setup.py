@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
-from mm_moslora.data.preference_set import PreferenceSet
 from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
+from mm_moslora.data.record_examples import SourceExamples
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
@@ -112,7 +112,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
         keep_start(model, state)
-    frames = [source.video_frames for source in recipe.data.train]
+    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
+    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
+    main = distributed.is_main()
     return Run(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
@@ -120,7 +122,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=frames) if distributed.is_main() else {},
+        preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.

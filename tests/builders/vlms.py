@@ -156,7 +156,8 @@ def _idefics_parts(kind: str):
     tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
     tokenizer.eos_token = "<end_of_utterance>"
     images = getattr(t, f"{kind}ImageProcessor")(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    videos = [t.SmolVLMVideoProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})]
+    side = {"longest_edge": 32}
+    videos = [t.SmolVLMVideoProcessor(size=side, max_image_size=side, num_frames=64, fps=1)]
     processor = getattr(t, f"{kind}Processor")(
         images, tokenizer, *(videos if kind == "SmolVLM" else []), image_seq_len=4, chat_template=SMOL
     )
@@ -217,10 +218,21 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_vlm(folder: Path, family: str) -> Path:
+def make_video_vlm(folder: Path, family: str) -> Path:
+    """A model whose chat template has a place for videos; that of SmolVLM's processor has one of its own."""
+    return make_vlm(
+        folder, family, parts=PARTS.replace("{% else %}", "{% elif part['type'] == 'video' %}VIDEO{% else %}")
+    )
+
+
+def make_vlm(folder: Path, family: str, *, parts: str = PARTS) -> Path:
     """Save one tiny model with its processor."""
     torch.manual_seed(0)
     model, processor = FAMILIES[family]()
+    if parts != PARTS and family != "smolvlm":
+        image = processor.image_token if family == "internvl" else QWEN_IMAGE
+        video = processor.video_token if family == "internvl" else QWEN_IMAGE.replace("image", "video")
+        processor.chat_template = CHATML.replace(PARTS, parts).replace("IMAGE", image).replace("VIDEO", video)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -24,6 +24,7 @@ class TinyTower:
     """Image processing without a tower: every picture takes the same number of tokens."""
 
     fixed = True
+    videos = None
 
     def __init__(self, transform, *, token: int, tokens: int = 4) -> None:
         self.transform, self.ids = transform, (token,) * tokens

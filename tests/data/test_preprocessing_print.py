@@ -25,7 +25,7 @@ from mm_moslora.data.preprocessing_print import (
     probe_messages,
     probe_picture,
     stored_preprocessing,
-    trained_video_frames,
+    trained_videos,
     write_preprocessing,
 )
 from mm_moslora.models.assembly import load_parts
@@ -146,7 +146,7 @@ def test_a_checkpoint_keeps_it_and_chat_serve_eval_and_export_refuse_another(rec
     assert command(["export", str(run), str(tmp_path / "vllm"), "--to", "vllm"]) == 0
     for name in ("whole", "lora", "vllm"):
         assert stored_preprocessing(tmp_path / name) == stored_preprocessing(run)
-        assert trained_video_frames(tmp_path / name) == 3
+        assert trained_videos(tmp_path / name) == (3, None, False)
     assert compare(tmp_path / "whole", stock_inputs(tmp_path / "whole")) == []
     assert open_model(f"hf:{tmp_path / 'whole'}").name == f"hf:{tmp_path / 'whole'}"
 

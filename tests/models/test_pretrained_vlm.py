@@ -255,15 +255,15 @@ def test_a_projector_that_trains_beside_adapters_in_the_tower_comes_back(family,
 
 
 def test_keys_of_an_assembled_model_are_refused_beside_a_ready_made_one(folders, tmp_path):
-    """They had no effect: a base that should be in four bits was in sixteen."""
+    """They would have no effect."""
     options = {
-        "quantisation": "nf4", "vision": VisionConfig(mode="adapter", image_size=448),
+        "image_aspect": "crop", "vision": VisionConfig(mode="adapter", image_size=448),
         "projector": ProjectorConfig(kind="linear", mode="full"),
     }  # fmt: skip
     recipe = recipe_for(folders("qwen2_5_vl"), write_records(tmp_path), tmp_path / "run", **options)
     for use in (lambda: train(recipe), lambda: build_meta_model(recipe.model, recipe.adapter)):
         with pytest.raises(
-            ModelError, match=r"model\.quantisation, model\.vision\.image_size, model\.projector\.kind are"
+            ModelError, match=r"model\.image_aspect, model\.vision\.image_size, model\.projector\.kind are"
         ):
             use()
 

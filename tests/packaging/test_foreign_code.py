@@ -17,7 +17,7 @@ from mm_moslora.utils.errors import MoSLoRAError
 
 CHECKOUT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "from_config"}
-SAFE = {"LoraConfig", "kind", "TransformersModel", "DDPMScheduler"}
+SAFE = {"LoraConfig", "kind", "loader", "TransformersModel", "DDPMScheduler"}
 """Receivers that load no code of a folder: configurations of PEFT, schedulers of diffusers, and the harness."""
 CHECKED = {"PeftModel"}
 """PEFT's adapters load models and code that their configuration names: it is checked and given with `config`."""
@@ -134,6 +134,31 @@ def test_names_of_models_go_through_the_modules_that_know_whose_they_are() -> No
     files = [path for folder in ("mm_moslora", "eval/mm_moslora_eval") for path in (CHECKOUT / folder).rglob("*.py")]
     found = {str(path.relative_to(CHECKOUT)) for path in files if _named(path.read_text("utf-8"))}
     assert found == set(DOORS)
+
+
+WEIGHTLESS = {
+    "AutoConfig", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "reader", "LoraConfig", "PeftModel",
+    "TransformersModel",
+}  # fmt: skip
+"""What `from_pretrained` of these reads holds no weights of a base, or what it reads is checked by PEFT."""
+CHECKS_ITSELF = {
+    "mm_moslora/models/model_sizes.py": "the way in",
+    "mm_moslora/quickstart/model_assets.py": "what it has just converted, by the keys that transformers names",
+    "mm_moslora/diffusion/pipeline_families.py": "diffusers refuses missing weights",
+    "mm_moslora/adapters/tuner.py": "configurations of adapters",
+}
+
+
+def test_weights_of_a_base_come_through_the_way_that_refuses_missing_ones() -> None:
+    """transformers makes up what a file lacks, and says so in a report that a command line does not show."""
+    files = [path for folder in ("mm_moslora", "eval/mm_moslora_eval") for path in (CHECKOUT / folder).rglob("*.py")]
+    found = {
+        str(path.relative_to(CHECKOUT))
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and _name(node.value) not in WEIGHTLESS
+    }
+    assert found == set(CHECKS_ITSELF)
 
 
 def test_the_search_finds_what_it_looks_for() -> None:

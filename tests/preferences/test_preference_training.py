@@ -47,7 +47,7 @@ def trained(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
 @torch.no_grad()
 def logits(model: Any, run: PreferenceRun, number: int = 0) -> torch.Tensor:
     """Of the chosen and the rejected answer of a pair."""
-    inputs = PaddedCollator(model=run.assembly.model)(list(run.pairs.pair(number)))
+    inputs = PaddedCollator(model=run.assembly.model)(list(run.records.item(number)))
     inputs.pop("labels")
     found: torch.Tensor = model.eval()(**inputs).logits
     return found
@@ -93,10 +93,10 @@ def test_labels_are_those_of_trl_on_the_last_answer_alone(vlm: Path, picture_pai
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     run = prepare(make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}))
-    ours = PairCollator(run=run)([{"pair": number, "held_out": 0} for number in (0, 1)])
+    ours = PairCollator(run=run)([{"item": number, "held_out": 0} for number in (0, 1)])
     rows = []
     for number in (0, 1):
-        record = run.pairs._pair(number)
+        record = run.records.pair(number)  # type: ignore[attr-defined]
         turns = {side: getattr(record, side).turns[-1].text for side in ("chosen", "rejected")}
         asked = record.chosen.turns[0].parts()[-1].lstrip("\n")
         content = [{"type": "image"}, {"type": "text", "text": asked}]
@@ -122,7 +122,7 @@ def test_the_mixture_of_mpo_is_the_weighted_sum_of_its_losses(
     whole = {"steps": 1, "global_batch": 12, "micro_batch": 12}
     recipe = make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}, preference=mixture, train=whole)
     run = trained(recipe, monkeypatch)
-    batch = PairCollator(run=prepare(recipe))([{"pair": number, "held_out": 0} for number in range(12)])
+    batch = PairCollator(run=prepare(recipe))([{"item": number, "held_out": 0} for number in range(12)])
     mask = batch.pop("completion_mask")
     with torch.no_grad(), run.peft_model.disable_adapter():
         found = run.assembly.model.eval()(**batch).logits.log_softmax(-1)
@@ -343,9 +343,9 @@ def test_a_picture_that_is_damaged_inside_is_replaced(vlm: Path, picture_pairs: 
     pairs = tmp_path / "data" / "pairs.jsonl"
     recipe = make_recipe(tmp_path / "run", pairs, {"vlm": str(vlm)}, data={"max_bad_share": 0.1})
     run = prepare(recipe)
-    assert len(run.pairs.usable) == 12
-    assert [example.id for example in run.pairs.pair(0)] == ["p1", "p1"]
-    assert run.pairs.quarantine.codes == {"IMAGE_DAMAGED": 1}
+    assert len(run.records.usable) == 12
+    assert [example.id for example in run.records.item(0)] == ["p1", "p1"]
+    assert run.records.quarantine.codes == {"IMAGE_DAMAGED": 1}
 
 
 def test_the_last_answer_is_the_last_run_of_supervised_tokens() -> None:

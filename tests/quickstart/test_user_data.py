@@ -11,7 +11,9 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,23 @@ import pytest
 from mm_moslora_eval.eval_commands import training_answers
 from mm_moslora_eval.protocol.task_registry import get_task
 from PIL import Image
+from tiny import make_vision
+from vlms import make_vlm
 
 from mm_moslora import cli
 from mm_moslora.config import load_recipe
-from mm_moslora.quickstart import user_recipe
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.models.assembly import load_parts
+from mm_moslora.models.export.gguf_model import export_gguf
+from mm_moslora.models.load_model import load
+from mm_moslora.quickstart import ready_made_recipe, user_recipe
 from mm_moslora.quickstart.user_data import CONVERSATIONS, TURNS, read_own
 from mm_moslora.quickstart.user_recipe import initialise
+from mm_moslora.training.training_loop import train
 from mm_moslora.utils import file_locks
-from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.errors import ConfigError, DataError, ModelError
+from tests.models.test_languages import make_language_of
 
 
 def picture(path: Path, seed: int) -> Path:
@@ -48,7 +59,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def made(source: Path, out: Path, **options: Any) -> str:
-    return initialise(source, out, parts="hub", **options)
+    return initialise(source, out, **{"parts": "hub"} | options)
 
 
 class TestFolder:
@@ -555,3 +566,78 @@ class TestRecipe:
         assert 15 <= many.global_batch < few.global_batch <= 32
         assert few.steps == 20
         assert many.steps == 100
+
+
+class TestReadyMade:
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make_vlm(tmp_path_factory.mktemp("model") / "qwen", "qwen2_5_vl")
+
+    def test_its_recipe_trains_as_it_stands(self, model: Path, tmp_path: Path) -> None:
+        said = made(photos(tmp_path / "photos", cat=4, dog=3), tmp_path / "my", parts="quickstart", vlm=str(model))
+        recipe = load_recipe(str(tmp_path / "my" / "recipe.yaml"))
+        assert (recipe.model.vlm, recipe.model.quantisation) == (str(model), "none")
+        assert f"{recipe.train.steps} steps" in said
+        short = replace(recipe, train=replace(recipe.train, steps=2))
+        assert train(short).finished
+        assert not (tmp_path / "my" / "run" / "quarantine.jsonl").read_text()
+        parts = load_parts(recipe.model, weights="none")
+        data = TrainingSet(recipe.data.train, ConversationEncoder.of(parts), parts.image_processing, config=recipe.data)
+        assert data.truncated == 0
+        assert recipe.data.max_length <= max(128, 1.5 * max(data.lengths))
+
+    def test_it_fits_the_card(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = photos(tmp_path / "photos", cat=4, dog=3)
+        asked: list[str] = []
+
+        def planned(recipe: Any, card: Any, size: Any) -> Any:
+            asked.append(recipe.model.quantisation)
+            option = SimpleNamespace(micro_batch=2, checkpointing=True, peak=30 * 2**30)
+            return SimpleNamespace(best=option if len(asked) == 1 else None, options=[option])
+
+        monkeypatch.setattr(ready_made_recipe, "plan", planned)
+        made(source, tmp_path / "a", parts="quickstart", vlm=str(model), gpu="RTX4090")
+        recipe = load_recipe(str(tmp_path / "a" / "recipe.yaml"))
+        assert (recipe.train.micro_batch, recipe.train.gradient_checkpointing) == (2, True)
+        with pytest.raises(ConfigError, match=r"does not fit RTX4090-24G with 22.4 GiB \(none: needs 30.0 GiB; nf4"):
+            made(source, tmp_path / "b", parts="quickstart", vlm=str(model), gpu="RTX4090")
+        assert not (tmp_path / "b").exists()
+
+    def test_the_estimate_is_that_of_plan(self, model: Path, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=4, dog=3)
+        made(source, tmp_path / "my", parts="quickstart", vlm=str(model), gpu="T4-16G")
+        recipe = load_recipe(str(tmp_path / "my" / "recipe.yaml"))
+        assert recipe.model.quantisation == "none"
+        assert recipe.train.global_batch % recipe.train.micro_batch == 0
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [({"vlm": "m", "gpu": "8xA100-80G"}, "expected one card"), ({"vlm": "m", "gpu": "abacus"}, "no known GPU"),
+         ({"gpu": "T4"}, "--vlm"), ({"vlm": "m", "parts": "hub"}, "--parts is hub")],
+    )  # fmt: skip
+    def test_what_does_not_go_together_is_refused(self, options: dict[str, str], text: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=text):
+            made(photos(tmp_path / "photos", cat=4, dog=3), tmp_path / "my", **{"parts": "quickstart"} | options)
+
+    def test_a_folder_without_its_processor_is_one_error(self, model: Path, tmp_path: Path) -> None:
+        bare = tmp_path / "bare"
+        bare.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (bare / name).write_bytes((model / name).read_bytes())
+        with pytest.raises(ModelError, match=r"without an image processor.*save_pretrained"):
+            made(photos(tmp_path / "photos", cat=4, dog=3), tmp_path / "my", parts="quickstart", vlm=str(bare))
+        assert not (tmp_path / "my").exists()
+
+
+def test_the_parts_for_llama_cpp_train_and_become_its_files(tmp_path: Path) -> None:
+    made(photos(tmp_path / "photos", cat=4, dog=3), tmp_path / "my", parts="gguf")
+    recipe = load_recipe(str(tmp_path / "my" / "recipe.yaml"))
+    assert recipe.model.vision is not None
+    assert recipe.model.vision.name == "openai/clip-vit-base-patch32"
+    vision = replace(recipe.model.vision, name=str(make_vision(tmp_path / "clip", "clip")))
+    model = replace(recipe.model, language=make_language_of(tmp_path / "language", "smollm2"), vision=vision)
+    run = replace(recipe, model=model, train=replace(recipe.train, steps=1, precision="fp32"))
+    assert train(run).finished
+    files = export_gguf(load(tmp_path / "my" / "run"), tmp_path / "gguf")
+    assert files.mmproj is not None
+    assert files.largest_difference == 0

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import check_processor
-from mm_moslora.models.model_sizes import refuse_adapter_beside
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, reason_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
@@ -100,14 +100,14 @@ class TransformersModel:
         import mm_moslora.models.processing.llava_processor
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 
-        refuse_adapter_beside(name)
         try:
             sees = (
                 type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
             )
             kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-            processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
+            model = load_base(kind, name, dtype=dtype)
+            reader: Any = AutoProcessor if sees else AutoTokenizer
+            processor = reader.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise EvalError(
                 f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."

@@ -80,8 +80,8 @@ class TemplatePlan:
 class Template:
     """The chat template of a tokenizer, or the plain one."""
 
-    image_text = ""
-    """The template's text for a picture; empty where pictures are part of the contents."""
+    places = re.compile(r"(?!)")
+    """Finds the template's texts for a picture and a video; nothing where pictures are part of the contents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -210,11 +210,14 @@ class Template:
         messages = self._messages(roles, contents)
         messages[-1] |= reasoning or {}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **switch
-            )
+            text = self.rendered(messages, add_generation_prompt=prompt, **switch)
         except Exception as error:  # templates may raise any exception
             raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
+        return text
+
+    def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+        """What the template makes of messages."""
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **settings)
         return str(text)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
@@ -72,8 +74,8 @@ class _Growing:
     """The special token at the end of `ids`, as text; tokenisation restarts after it."""
     run: list[TextSpan] = field(default_factory=list)
     """Text that is not tokenised yet."""
-    pictures: Sequence[Sequence[int]] | None = None
-    """Placeholder ids of every picture, where they differ."""
+    pictures: Sequence[Placeholders] | None = None
+    """Placeholders of every picture and video, where they differ."""
     thoughts: int = 0
     dropped_thoughts: int = 0
     ends: list[tuple[int, int]] = field(default_factory=list)
@@ -188,7 +190,7 @@ class ConversationEncoder(AnswerThinking):
         turns: Sequence[Turn],
         *,
         max_length: int | None = None,
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         truncate: bool = False,
         whole: bool = False,
     ) -> Encoded:
@@ -197,7 +199,7 @@ class ConversationEncoder(AnswerThinking):
         Args:
             turns: an optional system turn, then questions and answers in turn, ending with an answer.
             max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
-            pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+            pictures: placeholders of every picture and video, where they depend on it; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
             whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
 
@@ -228,7 +230,7 @@ class ConversationEncoder(AnswerThinking):
         self,
         turns: Sequence[Turn],
         *,
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         thinking: bool | None = None,
     ) -> Tensor:
         """Tokenise a prompt: int64 ``[T]``, which ends where the answer begins.
@@ -266,7 +268,7 @@ class ConversationEncoder(AnswerThinking):
     def _grow(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Sequence[int]] | None = None,
+        pictures: Sequence[Placeholders] | None = None,
         *,
         prompt: bool = False,
         whole: bool = False,
@@ -318,21 +320,46 @@ class ConversationEncoder(AnswerThinking):
         return grown
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
-        """Append text of the template, with the pictures that the template places itself."""
-        for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
-            if index:
-                self._add_image(grown)
-            grown.run.append(TextSpan(part, True))
+        """Append text of the template, with the pictures and videos that the template places itself."""
+        start = 0
+        for place in self.template.places.finditer(text):
+            grown.run.append(TextSpan(text[start : place.start()], True))
+            self._add_image(grown)
+            start = place.end()
+        grown.run.append(TextSpan(text[start:], True))
 
     def _add_image(self, grown: _Growing) -> None:
-        self._flush(grown)
-        ids = [int(self.image_token_id or 0)] * self.tokens_per_image
+        ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
+        before, behind = "", ""
         if grown.pictures is not None:
-            ids = list(grown.pictures[grown.images])
-        grown.add(ids)
+            ids = grown.pictures[grown.images]
+            if isinstance(ids, str):
+                grown.run.append(TextSpan(ids, True))
+                grown.images += 1
+                return
+            before, ids, behind = self._joined(tuple(ids))
+        grown.run += [TextSpan(before, True)] if before else []
+        self._flush(grown)
+        grown.add(list(ids))
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
+        grown.run += [TextSpan(behind, True)] if behind else []
+
+    def _joined(self, ids: tuple[int, ...]) -> tuple[str, list[int], str]:
+        """A picture's placeholder without the text around it, such as line breaks, which joins the text beside it."""
+        own = [at for at, number in enumerate(ids) if number == self.image_token_id or number in self._added]
+        if not own or (own[0] == 0 and own[-1] == len(ids) - 1):
+            return "", list(ids), ""
+        before, core, behind = list(ids[: own[0]]), list(ids[own[0] : own[-1] + 1]), list(ids[own[-1] + 1 :])
+        texts = [str(self.tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in (before, behind)]
+        if [self.tokens.encode([TextSpan(text, True)]) for text in texts] != [before, behind]:
+            return "", list(ids), ""
+        return texts[0], core, texts[1]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and the number of turns added for it."""

@@ -1,16 +1,19 @@
 """Chat templates of ready-made vision-language models, which place pictures themselves among the parts of a content.
 
-The shape of a turn is its role and, for a question with pictures, the order of its parts: `user:it` is a picture and a
-text. A template may write pictures before all texts, or wrap them; the scaffold contains all of this text.
+The shape of a turn is its role and, for a question with pictures or videos, the order of its parts: `user:it` is a
+picture and a text, `user:vt` a video and a text. A template may write pictures before all texts, or wrap them; the
+scaffold contains all of this text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from mm_moslora.config.llava_chat_templates import without_note
 from mm_moslora.data.chat.chat_template import Template
+from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
 
@@ -23,6 +26,7 @@ PREFIX_TEMPLATE = (
     "{{ '\n' if message['role'] == 'user' else eos_token }}{%- endfor -%}"
 )
 """PaliGemma, which has no chat template: pictures, BOS, the question and a line break, then the answer."""
+_KINDS = {IMAGE: "i", VIDEO: "v"}
 
 
 class ProcessorTemplate(Template):
@@ -46,7 +50,22 @@ class ProcessorTemplate(Template):
                 "instruction-tuned checkpoint, or put a chat_template.jinja into its folder."
             )
         super().__init__(processor.tokenizer)
-        self.source, self.image_text = without_note(source), str(processor.image_token)
+        self.source, self._processor = without_note(source), processor
+        self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
+        self.places = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
+
+    def missing_bos(self) -> list[int]:
+        """See `Template.missing_bos`; also what the processor itself puts before a text."""
+        if ids := super().missing_bos():
+            return ids
+        start = self.plan(("user", "assistant")).slots[0].before or "a"
+        own = self.tokenizer.encode(start, add_special_tokens=False)
+        try:
+            given = list(self._processor(text=[start], add_special_tokens=False)["input_ids"][0])
+        except Exception:  # some take no text without a picture
+            return []
+        lead = given[: len(given) - len(own)]
+        return lead if lead + own == given else []
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """See `Template.lay_out`; a question with pictures has one content per text between them."""
@@ -62,7 +81,7 @@ class ProcessorTemplate(Template):
                 continue
             kinds = ""
             for index, text in enumerate(texts):
-                kinds += "i" if index else ""
+                kinds += _KINDS[turn.marks[index - 1]] if index else ""
                 # Templates write line breaks around a picture themselves.
                 text = text.removeprefix("\n") if index else text
                 text = text.removesuffix("\n") if index + 1 < len(texts) else text
@@ -82,10 +101,18 @@ class ProcessorTemplate(Template):
         messages = []
         for shape in roles:
             parts = [
-                {"type": "image"} if kind == "i" else {"type": "text", "text": next(texts)} for kind in _kinds(shape)
+                {"type": "text", "text": next(texts)} if kind == "t" else {"type": "video" if kind == "v" else "image"}
+                for kind in _kinds(shape)
             ]
             messages.append({"role": shape.partition(":")[0], "content": parts})
         return messages
+
+    def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+        """See `Template.rendered`."""
+        if any(part["type"] == "video" for message in messages for part in message["content"]):
+            # Some processors have another template for conversations with videos.
+            return str(self._processor.apply_chat_template(messages, tokenize=False, **settings))
+        return super().rendered(messages, **settings)
 
 
 def _kinds(shape: str) -> str:

@@ -33,10 +33,20 @@ READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "pat
 """Keys of a content part that are read."""
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 """Keys of a rejected answer (TRL and LLaMA-Factory; ms-swift)."""
-READ_OF_PAIR = {"prompt", "chosen", *REJECTED}
-"""Keys of a preference record that are read besides those of its conversation."""
+LABELS = ("label", "kto_tag")
+"""Keys that say whether an answer is good (TRL and ms-swift; LLaMA-Factory)."""
+REFERENCES = ("solution", "ground_truth", "reference", "answers", "answer")
+"""Keys of the reference answers to a question (ms-swift, TRL's examples, EasyR1)."""
+_PAIR = {"prompt", "chosen", *REJECTED}
+READ_OF_OBJECTIVE = {
+    "sft": set(),
+    "dpo": _PAIR,
+    "kto": {*_PAIR, *LABELS, "completion"},
+    "grpo": {"prompt", "problem", "options", *REFERENCES},
+}
+"""Objective -> keys of a record that are read besides those of its conversation."""
 _PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
-_AVOIDED = "answers to be avoided are learned in pairs alone (objective: dpo); drop the record"
+_AVOIDED = "answers to be avoided are learned by their label (objective: kto) or in pairs (dpo); drop the record"
 _TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
 _WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
 _SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
@@ -74,7 +84,7 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     for key in value.keys() & remedies.keys():
         if not _is_empty(value[key]):
             raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
-    for key in ("label", "labels", "kto_tag"):  # KTO, PRM; any other label is data about the record
+    for key in (*LABELS, "labels"):  # KTO, PRM; any other label is data about the record
         if _avoids(value.get(key)):
             what = f"is {ascii(value[key])[:60]}, an answer to be avoided"
             raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
@@ -192,6 +202,11 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def truth_of(value: Any) -> bool | None:
+    """A label as a truth value; tables keep them as numbers or strings. None: it is none."""
+    return {1.0: True, 0.0: False}.get(_number(value))  # type: ignore[arg-type]
 
 
 def _avoids(value: Any) -> bool:

@@ -41,6 +41,7 @@ from mm_moslora.data.chat.record_keys import (
     thinking_of,
     weight_of,
 )
+from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
 from mm_moslora.data.images.remote_files import find_remote
 from mm_moslora.data.images.video_clip import Clip, find_clip
@@ -70,7 +71,8 @@ class Turn:
     text: str
     """The content; `<image>` in a user's text is replaced by the next image."""
     offsets: tuple[int, ...] | None = None
-    """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
+    """Offsets of the `<image>` that are images, and of the `<video>` that are videos, for a source that distinguishes
+    them from typed text; None: every `<image>` is an image."""
     weight: float = 1.0
     """Of the tokens of an answer in the loss; 0: it is context."""
 
@@ -86,8 +88,15 @@ class Turn:
 
     @property
     def images(self) -> int:
-        """Images in this turn."""
+        """Images and videos in this turn."""
         return len(self.parts()) - 1
+
+    @property
+    def marks(self) -> list[str]:
+        """`<image>` or `<video>` for each of them; the two are of one length."""
+        if self.offsets is None:
+            return [IMAGE] * self.images
+        return [self.text[offset : offset + len(IMAGE)] for offset in self.offsets]
 
     @classmethod
     def asking(cls, text: str, *, images: int = 0) -> Turn:
@@ -95,22 +104,22 @@ class Turn:
         mark = f"{IMAGE}\n"
         return cls(role="user", text=mark * images + text, offsets=tuple(len(mark) * i for i in range(images)))
 
-    def showing(self, counts: Sequence[int]) -> Turn:
-        """The same turn with each of its images replaced by this many consecutive images."""
+    def showing(self, shown: Sequence[int | None]) -> Turn:
+        """The same turn with each of its images replaced by this many consecutive images, or by one video (None)."""
         first, *rest = self.parts()
         result, offsets = first, []
-        for count, part in zip(counts, rest, strict=True):
-            offsets += [len(result) + len(IMAGE) * index for index in range(count)]
-            result += IMAGE * count + part
+        for count, part in zip(shown, rest, strict=True):
+            offsets += [len(result) + len(IMAGE) * index for index in range(1 if count is None else count)]
+            result += (VIDEO if count is None else IMAGE * count) + part
         return Turn(role=self.role, text=result, offsets=tuple(offsets))
 
     def preceded_by(self, text: str) -> Turn:
         """The same turn with literal text before it."""
         first, *rest = self.parts()
         result, offsets = text + first, []
-        for part in rest:
+        for mark, part in zip(self.marks, rest, strict=True):
             offsets.append(len(result))
-            result += IMAGE + part
+            result += mark + part
         return Turn(role=self.role, text=result, offsets=tuple(offsets))
 
 
@@ -177,9 +186,8 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     _check_roles(turns, where)
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
-        turns = _with_frames(turns, shown)
-    images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
-    return Record(id=name, turns=tuple(turns), images=images, where=where, ignored=ignored_keys(value))
+        turns, shown = _with_videos(turns, shown, where)
+    return Record(id=name, turns=tuple(turns), images=tuple(shown), where=where, ignored=ignored_keys(value))
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
@@ -189,14 +197,26 @@ def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Pict
     return find_remote(mark.item, index, where, rules) or find_picture(mark.item, index, where, rules)
 
 
-def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Turn]:
-    """The turns with every video replaced by one image per frame."""
-    counts = [item.count if isinstance(item, Clip) else 1 for item in shown]
-    result = []
+def _with_videos(
+    turns: list[Turn], shown: Sequence[Picture | Clip], where: Where
+) -> tuple[list[Turn], list[Picture | Clip]]:
+    """The turns with the places of videos, or of their frames where the model takes no videos, and what is there."""
+    result: list[Turn] = []
+    pictures: list[Picture | Clip] = []
+    counts: list[int | None] = []
+    for item in shown:
+        try:
+            own = item.pictures() if isinstance(item, Clip) else [item]
+        except ImageError as error:
+            raise where.error(
+                error.code, "video", f"{item.name}: {error.what}", error.remedy, path=item.name
+            ) from error
+        counts.append(None if own == [item] and isinstance(item, Clip) else len(own))
+        pictures += own
     for turn in turns:
-        own, counts = counts[: turn.images], counts[turn.images :]
-        result.append(turn.showing(own) if own else turn)
-    return result
+        here, counts = counts[: turn.images], counts[turn.images :]
+        result.append(turn.showing(here) if here else turn)
+    return result, pictures
 
 
 def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
+from mm_moslora.data.check.terminal_view import REPEATS
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.record_faults import RecordError
 
@@ -113,11 +114,14 @@ def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:
     index = 0
     while index < len(ids):
         number = ids[index]
-        if number == encoder.image_token_id:
-            end = index
-            while end < len(ids) and ids[end] == number and (end - index < (encoder.tokens_per_image or len(ids))):
-                end += 1
-            yield f'<span class="i" title="{number}">image: {end - index} tokens</span>'
+        image = number == encoder.image_token_id
+        most = (encoder.tokens_per_image if image else 0) or len(ids)
+        end = index
+        while (image or number in special) and end < len(ids) and ids[end] == number and end - index < most:
+            end += 1
+        if image or end - index > REPEATS:
+            what = f"image: {end - index} tokens" if image else f"{escape(texts[index])} x {end - index}"
+            yield f'<span class="i" title="{number}">{what}</span>'
             index = end
             continue
         classes = " ".join(["s"] * flags[index] + ["x"] * (number in special))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
@@ -55,7 +55,7 @@ class CheckReport:
     several_images: int = 0
     """Usable records with more pictures."""
     videos: int = 0
-    """Usable records with a video; every frame counts as a picture."""
+    """Usable records with a video; every frame counts as a picture where the model takes no videos."""
     pictures: int = 0
     """Pictures of usable records, repeated ones included."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def check(
     decode: bool = True,
     processes: int | None = None,
     shard: Shard | None = None,
-    pairs: bool = False,
+    objective: Objective = "sft",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -183,13 +183,13 @@ def check(
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
         shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
-        pairs: the sources hold preference records, whose chosen answers are counted.
+        objective: what is learned from the sources; of preference records the chosen answers are counted.
         on_progress: called with (records done, all records).
 
     Raises:
         DataError: a source cannot be read at all.
     """
-    files = open_sources(sources, pairs=pairs)
+    files = open_sources(sources, objective=objective, processing=image_processing)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
         CheckReport,
@@ -299,7 +299,7 @@ class _RowCheck:
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
-        report.videos += any(isinstance(picture, Frame) for picture in record.images)
+        report.videos += any(isinstance(picture, Frame | Clip) for picture in record.images)
 
 
 def _ends(encoded: Encoded) -> set[int]:

@@ -22,6 +22,8 @@ SCAFFOLD = "dim"
 SPECIAL = "reverse"
 IMAGE = "magenta"
 _BAR = 40
+REPEATS = 3
+"""Equal special tokens in a row above which they are counted: the visual tokens of a video."""
 SHOWN = 20
 """Default number of faults, repeated ids and pairs of pictures shown."""
 
@@ -62,6 +64,8 @@ def view_tokens(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, image_t
         style = SUPERVISED if supervised else SCAFFOLD
         if ids[0] == image_token_id:
             text.append(f"[image: {len(ids)} tokens]", IMAGE)
+        elif ids[0] in special and len(ids) > REPEATS:
+            text.append(f"{tokenizer.decode(ids[:1])} x {len(ids)}", f"{style} {SPECIAL}")
         elif ids[0] in special:
             text.append(str(tokenizer.decode(ids)), f"{style} {SPECIAL}")
         else:

@@ -7,8 +7,9 @@ container is refused any other file.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -28,6 +29,22 @@ MAX_PIXELS = 256_000_000
 """Most pixels of all shown frames of one video together (768 MB)."""
 MAX_DECODED = 64_000_000_000
 """Most pixels of all frames that are decoded to reach the shown ones: 31,000 frames of 1920 x 1080."""
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What decides which frames of a video are shown."""
+
+    frames: int
+    """All of them."""
+    fps: float | None
+    """Frames per second on average; None: unknown."""
+    size: tuple[int, int]
+    """Width and height in pixels of the first frame, upright."""
+
+
+Choose = Callable[[VideoFacts], Sequence[int]]
+"""The numbers of the frames to show."""
 
 
 def frame_indices(frames: int, count: int) -> list[int]:
@@ -69,13 +86,12 @@ def check_decoded(pixels: int, name: str, *, most: int = MAX_DECODED) -> None:
         raise ImageError(Code.VIDEO_TOO_LARGE, name, what, "cut it, scale it down, or encode it with more key frames")
 
 
-def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
-    """Frames of a video file as RGB, at even distances.
+def decode_frames(stream: BinaryIO, choose: Choose | None, *, name: str) -> list[Image.Image]:
+    """Frames of a video file as RGB.
 
     Args:
         stream: the file; seekable.
-        count: frames to decode; 1 gives the first frame without reading the rest of the file.
-        shown: frames that are shown in total, for the limit of pixels.
+        choose: the frames; None: the first one, without reading the rest of the file.
         name: for messages.
 
     Raises:
@@ -91,11 +107,11 @@ def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
             what = f"lasts {seconds:.0f} seconds"
             raise ImageError(Code.VIDEO_TOO_LONG, name, what, f"cut it into parts of at most {MAX_SECONDS} seconds")
         track = container.streams.video[0]
-        check_pixels((track.codec_context.width, track.codec_context.height), shown, name)
+        check_pixels((track.codec_context.width, track.codec_context.height), 1, name)
         track.thread_type = "NONE"  # callers run one process per processor
-        if count == 1:
-            return [_picture(next(_decoded(container, track, name)), shown, name)]
-        return _taken(container, track, count, name)
+        if choose is None:
+            return [_picture(next(_decoded(container, track, name)), 1, name)]
+        return _taken(container, track, choose, name)
 
 
 def _container(av: Any, stream: BinaryIO, name: str) -> Any:
@@ -107,10 +123,14 @@ def _container(av: Any, stream: BinaryIO, name: str) -> Any:
         raise ImageError(Code.VIDEO_FORMAT, name, what, f"expected one of {', '.join(CONTAINERS)}, or GIF") from error
 
 
-def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Image]:
-    """Frames at even distances: one pass without decoding lists them, then each is decoded from its key frame on."""
+def _taken(container: Any, track: Any, choose: Choose, name: str) -> list[Image.Image]:
+    """Chosen frames: one pass without decoding lists all, then each is decoded from its key frame on."""
     times, keys = _times(container, track, name)
-    wanted = [times[index] for index in frame_indices(len(times), count)]
+    size = _picture(next(_from(times[0], container, track, name)), 1, name).size
+    seconds = float((times[-1] - times[0]) * track.time_base)
+    fps = float(track.average_rate or 0) or (len(times) - 1) / (seconds or 1)
+    wanted = [times[index] for index in choose(VideoFacts(len(times), fps or None, size))]
+    check_pixels(size, len(wanted), name)
     pictures: dict[int, Image.Image] = {}
     frames: Iterator[Any] = iter(())
     current: Any = None
@@ -127,7 +147,7 @@ def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Imag
             current = following
             decoded += current.width * current.height
             check_decoded(decoded, name)
-        pictures[time] = _picture(current, count, name)
+        pictures[time] = _picture(current, len(wanted), name)
     return [pictures[time] for time in wanted]
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from PIL import Image, ImageOps
 
@@ -36,6 +36,9 @@ from mm_moslora.data.images.picture_faults import (
 from mm_moslora.data.images.picture_modes import rgb_of_mode
 from mm_moslora.data.record_faults import Code, Where, kind_of
 from mm_moslora.utils.untrusted_files import FileError, FileFault, find_below, opened
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import VideoSampling
 
 DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
 """Start of a URL that contains a picture."""
@@ -53,6 +56,10 @@ class PictureRules:
     """Hosts from which pictures may be fetched."""
     video_frames: int = 8
     """Frames that are shown of a video."""
+    video_fps: float | None = field(default=None, repr=False)
+    """Frames a second that are shown instead."""
+    videos: VideoSampling | None = field(default=None, repr=False)
+    """Of a model that takes videos as such; None: a video becomes pictures."""
 
 
 class Picture(Protocol):

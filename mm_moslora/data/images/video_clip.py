@@ -1,9 +1,12 @@
-"""Videos as pictures: a number of frames at even distances, from a video file, an animation, or a folder of frames.
+"""Videos: some frames of a video file, an animation, or a folder of frames.
 
 Rules:
 
-- Of F frames the n at indices round(i (F - 1) / (n - 1)) are taken, which include the first and the last. A video with
-  fewer than n frames repeats some. For n = 1 the first frame is taken.
+- For a model that takes videos as such its own processor chooses the frames, and gets them with what it must know of
+  the file (`Video`).
+- For others every frame is a picture. Of F frames the n at indices round(i (F - 1) / (n - 1)) are taken, which include
+  the first and the last. A video with fewer than n frames repeats some. For n = 1 the first frame is taken. A rate r
+  stands for n = max(1, floor(F min(1, r / fps))).
 - Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`record_picture`).
 - The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
   in natural order of their names. FFmpeg reads everything else through PyAV (`pyav_decode`).
@@ -15,17 +18,20 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
 from mm_moslora.data.images.picture_faults import FAULT_CODES, ImageError, faults_of_pictures
 from mm_moslora.data.images.pyav_decode import (
     MAX_FRAMES,
+    Choose,
+    VideoFacts,
     check_decoded,
     check_pixels,
     check_shown,
@@ -44,10 +50,17 @@ from mm_moslora.data.images.record_picture import (
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.untrusted_files import FileError, opened
 
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
+
+    from mm_moslora.batch import Video, VideoSampling
+
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv"})
 """Suffixes of files that count as videos on a command line and in a tar file."""
 MAX_BYTES = 4 * 2**30
 """Larger files are not read."""
+MAX_SHOWN = 8192
+"""Most frames that are shown of one video."""
 _ANIMATIONS = ("GIF", "WEBP", "PNG")
 _MAX_COMPOSED = 1_000_000_000
 """Most pixels of all frames of an animation: Pillow composes each on the whole canvas, 75 million pixels a second."""
@@ -59,7 +72,8 @@ _DIGITS = re.compile(r"(\d+)")
 class Clip:
     """A video of a record, of which some frames are shown.
 
-    All frames are decoded when the first one is needed, and kept as long as the clip exists.
+    These are decoded when the first one is needed, and kept as long as the clip exists. With `sampling` it stands for
+    one picture of the record (see `Picture`), the first frame; else for as many as it has frames.
     """
 
     source: Path | Callable[[], bytes]
@@ -70,16 +84,29 @@ class Clip:
     """Frames to show."""
     root: Path | None = None
     """Folder below which the frames of a folder must lie, links resolved; None: anywhere."""
+    fps: float | None = None
+    """Frames a second to show instead."""
+    sampling: VideoSampling | None = field(default=None, repr=False)
+    """Of a model that takes videos as such."""
     _frames: list[Image.Image] | None = field(default=None, repr=False)
+    _facts: VideoFacts | None = field(default=None, repr=False)
+    _indices: list[int] = field(default_factory=list, repr=False)
     _size: tuple[int, int] | None = field(default=None, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
-    def pictures(self) -> list[Frame]:
-        """The frames, as pictures."""
-        return [Frame(self, index) for index in range(self.count)]
+    def pictures(self) -> list[Clip] | list[Frame]:
+        """What it stands for in a record.
+
+        Raises:
+            ImageError: the number of frames depends on the file, which has a fault; see `frames`.
+        """
+        if self.sampling is not None:
+            return [self]
+        count = self.count if self.fps is None else len(self._known()[1])
+        return [Frame(self, index, count) for index in range(count)]
 
     def frames(self) -> list[Image.Image]:
-        """The frames as RGB.
+        """The shown frames as RGB.
 
         Raises:
             ImageError: missing, of no accepted kind, broken, too long or too large.
@@ -87,8 +114,28 @@ class Clip:
         """
         with self._lock:
             if self._frames is None:
-                self._frames = self._decoded(self.count)
+                self._frames = self._decoded(self._chosen)
             return self._frames
+
+    def metadata(self) -> VideoMetadata:
+        """What the model's processor must know, without decoding the shown frames; for errors see `frames`."""
+        facts, indices = self._known()
+        return _metadata(facts, indices)
+
+    def video(self) -> Video:
+        """It for the model's processor; for errors see `frames`."""
+        from mm_moslora.batch import Video
+
+        frames = self.frames()
+        if len({frame.size for frame in frames}) > 1:
+            what = "has frames of different sizes, and the model takes a video as a whole"
+            raise ImageError(Code.VIDEO_FORMAT, self.name, what, "bring all frames to one size")
+        width, height = frames[0].size  # headers name that before a rotation
+        return Video(metadata=replace(self.metadata(), width=width, height=height), frames=frames)
+
+    def rgb(self) -> Image.Image:
+        """See `Picture`; the shown frames are decoded."""
+        return self.frames()[0]
 
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, from the first frame.
@@ -97,29 +144,60 @@ class Clip:
             ImageError: a fault in the file's header or its first frame.
             DataError: PyAV is needed and not installed.
         """
+        if self._facts is not None:
+            return self._facts.size
         if self._size is None:
-            if self._is_folder():
-                self._size = check_image(self._files()[0])
-            else:
-                self._size = (self._frames or self._decoded(1))[0].size
+            self._size = check_image(self._files()[0]) if self._is_folder() else self._decoded(None)[0].size
         return self._size
+
+    def _known(self) -> tuple[VideoFacts, list[int]]:
+        """The file's facts and the numbers of the shown frames."""
+
+        def look(facts: VideoFacts) -> list[int]:
+            self._chosen(facts)
+            return []
+
+        with self._lock:
+            if self._facts is None:
+                self._decoded(look)
+            assert self._facts is not None
+            return self._facts, self._indices
+
+    def _chosen(self, facts: VideoFacts) -> list[int]:
+        """The numbers of the frames to show; they and the facts are kept."""
+        if self.fps is not None and facts.fps is None:
+            remedy = "set video_frames for its source instead of video_fps"
+            raise ImageError(Code.VIDEO_FORMAT, self.name, "has no frame rate", remedy)
+        if self.sampling is not None:
+            frames = self.count if self.fps is None else None
+            self._indices = self.sampling.sample(_metadata(facts), frames=frames, fps=self.fps)
+        else:
+            count = self.count
+            if self.fps is not None and facts.fps is not None:
+                count = max(1, int(facts.frames * min(1.0, self.fps / facts.fps)))
+            self._indices = frame_indices(facts.frames, count)
+        if (shown := len(self._indices)) > MAX_SHOWN:
+            remedy = "lower video_frames or video_fps of its source"
+            raise ImageError(Code.VIDEO_TOO_LONG, self.name, f"gives {shown} frames, at most {MAX_SHOWN}", remedy)
+        self._facts = facts
+        return self._indices
 
     def _is_folder(self) -> bool:
         return isinstance(self.source, Path) and self.source.is_dir()
 
-    def _decoded(self, count: int) -> list[Image.Image]:
+    def _decoded(self, choose: Choose | None) -> list[Image.Image]:
+        """The chosen frames; None: the first one."""
         if self._is_folder():
             files = self._files()
-            shown = [files[index] for index in frame_indices(len(files), count)]
-            sizes = [check_image(path) for path in shown]
-            check_shown(
-                sum(width * height for width, height in sizes), f"{count} frames of its pictures' sizes", self.name
-            )
+            facts = VideoFacts(len(files), None, check_image(files[0]))
+            shown = [files[index] for index in (choose(facts) if choose else [0])]
+            pixels = sum(width * height for width, height in map(check_image, shown))
+            check_shown(pixels, f"{len(shown)} frames of its pictures' sizes", self.name)
             return [open_image(path) for path in shown]
         with self._opened() as stream:
             if _is_animation(stream):
-                return _of_animation(stream, count, shown=self.count, name=self.name)
-            return decode_frames(stream, count, shown=self.count, name=self.name)
+                return _of_animation(stream, choose, name=self.name)
+            return decode_frames(stream, choose, name=self.name)
 
     def _files(self) -> list[Path]:
         """The pictures of a folder of frames, in order."""
@@ -160,11 +238,12 @@ class Frame:
 
     clip: Clip
     index: int
+    count: int
 
     @property
     def name(self) -> str:
         """See `Picture`."""
-        return f"{self.clip.name}#frame={self.index + 1}of{self.clip.count}"
+        return f"{self.clip.name}#frame={self.index + 1}of{self.count}"
 
     def rgb(self) -> Image.Image:
         """See `Picture`; all frames of the clip are decoded."""
@@ -189,12 +268,24 @@ def find_clip(value: Any, index: int, where: Where, rules: PictureRules) -> Clip
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
     """
     field_name, data = f"video[{index}]", content_of(value)
+    clip = partial(Clip, count=rules.video_frames, fps=rules.video_fps, sampling=rules.videos)
     if isinstance(data, StoredPicture):
-        return Clip(data.read, data.name, rules.video_frames)
+        return clip(data.read, data.name)
     if isinstance(data, bytes):
-        return Clip(lambda: data, f"{where.file}:{where.row}#{field_name}", rules.video_frames)
+        return clip(lambda: data, f"{where.file}:{where.row}#{field_name}")
     path = find_file(data, field_name, where, rules)
-    return Clip(path, str(path), rules.video_frames, root=None if rules.follow_links else rules.folder)
+    return clip(path, str(path), root=None if rules.follow_links else rules.folder)
+
+
+def _metadata(facts: VideoFacts, indices: Sequence[int] | None = None) -> VideoMetadata:
+    """The facts of a file as processors of transformers take them."""
+    from transformers.video_utils import VideoMetadata
+
+    return VideoMetadata(
+        total_num_frames=facts.frames, fps=facts.fps, width=facts.size[0], height=facts.size[1],
+        duration=facts.frames / facts.fps if facts.fps else None, video_backend="pyav",
+        frames_indices=None if indices is None else list(indices),
+    )  # fmt: skip
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -215,16 +306,18 @@ def _is_animation(stream: BinaryIO) -> bool:
     return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def _of_animation(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
+def _of_animation(stream: BinaryIO, choose: Choose | None, *, name: str) -> list[Image.Image]:
     with faults_of_pictures(name, b"GIF"), Image.open(stream, formats=_ANIMATIONS) as image:
-        frames = int(getattr(image, "n_frames", 1)) if count > 1 else 1
+        frames = int(getattr(image, "n_frames", 1)) if choose else 1
         if frames > MAX_FRAMES:
             raise ImageError(Code.VIDEO_TOO_LONG, name, f"has {frames} frames", f"stay below {MAX_FRAMES}")
         pictures: dict[int, Image.Image] = {}
-        wanted = frame_indices(frames, count)
-        for index in range(max(wanted) + 1):
+        milliseconds = image.info.get("duration") or 0
+        fps = 1000 / milliseconds if milliseconds > 0 else None
+        wanted = choose(VideoFacts(frames, fps, image.size)) if choose else [0]
+        for index in range(max(wanted, default=-1) + 1):
             image.seek(index)
-            check_pixels(image.size, shown, name)  # a frame beyond the edge makes a GIF larger
+            check_pixels(image.size, len(wanted), name)  # a frame beyond the edge makes a GIF larger
             check_decoded(frames * image.width * image.height, name, most=_MAX_COMPOSED)
             if index in wanted:
                 pictures[index] = as_rgb(image.copy())

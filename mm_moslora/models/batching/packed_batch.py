@@ -10,6 +10,7 @@ which the model computes as for padded rows.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,12 +20,10 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
+from mm_moslora.models.batching.single_pictures import ENCODED
 from mm_moslora.models.families import vlm_family
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import ModelError
-
-_ENCODED = "mm_encoder_outputs"
-"""Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -52,7 +51,7 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     Raises:
         ModelError: placeholders and images do not match.
     """
-    row = batch if dummy is None or batch.pixel_values is not None else _with_stand_in(batch, dummy)
+    row = batch if dummy is None or batch.images else _with_stand_in(batch, dummy)
     try:
         inputs = {"input_ids": row.input_ids[None], "position_ids": _positions(model, row), **_pictures(model, row)}
         hidden = packed_row_hidden(model, row, **inputs)
@@ -75,6 +74,7 @@ def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
         target_positions=torch.cat((batch.target_positions, end)),
         pixel_values=dummy.pixel_values,
         image_inputs=dummy.image_inputs,
+        images=dummy.images,
         host=None if batch.host is None else _with_stand_in(batch.host, dummy.on_host),
     )
 
@@ -87,33 +87,52 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     inner: Any = model.base_model
     host = batch.on_host  # the model reads ids and grids one by one
     inputs = text_inputs(model, host.input_ids.split(batch.segment_lengths))
-    grids = host.image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
-    tokens = int(inputs["mm_token_type_ids"].sum())
-    expected = int(grids.prod(dim=1).sum()) // inner.visual.spatial_merge_size**2
+    none = torch.zeros(0, 3, dtype=torch.long)
+    grids = [host.image_inputs.get(f"{kind}_grid_thw", none) for kind in ("image", "video")]
+    tokens = int((inputs["mm_token_type_ids"] > 0).sum())
+    expected = int(torch.cat(grids).prod(dim=1).sum()) // inner.visual.spatial_merge_size**2
     if tokens != expected:
         raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {expected}")
-    parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids)  # [3, G, T]
+    times = {name: value for name, value in host.image_inputs.items() if name == "second_per_grid_ts"}
+    # [3, G, T]
+    parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids[0], video_grid_thw=grids[1], **times)
     flat = parts[:, inputs["attention_mask"].bool()][:, None]
     return torch.cat((plain[None], flat.to(plain.device, non_blocking=True)))
 
 
 def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """The pictures as keyword arguments of the forward pass.
+    """The pictures and videos as keyword arguments of the forward pass.
 
-    Qwen-VL's would pass the keywords of the decoder's attention to the tower as well; its pictures are encoded before.
+    Qwen-VL's would pass the keywords of the decoder's attention to the tower as well; its pictures are encoded before,
+    together with its videos, so that the tower runs once on every rank.
 
     Raises:
         ModelError: the installed transformers does not take encoded pictures.
     """
-    if batch.pixel_values is None:
+    if not batch.images:
         return {}
     inputs = picture_inputs(model, batch.pixel_values, readable(batch))
     if not has_mrope(model):
         return inputs
     inner: Any = model.base_model
-    if not takes(model, _ENCODED):
+    if not takes(model, ENCODED):
         raise ModelError(
-            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
+            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {ENCODED}: it "
             "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
         )
-    return {_ENCODED: {"image": inner.get_image_features(**inputs, return_dict=True)}}
+    pixels = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
+    grids = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
+    encoded = inner.get_image_features(
+        pixel_values=torch.cat(pixels), image_grid_thw=torch.cat(grids), return_dict=True
+    )
+    pictures = len(inputs.get("image_grid_thw", ()))
+    kinds = {"image": slice(pictures), "video": slice(pictures, None)}
+    return {ENCODED: {kind: _some(encoded, part) for kind, part in kinds.items() if f"{kind}_grid_thw" in inputs}}
+
+
+def _some(encoded: Any, part: slice) -> SimpleNamespace:
+    """Some of the pictures and videos that a tower has encoded."""
+    levels = getattr(encoded, "deepstack_features", None) or ()
+    return SimpleNamespace(
+        pooler_output=encoded.pooler_output[part], deepstack_features=[level[part] for level in levels]
+    )

@@ -22,6 +22,7 @@ from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family
 from mm_moslora.models.language_model import savable_generation_config
+from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
@@ -240,7 +241,7 @@ def _check(assembly: Parts, folder: Path) -> float:
     """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
-    twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).eval()
+    twin = load_base(loader, folder, dtype=next(model.parameters()).dtype).eval()
     if type(twin) is not type(model):
         raise ModelError(f"The written files load as {type(twin).__name__}, expected {type(model).__name__}.")
     return largest_logit_difference(_probe(assembly, model), _probe(assembly, twin))

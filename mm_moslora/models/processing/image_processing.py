@@ -6,7 +6,7 @@ Shapes: ``H x W`` pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.models.vision.feature_cache import pixel_hash
+
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
 
 
 class SquareImageProcessing:
@@ -28,6 +31,7 @@ class SquareImageProcessing:
     """
 
     fixed = True
+    videos = None
 
     def __init__(self, image_processor: Any, *, image_token_id: int, tokens: int) -> None:
         self._transform = image_transform(image_processor)
@@ -42,7 +46,7 @@ class SquareImageProcessing:
             for pixels in map(self._transform, images)
         ]
 
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+    def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """See `ImageProcessing.placeholders`."""
         return [self._placeholders] * len(sizes)
 
@@ -100,5 +104,6 @@ def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
 def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders without supervision, for ranks without pictures."""
     (picture,) = image_processing.process([Image.new("RGB", (32, 32), (127, 127, 127))])
+    assert not isinstance(picture.placeholders, str)
     ids = torch.tensor(picture.placeholders)
     return Example(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), pictures=[picture])

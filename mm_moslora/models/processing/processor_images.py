@@ -1,20 +1,32 @@
-"""Turns pictures into tensors and placeholder ids where a processor decides how many tokens a picture takes.
+"""Turns pictures and videos into tensors and placeholders where a processor decides how many tokens they take.
 
 These are ready-made models, and assembled ones with anyres.
+
+A video stays one where the model takes it in one of two forms: its frames are pictures with text around them
+(`pixel_values`, as in SmolVLM and InternVL), or patches with a grid and a token of their own (`video_grid_thw`, as in
+Qwen-VL). A small video shows which. For other models a video is several pictures.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
-from mm_moslora.batch import ProcessedImage
-from mm_moslora.models.families import processor_family
+from mm_moslora.batch import ProcessedImage, Video, VideoSampling
+from mm_moslora.models.batching.single_pictures import flat
+from mm_moslora.models.families import PICTURE_TOKENS, processor_family
+
+logger = logging.getLogger(__name__)
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
@@ -33,23 +45,60 @@ class ProcessorImageProcessing:
         self.processor, self.image_token_id = processor, image_token_id
         self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
+        self._shapes = functools.lru_cache(maxsize=4_096)(self._video_shapes)
 
-    def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+    @functools.cached_property
+    def videos(self) -> VideoSampling | None:
+        """See `ImageProcessing.videos`."""
+        try:
+            if _takes_videos(self):
+                return ProcessorSampling(self.processor.video_processor)
+        except Exception as error:  # processors raise nearly anything
+            logger.debug("%s takes no videos: %s", type(self.processor).__name__, error)
+        return None
+
+    def process(self, images: Sequence[Image.Image | Video]) -> list[ProcessedImage]:
         """See `ImageProcessing.process`."""
         if len(images) > 1 and self._family.untiled_when_several:
-            return self._several(images)
-        return [self._one(image) for image in images]
+            return self._several(cast(Sequence[Image.Image], images))
+        return [self.video(image) if isinstance(image, Video) else self._one(image) for image in images]
 
-    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+    def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """See `ImageProcessing.placeholders`."""
         if len(sizes) > 1 and self._family.untiled_when_several:
             return [image.placeholders for image in self._several([Image.new("RGB", (8, 8)) for _ in sizes])]
-        return [self._count(*size) for size in sizes]
+        return [self._text(size) if isinstance(size, VideoMetadata) else self._count(*size) for size in sizes]
+
+    def video(self, video: Video) -> ProcessedImage:
+        """A video as the model's processor prepares it."""
+        output = self.processor(
+            text=[self.processor.video_token], videos=[np.stack([np.asarray(frame) for frame in video.frames])],
+            video_metadata=[_copied(video.metadata)], do_sample_frames=False, return_tensors="pt",
+            add_special_tokens=False,
+        )  # fmt: skip
+        tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
+        if self._family.one_image_list:
+            tensors = {name: value[0] for name, value in tensors.items()}
+        return ProcessedImage(placeholders=self._text(video.metadata), tensors=tensors)
+
+    def _text(self, metadata: VideoMetadata) -> str:
+        """The text of a video, as the processor writes it: visual tokens, and times and words around them."""
+        shapes = self._shapes(len(metadata.frames_indices or ()), metadata.height or 1, metadata.width or 1)
+        return str(self.processor.replace_video_token(shapes | {"video_metadata": [_copied(metadata)]}, video_idx=0))
+
+    def _video_shapes(self, frames: int, height: int, width: int) -> dict[str, Any]:
+        """What a video processor makes of a video without its pixels."""
+        video = torch.empty((frames, 3, height, width), dtype=torch.uint8, device="meta")
+        # Another filter gives the same shapes; transformers warns that some are not for every device.
+        plain = {"do_sample_frames": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
+        return dict(self.processor.video_processor([video], **plain))
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
+        if self._family.one_by_one:
+            tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
@@ -74,9 +123,14 @@ class ProcessorImageProcessing:
             add_special_tokens=False,
         )  # fmt: skip
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        return output["input_ids"][0].tolist(), tensors
+        if self._marked - {self.image_token_id}:
+            tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
+        ids = output["input_ids"][0].tolist()
+        # Some put the start of a text before it, which a picture is not.
+        start = {self.processor.tokenizer.bos_token_id, self.processor.tokenizer.eos_token_id}
+        return list(itertools.dropwhile(start.__contains__, ids)), tensors
 
-    def _count_tokens(self, width: int, height: int) -> tuple[int, ...]:
+    def _count_tokens(self, width: int, height: int) -> tuple[int, ...] | str:
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None:
             return self._one(Image.new("RGB", (width, height))).placeholders
@@ -84,7 +138,68 @@ class ProcessorImageProcessing:
         return (self.image_token_id,) * (visual + self._uncounted)
 
     @functools.cached_property
+    def _marked(self) -> set[int]:
+        """The tokens whose type the processor gives as that of a picture."""
+        return {number for number in getattr(self.processor, "image_token_ids", ()) or () if number is not None}
+
+    @functools.cached_property
     def _uncounted(self) -> int:
         """Tokens around the visual ones, which some processors count and others do not."""
         counted = self.processor._get_num_multimodal_tokens(image_sizes=[(32, 32)])["num_image_tokens"][0]
         return len(self._one(Image.new("RGB", (32, 32))).placeholders) - int(counted)
+
+
+class ProcessorSampling:
+    """Frames as a video processor chooses them.
+
+    Args:
+        processor: the video processor.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __repr__(self) -> str:
+        return str(self.processor.to_json_string())
+
+    def sample(self, metadata: VideoMetadata, *, frames: int | None, fps: float | None) -> list[int]:
+        """See `VideoSampling.sample`; of a video that the processor refuses as too short, frames at even distances."""
+        names = self.processor.valid_kwargs.__annotations__
+        settings = {name: getattr(self.processor, name, None) for name in names} | {"num_frames": frames, "fps": fps}
+        total = metadata.total_num_frames
+        try:
+            indices = [int(index) for index in self.processor.sample_frames(metadata=_copied(metadata), **settings)]
+        except Exception as error:  # processors raise nearly anything
+            logger.debug("%s does not sample %s: %s", type(self.processor).__name__, metadata, error)
+            indices = []
+        if indices and all(0 <= index < total for index in indices):
+            return indices
+        count = frames or int(total / (metadata.fps or 1) * (fps or 1))
+        return np.linspace(0, total - 1, min(total, max(1, count))).round().astype(int).tolist()
+
+
+def _copied(metadata: VideoMetadata) -> VideoMetadata:
+    """A copy for a processor, which may write into it."""
+    indices = metadata.frames_indices
+    return replace(metadata, frames_indices=None if indices is None else list(indices))
+
+
+def _takes_videos(processing: ProcessorImageProcessing) -> bool:
+    """Whether a model takes a video in one of the two forms at the top, and its chat template has a place for it."""
+    processor = processing.processor
+    if getattr(processor, "video_processor", None) is None or not getattr(processor, "video_token", None):
+        return False
+    parts = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "a"}]
+    written = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    places = [written.find(token) for token in (processor.video_token, processor.image_token)]
+    if not 0 <= places[0] < places[1]:
+        return False
+    metadata = VideoMetadata(
+        total_num_frames=4, fps=2.0, width=64, height=64, duration=2.0, frames_indices=[0, 1, 2, 3]
+    )
+    shown = processing.video(Video(metadata=metadata, frames=[Image.new("RGB", (64, 64))] * 4))
+    text = str(shown.placeholders)
+    if processor.image_token in text:
+        return set(shown.tensors) <= {"pixel_values", "pixel_attention_mask"}
+    grids = {"pixel_values_videos", "video_grid_thw"}
+    return processor.video_token in text and grids <= set(shown.tensors) <= grids | {"second_per_grid_ts"}

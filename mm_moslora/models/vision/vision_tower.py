@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
-from mm_moslora.models.model_sizes import config_to_count, refuse_adapter_beside
+from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
@@ -239,14 +239,32 @@ def _load_transformers(
         sketch: PreTrainedModel = loader(part) if half else loader.from_config(part, trust_remote_code=False)
         return sketch, _processor_statistics(config, sketch.config)
     try:
-        tower = loader.from_pretrained(
-            config.name, revision=config.revision, dtype=torch.float32, device_map=device, trust_remote_code=False
-        )
+        tower: PreTrainedModel = load_base(
+            loader, config.name, revision=config.revision, dtype=torch.float32, device_map=device,
+            needed=partial(_reaching_the_features, config),
+        )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"model.vision.name is {config.name!r}, which does not load as a vision tower: {reason_of(error)}."
         ) from error
     return tower, _processor_statistics(config, tower.config)
+
+
+def _reaching_the_features(config: VisionConfig, tower: PreTrainedModel, names: set[str]) -> set[str]:
+    """The weights of a tower, among these, that its features depend on: heads and poolers behind them do not."""
+    size = config.image_size or int(getattr(tower.config, "image_size", 224))
+    with torch.device("meta"), torch.enable_grad():
+        twin = cast(Any, type(tower))(tower.config).eval()
+        try:
+            states = twin(torch.zeros(1, 3, size, size), output_hidden_states=True).hidden_states
+            layers = [config.feature_layer] if isinstance(config.feature_layer, int) else config.feature_layer
+            total = sum(states[layer].sum() for layer in layers)
+        except (IndexError, RuntimeError, AssertionError, ValueError, TypeError):
+            return names
+        weights = {name: weight for name, weight in twin.named_parameters() if name in names}
+        gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    unused = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is None}
+    return names - unused
 
 
 def _processor_statistics(config: VisionConfig, tower: PreTrainedConfig) -> PixelStatistics:

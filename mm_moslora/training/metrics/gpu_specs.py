@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm_moslora.utils.errors import ConfigError, suggestion
 
@@ -77,6 +77,15 @@ def device_peak(name: str) -> float | None:
     words = name.upper().replace("-", " ")
     keys = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
     return DENSE_TFLOPS[max(keys, key=len)] * 1e12 if keys else None
+
+
+def card_of(name: str, memory: float) -> Gpus:
+    """One card by the name from its driver and its memory in bytes; an unknown one counts as the slowest known."""
+    words = f" {name.upper().replace('-', ' ')} "
+    known = [key for key, (part, *_) in MEMORY_GB.items() if f" {part} " in words]
+    likeliest = min(known or ["T4-16G"], key=lambda key: abs(MEMORY_GB[key][1] * 1e9 - memory))
+    card = replace(parse_gpus(likeliest), name=name, memory=memory)
+    return card if known else replace(card, has_bf16=True)
 
 
 def parse_gpus(text: str) -> Gpus:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -74,12 +75,14 @@ class TowerShape:
     def of_batch(self, batch: Batch) -> VisionWork:
         """The pictures of a micro-batch, on any device."""
         host = batch.on_host
-        if host.pixel_values is None:
+        if not host.images:
             return VisionWork()
         if getattr(self.model, "vision_grid", 0):
             return self._assembled().times(host.images)
-        if (grids := host.image_inputs.get("image_grid_thw")) is not None:
-            return self._of_grids(grids)
+        names = ("image_grid_thw", "video_grid_thw")
+        if grids := [host.image_inputs[name] for name in names if name in host.image_inputs]:
+            return self._of_grids(torch.cat(grids))
+        assert host.pixel_values is not None
         pixels = host.pixel_values
         if pixels.ndim < 4:  # patches without known grid sizes
             mean = pixels.shape[:-1].numel() / max(1, host.images)

@@ -83,7 +83,7 @@ def test_earlier_turns_and_the_system_prompt_belong_to_the_question() -> None:
         ({"prompt": USER, **SIDES, "tools": [{"a": 1}]}, "UNFOLLOWED_KEY.*tools"),
         ({"prompt": [ASKED], "chosen": [{**YES, "weight": 2}], "rejected": [NO]}, "UNFOLLOWED_KEY.*weighs an answer"),
         ({"messages": [ASKED, {**YES, "loss": False}, ASKED, YES], "rejected_response": BAD}, "UNFOLLOWED_KEY.*weigh"),
-        ({"prompt": USER, **SIDES, "kto_tag": False}, "UNFOLLOWED_KEY.*pairs alone"),
+        ({"prompt": USER, **SIDES, "kto_tag": False}, "UNFOLLOWED_KEY.*objective: kto"),
     ],
 )
 def test_what_is_no_pair_is_named(value: Any, message: str) -> None:

@@ -227,6 +227,20 @@ class TestRecords:
         assert [number_of(picture.rgb()) for picture in record.images] == [0, 6, 13, 19]
         assert record.image_names[1] == f"{tmp_path / 'a.mp4'}#frame=2of4"
 
+    def test_a_rate_shows_more_frames_of_a_longer_video(self, tmp_path: Path) -> None:
+        rules = PictureRules(folder=tmp_path.resolve(), video_fps=2.0)
+        where = Where(file=tmp_path, line=None, row=0)
+        for frames, expected in ((20, [0, 6, 13, 19]), (10, [0, 9]), (2, [0])):
+            write_video(tmp_path / "a.mp4", frames=frames)
+            record = parse_record({"video": "a.mp4", "conversations": QA}, where, rules)
+            assert [number_of(picture.rgb()) for picture in record.images] == expected
+        write_animation(tmp_path / "a.gif")
+        assert len(parse_record({"video": "a.gif", "conversations": QA}, where, rules).images) == 4
+        write_frames(tmp_path / "clip", 3)
+        for name, what in (("clip", "no frame rate; set video_frames"), ("gone.mp4", "gone.mp4")):
+            with pytest.raises(RecordError, match=what):
+                parse_record({"video": name, "conversations": QA}, where, rules)
+
     def test_every_form_names_videos(self, tmp_path: Path) -> None:
         answer = {"role": "assistant", "content": "a"}
         ask = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "what is <video>?"}]
@@ -321,8 +335,9 @@ class TestRecords:
             assert [number_of(picture.rgb()) for picture in source[0].images] == [0, 10, 19], name
 
     def test_no_frames_at_all_is_refused_by_the_recipe(self) -> None:
-        with pytest.raises(ConfigError, match="video_frames"):
-            SourceConfig(path="a.jsonl", video_frames=0)
+        for key in ("video_frames", "video_fps"):
+            with pytest.raises(ConfigError, match=key):
+                SourceConfig(path="a.jsonl", **{key: 0})
 
 
 class TestInTraining:
