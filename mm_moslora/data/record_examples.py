@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong, UnrenderedTools
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
@@ -197,7 +197,7 @@ def encode_record(
             truncate=config.too_long == "truncate",
             whole=config.train_on == "all",
         )
-    except (TooLong, SpecialTextError) as error:
+    except (TooLong, SpecialTextError, UnrenderedTools) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
 

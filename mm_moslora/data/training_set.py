@@ -209,7 +209,7 @@ class TrainingSet(SourceExamples):
             try:
                 record = self.record(index)
                 if self.words:
-                    self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
+                    self.words[index] = sum(len(turn.said.split()) for turn in record.turns)
                     if cache is not None and not headers:
                         continue
                 self.lengths[index] = self._measure(index, record)
@@ -232,7 +232,7 @@ class TrainingSet(SourceExamples):
     def _measure(self, index: int, record: Record) -> int:
         """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
-            characters = sum(len(turn.text) for turn in record.turns)
+            characters = sum(len(turn.said) for turn in record.turns)
             shown = sum(picture.count if isinstance(picture, Clip) else 1 for picture in record.images)
             tokens = 1 + int(characters * self._per_character) + shown * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
@@ -260,7 +260,7 @@ class TrainingSet(SourceExamples):
                 shortened += 1
             else:
                 tokens += int(encoded.input_ids.shape[0]) - encoded.images * self.encoder.tokens_per_image
-                characters += sum(len(turn.text) for turn in record.turns)
+                characters += sum(len(turn.said) for turn in record.turns)
         self.truncated = round(shortened / self._sampled * len(self))
         return tokens / max(1, characters)
 

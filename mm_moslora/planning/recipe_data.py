@@ -294,7 +294,7 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
 def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
         "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "context_answers",
-        "weighed", "tokens",
+        "weighed", "tools", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
         "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip

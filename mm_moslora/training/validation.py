@@ -188,7 +188,7 @@ class Validator:
         ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         picture = record.images[0] if record.images else None
         return SampleAnswer(
-            question=turns[-1].text, expected=record.turns[first].text,
+            question=turns[-1].text, expected=record.turns[first].said,
             prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
             image=picture.path if isinstance(picture, LocalPicture) else None,
         )  # fmt: skip

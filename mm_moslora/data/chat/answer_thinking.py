@@ -103,8 +103,9 @@ class AnswerThinking:
             return None
         marks = [MARK.format(index) for index in range(len(self.template.owners(roles)))]
         thinking, answer = MARK.format("think"), marks[-1]
-        texts = [self.template.render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
-        texts += [self.template.render(roles, marks, reasoning={key: thinking}) for key in REASONING]
+        # Templates that know a key may pass a block in the text through, and close it otherwise themselves (Nemotron).
+        texts = [self.template.render(roles, marks, reasoning={key: thinking}) for key in REASONING]
+        texts += [self.template.render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
         switches: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True})
         for switch in switches:
             prompt = self.template.render(roles[:-1], marks[:-1], prompt=True, **switch)

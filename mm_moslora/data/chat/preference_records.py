@@ -58,7 +58,7 @@ def parse_pair(value: Any, where: Where, rules: PictureRules) -> PreferencePair:
         what = "answers another conversation than the chosen answer"
         raise where.error(Code.NO_PAIR, "rejected", what, "only the last answers may differ")
     refuse_weights(chosen, rejected)
-    if chosen.turns[-1].text.strip() == rejected.turns[-1].text.strip():
+    if chosen.turns[-1].said.strip() == rejected.turns[-1].said.strip():
         remedy = "drop the record: it prefers nothing"
         raise where.error(Code.EQUAL_ANSWERS, "rejected", "equals the chosen answer", remedy)
     return PreferencePair(chosen=chosen, rejected=rejected)

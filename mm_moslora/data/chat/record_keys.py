@@ -6,9 +6,10 @@ is data about the record; `data check` counts and names it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm_moslora.data.chat.tool_records import RESULTS
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
@@ -16,7 +17,11 @@ MAX_TEXT = 2_000_000
 """Characters of one turn; longer ones are refused."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer's thinking in chat messages (transformers, vLLM, OpenRouter, gpt-oss)."""
-_SHOWN = {"id", "image", "images", "video", "videos"}
+TOOLS = ("tools", "functions")
+"""Keys of a record's tools; the second is OpenAI's older one."""
+CALLS = ("tool_calls", "function_call")
+"""Keys of an answer's calls; the second is OpenAI's older one."""
+_SHOWN = {"id", "image", "images", "video", "videos", *TOOLS}
 READ = {
     "conversations": _SHOWN | {"conversations", "system"},
     "messages": _SHOWN | {"messages", "system"},
@@ -27,8 +32,10 @@ READ = {
 """Form of a record, by the key that decides it -> keys that are read."""
 WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
 """Keys of an answer's weight in the loss: a truth value (ms-swift, Axolotl) or a number (OpenAI, ms-swift)."""
-READ_OF_TURN = {"from", "value", "role", "content", *REASONING, *WEIGHING}
+READ_OF_TURN = {"from", "value", "role", "content", *CALLS, *REASONING, *WEIGHING}
 """Keys of a turn that are read."""
+READ_OF_RESULT = {"name", "tool_call_id"}
+"""Keys of the turn of a tool that are read besides."""
 READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
 """Keys of a content part that are read."""
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
@@ -47,15 +54,13 @@ READ_OF_OBJECTIVE = {
 """Objective -> keys of a record that are read besides those of its conversation."""
 _PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
 _AVOIDED = "answers to be avoided are learned by their label (objective: kto) or in pairs (dpo); drop the record"
-_TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
+_CALLS = "write the calls into an answer of messages or conversations, or drop the record"
 _WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
 _SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
 _QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
 _CLASS = "; drop the key if it names a class"
 _OF_RECORD = {
     **dict.fromkeys(("chosen", *REJECTED, "rejected_images"), _PREFERENCE),
-    "tools": _TOOLS,
-    "functions": _TOOLS,
     "audio": _SOUND,
     "audios": _SOUND,
     "chat_template_kwargs": "model.thinking holds for all records; set it, and drop the key",
@@ -65,7 +70,7 @@ _OF_RECORD = {
 _OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
 """The same of a record with one question or caption."""
 _MASKING = dict.fromkeys(("loss_mask", "mask", "train_detail"), _WEIGHTS)
-_OF_TURN = {"tool_calls": _TOOLS, "function_call": _TOOLS, **_MASKING}
+_OF_TURN = dict.fromkeys(CALLS, _CALLS) | _MASKING
 """The same of a turn. Trainers read `mask` both ways."""
 _OF_PART = _OF_TURN | dict.fromkeys(WEIGHING, _WEIGHTS)
 """The same of a content part: an answer has one weight."""
@@ -90,9 +95,11 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
             raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
 
 
-def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False) -> None:
-    """Refuse a turn, or a part of one, with such a key; see `check_record`."""
-    remedies = _OF_PART if part else _OF_TURN
+def check_turn(
+    turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False, calls: bool = False
+) -> None:
+    """Refuse a turn, or a part of one, with such a key; `calls`: it may call tools. See `check_record`."""
+    remedies = _OF_PART if part else _MASKING if calls else _OF_TURN
     for key in turn.keys() & remedies.keys():
         value, weighs = turn[key], remedies[key] is _WEIGHTS
         if _is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
@@ -144,6 +151,11 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) ->
     return f"<think>\n{value.strip()}\n</think>\n\n"
 
 
+def given(value: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
+    """The first of some keys that is not empty, and its value; two empty texts without any."""
+    return next(((key, value[key]) for key in keys if not _is_empty(value.get(key))), ("", ""))
+
+
 def checked_text(value: Any, field: str, where: Where) -> str:
     """A text of a record.
 
@@ -174,7 +186,9 @@ def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     ignored = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
     turns = _objects(value.get(form))
     read = {"user", "assistant", *WEIGHING} if form == "texts" else READ_OF_TURN
-    ignored += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
+    for turn in turns:
+        own = READ_OF_RESULT if turn.get("from", turn.get("role")) in RESULTS else set()
+        ignored += [f"{form}[].{key}" for key in turn if key not in read | own]
     parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
     ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
     return tuple(dict.fromkeys(ignored))

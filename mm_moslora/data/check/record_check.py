@@ -68,6 +68,8 @@ class CheckReport:
     """Answers that weigh 0 in the loss, by their record or `data.supervise`."""
     weighed: int = 0
     """Usable records with other weights than 0 and 1."""
+    tools: int = 0
+    """Usable records with tools, calls or their results."""
     supervised_tokens: int = 0
     """Tokens of the answers and their ends of turn."""
     lengths: list[int] = field(default_factory=list)
@@ -276,13 +278,15 @@ class _RowCheck:
         answers = [turn.text for turn in fitting if turn.role == "assistant"]
         texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
-        content = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
+        content = repr([(turn.role, turn.said) for turn in record.turns] + record.image_names)
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
         learned = sum(turn.weight > 0 for turn in fitting if turn.role == "assistant")
         report.answers += learned
         report.context_answers += len(answers) - learned
+        tools = any(turn.tools for turn in record.turns)
+        report.tools += tools
         report.weighed += encoded.weights is not None
         report.turns[len(answers)] += 1
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
@@ -294,7 +298,7 @@ class _RowCheck:
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
-        report.endless += _ends(encoded) - self.ends != set()
+        report.endless += not tools and _ends(encoded) - self.ends != set()
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1

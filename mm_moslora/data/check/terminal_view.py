@@ -160,7 +160,7 @@ def _counts(report: CheckReport) -> Table:
         "with a video": report.videos,
         "different image files": len(report.images), "answers": report.answers,
         "answers as context (weight 0)": report.context_answers, "records with weights": report.weighed,
-        "tokens": report.tokens,
+        "records with tools": report.tools, "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
         "answers with thinking": report.thoughts, "answers with thinking left out": report.dropped_thoughts,
         "spelling special tokens (kept as text)": report.special_text,

@@ -31,7 +31,6 @@ def chat(*, record: dict | None = None, llava: bool = False, user: dict | None =
     ("loss_mask", [0, False], [1, True, None]),
     ("mask", [True, False, 1], [None, ""]),
     ("train_detail", [[{"begin_offset": 0}]], [[], None]),
-    ("tool_calls", [[{"function": {"name": "f"}}]], [[], None]),
 ])  # fmt: skip
 def test_keys_of_turns(key, bad, neutral, llava) -> None:
     for value in bad:
@@ -46,7 +45,6 @@ def test_keys_of_turns(key, bad, neutral, llava) -> None:
     ("chosen", ["a", {"role": "assistant", "content": "a"}], [None, ""]),
     ("rejected", ["a"], [None]),
     ("rejected_response", ["a", ["a"]], ["", None]),
-    ("tools", [[{"type": "function"}], '[{"name": "f"}]'], [[], "[]", None]),
     ("objects", [{"ref": ["a"], "bbox": [[1, 2, 3, 4]]}], [{"ref": [], "bbox": []}, {}, None]),
     ("label", [False, 0, 0.0, "false", "False", "0"], [True, 1, 3, "cat", None, float("nan"), ""]),
     ("labels", [[True, False], False], [[True], [0, 3], ["cat"], [], None]),
@@ -114,12 +112,21 @@ def test_a_question_is_never_learned_so_its_weight_means_nothing() -> None:
     assert parsed(chat(user={"loss": False, "weight": 0})).turns[1].text == "42"
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "observation"])
-def test_a_turn_of_a_tool_is_a_fault(role) -> None:
-    value = chat()
-    value["messages"].insert(1, {"role": role, "content": "{}"})
-    with pytest.raises(RecordError, match="BAD_ROLE"):
-        parsed(value)
+@pytest.mark.parametrize("answer", ["<think>\nIt is", " <think>", "<think>a<think>"])
+def test_thinking_without_an_end_is_a_fault(answer) -> None:
+    with pytest.raises(RecordError, match=r"^UNCLOSED_THINKING: .*opens <think> and does not close it; write </think>"):
+        parsed(chat(content=answer))
+    assert parsed(chat(content=f"{answer}</think>42")).turns[1].text
+    assert parsed(chat(content="Write <think> first.")).turns[1].text == "Write <think> first."
+
+
+def test_calls_belong_to_answers_of_conversations() -> None:
+    calls = {"tool_calls": [{"function": {"name": "f"}}]}
+    for value in (chat(user=calls), {"texts": [{"user": "what?", "assistant": "42"} | calls]}):
+        with pytest.raises(
+            RecordError, match=r"UNFOLLOWED_KEY: .*tool_calls: is a list; write the calls into an answer"
+        ):
+            parsed(value)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
