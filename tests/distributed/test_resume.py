@@ -81,16 +81,14 @@ def test_an_align_stage_resumes_exactly_and_on_other_ranks(parts, ranks, tmp_pat
         recipe = make_recipe(parts, tmp_path / name, zero)
         return write(replace(recipe, model=replace(recipe.model, language_mode="frozen")))
 
-    stages = ("zero1", "zero3")
-    halves = [f"{align(f'{stage}-{kind}', stage)}@{HALF}" for stage in stages for kind in ("resumed", "changed")]
-    ranks.run([*(align(f"{stage}-straight", stage) for stage in stages), *halves])
-    ranks.run([align(f"{stage}-resumed", stage) for stage in stages])
-    ranks.run([align("zero1-changed", "zero3"), align("zero3-changed", "none")], ranks=1)
-    for stage in stages:
-        straight = tmp_path / f"{stage}-straight"
-        assert hexed(tmp_path / f"{stage}-resumed") == hexed(straight)
-        assert weights(tmp_path / f"{stage}-resumed") == weights(straight)
-        assert losses(tmp_path / f"{stage}-changed") == pytest.approx(losses(straight), rel=1e-5)
+    halves = [f"{align(kind, 'zero3')}@{HALF}" for kind in ("resumed", "changed")]
+    ranks.run([align("straight", "zero3"), *halves])
+    ranks.run([align("resumed", "zero3")])
+    ranks.run([align("changed", "none")], ranks=1)
+    straight = tmp_path / "straight"
+    assert hexed(tmp_path / "resumed") == hexed(straight)
+    assert weights(tmp_path / "resumed") == weights(straight)
+    assert losses(tmp_path / "changed") == pytest.approx(losses(straight), rel=1e-5)
 
 
 def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path):
