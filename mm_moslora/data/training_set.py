@@ -22,7 +22,7 @@ from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import RecordExamples, SourceExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import SourceCache, TokenCache
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def source_caches(
     # The settings besides `max_length` that change the tokens; the defaults add nothing to the name of a cache.
     texts = " truncate" * (config.too_long == "truncate") + " all" * (config.train_on == "all")
     texts += " last" * (config.supervise == "last")
+    texts += "" if processing is None else f" boxes {processing.boxes} {_frames(processing)}"
     images: object = processing is not None
     if processing is not None and not processing.fixed:
         images = [len(ids) for ids in processing.placeholders([(2**side, 512) for side in range(6, 12)])]
@@ -55,6 +56,14 @@ def source_caches(
         )
         for file in examples.files
     ]  # fmt: skip
+
+
+def _frames(processing: ImageProcessing) -> str:
+    """What becomes of the pixels of two pictures, which decides how boxes are written."""
+    try:
+        return repr([processing.frame(size) for size in ((640, 480), (300, 900))])
+    except ModelError as error:  # records with boxes are refused for it
+        return str(error)
 
 
 def _of_videos(rules: PictureRules) -> str:

@@ -106,10 +106,10 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
         "bad" if owner.chat_template or parts.tokenizer.chat_template else "warn"
     )  # nothing to compare with
     recipe = Recipe(model=model, adapter=_adapter(parts))
-    probes = (_parts_found, _experts, _rows, _labels, _thinking, _exports, _logits, _step)
+    probes = (_parts_found, _experts, _rows, _labels, _thinking, _boxes, _exports, _logits, _step)
     findings = _findings(parts, probes, failed=failed)
     if gpus:
-        findings += _findings(parts, (lambda _: _memory(recipe, gpus),), failed="warn")
+        findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
     return list(findings)
 
 
@@ -189,6 +189,10 @@ def _small_model(config: PreTrainedConfig, owner: Any) -> PreTrainedModel:
     return small_family_model(config, words=words, accept=accept)
 
 
+_BOXED = (1000, 750)
+"""Width and height of a picture with boxes."""
+
+
 @functools.cache
 def _picture(size: tuple[int, int]) -> Image.Image:
     """Noise with a tint, so that no tile is plain."""
@@ -210,7 +214,7 @@ def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]
     """With sizes of their pictures; all with pictures where the processor takes no text alone."""
     if not is_multimodal(parts.model):
         return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
-    seeing = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
+    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
     try:
         _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
     except Exception:  # whatever the processor raises
@@ -347,6 +351,20 @@ def _thinking(parts: Parts) -> Iterator[ModelFinding]:
     yield ModelFinding(name="thinking", detail=detail)
 
 
+def _boxes(parts: Parts) -> Iterator[ModelFinding]:
+    processing = parts.image_processing
+    if processing is None:
+        return
+    if processing.boxes is None:
+        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
+        yield ModelFinding(name="boxes", detail=detail)
+        return
+    frame = processing.frame(_BOXED)
+    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
+    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
+    yield ModelFinding(name="boxes", detail=detail)
+
+
 def _logits(parts: Parts) -> Iterator[ModelFinding]:
     """Compares, and leaves the model as training has it."""
     model, owner = parts.model, parts.template_processor or parts.tokenizer
@@ -419,7 +437,7 @@ def _exports(parts: Parts) -> Iterator[ModelFinding]:
     yield ModelFinding(name="exports", detail=f"export --to {', '.join(ways)}{reasons}")
 
 
-def _memory(recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
+def _memory(_: Parts, *, recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
     best = (planned := plan(recipe, parse_gpus(gpus), _ROUND)).best
     if best is None:
         peak = planned.own.peak / 2**30

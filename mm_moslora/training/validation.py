@@ -24,6 +24,7 @@ from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.record_examples import written
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
@@ -182,6 +183,7 @@ class Validator:
         return samples
 
     def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
+        record = written(record, held_out.image_processing)
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
         seen = held_out.process(record, sum(turn.images for turn in turns))

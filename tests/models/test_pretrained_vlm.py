@@ -224,6 +224,13 @@ def test_a_picture_stands_in_on_a_rank_that_has_none(folders):
     assert all(parameter.grad is not None for parameter in seeing)
 
 
+def test_a_processor_that_prepares_no_pictures_is_named(folders):
+    processing = load_parts(ModelConfig(vlm=str(folders("qwen2_5_vl")))).image_processing
+    processing.processor.image_processor.do_resize = False
+    with pytest.raises(ModelError, match=r"Qwen2_5_VLProcessor prepares no picture of 33 x 47 pixels: .*do_resize"):
+        processing.process([picture(33, 47)])
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
 def test_tower_and_projector_train_when_the_recipe_says_so(family, folders, tmp_path):
     options = {"vision": VisionConfig(mode="last_n", last_n=1), "projector": ProjectorConfig(mode="full")}

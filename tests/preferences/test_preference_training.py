@@ -24,6 +24,7 @@ from mm_moslora.preferences import preference_training
 from mm_moslora.preferences.preference_setup import PairCollator, PreferenceRun, prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from mm_moslora.utils.files import read_json, sha256_of
 
@@ -329,9 +330,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(language_folder: Path, text_pair
 def test_a_batch_that_the_ranks_cannot_share_is_refused(
     language_folder: Path, text_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mm_moslora.preferences import preference_setup
-
-    monkeypatch.setattr(preference_setup.distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ConfigError, match=r"multiple of train.micro_batch times the number of ranks \(2 x 3\)"):
         prepare(make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}))
 

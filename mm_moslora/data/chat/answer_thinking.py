@@ -139,3 +139,8 @@ def thinks(answer: str) -> bool:
     """Whether an answer begins with thinking that is not empty."""
     block = _BLOCK.match(answer)
     return block is not None and bool(block[1].strip())
+
+
+def says_something(learned: str) -> bool:
+    """Whether what is learned of an answer is more than an empty block of thinking."""
+    return thinks(learned) or bool(learned[masked_block(learned) :].strip())

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, marked_spans
 from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
@@ -60,6 +60,12 @@ class UnrenderedTools(DataError):  # noqa: N818  (the name of the fault)
     """The chat template leaves out or refuses tools, their calls or their results."""
 
     code = Code.TOOLS_NOT_RENDERED
+
+
+class UnlearnedThinking(DataError):  # noqa: N818  (the name of the fault)
+    """An answer is thinking alone, and its thinking is not learned."""
+
+    code = Code.EMPTY_ANSWER
 
 
 class TooLong(DataError):  # noqa: N818  (the name of the fault)
@@ -212,6 +218,7 @@ class ConversationEncoder(AnswerThinking):
 
         Raises:
             TooLong: not even the first pair fits, or no supervised token would be left.
+            UnlearnedThinking: a learned answer would be its end of turn alone.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if not turns or turns[-1].role != "assistant":
@@ -303,7 +310,7 @@ class ConversationEncoder(AnswerThinking):
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(TextSpan(part, False))
+                    grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
             thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -325,9 +332,15 @@ class ConversationEncoder(AnswerThinking):
                     block.append(TextSpan(content[:length], False))
                     content = content[length:]
                 if thought or length:  # in tokens of its own, as a part of the prompt
-                    grown.run += block
+                    grown.run += marked_spans(turn, block)
                     block = []
-            answer = [*block, TextSpan(content, False), *self.tokens.spans(end)]
+            said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
+            if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
+                raise UnlearnedThinking(
+                    f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
+                    "template leaves out of what is learned; write an answer behind it, or drop the record"
+                )
+            answer = [*marked_spans(turn, [*block, TextSpan(content, False)]), *self.tokens.spans(end)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
@@ -345,18 +358,17 @@ class ConversationEncoder(AnswerThinking):
         grown.run += self.tokens.spans(text[start:])
 
     def _add_image(self, grown: _Growing) -> None:
-        ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
-        before, behind = "", ""
+        placed: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
         if grown.pictures is not None:
-            ids = grown.pictures[grown.images]
-            if isinstance(ids, str):
-                grown.run.append(TextSpan(ids, True))
-                grown.images += 1
-                return
-            before, ids, behind = self._joined(tuple(ids))
+            placed = grown.pictures[grown.images]
+        if isinstance(placed, str):
+            grown.run.append(TextSpan(placed, True))
+            grown.images += 1
+            return
+        before, ids, behind = self._joined(tuple(placed))
         grown.run += [TextSpan(before, True)] if before else []
         self._flush(grown)
-        grown.add(list(ids))
+        grown.add(ids)
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""

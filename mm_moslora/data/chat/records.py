@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mm_moslora.data.boxes.record_objects import Objects, check_objects, objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -34,15 +35,20 @@ from mm_moslora.data.chat.record_forms import (
 )
 from mm_moslora.data.chat.record_keys import (
     CALLS,
+    SPEAKER,
     TOOLS,
+    check_blocks,
     check_characters,
     check_record,
     check_turn,
     checked_text,
+    content_of,
     given,
     ignored_keys,
+    is_empty,
     thinking_of,
     weight_of,
+    weights_of_question,
 )
 from mm_moslora.data.chat.tool_records import (
     CALLING,
@@ -88,9 +94,13 @@ class Turn:
     them from typed text; None: every `<image>` is an image."""
     weight: float = 1.0
     """Of the tokens of an answer in the loss; 0: it is context."""
+    asked: tuple[tuple[str, float | None], ...] = ()
+    """What keys of a turn that is no answer ask for; see `record_keys.weights_of_question`."""
     tools: str = ""
     """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
     name of the call that a result answers."""
+    marked: bool = False
+    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
@@ -111,6 +121,16 @@ class Turn:
     def images(self) -> int:
         """Images and videos in this turn."""
         return len(self.parts()) - 1
+
+    def filled(self, fill: Callable[[str], str]) -> Turn:
+        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
+        first, *rest = map(fill, self.parts())
+        result, offsets = first, []
+        for mark, part in zip(self.marks, rest, strict=True):
+            offsets.append(len(result))
+            result += mark + part
+        own = tuple(offsets) if self.role == "user" else None
+        return replace(self, text=result, offsets=own, marked=True)
 
     @property
     def marks(self) -> list[str]:
@@ -154,6 +174,8 @@ class Record:
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
+    objects: Objects | None = None
+    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
     where: Where
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
@@ -209,7 +231,14 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns, shown = _with_videos(turns, shown, where)
-    return Record(id=name, turns=tuple(turns), images=tuple(shown), where=where, ignored=ignored_keys(value))
+    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
+    check_objects(
+        objects, [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
+        has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
+    )  # fmt: skip
+    return Record(
+        id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
+    )
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
@@ -294,16 +323,10 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         field = f"{key}[{index}]"
         if not isinstance(item, Mapping):
             raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object per turn")
-        speaker = item.get("from", item.get("role"))
-        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            what = f"role is {json.dumps(speaker, ensure_ascii=True, default=str)[:60]}"
-            raise where.error(
-                Code.BAD_ROLE, field, what, "use human and gpt, or user, assistant and tool, and system first"
-            )
+        speaker, role = _speaker(item, field, where)
         check_turn(item, role, field, where, calls=role == "assistant")
-        thinking = thinking_of(item, role, field, where)
-        content = item.get("value", item.get("content"))
+        content = content_of(item)
+        thinking = thinking_of(item, role, field, where, content=content)
         try:
             tools, content = _tools_of(item, role, content, calls)
         except ToolError as error:
@@ -317,11 +340,25 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         if role == "assistant":
             text = checked_text(thinking, field, where) + turn.text
             turn = replace(turn, text=text, weight=weight_of(item, field, where))
+        else:
+            turn = replace(turn, asked=tuple(weights_of_question(item, field)))
         turn = replace(turn, tools=tools)
         if speaker in CALLING and turns and turns[-1].role == "assistant":  # ms-swift: a turn for each call
             turn = _joined(turns.pop(), turn, calls, field, where)
         turns.append(turn)
     return turns, marks, True
+
+
+def _speaker(item: Mapping[str, Any], field: str, where: Where) -> tuple[str, Role]:
+    """The name of a turn's speaker, and its role."""
+    names = [item[key] for key in SPEAKER if not is_nothing(item.get(key))]
+    roles = [_ROLES.get(name) if isinstance(name, str) else None for name in names] or [None]
+    role = roles[0]
+    if role is None or roles != [role] * len(roles):
+        shown = " beside ".join(json.dumps(name, ensure_ascii=True, default=str)[:60] for name in names or [None])
+        remedy = "use human and gpt, or user, assistant and tool, and system first"
+        raise where.error(Code.BAD_ROLE, field, f"role is {shown}", remedy)
+    return str(names[0]), role
 
 
 def _offered(value: Mapping[str, Any], where: Where) -> str:
@@ -339,7 +376,7 @@ def _tools_of(item: Mapping[str, Any], role: Role, content: Any, calls: OpenCall
         return calls.answered(item), content
     if role != "assistant":
         return calls.called([]), content
-    if item.get("from", item.get("role")) in CALLING:
+    if given(item, SPEAKER)[1] in CALLING:
         content, called = thinking_before_call(content)
     else:
         key, called = given(item, CALLS)
@@ -386,12 +423,8 @@ def _check_roles(turns: list[Turn], where: Where) -> None:
             remedy = "questions and answers take turns, a question first"
             raise where.error(Code.ROLES_DO_NOT_ALTERNATE, field, f"is {turn.role}, expected {expected}", remedy)
         expected = "user" if turn.role == "assistant" else "assistant"
-        if turn.role == "assistant" and turn.text.lstrip().startswith("<think>") and "</think>" not in turn.text:
-            what, remedy = (
-                "opens <think> and does not close it",
-                "write </think> behind the thinking, or drop the record",
-            )
-            raise where.error(Code.UNCLOSED_THINKING, field, what, remedy)
+        if turn.role == "assistant":
+            check_blocks(turn.text, field, where)
         if turn.role == "assistant" and not turn.text.strip() and not turn.tools:
             raise where.error(
                 Code.EMPTY_ANSWER, field, "has no text to learn from", "write the answer or drop the turn"
