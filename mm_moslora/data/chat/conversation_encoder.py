@@ -352,7 +352,7 @@ class ConversationEncoder(AnswerThinking):
         return grown
 
     def _document(
-        self, turn: Turn, limit: int | None, pictures: Sequence[Sequence[int]] | None, *, truncate: bool
+        self, turn: Turn, limit: int | None, pictures: Sequence[Placeholders] | None, *, truncate: bool
     ) -> Encoded:
         """Tokenise a document: every text is supervised, and the end of a whole one; no chat template is used."""
         grown = _Growing(pictures=pictures)

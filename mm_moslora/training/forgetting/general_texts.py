@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import mm_moslora
@@ -11,7 +12,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.records import RecordSource, Turn
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.training.run_setup import Run
@@ -57,12 +58,17 @@ def _documents(path: str | None) -> list[Callable[[], Sequence[Turn]]]:
     if path is None or path.endswith(".txt"):
         text = read_text(GENERAL_TEXT if path is None else Path(path))
         parts = [part.strip() for part in text.split("\n\n") if part.strip()]
-        return [lambda part=part: [Turn(role="document", text=part, offsets=())] for part in parts]
+        return [partial(_document, part) for part in parts]
     source = open_source(SourceConfig(path=path))
-    return [lambda row=row: _without_pictures(source[row].turns) for row in range(len(source))]
+    return [partial(_turns, source, row) for row in range(len(source))]
 
 
-def _without_pictures(turns: Sequence[Turn]) -> Sequence[Turn]:
+def _document(text: str) -> Sequence[Turn]:
+    return [Turn(role="document", text=text, offsets=())]
+
+
+def _turns(source: RecordSource, row: int) -> Sequence[Turn]:
+    turns = source[row].turns
     if any(turn.images for turn in turns):
         raise TooLong("a record with pictures is no general text")
     return turns
