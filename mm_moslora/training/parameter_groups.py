@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
@@ -88,10 +88,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
 
 
 def _linear_weights(model: nn.Module) -> set[int]:
-    """Ids of the weights of linear layers, A, B and dense mixers among them, which map hidden features to others.
+    """Ids of the weights of linear layers, which map hidden features to others; A, B and mixers are such layers.
 
-    What else has two dimensions does not: tables and heads have a row for each token, queries and positions one for each
-    place, biases of experts and the A and B of stacked experts some for each expert.
+    Other tensors of two dimensions have a row for each token (tables, heads), place (queries, positions) or expert
+    (biases, routers), or hold several matrices beside each other (A and B of stacked experts).
     """
     linear, others = set(), set[int]()
     for module in model.modules():
@@ -100,8 +100,8 @@ def _linear_weights(model: nn.Module) -> set[int]:
             linear |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.ndim == 2}
         elif isinstance(module, nn.Embedding):
             inside.append(module)
-        elif isinstance(module, MoSLoRAExperts):
-            inside += [module.lora_A, module.lora_B, module.lora_mixer]
+        elif isinstance(module, ParamWrapper):
+            inside += [module.lora_A, module.lora_B, getattr(module, "lora_mixer", None)]
         elif isinstance(module, PreTrainedModel):
             inside.append(module.get_output_embeddings())
             with suppress(NotImplementedError):  # some towers name none
