@@ -29,6 +29,7 @@ from transformers import (
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
+from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.model_sizes import base_sizes, few_layers
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
@@ -84,6 +85,11 @@ class Parts:
         for owner in (self.tokenizer, self.processor) if thinking in ("always", "mask") else ():
             if isinstance(getattr(owner, "chat_template", None), str):
                 owner.chat_template = note_thinking(owner.chat_template)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer; none are known without weights."""
+        return [] if self.model is None else stop_token_ids(self.model, self.tokenizer.eos_token_id)
 
     @property
     def is_pretrained_vlm(self) -> bool:

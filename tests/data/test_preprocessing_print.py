@@ -40,6 +40,11 @@ from mm_moslora.utils.run_paths import PREPROCESSING
 ROOT = Path(__file__).parents[2]
 
 
+def as_hf(folder):
+    """What evaluation as `hf:FOLDER` finds: whether the preprocessing differs."""
+    return open_model(f"hf:{folder}", other_preprocessing=True).name.endswith(", other preprocessing")
+
+
 def stock_inputs(folder, **backend):
     """What a user of transformers gives the model."""
     processor = AutoProcessor.from_pretrained(folder, **backend)
@@ -69,6 +74,7 @@ def test_a_ready_made_model_agrees_with_its_export_and_with_its_own_processor(fa
     assert not check_preprocessing(folder, load(folder))
     if family != "paligemma":  # has no chat template, so every program words its prompts itself
         assert compare(folder, stock_inputs(folder)) == []
+        assert not as_hf(folder)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "resize", "crop", "anyres"])
@@ -80,6 +86,7 @@ def test_an_assembled_model_agrees_with_its_export_and_both_backends_of_its_proc
     assert not check_preprocessing(folder, load(folder))
     for backend in ("pil", "torchvision"):
         assert compare(folder, stock_inputs(folder, backend=backend)) == []
+    assert not as_hf(folder)
 
 
 def test_a_language_model_alone_has_a_fingerprint_of_its_prompt(language_folder, tmp_path):
@@ -193,7 +200,9 @@ def damaged(**changes):
              '{"format": 1, "prompt": [[1, 9999999999999, "a"]], "tensors": {}, "settings": {}, "versions": {}}',
              damaged(prompt=[[1, 10**9, "a"], [1, 1 - 10**9, "a"]]), damaged(prompt=[[1, "3", "a"]]),
              damaged(tensors={"a": {"shape": [1], "values": ["1.0", "x"]}}), damaged(tokens_per_picture={"1x1": []}),
-             damaged(settings={"video_frames": 3}), damaged(settings={"video_frames": ["x"]})],
+             damaged(settings={"video_frames": 3}), damaged(settings={"video_frames": ["x"]}),
+             damaged(settings={"video_frames": [10**9]}), damaged(settings={"video_frames": [-5]}),
+             damaged(settings={"video_fps": [1e9]}), damaged(question=[[1, 10**9, "a"]]), damaged(stop_ids=["x"])],
 )  # fmt: skip
 def test_a_damaged_file_is_one_error_that_says_what_to_do(text, assembled, tmp_path):
     folder = exported(load_parts(assembled()), tmp_path / "export")

@@ -1,7 +1,7 @@
 """How routers spread tokens over experts in training: shares, their variation, and the model's auxiliary loss.
 
-Shapes: G rows of S tokens, T tokens, E experts, K experts per token. Routers do not train; these numbers tell whether the adapters are
-trained by few tokens, and whether new data use other experts than the model was balanced for.
+Shapes: G rows of S tokens, T tokens, E experts, K experts per token. Routers do not train; these numbers tell
+whether the adapters are trained by few tokens, and whether new data use other experts than the model was balanced for.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ExpertBalance:
     """Counts the tokens of every expert from now on, while the model trains.
 
     A module with stacked parameters counts where it gets the experts of its tokens, whole numbers, as an argument: that
-    is how transformers calls experts. Models without such modules have no metrics. Padding, by the attention mask of the
-    forward pass, does not count.
+    is how transformers calls experts. Models without such modules have no metrics. Padding does not count: the
+    attention mask of the forward pass tells it.
 
     Args:
         model: with or without adapters.
