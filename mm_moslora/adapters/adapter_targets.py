@@ -20,14 +20,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import check_expression
-from mm_moslora.adapters.experts.expert_targets import not_excluded, refuse_left_out_experts, resolve_parameters
+from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
+from mm_moslora.adapters.experts.expert_targets import (
+    not_excluded,
+    refuse_left_out_experts,
+    resolve_parameters,
+    short_names,
+    stacked_parameters,
+)
 from mm_moslora.adapters.folder_format import is_inner, wrapper_paths
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tree import matched_path, named_adapter_layers, named_base_modules, unwrapped
-from mm_moslora.utils.errors import AdapterError, suggestion
+from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +87,40 @@ def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequen
         AdapterError: no such component, or a target that matches nothing or something that cannot be adapted.
     """
     return resolve_in(model, [component], targets, why_not=why_not_adaptable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptableTargets:
+    """What carries MoSLoRA in a component, in the form of `targets` and `target_parameters`."""
+
+    targets: str | list[str]
+    """`all-linear`, or names of linear layers where experts are left out."""
+    parameters: list[str]
+    """Ends of the names of stacked parameters."""
+    left_out: dict[str, str]
+    """Ends of the names of other stacked parameters, and the reasons."""
+
+
+def adaptable_targets(model: nn.Module, component: str = "") -> AdaptableTargets:
+    """The linear layers and the experts of a component that can be adapted.
+
+    Args:
+        model: without adapters.
+        component: see `resolve_targets`.
+    """
+    inside = _modules_of(component, dict(named_base_modules(model)))
+    parameters, left_out = [], {}
+    for name in short_names(path for path, _ in stacked_parameters(inside.items())):
+        try:
+            refuse_mishandled(model, resolve_parameters(model, [component], [name]))
+            parameters.append(name)
+        except AdapterError as error:
+            left_out[name] = reason_of(error)
+    targets: str | list[str] = ALL_LINEAR
+    if left_out and not parameters:
+        linear = _match(inside, ALL_LINEAR, _head_modules(model), with_experts=True)
+        targets = list(dict.fromkeys(path.rpartition(".")[2] for path in linear))
+    return AdaptableTargets(targets=targets, parameters=parameters, left_out=left_out)
 
 
 def resolve_in(

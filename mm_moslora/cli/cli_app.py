@@ -256,7 +256,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
     from mm_moslora.training.training_loop import train
 
-    if recipe.objective == "dpo":
+    if recipe.objective != "sft":
         from mm_moslora.preferences.preference_training import train_preferences
 
         return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)

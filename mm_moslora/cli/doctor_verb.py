@@ -37,7 +37,7 @@ def doctor(
     ----------
     recipe
         The recipe to be trained: YAML file, or the name of a shipped preset. Its settings are checked, and its packages
-        count as needed. Without one, only the required packages do.
+        count as needed. Without one, only the required packages do. With --families: names of families.
     distributed
         Check all ranks of a launcher together: versions, cards, network, clocks, the speed of every link, and each host
         as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
@@ -53,15 +53,15 @@ def doctor(
     gpus
         With --model: count memory on these cards, for example 8xA100-80G.
     families
-        Print a table of the image-text-to-text families of the installed transformers, probed on small random models.
-        Exit code 1 if one would train wrongly.
+        Print a table of the image-text-to-text families of the installed transformers, or of those that are named
+        (`model_type`), probed on small random models. Exit code 1 if one would train wrongly.
     """
-    if (model or families) and (recipe is not None or distributed or (model and families)):
+    if (model and (recipe is not None or distributed or families)) or (families and distributed):
         raise ConfigError("--model, --families, --distributed and a recipe ask for different checks. Give one of them.")
     if not model and (revision or random or gpus):
         raise ConfigError("--revision, --random and --gpus describe the model of --model, which is missing.")
     if families:
-        return _families()
+        return _families([] if recipe is None else [recipe, *overrides])
     if model:
         quiet_libraries()
         from mm_moslora.planning.model_doctor import diagnose_model
@@ -85,11 +85,11 @@ def doctor(
     return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
 
 
-def _families() -> int:
+def _families(kinds: list[str]) -> int:
     quiet_libraries()
     from mm_moslora.planning.model_doctor import family_table
 
-    lines, wrong = family_table()
+    lines, wrong = family_table(kinds)
     print("\n".join(lines))
     return int(wrong)
 

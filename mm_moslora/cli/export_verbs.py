@@ -133,7 +133,7 @@ def _hand_on(
     refuse_full_folder(output)  # before minutes of loading
     if to == "lora":
         # An assembled base is not published anywhere, so it is written too, in full precision.
-        assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
+        assembly = load(model, merge=False, base=base, packed="reload" if _writes_base(model) else "keep")
         check_preprocessing(model, assembly, accepted=other_preprocessing)
         with new_folder(output) as part:
             lora = export_lora(assembly, part, dtype=dtype_of(dtype), final=output)
@@ -146,7 +146,7 @@ def _hand_on(
         return 0
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
-    assembly = load(model, merge=False, base=base)
+    assembly = load(model, merge=False, base=base, packed="dense")
     check_preprocessing(model, assembly, accepted=other_preprocessing)
     if needs_adapter and assembly.peft_model is None:
         raise ConfigError(f"{model} has no adapter to merge. Write it unchanged with mm-moslora export --to hf.")

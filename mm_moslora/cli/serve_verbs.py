@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from mm_moslora.cli.eval_verbs import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.files import read_json
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
 
@@ -24,6 +25,8 @@ def chat(
     image: Path | None = None,
     question: str | None = None,
     max_new_tokens: int = 128,
+    tools: Path | None = None,
+    show_thinking: bool = False,
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Chat with a model in the terminal.
@@ -38,21 +41,42 @@ def chat(
         Ask this one question and exit.
     max_new_tokens
         Longest answer, tokens.
+    tools
+        JSON file with a list of tools (OpenAI's schemas) that the model may call; /result TEXT gives a result.
+    show_thinking
+        Show the thinking before an answer, which is folded otherwise; /thinking changes it.
     """
     find_checkpoint(model)
     if image is not None and not image.is_file():
         raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
+    offered = "" if tools is None else _tools_in(tools)
     quiet_libraries()
-    from mm_moslora.serve.terminal_chat import Chat, interactive
+    from mm_moslora.serve.inference.text_stream import ThinkingSplit
+    from mm_moslora.serve.terminal_chat import Chat, interactive, shown_call
 
-    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing)
+    talk = Chat.from_folder(
+        model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing, tools=offered
+    )
+    talk.shows_thinking = show_thinking
     if image is not None:
         talk.show(image)
     if question is not None:
-        print(talk.ask(question))
+        answer = talk.ask(question)
+        print(answer if show_thinking else ThinkingSplit().add(answer, last=True)[1])
+        print(*map(shown_call, talk.calls.waiting), sep="\n", end="\n" if talk.calls.waiting else "")
         return 0
     interactive(talk)
     return 0
+
+
+def _tools_in(path: Path) -> str:
+    """The tools of a JSON file."""
+    from mm_moslora.data.chat.tool_records import ToolError, offered_tools
+
+    try:
+        return offered_tools(read_json(path, list, linked=True))
+    except (OSError, ValueError, ToolError) as error:
+        raise DataError(f"--tools {path}: {error}. Give a JSON file with a list of OpenAI's schemas.") from error
 
 
 def serve(

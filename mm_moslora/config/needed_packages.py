@@ -33,8 +33,8 @@ def needs(recipe: Recipe) -> list[Need]:
 
 def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     zero = recipe.train.zero
-    if recipe.objective == "dpo":
-        yield "trl", "trl", "objective dpo"
+    if recipe.objective != "sft":
+        yield "trl", "trl", f"objective {recipe.objective}"
     elif zero != "none":
         yield "deepspeed", "deepspeed", f"train.zero {zero}"
     for tracker in recipe.track.trackers:

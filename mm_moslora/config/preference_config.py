@@ -1,4 +1,7 @@
-"""Recipes: learning from preferences (`objective: dpo`), and the settings that its trainer does not follow."""
+"""Recipes: learning from preferences and rewards, and the settings that TRL's trainers do not follow.
+
+The objectives are `dpo` (pairs of answers), `kto` (good and bad answers) and `grpo` (rewards of generated answers).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from mm_moslora.config.run_config import OptimConfig, TrainConfig, ValidateConfi
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import suggestion
 
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "kto", "grpo"]
+TRAINERS = {"dpo": "DPOTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer"}
+"""Objective -> the trainer of TRL that takes the steps."""
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -60,6 +65,72 @@ class PreferenceConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class KtoConfig:
+    """`objective: kto`: the loss on single answers that are good or bad. The reference is as for `PreferenceConfig`."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto compares with an estimate of the divergence, from the answers to other questions of a micro-batch."""
+    desirable_weight: float = 1.0
+    """Of good answers in the loss. Weight times number should not differ much between good and bad answers."""
+    undesirable_weight: float = 1.0
+    """Of bad answers in the loss."""
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, f"kto.beta is {self.beta}, expected more than 0.")
+        for name in ("desirable_weight", "undesirable_weight"):
+            value = getattr(self, name)
+            require(value > 0, f"kto.{name} is {value}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """`objective: grpo`: the model answers every question several times, and learns from the rewards of its answers."""
+
+    rewards: list[str] = field(default_factory=lambda: ["exact"])
+    """Names of `mm_moslora.preferences.rewards`, of entry points, or of functions in `reward_file`."""
+    reward_weights: list[float] | None = None
+    """One weight per reward; None: 1 each."""
+    reward_file: str | None = None
+    """A Python file with rewards of your own, which is executed; only with `trust_reward_file`."""
+    trust_reward_file: bool = False
+    """Execute `reward_file`."""
+    generations: int = 8
+    """Answers to every question; their mean reward is what each of them is compared with."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 1.0
+    """Of sampling."""
+    beta: float = 0.0
+    """Strength of the pull towards the reference, which is as for `PreferenceConfig`; 0: there is none."""
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
+    """How tokens are averaged: over a step (dapo), over each answer (grpo), over a micro-batch (bnpo), or by
+    `max_new_tokens` (dr_grpo)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation by which advantages are divided."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.rewards), "grpo.rewards is empty, expected the name of a reward, such as exact.")
+        require(len({*self.rewards}) == len(self.rewards), f"grpo.rewards is {self.rewards}: a name stands twice.")
+        weights = self.reward_weights
+        require(
+            weights is None or len(weights) == len(self.rewards),
+            f"grpo.reward_weights has {len(weights or ())} numbers and grpo.rewards {len(self.rewards)} names, "
+            "expected one weight per reward.",
+        )
+        require(
+            self.reward_file is None or self.trust_reward_file,
+            f"grpo.reward_file is {self.reward_file!r}, and grpo.trust_reward_file is false. The file would be "
+            "executed on this machine. Read it, and set grpo.trust_reward_file: true if you trust it.",
+        )
+        require(self.generations >= 2, f"grpo.generations is {self.generations}, expected 2 or more to compare.")
+        require(self.max_new_tokens >= 1, f"grpo.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
+        require(self.temperature > 0, f"grpo.temperature is {self.temperature}, expected more than 0.")
+        require(self.beta >= 0, f"grpo.beta is {self.beta}, expected 0 or more.")
+
+
 _NOT_FOLLOWED = {
     "model": ("quantisation", "attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
@@ -72,6 +143,7 @@ _NOT_FOLLOWED = {
 
 
 def refuse_unfit(
+    objective: Objective,
     *,
     model: ModelConfig,
     adapter: AdapterConfig,
@@ -79,16 +151,21 @@ def refuse_unfit(
     optim: OptimConfig,
     train: TrainConfig,
     validate: ValidateConfig,
+    kto: KtoConfig,
+    grpo: GrpoConfig,
 ) -> None:
-    """Refuse settings that learning from preferences cannot follow, before anything is loaded.
+    """Refuse settings that a trainer of TRL cannot follow, before anything is loaded.
 
     Args:
+        objective: not sft.
         model: section of the recipe, as are the others.
         adapter: see `model`.
         data: see `model`.
         optim: see `model`.
         train: see `model`.
         validate: see `model`.
+        kto: see `model`.
+        grpo: see `model`.
 
     Raises:
         ConfigError: names the key and what to do.
@@ -98,11 +175,21 @@ def refuse_unfit(
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
     require(
         not changed,
-        f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} set, which objective: dpo does not follow "
-        "(TRL's DPOTrainer trains). Leave it out.",
+        f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} set, which objective: {objective} does not "
+        f"follow (TRL's {TRAINERS[objective]} trains). Leave it out.",
     )
     for problem in _problems(model, data, train):
-        require(False, f"objective is dpo, and {problem}")
+        require(False, f"objective is {objective}, and {problem}")
+    require(
+        objective != "kto" or kto.loss_type != "kto" or train.micro_batch > 1,
+        f"objective is kto, and train.micro_batch is {train.micro_batch}: the divergence is estimated from the other "
+        "answers of a micro-batch. Set it to 2 or more, or kto.loss_type to apo_zero_unpaired.",
+    )
+    require(
+        objective != "grpo" or train.global_batch % grpo.generations == 0,
+        f"objective is grpo, and train.global_batch is {train.global_batch}, which counts answers: expected a multiple "
+        f"of grpo.generations ({grpo.generations}).",
+    )
 
 
 def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
@@ -117,9 +204,9 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
     if model.vision is not None and model.vision.feature_cache is not None:
         yield "model.vision.feature_cache is set, which TRL's trainer does not read. Leave it out."
     if data.too_long == "truncate":
-        yield "data.too_long is truncate: a pair whose answers are cut compares nothing. Choose refuse or drop."
+        yield "data.too_long is truncate: an answer that is cut is another answer. Choose refuse or drop."
     if data.order not in ("grouped", "random"):
-        yield f"data.order is {data.order}: pairs are always drawn at random. Leave it out."
+        yield f"data.order is {data.order}: records are always drawn at random. Leave it out."
     if train.zero not in ("auto", "none"):
         yield f"train.zero is {train.zero}: adapters are trained data-parallel, without DeepSpeed. Leave it out."
     if train.precision == "fp16":

@@ -14,7 +14,7 @@ import yaml
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
-from mm_moslora.config.preference_config import Objective, PreferenceConfig, refuse_unfit
+from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig, refuse_unfit
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
@@ -66,32 +66,41 @@ class Recipe(YamlRecipe):
     name: str = "run"
     """Display name."""
     objective: Objective = "sft"
-    """sft: learn the answers of records. dpo: learn from pairs of a chosen and a rejected answer, with TRL (see
-    `preference`)."""
+    """sft: learn the answers of records. With TRL: dpo from pairs of a chosen and a rejected answer (see `preference`),
+    kto from good and bad answers (see `kto`), grpo from rewards of generated answers (see `grpo`)."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """objective dpo only."""
+    kto: KtoConfig = field(default_factory=KtoConfig)
+    """objective kto only."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """objective grpo only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        if self.objective == "dpo":
+        for objective, section in (("dpo", "preference"), ("kto", "kto"), ("grpo", "grpo")):
+            value = getattr(self, section)
+            require(
+                self.objective == objective or value == type(value)(),
+                f"{section} is set, which only objective: {objective} reads. Set the objective, or leave it out.",
+            )
+        if self.objective != "sft":
             refuse_unfit(
+                self.objective,
                 model=self.model,
                 adapter=self.adapter,
                 data=self.data,
                 optim=self.optim,
                 train=self.train,
                 validate=self.validate,
+                kto=self.kto,
+                grpo=self.grpo,
             )
-        require(
-            self.objective == "dpo" or self.preference == PreferenceConfig(),
-            "preference is set, which only objective: dpo reads. Set the objective, or leave it out.",
-        )
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "

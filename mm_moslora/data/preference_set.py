@@ -1,6 +1,6 @@
-"""The preference set: makes pairs of examples, a chosen and a rejected answer, and counts records that cannot be used.
+"""The records of the other objectives: pairs of answers, judged answers and questions, and the count of unusable ones.
 
-Labels are those of `ConversationEncoder`, on the last answer alone, so a pair is asked and answered as in inference.
+Labels are those of `ConversationEncoder`, on the last answer alone, so a model is asked and answers as in inference.
 
 Shapes: ``T`` tokens of one example.
 """
@@ -10,47 +10,54 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
-from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
+from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, image_fault, placeholders_of
+from mm_moslora.data.quarantine import summary
+from mm_moslora.data.record_examples import SourceExamples, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
-class PreferenceSet(RecordExamples):
-    """All pairs of some sources.
+class AnswerSet(SourceExamples, Generic[Item]):
+    """All items of some sources; a subclass says what an item is.
 
-    The constructor reads and tokenises both answers of every record and reads the header of every picture, so that all
+    The constructor reads and tokenises all answers of every record and reads the header of every picture, so that all
     ranks know the bad records before the first step.
 
     Args:
-        sources: at least one.
-        encoder: tokenises.
-        image_processing: turns pictures into tensors; None for a language model alone.
-        config: the recipe's `data`.
-        settle: let `thinking: auto` of the encoder follow the chosen answers, see `thinking_form.settled`.
-        quarantine_path: file for bad records.
+        sources: as for `SourceExamples`, as are the others but the last.
+        encoder: see `sources`.
+        image_processing: see `sources`.
+        config: see `sources`.
+        settle: see `sources`.
+        quarantine_path: see `sources`.
         on_progress: called with (records read, all records) while the set is built.
 
     Raises:
         DataError: a file cannot be read, the share of bad records is too large, or no record is usable.
     """
+
+    objective: ClassVar[Objective]
+    sides: ClassVar[int] = 1
+    """Most items of a record; item ``n`` belongs to record ``n // sides``."""
 
     def __init__(
         self,
@@ -63,16 +70,14 @@ class PreferenceSet(RecordExamples):
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        files = open_sources(sources, pairs=True, processing=image_processing)
-        self.form: ThinkingForm | None = None
-        if settle:
-            encoder, self.form = settled(encoder, files)
-        super().__init__(files, encoder, image_processing, config)
-        self.quarantine = Quarantine(quarantine_path, len(self), config)
+        super().__init__(
+            sources, encoder, image_processing, config=config, objective=self.objective, settle=settle,
+            quarantine_path=quarantine_path,
+        )  # fmt: skip
         self.lengths = array("L")
-        """Tokens of the chosen and of the rejected example of every usable record, one after the other."""
+        """Tokens of all answers of every usable record with their questions, one after the other."""
         self.usable: list[int] = []
-        """Numbers of the records that were found usable when the set was built."""
+        """Numbers of the items that were found usable when the set was built."""
         self.with_pictures = 0
         for index in range(len(self)):
             try:
@@ -86,23 +91,30 @@ class PreferenceSet(RecordExamples):
             logger.warning("%d records cannot be used: %s", len(self.quarantine), summary(self.quarantine.codes))
         if not self.usable:
             raise DataError(
-                f"None of the {len(self)} records is a pair that can be learned from: "
+                f"None of the {len(self)} records can be learned from with objective: {self.objective}: "
                 f"{summary(self.quarantine.codes)}. The first one: {self.quarantine.first}"
             )
+
+    @abstractmethod
+    def answered(self, index: int) -> Sequence[Record]:
+        """The conversations of a record, one per answer; they share its pictures.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+
+    @abstractmethod
+    def load_item(self, number: int) -> Item:
+        """Make the item with a number; see `answered`."""
 
     @property
     def fingerprint(self) -> str:
         """A hash of the usable records and their lengths."""
         return hashlib.sha256(bytes(self.lengths) + bytes(array("L", self.usable))).hexdigest()
 
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commits of sources of the hub, by recipe key."""
-        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
-
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name; see `TrainingSet.identity`."""
-        return {f"the number of pairs of {key}": len(self.usable), f"the fingerprint of {key}": self.fingerprint[:12]}
+        return {f"the number of items of {key}": len(self.usable), f"the fingerprint of {key}": self.fingerprint[:12]}
 
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per answer."""
@@ -116,62 +128,175 @@ class PreferenceSet(RecordExamples):
             "tokens_per_record_longest": lengths[-1],
         }
 
-    def pair(self, number: int) -> tuple[Example, Example]:
-        """The usable pair with a number, chosen first; where its fault shows up now, the next one.
+    def item(self, number: int) -> Item:
+        """The usable item with a number, counted around; where its fault shows up now, the next one.
 
         Raises:
             DataError: `on_bad` is error, or the share of bad records is too large.
         """
-        for index in itertools.islice(itertools.cycle(self.usable), number, number + len(self.usable)):
+        start = number % len(self.usable)
+        for found in itertools.islice(itertools.cycle(self.usable), start, start + len(self.usable)):
             try:
-                return self.load_pair(index)
+                return self.load_item(found)
             except RecordError as error:
+                index = found // self.sides
                 if index not in self.quarantine:
                     logger.warning("Left out: %s", error)
                 self.quarantine.add(index, error)
-        raise DataError("No pair is left that can be used.")
+        raise DataError("No record is left that can be used.")
 
-    def load_pair(self, index: int) -> tuple[Example, Example]:
-        """Make the two examples of a record; they share its pictures.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
-        pair = self._pair(index)
-        pictures = self.process(pair.chosen, len(pair.chosen.images))
-        return self._example(pair.chosen, pictures), self._example(pair.rejected, pictures)
-
-    def _example(self, record: Record, pictures: Sequence[ProcessedImage]) -> Example:
+    def example(self, record: Record, pictures: Sequence[ProcessedImage]) -> Example:
+        """A conversation of which the last answer is learned."""
         encoded = self._encode(record, [picture.placeholders for picture in pictures])
         supervised = last_answer(encoded.supervised)
         return Example(id=record.id, input_ids=encoded.input_ids, supervised=supervised, pictures=pictures)
 
-    def _pair(self, index: int) -> PreferencePair:
-        source, row = self.source_and_row(index)
-        return self.files[source].parsed(row, parse_pair)
-
     def _measure(self, index: int) -> None:
         """Check a record as far as this is possible without decoding its pictures, and count it."""
-        pair = self._pair(index)
-        pictures = placeholders_of(pair.chosen, self.image_processing)
-        lengths = [len(self._encode(record, pictures).input_ids) for record in (pair.chosen, pair.rejected)]
-        for number, picture in enumerate(pair.chosen.images):
+        records = self.answered(index)
+        pictures = placeholders_of(records[0], self.image_processing)
+        lengths = [len(self._encode(record, pictures).input_ids) for record in records]
+        for number, picture in enumerate(records[0].images):
             try:
                 picture.size()
             except ImageError as error:
-                raise image_fault(pair.chosen, number, error) from error
+                raise image_fault(records[0], number, error) from error
         self.lengths.extend(lengths)
-        self.usable.append(index)
-        self.with_pictures += bool(pair.chosen.images)
+        self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
+        self.with_pictures += bool(records[0].images)
 
     def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
-        fixed = self.image_processing is None or self.image_processing.fixed
-        encoded = self.encode(record, None if fixed else pictures)
+        encoded = self.encode(record, None if self._fixed else pictures)
         if encoded.dropped_turns:
             what, limit = "does not fit with its last answer", self.config.max_length
             remedy = f"raise data.max_length ({limit}), or set data.too_long: drop"
             raise record.where.error(Code.TOO_LONG, "conversations", what, remedy)
         return encoded
+
+    @property
+    def _fixed(self) -> bool:
+        return self.image_processing is None or self.image_processing.fixed
+
+
+class PreferenceSet(AnswerSet[tuple[Example, Example]]):
+    """Pairs of examples, the chosen answer first; they share their pictures."""
+
+    objective = "dpo"
+
+    def answered(self, index: int) -> Sequence[Record]:
+        """See `AnswerSet.answered`."""
+        pair = self.pair(index)
+        return pair.chosen, pair.rejected
+
+    def load_item(self, number: int) -> tuple[Example, Example]:
+        """See `AnswerSet.load_item`."""
+        pair = self.pair(number)
+        pictures = self.process(pair.chosen, len(pair.chosen.images))
+        return self.example(pair.chosen, pictures), self.example(pair.rejected, pictures)
+
+    def pair(self, index: int) -> PreferencePair:
+        """The record with a number over all sources."""
+        source, row = self.source_and_row(index)
+        return self.files[source].parsed(row, parse_pair)
+
+
+class JudgedSet(AnswerSet[tuple[Example, bool]]):
+    """Examples with the judgement of their last answer; a pair is two of them.
+
+    Raises:
+        DataError: no answer is good, or none is bad.
+    """
+
+    objective, sides = "kto", 2
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.labels = bytearray()
+        """1 per usable item with a good answer."""
+        super().__init__(*args, **options)
+        if len({*self.labels}) < 2:
+            kind, other = ("good", "bad") if self.labels[0] else ("bad", "good")
+            raise DataError(
+                f"All {len(self.labels)} answers are {kind}, and objective: kto learns from good and bad ones. Add "
+                f"records with {other} answers, or set objective: sft to learn good answers alone."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """See `AnswerSet.fingerprint`; with the labels."""
+        return hashlib.sha256(f"{super().fingerprint} {self.labels.hex()}".encode()).hexdigest()
+
+    def answered(self, index: int) -> Sequence[Record]:
+        """See `AnswerSet.answered`."""
+        return [answer.record for answer in self.answers(index)]
+
+    def load_item(self, number: int) -> tuple[Example, bool]:
+        """See `AnswerSet.load_item`."""
+        index, side = divmod(number, self.sides)
+        answer = self.answers(index)[side]
+        pictures = self.process(answer.record, len(answer.record.images))
+        return self.example(answer.record, pictures), answer.good
+
+    def answers(self, index: int) -> tuple[JudgedAnswer, ...]:
+        """The judged answers of the record with a number over all sources."""
+        source, row = self.source_and_row(index)
+        return self.files[source].parsed(row, parse_judged)
+
+    def statistics(self) -> dict[str, float]:
+        """Counts for a report; those of good and of bad answers, too."""
+        return super().statistics() | {"good": sum(self.labels), "bad": self.labels.count(0)}
+
+    def _measure(self, index: int) -> None:
+        super()._measure(index)
+        self.labels += bytes(answer.good for answer in self.answers(index))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question for the model."""
+
+    prompt: Example
+    """Ends where the answer begins."""
+    text: str
+    """Of the last question."""
+    asked: AskedQuestion
+
+
+class QuestionSet(AnswerSet[Question]):
+    """Questions with their references."""
+
+    objective = "grpo"
+
+    def answered(self, index: int) -> Sequence[Record]:
+        """See `AnswerSet.answered`; with its first reference."""
+        return [self.asked(index).record]
+
+    def load_item(self, number: int) -> Question:
+        """See `AnswerSet.load_item`."""
+        asked = self.asked(number)
+        record = asked.record
+        pictures = self.process(record, len(record.images))
+        placeholders = None if self._fixed else [picture.placeholders for picture in pictures]
+        ids = self.encoder.encode_prompt(record.turns[:-1], pictures=placeholders)
+        none = torch.zeros(len(ids), dtype=torch.bool)
+        prompt = Example(id=record.id, input_ids=ids, supervised=none, pictures=pictures)
+        return Question(prompt=prompt, text=" ".join(record.turns[-2].parts()).strip(), asked=asked)
+
+    def asked(self, index: int) -> AskedQuestion:
+        """The record with a number over all sources."""
+        source, row = self.source_and_row(index)
+        question = self.files[source].parsed(row, parse_question)
+        if question.record.objects is not None:  # references would be compared in another form than the answers
+            what, remedy = "has boxes, which no reward reads", "drop the key, or use another objective"
+            raise question.record.where.error(Code.UNFOLLOWED_KEY, "objects", what, remedy)
+        return question
+
+
+SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]] = {
+    "dpo": PreferenceSet,
+    "kto": JudgedSet,
+    "grpo": QuestionSet,
+}
+"""Objective -> its records."""
 
 
 def last_answer(supervised: Tensor) -> Tensor:

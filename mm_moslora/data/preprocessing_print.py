@@ -388,6 +388,7 @@ def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[s
         "special_tokens": tokenizer.special_tokens_map,
         "thinking": encoder.thinking,
         "image_token": parts.image_token_id,
+        "boxes": None if parts.image_processing is None else parts.image_processing.boxes,
     }
     if images is not None:
         values |= {"image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast")}

@@ -6,19 +6,34 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
-from mm_moslora.config import DataConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
+import torch
+from PIL import Image
+
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
+from mm_moslora.config import DataConfig, Objective, SourceConfig
+from mm_moslora.data.boxes.record_objects import filler
+from mm_moslora.data.chat.conversation_encoder import (
+    ConversationEncoder,
+    Encoded,
+    TooLong,
+    UnlearnedThinking,
+    UnrenderedTools,
+)
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.images.video_clip import Clip, Frame
+from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import TokenCache
-from mm_moslora.utils.errors import reason_of
+from mm_moslora.utils.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -69,9 +84,15 @@ class RecordExamples:
         return self.files[source][row]
 
     def encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
+        """Tokenise a record; see `encode_record`. Picture headers are read if the tokens depend on the size.
+
+        Args:
+            record: to be tokenised; one with boxes may be `written` already.
+            pictures: see `encode_record`; None: as the headers say.
+        """
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
+        record = written(record, self.image_processing)
         return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
@@ -90,10 +111,17 @@ class RecordExamples:
         Raises:
             RecordError: the record cannot be used.
         """
-        record = self.record(index)
-        if self.image_processing is not None and not self.image_processing.fixed:
-            pictures = self.process(record, len(record.images))
-            encoded = self.encode(record, [picture.placeholders for picture in pictures])
+        record, processing = self.record(index), self.image_processing
+        if processing is not None and (record.objects or not processing.fixed):
+            images = decoded(record, len(record.images))
+            pictures = self._processed(record, images)
+            # Boxes are written for the pictures themselves: a header, and so a cache, may be wrong.
+            exact = written(record, processing, sizes=sizes_of(images))
+            encoded = self.encode(exact, [picture.placeholders for picture in pictures])
+            if processing.fixed and not torch.equal(encoded.input_ids, self.encoded(index, record).input_ids):
+                what = "are written for another size of the picture than its header or data.cache says"
+                remedy = "write the picture again, and delete the cache"
+                raise record.where.error(Code.BAD_BOX, "objects", what, remedy)
         else:
             encoded = self.encoded(index, record)
             pictures = self.process(record, encoded.images)
@@ -111,16 +139,103 @@ class RecordExamples:
         Raises:
             RecordError: a picture cannot be used.
         """
-        if self.image_processing is None or not count:
+        if self.image_processing is None:
             return []
-        images = []
-        for number, picture in enumerate(record.images[:count]):
-            try:
-                images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
+        return self._processed(record, decoded(record, count))
+
+    def _processed(self, record: Record, images: Sequence[Image.Image | Video]) -> list[ProcessedImage]:
+        if self.image_processing is None or not images:
+            return []
         with _refusals(record):
             return self.image_processing.process(images)
+
+
+def decoded(record: Record, count: int) -> list[Image.Image | Video]:
+    """The first pictures, as RGB, and videos of a record.
+
+    Raises:
+        RecordError: a picture cannot be used.
+    """
+    images: list[Image.Image | Video] = []
+    for number, picture in enumerate(record.images[:count]):
+        try:
+            images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
+        except ImageError as error:
+            raise image_fault(record, number, error) from error
+    return images
+
+
+def sizes_of(images: Sequence[Image.Image | Video]) -> list[tuple[int, int]]:
+    """Widths and heights of decoded pictures; records with boxes have no videos."""
+    return [(0, 0) if isinstance(image, Video) else image.size for image in images]
+
+
+def written(
+    record: Record, processing: ImageProcessing | None, *, sizes: Sequence[tuple[int, int]] | None = None
+) -> Record:
+    """A record with its boxes and points written into its texts, in the model's form; without them, the same record.
+
+    Args:
+        record: with `objects` or without.
+        processing: of the model; None: it has no vision encoder.
+        sizes: widths and heights of its pictures, upright; None: as their headers say, pictures of URLs are fetched.
+
+    Raises:
+        RecordError: a box does not lie in its picture, or in the part that the model sees; a picture has a fault.
+        ConfigError: the form of the model is not known.
+    """
+    if record.objects is None or processing is None:
+        return record
+    if sizes is None:
+        sizes = [_size(record, number) for number in range(len(record.images))]
+    fill = filler(record.objects, sizes, processing, record.where)
+    return replace(record, turns=tuple(turn.filled(fill) for turn in record.turns), objects=None)
+
+
+def _size(record: Record, number: int) -> tuple[int, int]:
+    picture = record.images[number]
+    try:
+        size = picture.size()
+        return picture.rgb().size if size is None and not isinstance(picture, Clip) else size or (0, 0)
+    except ImageError as error:
+        raise image_fault(record, number, error) from error
+
+
+class SourceExamples(RecordExamples):
+    """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
+
+    Args:
+        sources: at least one.
+        encoder: tokenises.
+        image_processing: turns pictures into tensors; None for a language model alone.
+        config: the recipe's `data`.
+        objective: what is learned from the records.
+        settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
+        quarantine_path: file for bad records.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        encoder: ConversationEncoder,
+        image_processing: ImageProcessing | None,
+        *,
+        config: DataConfig,
+        objective: Objective = "sft",
+        settle: bool = False,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        files = open_sources(sources, objective=objective, processing=image_processing)
+        self.form: ThinkingForm | None = None
+        if settle:
+            encoder, self.form = settled(encoder, files, config.supervise)
+        super().__init__(files, encoder, image_processing, config)
+        self.quarantine = Quarantine(quarantine_path, len(self), config)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits of sources of the hub, by recipe key."""
+        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
 def encode_record(
@@ -131,7 +246,7 @@ def encode_record(
     vision: bool,
     pictures: Sequence[Placeholders] | None = None,
 ) -> Encoded:
-    """Tokenise a record.
+    """Tokenise a record whose boxes are `written`.
 
     Args:
         record: to be tokenised.
@@ -144,10 +259,12 @@ def encode_record(
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
             has no vision encoder.
     """
-    if record.images and not vision:
-        raise record.where.error(
-            Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
-        )
+    _check_asked(record, config)
+    if (record.images or record.objects) and not vision:
+        what = f"{len(record.images)} images" if record.images else "objects of pictures"
+        raise record.where.error(Code.NO_VISION, "image", what, "set model.vision, or drop the record")
+    if record.objects is not None:
+        raise DataError("The boxes of the record are not in its texts. Call `written` before.")
     try:
         return encoder.encode(
             record.learned(config.supervise),
@@ -156,9 +273,20 @@ def encode_record(
             truncate=config.too_long == "truncate",
             whole=config.train_on == "all",
         )
-    except (TooLong, SpecialTextError) as error:
+    except (TooLong, SpecialTextError, UnlearnedThinking, UnrenderedTools) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
+
+
+def _check_asked(record: Record, config: DataConfig) -> None:
+    """Refuse a question that its own keys ask to be learned where it is context, or the other way round."""
+    learned = config.train_on == "all"
+    for field, weight in (asked for turn in record.turns for asked in turn.asked):
+        if weight != learned:
+            what = (
+                f"asks for another weight than {learned:d}, which data.train_on: {config.train_on} gives to questions"
+            )
+            raise record.where.error(Code.UNFOLLOWED_KEY, field, what, "drop the key, or set data.train_on")
 
 
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:

@@ -14,17 +14,15 @@ from mm_moslora.batch import Example, ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.record_examples import RecordExamples, image_fault
+from mm_moslora.data.quarantine import summary
+from mm_moslora.data.record_examples import RecordExamples, SourceExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import SourceCache, TokenCache
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +42,7 @@ def source_caches(
     # The settings besides `max_length` that change the tokens; the defaults add nothing to the name of a cache.
     texts = " truncate" * (config.too_long == "truncate") + " all" * (config.train_on == "all")
     texts += " last" * (config.supervise == "last")
+    texts += "" if processing is None else f" boxes {processing.boxes} {_frames(processing)}"
     images: object = processing is not None
     if processing is not None and not processing.fixed:
         images = [len(ids) for ids in processing.placeholders([(2**side, 512) for side in range(6, 12)])]
@@ -59,12 +58,20 @@ def source_caches(
     ]  # fmt: skip
 
 
+def _frames(processing: ImageProcessing) -> str:
+    """What becomes of the pixels of two pictures, which decides how boxes are written."""
+    try:
+        return repr([processing.frame(size) for size in ((640, 480), (300, 900))])
+    except ModelError as error:  # records with boxes are refused for it
+        return str(error)
+
+
 def _of_videos(rules: PictureRules) -> str:
     """The rules for videos that differ from the defaults, which earlier versions had."""
     return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
 
 
-class TrainingSet(RecordExamples):
+class TrainingSet(SourceExamples):
     """All records of some sources.
 
     The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
@@ -98,12 +105,9 @@ class TrainingSet(RecordExamples):
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        files = open_sources(sources, processing=image_processing)
-        self.form: ThinkingForm | None = None
-        if settle:
-            encoder, self.form = settled(encoder, files, config.supervise)
-        super().__init__(files, encoder, image_processing, config)
-        self.quarantine = Quarantine(quarantine_path, len(self), config)
+        super().__init__(
+            sources, encoder, image_processing, config=config, settle=settle, quarantine_path=quarantine_path
+        )
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
@@ -151,11 +155,6 @@ class TrainingSet(RecordExamples):
         usable, weights = array("L", self.usable), array("d", self.weights)
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
-
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commits of sources of the hub, by recipe key."""
-        return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name, wherever the files lie.
@@ -219,7 +218,7 @@ class TrainingSet(RecordExamples):
             try:
                 record = self.record(index)
                 if self.words:
-                    self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
+                    self.words[index] = sum(len(turn.said.split()) for turn in record.turns)
                     if cache is not None and not headers:
                         continue
                 self.lengths[index] = self._measure(index, record)
@@ -242,7 +241,7 @@ class TrainingSet(RecordExamples):
     def _measure(self, index: int, record: Record) -> int:
         """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
-            characters = sum(len(turn.text) for turn in record.turns)
+            characters = sum(len(turn.said) for turn in record.turns)
             shown = sum(picture.count if isinstance(picture, Clip) else 1 for picture in record.images)
             tokens = 1 + int(characters * self._per_character) + shown * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
@@ -270,7 +269,7 @@ class TrainingSet(RecordExamples):
                 shortened += 1
             else:
                 tokens += int(encoded.input_ids.shape[0]) - encoded.images * self.encoder.tokens_per_image
-                characters += sum(len(turn.text) for turn in record.turns)
+                characters += sum(len(turn.said) for turn in record.turns)
         self.truncated = round(shortened / self._sampled * len(self))
         return tokens / max(1, characters)
 

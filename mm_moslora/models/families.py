@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.config import BoxFormName
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -117,6 +119,8 @@ class VlmFamily:
     """Last parts of the paths of what makes visual tokens of features, as regular expressions; none: the tower."""
     processor: str = ""
     """Class of the processor, where it has a peculiarity named below."""
+    boxes: BoxFormName | None = None
+    """Form of boxes that its models were trained on, where their vocabulary does not show it."""
     packed: bool = False
     """Whether it trains on packed rows: attention is causal throughout, and `tests/models` tries it."""
     one_image_list: bool = False
@@ -125,6 +129,10 @@ class VlmFamily:
     """Whether the processor does not tile pictures that come together."""
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
+    one_by_one: bool = False
+    """Whether pictures are encoded one by one: several in a call would be taken for others."""
+    prefix: bool = False
+    """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
     """Image inputs that are read as numbers alone: they stay in main memory."""
     read_inputs: tuple[str, ...] = ()
@@ -148,10 +156,17 @@ VLMS = {
     "idefics3": VlmFamily(**_IDEFICS, processor="Idefics3Processor", packed=True),
     "smolvlm": VlmFamily(**_IDEFICS, processor="SmolVLMProcessor", packed=True),
     "internvl": VlmFamily(packed=True),
-    "qwen2_vl": VlmFamily(**_QWEN),
-    "qwen2_5_vl": VlmFamily(**_QWEN),
-    "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
-    "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True),  # a prefix sees what follows it
+    "qwen2_vl": VlmFamily(**_QWEN, processor="Qwen2VLProcessor", boxes="qwen2_vl"),
+    "qwen2_5_vl": VlmFamily(**_QWEN, processor="Qwen2_5_VLProcessor", boxes="qwen2_5_vl"),
+    "qwen3_vl": VlmFamily(
+        **_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}, processor="Qwen3VLProcessor",
+        boxes="qwen3_vl",
+    ),
+    "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
+    # The tower takes all pictures of a call for as large as the first.
+    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", projectors=("merger",), one_by_one=True),
+    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", projectors=("merger",), one_by_one=True),
+    "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 
@@ -164,10 +179,18 @@ PROJECTOR_ITSELF = re.compile(rf"(^|\.)({_PROJECTORS})$")
 """Finds projectors by their paths."""
 PROJECTOR = re.compile(rf"(^|\.)({_PROJECTORS}|image_newline)(\.|$)")
 """Finds what belongs to a projector, the newline embedding behind rows of patches included."""
-HOST_INPUTS = frozenset(name for family in VLMS.values() for name in family.host_inputs)
+PICTURE_TOKENS = "picture_tokens"
+"""An image input that no model takes, ``[N, tokens]``: what processors mark as a picture's besides the image token."""
+PICTURE_SHAPES = "picture_shapes"
+"""Another one, ``[N, tensors, dimensions]``: the shapes of tensors that a batch holds flat."""
+HOST_INPUTS = frozenset({PICTURE_TOKENS, PICTURE_SHAPES}.union(*(family.host_inputs for family in VLMS.values())))
 """Image inputs that models read as numbers and do nothing else with: they stay in main memory."""
 READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()))
 """Image inputs that the host reads: from main memory, so that it does not wait for the device."""
+
+
+_BOX_TOKENS: dict[str, BoxFormName] = {"<loc0000>": "paligemma", "<box>": "internvl"}
+"""Tokens of a ready-made model's vocabulary that show its form of boxes."""
 
 
 def tower_family(model_type: str) -> TowerFamily:
@@ -190,3 +213,10 @@ def processor_family(processor: Any) -> VlmFamily:
     """The family that a processor belongs to, where that has a peculiarity; the defaults for others."""
     kind = type(processor).__name__
     return next((family for family in VLMS.values() if family.processor == kind), VlmFamily())
+
+
+def box_form_of(processor: Any) -> BoxFormName | None:
+    """The form in which a ready-made model knows boxes; None: neither its family nor its vocabulary says it."""
+    vocabulary = processor.tokenizer.get_vocab()
+    shown = next((form for token, form in _BOX_TOKENS.items() if token in vocabulary), None)
+    return processor_family(processor).boxes or shown

@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,10 +20,10 @@ from transformers import (
 from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.memory_efficient.packed_weights import packing
 from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
-from mm_moslora.utils.package_requirements import install_command, is_installed
 
 Weights = Literal["all", "none", "shapes"]
 """How much of a model is loaded; see `mm_moslora.models.assembly.load_parts`."""
@@ -97,29 +96,15 @@ def load_language(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         language = load_base(
             AutoModelForCausalLM, name, revision=revision, dtype=dtype, device_map=device,
-            quantization_config=_quantisation(quantisation, dtype),
+            quantization_config=packing(quantisation, dtype),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."
         ) from error
-    _refuse_head_extras(language, name)
+    refuse_head_extras(language, name)
     savable_generation_config(language)
     return language, tokenizer
-
-
-def _quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if kind == "none":
-        return None
-    if not is_installed("bitsandbytes"):
-        raise ModelError(
-            f"model.quantisation is {kind}, which needs bitsandbytes. Run: {install_command('bitsandbytes')}"
-        )
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
@@ -152,8 +137,16 @@ def savable_generation_config(model: PreTrainedModel) -> None:
                 setattr(settings, name, None)
 
 
-def _refuse_head_extras(language: PreTrainedModel, name: str) -> None:
-    """LLaVA's head is one linear layer; a model that does more after it would be silently wrong."""
+def refuse_head_extras(language: PreTrainedModel, name: str) -> None:
+    """Refuse a model that does more behind its head, or has no plain one: LLaVA's head is one linear layer.
+
+    Args:
+        language: with or without weights.
+        name: for the message.
+
+    Raises:
+        ModelError: training would leave it out.
+    """
     text = language.config.get_text_config()
     extras = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
     for key, neutral in extras.items():

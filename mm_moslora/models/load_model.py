@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -21,9 +21,10 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.config import ModelConfig, Recipe, Thinking
+from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
+from mm_moslora.models.memory_efficient.packed_weights import is_packed, make_dense
 from mm_moslora.models.model_paths import resolve_model_paths
 from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
@@ -33,7 +34,7 @@ from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
-from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, PREPROCESSING, find_checkpoint
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,18 @@ def load(
     merge: bool = True,
     dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
-    quantised: bool = True,
+    packed: Literal["keep", "dense", "reload"] = "keep",
 ) -> Parts:
     """Load a model for inference.
 
     Args:
         path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
-        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`, and so are
-            adapters with mixers that depend on their input.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`. Adapters with
+            mixers that depend on their input stay live, and so do those on packed weights, which would be rounded anew.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
-        quantised: False loads a base in full that was trained on in 4 or 8 bits.
+        packed: for a run on a base of 4 or 8 bits. `keep`: as it trained; `dense`: with the same values in `dtype`, or
+            in float32 where adapters are merged; `reload`: the base's own weights, which were not rounded.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
@@ -66,7 +68,7 @@ def load(
     if base is not None and (is_checkpoint or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
     if is_checkpoint:
-        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, packed=packed)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
@@ -86,14 +88,18 @@ def model_of(folder: Path) -> ModelConfig:
     return resolve_model_paths(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, packed: str) -> Parts:
     recipe_model = recipe_of(folder).model
     projector = dataclasses.replace(recipe_model.projector, weights=None)  # which the checkpoint holds
     config = resolve_model_paths(dataclasses.replace(recipe_model, projector=projector), folder)
-    if not quantised:
+    if packed == "reload":
         config = dataclasses.replace(config, quantisation="none")
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = load_parts(config, dtype=torch.float32)
+    stays = packed == "keep" and config.quantisation != "none"
+    assembly = load_parts(config, dtype=dtype if stays else torch.float32)
+    if packed == "dense" and is_packed(assembly.model):
+        make_dense(assembly.model, torch.float32)
+        assembly.changed = True
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
@@ -117,6 +123,9 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
 def _merge(assembly: Parts) -> None:
     """Merge the adapter, unless it stays live: mixers that depend on their input, methods of PEFT without a merge."""
     assert assembly.peft_model is not None
+    if is_packed(assembly.model):
+        logger.info("The adapter stays live: merged, the packed weights would be rounded anew.")
+        return
     config = assembly.peft_model.peft_config["default"]
     if not isinstance(config, adapters.MoSLoRAConfig):
         try:
@@ -154,9 +163,8 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     try:
         assembly = _load_exported(named, dtype=torch.float32, revision=revision)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
+            f"The base model {str(named)!r} of {folder} does not load ({reason_of(error)}). Give it with --base."
         ) from error
     template = folder / "chat_template.jinja"
     if template.is_file() and notes_thinking(read_text(template)):
@@ -189,7 +197,8 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
     model = load_base(AutoModelForImageTextToText, folder, revision=revision, dtype=dtype).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
-        return pretrained_parts(processor, model=model, base=base, thinking=_thinking_of(processor.chat_template))
+        thinking = _thinking_of(processor.chat_template)
+        return pretrained_parts(processor, model=model, base=base, thinking=thinking, boxes=trained_boxes(folder))
     processor = AutoProcessor.from_pretrained(folder, revision=revision, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
@@ -208,9 +217,19 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
     return Parts(
         model=model, tokenizer=tokenizer, processor=processor, image=spec,
         tokens_per_image=int(model.config.image_seq_length), base=base, thinking=_thinking_of(tokenizer.chat_template),
+        boxes=trained_boxes(folder),
     )  # fmt: skip
 
 
 def _thinking_of(template: Any) -> Thinking:
     """The form in which the model of an export is asked, as its chat template records it."""
     return "always" if notes_thinking(template) else "auto"
+
+
+def trained_boxes(folder: str | Path) -> BoxChoice:
+    """The form of boxes that an export was trained with; auto where it holds none."""
+    try:
+        form = read_json(Path(folder) / PREPROCESSING)["settings"]["boxes"]
+    except (OSError, MoSLoRAError, KeyError, TypeError):  # of an earlier version, or damaged, which is said elsewhere
+        return "auto"
+    return next((name for name in get_args(BoxFormName) if name == form), "auto")

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from mm_moslora.adapters.experts.small_models import forget_lost_layers
 from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
@@ -152,4 +153,5 @@ def few_layers(config: Any) -> Any:
     config.num_hidden_layers = min(LAYERS, int(config.num_hidden_layers))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
+    forget_lost_layers(config)
     return config

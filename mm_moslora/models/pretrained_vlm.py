@@ -6,13 +6,16 @@ transformers: the decoder, the vision tower and what lies between them.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
+from mm_moslora.adapters.experts.expert_targets import short_names, stacked_parameters
 from mm_moslora.models.families import TOWER_PATHS
 from mm_moslora.models.model_sizes import load_base, refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
@@ -23,7 +26,7 @@ PICTURE = (640, 480)
 
 
 def load_pretrained_vlm(
-    name: str, revision: str | None, *, dtype: torch.dtype, device: torch.device | None = None
+    name: str, revision: str | None, *, dtype: torch.dtype, device: torch.device | None = None, packed: Any = None
 ) -> tuple[PreTrainedModel, Any]:
     """Load a ready-made model with its processor.
 
@@ -32,6 +35,7 @@ def load_pretrained_vlm(
         revision: on the hub.
         dtype: of the weights.
         device: of the weights, read straight to it; None: main memory. On `meta` they are not read.
+        packed: what to pack while reading; None: nothing.
 
     Raises:
         ModelError: nothing there, or no image-text-to-text model.
@@ -40,7 +44,12 @@ def load_pretrained_vlm(
     processor = load_pretrained_processor(name, revision)
     try:
         model: PreTrainedModel = load_base(
-            AutoModelForImageTextToText, name, revision=revision, dtype=dtype, device_map=device
+            AutoModelForImageTextToText,
+            name,
+            revision=revision,
+            dtype=dtype,
+            device_map=device,
+            quantization_config=packed,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -131,3 +140,34 @@ def side_of(tower: Any, key: str) -> int:
     """
     value = getattr(tower, key, None) or 0
     return int(value if isinstance(value, int) else max(value))
+
+
+def outside_decoder(config: PreTrainedConfig, kind: str) -> list[str]:
+    """Paths of a ready-made model's parts besides the language model, which stay dense: head, tower, projector.
+
+    Args:
+        config: of the model.
+        kind: the recipe's `model.quantisation`, for the message.
+
+    Raises:
+        ModelError: experts, which bitsandbytes does not pack, are most of the language model.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=False)
+    path = decoder_path(model)
+    decoder = model.get_submodule(path)
+    experts = dict(stacked_parameters(decoder.named_modules()))
+    share = sum(weight.numel() for weight in experts.values()) / sum(weight.numel() for weight in decoder.parameters())
+    if share > 0.5:
+        raise ModelError(
+            f"model.quantisation is {kind}, but {share:.0%} of the language model's weights are experts in stacked "
+            f"parameters ({', '.join(short_names(experts))}), which bitsandbytes does not pack. Leave quantisation out."
+        )
+    parents = [path[:at] for at, letter in enumerate(path) if letter == "."]
+    return [
+        f"{parent}.{name}" if parent else name
+        for parent in ("", *parents)
+        for name, _ in model.get_submodule(parent).named_children()
+        if not f"{path}.".startswith(f"{parent}.{name}." if parent else f"{name}.")
+    ]

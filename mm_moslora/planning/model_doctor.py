@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -27,9 +29,10 @@ from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.export.export_huggingface import why_not_stock
 from mm_moslora.models.export.export_llava_checkpoint import why_not_original
 from mm_moslora.models.export.gguf_model import why_not_gguf
+from mm_moslora.models.language_model import refuse_head_extras
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.model_sizes import sizes_of
-from mm_moslora.models.pretrained_vlm import load_pretrained_processor
+from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import (
     LossModule,
@@ -41,10 +44,10 @@ from mm_moslora.models.vlm import (
 )
 from mm_moslora.planning.doctor import Diagnosis, Status
 from mm_moslora.planning.run_plan import DataSize, plan
-from mm_moslora.planning.small_families import default_config, small_vlm, stand_in_processor
+from mm_moslora.planning.small_families import default_config, sees, small_family_model, stand_in_processor
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
-from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.errors import ConfigError, reason_of, suggestion
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
@@ -55,6 +58,8 @@ BLIND = (
     Turn(role="user", text="Say one."), Turn(role="assistant", text="One."),
     Turn(role="user", text="And two?"), Turn(role="assistant", text="Two, as you wish."),
 )  # fmt: skip
+_WIDE, _TALL = (64, 48), (90, 120)
+"""Sizes of two pictures: processors cut and join others otherwise."""
 _ROUND = DataSize(samples=100_000, tokens=600)
 """Size of the data for which memory is counted: the setting that is fastest depends little on it."""
 
@@ -87,23 +92,24 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     if gpus:
         parse_gpus(gpus)  # before anything is loaded
     config = sizes_of(name, revision, key="--model")
-    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config")
-    if sees:
+    if sees(config):
         model = ModelConfig(vlm=name, vlm_revision=revision)
     else:
         model = ModelConfig(language=name, language_revision=revision)
-    if small and not sees:
-        raise ModelError(f"--random builds vision-language models, and {name} is a language model. Leave it out.")
-    parts = _small_parts(config, load_pretrained_processor(name, revision)) if small else load_parts(model)
+    parts = load_parts(model, weights="none" if small else "all")
+    if small:
+        parts.model = _small_model(config, parts.template_processor or parts.tokenizer)
+        if parts.processor is None:
+            refuse_head_extras(parts.model, name)
     owner = parts.template_processor or parts.tokenizer
     failed: Status = (
         "bad" if owner.chat_template or parts.tokenizer.chat_template else "warn"
     )  # nothing to compare with
-    probes = (_parts_found, _rows, _labels, _thinking, _exports, _logits, _step)
+    recipe = Recipe(model=model, adapter=_adapter(parts))
+    probes = (_parts_found, _experts, _rows, _labels, _thinking, _boxes, _exports, _logits, _step)
     findings = _findings(parts, probes, failed=failed)
     if gpus:
-        recipe = Recipe(model=model)
-        findings += _findings(parts, (lambda _: _memory(recipe, gpus),), failed="warn")
+        findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
     return list(findings)
 
 
@@ -115,20 +121,32 @@ def family_table(kinds: Sequence[str] = ()) -> tuple[list[str], bool]:
 
     Returns:
         Lines of a Markdown table, and whether a family would train wrongly.
+
+    Raises:
+        ConfigError: transformers has no such family.
     """
+    known = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError(
+                f"transformers {transformers.__version__} has no image-text-to-text family {kind!r}."
+                f"{suggestion(kind, known)} Expected the model_type of a configuration, such as qwen3_vl."
+            )
     lines = [
         "| family | rows | conversations of a row | labels | logits | a step of MoSLoRA |",
         "|---|---|---|---|---|---|",
     ]
     wrong = False
-    for kind in kinds or sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    for kind in kinds or known:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = default_config(kind)
-                findings = _findings(
-                    _small_parts(config, stand_in_processor(config)), (_rows, _labels, _logits, _step), failed="warn"
+                processor = stand_in_processor(config)
+                parts = pretrained_parts(
+                    processor, model=_small_model(config, processor), base={"vlm": kind, "vlm_revision": None}
                 )
+                findings = _findings(parts, (_rows, _labels, _logits, _step), failed="warn")
         except Exception as error:  # whatever a family's classes raise is the finding
             lines.append(f"| `{kind}` | not tried: {_cell(f'{reason_of(error)}')} | | | | |")
             continue
@@ -158,44 +176,56 @@ def _findings(parts: Parts, probes: Sequence[Probe], *, failed: Status) -> list[
     return findings
 
 
-def _small_parts(config: PreTrainedConfig, processor: Any) -> Parts:
-    """A small random model with a processor, which computes with a picture."""
-    inputs = _stock_inputs(processor, SIGHTED)
-    words = max(len(processor.tokenizer), int(getattr(config.get_text_config(), "pad_token_id", 0) or 0) + 1)
+def _small_model(config: PreTrainedConfig, owner: Any) -> PreTrainedModel:
+    """A small random model that computes with what its processor or tokenizer makes of a conversation."""
+    tokenizer, seeing = getattr(owner, "tokenizer", owner), sees(config)
+    inputs = _stock_inputs(owner, SIGHTED if seeing else BLIND)
+    words = max(len(tokenizer), int(getattr(config.get_text_config(), "pad_token_id", 0) or 0) + 1)
 
     def accept(model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(**inputs)
 
-    model = small_vlm(config, words=words, accept=accept)
-    return pretrained_parts(processor, model=model, base={"vlm": config.model_type, "vlm_revision": None})
+    return small_family_model(config, words=words, accept=accept)
+
+
+_BOXED = (1000, 750)
+"""Width and height of a picture with boxes."""
 
 
 @functools.cache
-def _picture() -> Image.Image:
+def _picture(size: tuple[int, int]) -> Image.Image:
     """Noise with a tint, so that no tile is plain."""
-    noise = Image.effect_noise((64, 48), 60).convert("RGB")
+    noise = Image.effect_noise(size, 60).convert("RGB")
     return Image.blend(noise, Image.new("RGB", noise.size, (200, 30, 30)), 0.5)
 
 
-def _stock_inputs(owner: Any, turns: Sequence[Turn]) -> dict[str, Any]:
-    """What a processor or tokenizer itself makes of a conversation and `_picture`."""
+def _stock_inputs(owner: Any, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> dict[str, Any]:
+    """What a processor or tokenizer itself makes of a conversation and a picture of this size."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         text = turn.text.replace("<image>\n", "")
-        parts = [{"type": "image", "image": _picture()}] * turn.images + [{"type": "text", "text": text}]
+        parts = [{"type": "image", "image": _picture(size)}] * turn.images + [{"type": "text", "text": text}]
         messages.append({"role": turn.role, "content": parts if hasattr(owner, "image_processor") else text})
     return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
 
 
-def _conversations(parts: Parts) -> list[Sequence[Turn]]:
-    return [BLIND, SIGHTED] if is_multimodal(parts.model) else [BLIND, BLIND[2:]]
+def _conversations(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]:
+    """With sizes of their pictures; all with pictures where the processor takes no text alone."""
+    if not is_multimodal(parts.model):
+        return [(BLIND, _WIDE), (BLIND[2:], _WIDE)]
+    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, _WIDE), (SIGHTED, _TALL)]
+    try:
+        _stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
+    except Exception:  # whatever the processor raises
+        return seeing
+    return [(BLIND, _WIDE), *seeing]
 
 
-def _example(parts: Parts, turns: Sequence[Turn]) -> Example:
+def _example(parts: Parts, turns: Sequence[Turn], size: tuple[int, int] = _WIDE) -> Example:
     """A conversation as training encodes it."""
     processing = parts.image_processing
-    pictures = processing.process([_picture()]) if processing and any(turn.images for turn in turns) else []
+    pictures = processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
     encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in pictures])
     return Example(id="probe", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
 
@@ -210,6 +240,28 @@ def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
         seeing += "; a video stays a video" if whole else "; a video becomes pictures"
     detail = f"{type(model).__name__}: decoder {type(model.get_decoder()).__name__}{seeing}"
     yield ModelFinding(name="class and parts", detail=detail)
+
+
+def _experts(parts: Parts) -> Iterator[ModelFinding]:
+    """Only of models that have some."""
+    found = _adaptable(parts)
+    if found.parameters:
+        yield ModelFinding(name="experts", detail=f"set adapter.target_parameters: {found.parameters}")
+    for name, reason in found.left_out.items():
+        yield ModelFinding(
+            name="experts", status="warn", detail=f"{name} cannot carry an adapter: {reason}",
+            remedy=f"Set adapter.targets: {found.targets}." if not found.parameters else "They stay as they are.",
+        )  # fmt: skip
+
+
+def _adaptable(parts: Parts) -> AdaptableTargets:
+    model = parts.model
+    return adaptable_targets(model, decoder_path(model) if is_multimodal(model) else "")
+
+
+def _adapter(parts: Parts) -> AdapterConfig:
+    found = _adaptable(parts)
+    return AdapterConfig(targets=found.targets, target_parameters=found.parameters)
 
 
 def _rows(parts: Parts) -> Iterator[ModelFinding]:
@@ -245,9 +297,9 @@ def _rows(parts: Parts) -> Iterator[ModelFinding]:
 
 def _labels(parts: Parts) -> Iterator[ModelFinding]:
     faults, shown = [], ""
-    for turns in _conversations(parts):
-        example = _example(parts, turns)
-        expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns)["input_ids"][0].tolist()
+    for turns, size in _conversations(parts):
+        example = _example(parts, turns, size)
+        expected = _stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
         ids = example.input_ids.tolist()
         other = next((at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), None)
         if other is not None or len(ids) > len(expected):
@@ -299,14 +351,28 @@ def _thinking(parts: Parts) -> Iterator[ModelFinding]:
     yield ModelFinding(name="thinking", detail=detail)
 
 
+def _boxes(parts: Parts) -> Iterator[ModelFinding]:
+    processing = parts.image_processing
+    if processing is None:
+        return
+    if processing.boxes is None:
+        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
+        yield ModelFinding(name="boxes", detail=detail)
+        return
+    frame = processing.frame(_BOXED)
+    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
+    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
+    yield ModelFinding(name="boxes", detail=detail)
+
+
 def _logits(parts: Parts) -> Iterator[ModelFinding]:
     """Compares, and leaves the model as training has it."""
     model, owner = parts.model, parts.template_processor or parts.tokenizer
     conversations = _conversations(parts)
-    examples, expected = [_example(parts, turns) for turns in conversations], []
+    examples, expected = [_example(parts, *conversation) for conversation in conversations], []
     with torch.no_grad():
-        for turns, example in zip(conversations, examples, strict=True):
-            logits = model(**_stock_inputs(owner, turns)).logits[0, : example.length - 1]
+        for conversation, example in zip(conversations, examples, strict=True):
+            logits = model(**_stock_inputs(owner, *conversation)).logits[0, : example.length - 1]
             expected.append(logits[example.supervised[1:]])
     recipe = _as_trained(parts)
     prepare_execution(model, recipe, kernels_of(recipe, "fp32"), "fp32")
@@ -326,7 +392,7 @@ def _as_trained(parts: Parts) -> Recipe:
     """Put in adapters that change nothing yet; dropout is off."""
     seen = parts.is_pretrained_vlm
     model = ModelConfig(vlm="probe" if seen else None, language=None if seen else "probe", kernels="torch")
-    recipe = Recipe(model=model, adapter=AdapterConfig(dropout=0.0))
+    recipe = Recipe(model=model, adapter=_adapter(parts))
     attach_adapters(parts, recipe.model, recipe.adapter)
     for module in parts.model.train().modules():
         for name, value in vars(module).items():
@@ -338,16 +404,21 @@ def _as_trained(parts: Parts) -> Recipe:
 
 
 def _step(parts: Parts) -> Iterator[ModelFinding]:
-    batch = Batch.from_examples([_example(parts, turns) for turns in _conversations(parts)])
+    if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before says why
+        yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
+        return
+    batch = Batch.from_examples([_example(parts, *conversation) for conversation in _conversations(parts)])
     loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
     loss.backward()
     trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}
     without = [name for name, weight in trained.items() if weight.grad is None or not weight.grad.isfinite().all()]
-    size, layers = sum(weight.numel() for weight in trained.values()), sum("lora_mixer" in name for name in trained)
-    detail = f"MoSLoRA trains {size:,} values in {layers} layers of the language model"
+    size, mixers = sum(weight.numel() for weight in trained.values()), [n for n in trained if "lora_mixer" in n]
+    experts = sum(trained[name].ndim > 2 for name in mixers)
+    layers = f"{len(mixers) - experts} layers{f', {experts} stacks of experts' if experts else ''}"
+    detail = f"MoSLoRA trains {size:,} values in {layers} of the language model"
     yield ModelFinding(
         name="a training step", status="bad" if without else "ok",
-        brief=f"no gradient for {len(without)} of {len(trained)}" if without else f"{layers} layers",
+        brief=f"no gradient for {len(without)} of {len(trained)}" if without else layers,
         detail=f"{detail}, but {len(without)} of {len(trained)} factors get no finite gradient, such as {without[0]}"
         if without else f"{detail}, and every factor gets a finite gradient",
         remedy="Leave these layers out of adapter.targets." if without else "",
@@ -366,7 +437,7 @@ def _exports(parts: Parts) -> Iterator[ModelFinding]:
     yield ModelFinding(name="exports", detail=f"export --to {', '.join(ways)}{reasons}")
 
 
-def _memory(recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
+def _memory(_: Parts, *, recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
     best = (planned := plan(recipe, parse_gpus(gpus), _ROUND)).best
     if best is None:
         peak = planned.own.peak / 2**30

@@ -34,7 +34,7 @@ from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.data.record_examples import encode_record, placeholders_of
+from mm_moslora.data.record_examples import encode_record, placeholders_of, written
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
 from mm_moslora.launch.shard import Shard, finished, refuse_others
@@ -154,7 +154,7 @@ def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
     content = {
         f"content of data.{name}.{number}": file.fingerprint()
         for name, sources in data_sets(recipe)
-        for number, file in enumerate(open_sources(sources, pairs=_pairs(recipe)))
+        for number, file in enumerate(open_sources(sources, objective=recipe.objective))
     }
     work = {"data": as_plain(recipe.data), "model": as_plain(recipe.model), "encoder": parts.encoder.fingerprint()}
     return parse_object(json.dumps(work | content))
@@ -250,11 +250,6 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
     return size, f"Size of the data: {how} {sum(counts):,} records; {lost:,} of those read cannot be used."
 
 
-def _pairs(recipe: Recipe) -> bool:
-    """Whether the records are pairs of answers; the chosen ones are looked at."""
-    return recipe.objective == "dpo"
-
-
 def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
     """The sources of the training data, and of the validation data if there are any."""
     sets = [("train", recipe.data.train)]
@@ -278,7 +273,7 @@ def _check(
         return check(
             sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
             image_processing=parts.image_processing, decode=decode,
-            processes=processes, shard=shard, pairs=_pairs(recipe), on_progress=progress.of,
+            processes=processes, shard=shard, objective=recipe.objective, on_progress=progress.of,
         )  # fmt: skip
 
 
@@ -298,8 +293,8 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
 
 def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
-        "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "context_answers",
-        "weighed", "tokens",
+        "records", "usable", "text_only", "one_image", "several_images", "videos", "boxes", "answers",
+        "context_answers", "weighed", "tools", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
         "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip
@@ -348,7 +343,7 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
 
 def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
     parts = parts_of(recipe)
-    files = open_sources(recipe.data.train, pairs=_pairs(recipe), processing=parts.image_processing)
+    files = open_sources(recipe.data.train, objective=recipe.objective, processing=parts.image_processing)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
         raise DataError(
@@ -361,7 +356,7 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[Re
 def parts_of(recipe: Recipe) -> DataParts:
     """Load them, with the form of thinking that the training data decide."""
     parts = load_parts(recipe.model, weights="none")
-    files = open_sources(recipe.data.train, pairs=_pairs(recipe))
+    files = open_sources(recipe.data.train, objective=recipe.objective)
     encoder, _ = settled(ConversationEncoder.of(parts), files, recipe.data.supervise)
     return DataParts(encoder, parts.image_processing)
 
@@ -374,7 +369,7 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataP
     try:
         record = file[number]
         encoded = encode_record(
-            record,
+            written(record, parts.image_processing),
             parts.encoder,
             config=recipe.data,
             vision=parts.image_processing is not None,

@@ -1,25 +1,27 @@
-"""A preference run: its model with adapters, its pairs, and the batches that the trainer takes."""
+"""A run with a trainer of TRL: its model with adapters, its records, and the batches that the trainer takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from mm_moslora.batch import IGNORED
+from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preference_set import PreferenceSet
+from mm_moslora.data.preference_set import SETS, AnswerSet
 from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.preferences.rewards import Reward, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
@@ -39,8 +41,10 @@ class PreferenceRun:
     folder: Path
     precision: str
     assembly: Parts
-    pairs: PreferenceSet
-    held_out: PreferenceSet | None
+    records: AnswerSet[Any]
+    held_out: AnswerSet[Any] | None
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    """See `find_rewards`."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the projector of an assembled model, on rank 0."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -68,16 +72,23 @@ class PreferenceRun:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; the last step of an epoch may be short."""
-        return self.recipe.train.total_steps(-(-len(self.pairs.usable) // self.recipe.train.global_batch))
+        rows = len(self.records.usable) * (self.recipe.grpo.generations if self.recipe.objective == "grpo" else 1)
+        return self.recipe.train.total_steps(-(-rows // self.recipe.train.global_batch))
 
     def identity(self) -> dict[str, object]:
-        """What the data is, see `PreferenceSet.identity`."""
+        """What the data is, see `AnswerSet.identity`."""
         held_out = {} if self.held_out is None else self.held_out.identity("data.validation")
-        return self.pairs.identity("data.train") | held_out
+        return self.records.identity("data.train") | held_out
+
+    def of(self, row: Mapping[str, int]) -> tuple[AnswerSet[Any], int]:
+        """The records that a row of `rows_of` belongs to, and the number of its item."""
+        records = self.held_out if row["held_out"] else self.records
+        assert records is not None
+        return records, row["item"]
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
-    """Load the model, attach its adapters, and read the pairs. A checkpoint gives a resumed run its start.
+    """Load the model, attach its adapters, and read the records. A checkpoint gives a resumed run its start.
 
     Raises:
         MoSLoRAError: a part does not load, or the data cannot be used.
@@ -85,27 +96,29 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     _check_batch(recipe)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))
     with distributed.failing_together("Loading the model"):
+        rewards = find_rewards(recipe.grpo)
         start, adapter = recipe.model, recipe.adapter
         if checkpoint is not None:
-            if adapter.weights is not None:
-                adapter = replace(adapter, weights=str(rank_folder(checkpoint, 0) / REFERENCE))
-            start, _ = resumed_start(recipe.model, resolve_model_paths(recipe.model, checkpoint), adapter, checkpoint)
+            if (reference := rank_folder(checkpoint, 0) / REFERENCE).is_dir():
+                adapter = replace(adapter, weights=str(reference))
+            resolved = resolve_model_paths(recipe.model, checkpoint)
+            start, adapter = resumed_start(recipe.model, resolved, adapter, checkpoint)
         assembly = load_parts(start, dtype=dtype_of(precision))
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
     data = pinned(recipe.data, checkpoint)
-    pairs = _pairs(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
-    recipe = with_form_of_thinking(recipe, assembly, pairs)
+    records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
+    recipe = with_form_of_thinking(recipe, assembly, records)
     held_out = None
     if data.held_out:
-        held_out = _pairs(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
+        held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
     frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
     fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
     main = distributed.is_main()
     return PreferenceRun(
-        recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, pairs=pairs,
-        held_out=held_out, frozen_projector=whole_projector(assembly),
-        trained_on=trained_on(recipe.model, pairs.commits, before=checkpoint),
+        recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
+        held_out=held_out, rewards=rewards, frozen_projector=whole_projector(assembly),
+        trained_on=trained_on(recipe.model, records.commits, before=checkpoint),
         preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
 
@@ -126,13 +139,13 @@ def _keep_fp32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _pairs(
+def _records(
     recipe: Recipe, assembly: Parts, sources: Sequence[SourceConfig], quarantine: str, *, settle: bool = False
-) -> PreferenceSet:
-    return PreferenceSet(
+) -> AnswerSet[Any]:
+    return SETS[recipe.objective](
         sources, ConversationEncoder.of(assembly), assembly.image_processing, config=recipe.data, settle=settle,
         quarantine_path=Path(recipe.train.output) / quarantine,
-        on_progress=Progress("read pairs", 0, unit="pair").of,
+        on_progress=Progress("read records", 0, unit="record").of,
     )  # fmt: skip
 
 
@@ -145,21 +158,67 @@ class PairCollator:
 
     run: PreferenceRun
 
-    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """Collate rows of `rows_of`."""
-        pairs = [self._set(row["held_out"]).pair(row["pair"]) for row in rows]
-        examples = [pair[side] for side in (0, 1) for pair in pairs]
-        inputs = PaddedCollator(model=self.run.assembly.model)(examples)
-        return inputs | {"completion_mask": (inputs.pop("labels") != IGNORED).long()}
-
-    def _set(self, held_out: int) -> PreferenceSet:
-        chosen = self.run.held_out if held_out else self.run.pairs
-        assert chosen is not None
-        return chosen
+        pairs = [records.item(number) for records, number in map(self.run.of, rows)]
+        return _padded(self.run, [pair[side] for side in (0, 1) for pair in pairs])
 
 
-def rows_of(pairs: PreferenceSet, *, held_out: bool) -> Any:
-    """A table of `datasets` with the numbers of pairs, which `PairCollator` reads; TRL takes no other data set."""
+@dataclass(frozen=True, kw_only=True)
+class JudgedCollator:
+    """Makes the batches of TRL's KTOTrainer: answers with their labels, and each question with another answer.
+
+    As in TRL's collators, the other answer is that of the row before, from which the divergence is estimated.
+    """
+
+    run: PreferenceRun
+
+    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """Collate rows of `rows_of`."""
+        judged = [records.item(number) for records, number in map(self.run.of, rows)]
+        examples = [example for example, _ in judged]
+        batch = _padded(self.run, examples) | {"label": torch.tensor([good for _, good in judged])}
+        if self.run.recipe.kto.loss_type != "kto":
+            return batch
+        others = [*examples[-1:], *examples[:-1]]
+        if len(rows) == 1:  # the last of the held-out ones
+            records, number = self.run.of(rows[0])
+            others = [records.item(number + 1)[0]]
+        pairs = zip(examples, others, strict=True)
+        limit = self.run.recipe.data.max_length
+        mixed = _padded(self.run, [_with_answer(example, other, limit) for example, other in pairs])
+        return batch | {f"KL_{name}": value for name, value in mixed.items()}
+
+
+def _with_answer(example: Example, other: Example, limit: int | None) -> Example:
+    """The question of an example with the answer of another one, without pictures: the batch has them already."""
+    asked = int(example.supervised.nonzero()[0])
+    answer = int(other.supervised.nonzero()[0])
+    ids = torch.cat([example.input_ids[:asked], other.input_ids[answer:]])
+    supervised = torch.cat([example.supervised[:asked], other.supervised[answer:]])
+    end = None if limit is None else max(limit, asked + 1)
+    return Example(id=example.id, input_ids=ids[:end], supervised=supervised[:end])
+
+
+def _padded(run: PreferenceRun, examples: Sequence[Example]) -> dict[str, Any]:
+    inputs = PaddedCollator(model=run.assembly.model)(examples)
+    return inputs | {"completion_mask": (inputs.pop("labels") != IGNORED).long()}
+
+
+def rows_of(run: PreferenceRun, *, held_out: bool) -> Any:
+    """A table of `datasets` with the numbers of items, which the collators read; TRL takes no other data set.
+
+    Pairs are drawn by the trainer. KTO and GRPO walk through their tables, which hold a whole run in order.
+    """
     from datasets import Dataset
 
-    return Dataset.from_dict({"pair": list(range(len(pairs.usable))), "held_out": [int(held_out)] * len(pairs.usable)})
+    records = run.held_out if held_out else run.records
+    assert records is not None
+    items, train = list(range(len(records.usable))), run.recipe.train
+    if not held_out and run.recipe.objective != "dpo":
+        rows = run.total_steps * train.global_batch
+        rows //= run.recipe.grpo.generations if run.recipe.objective == "grpo" else 1
+        random = torch.Generator().manual_seed(train.seed)
+        epochs = -(-rows // len(items))
+        items = torch.cat([torch.randperm(len(items), generator=random) for _ in range(epochs)]).tolist()[:rows]
+    return Dataset.from_dict({"item": items, "held_out": [int(held_out)] * len(items)})

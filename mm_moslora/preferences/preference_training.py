@@ -1,11 +1,11 @@
-"""Training from preferences: load, pair, train, save. Any start continues where the last checkpoint ended."""
+"""Training with a trainer of TRL: load, train, save. Any start continues where the last checkpoint ended."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
+from mm_moslora.preferences.rewards import code_of
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
@@ -32,13 +33,18 @@ from mm_moslora.utils import distributed, files
 from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    from mm_moslora.config import Objective
+    from mm_moslora.preferences.reward_trainer import RewardTrainer
+    from mm_moslora.preferences.trl_trainers import JudgedTrainer, PairTrainer
+
 logger = logging.getLogger(__name__)
 
 
 def train_preferences(
     recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None, stop: StopRequest | None = None
 ) -> TrainResult:
-    """Train a recipe with `objective: dpo`, from the start or from a checkpoint.
+    """Train a recipe with `objective: dpo`, `kto` or `grpo`, from the start or from a checkpoint.
 
     Args:
         recipe: resolved.
@@ -49,11 +55,11 @@ def train_preferences(
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
-    if recipe.objective != "dpo":
-        raise ConfigError(f"objective is {recipe.objective}, which is no learning from preferences. Set it to dpo.")
+    if recipe.objective == "sft":
+        raise ConfigError("objective is sft, which is no learning from preferences. Set it to dpo, kto or grpo.")
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     folder = Path(recipe.train.output)
-    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
+    agree_on_recipe(recipe, resume=resume, stop_at=stop_at, reward_file=code_of(recipe.grpo))
     with distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
     with (
@@ -87,9 +93,9 @@ class _Session:
             self._restore(*checkpoint)
 
     def _restore(self, folder: Path, manifest: Manifest) -> None:
-        if manifest.data != self.run.pairs.fingerprint:
+        if manifest.data != self.run.records.fingerprint:
             raise CheckpointError(
-                f"The pairs differ from those of {folder}: records were added, removed, changed in length or became "
+                f"The records differ from those of {folder}: records were added, removed, changed in length or became "
                 "unusable. Restore the data, or start another run from the checkpoint's weights (adapter.weights)."
             )
         self.run.counters.update(manifest.counters)
@@ -102,7 +108,7 @@ class _Session:
             return self._go(stop_at)
 
     def _go(self, stop_at: int | None) -> TrainResult:
-        from mm_moslora.preferences.pair_trainer import PairTrainer, RunCallback
+        from mm_moslora.preferences.trl_trainers import RunCallback
 
         run = self.run
         if run.step >= run.total_steps and run.counters.get(FINISHED_AT) == run.step:
@@ -111,7 +117,8 @@ class _Session:
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
         warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's uses of names that transformers renames
-        trainer = PairTrainer(run, saver=self.saver, tidier=self.tidier)
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+        trainer = _trainer(run.recipe.objective)(run, saver=self.saver, tidier=self.tidier)
         write_summary(run, run.total_steps, self._of_run)
         callback = RunCallback(run, self.trackers, self.stop, stop_at=stop_at)
         trainer.add_callback(callback)
@@ -156,13 +163,24 @@ class _Session:
 
     def _of_run(self) -> dict[str, Any]:
         """What the run's `summary.json` has beside the parts of all runs."""
-        run, data = self.run, dict(self.run.pairs.statistics())
+        run, data = self.run, dict(self.run.records.statistics())
         if run.held_out is not None:
             data["validation_records"] = float(len(run.held_out.usable))
         return {
             "components": self.components, "tokens_per_image": run.assembly.tokens_per_image,
             "base": run.assembly.base, "data": data,
         }  # fmt: skip
+
+
+def _trainer(objective: Objective) -> type[PairTrainer] | type[JudgedTrainer] | type[RewardTrainer]:
+    """The trainer of an objective; it imports TRL."""
+    if objective == "grpo":
+        from mm_moslora.preferences.reward_trainer import RewardTrainer
+
+        return RewardTrainer
+    from mm_moslora.preferences.trl_trainers import JudgedTrainer, PairTrainer
+
+    return PairTrainer if objective == "dpo" else JudgedTrainer
 
 
 def _factors(run: PreferenceRun) -> dict[str, torch.Tensor]:

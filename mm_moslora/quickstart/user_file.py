@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -133,9 +134,9 @@ def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
 def _sizes(records: Iterable[Record]) -> dict[str, Any]:
     sizes, turns, answers = [], [], [1]
     for record in records:
-        sizes.append(sum(len(turn.text.encode()) for turn in record.turns))
+        sizes.append(sum(len(turn.said.encode()) for turn in record.turns))
         turns.append(sum(turn.role == "assistant" for turn in record.turns))
-        answers += [len(turn.text.encode()) for turn in record.turns if turn.role == "assistant"]
+        answers += [len(turn.said.encode()) for turn in record.turns if turn.role == "assistant"]
     return {
         "turns": sum(turns) / len(turns),
         "text_bytes": (sum(sizes) / len(sizes), max(sizes)),
@@ -145,8 +146,9 @@ def _sizes(records: Iterable[Record]) -> dict[str, Any]:
 
 def _pairs(record: Record) -> Iterator[tuple[str, str]]:
     """The questions of a record with their answers, as evaluation compares them: without thinking."""
-    turns = [turn for turn in record.turns if turn.role != "system"]
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+    for question, answer in itertools.pairwise(record.turns):
+        if question.role != "user" or not answer.text:  # the result of a tool, or its call
+            continue
         yield "".join(question.parts()).strip(), (reference_of(answer.text) or answer.text).strip()
 
 

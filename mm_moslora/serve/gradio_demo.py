@@ -7,7 +7,7 @@ import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import turns_of
 from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.serve.inference.text_stream import ThinkingSplit
 from mm_moslora.serve.inference.token_sampling import Sampling
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 
@@ -40,6 +41,8 @@ class Said:
     """Both conversations so far."""
 
     tuned: str = ""
+    thinking: str = ""
+    """Of the tuned model, before its answer."""
     base: str = ""
     attention: Image.Image | None = None
 
@@ -93,14 +96,17 @@ class Demo:
             for number, name in enumerate(list(self.models.variants)[:2])
         ]  # fmt: skip
         self.engine.submit(jobs)
-        texts, open_ones = ["", ""], len(jobs)
+        splits, thinking, texts, open_ones = [ThinkingSplit(), ThinkingSplit()], "", ["", ""], len(jobs)
         try:
             while open_ones:
                 number, part = events.get(timeout=self.limits.request_seconds + 5)
-                texts[number] += part.text
+                thought, text = splits[number].add(part.text, last=part.ending is not None)
+                thinking += "" if number else thought
+                texts[number] += text
                 open_ones -= part.ending is not None
-                yield Said(tuned=texts[0], base=texts[1])
-            yield Said(tuned=texts[0], base=texts[1], attention=attention.result())
+                said = Said(tuned=texts[0], thinking=thinking, base=texts[1])
+                yield said
+            yield replace(said, attention=attention.result())
         finally:
             for job in jobs:
                 job.cancelled = True
@@ -120,7 +126,7 @@ def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     messages = [
         ChatMessage(role="user" if entry.get("role") == "user" else "assistant", parts=parts)
         for entry in history
-        if (parts := _parts(entry.get("content")))
+        if not (entry.get("metadata") or {}).get("title") and (parts := _parts(entry.get("content")))  # thinking
     ]
     files = tuple(MessagePicture(url=str(file), where="picture") for file in message.get("files") or [])
     messages.append(ChatMessage(role="user", parts=(*files, str(message.get("text") or ""))))
@@ -142,10 +148,13 @@ def build(demo: Demo) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[tuple[Any, str, Any]]:
         try:
             for event in demo.ask(messages_of(message, history)):
-                yield event.tuned or "…", event.base, event.attention
+                folded = {"title": "Thinking", "status": "done" if event.tuned else "pending"}
+                thought = gr.ChatMessage(content=event.thinking, metadata=folded) if event.thinking else None
+                text = event.tuned or "…"
+                yield text if thought is None else [thought, text], event.base, event.attention
         except MoSLoRAError as error:
             yield f"({error})", "", None
 

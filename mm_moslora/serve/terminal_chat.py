@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage, Video
+from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
+from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.tool_records import OpenCalls, read_calls
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
@@ -24,7 +31,8 @@ from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_to
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.load_model import load
 from mm_moslora.models.vlm import has_own_forward
-from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
+from mm_moslora.serve.inference.tool_replies import CallSplit, call_form
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 from mm_moslora.utils.text_format import visible
@@ -34,6 +42,8 @@ Ask a question, or paste the path of a picture or a video to show it.
   /image PATH   show a picture with the next question
   /video PATH   show frames of a video, or of a folder of frames, with the next question
   /images       list the pictures of this conversation
+  /result TEXT  give the result of a tool that the model called
+  /thinking     show or fold the thinking of answers
   /retry        ask the last question again
   /history      print the conversation so far
   /reset        forget the conversation and its pictures
@@ -55,17 +65,23 @@ class Chat:
         video_frames: int = VIDEO_FRAMES,
         video_fps: float | None = None,
         whole_videos: bool = True,
+        tools: str = "",
     ) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.video_frames, self.video_fps = video_frames, video_fps
         processing = assembly.image_processing if whole_videos else None
         self.sampling = None if processing is None else processing.videos
-        self.encoder = ConversationEncoder.of(assembly)
+        self.encoder, self.tools = ConversationEncoder.of(assembly), tools
+        self.call_form = call_form(self.encoder) if tools else None
+        if tools and self.call_form is None:
+            raise DataError("This model's chat template writes no calls of tools, or in a form that is not known.")
+        self.shows_thinking = False
         self.reset()
 
     def reset(self) -> None:
         """Clear the conversation and its pictures."""
         self.turns: list[Turn] = []
+        self.calls = OpenCalls()
         self.images: list[Image.Image | Video] = []
         self.names: list[str] = []
         self.pending: list[int | None] = []
@@ -75,15 +91,21 @@ class Chat:
         self._pending_by_turn: list[list[int | None]] = []
 
     @classmethod
-    def from_folder(cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False) -> Chat:
-        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
+    def from_folder(
+        cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False, tools: str = ""
+    ) -> Chat:
+        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation.
+
+        Raises:
+            DataError: the model's chat template writes no calls of the tools.
+        """
         assembly = load(folder)
         check_preprocessing(folder, assembly, accepted=other_preprocessing)
         assembly.model.to(distributed.device())  # type: ignore[arg-type]
         frames, fps, whole = trained_videos(folder)
         return cls(
             assembly, max_new_tokens=max_new_tokens, video_frames=frames or VIDEO_FRAMES, video_fps=fps,
-            whole_videos=whole,
+            whole_videos=whole, tools=tools,
         )  # fmt: skip
 
     def show(self, path: Path) -> None:
@@ -129,32 +151,64 @@ class Chat:
         """
         turn = Turn.asking(question, images=len(self.pending))
         turn = turn.showing(self.pending) if self.pending else turn
+        turn = turn if self.turns else replace(turn, tools=self.tools)
         ids, images = self._prompt([*self.turns, turn])
         self.turns.append(turn)
         self._pending_by_turn.append(self.pending)
         self.pending = []
-        text, answer = TextStream(self.encoder), ""
-        try:
+        yield from self._answer(ids, images)
+
+    def give(self, result: str) -> Iterator[str]:
+        """Give the result of the next call that waits for one; after the last one, yields the answer piece by piece.
+
+        Raises:
+            DataError: no call waits, or the conversation is longer than the model's context.
+        """
+        if not self.calls.waiting:
+            raise DataError("No call waits for a result.")
+        self.turns.append(Turn(role="tool", text=result, tools=self.calls.answered({})))
+        if not self.calls.waiting:
+            yield from self._answer(*self._prompt(self.turns))
+
+    def _answer(self, ids: Tensor, images: list[ProcessedImage]) -> Iterator[str]:
+        """Generate; the answer's calls are no part of its pieces."""
+        split = None if self.call_form is None else CallSplit(self.call_form, self.tools)
+        text, answer, calls = TextStream(self.encoder, calls=split is not None), "", []
+
+        def pieces() -> Iterator[tuple[str, bool]]:
             for token in self._tokens(ids, images):
-                piece = text.add(token)
+                yield text.add(token), False
+            yield text.finish(), True
+
+        try:
+            for piece, last in pieces():
+                if split is not None:
+                    _, piece, more = split.add(piece, last=last)
+                    calls += more
                 answer += piece
                 yield piece
-            rest = text.finish()
-            answer += rest
-            yield rest
         finally:
-            self.turns.append(Turn(role="assistant", text=answer))
+            called = self.calls.called(read_calls(calls) if calls else [])
+            self.turns.append(Turn(role="assistant", text=answer, tools=called))
 
     def ask(self, question: str) -> str:
         """Ask and return the whole answer."""
         return "".join(self.stream(question))
 
+    def boxes(self) -> list[FoundBox]:
+        """The boxes and points in the last answer, in pixels of the last picture's file; see `read_boxes`."""
+        if not self.turns or not self.images or isinstance(self.images[-1], Video):
+            return []
+        answer = self.turns[-1].text.rpartition(THINK_END)[2]
+        return read_boxes(answer, self.assembly.image_processing, self.images[-1].size)
+
     def take_back(self) -> str | None:
         """Remove the last question and its answer; returns the question, None where there is none."""
         if not self.turns:
             return None
-        turn = self.turns[-2]
-        self.turns, self.pending = self.turns[:-2], self._pending_by_turn.pop() + self.pending
+        number = max(number for number, turn in enumerate(self.turns) if turn.role == "user")
+        turn = self.turns[number]
+        self.turns, self.pending = self.turns[:number], self._pending_by_turn.pop() + self.pending
         return turn.parts()[-1].removeprefix("\n") if turn.images else turn.text
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
@@ -223,31 +277,59 @@ def _run_line(chat: Chat, line: str) -> None:
     elif command == "/images":
         _say("".join(f"{number}  {name}\n" for number, name in enumerate(chat.names, 1)) or "No pictures yet.\n")
     elif command == "/history":
-        _say("".join(f"{turn.role}: {turn.parts()[-1].strip()}\n" for turn in chat.turns) or "Nothing yet.\n")
+        lines = [f"{turn.role}: {turn.parts()[-1].strip() or turn.tools}\n" for turn in chat.turns]
+        _say("".join(lines) or "Nothing yet.\n")
+    elif command == "/thinking":
+        chat.shows_thinking = not chat.shows_thinking
+        _say(f"Thinking is {'shown' if chat.shows_thinking else 'folded'}.\n")
+    elif command == "/result":
+        _answer(chat, chat.give(rest))
     elif command == "/reset":
         chat.reset()
         _say("Forgotten.\n")
     elif command == "/retry":
         question = chat.take_back()
-        _say("There is no question yet.\n") if question is None else _answer(chat, question)
+        _say("There is no question yet.\n") if question is None else _answer(chat, chat.stream(question))
     elif command == "/help":
         _say(f"{HELP}\n")
     elif line.startswith("/"):
         _say(f"Unknown command {command}. Type /help.\n")
     elif line:
-        _answer(chat, line)
+        _answer(chat, chat.stream(line))
 
 
-def _answer(chat: Chat, question: str) -> None:
-    pieces = chat.stream(question)
+def folded(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of an answer with one line in the place of its thinking."""
+    split, thinking = ThinkingSplit(), ""
+    for piece in itertools.chain(pieces, (None,)):
+        thought, content = split.add(piece or "", last=piece is None)
+        thinking += thought
+        if thinking and (content or piece is None):
+            yield f"[{len(thinking.split())} words of thinking; /thinking shows them]\n"
+            thinking = ""
+        yield content
+
+
+def _answer(chat: Chat, pieces: Iterator[str]) -> None:
     try:
-        for piece in pieces:
+        for piece in pieces if chat.shows_thinking else folded(pieces):
             _say(piece)
     except KeyboardInterrupt:  # the partial answer stays in the conversation
         _say(" [stopped]")
     finally:
         pieces.close()  # type: ignore[attr-defined]
     _say("\n")
+    for call in chat.calls.waiting:
+        _say(f"{shown_call(call)} is called; give its result by /result TEXT.\n")
+    for box in chat.boxes():
+        kind = "box" if len(box.numbers) == 4 else "point"
+        _say(f"  {kind} {', '.join(f'{number:g}' for number in box.numbers)} {box.label}".rstrip())
+        _say(f" (pixels of {chat.names[-1]})\n")
+
+
+def shown_call(call: Mapping[str, Any]) -> str:
+    """A call as text."""
+    return f"{call['function']['name']}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
 
 
 def _unquoted(text: str) -> str:

@@ -9,6 +9,7 @@ asks them. All run before models and records are loaded. `check_model` asks a mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +25,7 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
-from mm_moslora.data.chat.record_keys import READ, READ_OF_PAIR
+from mm_moslora.data.chat.record_keys import READ, READ_OF_OBJECTIVE
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
@@ -113,13 +114,26 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
-    columns = sorted(set().union(*READ.values(), READ_OF_PAIR if recipe.objective == "dpo" else ()))
+    if recipe.grpo.reward_file is None:  # else the file is asked when the run begins
+        _require_rewards(recipe.grpo.rewards)
+    columns = sorted(set().union(*READ.values(), READ_OF_OBJECTIVE[recipe.objective]))
     for source in (*recipe.data.train, *recipe.data.validation):
         if odd := [key for key in source.columns if key not in columns]:
             raise ConfigError(
                 f"columns of {source.path} gives a column to {odd[0]!r}, expected a field of records: "
                 f"{', '.join(columns)}.{suggestion(odd[0], columns)}"
             )
+
+
+def _require_rewards(names: Sequence[str]) -> None:
+    known = [*usual_names.REWARDS]
+    if any(name not in known for name in names):
+        known += metadata.entry_points(group=usual_names.REWARD_ENTRY_POINTS).names
+    if odd := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"grpo.rewards holds {odd[0]!r}, expected any of {', '.join(known)}, or a function of a file that "
+            f"grpo.reward_file names.{suggestion(odd[0], known)}"
+        )
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:

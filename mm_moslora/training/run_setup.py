@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
-from mm_moslora.data.preference_set import PreferenceSet
 from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
+from mm_moslora.data.record_examples import SourceExamples
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
@@ -168,7 +168,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: TrainingSet | PreferenceSet) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.

@@ -24,6 +24,7 @@ from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.record_examples import written
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
@@ -182,13 +183,14 @@ class Validator:
         return samples
 
     def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
+        record = written(record, held_out.image_processing)
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
         seen = held_out.process(record, sum(turn.images for turn in turns))
         ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         picture = record.images[0] if record.images else None
         return SampleAnswer(
-            question=turns[-1].text, expected=record.turns[first].text,
+            question=turns[-1].text, expected=record.turns[first].said,
             prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
             image=picture.path if isinstance(picture, LocalPicture) else None,
         )  # fmt: skip

@@ -68,4 +68,8 @@ def reason_of(error: BaseException) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text:
         return "it comes with Python code of its own, which is never run; choose one that transformers itself knows"
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+    first, *more = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    if first.endswith(":"):  # a list follows, up to its full stop
+        last = next((index for index, line in enumerate(more, start=1) if line.endswith(".")), len(more))
+        first = " ".join([first, *more[:last]])[:500]
+    return first.rstrip(".")

@@ -32,6 +32,31 @@ def make_pairs(folder: Path, count: int = 12, *, pictures: bool = True) -> Path:
     return path
 
 
+def make_judged(pairs: Path, name: str = "judged.jsonl") -> Path:
+    """The answers of pairs with labels, beside them."""
+    lines = []
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        rejected, (asked, chosen) = pair.pop("rejected_response"), pair.pop("messages")
+        for answer, label in ((chosen["content"], True), (rejected, False)):
+            messages = [asked, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({**pair, "messages": messages, "label": label}))
+    path = pairs.parent / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_questions(pairs: Path, name: str = "questions.jsonl", *, solution: str | None = None) -> Path:
+    """The questions of pairs with the chosen answers as references, or with one for all, beside them."""
+    lines = []
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        del pair["rejected_response"]
+        asked, chosen = pair.pop("messages")
+        lines.append(json.dumps({**pair, "prompt": [asked], "solution": solution or chosen["content"]}))
+    path = pairs.parent / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def plain_recipe(output: Path, pairs: Path, model: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """A recipe of six steps as plain data; sections are merged."""
     images = pairs.parent / "images"

@@ -29,6 +29,7 @@ from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRe
 from mm_moslora.kernels.attention.attention_choice import require_attention
 from mm_moslora.models.projectors.projector import PROJECTORS, projector_class
 from mm_moslora.models.projectors.projector_layers import LinearProjector
+from mm_moslora.preferences.rewards import REWARDS
 from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.preflight import LOSS, check_settings
 from mm_moslora.utils.errors import MoSLoRAError
@@ -42,7 +43,7 @@ FREE_TEXT = {
 PATHS = {
     "data.train.path", "data.train.image_folder", "data.validation.path", "data.validation.image_folder", "data.cache",
     "model.vision.feature_cache", "model.projector.weights", "adapter.weights", "train.output", "data.pictures",
-    "data.prior.pictures",
+    "data.prior.pictures", "grpo.reward_file",
 }  # fmt: skip
 IDS = {  # of hubs and hosts, and names inside of data
     "model.language", "model.vlm", "model.language_revision", "model.vlm_revision", "model.vision.revision",
@@ -55,6 +56,7 @@ LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
     "adapter.text_encoder_targets", "adapter.target_parameters",
 }  # fmt: skip
+FITTING = ("objective=grpo", "train.zero=none", "model.projector.mode=frozen", "model.projector.weights=PROJECTOR")
 MISSPELT = {  # overrides, the last of them misspelt
     "model.vision.name": ("model.vision.name=open_clp:ViT-B-32",),
     "model.vision.fuse_with": ("model.vision.fuse_with=timmm:vit_small_patch16_224",),
@@ -68,6 +70,7 @@ MISSPELT = {  # overrides, the last of them misspelt
     "train.zero": ("train.zero=zerro2",),
     "train.compile": ("train.compile=inductr",),
     "preference.loss_type": ("preference.loss_type=[sigmoidd]",),
+    "grpo.rewards": (*FITTING, "grpo.rewards=[exactt]"),
     "validate.tasks": ("validate.tasks=[popee]",),
     "validate.best": (
         "train.validate_every=1", "data.validation=[{path: held.json}]", f"validate.best={LOSS}s",
@@ -195,6 +198,7 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
         projector_class(kind)
     sizeless = {name for name, form in MIXER_FORMS.items() if not form.size_means and form.__module__.startswith("mm_")}
     assert sizeless == set(usual_names.MIXER_FORMS)
+    assert tuple(REWARDS) == usual_names.REWARDS
     for name in usual_names.ATTENTION:
         if not name.startswith("flash"):  # needs its package
             require_attention(name)

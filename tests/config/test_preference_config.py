@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pairs import make_recipe
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import Recipe, usual_names
 from mm_moslora.config.preference_config import LOSS_TYPES
+from mm_moslora.training.preflight import check_settings
 from mm_moslora.utils.errors import ConfigError
 
 MODEL = {"vlm": "org/model"}
@@ -25,7 +26,19 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"objective": "grpo"}, "objective"),
+        ({"objective": "grop"}, "objective"),
+        ({"objective": "grpo", "kto": {"beta": 0.2}}, "kto is set, which only objective: kto reads"),
+        ({"objective": "kto", "kto": {"beta": 0}}, "kto.beta is 0"),
+        ({"objective": "kto", "kto": {"desirable_weight": 0}}, "kto.desirable_weight is 0"),
+        ({"objective": "kto", "train": {"micro_batch": 1}}, "train.micro_batch is 1: the divergence is estimated"),
+        ({"objective": "kto", "train": {"zero": "zero2"}}, "objective is kto, and train.zero is zero2"),
+        ({"objective": "grpo", "grpo": {"rewards": []}}, "grpo.rewards is empty"),
+        ({"objective": "grpo", "grpo": {"rewards": ["exact", "exact"]}}, "a name stands twice"),
+        ({"objective": "grpo", "grpo": {"reward_weights": [1.0, 2.0]}}, "2 numbers and grpo.rewards 1 names"),
+        ({"objective": "grpo", "grpo": {"reward_file": "own.py"}}, "would be executed on this machine"),
+        ({"objective": "grpo", "grpo": {"generations": 1}}, "grpo.generations is 1"),
+        ({"objective": "grpo", "grpo": {"generations": 3}}, "global_batch is 4, which counts answers: .* multiple of"),
+        ({"objective": "grpo", "data": {"pack_tokens": 512}}, "which objective: grpo does not follow .TRL's GRPOTr"),
         ({"objective": "sft", "preference": {"beta": 0.2}}, "preference is set, which only objective: dpo reads"),
         ({"preference": {"beta": 0}}, "preference.beta is 0"),
         ({"preference": {"bta": 1}}, "bta"),
@@ -44,7 +57,7 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"adapter": {"rank": 4, "peft": {"type": "LORA"}}}, "adapter.peft is set"),
         ({"data": {"pack_tokens": 512}}, "data.pack_tokens is set"),
         ({"data": {"too_long": "truncate"}}, "data.too_long is truncate"),
-        ({"data": {"order": "llava"}}, "pairs are always drawn at random"),
+        ({"data": {"order": "llava"}}, "records are always drawn at random"),
         ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}]}}, "data.train.1.weight is set"),
         ({"train": {"zero": "zero2"}}, "train.zero is zero2.*without DeepSpeed"),
         ({"train": {"precision": "fp16"}}, "Choose bf16 or fp32"),
@@ -77,3 +90,16 @@ def test_the_losses_are_those_of_trl() -> None:
 
     text = str(DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
     assert tuple(re.findall(r"`'(\w+)'`", text)) == LOSS_TYPES
+
+
+def test_one_answer_to_a_micro_batch_is_enough_where_nothing_is_estimated() -> None:
+    recipe = read(objective="kto", kto={"loss_type": "apo_zero_unpaired"}, train={"micro_batch": 1})
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", usual_names.REWARDS)
+def test_a_misspelt_reward_is_refused_with_its_name(name: str) -> None:
+    grpo = {"rewards": [f"{name}{name[-1]}"], "generations": 4}
+    with pytest.raises(ConfigError, match=rf"grpo.rewards holds .*Did you mean .*{name}"):
+        check_settings(read(objective="grpo", grpo=grpo))
+    check_settings(read(objective="grpo", grpo={"rewards": [name], "generations": 4}))

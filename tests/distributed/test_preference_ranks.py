@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pairs import logged, make_pairs, make_recipe, train
+from pairs import logged, make_pairs, make_questions, make_recipe, train
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = pytest.mark.slow
@@ -27,3 +27,30 @@ def test_two_ranks_learn_what_one_does(parts: dict[str, Path], ranks: Any, tmp_p
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
     assert logged(tmp_path / "resumed") == logged(tmp_path / "two")
     train(str(files["two"]))  # one rank finds the run finished
+
+
+@pytest.mark.parametrize("objective", ["kto", "grpo"])
+def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
+    objective: str, parts: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """The answers of a question are dealt to both ranks, which compare them with one mean."""
+    pairs, model = make_pairs(tmp_path / "pairs", pictures=False), {"language": str(parts["language"])}
+    (tmp_path / "own.py").write_text("def early(text, document):\n    return sum(letter < 'm' for letter in text)\n")
+    grpo = {
+        "generations": 4, "max_new_tokens": 3, "rewards": ["early"], "reward_file": str(tmp_path / "own.py"),
+        "trust_reward_file": True,
+    }  # fmt: skip
+    sections: dict[str, Any] = {"objective": objective} | ({"grpo": grpo} if objective == "grpo" else {})
+    files = []
+    for name in ("resumed", "straight"):
+        recipe = make_recipe(
+            tmp_path / name, pairs if objective == "kto" else make_questions(pairs), model, **sections,
+            train={"steps": 4, "global_batch": 8, "micro_batch": 2},
+        )  # fmt: skip
+        files.append(str(tmp_path / f"{name}.yaml"))
+        Path(files[-1]).write_text(yaml.safe_dump(recipe.to_dict()))
+    ranks.run(["pairs:train", f"{files[0]}@2", *files])
+    losses = logged(tmp_path / "straight")
+    assert len(losses) == 4
+    assert any(losses)
+    assert logged(tmp_path / "resumed") == losses

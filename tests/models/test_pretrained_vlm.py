@@ -224,6 +224,13 @@ def test_a_picture_stands_in_on_a_rank_that_has_none(folders):
     assert all(parameter.grad is not None for parameter in seeing)
 
 
+def test_a_processor_that_prepares_no_pictures_is_named(folders):
+    processing = load_parts(ModelConfig(vlm=str(folders("qwen2_5_vl")))).image_processing
+    processing.processor.image_processor.do_resize = False
+    with pytest.raises(ModelError, match=r"Qwen2_5_VLProcessor prepares no picture of 33 x 47 pixels: .*do_resize"):
+        processing.process([picture(33, 47)])
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
 def test_tower_and_projector_train_when_the_recipe_says_so(family, folders, tmp_path):
     options = {"vision": VisionConfig(mode="last_n", last_n=1), "projector": ProjectorConfig(mode="full")}
@@ -255,15 +262,15 @@ def test_a_projector_that_trains_beside_adapters_in_the_tower_comes_back(family,
 
 
 def test_keys_of_an_assembled_model_are_refused_beside_a_ready_made_one(folders, tmp_path):
-    """They had no effect: a base that should be in four bits was in sixteen."""
+    """They would have no effect."""
     options = {
-        "quantisation": "nf4", "vision": VisionConfig(mode="adapter", image_size=448),
+        "image_aspect": "crop", "vision": VisionConfig(mode="adapter", image_size=448),
         "projector": ProjectorConfig(kind="linear", mode="full"),
     }  # fmt: skip
     recipe = recipe_for(folders("qwen2_5_vl"), write_records(tmp_path), tmp_path / "run", **options)
     for use in (lambda: train(recipe), lambda: build_meta_model(recipe.model, recipe.adapter)):
         with pytest.raises(
-            ModelError, match=r"model\.quantisation, model\.vision\.image_size, model\.projector\.kind are"
+            ModelError, match=r"model\.image_aspect, model\.vision\.image_size, model\.projector\.kind are"
         ):
             use()
 

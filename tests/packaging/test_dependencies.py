@@ -96,7 +96,8 @@ def test_what_is_imported_without_an_extra_is_a_dependency_of_its_own():
             "triton_ops",
             "lm_eval_adapter",
             "lmms_eval_adapter",
-            "pair_trainer",
+            "trl_trainers",
+            "reward_trainer",
         }
 
     files = [path for path in python_files(PACKAGES) if not needs_extra(path)]

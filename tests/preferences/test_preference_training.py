@@ -24,6 +24,7 @@ from mm_moslora.preferences import preference_training
 from mm_moslora.preferences.preference_setup import PairCollator, PreferenceRun, prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from mm_moslora.utils.files import read_json, sha256_of
 
@@ -47,7 +48,7 @@ def trained(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
 @torch.no_grad()
 def logits(model: Any, run: PreferenceRun, number: int = 0) -> torch.Tensor:
     """Of the chosen and the rejected answer of a pair."""
-    inputs = PaddedCollator(model=run.assembly.model)(list(run.pairs.pair(number)))
+    inputs = PaddedCollator(model=run.assembly.model)(list(run.records.item(number)))
     inputs.pop("labels")
     found: torch.Tensor = model.eval()(**inputs).logits
     return found
@@ -93,10 +94,10 @@ def test_labels_are_those_of_trl_on_the_last_answer_alone(vlm: Path, picture_pai
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     run = prepare(make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}))
-    ours = PairCollator(run=run)([{"pair": number, "held_out": 0} for number in (0, 1)])
+    ours = PairCollator(run=run)([{"item": number, "held_out": 0} for number in (0, 1)])
     rows = []
     for number in (0, 1):
-        record = run.pairs._pair(number)
+        record = run.records.pair(number)  # type: ignore[attr-defined]
         turns = {side: getattr(record, side).turns[-1].text for side in ("chosen", "rejected")}
         asked = record.chosen.turns[0].parts()[-1].lstrip("\n")
         content = [{"type": "image"}, {"type": "text", "text": asked}]
@@ -122,7 +123,7 @@ def test_the_mixture_of_mpo_is_the_weighted_sum_of_its_losses(
     whole = {"steps": 1, "global_batch": 12, "micro_batch": 12}
     recipe = make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}, preference=mixture, train=whole)
     run = trained(recipe, monkeypatch)
-    batch = PairCollator(run=prepare(recipe))([{"pair": number, "held_out": 0} for number in range(12)])
+    batch = PairCollator(run=prepare(recipe))([{"item": number, "held_out": 0} for number in range(12)])
     mask = batch.pop("completion_mask")
     with torch.no_grad(), run.peft_model.disable_adapter():
         found = run.assembly.model.eval()(**batch).logits.log_softmax(-1)
@@ -327,9 +328,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(language_folder: Path, text_pair
 def test_a_batch_that_the_ranks_cannot_share_is_refused(
     language_folder: Path, text_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mm_moslora.preferences import preference_setup
-
-    monkeypatch.setattr(preference_setup.distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ConfigError, match=r"multiple of train.micro_batch times the number of ranks \(2 x 3\)"):
         prepare(make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}))
 
@@ -341,9 +340,9 @@ def test_a_picture_that_is_damaged_inside_is_replaced(vlm: Path, picture_pairs: 
     pairs = tmp_path / "data" / "pairs.jsonl"
     recipe = make_recipe(tmp_path / "run", pairs, {"vlm": str(vlm)}, data={"max_bad_share": 0.1})
     run = prepare(recipe)
-    assert len(run.pairs.usable) == 12
-    assert [example.id for example in run.pairs.pair(0)] == ["p1", "p1"]
-    assert run.pairs.quarantine.codes == {"IMAGE_DAMAGED": 1}
+    assert len(run.records.usable) == 12
+    assert [example.id for example in run.records.item(0)] == ["p1", "p1"]
+    assert run.records.quarantine.codes == {"IMAGE_DAMAGED": 1}
 
 
 def test_the_last_answer_is_the_last_run_of_supervised_tokens() -> None:

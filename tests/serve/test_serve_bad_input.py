@@ -217,7 +217,8 @@ def test_unknown_model_and_unknown_fields(server: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"}), ("logprobs", True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_object"}), ("logprobs", True),
         ("logit_bias", {"1": 5}), ("modalities", ["audio"]), ("tool_choice", "required"),
     ],
 )  # fmt: skip

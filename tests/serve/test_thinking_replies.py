@@ -18,9 +18,11 @@ from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_replies import Reply
 from mm_moslora.serve.api.chat_request import chat_request
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.gradio_demo import messages_of
 from mm_moslora.serve.inference.continuous_batching import AnswerPart
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit
 from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
+from mm_moslora.serve.terminal_chat import folded
 
 SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 TEXTS = {
@@ -112,3 +114,24 @@ def test_a_block_that_the_prompt_opened_begins_the_text() -> None:
         stream = TextStream(made, thinking=thinking)
         text = "".join(stream.add(token) for token in ids) + stream.finish()
         assert text == f"{begun}It is.\n</think>\n\na ball"
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_the_terminal_folds_thinking(size) -> None:
+    fold = "[3 words of thinking; /thinking shows them]\n"
+    for text, shown in {
+        "<think>\nIt is round.\n</think>\n\na ball": f"{fold}a ball", "<think>It is round.": fold, "a ball": "a ball",
+        "<think>\n\n</think>\n\na ball": "a ball", "": "",
+    }.items():  # fmt: skip
+        pieces = (text[start : start + size] for start in range(0, len(text), size))
+        assert "".join(folded(pieces)) == shown
+
+
+def test_the_demo_sends_no_thinking_back() -> None:
+    history = [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": "It is round.", "metadata": {"title": "Thinking", "status": "done"}},
+        {"role": "assistant", "content": "a ball", "metadata": None},
+    ]
+    parts = [message.parts for message in messages_of({"text": "sure?"}, history)]
+    assert parts == [("what?",), ("a ball",), ("sure?",)]

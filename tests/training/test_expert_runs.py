@@ -80,9 +80,7 @@ def test_the_plan_counts_what_trains(moe: Recipe) -> None:
     assert planned["adapter"][1] == rows["adapter"]
 
 
-def balanced(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[dict[str, float], float]:
+def balanced(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[dict[str, float], float]:
     balance = ExpertBalance(model)
     model.train()
     with torch.no_grad():

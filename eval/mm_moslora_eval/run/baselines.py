@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -52,12 +53,13 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
     unusable = 0
     for row in range(len(source)):
         try:
-            turns = [turn for turn in source[row].turns if turn.role != "system"]
+            pairs = list(itertools.pairwise(source[row].turns))
         except RecordError:
             unusable += 1
             continue
-        pairs = zip(turns[::2], turns[1::2], strict=False)
-        answers += [TrainingAnswer(question.text, answer.text) for question, answer in pairs]
+        answers += [
+            TrainingAnswer(asked.text, said.text) for asked, said in pairs if asked.role == "user" and said.text
+        ]
     if not answers:
         raise DataError(f"{path} holds no question with an answer that can be read. Give the training file.")
     if unusable:

@@ -64,9 +64,17 @@ def small_config(original: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTra
             if least is not None and value > least:
                 setattr(config, name, least)
     config.num_hidden_layers = layers
+    forget_lost_layers(config)
     if "hidden_size" in sizes:
         _fit(config)
     return config  # type: ignore[no-any-return]
+
+
+def forget_lost_layers(config: Any) -> None:
+    """Leave out settings of single layers that a configuration with fewer layers no longer has, in place."""
+    own = config.to_dict().get("per_layer_config")
+    if isinstance(own, dict):
+        config.per_layer_config = {at: value for at, value in own.items() if int(at) < config.num_hidden_layers}
 
 
 def _fit(config: Any) -> None:

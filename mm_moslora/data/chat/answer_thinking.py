@@ -103,8 +103,9 @@ class AnswerThinking:
             return None
         marks = [MARK.format(index) for index in range(len(self.template.owners(roles)))]
         thinking, answer = MARK.format("think"), marks[-1]
-        texts = [self.template.render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
-        texts += [self.template.render(roles, marks, reasoning={key: thinking}) for key in REASONING]
+        # Templates that know a key may pass a block in the text through, and close it otherwise themselves (Nemotron).
+        texts = [self.template.render(roles, marks, reasoning={key: thinking}) for key in REASONING]
+        texts += [self.template.render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])]
         switches: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True})
         for switch in switches:
             prompt = self.template.render(roles[:-1], marks[:-1], prompt=True, **switch)
@@ -138,3 +139,8 @@ def thinks(answer: str) -> bool:
     """Whether an answer begins with thinking that is not empty."""
     block = _BLOCK.match(answer)
     return block is not None and bool(block[1].strip())
+
+
+def says_something(learned: str) -> bool:
+    """Whether what is learned of an answer is more than an empty block of thinking."""
+    return thinks(learned) or bool(learned[masked_block(learned) :].strip())

@@ -8,21 +8,42 @@ Special tokens are recognised in the scaffold, which is trusted, and never in co
 tokenised together, as one string, so that ordinary text gives exactly the tokenizer's ids for the whole. If a content
 spells a special token, a second tokenizer is used: a copy in which the special tokens have private names. The scaffold
 is rewritten with these names. Contents are not, so they cannot match them.
+
+Tools, calls and their results are no contents, because templates write them in forms of their own: the template gets
+them as they are, and they stand in the scaffold. Special tokens that they spell have private names there, too, and are
+text. `conversation_shape` has the form in which a template gets them.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from itertools import takewhile
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
-from mm_moslora.data.chat.guarded_tokens import RenamedTokens, SpecialTextError
+from mm_moslora.data.boxes.box_forms import SPECIAL
+from mm_moslora.data.chat.conversation_shape import (
+    ASKED_WITH_TOOLS,
+    BREAK,
+    PROBE_CALL,
+    PROBE_RESULT,
+    data_of,
+    kinds_of,
+    named,
+    parsed_data,
+    role_of,
+    slots_of,
+    with_text_arguments,
+)
+from mm_moslora.data.chat.guarded_tokens import PRIVATE, PRIVATE_NAME, RenamedTokens, SpecialTextError
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError
 
@@ -58,6 +79,8 @@ class Slot:
     """Trimming at the content's start: keep (none), space, or lines (line breaks)."""
     right: str
     """Trimming at the content's end."""
+    calls: str = ""
+    """Answers only: the scaffold behind the content with the answer's calls and its end."""
 
     def trim(self, parts: Sequence[str]) -> list[str]:
         """A content, in parts around its images, trimmed as the template does."""
@@ -94,7 +117,24 @@ class Template:
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """The contents that need a slot each, the shape to plan for, and the turn number of each content."""
-        return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
+        contents: list[Turn] = []
+        shape: list[str] = []
+        numbers: list[int] = []
+        for number, turn in enumerate(turns):
+            own, kinds = self.contents_of(turn)
+            data = turn.tools
+            if turn.role == "tool":
+                data = json.dumps(parsed_data(data or "{}") | {"content": turn.text}, ensure_ascii=False)
+            contents += own
+            numbers += [number] * len(own)
+            shape.append(f"{turn.role}{kinds and ':'}{kinds}{data and BREAK}{data}")
+        return contents, tuple(shape), numbers
+
+    def contents_of(self, turn: Turn) -> tuple[list[Turn], str]:
+        """The contents of one turn, and its kinds where it is not one text."""
+        if turn.role == "tool":
+            return [], ""
+        return [turn], "c" if turn.role == "assistant" and turn.tools and not turn.text.strip() else ""
 
     def plan(self, roles: tuple[str, ...]) -> TemplatePlan:
         """The scaffold of these roles.
@@ -131,55 +171,140 @@ class Template:
 
     def owners(self, roles: tuple[str, ...]) -> list[int]:
         """The turn number of every content."""
-        return list(range(len(roles)))
+        return [turn for turn, shape in enumerate(roles) for _ in range(slots_of(shape))]
 
     def _new_plan(self, roles: tuple[str, ...]) -> TemplatePlan:
         owners = self.owners(roles)
-        marks = [MARK.format(index) for index in range(len(owners))]
-        pieces = self._cut(self.render(roles, marks), marks, roles)
-        wide = self._cut(self.render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
+        marks = [MARK.format(index) if kinds_of(roles[turn]) != "c" else "" for index, turn in enumerate(owners)]
+        pieces = self._cut(marks, marks, roles)
+        wide = self._cut([mark and _LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks], marks, roles)
         # Trimming at the end of one content and at the start of the next changes the same stretch of scaffold.
+        marked = [False, *map(bool, marks), False]
         trims = [
-            _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(owners))
+            _trims(pieces[index], wide[index], roles, first=not marked[index], last=not marked[index + 1])
             for index in range(len(pieces))
         ]
         slots = []
         text = ""
         for index, turn in enumerate(owners):
-            before, lead = pieces[index], ""
+            before, lead, calls = pieces[index], "", ""
             text += before
-            if roles[turn] == "assistant":
+            if role_of(roles[turn]) == "assistant":
                 lead = self._lead(roles[:turn], marks[:index], text)
                 before = before[: len(before) - len(lead)]
-            slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
+                calls = self._calls(roles[: turn + 1], marks[: index + 1], pieces[index + 1])
+            slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0], calls=calls))
             text += marks[index]
+        self._check_tools(roles, marks)
         return TemplatePlan(slots=tuple(slots), tail=pieces[-1])
+
+    def _calls(self, roles: tuple[str, ...], marks: list[str], behind: str) -> str:
+        """The calls of the last of these roles and the end of the turn, in the scaffold behind its content."""
+        calls = data_of(roles[-1])
+        if not calls:
+            return ""
+        alone = self._cut(marks, marks, roles)[-1]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(behind, alone, strict=False))
+        text = "".join(letter for letter, _ in same).rstrip()
+        names = Counter(str(call["function"]["name"]) for call in calls)
+        if any(text.count(name) < count for name, count in names.items()):
+            _left_out("calls of tools", roles)
+        return text
+
+    def _check_tools(self, roles: tuple[str, ...], marks: list[str]) -> None:
+        """Refuse a template that leaves out tools or their results."""
+        if not any(BREAK in shape for shape in roles):
+            return
+        text = self.render(roles, marks)
+        first, *rest = roles
+        offered = data_of(first) or []
+        if offered and self.render((first.partition(BREAK)[0], *rest), marks) == text:
+            _left_out("tools", roles)
+        if not all(tool["function"]["name"] in text for tool in offered):
+            _left_out("tools", roles)
+        others = tuple(
+            f"tool{BREAK}{json.dumps(data_of(shape) | {'content': 'another'})}" if role_of(shape) == "tool" else shape
+            for shape in roles
+        )
+        if others != roles and self.render(others, marks) == text:
+            _left_out("results of tools", roles)
 
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
         """White space after the generation prompt, which the model writes itself.
 
         Any other text between the generation prompt and an answer (an empty thinking block, a header of a template
-        without a generation prompt) belongs to the prompt, both in training and in inference.
+        without a generation prompt) belongs to the prompt, both in training and in inference; but not where tools are
+        offered and calls stand before it.
         """
         prompt = self.render(roles, marks, prompt=True)
         rest = text.removeprefix(prompt)
-        return rest if len(rest) < len(text) and not rest.strip() else ""
+        written = not rest.strip() or (data_of(roles[0]) and self.calls_come_first)
+        return rest if len(rest) < len(text) and written else ""
 
-    def _cut(self, text: str, marks: list[str], roles: tuple[str, ...]) -> list[str]:
-        pieces = []
-        for mark in marks:
-            before, match, text = text.partition(mark)
-            if not match:
+    def _cut(self, contents: list[str], marks: list[str], roles: tuple[str, ...]) -> list[str]:
+        """The rendered text around the marks in the contents; an answer without a mark begins where the model does."""
+        text, pieces, end = self.render(roles, contents), [], 0
+        for index, (mark, turn) in enumerate(zip(marks, self.owners(roles), strict=True)):
+            start = text.find(mark, end) if mark else self._opening(roles[:turn], contents[:index], text)
+            if start < end:
                 raise ConfigError(
                     "The tokenizer's chat template leaves out, reorders or changes contents, so labels cannot be built "
-                    f"for the roles {', '.join(roles)}. Use another template."
+                    f"for the roles {named(roles)}. Use another template."
                 )
-            pieces.append(before)
-        return [*pieces, text]
+            pieces.append(text[end:start])
+            end = start + len(mark)
+        return [*pieces, text[end:]]
+
+    def _opening(self, roles: tuple[str, ...], contents: list[str], text: str) -> int:
+        """Where the answer to these roles begins: behind what stands before an answer of text; -1: nowhere."""
+        plain = self._before_text(roles, contents)
+        starts = [plain, plain.rstrip(" "), self.render(roles, contents, prompt=True)]
+        return next((len(start) for start in starts if text.startswith(start)), -1)
+
+    def _before_text(self, roles: tuple[str, ...], contents: list[str]) -> str:
+        """The conversation up to the text of an answer to these roles."""
+        mark = MARK.format("answer")
+        return self.render((*roles, "assistant"), [*contents, mark]).partition(mark)[0]
 
     def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        """The messages for the template; `ProcessorTemplate` has contents of several parts."""
-        return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        """The messages for the template."""
+        texts, messages = iter(contents), []
+        for shape in roles:
+            role, data = role_of(shape), data_of(shape)
+            message: dict[str, Any] = {"role": role}
+            if role == "tool":
+                message |= data | {"content": self.content("", iter([data["content"]]))}
+            else:
+                message["content"] = self.content(kinds_of(shape), texts)
+            if role == "assistant" and data:
+                message["tool_calls"] = with_text_arguments(data) if self.arguments_are_text else data
+            messages.append(message)
+        return messages
+
+    def content(self, kinds: str, texts: Iterator[str]) -> Any:
+        """A message's content; `ProcessorTemplate` has contents of several parts."""
+        return next(texts)
+
+    @cached_property
+    def calls_come_first(self) -> bool:
+        """Whether calls begin before the text that stands before other answers (gpt-oss names the channel there)."""
+        asked = ASKED_WITH_TOOLS[:1]
+        called = (*asked, f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}", f"tool{BREAK}{json.dumps(PROBE_RESULT)}")
+        try:
+            text = self.render((*called, "assistant"), ["a", "", "b"])
+            return not text.startswith(self._before_text(asked, ["a"]).rstrip(" "))
+        except ConfigError:
+            return False
+
+    @cached_property
+    def arguments_are_text(self) -> bool:
+        """Whether the template takes the arguments of calls as JSON text only: it joins them to texts (DeepSeek)."""
+        shape = ("user", f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}")
+        self.__dict__["arguments_are_text"] = False  # while it is asked
+        try:
+            return "'probe_key'" in self.render(shape, ["a", ""])
+        except ConfigError:
+            return True
 
     def generation_prompt(self) -> str:
         """The text that the template itself writes between a question and the answer to generate."""
@@ -207,18 +332,23 @@ class Template:
         Raises:
             ConfigError: the template refuses the roles.
         """
-        messages = self._messages(roles, contents)
-        messages[-1] |= reasoning or {}
         try:
-            text = self.rendered(messages, add_generation_prompt=prompt, **switch)
+            messages = self._messages(roles, contents)
+            messages[-1] |= reasoning or {}
+            if tools := data_of(roles[0]) if role_of(roles[0]) in ("system", "user") else None:
+                switch["tools"] = tools
+            return self.rendered(messages, add_generation_prompt=prompt, **switch)
         except Exception as error:  # templates may raise any exception
-            raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
-        return text
+            raise ConfigError(f"The tokenizer's chat template refuses the roles {named(roles)}: {error}") from error
 
     def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         """What the template makes of messages."""
         text = self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **settings)
         return str(text)
+
+
+def _left_out(what: str, roles: Sequence[str]) -> NoReturn:
+    raise ConfigError(f"The tokenizer's chat template leaves out {what} (roles {named(roles)}). Use another template.")
 
 
 def remembered(
@@ -241,7 +371,7 @@ def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: 
             if behind + plain + ahead == wide:
                 return right, left
     raise ConfigError(
-        f"The tokenizer's chat template changes contents, so labels cannot be built for the roles {', '.join(roles)}. "
+        f"The tokenizer's chat template changes contents, so labels cannot be built for the roles {named(roles)}. "
         "Use another template."
     )
 
@@ -256,6 +386,21 @@ class TextSpan(NamedTuple):
     text: str
     trusted: bool
     """Whether special tokens are recognised in it."""
+
+
+_SPECIAL = re.compile(f"{SPECIAL[0]}([^{SPECIAL[1]}]*){SPECIAL[1]}")
+
+
+def marked_spans(turn: Turn, spans: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn, with the special tokens apart that this project itself wrote into its texts."""
+    if not turn.marked:
+        return list(spans)
+    return [
+        TextSpan(text, span.trusted or bool(number % 2))
+        for span in spans
+        for number, text in enumerate(_SPECIAL.split(span.text))
+        if text
+    ]
 
 
 class Tokens:
@@ -290,6 +435,24 @@ class Tokens:
     def first_special(self, text: str) -> re.Match[str] | None:
         """The first guarded token that a text spells."""
         return self._pattern.search(text)
+
+    def special_end(self, text: str) -> str:
+        """The guarded token at the end of a text; empty where there is none."""
+        *_, last = ["", *(match[0] for match in self._pattern.finditer(text) if match.end() == len(text))]
+        return last
+
+    def hidden(self, text: str) -> str:
+        """A text of a user that goes through the chat template: guarded tokens have private names; see `spans`."""
+        return self._pattern.sub(lambda match: PRIVATE.format(self.guarded[match[0]]), text)
+
+    def spans(self, text: str) -> list[TextSpan]:
+        """A stretch of scaffold as spans; guarded tokens under private names are text."""
+        pieces = PRIVATE_NAME.split(text)
+        return [
+            TextSpan(self.text_of(int(piece)) if index % 2 else piece, not index % 2)
+            for index, piece in enumerate(pieces)
+            if piece or len(pieces) == 1
+        ]
 
     def encode(self, spans: Sequence[TextSpan]) -> list[int]:
         """Token ids of consecutive spans.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TextSpan, Tokens
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, marked_spans
+from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
@@ -52,6 +54,18 @@ class Encoded:
     """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
     """Answers with thinking that the chat template or the recipe leaves out."""
+
+
+class UnrenderedTools(DataError):  # noqa: N818  (the name of the fault)
+    """The chat template leaves out or refuses tools, their calls or their results."""
+
+    code = Code.TOOLS_NOT_RENDERED
+
+
+class UnlearnedThinking(DataError):  # noqa: N818  (the name of the fault)
+    """An answer is thinking alone, and its thinking is not learned."""
+
+    code = Code.EMPTY_ANSWER
 
 
 class TooLong(DataError):  # noqa: N818  (the name of the fault)
@@ -204,6 +218,7 @@ class ConversationEncoder(AnswerThinking):
 
         Raises:
             TooLong: not even the first pair fits, or no supervised token would be left.
+            UnlearnedThinking: a learned answer would be its end of turn alone.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if not turns or turns[-1].role != "assistant":
@@ -239,7 +254,7 @@ class ConversationEncoder(AnswerThinking):
             pictures: see `encode`.
             thinking: ask to think, or to answer at once; None: in the form of `self.thinking`.
         """
-        if not turns or turns[-1].role != "user":
+        if not turns or turns[-1].role not in ("user", "tool"):
             raise DataError("The conversation does not end with a question, so there is nothing to answer.")
         if thinking is not None:
             return self.asking("always" if thinking else "auto").encode_prompt(turns, pictures=pictures)
@@ -256,13 +271,18 @@ class ConversationEncoder(AnswerThinking):
         answer = [*written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
-    def decode_answer(self, ids: Sequence[int]) -> str:
+    def decode_answer(self, ids: Sequence[int], *, calls: bool = False) -> str:
         """The text of a generated answer, without special tokens and without the template's space before it.
 
         An answer that is put back into the conversation as this text gives the same tokens again.
+
+        Args:
+            ids: the answer, or its first tokens.
+            calls: it may call tools: with special tokens, which calls are written with.
         """
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return text.removeprefix(self.template.plan(EXCHANGE).slots[1].lead)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=not calls))
+        lead = self.template.plan(ASKED_WITH_TOOLS if calls else EXCHANGE).slots[1].lead
+        return "" if calls and lead.startswith(text) else text.removeprefix(lead)
 
     def _grow(
         self,
@@ -274,8 +294,12 @@ class ConversationEncoder(AnswerThinking):
     ) -> _Growing:
         """Tokenise turns, up to the last answer of a `prompt`; `whole`: supervise questions and scaffold, too."""
         turns, added = self._with_system(turns)
-        turns, shape, numbers = self.template.lay_out(turns)
-        plan = self.template.plan(shape)
+        turns = [self._hidden(turn) for turn in turns]
+        contents, shape, numbers = self.template.lay_out([self._without_block(turn) for turn in turns])
+        turns = [
+            turns[number] if turn.role == "assistant" else turn for turn, number in zip(contents, numbers, strict=True)
+        ]
+        plan = self._plan(shape)
         grown = _Growing(pictures=pictures, base=float(whole))
         grown.add(self._bos)
         scaffold = [*(slot.before for slot in plan.slots), plan.tail]
@@ -286,11 +310,11 @@ class ConversationEncoder(AnswerThinking):
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(TextSpan(part, False))
+                    grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
             thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
-            thought = self.thought(shape) if shown else None
+            thought = self.thought((*shape[:-1], "assistant")) if shown else None
             if thinking:
                 grown.thoughts += thought is not None
                 grown.dropped_thoughts += thought is None
@@ -300,7 +324,7 @@ class ConversationEncoder(AnswerThinking):
             if prompt and index == len(turns) - 1:
                 self._flush(grown)
                 return grown
-            end = self._end_of_turn(scaffold[index + 1], plan.tail)
+            end = slot.calls or self._end_of_turn(scaffold[index + 1], plan.tail)
             content = slot.trim([text])[0]
             block = written(thought, thinking or "", slot)
             if self.thinking == "mask":
@@ -308,9 +332,15 @@ class ConversationEncoder(AnswerThinking):
                     block.append(TextSpan(content[:length], False))
                     content = content[length:]
                 if thought or length:  # in tokens of its own, as a part of the prompt
-                    grown.run += block
+                    grown.run += marked_spans(turn, block)
                     block = []
-            answer = [*block, TextSpan(content, False), TextSpan(end, True)]
+            said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
+            if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
+                raise UnlearnedThinking(
+                    f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
+                    "template leaves out of what is learned; write an answer behind it, or drop the record"
+                )
+            answer = [*marked_spans(turn, [*block, TextSpan(content, False)]), *self.tokens.spans(end)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
@@ -322,41 +352,83 @@ class ConversationEncoder(AnswerThinking):
         """Append text of the template, with the pictures and videos that the template places itself."""
         start = 0
         for place in self.template.places.finditer(text):
-            grown.run.append(TextSpan(text[start : place.start()], True))
+            grown.run += self.tokens.spans(text[start : place.start()])
             self._add_image(grown)
             start = place.end()
-        grown.run.append(TextSpan(text[start:], True))
+        grown.run += self.tokens.spans(text[start:])
 
     def _add_image(self, grown: _Growing) -> None:
-        ids: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
+        placed: Placeholders = [int(self.image_token_id or 0)] * self.tokens_per_image
         if grown.pictures is not None:
-            ids = grown.pictures[grown.images]
-        if isinstance(ids, str):
-            grown.run.append(TextSpan(ids, True))
+            placed = grown.pictures[grown.images]
+        if isinstance(placed, str):
+            grown.run.append(TextSpan(placed, True))
             grown.images += 1
             return
+        before, ids, behind = self._joined(tuple(placed))
+        grown.run += [TextSpan(before, True)] if before else []
         self._flush(grown)
-        grown.add(list(ids))
+        grown.add(ids)
         grown.images += 1
         # LLaVA tokenises the text after a picture separately.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
+        grown.run += [TextSpan(behind, True)] if behind else []
+
+    def _joined(self, ids: tuple[int, ...]) -> tuple[str, list[int], str]:
+        """A picture's placeholder without the text around it, such as line breaks, which joins the text beside it."""
+        own = [at for at, number in enumerate(ids) if number == self.image_token_id or number in self._added]
+        if not own or (own[0] == 0 and own[-1] == len(ids) - 1):
+            return "", list(ids), ""
+        before, core, behind = list(ids[: own[0]]), list(ids[own[0] : own[-1] + 1]), list(ids[own[-1] + 1 :])
+        texts = [str(self.tokenizer.decode(part, clean_up_tokenization_spaces=False)) for part in (before, behind)]
+        if [self.tokens.encode([TextSpan(text, True)]) for text in texts] != [before, behind]:
+            return "", list(ids), ""
+        return texts[0], core, texts[1]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and the number of turns added for it."""
         if self.notes.name == "plain":  # captions are learned from pictures alone
             spoken = [turn for turn in turns if turn.role != "system"]
-            alone = [Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn for turn in spoken]
+            alone = [
+                replace(turn, text=IMAGE * turn.images, offsets=None) if turn.role == "user" else turn
+                for turn in spoken
+            ]
             return alone, len(spoken) - len(turns)
         own = turns[0].role == "system"
         if not own and (self.system_prompt is None or not (self.system_prompt or self.template.has_default_system)):
             return list(turns), 0
-        system = turns[0] if own else Turn(role="system", text=self.system_prompt or "")
+        tools, uses_tools = turns[0].tools, any(turn.tools for turn in turns)
+        system = replace(turns[0] if own else Turn(role="system", text=self.system_prompt or ""), tools=tools)
         rest = list(turns[1:] if own else turns)
-        if self.template.accepts(("system", *(turn.role for turn in rest))):
-            return [system, *rest], int(not own)
+        if self.template.accepts(("system", *(EXCHANGE if uses_tools else (turn.role for turn in rest)))):
+            return [system, replace(rest[0], tools=""), *rest[1:]], int(not own)
         if system.text and rest:
             rest[0] = rest[0].preceded_by(f"{system.text}\n\n")
-        return rest, -int(own)
+        return [replace(rest[0], tools=tools), *rest[1:]], -int(own)
+
+    def _hidden(self, turn: Turn) -> Turn:
+        """The turn with private names of special tokens in what goes through the template; see `Tokens.hidden`."""
+        text = self.tokens.hidden(turn.text) if turn.role == "tool" else turn.text
+        return replace(turn, text=text, tools=self.tokens.hidden(turn.tools)) if turn.tools else turn
+
+    def _without_block(self, turn: Turn) -> Turn:
+        """The turn without its thinking where it calls tools: such an answer may have no text besides."""
+        calls = turn.role == "assistant" and turn.tools
+        return replace(turn, text=self.apart(turn.text)[1]) if calls else turn
+
+    def _plan(self, shape: tuple[str, ...]) -> TemplatePlan:
+        try:
+            return self.template.plan(shape)
+        except ConfigError as error:
+            if not any(data_of(part) for part in shape):
+                raise
+            remedy = "name another template by model.chat_template, or leave out records with tools"
+            what = str(error).removesuffix(" Use another template.").rstrip(".")
+            raise UnrenderedTools(f"{what}; {remedy}") from error
 
     def _flush(self, grown: _Growing) -> list[int]:
         """Tokenise the pending text as the continuation of the context; returns the ids of both."""
@@ -369,9 +441,8 @@ class ConversationEncoder(AnswerThinking):
         before = [TextSpan(grown.context, True), *grown.run]
         prompt = self._flush(grown)
         grown.add(self._answer(before, answer, prompt), weight)
-        ending = self.tokens.first_special(end)
-        if ending is not None:
-            grown.context = ending[0]
+        if ending := self.tokens.special_end(end):
+            grown.context = ending
             return
         if end and self.notes.faithful:
             grown.context = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from tokenizers import Tokenizer
@@ -9,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
+
+PRIVATE = "\ue0f1\ue0f2{}\ue0f3"
+"""The private name of a token, from its id."""
+PRIVATE_NAME = re.compile("\ue0f1\ue0f2([0-9]{1,9})\ue0f3")
 
 
 class SpecialTextError(DataError):
@@ -36,7 +41,7 @@ class RenamedTokens:
                 f"the text spells special tokens, and {type(tokenizer).__name__} is not a fast tokenizer, so they "
                 "cannot be read as text; remove them from the text, or use a fast tokenizer"
             )
-        self.names = {text: f"\ue0f1\ue0f2{number}\ue0f3" for text, number in guarded.items()}
+        self.names = {text: PRIVATE.format(number) for text, number in guarded.items()}
         """Text of a guarded token -> its private name."""
         self._copy = Tokenizer(backend.model)  # shares the vocabulary
         if backend.normalizer is not None:

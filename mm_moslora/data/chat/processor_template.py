@@ -8,7 +8,7 @@ scaffold contains all of this text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mm_moslora.config.llava_chat_templates import without_note
@@ -54,45 +54,41 @@ class ProcessorTemplate(Template):
         self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
         self.places = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
 
-    def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
-        """See `Template.lay_out`; a question with pictures has one content per text between them."""
+    def missing_bos(self) -> list[int]:
+        """See `Template.missing_bos`; also what the processor itself puts before a text."""
+        if ids := super().missing_bos():
+            return ids
+        start = self.plan(("user", "assistant")).slots[0].before or "a"
+        own = self.tokenizer.encode(start, add_special_tokens=False)
+        try:
+            given = list(self._processor(text=[start], add_special_tokens=False)["input_ids"][0])
+        except Exception:  # some take no text without a picture
+            return []
+        lead = given[: len(given) - len(own)]
+        return lead if lead + own == given else []
+
+    def contents_of(self, turn: Turn) -> tuple[list[Turn], str]:
+        """See `Template.contents_of`; a question with pictures has one content per text between them."""
+        texts = turn.parts()
+        if len(texts) == 1:
+            return super().contents_of(turn)
+        kinds = ""
         contents: list[Turn] = []
-        shape: list[str] = []
-        numbers: list[int] = []
-        for number, turn in enumerate(turns):
-            texts = turn.parts()
-            if len(texts) == 1:
-                contents.append(turn)
-                shape.append(turn.role)
-                numbers.append(number)
-                continue
-            kinds = ""
-            for index, text in enumerate(texts):
-                kinds += _KINDS[turn.marks[index - 1]] if index else ""
-                # Templates write line breaks around a picture themselves.
-                text = text.removeprefix("\n") if index else text
-                text = text.removesuffix("\n") if index + 1 < len(texts) else text
-                if text:
-                    kinds += "t"
-                    contents.append(Turn(role=turn.role, text=text, offsets=()))
-                    numbers.append(number)
-            shape.append(f"{turn.role}:{kinds}")
-        return contents, tuple(shape), numbers
+        for index, text in enumerate(texts):
+            kinds += _KINDS[turn.marks[index - 1]] if index else ""
+            # Templates write line breaks around a picture themselves.
+            text = text.removeprefix("\n") if index else text
+            text = text.removesuffix("\n") if index + 1 < len(texts) else text
+            if text:
+                kinds += "t"
+                contents.append(Turn(role=turn.role, text=text, offsets=(), marked=turn.marked))
+        return contents, kinds
 
-    def owners(self, roles: tuple[str, ...]) -> list[int]:
-        """See `Template.owners`."""
-        return [turn for turn, shape in enumerate(roles) for _ in range(_kinds(shape).count("t"))]
-
-    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        texts = iter(contents)
-        messages = []
-        for shape in roles:
-            parts = [
-                {"type": "text", "text": next(texts)} if kind == "t" else {"type": "video" if kind == "v" else "image"}
-                for kind in _kinds(shape)
-            ]
-            messages.append({"role": shape.partition(":")[0], "content": parts})
-        return messages
+    def content(self, kinds: str, texts: Iterator[str]) -> Any:
+        """See `Template.content`."""
+        shown = {"i": {"type": "image"}, "v": {"type": "video"}}
+        parts = [shown[kind] if kind in shown else {"type": "text", "text": next(texts)} for kind in kinds or "t"]
+        return [part for part in parts if part.get("text") != ""] if kinds == "c" else parts
 
     def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         """See `Template.rendered`."""
@@ -100,7 +96,3 @@ class ProcessorTemplate(Template):
             # Some processors have another template for conversations with videos.
             return str(self._processor.apply_chat_template(messages, tokenize=False, **settings))
         return super().rendered(messages, **settings)
-
-
-def _kinds(shape: str) -> str:
-    return shape.partition(":")[2] or "t"

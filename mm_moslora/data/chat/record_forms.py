@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mm_moslora.data.chat.record_keys import check_turn, checked_text, weight_of
+from mm_moslora.data.chat.record_keys import check_turn, checked_text, thinking_of, weight_of
 from mm_moslora.data.record_faults import Code, RecordError, Where, kind_of
 
 IMAGE = "<image>"
@@ -50,12 +50,16 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, floa
                 raise where.error(Code.BAD_TURN, field, what, remedy)
             check_turn(item, "assistant", field, where)
             weight = weight_of(item, field, where)
-            texts += [(checked_text(item.get(key), f"{field}.{key}", where), weight) for key in ("user", "assistant")]
+            asked, answer = (checked_text(item.get(key), f"{field}.{key}", where) for key in ("user", "assistant"))
+            thinking = thinking_of(item, "assistant", field, where, content=answer)
+            texts += [(asked, weight), (checked_text(thinking, field, where) + answer, weight)]
         if not texts:
             raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer")
         return texts
     if "question" in value and "answer" in value:
-        return [(checked_text(value[key], key, where), 1.0) for key in ("question", "answer")]
+        asked, answer = (checked_text(value[key], key, where) for key in ("question", "answer"))
+        thinking = thinking_of(value, "assistant", "", where, content=answer)
+        return [(asked, 1.0), (checked_text(thinking, "-", where) + answer, 1.0)]
     return [("", 1.0), (checked_text(value["caption"], "caption", where), 1.0)] if "caption" in value else None
 
 

@@ -6,9 +6,11 @@ is data about the record; `data check` counts and names it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm_moslora.data.chat.tool_records import RESULTS
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
@@ -16,51 +18,74 @@ MAX_TEXT = 2_000_000
 """Characters of one turn; longer ones are refused."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer's thinking in chat messages (transformers, vLLM, OpenRouter, gpt-oss)."""
-_SHOWN = {"id", "image", "images", "video", "videos"}
+TOOLS = ("tools", "functions")
+"""Keys of a record's tools; the second is OpenAI's older one."""
+CALLS = ("tool_calls", "function_call")
+"""Keys of an answer's calls; the second is OpenAI's older one."""
+_SHOWN = {"id", "image", "images", "video", "videos", "objects", *TOOLS}
 READ = {
     "conversations": _SHOWN | {"conversations", "system"},
     "messages": _SHOWN | {"messages", "system"},
     "texts": _SHOWN | {"texts", "system"},
-    "question": _SHOWN | {"question", "answer", "system"},
+    "question": _SHOWN | {"question", "answer", "system", *REASONING},
     "caption": _SHOWN | {"caption", "system"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
 WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
 """Keys of an answer's weight in the loss: a truth value (ms-swift, Axolotl) or a number (OpenAI, ms-swift)."""
-READ_OF_TURN = {"from", "value", "role", "content", *REASONING, *WEIGHING}
+SPEAKER, CONTENT = ("from", "role"), ("value", "content")
+"""Keys of a turn's speaker and content (LLaVA and ShareGPT; chat messages)."""
+READ_OF_TURN = {*SPEAKER, *CONTENT, *CALLS, *REASONING, *WEIGHING}
 """Keys of a turn that are read."""
+READ_OF_RESULT = {"name", "tool_call_id"}
+"""Keys of the turn of a tool that are read besides."""
 READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
 """Keys of a content part that are read."""
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 """Keys of a rejected answer (TRL and LLaMA-Factory; ms-swift)."""
-READ_OF_PAIR = {"prompt", "chosen", *REJECTED}
-"""Keys of a preference record that are read besides those of its conversation."""
+_OF_SIDES = ("audios", "images", "objects", "tools", "videos")
+OF_REJECTED = tuple(f"rejected_{key}" for key in _OF_SIDES)
+"""Keys of what a rejected answer sees in place of what the chosen one sees (ms-swift)."""
+_OF_RANKED = [f"{side}_{key}" for side in ("positive", "negative") for key in ("messages", *_OF_SIDES)]
+"""Keys of the texts of embeddings and rerankers (ms-swift)."""
+LABELS = ("label", "kto_tag")
+"""Keys that say whether an answer is good (TRL and ms-swift; LLaMA-Factory)."""
+REFERENCES = ("solution", "ground_truth", "reference", "answers", "answer")
+"""Keys of the reference answers to a question (ms-swift, TRL's examples, EasyR1)."""
+_PAIR = {"prompt", "chosen", *REJECTED}
+READ_OF_OBJECTIVE = {
+    "sft": set(),
+    "dpo": _PAIR,
+    "kto": {*_PAIR, *LABELS, "completion"},
+    "grpo": {"prompt", "problem", "options", *REFERENCES},
+}
+"""Objective -> keys of a record that are read besides those of its conversation."""
 _PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
-_AVOIDED = "answers to be avoided are learned in pairs alone (objective: dpo); drop the record"
-_TOOLS = "tools are not supported; write the calls and their results as text, or drop the record"
+_AVOIDED = "answers to be avoided are learned by their label (objective: kto) or in pairs (dpo); drop the record"
+_CALLS = "write the calls into an answer of messages or conversations, or drop the record"
+_RANKED = "texts of embeddings and rerankers are not learned; keep the conversation alone"
 _WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
 _SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
 _QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
 _CLASS = "; drop the key if it names a class"
 _OF_RECORD = {
-    **dict.fromkeys(("chosen", *REJECTED, "rejected_images"), _PREFERENCE),
-    "tools": _TOOLS,
-    "functions": _TOOLS,
+    **dict.fromkeys(("chosen", *REJECTED, *OF_REJECTED), _PREFERENCE),
+    **dict.fromkeys(_OF_RANKED, _RANKED),
     "audio": _SOUND,
     "audios": _SOUND,
     "chat_template_kwargs": "model.thinking holds for all records; set it, and drop the key",
-    "objects": "boxes are not filled in; write them into the texts, in the model's own form, and drop the key",
 }
-"""Key of a record that ms-swift, LLaMA-Factory, TRL or Unsloth follow -> what to do."""
+"""Key of a record that ms-swift, LLaMA-Factory, TRL, Unsloth or Axolotl follow -> what to do."""
 _OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
 """The same of a record with one question or caption."""
 _MASKING = dict.fromkeys(("loss_mask", "mask", "train_detail"), _WEIGHTS)
-_OF_TURN = {"tool_calls": _TOOLS, "function_call": _TOOLS, **_MASKING}
+_OF_TURN = dict.fromkeys(CALLS, _CALLS) | _MASKING
 """The same of a turn. Trainers read `mask` both ways."""
 _OF_PART = _OF_TURN | dict.fromkeys(WEIGHING, _WEIGHTS)
 """The same of a content part: an answer has one weight."""
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 """Bounds of a weight that is not 0; far from those of fp32, in which losses are summed."""
+_BLOCK = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _WORDS = {"true": 1.0, "false": 0.0, "default": 1.0}
 
 
@@ -72,20 +97,26 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     """
     remedies = _OF_RECORD | (_OF_QUESTION if _form(value) in ("question", "caption") else {})
     for key in value.keys() & remedies.keys():
-        if not _is_empty(value[key]):
+        if not is_empty(value[key]):
             raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
-    for key in ("label", "labels", "kto_tag"):  # KTO, PRM; any other label is data about the record
+    for key in (*LABELS, "labels"):  # KTO, PRM; any other label is data about the record
         if _avoids(value.get(key)):
             what = f"is {ascii(value[key])[:60]}, an answer to be avoided"
             raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
 
 
-def check_turn(turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False) -> None:
-    """Refuse a turn, or a part of one, with such a key; see `check_record`."""
-    remedies = _OF_PART if part else _OF_TURN
+def check_turn(
+    turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False, calls: bool = False
+) -> None:
+    """Refuse a turn, or a part of one, with such a key; `calls`: it may call tools. See `check_record`."""
+    texts = [turn[key] for key in CONTENT if not is_empty(turn.get(key))]
+    if texts[1:] and texts[0] != texts[1]:
+        what = f"is {kind_of(texts[1])} beside another value"
+        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.content", what, "keep one of value and content")
+    remedies = _OF_PART if part else _MASKING if calls else _OF_TURN
     for key in turn.keys() & remedies.keys():
         value, weighs = turn[key], remedies[key] is _WEIGHTS
-        if _is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
+        if is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
             continue
         plain = weighs and isinstance(value, int | float | str)
         shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
@@ -113,25 +144,62 @@ def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
     return weight
 
 
-def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where) -> str:
-    """The thinking that a turn holds beside its text, as the block at the start of an answer; empty without any.
+def weights_of_question(turn: Mapping[str, Any], field: str) -> list[tuple[str, float | None]]:
+    """The keys by which the turn of a user, a system or a tool asks to be learned (Axolotl), or not to be, and their
+    weights; None: it is no number."""
+    asked = [key for key in (*WEIGHING, "loss_mask", "train_detail") if not is_empty(turn.get(key))]
+    return [(f"{field}.{key}", _number(turn[key])) for key in asked]
+
+
+def check_blocks(answer: str, field: str, where: Where) -> None:
+    """Refuse an answer with a part of a block of thinking that would be learned as its text.
+
+    Raises:
+        RecordError: its first block has no end or no start, or is followed by another.
+    """
+    first = _BLOCK.match(answer)
+    rest = answer[first.end() :] if first else answer
+    start, end = rest.find("<think>"), rest.find("</think>")
+    if rest.lstrip().startswith("<think>"):
+        what, remedy = "opens <think> and does not close it", "write </think> behind the thinking"
+        if start < end:
+            what, remedy = "begins with two blocks of thinking", "write one block"
+    elif end >= 0 and not 0 <= start < end:
+        what, remedy = "closes </think> and does not open it", "write <think> before the thinking"
+    else:
+        return
+    raise where.error(Code.UNCLOSED_THINKING, field, what, f"{remedy}, or drop the record")
+
+
+def content_of(turn: Mapping[str, Any]) -> Any:
+    """The content of a turn, under either key; the other may be there and empty, as in tables."""
+    key, content = given(turn, CONTENT)
+    return content if key else turn.get("value", turn.get("content"))
+
+
+def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where, *, content: Any) -> str:
+    """The thinking that a turn holds beside its content, as the block at the start of an answer; empty without any.
 
     Raises:
         RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
-    texts = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
+    texts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     if not texts:
         return ""
     (key, value), *more = texts.items()
-    twice = bool(more) or _text_of(turn.get("value", turn.get("content"))).lstrip().startswith("<think>")
+    twice = bool(more) or _text_of(content).lstrip().startswith("<think>")
     tagged = isinstance(value, str) and ("<think>" in value or "</think>" in value)
     if twice or tagged or role != "assistant" or not isinstance(value, str):
         what = "is given twice" if twice else f"is {kind_of(value)} of the turn of the {role}"
         what = "holds <think> or </think>" if tagged and not twice else what
-        raise where.error(
-            Code.UNFOLLOWED_KEY, f"{field}.{key}", what, "write the thinking of an answer once, as a text without tags"
-        )
+        remedy = "write the thinking of an answer once, as a text without tags"
+        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}".lstrip("."), what, remedy)
     return f"<think>\n{value.strip()}\n</think>\n\n"
+
+
+def given(value: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
+    """The first of some keys that is not empty, and its value; two empty texts without any."""
+    return next(((key, value[key]) for key in keys if not is_empty(value.get(key))), ("", ""))
 
 
 def checked_text(value: Any, field: str, where: Where) -> str:
@@ -163,9 +231,11 @@ def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     form = _form(value)
     ignored = [str(key) for key in value if key not in READ.get(form, _SHOWN)]
     turns = _objects(value.get(form))
-    read = {"user", "assistant", *WEIGHING} if form == "texts" else READ_OF_TURN
-    ignored += [f"{form}[].{key}" for turn in turns for key in turn if key not in read]
-    parts = [part for turn in turns for part in _objects(turn.get("value", turn.get("content")))]
+    read = {"user", "assistant", *REASONING, *WEIGHING} if form == "texts" else READ_OF_TURN
+    for turn in turns:
+        own = READ_OF_RESULT if given(turn, SPEAKER)[1] in RESULTS else set()
+        ignored += [f"{form}[].{key}" for key in turn if key not in read | own]
+    parts = [part for turn in turns for part in _objects(content_of(turn))]
     ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
     return tuple(dict.fromkeys(ignored))
 
@@ -194,6 +264,11 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def truth_of(value: Any) -> bool | None:
+    """A label as a truth value; tables keep them as numbers or strings. None: it is none."""
+    return {1.0: True, 0.0: False}.get(_number(value))  # type: ignore[arg-type]
+
+
 def _avoids(value: Any) -> bool:
     """Whether a label marks an answer, or a step of one, as bad; tables keep booleans as numbers or strings."""
     if isinstance(value, list | tuple):
@@ -201,9 +276,10 @@ def _avoids(value: Any) -> bool:
     return isinstance(value, bool | int | float | str) and str(value).strip().lower() in ("false", "0", "0.0")
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a value of a record says nothing: null, NaN, an empty text, list or object."""
     if isinstance(value, Mapping):
-        return all(_is_empty(item) for item in value.values())
+        return all(is_empty(item) for item in value.values())
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return is_nothing(value) or (isinstance(value, list | tuple) and not value)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mm_moslora.data.boxes.record_objects import Objects, check_objects, objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -33,13 +34,30 @@ from mm_moslora.data.chat.record_forms import (
     video_mark,
 )
 from mm_moslora.data.chat.record_keys import (
+    CALLS,
+    SPEAKER,
+    TOOLS,
+    check_blocks,
     check_characters,
     check_record,
     check_turn,
     checked_text,
+    content_of,
+    given,
     ignored_keys,
+    is_empty,
     thinking_of,
     weight_of,
+    weights_of_question,
+)
+from mm_moslora.data.chat.tool_records import (
+    CALLING,
+    RESULTS,
+    OpenCalls,
+    ToolError,
+    offered_tools,
+    read_calls,
+    thinking_before_call,
 )
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
@@ -52,12 +70,13 @@ from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 T = TypeVar("T")
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system",
+    "system": "system", **dict.fromkeys(CALLING, "assistant"),
+    **dict.fromkeys(RESULTS, "tool"),
 }  # fmt: skip
 _ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
 
@@ -75,6 +94,13 @@ class Turn:
     them from typed text; None: every `<image>` is an image."""
     weight: float = 1.0
     """Of the tokens of an answer in the loss; 0: it is context."""
+    asked: tuple[tuple[str, float | None], ...] = ()
+    """What keys of a turn that is no answer ask for; see `record_keys.weights_of_question`."""
+    tools: str = ""
+    """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
+    name of the call that a result answers."""
+    marked: bool = False
+    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
@@ -87,9 +113,24 @@ class Turn:
         return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
 
     @property
+    def said(self) -> str:
+        """The text, and the JSON text of tools."""
+        return self.text + self.tools
+
+    @property
     def images(self) -> int:
         """Images and videos in this turn."""
         return len(self.parts()) - 1
+
+    def filled(self, fill: Callable[[str], str]) -> Turn:
+        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
+        first, *rest = map(fill, self.parts())
+        result, offsets = first, []
+        for mark, part in zip(self.marks, rest, strict=True):
+            offsets.append(len(result))
+            result += mark + part
+        own = tuple(offsets) if self.role == "user" else None
+        return replace(self, text=result, offsets=own, marked=True)
 
     @property
     def marks(self) -> list[str]:
@@ -111,7 +152,7 @@ class Turn:
         for count, part in zip(shown, rest, strict=True):
             offsets += [len(result) + len(IMAGE) * index for index in range(1 if count is None else count)]
             result += (VIDEO if count is None else IMAGE * count) + part
-        return Turn(role=self.role, text=result, offsets=tuple(offsets))
+        return replace(self, text=result, offsets=tuple(offsets))
 
     def preceded_by(self, text: str) -> Turn:
         """The same turn with literal text before it."""
@@ -120,7 +161,7 @@ class Turn:
         for mark, part in zip(self.marks, rest, strict=True):
             offsets.append(len(result))
             result += mark + part
-        return Turn(role=self.role, text=result, offsets=tuple(offsets))
+        return replace(self, text=result, offsets=tuple(offsets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +174,8 @@ class Record:
     """An optional system turn, then questions and answers in turn."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
+    objects: Objects | None = None
+    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
     where: Where
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
@@ -182,12 +225,20 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
         marks = [Mark(kind, item) for kind, items in named.items() for item in items]
         if marks and not any(turn.images for turn in turns):
             turns = _images_asked_first(turns, len(marks))
+    turns = [replace(turns[0], tools=_offered(value, where) or turns[0].tools), *turns[1:]]
     shown = [_named_by(mark, index, where, rules) for index, mark in enumerate(marks)]
     _check_roles(turns, where)
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns, shown = _with_videos(turns, shown, where)
-    return Record(id=name, turns=tuple(turns), images=tuple(shown), where=where, ignored=ignored_keys(value))
+    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
+    check_objects(
+        objects, [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
+        has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
+    )  # fmt: skip
+    return Record(
+        id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
+    )
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
@@ -262,7 +313,7 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         ]
         return turns + single, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
-    items = value.get(key)
+    items, calls = value.get(key), OpenCalls()
     if not isinstance(items, list) or not items:
         if key not in value:
             raise formless(value, key, where)
@@ -272,14 +323,15 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         field = f"{key}[{index}]"
         if not isinstance(item, Mapping):
             raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object per turn")
-        speaker = item.get("from", item.get("role"))
-        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            what = f"role is {json.dumps(speaker, ensure_ascii=True, default=str)[:60]}"
-            raise where.error(Code.BAD_ROLE, field, what, "use human and gpt, or user and assistant, and system first")
-        check_turn(item, role, field, where)
-        thinking = thinking_of(item, role, field, where)
-        content = item.get("value", item.get("content"))
+        speaker, role = _speaker(item, field, where)
+        check_turn(item, role, field, where, calls=role == "assistant")
+        content = content_of(item)
+        thinking = thinking_of(item, role, field, where, content=content)
+        try:
+            tools, content = _tools_of(item, role, content, calls)
+        except ToolError as error:
+            raise where.error(error.code, field, error.what, error.remedy) from error
+        checked_text(tools, field, where)
         if isinstance(content, list):
             text, offsets, own = text_of_parts(role, content, field, where)
             turn, marks = Turn(role=role, text=text, offsets=tuple(offsets)), marks + own
@@ -288,8 +340,57 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         if role == "assistant":
             text = checked_text(thinking, field, where) + turn.text
             turn = replace(turn, text=text, weight=weight_of(item, field, where))
+        else:
+            turn = replace(turn, asked=tuple(weights_of_question(item, field)))
+        turn = replace(turn, tools=tools)
+        if speaker in CALLING and turns and turns[-1].role == "assistant":  # ms-swift: a turn for each call
+            turn = _joined(turns.pop(), turn, calls, field, where)
         turns.append(turn)
     return turns, marks, True
+
+
+def _speaker(item: Mapping[str, Any], field: str, where: Where) -> tuple[str, Role]:
+    """The name of a turn's speaker, and its role."""
+    names = [item[key] for key in SPEAKER if not is_nothing(item.get(key))]
+    roles = [_ROLES.get(name) if isinstance(name, str) else None for name in names] or [None]
+    role = roles[0]
+    if role is None or roles != [role] * len(roles):
+        shown = " beside ".join(json.dumps(name, ensure_ascii=True, default=str)[:60] for name in names or [None])
+        remedy = "use human and gpt, or user, assistant and tool, and system first"
+        raise where.error(Code.BAD_ROLE, field, f"role is {shown}", remedy)
+    return str(names[0]), role
+
+
+def _offered(value: Mapping[str, Any], where: Where) -> str:
+    """The JSON text of a record's tools."""
+    key, tools = given(value, TOOLS)
+    try:
+        return checked_text(offered_tools(tools) if key else "", key, where)
+    except ToolError as error:
+        raise where.error(error.code, key, error.what, error.remedy) from error
+
+
+def _tools_of(item: Mapping[str, Any], role: Role, content: Any, calls: OpenCalls) -> tuple[str, Any]:
+    """What a turn calls, or the call that it answers, as JSON text, and its content without that."""
+    if role == "tool":
+        return calls.answered(item), content
+    if role != "assistant":
+        return calls.called([]), content
+    if given(item, SPEAKER)[1] in CALLING:
+        content, called = thinking_before_call(content)
+    else:
+        key, called = given(item, CALLS)
+        if not key:
+            return calls.called([]), content
+    return calls.called(read_calls(called)), "" if is_nothing(content) else content
+
+
+def _joined(answer: Turn, call: Turn, calls: OpenCalls, field: str, where: Where) -> Turn:
+    """An answer with a call that came as a turn of its own."""
+    if answer.weight != call.weight:
+        what = f"weighs {call.weight:g} behind a part of the answer that weighs {answer.weight:g}"
+        raise where.error(Code.BAD_WEIGHT, field, what, "write one weight for an answer and its calls")
+    return replace(answer, text=answer.text + call.text, tools=calls.joined(answer.tools, call.tools))
 
 
 def _of_text(role: Role, text: str, videos: str | None, marks: list[Mark]) -> Turn:
@@ -315,13 +416,16 @@ def _image_first(text: str) -> str:
 
 def _check_roles(turns: list[Turn], where: Where) -> None:
     lead = int(turns[0].role == "system")
+    expected = "user"
     for index, turn in enumerate(turns[lead:], start=lead):
-        expected = "user" if (index - lead) % 2 == 0 else "assistant"
         field = f"conversations[{index}]"
-        if turn.role != expected:
+        if turn.role not in (expected, "tool"):  # results of tools have their calls
             remedy = "questions and answers take turns, a question first"
             raise where.error(Code.ROLES_DO_NOT_ALTERNATE, field, f"is {turn.role}, expected {expected}", remedy)
-        if turn.role == "assistant" and not turn.text.strip():
+        expected = "user" if turn.role == "assistant" else "assistant"
+        if turn.role == "assistant":
+            check_blocks(turn.text, field, where)
+        if turn.role == "assistant" and not turn.text.strip() and not turn.tools:
             raise where.error(
                 Code.EMPTY_ANSWER, field, "has no text to learn from", "write the answer or drop the turn"
             )

@@ -30,7 +30,7 @@ FEW_ASIDE = 0.01
 """Up to this share of answers behind another prompt needs no warning."""
 Ending = tuple[str, int]
 """The last answer of a record with a letter for every text, empty where it is not learned, and the number of those
-before it that are."""
+before its question that are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ def ending(turns: Sequence[Turn]) -> Ending:
     text = turns[-1].text
     block = "<think>a</think>" if thinks(text) else "<think></think>" if begins_with_block(text) else ""
     last = f"{block}a" if turns[-1].weight else ""
-    return last, sum(turn.role == "assistant" and turn.weight > 0 for turn in turns[:-1])
+    question = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=0)
+    return last, sum(turn.role == "assistant" and turn.weight > 0 for turn in turns[:question])
 
 
 def form_of(encoder: ConversationEncoder, endings: Counter[Ending]) -> ThinkingForm:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip, Frame
-from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of
+from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.worker_processes import in_processes, usable_processes
@@ -56,6 +56,8 @@ class CheckReport:
     """Usable records with more pictures."""
     videos: int = 0
     """Usable records with a video; every frame counts as a picture where the model takes no videos."""
+    boxes: int = 0
+    """Boxes and points of usable records."""
     pictures: int = 0
     """Pictures of usable records, repeated ones included."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
@@ -68,6 +70,8 @@ class CheckReport:
     """Answers that weigh 0 in the loss, by their record or `data.supervise`."""
     weighed: int = 0
     """Usable records with other weights than 0 and 1."""
+    tools: int = 0
+    """Usable records with tools, calls or their results."""
     supervised_tokens: int = 0
     """Tokens of the answers and their ends of turn."""
     lengths: list[int] = field(default_factory=list)
@@ -169,7 +173,7 @@ def check(
     decode: bool = True,
     processes: int | None = None,
     shard: Shard | None = None,
-    pairs: bool = False,
+    objective: Objective = "sft",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -183,13 +187,13 @@ def check(
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
         shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
-        pairs: the sources hold preference records, whose chosen answers are counted.
+        objective: what is learned from the sources; of preference records the chosen answers are counted.
         on_progress: called with (records done, all records).
 
     Raises:
         DataError: a source cannot be read at all.
     """
-    files = open_sources(sources, pairs=pairs, processing=image_processing)
+    files = open_sources(sources, objective=objective, processing=image_processing)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
     empty = partial(
         CheckReport,
@@ -248,7 +252,8 @@ class _RowCheck:
             try:
                 record = file[row]
                 pictures = placeholders_of(record, self.image_processing)
-                encoded = encode_record(record, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
+                shown = written(record, self.image_processing)
+                encoded = encode_record(shown, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
                 self._pictures(report, record, encoded)
             except RecordError as error:
                 report.bad[error.code] += 1
@@ -276,13 +281,16 @@ class _RowCheck:
         answers = [turn.text for turn in fitting if turn.role == "assistant"]
         texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
-        content = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
+        content = repr([(turn.role, turn.said) for turn in record.turns] + record.image_names)
+        content += repr(record.objects) if record.objects is not None else ""
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
         learned = sum(turn.weight > 0 for turn in fitting if turn.role == "assistant")
         report.answers += learned
         report.context_answers += len(answers) - learned
+        tools = any(turn.tools for turn in record.turns)
+        report.tools += tools
         report.weighed += encoded.weights is not None
         report.turns[len(answers)] += 1
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
@@ -294,11 +302,12 @@ class _RowCheck:
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
-        report.endless += _ends(encoded) - self.ends != set()
+        report.endless += not tools and _ends(encoded) - self.ends != set()
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
+        report.boxes += len(record.objects.places) if record.objects is not None else 0
         report.videos += any(isinstance(picture, Frame | Clip) for picture in record.images)
 
 

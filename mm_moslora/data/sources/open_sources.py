@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import HeldOut, SourceConfig
-from mm_moslora.data.chat.preference_records import parse_pair
+from mm_moslora.config import HeldOut, Objective, SourceConfig
+from mm_moslora.data.chat.judged_records import SHOWN
 from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
@@ -111,13 +111,13 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
 
 
 def open_sources(
-    sources: Sequence[SourceConfig], *, pairs: bool = False, processing: ImageProcessing | None = None
+    sources: Sequence[SourceConfig], *, objective: Objective = "sft", processing: ImageProcessing | None = None
 ) -> list[RecordSource]:
     """Open several sources.
 
     Args:
         sources: to be opened.
-        pairs: they hold preference records, which become conversations with their chosen answers.
+        objective: what is learned from them; their records become conversations, see `judged_records.SHOWN`.
         processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
 
     Raises:
@@ -127,7 +127,7 @@ def open_sources(
     opened = [open_source(source) for source in sources]
     for source in opened:
         source.rules = replace(source.rules, videos=None if processing is None else processing.videos)
-    return [ChosenAnswers(source) for source in opened] if pairs else opened
+    return opened if objective == "sft" else [ShownRecords(source, objective) for source in opened]
 
 
 def _rules(config: SourceConfig, beside: Path) -> PictureRules:
@@ -194,16 +194,18 @@ class SelectedRecords(RecordSource):
         return self.source.commit()
 
 
-class ChosenAnswers(SelectedRecords):
-    """The pairs of a source as conversations with their chosen answers; a record that is no pair is an error.
+class ShownRecords(SelectedRecords):
+    """The records of an objective as conversations; one that does not fit the objective is an error.
 
     Args:
-        source: of preference records.
+        source: of its records.
+        objective: not sft.
     """
 
-    def __init__(self, source: RecordSource) -> None:
+    def __init__(self, source: RecordSource, objective: Objective) -> None:
         super().__init__(source, range(len(source)))
+        self.objective = objective
 
     def __getitem__(self, row: int) -> Record:
         """See `RecordSource.__getitem__`."""
-        return self.parsed(row, parse_pair).chosen
+        return self.parsed(row, SHOWN[self.objective])

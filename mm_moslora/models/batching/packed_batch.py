@@ -20,12 +20,10 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
+from mm_moslora.models.batching.single_pictures import ENCODED
 from mm_moslora.models.families import vlm_family
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import ModelError
-
-_ENCODED = "mm_encoder_outputs"
-"""Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -117,9 +115,9 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if not has_mrope(model):
         return inputs
     inner: Any = model.base_model
-    if not takes(model, _ENCODED):
+    if not takes(model, ENCODED):
         raise ModelError(
-            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
+            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {ENCODED}: it "
             "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
         )
     pixels = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
@@ -129,7 +127,7 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     )
     pictures = len(inputs.get("image_grid_thw", ()))
     kinds = {"image": slice(pictures), "video": slice(pictures, None)}
-    return {_ENCODED: {kind: _some(encoded, part) for kind, part in kinds.items() if f"{kind}_grid_thw" in inputs}}
+    return {ENCODED: {kind: _some(encoded, part) for kind, part in kinds.items() if f"{kind}_grid_thw" in inputs}}
 
 
 def _some(encoded: Any, part: slice) -> SimpleNamespace:

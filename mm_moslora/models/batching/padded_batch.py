@@ -5,7 +5,8 @@ Prompts are read this way. Models without packed rows (`mm_moslora.models.batchi
 Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
 The models are classes of transformers and get the same inputs as from their processors: ids, mask, image inputs, and a
-type per token where they take it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
+type per token where they take it (Qwen-VL derives its three-part positions from it, Gemma which tokens of a picture see
+each other, PaliGemma its prefix).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
-from mm_moslora.models.families import HOST_INPUTS, READ_INPUTS, vlm_family
+from mm_moslora.models.batching.single_pictures import encoded_one_by_one
+from mm_moslora.models.families import HOST_INPUTS, PICTURE_SHAPES, PICTURE_TOKENS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError
 
 
@@ -68,7 +70,8 @@ def padded_inputs(
     pixel_values: Tensor | None,
     image_inputs: dict[str, Tensor],
     *,
-    answers: Sequence[int],
+    answers: Sequence[int] | None,
+    left: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of a model's forward pass.
@@ -78,13 +81,14 @@ def padded_inputs(
         rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
         image_inputs: the other inputs of the pictures, on any device.
-        answers: the start of each sample's first answer.
+        answers: the start of each sample's first answer; None: these are prompts.
+        left: pad on the left, so that all samples end together.
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    whole = text_inputs(model, rows)
-    if takes(model, "token_type_ids"):
-        starts = torch.tensor(list(answers))[:, None]
+    whole = text_inputs(model, rows, picture_tokens=image_inputs.get(PICTURE_TOKENS), left=left)
+    if vlm_family(model.config.model_type).prefix:
+        starts = torch.tensor([whole["input_ids"].shape[1]] * len(rows) if answers is None else [*answers])[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None or image_inputs:
@@ -110,8 +114,14 @@ class PaddedCollator:
 
         Raises:
             DataError: no example can be used.
+            ModelError: the model must encode pictures one by one.
         """
         batch = Batch.from_examples(usable(examples))
+        if PICTURE_SHAPES in batch.image_inputs:
+            raise ModelError(
+                f"{type(base_model(self.model)).__name__} must encode pictures one by one, which a collator cannot do. "
+                "Train it with mm-moslora train."
+            )
         rows = list(batch.input_ids.split(batch.segment_lengths))
         inputs = padded_inputs(
             cast(PreTrainedModel, base_model(self.model)),
@@ -125,22 +135,29 @@ class PaddedCollator:
         return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
 
-def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def text_inputs(
+    model: PreTrainedModel, rows: Sequence[Tensor], *, picture_tokens: Tensor | None = None, left: bool = False
+) -> dict[str, Tensor]:
     """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
+        picture_tokens: see `PICTURE_TOKENS`; None: the image token.
+        left: see `padded_inputs`.
     """
-    ids = pad_sequence(list(rows), batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    side = "left" if left else "right"
+    ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if takes(model, "mm_token_type_ids"):
-        types = (ids == model.config.image_token_id).long()
-        if (video := getattr(model.config, "video_token_id", None)) is not None:
-            types += 2 * (ids == video)
-        inputs["mm_token_type_ids"] = types * mask
-    return inputs
+    taken = [name for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)]
+    if not taken:  # also a language model alone, which has no image token
+        return inputs
+    of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
+    types = torch.isin(ids, of_pictures).long()
+    if (video := getattr(model.config, "video_token_id", None)) is not None:
+        types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
+    return inputs | dict.fromkeys(taken, types * mask)
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
@@ -171,12 +188,14 @@ def picture_inputs(
     device = model.device if device is None else device
     inputs: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}
     inputs |= image_inputs
+    inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
+    shapes = inputs.pop(PICTURE_SHAPES, None)
     if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
         inputs = {name: value[None] for name, value in inputs.items()}
     dtype = model.dtype
-    return {
+    inputs = {
         name: value
         if name in HOST_INPUTS
         else value.to(
@@ -184,6 +203,7 @@ def picture_inputs(
         )
         for name, value in inputs.items()
     }
+    return inputs if shapes is None else encoded_one_by_one(model, inputs, shapes)
 
 
 def readable(batch: Batch) -> dict[str, Tensor]:

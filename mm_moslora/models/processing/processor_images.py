@@ -10,6 +10,7 @@ Qwen-VL). A small video shows which. For other models a video is several picture
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,15 +18,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from mm_moslora.batch import ProcessedImage, Video, VideoSampling
-from mm_moslora.models.families import processor_family
+from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
+from mm_moslora.config import BoxFormName
+from mm_moslora.models.batching.single_pictures import flat
+from mm_moslora.models.families import PICTURE_TOKENS, processor_family
+from mm_moslora.models.processing.probed_frame import probed_frame
+from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
 
+_PROBED = ((320, 240), (96, 288))
+"""Pictures that show whether any picture is cropped or padded."""
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
@@ -35,14 +43,16 @@ class ProcessorImageProcessing:
     Args:
         processor: with `image_token`.
         image_token_id: the token that visual features replace.
+        boxes: see `ImageProcessing.boxes`.
     """
 
     fixed = False
 
-    def __init__(self, processor: Any, *, image_token_id: int) -> None:
-        self.processor, self.image_token_id = processor, image_token_id
+    def __init__(self, processor: Any, *, image_token_id: int, boxes: BoxFormName | None = None) -> None:
+        self.processor, self.image_token_id, self.boxes = processor, image_token_id, boxes
         self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
+        self.frame = functools.lru_cache(maxsize=65_536)(self._frame)
         self._shapes = functools.lru_cache(maxsize=4_096)(self._video_shapes)
 
     @functools.cached_property
@@ -91,10 +101,42 @@ class ProcessorImageProcessing:
         plain = {"do_sample_frames": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
         return dict(self.processor.video_processor([video], **plain))
 
+    def _frame(self, size: tuple[int, int]) -> PictureFrame:
+        """See `ImageProcessing.frame`."""
+        if not self._shows_all:
+            found = probed_frame(size, self._pixels)
+            if found is not None:
+                return found
+        if self.boxes != "qwen2_5_vl":  # the others count shares of the picture
+            return PictureFrame(width=size[0], height=size[1])
+        grid = self._call([Image.new("RGB", size)])[1].get("image_grid_thw")
+        if grid is None:
+            raise ModelError(
+                "model.boxes is qwen2_5_vl, whose boxes count pixels of the resized picture, and "
+                f"{type(self.processor).__name__} does not show that size. Choose another form."
+            )
+        height, width = (int(count) * int(self.processor.image_processor.patch_size) for count in grid[0, 1:])
+        return PictureFrame(width=width, height=height, scale=(width / size[0], height / size[1]))
+
+    @functools.cached_property
+    def _shows_all(self) -> bool:
+        """Whether pictures of two shapes are seen as a whole and fill what the model sees; then others are, too."""
+        frames = [(size, probed_frame(size, self._pixels)) for size in _PROBED]
+        return all(
+            frame is None or (*frame.offset, *frame.seen(*size)) == (0, 0, frame.width, frame.height)
+            for size, frame in frames
+        )
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.float64]:
+        tensors = self._call([image])[1]
+        return np.asarray(tensors["pixel_values"].double())
+
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
+        if self._family.one_by_one:
+            tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
@@ -114,12 +156,24 @@ class ProcessorImageProcessing:
         ]
 
     def _call(self, images: Sequence[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
-        output = self.processor(
-            text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
-            add_special_tokens=False,
-        )  # fmt: skip
+        try:
+            output = self.processor(
+                text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
+                add_special_tokens=False,
+            )  # fmt: skip
+        except Exception as error:  # processors raise nearly anything
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise ModelError(
+                f"{type(self.processor).__name__} prepares no picture of {sizes} pixels: {reason_of(error)}. Compare "
+                "do_resize and the sizes of its preprocessor_config.json with those of the model on the hub."
+            ) from error
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        return output["input_ids"][0].tolist(), tensors
+        if self._marked - {self.image_token_id}:
+            tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
+        ids = output["input_ids"][0].tolist()
+        # Some put the start of a text before it, which a picture is not.
+        start = {self.processor.tokenizer.bos_token_id, self.processor.tokenizer.eos_token_id}
+        return list(itertools.dropwhile(start.__contains__, ids)), tensors
 
     def _count_tokens(self, width: int, height: int) -> tuple[int, ...] | str:
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
@@ -127,6 +181,11 @@ class ProcessorImageProcessing:
             return self._one(Image.new("RGB", (width, height))).placeholders
         visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
         return (self.image_token_id,) * (visual + self._uncounted)
+
+    @functools.cached_property
+    def _marked(self) -> set[int]:
+        """The tokens whose type the processor gives as that of a picture."""
+        return {number for number in getattr(self.processor, "image_token_ids", ()) or () if number is not None}
 
     @functools.cached_property
     def _uncounted(self) -> int:

@@ -173,11 +173,11 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Change the dtype of a model's parameters in place.
 
     Buffers do not change (rotary frequencies and running statistics lose too much in half precision), nor do modules
-    that require fp32.
+    that require fp32, nor packed weights.
     """
     in_fp32 = {id(parameter) for parameter in fp32_parameters(module)}
     for parameter in module.parameters():
-        if id(parameter) not in in_fp32:
+        if id(parameter) not in in_fp32 and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 

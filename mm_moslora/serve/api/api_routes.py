@@ -111,12 +111,13 @@ class _Chat:
                 self._metrics.images.inc(len(chat.pictures))
                 prepared = await self._intake.prepared(request, chat, reservation)
                 chat = replace(chat, messages=())
-                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids))
+                form = self._engine.models.call_form if chat.tools else None
+                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), call_form=form, boxes=prepared.boxes)
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))
                 if chat.stream:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
                 else:
-                    await JSONResponse(reply.whole())(scope, receive, send)
+                    await JSONResponse(await asyncio.to_thread(reply.whole))(scope, receive, send)
             finally:
                 self._busy -= 1
 
@@ -135,7 +136,8 @@ class _Chat:
         jobs = [
             GenerationJob(
                 model=chat.model, input_ids=prepared.input_ids, images=prepared.images, sampling=chat.sampling,
-                stop=chat.stop, thinking=chat.thinking, choice=choice, deliver=partial(deliver, choice),
+                stop=chat.stop, thinking=chat.thinking, calls=bool(chat.tools), choice=choice,
+                deliver=partial(deliver, choice),
                 deadline=time.monotonic() + self._limits.request_seconds,
             )
             for choice in range(chat.choices)

@@ -1,7 +1,7 @@
 """Parse and check a request body into a `ChatRequest`. Every error names the field that is wrong.
 
-Unknown fields are ignored, since clients send many. Fields that ask for an unsupported feature (tools,
-log-probabilities, another output format) are refused, because the answer would not be what the client asked for.
+Unknown fields are ignored, since clients send many. Fields that ask for an unsupported feature (log-probabilities,
+another output format) are refused, because the answer would not be what the client asked for.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.data.chat.tool_records import OpenCalls, ToolError, offered_tools, read_calls
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.token_sampling import Sampling
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction"), ()),
+    **dict.fromkeys(("functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction"), ()),
     "web_search_options": (), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
 }  # fmt: skip
@@ -39,8 +40,10 @@ class ChatMessage:
     """One message."""
 
     role: str
-    """system, user or assistant."""
+    """system, user, assistant or tool."""
     parts: tuple[str | MessagePicture, ...]
+    tools: str = ""
+    """JSON text of an assistant's calls, or of the call that a tool answers; see `Turn.tools`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class ChatRequest:
     messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    tools: str = ""
+    """JSON text of the tools that may be called; empty without any."""
     thinking: bool | None = None
     """Ask the model to think before it answers, or to answer at once; None: as it was trained."""
     stream: bool = False
@@ -64,8 +69,9 @@ class ChatRequest:
 
     @property
     def characters(self) -> int:
-        """Number of characters of all texts."""
-        return sum(len(part) for message in self.messages for part in message.parts if isinstance(part, str))
+        """Number of characters of all texts, tools and calls."""
+        texts = (part for message in self.messages for part in (*message.parts, message.tools) if isinstance(part, str))
+        return len(self.tools) + sum(map(len, texts))
 
 
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
@@ -110,6 +116,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
             seed=_whole(body, "seed", -(2**63), 2**63 - 1),
         ),
         stop=_stop(body.get("stop"), limits),
+        tools=_tools(body.get("tools")) if body.get("tool_choice") != "none" else "",
         thinking=_thinking(body),
         stream=_switch(body, "stream") or False,
         include_usage=_switch(options, "include_usage", "stream_options.") or False,
@@ -131,37 +138,59 @@ def _messages(value: Any, limits: Limits) -> tuple[ChatMessage, ...]:
             f"messages holds {len(value)} messages, at most {limits.messages} are allowed.",
             param="messages", code="too_many_messages",
         )  # fmt: skip
-    messages = tuple(_message(item, f"messages[{index}]", limits) for index, item in enumerate(value))
+    calls = OpenCalls()
+    messages = tuple(_message(item, f"messages[{index}]", limits, calls) for index, item in enumerate(value))
     roles = [message.role for message in messages]
     for index in range(1, len(roles)):
         if roles[index] == "system" != roles[index - 1]:
             where = f"messages[{index}]"
             raise ApiError(f"{where} is a system message behind others; put it first.", param=where)
     spoken = [role for role in roles if role != "system"]
-    if not spoken or spoken[0] != "user" or spoken[-1] != "user":
+    if not spoken or spoken[0] != "user" or spoken[-1] not in ("user", "tool"):
         raise ApiError(
-            "The conversation must begin (after system messages) and end with a user message.", param="messages"
-        )
+            "The conversation must begin (after system messages) with a user message, and end with one or with the "
+            "result of a tool.",
+            param="messages",
+        )  # fmt: skip
     return messages
 
 
-def _message(value: Any, where: str, limits: Limits) -> ChatMessage:
+def _tools(value: Any) -> str:
+    try:
+        return _text(offered_tools([] if value is None else value), "tools", empty=True)
+    except ToolError as error:
+        raise ApiError(f"tools {error.what}; {error.remedy}.", param="tools") from None
+
+
+def _message(value: Any, where: str, limits: Limits, calls: OpenCalls) -> ChatMessage:
     if not isinstance(value, dict):
         raise _wrong(where, "an object with role and content")
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise _wrong(f"{where}.role", f"one of {', '.join(ROLES)}")
     role = "system" if role == "developer" else role
+    try:
+        if role == "tool":
+            tools = calls.answered(value)
+        else:
+            given = value.get("tool_calls") if role == "assistant" else None
+            tools = calls.called(read_calls(given) if given else [])
+    except ToolError as error:
+        where += ".tool_call_id" if role == "tool" else ".tool_calls"
+        raise ApiError(f"{where} {error.what}; {error.remedy}.", param=where) from None
+    tools = _text(tools, f"{where}.tool_calls", empty=True)
+    content = "" if content is None and role == "assistant" and tools else content
     where += ".content"
     if isinstance(content, str):
-        return ChatMessage(role=role, parts=(_text(content, where, empty=True),))
+        return ChatMessage(role=role, parts=(_text(content, where, empty=True),), tools=tools)
     if not isinstance(content, list) or not content:
         raise _wrong(where, "a text, or a list of parts")
     if len(content) > limits.parts:
         raise _wrong(where, f"at most {limits.parts} parts")
     return ChatMessage(
-        role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content))
-    )
+        role=role, tools=tools,
+        parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content)),
+    )  # fmt: skip
 
 
 def _part(value: Any, where: str, role: str) -> str | MessagePicture:

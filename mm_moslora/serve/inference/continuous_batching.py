@@ -63,6 +63,8 @@ class GenerationJob(Draw):
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
+    calls: bool = False
+    """Whether the answer may call tools; see `ConversationEncoder.decode_answer`."""
     deliver: Callable[[AnswerPart], object]
     """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
@@ -141,7 +143,7 @@ class GenerationEngine:
             ApiError: the queue is full.
         """
         for job in jobs:
-            job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking)
+            job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking, calls=job.calls)
         with self._changed:
             if self._stopping:
                 raise stopping()

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.boxes.box_forms import FoundBox
+from mm_moslora.data.chat.conversation_encoder import UnrenderedTools
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.tool_records import joined_calls
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
@@ -30,6 +33,8 @@ class Prepared:
 
     input_ids: Tensor
     images: list[ProcessedImage]
+    boxes: Callable[[str], list[FoundBox]]
+    """Reads the boxes of an answer, in pixels of the last picture's file."""
 
     @property
     def bytes(self) -> int:
@@ -53,6 +58,12 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
             f"The chat template of {request.model} has one form of prompts, so enable_thinking has no effect; leave it "
             "out.",
             param="chat_template_kwargs", code="unsupported_parameter",
+        )  # fmt: skip
+    if request.tools and models.call_form is None:
+        raise ApiError(
+            f"The chat template of {request.model} writes no calls of tools, or in a form that is not known; leave out "
+            "tools.",
+            param="tools", code="unsupported_parameter",
         )  # fmt: skip
     longest = _longest(models, limits)
     if request.characters > longest * limits.characters_per_token:  # too long under any tokenizer
@@ -78,9 +89,16 @@ def prepare(
     pictures = open_pictures(files, stop=stop)
     refuse_stopped(stop)
     try:
-        ids, images = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
+        first, *rest = turns_of(request.messages)
+        turns = [replace(first, tools=request.tools), *rest]
+        ids, images = models.prompt(turns, pictures, thinking=request.thinking)
     except ModelError as error:
         raise ApiError(str(error), param="messages", code="invalid_image") from None
+    except UnrenderedTools:
+        raise ApiError(
+            "The model's chat template leaves out or refuses these tools, calls or results.",
+            param="messages", code="conversation_not_supported",
+        ) from None  # fmt: skip
     except MoSLoRAError:
         raise ApiError(
             "The conversation does not fit the model's chat template (it cannot express one of the roles or texts).",
@@ -88,7 +106,8 @@ def prepare(
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
-    return Prepared(input_ids=ids, images=images)
+    last = pictures[-1].size if pictures else None
+    return Prepared(input_ids=ids, images=images, boxes=lambda text: models.boxes(text, last) if last else [])
 
 
 def _longest(models: Models, limits: Limits) -> int:
@@ -105,16 +124,26 @@ def _too_long(what: str, tokens: int, longest: int) -> ApiError:
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
+    """Messages as turns: consecutive messages of one role become one turn, and so do all system messages.
+
+    Results of tools stay apart.
+    """
     turns: list[Turn] = []
     for role, same in itertools.groupby(messages, key=attrgetter("role")):
-        parts = [part for message in same for part in message.parts]
+        group = list(same)
+        parts = [part for message in group for part in message.parts]
         if role == "user":
             turns.append(_question(parts))
+        elif role == "tool":
+            turns += [Turn(role="tool", text=_joined(message.parts), tools=message.tools) for message in group]
         else:
-            text = ("\n\n" if role == "system" else "\n").join(part for part in parts if isinstance(part, str))
-            turns.append(Turn(role="system" if role == "system" else "assistant", text=text))
+            between, calls = ("\n\n", "") if role == "system" else ("\n", joined_calls(*(one.tools for one in group)))
+            turns.append(Turn(role=role, text=_joined(parts, between), tools=calls))
     return turns
+
+
+def _joined(parts: Sequence[str | MessagePicture], between: str = "\n") -> str:
+    return between.join(part for part in parts if isinstance(part, str))
 
 
 def _question(parts: Sequence[str | MessagePicture]) -> Turn:

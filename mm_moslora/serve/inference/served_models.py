@@ -12,8 +12,9 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.preprocessing_print import check_preprocessing
@@ -35,6 +37,7 @@ from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
+from mm_moslora.serve.inference.tool_replies import call_form
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, MANIFEST, find_checkpoint, projector_file
@@ -96,6 +99,12 @@ class Models:
         pads = getattr(getattr(self.assembly.processor, "image_processor", None), "do_pad", False)
         return processing is not None and processing.fixed and bool(pads)
 
+    @cached_property
+    def call_form(self) -> dict[str, Any] | None:
+        """See `tool_replies.call_form`."""
+        with self._alone:
+            return call_form(self.encoder)
+
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Visual tokens of pictures of these widths and heights, with the placeholders around them. Thread-safe."""
         if self.assembly.image_processing is None or not sizes or any(0 in size for size in sizes):
@@ -125,6 +134,12 @@ class Models:
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             placeholders = [item.placeholders for item in images]
             return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
+
+    def boxes(self, answer: str, size: tuple[int, int]) -> list[FoundBox]:
+        """The boxes in an answer about a picture of this size, see `read_boxes`; none where they cannot be placed."""
+        with self._alone, suppress(ModelError):
+            return read_boxes(answer, self.assembly.image_processing, size)
+        return []
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.

@@ -18,10 +18,18 @@ class TextStream:
         encoder: holds the tokenizer and the template's text before an answer.
         stop: texts that end the answer. Neither they nor the text after them is returned.
         thinking: the form of the prompt; where the prompt opened a thinking block, the text begins with that.
+        calls: see `ConversationEncoder.decode_answer`.
     """
 
-    def __init__(self, encoder: ConversationEncoder, stop: Sequence[str] = (), *, thinking: bool | None = None) -> None:
-        self._encoder, self._stop = encoder, tuple(stop)
+    def __init__(
+        self,
+        encoder: ConversationEncoder,
+        stop: Sequence[str] = (),
+        *,
+        thinking: bool | None = None,
+        calls: bool = False,
+    ) -> None:
+        self._encoder, self._stop, self._calls = encoder, tuple(stop), calls
         self._tokens: list[int] = []
         self._start = 0
         """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
@@ -35,7 +43,7 @@ class TextStream:
         """Add one token; returns the text that is final now, often one word and sometimes nothing."""
         self._tokens.append(token)
         fresh = self._fresh()
-        if fresh.endswith(_HALF):  # an incomplete character
+        if fresh.endswith(_HALF) or (self._calls and not fresh):  # an incomplete character, or what is no answer yet
             return ""
         self._start, self._end = self._end, len(self._tokens)
         return self._release(fresh)
@@ -55,8 +63,8 @@ class TextStream:
     def _decode(self, end: int) -> str:
         tokens = self._tokens[self._start : end]
         if self._start == 0:
-            return self._encoder.decode_answer(tokens)
-        return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=True))
+            return self._encoder.decode_answer(tokens, calls=self._calls)
+        return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=not self._calls))
 
     def _release(self, fresh: str) -> str:
         text = self._pending + fresh

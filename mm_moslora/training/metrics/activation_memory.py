@@ -25,6 +25,7 @@ from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.packed_batch import has_mrope
 from mm_moslora.models.batching.padded_batch import picture_inputs
+from mm_moslora.models.families import vlm_family
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
@@ -219,7 +220,10 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
     model: Any = bones.model
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
-        inputs = picture_inputs(model, tensors.pop("pixel_values"), tensors, device=torch.device("cpu"))
+        pixels = tensors.pop("pixel_values")
+        if vlm_family(model.config.model_type).one_by_one:  # which encodes them
+            return lambda: picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
+        inputs = picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
     if (spec := bones.image) is not None and not has_own_forward(model):
         return lambda: image_features(model, _nothing(1, 3, spec.size, spec.size))

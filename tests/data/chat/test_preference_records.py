@@ -34,6 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "RLAIF-V": {"question": USER, **SIDES, "image": "a.png"},
     "a table, with empty cells": {
         "prompt": USER, **SIDES, "image": "a.png", "messages": None, "rejected_response": None, "rejected_images": None,
+        "rejected_videos": [],
     },
 }  # fmt: skip
 
@@ -80,10 +81,13 @@ def test_earlier_turns_and_the_system_prompt_belong_to_the_question() -> None:
         ({"messages": [SEEN, YES], "rejected_response": BAD, "images": []}, "IMAGE_COUNT"),
         ({"messages": [ASKED, YES], "rejected_messages": [{**ASKED, "content": "why?"}, NO]}, "NO_PAIR.*another conv"),
         ({"prompt": USER, **SIDES, "rejected_images": ["b.png"]}, "UNFOLLOWED_KEY.*rejected_images.*same pictures"),
-        ({"prompt": USER, **SIDES, "tools": [{"a": 1}]}, "UNFOLLOWED_KEY.*tools"),
+        ({"prompt": USER, **SIDES, "rejected_objects": {"ref": ["a"]}}, "UNFOLLOWED_KEY.*rejected_objects.*same pict"),
+        ({"prompt": USER, **SIDES, "rejected_tools": [{"a": 1}]}, "UNFOLLOWED_KEY.*rejected_tools"),
+        ({"prompt": USER, **SIDES, "negative_messages": [[YES]]}, "UNFOLLOWED_KEY.*negative_messages.*embeddings"),
+        ({"prompt": USER, **SIDES, "tools": [{"a": 1}]}, "BAD_TOOLS.*tools"),
         ({"prompt": [ASKED], "chosen": [{**YES, "weight": 2}], "rejected": [NO]}, "UNFOLLOWED_KEY.*weighs an answer"),
         ({"messages": [ASKED, {**YES, "loss": False}, ASKED, YES], "rejected_response": BAD}, "UNFOLLOWED_KEY.*weigh"),
-        ({"prompt": USER, **SIDES, "kto_tag": False}, "UNFOLLOWED_KEY.*pairs alone"),
+        ({"prompt": USER, **SIDES, "kto_tag": False}, "UNFOLLOWED_KEY.*objective: kto"),
     ],
 )
 def test_what_is_no_pair_is_named(value: Any, message: str) -> None:

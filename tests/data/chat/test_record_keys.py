@@ -31,7 +31,6 @@ def chat(*, record: dict | None = None, llava: bool = False, user: dict | None =
     ("loss_mask", [0, False], [1, True, None]),
     ("mask", [True, False, 1], [None, ""]),
     ("train_detail", [[{"begin_offset": 0}]], [[], None]),
-    ("tool_calls", [[{"function": {"name": "f"}}]], [[], None]),
 ])  # fmt: skip
 def test_keys_of_turns(key, bad, neutral, llava) -> None:
     for value in bad:
@@ -46,8 +45,6 @@ def test_keys_of_turns(key, bad, neutral, llava) -> None:
     ("chosen", ["a", {"role": "assistant", "content": "a"}], [None, ""]),
     ("rejected", ["a"], [None]),
     ("rejected_response", ["a", ["a"]], ["", None]),
-    ("tools", [[{"type": "function"}], '[{"name": "f"}]'], [[], "[]", None]),
-    ("objects", [{"ref": ["a"], "bbox": [[1, 2, 3, 4]]}], [{"ref": [], "bbox": []}, {}, None]),
     ("label", [False, 0, 0.0, "false", "False", "0"], [True, 1, 3, "cat", None, float("nan"), ""]),
     ("labels", [[True, False], False], [[True], [0, 3], ["cat"], [], None]),
     ("kto_tag", [False, 0, "false"], [True, 1, "true", None]),
@@ -110,16 +107,84 @@ def test_a_preference_record_without_a_conversation_is_named_so() -> None:
         parsed({"prompt": "what?", "chosen": "42", "rejected": "41"})
 
 
-def test_a_question_is_never_learned_so_its_weight_means_nothing() -> None:
-    assert parsed(chat(user={"loss": False, "weight": 0})).turns[1].text == "42"
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize(("key", "learned", "context"), [
+    ("train", [True, "true", "odd"], [False, None, ""]), ("weight", [1, 0.5], [0, "0"]), ("loss_mask", [1], [0, None]),
+    ("train_detail", [[{"begin_offset": 0}]], [[]]),
+])  # fmt: skip
+def test_keys_that_ask_for_a_question_to_be_learned_are_followed_or_named(write, key, learned, context, role) -> None:
+    def codes(train_on: str, values: list) -> dict[str, int]:
+        system = {"role": "system", "content": "Be brief."}
+        rows = [chat(user={key: value}) for value in values]
+        if role == "system":
+            rows = [{"messages": [system | {key: value}, *chat()["messages"]]} for value in values]
+        report = check([SourceConfig(path=str(write(*rows)))], ConversationEncoder(shared_tokenizer("bytes-chatml")),
+                       config=DataConfig(train_on=train_on), vision=False)  # fmt: skip
+        assert all(f"messages[0].{key}: asks for another weight" in str(fault) for fault in report.faults)
+        return {str(code): count for code, count in report.bad.items()}
+
+    assert codes("answers", context) == {}
+    assert codes("answers", learned) == {"UNFOLLOWED_KEY": len(learned)}
+    followed = [value for value in [*learned, *context] if value in (True, "true", None, "", [])]
+    assert codes("all", followed) == {}
+    others = [value for value in [*learned, *context] if value not in followed]
+    assert codes("all", others) == ({"UNFOLLOWED_KEY": len(others)} if others else {})
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "observation"])
-def test_a_turn_of_a_tool_is_a_fault(role) -> None:
-    value = chat()
-    value["messages"].insert(1, {"role": role, "content": "{}"})
-    with pytest.raises(RecordError, match="BAD_ROLE"):
-        parsed(value)
+@pytest.mark.parametrize("key", ["rejected_videos", "rejected_audios", "rejected_objects", "rejected_tools",
+                                 "positive_messages", "negative_messages", "negative_images"])  # fmt: skip
+def test_keys_with_the_prefixes_of_ms_swift_are_named(key) -> None:
+    for value in (chat(record={key: ["x"]}), {"question": "what?", "answer": "42", key: ["x"]}):
+        with pytest.raises(RecordError, match=rf"^UNFOLLOWED_KEY: .* field {key}: is a list; "):
+            parsed(value)
+    for empty in (None, [], ""):
+        assert parsed(chat(record={key: empty})).turns[1].text == "42"
+
+
+@pytest.mark.parametrize("llava", [False, True])
+def test_a_turn_has_one_content_and_one_speaker(llava) -> None:
+    content, speaker = ("content", "role") if llava else ("value", "from")
+    with pytest.raises(RecordError, match=r"^UNFOLLOWED_KEY: .*\[1\]\.content: is a string beside another value; keep"):
+        parsed(chat(llava=llava, **{content: "43"}))
+    with pytest.raises(RecordError, match=r'^BAD_ROLE: .*\[1\]: role is ".*" beside ".*"; use human'):
+        parsed(chat(llava=llava, **{speaker: "user"}))
+    for empty in (None, "", [], "42"):  # columns of a table
+        assert parsed(chat(llava=llava, **{content: empty, speaker: "gpt"})).turns[1].text == "42"
+    assert parsed(chat(llava=llava, **{speaker: None})).turns[1].role == "assistant"
+
+
+@pytest.mark.parametrize("answer", ["<think>\nIt is", " <think>", "<think>a<think>"])
+def test_thinking_without_an_end_is_a_fault(answer) -> None:
+    with pytest.raises(RecordError, match=r"^UNCLOSED_THINKING: .*opens <think> and does not close it; write </think>"):
+        parsed(chat(content=answer))
+    assert parsed(chat(content=f"{answer}</think>42")).turns[1].text
+
+
+@pytest.mark.parametrize(("answer", "what"), [
+    ("It is\n</think>\n\n42", "closes </think> and does not open it; write <think>"),
+    ("<think>a</think>b</think>42", "closes </think> and does not open it"),
+    ("<think>a</think>\n<think>b</think>42", "begins with two blocks of thinking"),
+    ("<think>a</think><think>b 42", "opens <think> and does not close it"),
+])  # fmt: skip
+def test_a_part_of_a_block_is_not_learned_as_the_answer(answer, what) -> None:
+    for value in (chat(content=answer), {"question": "what?", "answer": answer}, {"caption": answer}):
+        with pytest.raises(RecordError, match=rf"^UNCLOSED_THINKING: .*{what}"):
+            parsed(value)
+    for text in ("Write <think>a</think> first.", "<think>say <think></think>a <think>", "<think></think>42"):
+        assert parsed(chat(content=text)).turns[1].text == text
+
+
+def test_text_with_an_opening_tag_is_text() -> None:
+    assert parsed(chat(content="Write <think> first.")).turns[1].text == "Write <think> first."
+
+
+def test_calls_belong_to_answers_of_conversations() -> None:
+    calls = {"tool_calls": [{"function": {"name": "f"}}]}
+    for value in (chat(user=calls), {"texts": [{"user": "what?", "assistant": "42"} | calls]}):
+        with pytest.raises(
+            RecordError, match=r"UNFOLLOWED_KEY: .*tool_calls: is a list; write the calls into an answer"
+        ):
+            parsed(value)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -130,6 +195,11 @@ def test_thinking_beside_an_answer_is_learned_as_its_block(key) -> None:
     assert parsed(parts).turns[1].text == "<think>\nIt is.\n</think>\n\n42"
     for empty in ("", None, "  "):
         assert parsed(chat(**{key: empty})).turns[1].text == "42"
+    single = {"question": "what?", "answer": "42", key: "It is."}
+    for value in (single, {"texts": [{"user": "what?", "assistant": "42", key: "It is."}]}):
+        assert (parsed(value).turns[1].text, parsed(value).ignored) == ("<think>\nIt is.\n</think>\n\n42", ())
+    with pytest.raises(RecordError, match=rf"UNFOLLOWED_KEY: .* field {key}: is a list"):
+        parsed(single | {key: ["a"]})
 
 
 @pytest.mark.parametrize("value", [

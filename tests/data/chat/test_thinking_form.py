@@ -222,3 +222,23 @@ def test_thinking_that_is_masked_stands_in_the_record_and_is_not_learned(write, 
     assert "It is round" not in text
     prompt = masked.encoder.encode_prompt(masked.record(0).turns[:1])
     assert prompt.tolist() == always.encoder.encode_prompt(always.record(0).turns[:1]).tolist()
+
+
+@pytest.mark.parametrize(("name", "thinking", "answers", "refused"), [
+    ("qwen3", "never", ["<think>a</think>"], True), ("qwen3", "mask", ["<think>a</think>"], True),
+    ("qwen3", "always", ["<think>a</think>"], False), ("qwen3", "always", ["<think></think>\n"], True),
+    ("qwen3", "auto", ["<think>a</think>", PLAIN], True), ("deepseek_r1_distill", "auto", ["<think>a</think>"], True),
+    ("bytes-chatml", "never", ["<think>a</think>"], True), ("bytes-chatml", "mask", ["<think>a</think>\n"], True),
+    ("bytes-chatml", "auto", ["<think>a</think>"], False), ("bytes-chatml", "auto", ["<think> </think>"], True),
+])  # fmt: skip
+def test_an_answer_whose_thinking_is_not_learned_has_a_text(write, name, thinking, answers, refused) -> None:
+    """The model would learn to end its turn at once; prompts with such an answer are still written."""
+    encoder = ConversationEncoder(tokenizer_of(name), thinking=thinking)
+    rows = [conversation(*answers), conversation(PLAIN)]
+    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig(), vision=False)
+    assert dict(report.bad) == ({"EMPTY_ANSWER": 1} if refused else {})
+    assert all("conversations[1] is thinking alone" in str(fault) for fault in report.faults)
+    assert len(encoder.encode_prompt(turns("what?", answers[0], "and?")))
+    rows[0]["conversations"][1]["loss"] = False  # context
+    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig(), vision=False)
+    assert set(report.bad) <= {"BAD_WEIGHT"}

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on a preference run: the project's batches, optimiser, trackers and checkpoints.
+"""TRL's trainers on a run: the project's batches, optimiser, trackers and checkpoints.
 
 It imports TRL, so it is imported where the run is known to need it.
 """
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 
 from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
-from mm_moslora.preferences.preference_setup import REFERENCE, PairCollator, PreferenceRun, rows_of
+from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
@@ -43,16 +45,18 @@ _OF_SESSION = "train_"
 """Prefix of the trainer's totals of a session."""
 
 
-class PairTrainer(DPOTrainer):
-    """TRL's DPOTrainer for one run; `train` continues from a checkpoint's `rank_folder`.
+class RunTrainer(Trainer):
+    """What TRL's trainers share here; `train` continues from a checkpoint's `rank_folder`.
 
     Args:
-        run: the run; its PEFT model gets the frozen copy `ref` of the start's adapter, which is the reference.
+        run: the run. TRL gives its PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
         saver: writes its checkpoints.
         tidier: deletes old ones.
+        args: of the trainer.
+        more: further arguments of the trainer.
     """
 
-    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier, args: Any, **more: Any) -> None:
         self.run, self.saver, self.tidier = run, saver, tidier
         self.saved_at = -1
         """Step of the last checkpoint."""
@@ -64,15 +68,20 @@ class PairTrainer(DPOTrainer):
             keep_orthonormal(run.peft_model, optimizer)
         super().__init__(
             model=run.peft_model,
-            args=arguments_of(run),
-            data_collator=PairCollator(run=run),
-            train_dataset=rows_of(run.pairs, held_out=False),
-            eval_dataset=None if run.held_out is None else rows_of(run.held_out, held_out=True),
+            args=args,
+            train_dataset=rows_of(run, held_out=False),
+            eval_dataset=None if run.held_out is None else rows_of(run, held_out=True),
             processing_class=run.assembly.processor or run.assembly.tokenizer,
             optimizers=(optimizer, schedule),
+            **more,
         )
         self.remove_callback(PrinterCallback)
-        _complete_reference(run.peft_model)
+        if self._has_reference:
+            _complete_reference(run.peft_model)
+
+    @property
+    def _has_reference(self) -> bool:
+        return "ref" in self.run.peft_model.peft_config
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows as they are: the collator tokenises."""
@@ -85,7 +94,7 @@ class PairTrainer(DPOTrainer):
         """Write a checkpoint of this project; all ranks take part, and rank 0 holds all of the state."""
         run, peft_model = self.run, self.run.peft_model
         adapter = take_adapter(peft_model, base=run.assembly.base)
-        started = run.recipe.adapter.weights is not None
+        started = self._has_reference and run.recipe.adapter.weights is not None
         reference = take_adapter(peft_model, adapter_name="ref", base=run.assembly.base) if started else None
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
@@ -106,7 +115,7 @@ class PairTrainer(DPOTrainer):
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
             base=run.assembly.base | run.trained_on, counters=dict(run.counters),
-            trainable={name: list(p.shape) for name, p in trained.items()}, files={}, data=run.pairs.fingerprint,
+            trainable={name: list(p.shape) for name, p in trained.items()}, files={}, data=run.records.fingerprint,
             precision=run.precision,
         )  # fmt: skip
         self.saver.start(manifest, write, size=16 * sum(p.numel() for p in trained.values()))
@@ -134,41 +143,69 @@ def _complete_reference(model: nn.Module) -> None:
                 model.get_buffer(name.replace(".default.", ".ref.")).copy_(buffer)
 
 
-def arguments_of(run: PreferenceRun) -> DPOConfig:
-    """The trainer's arguments for a recipe; optimiser and schedule are given to it, trackers get its logs."""
-    train, preference, total = run.recipe.train, run.recipe.preference, run.total_steps
+class PairTrainer(RunTrainer, DPOTrainer):
+    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`."""
+
+    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+        preference = run.recipe.preference
+        args = DPOConfig(
+            **arguments_of(run),
+            beta=preference.beta,
+            loss_type=list(preference.loss_type),
+            loss_weights=preference.loss_weights,
+            label_smoothing=preference.label_smoothing,
+            max_length=None,  # the encoder bounds it
+        )
+        super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=PairCollator(run=run))
+
+
+class JudgedTrainer(RunTrainer, KTOTrainer):
+    """TRL's KTOTrainer for one run; for the arguments see `RunTrainer`."""
+
+    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+        kto = run.recipe.kto
+        args = KTOConfig(
+            **arguments_of(run),
+            beta=kto.beta,
+            loss_type=kto.loss_type,
+            desirable_weight=kto.desirable_weight,
+            undesirable_weight=kto.undesirable_weight,
+            train_sampling_strategy="sequential",
+            max_length=None,  # the encoder bounds it
+        )
+        super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=JudgedCollator(run=run))
+
+
+def arguments_of(run: PreferenceRun) -> dict[str, Any]:
+    """The arguments of every trainer for a recipe; optimiser and schedule are given to it, trackers get its logs."""
+    train, total = run.recipe.train, run.total_steps
     vision = run.recipe.model.vision
-    return DPOConfig(
-        output_dir=str(run.folder),
-        beta=preference.beta,
-        loss_type=list(preference.loss_type),
-        loss_weights=preference.loss_weights,
-        label_smoothing=preference.label_smoothing,
-        max_steps=total,
-        per_device_train_batch_size=train.micro_batch,
-        per_device_eval_batch_size=train.micro_batch,
-        gradient_accumulation_steps=run.accumulation,
-        max_grad_norm=run.recipe.optim.max_grad_norm,
-        gradient_checkpointing=bool(train.gradient_checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=run.precision == "bf16",
-        use_cpu=distributed.device().type != "cuda",
-        seed=train.seed,
-        logging_steps=train.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=train.save_every or total,
-        eval_strategy="no" if run.held_out is None else "steps",
-        eval_steps=train.validate_every or total,
-        dataloader_num_workers=run.recipe.data.workers or 0,
-        remove_unused_columns=False,  # `PairCollator` reads numbers, not inputs of the model
-        max_length=None,  # the encoder bounds it
+    return {
+        "output_dir": str(run.folder),
+        "max_steps": total,
+        "per_device_train_batch_size": train.micro_batch,
+        "per_device_eval_batch_size": train.micro_batch,
+        "gradient_accumulation_steps": run.accumulation,
+        "max_grad_norm": run.recipe.optim.max_grad_norm,
+        "gradient_checkpointing": bool(train.gradient_checkpointing),
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": run.precision == "bf16",
+        "use_cpu": distributed.device().type != "cuda",
+        "seed": train.seed,
+        "logging_steps": train.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": train.save_every or total,
+        "eval_strategy": "no" if run.held_out is None else "steps",
+        "eval_steps": train.validate_every or total,
+        "dataloader_num_workers": run.recipe.data.workers or 0,
+        "remove_unused_columns": False,  # collators read numbers, not inputs of the model
         # A batch without pictures leaves the adapters of a tower without gradients.
-        ddp_find_unused_parameters=vision is not None and vision.mode == "adapter",
-        ddp_timeout=int(train.timeout_minutes * 60),
-        report_to="none",
-        disable_tqdm=True,
-    )
+        "ddp_find_unused_parameters": vision is not None and vision.mode == "adapter",
+        "ddp_timeout": int(train.timeout_minutes * 60),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 class RunCallback(TrainerCallback):
@@ -214,9 +251,10 @@ class RunCallback(TrainerCallback):
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}
         if measures := held_out or (own if "loss" in own else {}):
-            self.trackers.log({name: float(value) for name, value in measures.items()}, state.global_step)
+            known = {name: float(value) for name, value in measures.items() if value is not None}
+            self.trackers.log(known, state.global_step)
         if "loss" in logs and not math.isfinite(self.last_loss):
             raise DivergedError(
                 f"The loss of step {state.global_step} is {self.last_loss}. Earlier checkpoints are untouched. Lower "
-                "optim.lr, raise preference.beta, or use fp32."
+                "optim.lr, raise beta, or use fp32."
             )

@@ -1,0 +1,202 @@
+"""TRL's GRPOTrainer on a run: the project's prompts, pictures and rewards.
+
+It imports TRL, so it is imported where the run is known to need it.
+
+Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer tokens padded on the right, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from mm_moslora.batch import join_images
+from mm_moslora.data.preference_set import Question
+from mm_moslora.models.batching.padded_batch import padded_inputs
+from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.preferences.preference_setup import PreferenceRun
+from mm_moslora.preferences.rewards import Scorer, document_of
+from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
+from mm_moslora.training.checkpointing.checkpoint_folder import Saver
+from mm_moslora.training.checkpointing.run_checkpoints import Tidier
+from mm_moslora.utils import distributed
+
+
+class RewardTrainer(RunTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer for one run; for the arguments see `RunTrainer`.
+
+    TRL sees token ids only. The pictures of a row are found by the number of its question.
+    """
+
+    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+        grpo = run.recipe.grpo
+        args = GRPOConfig(
+            **arguments_of(run),
+            beta=grpo.beta,
+            loss_type=grpo.loss_type,
+            scale_rewards=grpo.scale_rewards,
+            reward_weights=grpo.reward_weights,
+            num_generations=grpo.generations,
+            num_generations_eval=1,
+            max_completion_length=grpo.max_new_tokens,
+            temperature=grpo.temperature,
+            shuffle_dataset=False,  # `rows_of` has drawn the questions
+        )
+        self.questions: dict[int, Question] = {}
+        """The questions of the rows in memory, by number."""
+        self.shown: list[int] = []
+        """The questions of the rows that TRL computes with now."""
+        scorers = [Scorer(name, reward) for name, reward in run.rewards.items()]
+        super().__init__(
+            run, saver=saver, tidier=tidier, args=args, rollout_func=self._roll_out,
+            reward_funcs=[self._reward_function(scorer) for scorer in scorers],
+        )  # fmt: skip
+        self.stops = stop_token_ids(run.assembly.model, run.assembly.tokenizer.eos_token_id)
+        self.eos_token_ids = self.stops
+        config = run.assembly.model.config
+        places = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        self.placeholders = [place for place in places if place is not None]
+        """Tokens that no answer may hold: each would ask the model for a picture."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Whatever is drawn depends on the step and the questions alone, so that a resumed run draws the same."""
+        asked = generation_batch[0]["item"] if isinstance(generation_batch, list) else None
+        with _seeded(self.run.recipe.train.seed, self.state.global_step, distributed.rank(), asked):
+            return super()._prepare_inputs(generation_batch)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.shown = [row["item"] for row in inputs]
+        self.questions = {}
+        for row in inputs:
+            if row["item"] not in self.questions:
+                records, number = self.run.of(row)
+                self.questions[row["item"]] = records.item(number)
+        found: dict[str, Any] = super()._generate_and_score_completions([{**row, "prompt": ""} for row in inputs])
+        return found | {"item": torch.tensor(self.shown)}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self.shown = inputs["item"].tolist()
+        loss: Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+    @torch.no_grad()
+    def _roll_out(self, prompts: Sequence[Any], _: Any) -> dict[str, Any]:
+        """Answers to the questions that are shown, as TRL takes them: ids up to their end of turn."""
+        config = self.run.recipe.grpo
+        model: Any = self.run.assembly.model
+        asked = [self.questions[number].prompt.input_ids for number in self.shown]
+        inputs = padded_inputs(
+            model, asked, *self._pictures(self.shown), answers=None, left=True, device=self.accelerator.device
+        )
+        training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            ids: Any = model.generate(
+                **inputs,
+                generation_config=GenerationConfig(
+                    do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, min_p=0.0,
+                    repetition_penalty=1.0, max_new_tokens=config.max_new_tokens, num_beams=1,
+                    suppress_tokens=self.placeholders or None,
+                    eos_token_id=self.stops, use_cache=True,
+                ),
+            )  # fmt: skip
+        model.train(training)
+        answers = [self._to_end(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        return {"prompt_ids": [row.tolist() for row in asked], "completion_ids": answers, "logprobs": None}
+
+    def _to_end(self, ids: list[int]) -> list[int]:
+        end = next((index for index, token in enumerate(ids) if token in self.stops), len(ids) - 1)
+        return ids[: end + 1]
+
+    def _reward_function(self, scorer: Scorer) -> Any:
+        """A reward as TRL asks for it, with the name by which TRL logs it."""
+
+        def rewards(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+            decode, counters, before = self.run.records.encoder.decode_answer, self.run.counters, scorer.failed
+            texts = [decode([token for token in ids if token not in self.stops]) for ids in completion_ids]
+            documents = [document_of(self.questions[number]) for number in self.shown]
+            with distributed.failing_together(f"The reward {scorer.name}"):
+                scores = scorer.scores(texts, documents)
+            if scorer.failed > before:
+                counters["failed_rewards"] = counters.get("failed_rewards", 0.0) + scorer.failed - before
+            return scores
+
+        rewards.__name__ = scorer.name
+        return rewards
+
+    def _pictures(self, numbers: Sequence[int]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        pictures = [picture for number in numbers for picture in self.questions[number].prompt.pictures]
+        tensors = join_images([picture.tensors for picture in pictures])
+        return tensors.pop("pixel_values", None), tensors
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities and entropies ``[B, C]`` of the answers, from rows as in training.
+
+        Args:
+            model: the policy, or the reference.
+            input_ids: ``[B, P + C]``.
+            attention_mask: of the same shape.
+            logits_to_keep: ``C``.
+            batch_size: rows of one forward pass.
+            compute_entropy: whether entropies are asked for.
+            compute_aux_loss: whether the loss of balanced experts is asked for.
+        """
+        size = batch_size or len(input_ids)
+        lengths = attention_mask[:, -logits_to_keep:].sum(1)
+        logps, entropies, losses = [], [], []
+        for start in range(0, len(input_ids), size):
+            part = slice(start, start + size)
+            mask, answers = attention_mask[part].bool(), lengths[part]
+            rows = [ids[real].cpu() for ids, real in zip(input_ids[part], mask, strict=True)]
+            begins = mask.sum(1) - answers
+            arguments = padded_inputs(
+                self.run.assembly.model, rows, *self._pictures(self.shown[part]), answers=begins.tolist(),
+                device=self.accelerator.device,
+            )  # fmt: skip
+            labels = arguments["input_ids"].masked_fill(arguments["attention_mask"] == 0, -100)
+            labels[torch.arange(labels.shape[1], device=labels.device)[None] < begins[:, None]] = -100
+            more = {"output_router_logits": True} if compute_aux_loss else {}
+            with self.accelerator.autocast():
+                output = model(**arguments, **more, labels=labels, use_cache=False, fused_lm_head=True)
+            # Position t of an output predicts token t + 1.
+            columns = torch.arange(logits_to_keep, device=labels.device)
+            places = (begins[:, None] - 1 + columns).clamp(max=output.log_probs.shape[1] - 1)
+            real = columns[None] < answers[:, None]
+            logps.append(output.log_probs.gather(1, places) * real)
+            if compute_entropy:
+                entropies.append(output.entropy.gather(1, places) * real)
+            if compute_aux_loss:
+                losses.append(output.aux_loss)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(losses).mean() if compute_aux_loss else None,
+        )
+
+
+@contextmanager
+def _seeded(*state: object) -> Iterator[None]:
+    """Random numbers within that depend on these values alone; those outside go on as they were."""
+    device = distributed.device()
+    seed = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:7], "big")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,142 @@
+"""Rewards of generated answers: the harness's extractions and metrics by name, and functions of your own.
+
+A function of your own takes the whole answer, with its thinking, and a `Document` (question, references, options, and
+the record's other texts and numbers as `extra`), and gives a number. It is found by an entry point of the group
+`mm_moslora.rewards`, or in the file that `grpo.reward_file` names, which is executed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+from mm_moslora_eval.metrics.exact_match import holds_answer
+from mm_moslora_eval.scoring.answer_scoring import score_answer, without_thinking
+from mm_moslora_eval.sources.document import Document
+
+from mm_moslora.config import GrpoConfig
+from mm_moslora.config.usual_names import REWARD_ENTRY_POINTS
+from mm_moslora.data.preference_set import Question
+from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
+from mm_moslora.utils.files import sha256_of
+
+logger = logging.getLogger(__name__)
+Reward = Callable[[str, Document], float]
+
+
+def _scored(extraction: str, metric: str) -> Reward:
+    return lambda text, document: score_answer(document, text, extraction=extraction, metric=metric).score
+
+
+def _contains(text: str, document: Document) -> float:
+    visible = without_thinking(text)
+    return 0.0 if visible.unclosed else holds_answer(visible.text, document.answers, document.options)
+
+
+REWARDS: dict[str, Reward] = {
+    "exact": _scored("text", "exact"),
+    "relaxed": _scored("text", "relaxed"),
+    "letter": _scored("letter", "equal"),
+    "yes_no": _scored("yes_no", "equal_ignore_case"),
+    "contains": _contains,
+    "vqa": _scored("text", "vqa"),
+    "anls": _scored("text", "anls"),
+    "mmmu": _scored("mmmu_official", "mmmu"),
+    "mathvista": _scored("mathvista", "mathvista"),
+}
+"""Name -> reward, 0 to 1. Thinking does not count, and an answer that breaks off within it is wrong."""
+
+
+def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
+    """The rewards of a recipe by name; executes `reward_file`.
+
+    Raises:
+        ConfigError: the file cannot be executed, or nothing has a name.
+    """
+    found: dict[str, Reward] = {}
+    module = None if config.reward_file is None else _module(Path(config.reward_file))
+    own = {} if module is None else {name: item for name, item in vars(module).items() if callable(item)}
+    points = {entry.name: entry for entry in metadata.entry_points(group=REWARD_ENTRY_POINTS)}
+    for name in config.rewards:
+        if name in own:
+            found[name] = own[name]
+        elif name in REWARDS:
+            found[name] = REWARDS[name]
+        elif name in points:
+            found[name] = points[name].load()
+        else:
+            known = [*own, *REWARDS, *points]
+            raise ConfigError(
+                f"grpo.rewards holds {name!r}, expected any of {', '.join(known)}.{suggestion(name, known)}"
+            )
+    return found
+
+
+def code_of(config: GrpoConfig) -> str:
+    """A hash of `reward_file`, which must be the same on every rank; empty without one."""
+    file = Path(config.reward_file or "")
+    return sha256_of(file) if config.reward_file and file.is_file() else ""
+
+
+def document_of(question: Question) -> Document:
+    """A question in the form that rewards take."""
+    asked = question.asked
+    return Document(
+        id=asked.record.id, question=question.text, answers=asked.references, options=asked.options, extra=asked.extra
+    )
+
+
+class Scorer:
+    """A reward over the answers of a batch; an answer whose reward fails has none, and is counted.
+
+    Args:
+        name: of the reward.
+        reward: the function.
+    """
+
+    def __init__(self, name: str, reward: Reward) -> None:
+        self.name, self.reward, self.failed = name, reward, 0
+
+    def scores(self, texts: Sequence[str], documents: Sequence[Document]) -> list[float]:
+        """One number per answer; NaN where the reward failed.
+
+        Raises:
+            TrainingError: it failed for every answer.
+        """
+        found, failed, first = [], 0, ""
+        for text, document in zip(texts, documents, strict=True):
+            try:
+                value = float(self.reward(text, document))
+                if not math.isfinite(value):
+                    raise ValueError(f"it gave {value}, expected a finite number")
+            except Exception as error:  # whatever a function of a user's own raises
+                first = first or f"question {document.id}, answer {text[:80]!r}: {type(error).__name__}: {error}"
+                value, failed = math.nan, failed + 1
+            found.append(value)
+        if failed == len(found):
+            raise TrainingError(
+                f"The reward {self.name!r} failed for all {failed} answers of a step, so that nothing can be learned. "
+                f"The first one: {first}. Correct it, and start again: the run goes on from its last checkpoint."
+            )
+        if failed and not self.failed:
+            logger.warning("The reward %r failed, and its answer does not count: %s", self.name, first)
+        self.failed += failed
+        return found
+
+
+def _module(file: Path) -> ModuleType:
+    """Execute a file as a module."""
+    spec = importlib.util.spec_from_file_location("mm_moslora_reward_file", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ConfigError(f"grpo.reward_file is {str(file)!r}, which is no Python file. Name one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file raises
+        raise ConfigError(f"grpo.reward_file {file} cannot be executed: {type(error).__name__}: {error}") from error
+    return module

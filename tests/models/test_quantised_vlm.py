@@ -1,0 +1,146 @@
+"""Ready-made vision-language models on 4 and 8 bits: the language model is packed, all else is as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mm_moslora_eval.backends.open_model import open_model
+from PIL import Image
+from tiny import supervised_logits
+from transformers import Qwen3VLMoeConfig
+from vlms import make_vlm
+
+from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.batch import Batch, Example
+from mm_moslora.cli.export_verbs import export
+from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.models.assembly import Parts, load_parts
+from mm_moslora.models.load_model import load
+from mm_moslora.models.pretrained_vlm import outside_decoder
+from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vlm import part_of
+from mm_moslora.serve.terminal_chat import Chat
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import ModelError
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+KINDS = {"qwen2_5_vl": "nf4", "internvl": "int8"}
+
+
+def logits_of(parts: Parts) -> torch.Tensor:
+    seen = parts.image_processing.process([Image.linear_gradient("L").convert("RGB").resize((60, 40))])
+    turns = [Turn(role="user", text="<image>\nwhat color?"), Turn(role="assistant", text="dark red")]
+    encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in seen])
+    example = Example(id="a", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=seen)
+    with torch.no_grad():
+        return supervised_logits(parts.model.eval(), Batch.from_examples([example])).float()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, its base beside it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = make_vlm(folder / "base", request.param)
+    Image.effect_noise((60, 40), 60).convert("RGB").save(folder / "a.png")
+    asked = {"from": "human", "value": "<image>\nwhat color?"}
+    rows = [
+        {"id": str(n), "image": "a.png", "conversations": [asked, {"from": "gpt", "value": "red"}]} for n in range(4)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe.from_dict(
+        {
+            "model": {"vlm": str(base), "quantisation": KINDS[request.param]},
+            "adapter": {"rank": 4, "alpha": 8, "mixer_init": "kaiming"},
+            "data": {"train": [{"path": str(folder / "train.jsonl"), "image_folder": str(folder)}]},
+            "optim": {"lr": 1e-2},
+            "train": {
+                "output": str(folder / "run"), "steps": 4, "global_batch": 2, "micro_batch": 2, "zero": "none",
+                "precision": "fp32",
+            },
+            "track": {"trackers": []},
+        }
+    )  # fmt: skip
+    train(recipe)
+    return folder / "run"
+
+
+def test_the_language_model_alone_is_packed_and_stays_as_it_was(run: Path) -> None:
+    tuned = load(run)
+    packed = [name for name, module in tuned.model.named_modules() if quantisation(module)]
+    assert packed
+    assert all(part_of(f"{name}.") == "language" and "lm_head" not in name for name in packed)
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert losses[-1] < losses[0]
+    base = load_parts(ModelConfig(vlm=str(run.parent / "base"), quantisation=KINDS[tuned.model.config.model_type]))
+    assert (logits_of(tuned) - logits_of(base)).abs().max() > 1e-3
+    before = {
+        name: weight for name, weight in base.model.state_dict().items() if weight.dtype in (torch.uint8, torch.int8)
+    }
+    after = {name.replace(".base_layer", ""): weight for name, weight in tuned.model.state_dict().items()}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("to", ["hf", "lora"])
+def test_exports_have_the_logits_of_the_run(run: Path, tmp_path: Path, to: str) -> None:
+    assert export(run, tmp_path / "out", to=to, dtype="fp32") == 0
+    exported = load(tmp_path / "out", merge=False)
+    assert all(quantisation(module) is None for module in exported.model.modules())
+    live = logits_of(load(run))
+    if to == "hf":  # what the packed weights stand for; int8 rounds its inputs, too
+        eight = exported.model.config.model_type == "internvl"
+        torch.testing.assert_close(logits_of(exported), live, rtol=0, atol=(0.05 if eight else 1e-4) * live.abs().max())
+    else:  # the adapter alone, on the base as it is published
+        assert exported.base["exported"] == str(run.parent / "base")
+
+
+def test_a_run_answers_in_the_terminal_and_in_the_harness(run: Path) -> None:
+    chat = Chat(load(run), max_new_tokens=3)
+    chat.show(run.parent / "a.png")
+    assert isinstance(chat.ask("what color?"), str)
+    model = open_model(str(run))
+    assert model is not None
+
+
+def test_an_assembled_model_on_four_bits_is_loaded_and_exported_too(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = replace(
+        recipe,
+        model=replace(recipe.model, quantisation="nf4"),
+        train=replace(recipe.train, steps=2, output=str(tmp_path / "run")),
+    )
+    train(chosen)
+    live = load(tmp_path / "run")
+    assert any(map(quantisation, live.model.modules()))
+    assert export(tmp_path / "run", tmp_path / "out", to="llava", dtype="fp32") == 0
+    exported = load(tmp_path / "out")
+    assert not any(map(quantisation, exported.model.modules()))
+    torch.testing.assert_close(logits_of(exported), logits_of(live), rtol=0, atol=1e-4)
+
+
+def test_experts_that_would_stay_dense_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"nf4, but \d+% of the language model's weights are experts .*gate_up_proj"):
+        outside_decoder(Qwen3VLMoeConfig(), "nf4")
+
+
+def test_what_cannot_be_packed_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_vlm(tmp_path / "model", "qwen2_5_vl")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match=r"quantisation is nf4, but the weights of .* are packed already \(awq\)"):
+        load_parts(ModelConfig(vlm=str(folder), quantisation="nf4"))
+
+
+def test_adapters_of_the_tower_stay_beside_a_packed_language_model(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(
+        {"model": {"vlm": str(make_vlm(tmp_path, "qwen2_5_vl")), "quantisation": "nf4", "vision": {"mode": "adapter"}}}
+    )
+    parts = load_parts(recipe.model)
+    attach_adapters(parts, recipe.model, AdapterConfig(rank=2))
+    trained = {part_of(name) for name, weight in parts.model.named_parameters() if weight.requires_grad}
+    assert trained >= {"language", "vision"}
