@@ -189,6 +189,12 @@ class ValidateConfig:
     """Tasks of the evaluation package; each gives metrics named `eval/TASK/METRIC`."""
     task_limit: int = 64
     """Documents per task; 0: all."""
+    forgetting: Literal["auto", "always", "never"] = "auto"
+    """Compare the model before the first step and at the end: on `general_text` and on `tasks`. auto: what takes less
+    than a tenth of the run, as measured by one batch."""
+    general_text: str | None = None
+    """Text whose log-likelihood shows forgetting: a `.txt` file with empty lines between its documents, or records.
+    None: a short English text that comes with the package."""
     best: str | None = None
     """Metric that chooses the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
     best_is: Literal["auto", "lowest", "highest"] = "auto"

@@ -238,6 +238,44 @@ class SourceExamples(RecordExamples):
         return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
+class MeasuredRecords(RecordExamples):
+    """Records with known lengths, of which steps can be planned."""
+
+    members: Sequence[Sequence[int]]
+    """Numbers of the usable records of every source, the same on all ranks."""
+    weights: Sequence[float]
+    """Repeats per epoch of the records of every source."""
+    lengths: Sequence[int]
+    """Tokens per record, visual tokens included; 0 for a bad one."""
+    has_image: Sequence[int]
+    """1 per record with a picture."""
+    words: Sequence[int]
+    """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
+    exact: bool
+    """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
+
+    @property
+    def usable(self) -> list[int]:
+        """Numbers of the records that were found usable when they were measured."""
+        return [index for members in self.members for index in members]
+
+    def __getitem__(self, index: int) -> Example | None:
+        """One example, or None for a record that is left out, see `leave_out`."""
+        try:
+            return self.load(index)
+        except RecordError as error:
+            self.leave_out(index, error)
+            return None
+
+    def leave_out(self, index: int, error: RecordError) -> None:
+        """Put a record in quarantine whose fault showed up after it was measured.
+
+        Raises:
+            DataError: `on_bad` is error, or the share of bad records is too large.
+        """
+        raise NotImplementedError
+
+
 def encode_record(
     record: Record,
     encoder: ConversationEncoder,

@@ -30,7 +30,7 @@ from mm_moslora.data.check.terminal_view import (
     view_report,
     view_statistics,
 )
-from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
+from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
@@ -228,9 +228,10 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
     ]  # fmt: skip
     usable = [report.usable / max(1, report.records) for report in reports]
     sizes = [round(count * share) for count, share in zip(counts, usable, strict=True)]
-    weights = [source.weight for source in sources]
-    if recipe.data.mixing == "parts" and any(sizes):
-        weights = source_repeats(sizes, weights, records=recipe.data.epoch_records)
+    weights = repeats_of(
+        sizes, [source.weight for source in sources], [source.replay for source in sources],
+        mixing=recipe.data.mixing if any(sizes) else "repeats", records=recipe.data.epoch_records,
+    )  # fmt: skip
     samples = [weight * size for weight, size in zip(weights, sizes, strict=True)]
     if not (total := sum(samples)):
         raise DataError(f"No record of {sources[0].path} can be used: see `mm-moslora data check`.")

@@ -210,8 +210,9 @@ class ConversationEncoder(AnswerThinking):
         """Tokenise a conversation for training.
 
         Args:
-            turns: an optional system turn, then questions and answers in turn, ending with an answer.
-            max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
+            turns: an optional system turn, then questions and answers in turn, ending with an answer; or a document.
+            max_length: tokens; whole question-answer pairs, or texts and pictures of a document, are dropped from the
+                end until the rest fits.
             pictures: placeholders of every picture and video, where they depend on it; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
             whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
@@ -221,6 +222,8 @@ class ConversationEncoder(AnswerThinking):
             UnlearnedThinking: a learned answer would be its end of turn alone.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
+        if len(turns) == 1 and turns[0].role == "document":
+            return self._document(turns[0], max_length, pictures, truncate=truncate)
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
         grown = self._grow(turns, pictures, whole=whole)
@@ -347,6 +350,49 @@ class ConversationEncoder(AnswerThinking):
         if whole:
             grown.weights[0] = 0.0
         return grown
+
+    def _document(
+        self, turn: Turn, limit: int | None, pictures: Sequence[Sequence[int]] | None, *, truncate: bool
+    ) -> Encoded:
+        """Tokenise a document: every text is supervised, and the end of a whole one; no chat template is used."""
+        grown = _Growing(pictures=pictures)
+        grown.add(self._bos)
+        for images, part in enumerate(turn.parts()):
+            if images:
+                grown.base = 0.0
+                self._add_picture_in_text(grown)
+            grown.base = 1.0
+            grown.run.append(TextSpan(part, False))
+            self._flush(grown)
+            grown.ends.append((images, len(grown.ids)))
+        if self.tokenizer.eos_token_id is not None:
+            grown.add([int(self.tokenizer.eos_token_id)])
+        if limit is None or len(grown.ids) <= limit:
+            return grown.encoded()
+        images, length = max((end for end in grown.ends if end[1] <= limit), default=(0, 0))
+        if truncate and not grown.images:
+            length = limit
+        if not any(grown.weights[:length]):
+            raise TooLong(f"no text fits, data.max_length is {limit}; raise data.max_length or cut the document up")
+        return replace(grown.encoded(length), images=images, dropped_turns=1)
+
+    def _add_picture_in_text(self, grown: _Growing) -> None:
+        """Append a picture with the text that the template writes around it between two texts.
+
+        Raises:
+            DataError: the template does not write it there.
+        """
+        if not self.template.image_text:
+            self._add_image(grown)
+            return
+        between = self.template.plan(("user:tit", "assistant")).slots[1].before
+        if between.count(self.template.image_text) != 1:
+            raise DataError(
+                "The chat template of this model writes no picture between texts, as documents have them. Leave "
+                "records with interleaved texts and pictures out."
+            )
+        self._add_scaffold(grown, between)
+        self._flush(grown)
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
         """Append text of the template, with the pictures and videos that the template places itself."""

@@ -29,6 +29,8 @@ READ = {
     "texts": _SHOWN | {"texts", "system"},
     "question": _SHOWN | {"question", "answer", "system", *REASONING},
     "caption": _SHOWN | {"caption", "system"},
+    "text_list": {"id", "text_list", "image_info", "images"},
+    "text": {"id", "text"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
 WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
@@ -277,7 +279,7 @@ def _avoids(value: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value of a record says nothing: null, NaN, an empty text, list or object."""
+    """Whether a value says nothing: null, NaN, an empty text, or a structure of such values."""
     if isinstance(value, Mapping):
         return all(is_empty(item) for item in value.values())
     if isinstance(value, str):

@@ -1,9 +1,10 @@
 """Reads records: the bytes of a JSON list or a JSONL file, strictly, into one form of turns and pictures.
 
 Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`; `record_forms`
-reads those besides conversations. A video becomes several frames, which are pictures like any other. Every fault has
-the form `CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
+(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`, and documents, in
+which texts and pictures alternate; `record_forms` reads those besides conversations. A video becomes several frames,
+which are pictures like any other. Every fault has the form
+`CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
 
 A JSON file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
 A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
@@ -27,6 +28,7 @@ from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
     Mark,
+    document_items,
     filled_marks,
     formless,
     single_texts,
@@ -70,7 +72,7 @@ from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "document"]
 T = TypeVar("T")
 
 _ROLES: dict[str, Role] = {
@@ -104,7 +106,7 @@ class Turn:
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
-        if self.role != "user":
+        if self.role not in ("user", "document"):
             return [self.text]
         if self.offsets is None:
             return self.text.split(IMAGE)
@@ -171,7 +173,7 @@ class Record:
     id: str
     """The record's id, or its number."""
     turns: tuple[Turn, ...]
-    """An optional system turn, then questions and answers in turn."""
+    """An optional system turn, then questions and answers in turn; or one document."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
     objects: Objects | None = None
@@ -196,6 +198,11 @@ class Record:
         return *(replace(turn, weight=0.0) for turn in earlier), last
 
     @property
+    def is_document(self) -> bool:
+        """Whether it is a text with pictures in places, all of which is learned, and no conversation."""
+        return self.turns[0].role == "document"
+
+    @property
     def image_names(self) -> list[str]:
         """Paths, members or URLs of the images."""
         return [picture.name for picture in self.images]
@@ -217,6 +224,8 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     name = _id(value, where)
     where = where.named(name)
     check_record(value, where)
+    if (items := document_items(value, where)) is not None:
+        return _document(items, value, where, rules)
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
     turns, marks, marked = _turns(value, where, videos=video_mark(value, named))
     if marked:
@@ -239,6 +248,24 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     return Record(
         id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
     )
+
+
+def _document(items: Sequence[str | Mark], value: Mapping[str, Any], where: Where, rules: PictureRules) -> Record:
+    """A record whose only turn is the whole text, with its pictures in place."""
+    text, offsets, shown, before = "", [], [], ""
+    for item in items:
+        if isinstance(item, Mark):
+            offsets.append(len(text))
+            shown.append(item)
+            text, before = text + IMAGE, ""
+        else:
+            text, before = text + before + item, "\n\n"
+    turn = Turn(role="document", text=text, offsets=tuple(offsets))
+    if not any(part.strip() for part in turn.parts()):
+        raise where.error(Code.NO_TURNS, "texts", "there is no text to learn from", "write a text, or drop the record")
+    pictures = [_named_by(mark, index, where, rules) for index, mark in enumerate(shown)]
+    images = tuple(picture for picture in pictures if not isinstance(picture, Clip))
+    return Record(id=str(where.id), turns=(turn,), images=images, where=where, ignored=ignored_keys(value))
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:

@@ -297,12 +297,12 @@ class _RowCheck:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        if fitting:  # else a text without questions
+        if fitting and not record.is_document:
             report.endings[ending(fitting)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
-        report.endless += not tools and _ends(encoded) - self.ends != set()
+        report.endless += not (tools or record.is_document) and _ends(encoded) - self.ends != set()
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
