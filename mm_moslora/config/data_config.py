@@ -7,6 +7,10 @@ from typing import Literal
 
 from mm_moslora.config.value_checks import at_least, require
 
+MAX_VIDEO_FRAMES = 8192
+"""Most frames that are shown of one video."""
+MAX_VIDEO_FPS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -61,9 +65,15 @@ class SourceConfig:
             f"{source}: replay is set and weight is {self.weight}, expected its share of all records: below 1, such as "
             "0.05.",
         )
-        at_least(f"{source}: video_frames", self.video_frames, 1)
-        fps = self.video_fps
-        require(fps is None or 0 < fps <= 1000, f"{source}: video_fps is {fps}, expected more than 0, at most 1000.")
+        frames, fps = self.video_frames, self.video_fps
+        require(
+            1 <= frames <= MAX_VIDEO_FRAMES,
+            f"{source}: video_frames is {frames}, expected at least 1, at most {MAX_VIDEO_FRAMES}.",
+        )
+        require(
+            fps is None or 0 < fps <= MAX_VIDEO_FPS,
+            f"{source}: video_fps is {fps}, expected more than 0, at most {MAX_VIDEO_FPS}.",
+        )
         require(self.limit is None or self.limit >= 1, f"{source}: limit is {self.limit}, expected 1 or more.")
         at_least(f"{source}: hold_out", self.hold_out, 0)
         require(

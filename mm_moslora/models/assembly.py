@@ -30,6 +30,7 @@ from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
+from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
@@ -95,6 +96,11 @@ class Parts:
         for owner in (self.tokenizer, self.processor) if thinking in ("always", "mask") else ():
             if isinstance(getattr(owner, "chat_template", None), str):
                 owner.chat_template = note_thinking(owner.chat_template)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer; none are known without weights."""
+        return [] if self.model is None else stop_token_ids(self.model, self.tokenizer.eos_token_id)
 
     @property
     def is_pretrained_vlm(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from trials import full, hexed, losses, make_recipe, with_optimizer, with_train
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora
@@ -20,6 +20,8 @@ from mm_moslora.cli import run as command
 from mm_moslora.config import AdapterConfig, OptimConfig, Recipe, SourceConfig
 from mm_moslora.config.needed_packages import refuse_lacking
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.projectors.resamplers import PerceiverProjector
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, require_optimizer
@@ -120,6 +122,28 @@ def test_muon_leaves_adapters_of_tables_and_heads_to_adamw(language_folder):
     assert names[True]
     assert all("q_proj" in name for name in names[True])
     assert {part for part in targets if any(part in name for name in names[False])} == {"embed_tokens", "lm_head"}
+
+
+def test_muon_takes_the_weights_of_linear_layers_alone_and_no_bias_decays():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "head_dim": 16}
+    language = GptOssForCausalLM(GptOssConfig(vocab_size=64, **sizes, **experts))
+    shape = ProjectorShape(vision_width=32, language_width=32, grid=4, depth=1, queries=4)
+    model = torch.nn.ModuleDict({"language": language, "resampler": PerceiverProjector(shape)})
+    for optimizer in ("adamw", "muon"):
+        groups = parameter_groups(model, OptimConfig(optimizer=optimizer, weight_decay=0.1))
+        undecayed = {name for group in groups if not group.weight_decay for name in group.names}
+        assert {name for name, _ in model.named_parameters() if "bias" in name} <= undecayed
+    matrices = {name.split(".", 1)[1] for group in groups if group.matrices for name in group.names}
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert matrices == {name.split(".", 1)[1] for name in linear} - {"lm_head.weight"}
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = add_moslora(language, MoSLoRAConfig(r=2, target_parameters=names), targets=["q_proj"]).get_base_model()
+    groups = parameter_groups(adapted, OptimConfig(optimizer="muon"))
+    assert all("q_proj" in name for group in groups if group.matrices for name in group.names)
+    assert {name.split(".")[-3] for group in groups if group.matrices for name in group.names} == {
+        "lora_A", "lora_B", "lora_mixer",
+    }  # fmt: skip
 
 
 def test_muon_steps_as_torchs_two_optimisers_do():

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mm_moslora.config import BoxChoice
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import check_processor
+from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.load_model import trained_boxes
 from mm_moslora.models.model_sizes import load_base
@@ -122,7 +123,10 @@ class TransformersModel:
                 f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."
             ) from error
         shown = f"hf:{name}"
-        if check_processor(name, processor, accepted=other_preprocessing):
+        token = getattr(processor, "image_token_id", None)
+        images = None if token is None else ProcessorImageProcessing(processor, image_token_id=token)
+        stops = stop_token_ids(model, getattr(processor, "tokenizer", processor).eos_token_id)
+        if check_processor(name, processor, images=images, stop_ids=stops, accepted=other_preprocessing):
             shown += ", other preprocessing"
         model.to(device or distributed.device())
         return cls(model, processor, name=shown, reference=reference, boxes=trained_boxes(name))
@@ -240,8 +244,7 @@ class TransformersModel:
         return text.removesuffix(self._encoder.template.generation_prompt()) + self._encoder.answer_prompt
 
     def _answer(self, request: Request, tokens: list[int], reference: OptionScore | None) -> Answer:
-        ends: Any = self.model.generation_config.eos_token_id
-        stops = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
+        stops = stop_token_ids(self.model, self._tokenizer.eos_token_id)
         end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
         text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
