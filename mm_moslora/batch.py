@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from mm_moslora.config import BoxFormName
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,6 +55,27 @@ class ProcessedImage:
     """Identifies its pixels: equal keys, equal pixels. Empty: unknown; it counts as different from all others."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureFrame:
+    """Where the pixels of a picture's file, upright, lie in the picture that a model sees."""
+
+    width: float
+    """Of what the model sees, in its own pixels."""
+    height: float
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Pixels of the model per pixel of the file, across and down."""
+    offset: tuple[float, float] = (0.0, 0.0)
+    """Where the file's first corner lies: positive behind padding, negative where it is cropped away."""
+
+    def seen(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the file in the model's pixels."""
+        return x * self.scale[0] + self.offset[0], y * self.scale[1] + self.offset[1]
+
+    def in_file(self, x: float, y: float) -> tuple[float, float]:
+        """A point that the model sees in the file's pixels."""
+        return (x - self.offset[0]) / self.scale[0], (y - self.offset[1]) / self.scale[1]
+
+
 class VideoSampling(Protocol):
     """Chooses the frames of a video as a model's own processor does; its `repr` has the settings of that."""
 
@@ -70,6 +92,9 @@ class ImageProcessing(Protocol):
         """Chooses frames; None: a video is several pictures."""
         ...
 
+    boxes: BoxFormName | None
+    """The form in which the model reads and writes boxes; None: not known, see `ModelConfig.boxes`."""
+
     @property
     def fixed(self) -> bool:
         """Whether every picture takes as many tokens as any other."""
@@ -81,6 +106,14 @@ class ImageProcessing(Protocol):
 
     def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """Placeholders of pictures with these widths and heights, and of videos, without decoding them."""
+        ...
+
+    def frame(self, size: tuple[int, int]) -> PictureFrame:
+        """What becomes of the pixels of a picture of this width and height.
+
+        Raises:
+            ModelError: the processing crops or pads in a way that cannot be followed.
+        """
         ...
 
 

@@ -28,6 +28,7 @@ BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
 
 MEANINGS = {
     "text": "The answer without space around it.",
+    "boxes": "The first box of the answer in the model's form, in pixels of the picture's file.",
     "first_line": "The first line of the answer.",
     "letter_or_text": "`letter` where a question has options, else `text`.",
     "mathvista_extracted": "The form of MathVista's reference, of an answer that a judge found.",

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 gc.disable()  # until the tests are imported: what is imported stays
 
 LONGEST = (
-    "distributed", "launch/test_child_processes.py", "diffusion", "docs/test_docs.py", "packaging/test_wheel.py",
-    "reporting", "compare", "training", "models/memory_efficient", "serve", "scripts", "eval", "models",
+    "distributed", "launch/test_child_processes.py", "preferences", "planning/test_recipes.py", "diffusion",
+    "docs/test_docs.py", "scripts/test_soak.py", "packaging/test_wheel.py", "compare", "training", "eval/report",
+    "models/memory_efficient", "models", "serve", "eval", "reporting", "scripts", "planning", "adapters",
 )  # fmt: skip
 """Folders and files of tests that begin first, by the time of their longest file, so that the workers end together."""
 

@@ -252,7 +252,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> TrainResult:
     refuse_early(recipe, resume)
     quiet_libraries()
-    from mm_moslora_eval.run.in_training import measure
+    from mm_moslora_eval.run.in_training import forgotten, measure
 
     from mm_moslora.training.training_loop import train
 
@@ -261,7 +261,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
         return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
     tasks = measure if recipe.validate.tasks else None
-    return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
+    return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop)
 
 
 @app.command

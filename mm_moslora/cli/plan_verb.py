@@ -57,8 +57,8 @@ def plan(
         and later, 12.5 (100 Gb/s) for cards with slower links.
     """
     resolved = load_recipe(recipe, override_items(overrides))
-    require_sft(resolved, "plan")
     refuse_early(resolved)
+    require_sft(resolved, "plan")
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
 
     cards = parse_gpus(gpus)

@@ -7,6 +7,8 @@ the object is made. The resolved recipe is written into the run folder.
 from mm_moslora.config.data_config import DataConfig, HeldOut, SourceConfig
 from mm_moslora.config.model_config import (
     AdapterConfig,
+    BoxChoice,
+    BoxFormName,
     Mode,
     ModelConfig,
     ProjectorConfig,
@@ -30,9 +32,9 @@ from mm_moslora.config.recipe import (
 from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [
-    "RECIPES_FOLDER", "TRACKERS", "AdapterConfig", "DataConfig", "GrpoConfig", "HeldOut", "KtoConfig", "Mode",
-    "ModelConfig", "Need", "Objective", "OptimConfig", "Precision", "PreferenceConfig", "ProjectorConfig", "Recipe",
-    "SourceConfig", "Thinking", "TrackConfig", "TrainConfig", "ValidateConfig", "VisionConfig", "YamlRecipe",
-    "load_recipe", "needs", "override_items", "read_recipe", "recipe_names", "refuse_all_frozen", "refuse_lacking",
-    "refuse_without_effect", "require_sft",
+    "RECIPES_FOLDER", "TRACKERS", "AdapterConfig", "BoxChoice", "BoxFormName", "DataConfig", "GrpoConfig", "HeldOut",
+    "KtoConfig", "Mode", "ModelConfig", "Need", "Objective", "OptimConfig", "Precision", "PreferenceConfig",
+    "ProjectorConfig", "Recipe", "SourceConfig", "Thinking", "TrackConfig", "TrainConfig", "ValidateConfig",
+    "VisionConfig", "YamlRecipe", "load_recipe", "needs", "override_items", "read_recipe", "recipe_names",
+    "refuse_all_frozen", "refuse_lacking", "refuse_without_effect", "require_sft",
 ]  # fmt: skip

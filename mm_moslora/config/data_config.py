@@ -7,6 +7,10 @@ from typing import Literal
 
 from mm_moslora.config.value_checks import at_least, require
 
+MAX_VIDEO_FRAMES = 8192
+"""Most frames that are shown of one video."""
+MAX_VIDEO_FPS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -26,8 +30,11 @@ class SourceConfig:
     video_fps: float | None = None
     """Frames per second taken from a video instead of `video_frames`."""
     weight: float = 1.0
-    """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts: the source's share
-    of the epoch."""
+    """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts, and with
+    streams: the source's part of the records."""
+    replay: bool = False
+    """Older data that keeps a model from forgetting: `weight` is its share of all records (0.05: one in twenty),
+    however many records it and the other sources have."""
     limit: int | None = None
     """Use at most this many records."""
     limit_by: Literal["random", "first"] = "random"
@@ -46,20 +53,43 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Hugging Face datasets: record field -> column, such as question: query, answer: label, image: picture."""
     streaming: bool = False
-    """Hugging Face datasets: stream the first `limit` rows instead of downloading the whole dataset."""
+    """Read the source in order, never as a whole, and begin again after its last record: `.jsonl` and `.tar` files (a
+    folder, `*`), tables, hf:NAME. It needs train.steps. With `limit` and limit_by first, of a Hugging Face dataset: the
+    first rows are read from the stream once, and kept on this machine."""
 
     def __post_init__(self) -> None:
         source = f"data source {self.path!r}"
         require(0 < self.weight <= 1e6, f"{source}: weight is {self.weight}, expected more than 0, finite.")
-        at_least(f"{source}: video_frames", self.video_frames, 1)
-        fps = self.video_fps
-        require(fps is None or 0 < fps <= 1000, f"{source}: video_fps is {fps}, expected more than 0, at most 1000.")
+        require(
+            not self.replay or self.weight < 1,
+            f"{source}: replay is set and weight is {self.weight}, expected its share of all records: below 1, such as "
+            "0.05.",
+        )
+        frames, fps = self.video_frames, self.video_fps
+        require(
+            1 <= frames <= MAX_VIDEO_FRAMES,
+            f"{source}: video_frames is {frames}, expected at least 1, at most {MAX_VIDEO_FRAMES}.",
+        )
+        require(
+            fps is None or 0 < fps <= MAX_VIDEO_FPS,
+            f"{source}: video_fps is {fps}, expected more than 0, at most {MAX_VIDEO_FPS}.",
+        )
         require(self.limit is None or self.limit >= 1, f"{source}: limit is {self.limit}, expected 1 or more.")
         at_least(f"{source}: hold_out", self.hold_out, 0)
         require(
-            not self.streaming or (self.limit is not None and self.limit_by == "first"),
-            f"{source}: streaming is set, so set limit too, and limit_by: first; the stream is read up to the limit.",
+            not self.streaming or self.limit is None or self.limit_by == "first",
+            f"{source}: streaming and limit are set, so set limit_by: first; the stream is read up to the limit.",
         )
+        require(
+            not (self.endless and self.hold_out),
+            f"{source}: hold_out is {self.hold_out}, and nothing can be taken out of a stream. Name a file of its own "
+            "in data.validation.",
+        )
+
+    @property
+    def endless(self) -> bool:
+        """Whether it is read as a stream without an end."""
+        return self.streaming and self.limit is None
 
 
 class HeldOut(SourceConfig):
@@ -103,6 +133,9 @@ class DataConfig:
     as the cores and the shared memory of the rank allow; 0 on a CPU."""
     cache: str | None = None
     """Folder of tokenised records that all runs share; None: no cache."""
+    shuffle_buffer: int = 1024
+    """Streams without an end: usable records that are read ahead, shuffled, and grouped by length or packed together;
+    rounded up to whole steps. Every rank keeps two buffers in memory, with the pictures of tables."""
     pack_tokens: int = 0
     """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off."""
 
@@ -117,6 +150,11 @@ class DataConfig:
         return self.pack_tokens or self.max_length
 
     @property
+    def endless(self) -> bool:
+        """Whether a source of data.train is a stream without an end; then all are read as streams."""
+        return any(source.endless for source in self.train)
+
+    @property
     def held_out(self) -> list[SourceConfig]:
         """All sources of the validation loss: data.validation, and what sources of data.train hold out."""
         shares = [{item.name: getattr(source, item.name) for item in fields(source)} for source in self.train
@@ -128,6 +166,18 @@ class DataConfig:
             require(
                 source.hold_out == 0, f"data.validation, {source.path!r}: hold_out is for data.train. Leave it out."
             )
+            require(
+                not source.endless,
+                f"data.validation, {source.path!r}: streaming is set without limit, and a validation has an end. Set "
+                "limit and limit_by: first, or name a file.",
+            )
+        replayed = [source.weight for source in self.train if source.replay]
+        require(
+            not replayed or (len(replayed) < len(self.train) and sum(replayed) < 1),
+            f"data.train replays {len(replayed)} of {len(self.train)} sources, with {sum(replayed):g} of all records. "
+            "Leave at least one source without replay, and let the weights of the others add up to less than 1.",
+        )
+        self._check_streams()
         at_least("data.max_length", self.max_length, 8)
         at_least("data.workers", self.workers or 0, 0)
         require(
@@ -144,3 +194,24 @@ class DataConfig:
             f"data.epoch_records is {self.epoch_records}; it needs data.mixing: parts and 1 or more.",
         )
         require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}, expected 0 to 1.")
+
+    def _check_streams(self) -> None:
+        at_least("data.shuffle_buffer", self.shuffle_buffer, 1)
+        if not self.endless:
+            return
+        require(
+            self.cache is None,
+            f"data.cache is {self.cache!r}, and a source of data.train has streaming without limit: a stream is never "
+            "tokenised as a whole. Leave data.cache out.",
+        )
+        require(
+            self.epoch_records is None,
+            f"data.epoch_records is {self.epoch_records}, and a stream without an end has no epochs. Leave it out; "
+            "train.steps ends the run.",
+        )
+        for source in self.train:
+            require(
+                source.hold_out == 0,
+                f"data source {source.path!r} has hold_out: {source.hold_out} beside a stream without an end. Name a "
+                "file of its own in data.validation.",
+            )

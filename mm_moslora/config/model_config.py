@@ -10,6 +10,8 @@ from mm_moslora.utils.errors import ConfigError, ModelError
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Thinking = Literal["auto", "always", "never", "mask"]
+BoxFormName = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma"]
+BoxChoice = Literal["auto", BoxFormName]
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 ModuleMixerInit = Literal[MixerInit, "none"]
 
@@ -118,6 +120,12 @@ class ModelConfig:
     centre-crop, or anyres: the whole image and tiles of it, with a newline embedding after every row (LLaVA-NeXT)."""
     anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
     """anyres only: the tile grids (rows, columns) from which one is chosen by the image's shape."""
+    min_pixels: int | None = None
+    """Smaller pictures are enlarged to this many pixels, by processors that have such a budget (Qwen-VL, GLM-V,
+    PaddleOCR-VL and others, ready-made). None: as the model has it."""
+    max_pixels: int | None = None
+    """Larger pictures are shrunk to this many pixels, by the same processors; of an assembled model with anyres, larger
+    grids of tiles are left out. None: as the model has it."""
     chat_template: str | None = None
     """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3, or alpaca (that of LLM-Adapters); None: the
     tokenizer's own."""
@@ -131,6 +139,12 @@ class ModelConfig:
     the template's empty block. always: prompts do not contain the block, so that the model writes it when it answers.
     mask: as always, and the block is not learned: the answer is, behind it. never: thinking is removed from the
     records."""
+    boxes: BoxChoice = "auto"
+    """The form in which boxes and points of records are written, and those of answers are read. qwen3_vl: 0 to 1000,
+    `[x1, y1, x2, y2]`, lists as JSON with `bbox_2d`. qwen2_5_vl: the same in pixels of the resized picture. qwen2_vl: 0
+    to 999, `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`. internvl: 0 to 1000, `<box>[[x1, y1, x2, y2]]</box>`. paligemma:
+    0 to 1023, four `<loc0000>`, y first. auto: that of the ready-made model, where its family or vocabulary shows one;
+    qwen3_vl for an assembled model."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"
@@ -183,6 +197,12 @@ class ModelConfig:
             self.lean_layers or self.kernels not in ("triton", "liger"),
             f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and these kernels run only in lean "
             "layers. Set lean_layers: true, or kernels: auto.",
+        )
+        for name in ("min_pixels", "max_pixels"):
+            at_least(f"model.{name}", value if (value := getattr(self, name)) is not None else 1, 1)
+        require(
+            self.min_pixels is None or self.max_pixels is None or self.min_pixels <= self.max_pixels,
+            f"model.min_pixels is {self.min_pixels}, more than model.max_pixels, {self.max_pixels}.",
         )
         tiles = self.anyres_tiles
         require(

@@ -145,10 +145,10 @@ class GrpoConfig:
 _NOT_FOLLOWED = {
     "model": ("quantisation", "attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
-    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "pack_tokens"),
+    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer", "pack_tokens"),
     "optim": ("optimizer",),
     "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
-    "validate": ("samples", "tasks", "best", "patience"),
+    "validate": ("samples", "tasks", "forgetting", "general_text", "best", "patience"),
 }  # fmt: skip
 """Section -> keys of the project's own training loop."""
 
@@ -216,6 +216,8 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
         yield "model.vision.feature_cache is set, which TRL's trainer does not read. Leave it out."
     if data.too_long == "truncate":
         yield "data.too_long is truncate: an answer that is cut is another answer. Choose refuse or drop."
+    if data.endless:
+        yield "a source of data.train has streaming without limit. Set limit and limit_by: first."
     if data.order not in ("grouped", "random"):
         yield f"data.order is {data.order}: records are always drawn at random. Leave it out."
     if train.zero not in ("auto", "none"):

@@ -111,6 +111,10 @@ class Recipe(YamlRecipe):
             f"data.train_on is {self.data.train_on!r} and {'model.vlm' if self.model.vlm else 'model.vision'} is set: "
             "no loss can be on pictures. Leave data.train_on out.",
         )
+        require(
+            not self.data.endless or self.train.steps is not None,
+            "a source of data.train has streaming without limit, so it has no end: set train.steps.",
+        )
         budget, longest = self.train.micro_tokens, self.data.longest
         require(
             budget is None or budget >= longest,

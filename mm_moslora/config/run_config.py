@@ -19,8 +19,8 @@ class OptimConfig:
 
     optimizer: OptimizerName = "adamw"
     """adamw_8bit, paged_adamw_8bit, paged_adamw_32bit: bitsandbytes, moments in 8 bits, or where the driver may move
-    them to main memory. adamw_torch_8bit: torchao, in 8 bits. muon: matrices by Muon, embeddings, heads, biases and
-    norms by AdamW. schedule_free_adamw: the weights to use are an average; needs schedule constant."""
+    them to main memory. adamw_torch_8bit: torchao, in 8 bits. muon: weights of linear layers by Muon, all else by
+    AdamW. schedule_free_adamw: the weights to use are an average; needs schedule constant."""
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
     mixer_lr: float | None = None
@@ -38,9 +38,9 @@ class OptimConfig:
     mixer_weight_decay: float = 0.0
     """Weight decay of the mixers."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's moving averages."""
+    """Adam's moving averages; Muon itself has a momentum of 0.95."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Adam's epsilon; Muon itself has torch's."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up, down to min_lr_ratio."""
     warmup: float = 0.03
@@ -189,6 +189,12 @@ class ValidateConfig:
     """Tasks of the evaluation package; each gives metrics named `eval/TASK/METRIC`."""
     task_limit: int = 64
     """Documents per task; 0: all."""
+    forgetting: Literal["auto", "always", "never"] = "auto"
+    """Compare the model before the first step and at the end: on `general_text` and on `tasks`. auto: what takes less
+    than a tenth of the run, as measured by one batch."""
+    general_text: str | None = None
+    """Text whose log-likelihood shows forgetting: a `.txt` file with empty lines between its documents, or records.
+    None: a short English text that comes with the package."""
     best: str | None = None
     """Metric that chooses the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
     best_is: Literal["auto", "lowest", "highest"] = "auto"

@@ -9,6 +9,7 @@ import queue
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
@@ -20,14 +21,17 @@ from mm_moslora.config import DataConfig
 from mm_moslora.data.epoch_order import (
     MicroBatchLimit,
     deal,
+    even_size,
     pack,
     plan_epoch,
     plan_llava,
     plan_rows,
     records_of_epoch,
 )
+from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.launch.child_processes import fork_context
 from mm_moslora.utils import distributed
 
@@ -46,18 +50,21 @@ class _Prepared(NamedTuple):
 class _Preparation(Dataset[_Prepared]):
     """Micro-batches by the numbers of their records; runs in the thread or in a worker process."""
 
-    def __init__(self, data: TrainingSet, limit: MicroBatchLimit) -> None:
+    def __init__(self, data: MeasuredRecords, limit: MicroBatchLimit, pool: Executor | None = None) -> None:
         self.data, self.limit = data, limit
+        self.map = map if pool is None else pool.map
 
     def __getitem__(self, numbers: list[int]) -> _Prepared:
-        examples: list[Example] = []
-        faults: list[tuple[int, RecordError]] = []
-        for number in numbers:
-            try:
-                examples.append(self.data.load(number))
-            except RecordError as error:
-                faults.append((number, error))
+        loaded = list(self.map(self._load, numbers))
+        examples = [item for item in loaded if isinstance(item, Example)]
+        faults = [(number, item) for number, item in zip(numbers, loaded, strict=True) if isinstance(item, RecordError)]
         return _Prepared([Batch.from_examples(part) for part in self._parts(examples)], faults)
+
+    def _load(self, number: int) -> Example | RecordError:
+        try:
+            return self.data.load(number)
+        except RecordError as error:
+            return error
 
     def _parts(self, examples: list[Example]) -> Iterator[list[Example]]:
         """The examples in their order, cut where the tokens go beyond the limit."""
@@ -79,10 +86,10 @@ class BatchLoader:
     estimates, a micro-batch beyond the limit is cut, and one collective per step evens the number out.
 
     Args:
-        data: the training set.
+        data: the training set, or stream.
         rank: this process.
         world_size: processes.
-        config: the recipe's `data`; 0 workers prepare in a thread.
+        config: the recipe's `data`; 0 workers prepare in a thread, those of a stream are threads.
         global_batch: examples, or packed rows, per optimiser step over all ranks.
         limit: size of a micro-batch of one rank.
         seed: seed of the order.
@@ -95,7 +102,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: TrainingSet,
+        data: TrainingSet | TrainingStream,
         *,
         rank: int,
         world_size: int,
@@ -106,10 +113,17 @@ class BatchLoader:
         start_step: int = 0,
         pin: bool = False,
     ) -> None:
-        self.data, self.rank, self.world_size, self.config, self.pin = data, rank, world_size, config, pin
+        self.stream = data if isinstance(data, TrainingStream) else None
+        self.data: MeasuredRecords = data.at_hand if isinstance(data, TrainingStream) else data
+        """The training set, or the window at hand of a stream."""
+        self.rank, self.world_size, self.config, self.pin = rank, world_size, config, pin
         self.global_batch, self.limit, self.seed, self.start_step = global_batch, limit, seed, start_step
-        self.steps_per_epoch = len(self.plan(0))
-        """Optimiser steps per epoch; with packing those of the first epoch, as later ones differ by a few steps."""
+        plan = self.plan(0)
+        self.tokens_per_step = sum(self.data.lengths[number] for step in plan for number in step) / max(1, len(plan))
+        """Of all ranks, on average over these steps."""
+        self.steps_per_epoch = len(plan)
+        """Optimiser steps per epoch; with packing those of the first epoch, as later ones differ by a few steps. Of a
+        stream those of the window at hand."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -120,14 +134,16 @@ class BatchLoader:
         return [[number for unit in step for number in unit] for step in self.plan_units(epoch)]
 
     def plan_units(self, epoch: int) -> list[list[list[int]]]:
-        """The optimiser steps of an epoch over all ranks; a unit is a record or a packed row."""
+        """The optimiser steps of an epoch, or of the window with this number, over all ranks; a unit is a record or a
+        packed row."""
         data, config = self.data, self.config
         chosen = records_of_epoch(data.members, data.weights, seed=self.seed, epoch=epoch)
         if config.pack_tokens:
             if config.order != "sequential":
                 random.Random(f"{self.seed} {epoch}").shuffle(chosen)
             rows = pack(chosen, data.lengths, tokens=config.pack_tokens)
-            return plan_rows(rows, seed=self.seed, epoch=epoch, global_batch=self.global_batch)
+            size = even_size(len(rows), self.global_batch) if self.stream is not None else self.global_batch
+            return plan_rows(rows, seed=self.seed, epoch=epoch, global_batch=size)
         has_image = [bool(data.has_image[number]) for number in chosen]
         if config.order == "llava":
             words = [data.words[number] for number in chosen]
@@ -140,7 +156,9 @@ class BatchLoader:
         return [[[chosen[index]] for index in step] for step in steps]
 
     def __enter__(self) -> BatchLoader:
-        if self.config.workers:
+        if self.stream is not None:
+            self.stream.read_ahead()
+        if self.config.workers and self.stream is None:
             self._workers = self._start_workers()
         else:
             self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -168,18 +186,30 @@ class BatchLoader:
                 self._queue.get()
             self._thread.join(timeout=30)
             self._thread = None
+        if self.stream is not None:
+            self.stream.stop()
 
     def _dealt(self) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every step, as record numbers; endless."""
+        for step in self._steps_of_epochs() if self.stream is None else self._steps_of_stream(self.stream):
+            lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
+            shares = deal(range(len(step)), lengths, world_size=self.world_size, limit=self.limit)
+            yield [[number for index in micro for number in step[index]] for micro in shares[self.rank]]
+
+    def _steps_of_stream(self, stream: TrainingStream) -> Iterator[list[list[int]]]:
+        offset = self.start_step - stream.at_hand.place.step
+        while True:
+            steps = self.plan_units(stream.at_hand.place.window)
+            yield from steps[offset:]
+            self.data, offset = stream.next_window(steps=len(steps)), 0
+
+    def _steps_of_epochs(self) -> Iterator[list[list[int]]]:
         epoch, offset = 0, self.start_step
         while True:
             if not self.config.pack_tokens and offset >= self.steps_per_epoch:  # all epochs have as many steps
                 epoch, offset = epoch + offset // self.steps_per_epoch, offset % self.steps_per_epoch
             steps = self.plan_units(epoch)
-            for step in steps[offset:]:
-                lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
-                shares = deal(range(len(step)), lengths, world_size=self.world_size, limit=self.limit)
-                yield [[number for index in micro for number in step[index]] for micro in shares[self.rank]]
+            yield from steps[offset:]
             epoch, offset = epoch + 1, max(0, offset - len(steps))
 
     def _evened(self, batches: list[Batch]) -> list[Batch]:
@@ -206,15 +236,20 @@ class BatchLoader:
         return iter(loader)
 
     def _work(self) -> None:
-        preparation = _Preparation(self.data, self.limit)
+        pool = ThreadPoolExecutor(self.config.workers) if self.config.workers else None
+        preparation = _Preparation(self.data, self.limit, pool)
         try:
             for micro_batches in self._dealt():
+                preparation.data = self.data
                 batches = [batch for numbers in micro_batches for batch in self._received(preparation[numbers])]
                 self._queue.put([batch.pin_memory() for batch in batches] if self.pin else batches)
                 if self._stop.is_set():
                     return
         except Exception as error:  # handed to the training loop, which raises it
             self._queue.put(error)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
 
 class _Endless(torch.utils.data.Sampler[list[int]]):
@@ -227,7 +262,7 @@ class _Endless(torch.utils.data.Sampler[list[int]]):
         return self.numbers
 
 
-def largest_batch(data: TrainingSet, limit: MicroBatchLimit) -> Batch:
+def largest_batch(data: MeasuredRecords, limit: MicroBatchLimit) -> Batch:
     """The micro-batch that needs the most memory: the longest examples, with pictures if any example has pictures."""
     units = [[number] for number in data.usable]
     if data.config.pack_tokens:
@@ -254,7 +289,7 @@ def largest_batch(data: TrainingSet, limit: MicroBatchLimit) -> Batch:
     return Batch.from_examples(examples or [_empty(data)])
 
 
-def _empty(data: TrainingSet) -> Example:
+def _empty(data: MeasuredRecords) -> Example:
     """One token without supervision."""
     token = data.encoder.tokenizer.eos_token_id or 0
     return Example(id="", input_ids=torch.tensor([token]), supervised=torch.tensor([False]))

@@ -38,6 +38,50 @@ def source_repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int
     return [part / total * wanted / size if size else 1.0 for part, size in zip(parts, sizes, strict=True)]
 
 
+def with_replay(parts: Sequence[float], replayed: Sequence[bool]) -> list[float]:
+    """Parts of sources, of which only the ratios matter, such that those replayed are their share of the whole.
+
+    Args:
+        parts: part of every source, of one that is replayed its share of all records.
+        replayed: by source; the shares add up to less than 1.
+    """
+    share = sum(part for part, replay in zip(parts, replayed, strict=True) if replay)
+    others = sum(parts) - share
+    return [part * others / (1 - share) if replay else part for part, replay in zip(parts, replayed, strict=True)]
+
+
+def repeats_of(
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    replayed: Sequence[bool],
+    *,
+    mixing: str = "repeats",
+    records: int | None = None,
+) -> list[float]:
+    """Repeats per record of each source under the recipe's mixing.
+
+    Args:
+        sizes: usable records of every source.
+        weights: of the sources.
+        replayed: whether a source's weight is its share of all records.
+        mixing: `data.mixing`.
+        records: `data.epoch_records`.
+    """
+    if mixing == "parts":
+        return source_repeats(sizes, with_replay(weights, replayed), records=records)
+    parts = [weight if replay else weight * size for size, weight, replay in zip(sizes, weights, replayed, strict=True)]
+    parts = with_replay(parts, replayed)
+    return [
+        part / size if replay and size else weight
+        for size, weight, part, replay in zip(sizes, weights, parts, replayed, strict=True)
+    ]
+
+
+def even_size(units: int, most: int) -> int:
+    """The largest size of steps of about the same number of units, at most `most`."""
+    return -(-units // -(-units // most))
+
+
 def records_of_epoch(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
     """Record numbers of one epoch, source by source.
 

@@ -289,7 +289,11 @@ class QuestionSet(AnswerSet[Question]):
     def asked(self, index: int) -> AskedQuestion:
         """The record with a number over all sources."""
         source, row = self.source_and_row(index)
-        return self.files[source].parsed(row, parse_question)
+        question = self.files[source].parsed(row, parse_question)
+        if question.record.objects is not None:  # references would be compared in another form than the answers
+            what, remedy = "has boxes, which no reward reads", "drop the key, or use another objective"
+            raise question.record.where.error(Code.UNFOLLOWED_KEY, "objects", what, remedy)
+        return question
 
 
 SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import chain, groupby, takewhile
 from operator import eq
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora import __version__
 from mm_moslora.batch import ImageProcessing
+from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import DataError, ModelError
@@ -43,12 +44,14 @@ TOLERANCE = 0.03
 transformers 5.24 differed by up to 0.017, at 28 pixels."""
 PROBE_SIZE = (1344, 1008)
 """Width and height of the picture: more pixels than most budgets allow, and no multiple of most patches."""
-COUNTED_SIZES = ((64, 48), (480, 640), (2048, 1536))
-"""Pictures whose tokens are counted, so that limits show on both sides."""
+COUNTED_SIZES = ((64, 48), (480, 640), (2048, 1536), (28, 28), (28, 84), (4096, 4096))
+"""Pictures whose tokens are counted, so that limits show on both sides: usual budgets lie between the last ones."""
 _STRETCHES = 24
 """Stretches of a tensor of pixels of which mean and standard deviation are compared."""
 _QUESTIONS = ("What is in the picture?\nAnswer with 1 word; caf\u00e9 \u4e2d\u6587 is none.", "Is it 3.14 metres wide?")
 _ANSWER = "Squares."
+_ALONE = "  Which of the two?\n\n"
+"""A question alone, with blanks around it."""
 _LIBRARIES = ("transformers", "tokenizers", "pillow")
 _LONGEST = 2**20
 """Tokens of a prompt, and characters of a token: a file of anybody must not fill the memory."""
@@ -80,6 +83,9 @@ class _Fingerprint:
     prompt: list[tuple[int, int, str]]
     tokens_per_picture: dict[str, int]
     tensors: dict[str, _Summary]
+    question: list[tuple[int, int, str]] = field(default_factory=list)
+    """As `prompt`, of a question alone; like `stop_ids` empty in files of earlier versions, and then not compared."""
+    stop_ids: list[int] = field(default_factory=list)
 
 
 class PreprocessingParts(EncoderParts, Protocol):
@@ -93,6 +99,11 @@ class PreprocessingParts(EncoderParts, Protocol):
     @property
     def image_processing(self) -> ImageProcessing | None:
         """None for a language model alone."""
+        ...
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """Tokens that end an answer; empty: unknown."""
         ...
 
 
@@ -142,14 +153,15 @@ def preprocessing_of(
     try:
         encoder, images = ConversationEncoder.of(parts), parts.image_processing
         pictures = [] if images is None else images.process([probe_picture()])
-        counts = [] if images is None else images.placeholders(COUNTED_SIZES)
+        counts = _tokens_per_picture(images)
         turns = [
             Turn.asking(_QUESTIONS[0], images=len(pictures)), Turn(role="assistant", text=_ANSWER),
             Turn.asking(_QUESTIONS[1]),
         ]  # fmt: skip
         ids = encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in pictures]).tolist()
+        alone = encoder.encode_prompt([Turn.asking(_ALONE)], pictures=[]).tolist()
         settings = _settings(parts, encoder)
-        texts = {number: str(parts.tokenizer.decode([number])) for number in set(ids)}
+        texts = {number: str(parts.tokenizer.decode([number])) for number in {*ids, *alone}}
     except Exception as error:  # processors raise nearly anything
         logger.warning("The preprocessing has no fingerprint, since it refuses the probe: %s", error)
         return {}
@@ -162,11 +174,11 @@ def preprocessing_of(
             for key, values in zip(_OF_VIDEOS, (video_frames, video_fps), strict=True)
             if values
         },
-        "prompt": [[number, len(list(same)), texts[number]] for number, same in groupby(ids)],
-        "tokens_per_picture": {
-            f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)
-        },
+        "prompt": _runs(ids, texts),
+        "tokens_per_picture": counts,
         "tensors": {name: _summary(value) for item in pictures for name, value in sorted(item.tensors.items())},
+        "question": _runs(alone, texts),
+        "stop_ids": list(parts.stop_ids),
     }
 
 
@@ -190,11 +202,13 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
         if stored.get("format") != FORMAT:
             raise ValueError(f"has format {stored.get('format')!r}, this version reads {FORMAT}")
         fingerprint = asdict(build_strictly(_Fingerprint, stored, source=str(file)))
-        counts = [count for number, count, _ in fingerprint["prompt"] if number >= 0 and count > 0]
-        if len(counts) < len(fingerprint["prompt"]) or sum(counts) > _LONGEST:
-            raise ValueError("holds a prompt that no model reads")
-        for kind, key in zip((list[int], list[float]), _OF_VIDEOS, strict=True):
-            read_value(kind, fingerprint["settings"].get(key, []), source=str(file), where=key)
+        for prompt in (fingerprint["prompt"], fingerprint["question"]):
+            counts = [count for number, count, _ in prompt if number >= 0 and count > 0]
+            if len(counts) < len(prompt) or sum(counts) > _LONGEST:
+                raise ValueError("holds a prompt that no model reads")
+        for key in _OF_VIDEOS:
+            for value in read_value(list[Any], fingerprint["settings"].get(key, []), source=str(file), where=key):
+                build_strictly(SourceConfig, {"path": PREPROCESSING, key: value}, source=str(file))
         return fingerprint
     except FileNotFoundError:
         return {}
@@ -251,22 +265,42 @@ def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted
     return _refuse(path, differences(own, stored), notes, accepted=accepted)
 
 
-def check_processor(path: str | Path, processor: Any, *, accepted: bool = False) -> bool:
+def check_processor(
+    path: str | Path,
+    processor: Any,
+    *,
+    images: ImageProcessing | None = None,
+    stop_ids: Sequence[int] = (),
+    accepted: bool = False,
+) -> bool:
     """The same for a processor, or a language model's tokenizer, as transformers alone calls it.
 
     A processor without a chat template is not compared, since every program words its prompts itself.
+
+    Args:
+        path: an export; for other folders nothing is compared.
+        processor: of transformers.
+        images: counts the tokens of pictures as the processor does.
+        stop_ids: tokens that end an answer.
+        accepted: see `check_preprocessing`.
     """
     template = getattr(processor, "chat_template", None)
     if not (Path(path) / PREPROCESSING).is_file() or template is None:
         return False
     sees = getattr(processor, "image_processor", None) is not None
-    messages = probe_messages(picture=sees)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    bos = getattr(processor, "tokenizer", processor).bos_token
+    tokenizer, messages = getattr(processor, "tokenizer", processor), probe_messages(picture=sees)
+    asked = [{"role": "user", "content": [{"type": "text", "text": _ALONE}] if sees else _ALONE}]
+    text, alone = (
+        processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) for turns in (messages, asked)
+    )
     more = {"images": [[probe_picture()]]} if sees else {}
-    special = bos is None or not text.startswith(bos)
+    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
     inputs = processor(text=[text], return_tensors="pt", add_special_tokens=special, **more)
-    return _refuse(path, compare(path, inputs), {}, accepted=accepted)
+    own = {"tokens_per_picture": _tokens_per_picture(images), "stop_ids": list(stop_ids)}
+    own["question"] = [[number, 1, ""] for number in tokenizer(alone, add_special_tokens=special)["input_ids"]]
+    stored = stored_preprocessing(path)
+    differing = (compare(path, inputs) or _differing_question(own, stored)) + _differing_counts(own, stored)
+    return _refuse(path, differing, {}, accepted=accepted)
 
 
 def hand_on_preprocessing(path: str | Path, parts: PreprocessingParts, folder: Path) -> None:
@@ -306,19 +340,42 @@ def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequ
 
 def differences(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, for people: what the first has `here`, and the second `in training`."""
-    ids = list(chain.from_iterable([number] * count for number, count, _ in own["prompt"]))
     names = {number: token for number, _, token in own["prompt"]}
-    counts, expected = (
-        {f"the number of tokens of a picture of {size}": count for size, count in item["tokens_per_picture"].items()}
-        for item in (own, stored)
-    )
     missing = [f"{name} is missing here" for name in sorted(stored["tensors"].keys() - own["tensors"].keys())]
     return (
-        _differing_ids(ids, stored["prompt"], names)
-        + _differing_values(counts, expected)
+        (_differing_ids(_ids(own["prompt"]), stored["prompt"], names) or _differing_question(own, stored))
+        + _differing_counts(own, stored)
         + _differing_tensors(own["tensors"], stored["tensors"])
         + missing
     )
+
+
+def _differing_question(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    asked = _ids(own["question"]) if stored["question"] else []
+    return _differing_ids(asked, stored["question"], what="a question alone")
+
+
+def _differing_counts(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    counts, expected = (
+        {f"the number of tokens of a picture of {size}": count for size, count in item["tokens_per_picture"].items()}
+        | ({"the ids of tokens that end an answer": item["stop_ids"]} if item["stop_ids"] else {})
+        for item in (own, stored)
+    )
+    return _differing_values(counts, expected)
+
+
+def _tokens_per_picture(images: ImageProcessing | None) -> dict[str, int]:
+    counts = [] if images is None else images.placeholders(COUNTED_SIZES)
+    return {f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)}
+
+
+def _runs(ids: Sequence[int], texts: Mapping[int, str]) -> list[list[Any]]:
+    """Runs of one token as number, count and text."""
+    return [[number, len(list(same)), texts[number]] for number, same in groupby(ids)]
+
+
+def _ids(runs: Sequence[Sequence[Any]]) -> list[int]:
+    return list(chain.from_iterable([number] * count for number, count, _ in runs))
 
 
 def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[str, Any]:
@@ -331,6 +388,7 @@ def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[s
         "special_tokens": tokenizer.special_tokens_map,
         "thinking": encoder.thinking,
         "image_token": parts.image_token_id,
+        "boxes": None if parts.image_processing is None else parts.image_processing.boxes,
     }
     if images is not None:
         values |= {"image_processor": type(images).__name__.removesuffix("Pil").removesuffix("Fast")}
@@ -384,16 +442,22 @@ def _differing_tensors(own: Mapping[str, Any], stored: Mapping[str, Any]) -> lis
     return differing
 
 
-def _differing_ids(own: list[int], runs: Sequence[Sequence[Any]], names: Mapping[int, str] | None = None) -> list[str]:
-    """The first difference of a prompt's tokens; runs of one token are its number, count and text."""
-    stored = list(chain.from_iterable([number] * count for number, count, _ in runs))
+def _differing_ids(
+    own: list[int],
+    runs: Sequence[Sequence[Any]],
+    names: Mapping[int, str] | None = None,
+    *,
+    what: str = "the prompt",
+) -> list[str]:
+    """The first difference of a prompt's tokens; see `_runs`."""
+    stored = _ids(runs)
     if own == stored:
         return []
     first = _agreement(own, stored)
     texts = {number: str(token) for number, _, token in runs} | dict(names or {})
     shown = [_tokens(ids[max(0, first - 2) :], texts) for ids in (own, stored)]
     lengths = f"{len(own)} tokens here, {len(stored)} in training"
-    return [f"the prompt ({lengths}) has from token {first} on {shown[0]} here, {shown[1]} in training"]
+    return [f"{what} ({lengths}) has from token {first} on {shown[0]} here, {shown[1]} in training"]
 
 
 def _agreement(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from mm_moslora.config import DataConfig
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import Appender, replace_text
+from mm_moslora.utils.untrusted_data import parse_json
+from mm_moslora.utils.untrusted_files import read_text_below
 
 
 class Quarantine:
@@ -39,8 +43,13 @@ class Quarantine:
     def __contains__(self, index: int) -> bool:
         return index in self._numbers
 
-    def add(self, index: int, error: RecordError) -> None:
+    def add(self, index: int, error: RecordError, *, write: bool = True) -> None:
         """Add one bad record; a second fault of the same record does not count.
+
+        Args:
+            index: number of the record.
+            error: its fault.
+            write: whether this rank writes the line; False: another one does.
 
         Raises:
             RecordError: `on_bad` is error.
@@ -58,7 +67,7 @@ class Quarantine:
         if self._lines is not None:
             self._lines.append(line)
             return
-        if self._late is not None:
+        if self._late is not None and write:
             self._late.add(line)  # one write, so that lines of ranks do not mix
         self._check_share()
 
@@ -90,6 +99,40 @@ class Quarantine:
             f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self.first}. {see} "
             f"Repair the data or raise data.max_bad_share.{remedy}"
         ) from self.first
+
+
+class StreamQuarantine(Quarantine):
+    """The bad records of a stream, which are found as it is read.
+
+    Their share is of the records read so far, and of no fewer than `FIRST`. A resumed run keeps the file.
+
+    Args:
+        path: see `Quarantine`.
+        config: see `Quarantine`.
+        fresh: whether the run starts; the file is then emptied.
+    """
+
+    FIRST = 1000
+
+    def __init__(self, path: Path | None, config: DataConfig, *, fresh: bool) -> None:
+        super().__init__(path, self.FIRST, config)
+        if fresh and distributed.is_main():
+            self.close()
+        self._lines = None
+
+    def read(self, records: int) -> None:
+        """Count the records read so far."""
+        self.total = max(self.FIRST, records)
+
+    def remember(self) -> None:
+        """Count the bad records of the file, so that those which are read again count once."""
+        if self.path is None:
+            return
+        for line in (read_text_below(self.path.parent, self.path.name) or "").splitlines():
+            with suppress(DataError, TypeError, LookupError, ValueError):
+                entry = parse_json(line)
+                self._numbers.add(int(entry["record"]))
+                self.codes[str(entry["code"])] = self.codes.get(str(entry["code"]), 0) + 1
 
 
 def summary(codes: dict[str, int]) -> str:

@@ -6,11 +6,16 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
+import torch
+from PIL import Image
+
+from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
 from mm_moslora.config import DataConfig, Objective, SourceConfig
+from mm_moslora.data.boxes.record_objects import filler
 from mm_moslora.data.chat.conversation_encoder import (
     ConversationEncoder,
     Encoded,
@@ -28,7 +33,7 @@ from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import TokenCache
-from mm_moslora.utils.errors import reason_of
+from mm_moslora.utils.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -79,9 +84,15 @@ class RecordExamples:
         return self.files[source][row]
 
     def encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
+        """Tokenise a record; see `encode_record`. Picture headers are read if the tokens depend on the size.
+
+        Args:
+            record: to be tokenised; one with boxes may be `written` already.
+            pictures: see `encode_record`; None: as the headers say.
+        """
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
+        record = written(record, self.image_processing)
         return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
@@ -100,10 +111,17 @@ class RecordExamples:
         Raises:
             RecordError: the record cannot be used.
         """
-        record = self.record(index)
-        if self.image_processing is not None and not self.image_processing.fixed:
-            pictures = self.process(record, len(record.images))
-            encoded = self.encode(record, [picture.placeholders for picture in pictures])
+        record, processing = self.record(index), self.image_processing
+        if processing is not None and (record.objects or not processing.fixed):
+            images = decoded(record, len(record.images))
+            pictures = self._processed(record, images)
+            # Boxes are written for the pictures themselves: a header, and so a cache, may be wrong.
+            exact = written(record, processing, sizes=sizes_of(images))
+            encoded = self.encode(exact, [picture.placeholders for picture in pictures])
+            if processing.fixed and not torch.equal(encoded.input_ids, self.encoded(index, record).input_ids):
+                what = "are written for another size of the picture than its header or data.cache says"
+                remedy = "write the picture again, and delete the cache"
+                raise record.where.error(Code.BAD_BOX, "objects", what, remedy)
         else:
             encoded = self.encoded(index, record)
             pictures = self.process(record, encoded.images)
@@ -121,16 +139,66 @@ class RecordExamples:
         Raises:
             RecordError: a picture cannot be used.
         """
-        if self.image_processing is None or not count:
+        if self.image_processing is None:
             return []
-        images = []
-        for number, picture in enumerate(record.images[:count]):
-            try:
-                images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
+        return self._processed(record, decoded(record, count))
+
+    def _processed(self, record: Record, images: Sequence[Image.Image | Video]) -> list[ProcessedImage]:
+        if self.image_processing is None or not images:
+            return []
         with _refusals(record):
             return self.image_processing.process(images)
+
+
+def decoded(record: Record, count: int) -> list[Image.Image | Video]:
+    """The first pictures, as RGB, and videos of a record.
+
+    Raises:
+        RecordError: a picture cannot be used.
+    """
+    images: list[Image.Image | Video] = []
+    for number, picture in enumerate(record.images[:count]):
+        try:
+            images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
+        except ImageError as error:
+            raise image_fault(record, number, error) from error
+    return images
+
+
+def sizes_of(images: Sequence[Image.Image | Video]) -> list[tuple[int, int]]:
+    """Widths and heights of decoded pictures; records with boxes have no videos."""
+    return [(0, 0) if isinstance(image, Video) else image.size for image in images]
+
+
+def written(
+    record: Record, processing: ImageProcessing | None, *, sizes: Sequence[tuple[int, int]] | None = None
+) -> Record:
+    """A record with its boxes and points written into its texts, in the model's form; without them, the same record.
+
+    Args:
+        record: with `objects` or without.
+        processing: of the model; None: it has no vision encoder.
+        sizes: widths and heights of its pictures, upright; None: as their headers say, pictures of URLs are fetched.
+
+    Raises:
+        RecordError: a box does not lie in its picture, or in the part that the model sees; a picture has a fault.
+        ConfigError: the form of the model is not known.
+    """
+    if record.objects is None or processing is None:
+        return record
+    if sizes is None:
+        sizes = [_size(record, number) for number in range(len(record.images))]
+    fill = filler(record.objects, sizes, processing, record.where)
+    return replace(record, turns=tuple(turn.filled(fill) for turn in record.turns), objects=None)
+
+
+def _size(record: Record, number: int) -> tuple[int, int]:
+    picture = record.images[number]
+    try:
+        size = picture.size()
+        return picture.rgb().size if size is None and not isinstance(picture, Clip) else size or (0, 0)
+    except ImageError as error:
+        raise image_fault(record, number, error) from error
 
 
 class SourceExamples(RecordExamples):
@@ -170,6 +238,44 @@ class SourceExamples(RecordExamples):
         return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
+class MeasuredRecords(RecordExamples):
+    """Records with known lengths, of which steps can be planned."""
+
+    members: Sequence[Sequence[int]]
+    """Numbers of the usable records of every source, the same on all ranks."""
+    weights: Sequence[float]
+    """Repeats per epoch of the records of every source."""
+    lengths: Sequence[int]
+    """Tokens per record, visual tokens included; 0 for a bad one."""
+    has_image: Sequence[int]
+    """1 per record with a picture."""
+    words: Sequence[int]
+    """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
+    exact: bool
+    """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
+
+    @property
+    def usable(self) -> list[int]:
+        """Numbers of the records that were found usable when they were measured."""
+        return [index for members in self.members for index in members]
+
+    def __getitem__(self, index: int) -> Example | None:
+        """One example, or None for a record that is left out, see `leave_out`."""
+        try:
+            return self.load(index)
+        except RecordError as error:
+            self.leave_out(index, error)
+            return None
+
+    def leave_out(self, index: int, error: RecordError) -> None:
+        """Put a record in quarantine whose fault showed up after it was measured.
+
+        Raises:
+            DataError: `on_bad` is error, or the share of bad records is too large.
+        """
+        raise NotImplementedError
+
+
 def encode_record(
     record: Record,
     encoder: ConversationEncoder,
@@ -178,7 +284,7 @@ def encode_record(
     vision: bool,
     pictures: Sequence[Placeholders] | None = None,
 ) -> Encoded:
-    """Tokenise a record.
+    """Tokenise a record whose boxes are `written`.
 
     Args:
         record: to be tokenised.
@@ -192,10 +298,11 @@ def encode_record(
             has no vision encoder.
     """
     _check_asked(record, config)
-    if record.images and not vision:
-        raise record.where.error(
-            Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
-        )
+    if (record.images or record.objects) and not vision:
+        what = f"{len(record.images)} images" if record.images else "objects of pictures"
+        raise record.where.error(Code.NO_VISION, "image", what, "set model.vision, or drop the record")
+    if record.objects is not None:
+        raise DataError("The boxes of the record are not in its texts. Call `written` before.")
     try:
         return encoder.encode(
             record.learned(config.supervise),

@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mm_moslora.batch import Example, ImageProcessing
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Record
-from mm_moslora.data.epoch_order import source_repeats
+from mm_moslora.data.epoch_order import repeats_of
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
-from mm_moslora.data.record_examples import RecordExamples, SourceExamples, image_fault
+from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples, SourceExamples, image_fault
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import SourceCache, TokenCache
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def source_caches(
     # The settings besides `max_length` that change the tokens; the defaults add nothing to the name of a cache.
     texts = " truncate" * (config.too_long == "truncate") + " all" * (config.train_on == "all")
     texts += " last" * (config.supervise == "last")
+    texts += "" if processing is None else f" boxes {processing.boxes} {_frames(processing)}"
     images: object = processing is not None
     if processing is not None and not processing.fixed:
         images = [len(ids) for ids in processing.placeholders([(2**side, 512) for side in range(6, 12)])]
@@ -57,12 +58,20 @@ def source_caches(
     ]  # fmt: skip
 
 
+def _frames(processing: ImageProcessing) -> str:
+    """What becomes of the pixels of two pictures, which decides how boxes are written."""
+    try:
+        return repr([processing.frame(size) for size in ((640, 480), (300, 900))])
+    except ModelError as error:  # records with boxes are refused for it
+        return str(error)
+
+
 def _of_videos(rules: PictureRules) -> str:
     """The rules for videos that differ from the defaults, which earlier versions had."""
     return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
 
 
-class TrainingSet(SourceExamples):
+class TrainingSet(SourceExamples, MeasuredRecords):
     """All records of some sources.
 
     The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
@@ -102,7 +111,6 @@ class TrainingSet(SourceExamples):
         self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
         self.exact = not self.estimated and (image_processing is None or image_processing.fixed)
-        """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
         self._read_headers = len(self) <= exact_limit
         if self.estimated and config.pack_tokens:
             raise DataError(
@@ -113,12 +121,9 @@ class TrainingSet(SourceExamples):
         """Records that lose turns, or the end of their text, for their length; an estimate where lengths are."""
         self._sampled = self._too_long = 0
         """Where lengths are estimates: records in the sample, and those of them that do not fit even when shortened."""
-        self.lengths = array("L", bytes(array("L").itemsize * len(self)))
-        """Tokens per record, visual tokens included; 0 for a bad one."""
-        self.has_image = bytearray(len(self))
-        """1 per record with a picture."""
-        self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
-        """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
+        self.lengths: array[int] = array("L", bytes(array("L").itemsize * len(self)))
+        self.has_image: bytearray = bytearray(len(self))
+        self.words: array[int] = array("L", bytes(array("L").itemsize * len(self)) if config.order == "llava" else b"")
         if config.cache is not None:
             self.caches = [cache.load() for cache in source_caches(self, on_progress=on_progress)]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
@@ -127,18 +132,19 @@ class TrainingSet(SourceExamples):
             [index for index in range(start, stop) if index not in self.quarantine]
             for start, stop in itertools.pairwise(self._starts)
         ]
-        """Numbers of the usable records of every source, the same on all ranks and for the whole run."""
-        self.weights = [source.weight for source in sources]
-        """Repeats per epoch of the records of every source."""
-        if config.mixing == "parts":
-            sizes = [len(numbers) for numbers in self.members]
-            self.weights = source_repeats(sizes, self.weights, records=config.epoch_records)
+        self.weights = repeats_of(
+            [len(numbers) for numbers in self.members],
+            [source.weight for source in sources],
+            [source.replay for source in sources],
+            mixing=config.mixing,
+            records=config.epoch_records,
+        )
         self._report()
 
     @property
-    def usable(self) -> list[int]:
-        """Numbers of the records that were found usable when the set was built."""
-        return [index for members in self.members for index in members]
+    def at_hand(self) -> TrainingSet:
+        """The records from which samples may be taken: all."""
+        return self
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,14 +177,6 @@ class TrainingSet(SourceExamples):
             "tokens_per_record_longest": lengths[-1],
             "shortened": self.truncated,
         }
-
-    def __getitem__(self, index: int) -> Example | None:
-        """One example, or None for a record that is left out, see `leave_out`."""
-        try:
-            return self.load(index)
-        except RecordError as error:
-            self.leave_out(index, error)
-            return None
 
     def leave_out(self, index: int, error: RecordError) -> None:
         """Put a record in quarantine whose fault showed up after the set was built.

@@ -37,6 +37,7 @@ from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 CLASS_PICTURES = "class_pictures"
 """Key of a manifest's `base`: the digest in the names of the drawn pictures of the class."""
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 @dataclass(kw_only=True)
@@ -205,7 +206,7 @@ def make_accelerator(run: DiffusionRun) -> Any:
 
     train, plugin = run.recipe.train, None
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, with other settings
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate's own, which `train.zero` replaces
+    os.environ.pop(_USE_DEEPSPEED, None)  # accelerate's own, which `train.zero` replaces
     if train.zero != "none":
         prepare_deepspeed(train.zero)
         plugin = DeepSpeedPlugin(
@@ -221,8 +222,10 @@ def make_accelerator(run: DiffusionRun) -> Any:
         handlers.append(
             InitProcessGroupKwargs(backend="gloo")
         )  # else it counts one process where DeepSpeed runs on CPUs
-    return Accelerator(
+    made = Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
         gradient_accumulation_steps=train.accumulation, cpu=plugin is None and not torch.cuda.is_available(),
         kwargs_handlers=handlers,
     )  # fmt: skip
+    os.environ.pop(_USE_DEEPSPEED, None)  # it has set it: a Trainer that comes after it in this process would take it
+    return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +28,10 @@ from transformers import (
 
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.batch import ImageProcessing
-from mm_moslora.config import ModelConfig, Thinking, VisionConfig
+from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import note_thinking
+from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
 from mm_moslora.models.model_sizes import base_sizes, few_layers
@@ -42,6 +44,7 @@ from mm_moslora.models.pretrained_vlm import (
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
+from mm_moslora.models.processing.pixel_budget import fitting_tiles, limit_pixels
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
@@ -77,6 +80,8 @@ class Parts:
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"
     """The recipe's `model.thinking`; of a trained model, the form in which it is asked."""
+    boxes: BoxChoice = "auto"
+    """The recipe's `model.boxes`; of an export, the form that it was trained with."""
     changed: bool = False
     """Whether weights besides the adapter are other ones than `base` names."""
 
@@ -91,6 +96,11 @@ class Parts:
         for owner in (self.tokenizer, self.processor) if thinking in ("always", "mask") else ():
             if isinstance(getattr(owner, "chat_template", None), str):
                 owner.chat_template = note_thinking(owner.chat_template)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer; none are known without weights."""
+        return [] if self.model is None else stop_token_ids(self.model, self.tokenizer.eos_token_id)
 
     @property
     def is_pretrained_vlm(self) -> bool:
@@ -109,10 +119,18 @@ class Parts:
         if self.processor is None or self.image_token_id is None:
             return None
         if self.is_pretrained_vlm or isinstance(self.processor, LlavaNextProcessor):
-            return ProcessorImageProcessing(self.processor, image_token_id=self.image_token_id)
+            return ProcessorImageProcessing(self.processor, image_token_id=self.image_token_id, boxes=self.box_form)
         return SquareImageProcessing(
-            self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image
-        )
+            self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image,
+            boxes=self.box_form,
+        )  # fmt: skip
+
+    @property
+    def box_form(self) -> BoxFormName | None:
+        """The form of boxes; None: no recipe names one, and a ready-made model shows none."""
+        if self.boxes != "auto":
+            return self.boxes
+        return box_form_of(self.processor) if self.is_pretrained_vlm else "qwen3_vl"
 
 
 def load_parts(
@@ -164,6 +182,7 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
     parts = Parts(
         model=cast(PreTrainedModel, language.model), tokenizer=language.tokenizer,
         base={"language": config.language, "language_revision": config.language_revision}, thinking=config.thinking,
+        boxes=config.boxes,
     )  # fmt: skip
     if config.vision is None:
         return parts
@@ -171,6 +190,8 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
         tower, spec = load_vision(config.vision, dtype=dtype, device=device)
     else:
         tower, spec = sketch_vision(config.vision)
+    config = replace(config, anyres_tiles=list(fitting_tiles(config, spec)))
+    assert config.vision is not None
     shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     standard = is_standard(config, spec, tower)
@@ -240,8 +261,11 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
     else:
         model, processor = None, load_pretrained_processor(name, revision)
         token = pretrained_image_token(name, revision, processor)
+    limit_pixels(processor, config)
     set_system_prompt(processor, config.system_prompt)
-    return pretrained_parts(processor, model=model, image_token_id=token, base=base, thinking=config.thinking)
+    return pretrained_parts(
+        processor, model=model, image_token_id=token, base=base, thinking=config.thinking, boxes=config.boxes
+    )
 
 
 def pretrained_parts(
@@ -251,6 +275,7 @@ def pretrained_parts(
     image_token_id: int | None = None,
     base: dict[str, Any],
     thinking: Thinking = "auto",
+    boxes: BoxChoice = "auto",
 ) -> Parts:
     """A ready-made model with its processor.
 
@@ -260,10 +285,11 @@ def pretrained_parts(
         image_token_id: what visual features replace; None: the model says it.
         base: where it came from.
         thinking: the recipe's `model.thinking`.
+        boxes: the recipe's `model.boxes`.
     """
     parts = Parts(
         model=cast(PreTrainedModel, model if model is None else model.eval()), tokenizer=processor.tokenizer,
-        processor=processor, image_token_id=image_token_id, base=base, thinking=thinking,
+        processor=processor, image_token_id=image_token_id, base=base, thinking=thinking, boxes=boxes,
     )  # fmt: skip
     assert parts.image_processing is not None
     parts.tokens_per_image = len(parts.image_processing.placeholders([(448, 448)])[0])

@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.config import BoxFormName
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -117,6 +119,8 @@ class VlmFamily:
     """Last parts of the paths of what makes visual tokens of features, as regular expressions; none: the tower."""
     processor: str = ""
     """Class of the processor, where it has a peculiarity named below."""
+    boxes: BoxFormName | None = None
+    """Form of boxes that its models were trained on, where their vocabulary does not show it."""
     packed: bool = False
     """Whether it trains on packed rows: attention is causal throughout, and `tests/models` tries it."""
     one_image_list: bool = False
@@ -152,9 +156,12 @@ VLMS = {
     "idefics3": VlmFamily(**_IDEFICS, processor="Idefics3Processor", packed=True),
     "smolvlm": VlmFamily(**_IDEFICS, processor="SmolVLMProcessor", packed=True),
     "internvl": VlmFamily(packed=True),
-    "qwen2_vl": VlmFamily(**_QWEN),
-    "qwen2_5_vl": VlmFamily(**_QWEN),
-    "qwen3_vl": VlmFamily(**_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}),
+    "qwen2_vl": VlmFamily(**_QWEN, processor="Qwen2VLProcessor", boxes="qwen2_vl"),
+    "qwen2_5_vl": VlmFamily(**_QWEN, processor="Qwen2_5_VLProcessor", boxes="qwen2_5_vl"),
+    "qwen3_vl": VlmFamily(
+        **_QWEN | {"projectors": ("merger", r"deepstack_merger_list\.\d+")}, processor="Qwen3VLProcessor",
+        boxes="qwen3_vl",
+    ),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
     # The tower takes all pictures of a call for as large as the first.
     "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", projectors=("merger",), one_by_one=True),
@@ -182,6 +189,10 @@ READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()
 """Image inputs that the host reads: from main memory, so that it does not wait for the device."""
 
 
+_BOX_TOKENS: dict[str, BoxFormName] = {"<loc0000>": "paligemma", "<box>": "internvl"}
+"""Tokens of a ready-made model's vocabulary that show its form of boxes."""
+
+
 def tower_family(model_type: str) -> TowerFamily:
     """The family of a tower, or of the contrastive model around it; the defaults for others."""
     by_whole = {family.whole: family for family in TOWERS.values() if family.whole is not None}
@@ -202,3 +213,10 @@ def processor_family(processor: Any) -> VlmFamily:
     """The family that a processor belongs to, where that has a peculiarity; the defaults for others."""
     kind = type(processor).__name__
     return next((family for family in VLMS.values() if family.processor == kind), VlmFamily())
+
+
+def box_form_of(processor: Any) -> BoxFormName | None:
+    """The form in which a ready-made model knows boxes; None: neither its family nor its vocabulary says it."""
+    vocabulary = processor.tokenizer.get_vocab()
+    shown = next((form for token, form in _BOX_TOKENS.items() if token in vocabulary), None)
+    return processor_family(processor).boxes or shown

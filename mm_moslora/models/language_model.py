@@ -65,7 +65,7 @@ def language_model(
         language = LanguageModel(model.config, tokenizer, model)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = _tokenizer(name, revision)
             config_only = sizes_of(name, revision, key="model.language")
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
@@ -76,6 +76,14 @@ def language_model(
         language.model.generation_config.eos_token_id = stops
     set_system_prompt(language.tokenizer, config.system_prompt)
     return language
+
+
+def _tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer that has a vocabulary; without any file, some classes of transformers make an empty one."""
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("its tokenizer has no vocabulary; put the tokenizer's files into its folder")
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def load_language(
@@ -92,7 +100,7 @@ def load_language(
         ModelError: nothing there, or not a causal language model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = _tokenizer(name, revision)
         language = load_base(
             AutoModelForCausalLM, name, revision=revision, dtype=dtype, device_map=device,
             quantization_config=packing(quantisation, dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.config import ModelConfig, Recipe, Thinking
+from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.memory_efficient.packed_weights import is_packed, make_dense
@@ -34,7 +34,7 @@ from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
-from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, PREPROCESSING, find_checkpoint
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
     model = load_base(AutoModelForImageTextToText, folder, revision=revision, dtype=dtype).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
-        return pretrained_parts(processor, model=model, base=base, thinking=_thinking_of(processor.chat_template))
+        thinking = _thinking_of(processor.chat_template)
+        return pretrained_parts(processor, model=model, base=base, thinking=thinking, boxes=trained_boxes(folder))
     processor = AutoProcessor.from_pretrained(folder, revision=revision, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
@@ -216,9 +217,19 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None)
     return Parts(
         model=model, tokenizer=tokenizer, processor=processor, image=spec,
         tokens_per_image=int(model.config.image_seq_length), base=base, thinking=_thinking_of(tokenizer.chat_template),
+        boxes=trained_boxes(folder),
     )  # fmt: skip
 
 
 def _thinking_of(template: Any) -> Thinking:
     """The form in which the model of an export is asked, as its chat template records it."""
     return "always" if notes_thinking(template) else "auto"
+
+
+def trained_boxes(folder: str | Path) -> BoxChoice:
+    """The form of boxes that an export was trained with; auto where it holds none."""
+    try:
+        form = read_json(Path(folder) / PREPROCESSING)["settings"]["boxes"]
+    except (OSError, MoSLoRAError, KeyError, TypeError):  # of an earlier version, or damaged, which is said elsewhere
+        return "auto"
+    return next((name for name in get_args(BoxFormName) if name == form), "auto")

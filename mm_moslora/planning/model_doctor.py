@@ -61,6 +61,8 @@ from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reaso
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
+_BOXED = (1000, 750)
+"""Width and height of a picture with boxes."""
 _ROUND = DataSize(samples=100_000, tokens=600)
 """Size of the data for which memory is counted: the setting that is fastest depends little on it."""
 
@@ -111,7 +113,7 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     recipe = Recipe(model=model, adapter=_adapter(parts))
     probes: tuple[Probe, ...] = (_parts_found, _experts, _rows, _exports)
     if without is None:
-        probes = (_parts_found, _experts, _rows, _labels, _prompts, _thinking, _exports, _logits, _step)
+        probes = (_parts_found, _experts, _rows, _labels, _prompts, _thinking, _boxes, _exports, _logits, _step)
     findings: list[Diagnosis] = [without] if without else []
     findings += _findings(parts, probes, failed=failed)
     if gpus:
@@ -334,6 +336,20 @@ def _thinking(parts: Parts) -> Iterator[ModelFinding]:
         switch = "two forms of prompts, to think or to answer at once" if encoder.has_switch else "one form of prompts"
         detail = f"the chat template writes <think>, with {switch}"
     yield ModelFinding(name="thinking", detail=detail)
+
+
+def _boxes(parts: Parts) -> Iterator[ModelFinding]:
+    processing = parts.image_processing
+    if processing is None:
+        return
+    if processing.boxes is None:
+        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
+        yield ModelFinding(name="boxes", detail=detail)
+        return
+    frame = processing.frame(_BOXED)
+    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
+    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
+    yield ModelFinding(name="boxes", detail=detail)
 
 
 def _logits(parts: Parts) -> Iterator[ModelFinding]:

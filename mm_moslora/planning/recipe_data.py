@@ -30,11 +30,11 @@ from mm_moslora.data.check.terminal_view import (
     view_report,
     view_statistics,
 )
-from mm_moslora.data.epoch_order import fill_rate, pack, source_repeats
+from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.data.record_examples import encode_record, placeholders_of
+from mm_moslora.data.record_examples import encode_record, placeholders_of, written
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
 from mm_moslora.launch.shard import Shard, finished, refuse_others
@@ -228,9 +228,10 @@ def size_of(recipe: Recipe) -> tuple[DataSize, str]:
     ]  # fmt: skip
     usable = [report.usable / max(1, report.records) for report in reports]
     sizes = [round(count * share) for count, share in zip(counts, usable, strict=True)]
-    weights = [source.weight for source in sources]
-    if recipe.data.mixing == "parts" and any(sizes):
-        weights = source_repeats(sizes, weights, records=recipe.data.epoch_records)
+    weights = repeats_of(
+        sizes, [source.weight for source in sources], [source.replay for source in sources],
+        mixing=recipe.data.mixing if any(sizes) else "repeats", records=recipe.data.epoch_records,
+    )  # fmt: skip
     samples = [weight * size for weight, size in zip(weights, sizes, strict=True)]
     if not (total := sum(samples)):
         raise DataError(f"No record of {sources[0].path} can be used: see `mm-moslora data check`.")
@@ -293,8 +294,8 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
 
 def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     names = (
-        "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "context_answers",
-        "weighed", "tools", "tokens",
+        "records", "usable", "text_only", "one_image", "several_images", "videos", "boxes", "answers",
+        "context_answers", "weighed", "tools", "tokens",
         "supervised_tokens", "supervised_share", "refused", "dropped", "truncated", "thoughts", "dropped_thoughts",
         "special_text", "separator_text", "endless", "duplicates", "ok",
     )  # fmt: skip
@@ -369,7 +370,7 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataP
     try:
         record = file[number]
         encoded = encode_record(
-            record,
+            written(record, parts.image_processing),
             parts.encoder,
             config=recipe.data,
             vision=parts.image_processing is not None,

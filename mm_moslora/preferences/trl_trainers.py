@@ -175,7 +175,7 @@ class PairTrainer(RunTrainer, DPOTrainer):
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if self.model.training:
+        if model.training:
             pairs, tokens = (_sizes(inputs["completion_mask"]) / self.mean_sizes).tolist()
             shares = [tokens if name == "sft" else pairs for name in self.loss_types]
             self.loss_weights = [share * weight for share, weight in zip(shares, self.given_weights, strict=True)]

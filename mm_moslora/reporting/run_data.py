@@ -15,6 +15,8 @@ Secrets are removed here, so that neither a report nor a dashboard shows one.
                        95 % intervals; `less` is the tuned model less this row, question by
                        question. Names with a meaning: those of verdicts.AGAINST, and tuned. Rows of unlike
                        `subject` (task, protocol, documents) are never compared
+    forgetting.json    [{"what", "before", "after", "difference": as `less` above}], a general text and the tasks of
+                       `validate.tasks` at the end less before the first step
     samples.json       [{"image": path below the run folder, "question", "options": {letter: text}, "answer", "before",
                          "after", "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "pairs": [[..]], and those of
@@ -145,6 +147,17 @@ class MixerRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForgettingRow:
+    """A text or a task before the first step and at the end."""
+
+    what: str
+    before: float
+    after: float
+    difference: Difference
+    """After minus before, document by document."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training."""
 
@@ -164,6 +177,7 @@ class RunData:
     evaluation: list[EvaluationRow]
     samples: list[SampleRow]
     mixers: list[MixerRecord]
+    forgetting: list[ForgettingRow]
     quarantine: dict[str, int]
     """Number of unusable records by reason."""
     state: RunState
@@ -207,6 +221,7 @@ def load_run(folder: Path) -> RunData:
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
         samples=[s for item in _rows(folder / "samples.json", notes) if (s := _sample_row(item, notes))],
         mixers=[m for item in _rows(mixers, notes) if (m := _mixer(item, notes))],
+        forgetting=_forgetting(folders, notes),
         quarantine=_quarantine(folder, stages, notes),
         state=read_state(folder),
         alerts=_alerts(folder, stages, notes),
@@ -363,6 +378,20 @@ def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
     except ConfigError as error:
         notes.append(f"A sample was left out ({error}).")
         return None
+
+
+def _forgetting(folders: list[Path], notes: list[str]) -> list[ForgettingRow]:
+    path = next((file for source in folders if (file := source / "forgetting.json").is_file()), None)
+    found = []
+    for item in _rows(path, notes) if path else ():
+        try:
+            if (difference := difference_of(item.get("difference"))) is None:
+                raise ConfigError("`difference` is missing or damaged")
+            row = {"what": "", **item, "difference": difference}
+            found.append(build_known(ForgettingRow, row, source="forgetting.json: a row"))
+        except (ConfigError, AttributeError) as error:
+            notes.append(f"forgetting.json: a row was left out ({error}).")
+    return found
 
 
 def _mixer(item: dict[str, Any], notes: list[str]) -> MixerRecord | None:

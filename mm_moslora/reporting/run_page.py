@@ -17,7 +17,7 @@ from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, flatten, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
-from mm_moslora.reporting.verdicts import OF_ONE_SCORE, score_text
+from mm_moslora.reporting.verdicts import OF_ONE_SCORE, forgetting_sentence, score_text
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import format_seconds
 
@@ -100,6 +100,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "standing": summary_text.standing(data),
         "alerts": data.alerts,
         "verdicts": [v for task, rows in tasks if (v := summary_text.verdict(task, rows))],
+        "forgetting": [(row, forgetting_sentence(row.what, row.difference)) for row in data.forgetting],
         "tiles": summary_text.tiles(data),
         "assembly": _assembly(summary),
         "tasks": [_task(task, rows) for task, rows in tasks],

@@ -30,6 +30,8 @@ Shown = Literal["more", "less", "not shown"]
 FEWEST = 10
 """Minimum of independent pictures or questions for a conclusion; below it, t-intervals of binary scores are off."""
 SIGNIFICANT = 0.05
+LIKELIHOOD = "log-likelihood per token"
+"""Name of the score of a general text, in nats."""
 PICTURE_CONTROLS = ("wrong_image", "blind")
 FLOORS = ("majority", "best_answer")
 AGAINST = {
@@ -216,6 +218,13 @@ def between(difference: Difference, *, a: str = "A", b: str = "B") -> str:
         return f"{b} is better than {a}"
     few = f" ({difference.groups} independent questions are too few)" if difference.few else ""
     return f"It is not shown that {a} and {b} differ{few}"
+
+
+def forgetting_sentence(what: str, difference: Difference) -> str:
+    """Whether a model lost something on a text or a task, after minus before."""
+    words = {"more": "better than before", "less": "worse than before", "not shown": "no change is shown"}
+    few = f" ({difference.groups} documents are too few)" if difference.few else ""
+    return f"{what}: {words[difference.shown]}{few}, {difference.points}."
 
 
 def resting_on(questions: int, pictures: int, groups: int) -> str:

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage, Video
+from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
+from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.chat.tool_records import OpenCalls, read_calls
@@ -193,6 +195,13 @@ class Chat:
         """Ask and return the whole answer."""
         return "".join(self.stream(question))
 
+    def boxes(self) -> list[FoundBox]:
+        """The boxes and points in the last answer, in pixels of the last picture's file; see `read_boxes`."""
+        if not self.turns or not self.images or isinstance(self.images[-1], Video):
+            return []
+        answer = self.turns[-1].text.rpartition(THINK_END)[2]
+        return read_boxes(answer, self.assembly.image_processing, self.images[-1].size)
+
     def take_back(self) -> str | None:
         """Remove the last question and its answer; returns the question, None where there is none."""
         if not self.turns:
@@ -312,6 +321,10 @@ def _answer(chat: Chat, pieces: Iterator[str]) -> None:
     _say("\n")
     for call in chat.calls.waiting:
         _say(f"{shown_call(call)} is called; give its result by /result TEXT.\n")
+    for box in chat.boxes():
+        kind = "box" if len(box.numbers) == 4 else "point"
+        _say(f"  {kind} {', '.join(f'{number:g}' for number in box.numbers)} {box.label}".rstrip())
+        _say(f" (pixels of {chat.names[-1]})\n")
 
 
 def shown_call(call: Mapping[str, Any]) -> str:

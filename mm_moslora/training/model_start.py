@@ -22,7 +22,7 @@ from mm_moslora.adapters import Samples
 from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
-from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.projectors.projector_start import (
@@ -67,7 +67,7 @@ def resumed_start(
     return model, adapter
 
 
-def start_adapter(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: TrainingSet) -> None:
+def start_adapter(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: MeasuredRecords) -> None:
     """Add an adapter whose start reads samples of the training data; a resumed run reads the same again.
 
     Every rank reads the same samples and then takes the values of rank 0.
@@ -96,7 +96,7 @@ def start_adapter(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data:
     assembly.adapter_start = distributed.from_main(assembly.adapter_start)
 
 
-def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[str, Any]]:
+def _batches(model: PreTrainedModel, data: MeasuredRecords, size: int) -> list[dict[str, Any]]:
     """Samples that are spread over the training data, as keyword arguments of the model with labels."""
     count = min(len(data), SAMPLES_TO_START)
     progress = Progress("read samples for the adapter", count)
@@ -113,7 +113,7 @@ def _batches(model: PreTrainedModel, data: TrainingSet, size: int) -> list[dict[
 
 
 @torch.no_grad()
-def start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet) -> None:
+def start_projector(wanted: ProjectorConfig, assembly: Parts, data: MeasuredRecords) -> None:
     """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
 
     Rank 0 computes on the device that it trains on; the other ranks get its weights.
@@ -132,7 +132,7 @@ def start_projector(wanted: ProjectorConfig, assembly: Parts, data: TrainingSet)
     projector.load_state_dict(distributed.from_main(weights))
 
 
-def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
+def _fit(assembly: Parts, data: MeasuredRecords, *, to_answers: bool) -> None:
     model = assembly.model
     projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
     pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
@@ -154,7 +154,7 @@ def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
 
 
 def _spread_out(
-    data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
+    data: MeasuredRecords, count: int, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Example, Tensor]]:
     """Records with pictures, and their pictures or tiles ``[n, 3, H, W]``.
 
@@ -186,7 +186,7 @@ def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple
     return mean, spread
 
 
-def _features_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+def _features_and_words(assembly: Parts, data: MeasuredRecords) -> Iterator[tuple[Tensor, Tensor]]:
     """Per picture, the first layer's input ``[n, Q, V]`` and the mean word embedding of the answers ``[n, D]``."""
     model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
     words = cast(Tensor, model.get_input_embeddings().weight)

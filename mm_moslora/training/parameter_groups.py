@@ -5,9 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
 from mm_moslora.models.vlm import part_of
@@ -30,7 +33,7 @@ class ParameterGroup:
     parameters: tuple[nn.Parameter, ...]
     """The parameters, in the order of `names`."""
     matrices: bool = False
-    """Whether they are matrices between hidden features; set for Muon alone."""
+    """Whether they are the weights of linear layers; set for Muon alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +58,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
         ConfigError: no parameter is trainable, or there is a rate for B and an adapter without B.
     """
     sorted_in: dict[tuple[str, float, float, bool], list[tuple[str, nn.Parameter]]] = {}
-    vocabulary = _vocabulary(model) if config.optimizer == "muon" else set()
+    linear = _linear_weights(model) if config.optimizer == "muon" else set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             label, lr, decay = _group_of(name, parameter, config)
-            matrices = config.optimizer == "muon" and parameter.ndim == 2 and id(parameter) not in vocabulary
+            matrices = id(parameter) in linear
             label += "/adamw" if config.optimizer == "muon" and not matrices else ""
             sorted_in.setdefault((label, lr, decay, matrices), []).append((name, parameter))
     if not sorted_in:
@@ -84,22 +87,33 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     ]  # fmt: skip
 
 
-def _vocabulary(model: nn.Module) -> set[int]:
-    """Ids of the weights and adapters of tables and heads: a row for each token or position is no hidden direction."""
-    modules: list[nn.Module | None] = []
+def _linear_weights(model: nn.Module) -> set[int]:
+    """Ids of the weights of linear layers, which map hidden features to others; A, B and mixers are such layers.
+
+    Other tensors of two dimensions have a row for each token (tables, heads), place (queries, positions) or expert
+    (biases, routers), or hold several matrices beside each other (A and B of stacked experts).
+    """
+    linear, others = set(), set[int]()
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            modules.append(module)
+        inside: list[nn.Module | None] = []
+        if isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention | Mixer):
+            linear |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.ndim == 2}
+        elif isinstance(module, nn.Embedding):
+            inside.append(module)
+        elif isinstance(module, ParamWrapper):
+            inside += [module.lora_A, module.lora_B, getattr(module, "lora_mixer", None)]
         elif isinstance(module, PreTrainedModel):
-            modules.append(module.get_output_embeddings())
+            inside.append(module.get_output_embeddings())
             with suppress(NotImplementedError):  # some towers name none
-                modules.append(module.get_input_embeddings())
-    return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+                inside.append(module.get_input_embeddings())
+        others |= {id(parameter) for part in inside if part is not None for parameter in part.parameters()}
+    return linear - others
 
 
 def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[str, float, float]:
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    decay = config.weight_decay if len(shape) > 1 else 0.0
+    is_bias = "bias" in name.rpartition(".")[2].split("_")  # experts have several, ``[E, D]``
+    decay = config.weight_decay if len(shape) > 1 and not is_bias else 0.0
     if "lora_mixer" in name:
         # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
         return "mixer", _or(config.mixer_lr, config.lr * config.mixer_factor), config.mixer_weight_decay

@@ -241,6 +241,10 @@ def check_zero(recipe: Recipe) -> None:
 
 def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
     validate, held_out = recipe.validate, bool(recipe.data.held_out)
+    if validate.general_text is not None and not Path(validate.general_text).exists():
+        raise TrainingError(
+            f"validate.general_text is {validate.general_text!r}, and nothing is there. Check its path."
+        )
     if validate.samples and not held_out:
         raise TrainingError(
             f"validate.samples is {validate.samples}, but data.validation names no source and none of "

@@ -147,7 +147,7 @@ def rehearse(run: Run, saver: Saver) -> None:
 def _largest_step(run: Run) -> int:
     """Run one optimiser step on the longest examples with a learning rate of 0; returns their number of tokens."""
     train = run.recipe.train
-    batch = largest_batch(run.training_set, run.limit)
+    batch = largest_batch(run.training_set.at_hand, run.limit)
     several = run.limit.tokens is not None or train.global_batch > train.micro_batch * distributed.world_size()
     try:
         run.engine.step([batch] * (2 if several else 1), 0.0)

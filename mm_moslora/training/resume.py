@@ -16,6 +16,7 @@ from torch import Tensor
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.adapters.methods.peft_methods import restore_method
+from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import filled_recipe
 from mm_moslora.training.engine import ParameterShard, TrainingEngine
@@ -41,6 +42,8 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
             "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
             "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
         )
+    if isinstance(run.training_set, TrainingStream):
+        run.training_set.go_to(manifest.place)
     named = filled_recipe(manifest.recipe).get("train", {}).get("micro_tokens")
     if named == run.recipe.train.micro_tokens and manifest.micro_tokens != run.limit.tokens and distributed.is_main():
         logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.config import DataConfig, ModelConfig, Recipe
+from mm_moslora.config import DataConfig, ModelConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
 from mm_moslora.data.record_examples import SourceExamples
 from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
@@ -46,7 +48,7 @@ class Run:
     folder: Path
     precision: str
     assembly: Parts
-    training_set: TrainingSet
+    training_set: TrainingSet | TrainingStream
     validation_set: TrainingSet | None
     engine: TrainingEngine
     limit: MicroBatchLimit
@@ -89,18 +91,17 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
     data = pinned(recipe.data, checkpoint)
-    training_set = _data_set(replace(recipe, data=data), assembly, validation=False, settle=checkpoint is None)
-    assert training_set is not None
+    training_set = _training_data(replace(recipe, data=data), assembly, fresh=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, training_set)
     if checkpoint is not None:
         with distributed.failing_together("Comparing pictures and prompts with the checkpoint's"):
             if distributed.is_main():
                 check_preprocessing(checkpoint, assembly, accepted=True)
-    validation_set = _data_set(replace(recipe, data=data), assembly, validation=True)
+    validation_set = _validation_data(replace(recipe, data=data), assembly)
     if checkpoint is None or late:
-        start_projector(model_start.projector, assembly, training_set)
+        start_projector(model_start.projector, assembly, training_set.at_hand)
     if late:
-        start_adapter(assembly, recipe, adapter_start, training_set)
+        start_adapter(assembly, recipe, adapter_start, training_set.at_hand)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)
@@ -168,7 +169,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples) -> Recipe:
+def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples | TrainingStream) -> Recipe:
     """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
 
     A resumed run keeps the form of its checkpoint.
@@ -192,23 +193,42 @@ def pinned(data: DataConfig, checkpoint: Path | None) -> DataConfig:
     return replace(data, train=train)
 
 
-def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool, settle: bool = False) -> TrainingSet | None:
-    config, sources = recipe.data, recipe.data.train
-    if validation:
-        # Every held-out record once, however training mixes its sources.
-        config, sources = replace(config, mixing="repeats", epoch_records=None), config.held_out
-        if not sources:
-            return None
-    encoder = ConversationEncoder.of(assembly)
-    name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
+def _training_data(recipe: Recipe, assembly: Parts, *, fresh: bool) -> TrainingSet | TrainingStream:
+    config = recipe.data
+    if not config.endless:
+        return _data_set(recipe, config.train, config, assembly, "quarantine.jsonl", settle=fresh)
+    return TrainingStream(
+        config.train, ConversationEncoder.of(assembly), assembly.image_processing, config=config, fresh=fresh,
+        seed=recipe.train.seed, global_batch=recipe.train.global_batch,
+        quarantine_path=Path(recipe.train.output) / "quarantine.jsonl",
+    )  # fmt: skip
+
+
+def _validation_data(recipe: Recipe, assembly: Parts) -> TrainingSet | None:
+    if not (sources := recipe.data.held_out):
+        return None
+    # Every held-out record once, however training mixes its sources.
+    config = replace(recipe.data, mixing="repeats", epoch_records=None)
+    return _data_set(recipe, sources, config, assembly, "validation_quarantine.jsonl")
+
+
+def _data_set(
+    recipe: Recipe,
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    assembly: Parts,
+    quarantine: str,
+    *,
+    settle: bool = False,
+) -> TrainingSet:
     progress = Progress("read records", 0, unit="record")
     return TrainingSet(
         sources,
-        encoder,
+        ConversationEncoder.of(assembly),
         assembly.image_processing,
         config=config,
         settle=settle,
-        quarantine_path=Path(recipe.train.output) / name,
+        quarantine_path=Path(recipe.train.output) / quarantine,
         on_progress=progress.of,
     )
 

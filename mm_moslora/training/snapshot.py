@@ -22,6 +22,7 @@ from mm_moslora import adapters
 from mm_moslora.adapters.methods.peft_methods import TakenMethod
 from mm_moslora.config import Recipe
 from mm_moslora.data.preprocessing_print import write_preprocessing
+from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
@@ -87,6 +88,7 @@ def snapshot(run: Run) -> Snapshot:
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
         base=run.assembly.base | run.trained_on,
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
+        place=run.training_set.place(run.step) if isinstance(run.training_set, TrainingStream) else {},
         precision=run.precision, micro_tokens=run.limit.tokens,
     )  # fmt: skip
     if not distributed.is_main():

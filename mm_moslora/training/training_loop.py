@@ -23,6 +23,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import amend, folder_na
 from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import set_aside_newer
 from mm_moslora.training.engine import StepResult
+from mm_moslora.training.forgetting.run_forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
@@ -77,6 +78,7 @@ def train(
     resume: str = "auto",
     stop_at: int | None = None,
     measure: Measure | None = None,
+    forgotten: Forgotten | None = None,
     stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train a recipe, from the start or from a checkpoint.
@@ -86,6 +88,7 @@ def train(
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
+        forgotten: compares the model before the first step and at the end; None: what was forgotten is not measured.
         stop: handles signals from the first step on; earlier signals count, too.
 
     Raises:
@@ -126,7 +129,7 @@ def train(
             agree_on_data(run.identity())
             if checkpoint is not None and manifest is not None:
                 restore(run, checkpoint, manifest)
-            loop = _Loop(run, watchdog, measure, stop or StopRequest(), resumed_from=checkpoint)
+            loop = _Loop(run, watchdog, measure, forgotten, stop or StopRequest(), resumed_from=checkpoint)
             ending.begun = True
             result = loop.go(stop_at)
             ending.finished = result.finished
@@ -164,6 +167,7 @@ class _Loop:
         run: run_setup.Run,
         watchdog: Watchdog,
         measure: Measure | None,
+        forgotten: Forgotten | None,
         stop: StopRequest,
         *,
         resumed_from: Path | None,
@@ -185,8 +189,11 @@ class _Loop:
         trackers = build_trackers(recipe.track)
         best = Best.of(run.folder, recipe.validate, resume_step=-1 if resumed_from is None else run.step)
         self.validator = Validator(run, measure, stop, trackers=trackers, best=best)
+        self.forgetting = Forgetting(run, measure, forgotten, stop)
         self.image_check = ImageCheck(run)
-        self.log = RunLog(run, trackers, total_steps=self.total, steps_per_epoch=self.loader.steps_per_epoch)
+        # A stream has no epochs; the whole run is one.
+        per_epoch = self.loader.steps_per_epoch if self.loader.stream is None else self.total
+        self.log = RunLog(run, trackers, total_steps=self.total, steps_per_epoch=per_epoch)
         is_own = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
         if is_own and distributed.is_main():
             set_aside_newer(run.folder, run.step)
@@ -212,6 +219,9 @@ class _Loop:
             self._phase("rehearsal")
             if self.resumed_from is None and run.recipe.train.rehearsal:
                 rehearse(run, self.saves.saver)
+            if self.resumed_from is None:
+                self._phase("measuring the model before the first step")
+                self.forgetting.measure_start(tokens=self.loader.tokens_per_step * self.total)
             # No rank stores signals while another rank can still be ended by them and would be waited for.
             distributed.barrier()
             with self.stop:  # until the last save, so that a signal does not lose trained steps
@@ -344,6 +354,9 @@ class _Loop:
             self.saves.tidy()
         if self.validator.cut_short:
             return
+        self._phase("measuring what was forgotten")
+        if lost := self.forgetting.measure_end(validated=self.validator.validated_at == run.step):
+            self.log.trackers.log(lost, run.step)
         self.log.final_mixers()
         run.counters[FINISHED_AT] = run.step
         note_memory(run.counters)

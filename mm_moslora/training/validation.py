@@ -24,6 +24,7 @@ from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.record_examples import written
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
@@ -64,6 +65,8 @@ class Moment:
     step: int
     stop: StopRequest
     """Once this rank has received a signal, the measurement stops soon on all ranks."""
+    most_seconds: float = math.inf
+    """The measurement also stops once its first batches show that it would take longer."""
 
 
 Measure = Callable[[Moment], Mapping[str, float] | None]
@@ -132,12 +135,7 @@ class Validator:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
                         self._give_way(self.stop.received)
-                        moment = Moment(
-                            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
-                            batch_size=run.recipe.train.micro_batch, step=run.step, stop=self.stop,
-                            folder=run.folder / "validation" / f"step-{run.step:06d}",
-                        )  # fmt: skip
-                        scores = self.measure(moment)
+                        scores = self.measure(moment_of(run, self.stop))
                         self._give_way(self.stop.received if scores is None else 0)
                         metrics |= scores or {}
         return distributed.from_main(metrics), samples
@@ -182,6 +180,7 @@ class Validator:
         return samples
 
     def _answer(self, held_out: TrainingSet, record: Record) -> SampleAnswer:
+        record = written(record, held_out.image_processing)
         first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
         turns = record.turns[:first]
         seen = held_out.process(record, sum(turn.images for turn in turns))
@@ -203,6 +202,20 @@ class Validator:
             pixels = torch.cat([picture.tensors["pixel_values"] for picture in images])
             features = encode_images(model, pixels.to(self.run.engine.device)).flatten(0, 1)
         return generate(model, [Prompt(input_ids=ids, features=features)], max_new_tokens=limit, stop_ids=stops)[0]
+
+
+def moment_of(run: Run, stop: StopRequest, *, most_seconds: float = math.inf) -> Moment:
+    """A run at its step, as a harness gets it."""
+    return Moment(
+        assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
+        batch_size=run.recipe.train.micro_batch, step=run.step, stop=stop, folder=tasks_folder(run.folder, run.step),
+        most_seconds=most_seconds,
+    )  # fmt: skip
+
+
+def tasks_folder(run: Path, step: int) -> Path:
+    """The folder for the answers to the tasks at a step."""
+    return run / "validation" / f"step-{step:06d}"
 
 
 @contextmanager

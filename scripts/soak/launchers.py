@@ -130,8 +130,13 @@ class Trial:
     seconds: float = 300.0
     """For a start, or an end."""
 
-    def run(self, name: str) -> dict[str, Any]:
-        """Try a way; returns what came of it, with `good`."""
+    def run(self, name: str, *, again: bool = True) -> dict[str, Any]:
+        """Try a way; returns what came of it, with `good`.
+
+        Args:
+            name: the way.
+            again: start it a second time, and compare with an undisturbed run.
+        """
         way, run = WAYS[name], self.folder / name
         recipe = write(make_recipe(self.parts, run, "zero2", steps=FOREVER, dropout=0.1))
         log = self.folder / f"{name}.log"
@@ -145,6 +150,8 @@ class Trial:
             stopped = self._codes(processes, log)
         told = {"state": json.loads((run / "state.json").read_text())["state"], "mark": (run / "STOPPED").is_file()}
         first, last = newest(run), newest(run) + MORE
+        if not again:
+            return {"way": name, "codes": stopped, **told, "saved": first, "good": ranks_of(run) == {0, 1}}
         with self._started(way, f"{recipe} --stop-at {last}", log) as processes:
             again = self._codes(processes, log)
         straight = make_recipe(self.parts, self.folder / f"{name}-straight", "zero2", steps=FOREVER, dropout=0.1)
@@ -220,6 +227,11 @@ def _free_port() -> int:
 def steps(run: Path) -> int:
     """Steps whose metrics are on the disk."""
     return len(metrics(run)) if (run / "metrics.jsonl").is_file() else 0
+
+
+def ranks_of(run: Path) -> set[int]:
+    """Ranks that took part."""
+    return {int(path.stem.split("-")[1]) for path in (run / "heartbeat").glob("rank-*.json")}
 
 
 def newest(run: Path) -> int:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import CHATML
 
-from mm_moslora.batch import ProcessedImage
+from mm_moslora.batch import PictureFrame, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
@@ -23,11 +23,15 @@ OF_SET = ("quarantine_path", "on_progress", "exact_limit")
 class TinyTower:
     """Image processing without a tower: every picture takes the same number of tokens."""
 
-    fixed = True
+    fixed, boxes = True, "qwen3_vl"
     videos = None
 
     def __init__(self, transform, *, token: int, tokens: int = 4) -> None:
         self.transform, self.ids = transform, (token,) * tokens
+
+    def frame(self, size):
+        """See `ImageProcessing.frame`."""
+        return PictureFrame(width=size[0], height=size[1])
 
     def process(self, images):
         """See `ImageProcessing.process`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,11 @@ from mm_moslora.utils.run_paths import PREPROCESSING
 ROOT = Path(__file__).parents[2]
 
 
+def as_hf(folder):
+    """What evaluation as `hf:FOLDER` finds: whether the preprocessing differs."""
+    return open_model(f"hf:{folder}", other_preprocessing=True).name.endswith(", other preprocessing")
+
+
 def stock_inputs(folder, **backend):
     """What a user of transformers gives the model."""
     processor = AutoProcessor.from_pretrained(folder, **backend)
@@ -69,6 +75,7 @@ def test_a_ready_made_model_agrees_with_its_export_and_with_its_own_processor(fa
     assert not check_preprocessing(folder, load(folder))
     if family != "paligemma":  # has no chat template, so every program words its prompts itself
         assert compare(folder, stock_inputs(folder)) == []
+        assert not as_hf(folder)
 
 
 @pytest.mark.parametrize("aspect", ["pad", "resize", "crop", "anyres"])
@@ -80,6 +87,7 @@ def test_an_assembled_model_agrees_with_its_export_and_both_backends_of_its_proc
     assert not check_preprocessing(folder, load(folder))
     for backend in ("pil", "torchvision"):
         assert compare(folder, stock_inputs(folder, backend=backend)) == []
+    assert not as_hf(folder)
 
 
 def test_a_language_model_alone_has_a_fingerprint_of_its_prompt(language_folder, tmp_path):
@@ -132,6 +140,80 @@ def test_a_smaller_budget_of_pixels_is_refused_with_both_numbers_of_tokens(tmp_p
     expected = r"picture of 480x640 is 2 here, 6 in training.*Different settings: image.size.*3136.*7056.*--other-pre"
     with pytest.raises(ModelError, match=expected):
         check_preprocessing(folder, load(folder))
+
+
+def rewritten(source, folder, file, change):
+    """A copy of an export in which a JSON file was changed."""
+    shutil.copytree(source, folder)
+    data = json.loads((folder / file).read_text())
+    change(data)
+    (folder / file).write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """An export of Qwen2.5-VL with the budget of its own default."""
+    folder = tmp_path_factory.mktemp("qwen")
+    default = with_budget(make_vlm(folder / "model", "qwen2_5_vl"), folder / "default", 3136, 12_845_056)
+    return exported(load_parts(ModelConfig(vlm=str(default))), folder / "export")
+
+
+def with_budget(source, folder, least, most):
+    def change(processor):
+        processor["image_processor"]["size"] = {"shortest_edge": least, "longest_edge": most}
+
+    return rewritten(source, folder, "processor_config.json", change)
+
+
+@pytest.mark.parametrize(("least", "most"), [(3136, 4_000_000), (784, 12_845_056), (2352, 12_845_056)])
+def test_budgets_and_floors_of_usual_sizes_are_refused_by_every_backend(least, most, qwen, tmp_path):
+    folder = with_budget(qwen, tmp_path / "other", least, most)
+    for check in (lambda: check_preprocessing(folder, load(folder)), lambda: open_model(f"hf:{folder}")):
+        with pytest.raises(ModelError, match=r"number of tokens of a picture of (4096x4096|28x28|28x84) is"):
+            check()
+
+
+def test_another_end_of_answers_is_refused_by_every_backend(qwen, tmp_path):
+    folder = rewritten(
+        qwen, tmp_path / "other", "generation_config.json", lambda config: config.update(eos_token_id=[0])
+    )
+    for check in (lambda: check_preprocessing(folder, load(folder)), lambda: open_model(f"hf:{folder}")):
+        with pytest.raises(ModelError, match=r"ids of tokens that end an answer is \[0, 2\] here, \[2\] in training"):
+            check()
+
+
+def with_template(source, folder, found, put):
+    shutil.copytree(source, folder)
+    template = folder / "chat_template.jinja"
+    assert found in template.read_text()
+    template.write_text(template.read_text().replace(found, put, 1))
+    return folder
+
+
+def test_a_template_that_differs_in_blanks_or_in_first_questions_is_refused(qwen, tmp_path):
+    trims = with_template(qwen, tmp_path / "trims", "part['text'] }}", "part['text'] | trim }}")
+    with pytest.raises(ModelError, match=r"a question alone \(\d+ tokens here"):
+        check_preprocessing(trims, load(trims))
+    # The project's own prompts do not ask how many messages there are.
+    greets = with_template(qwen, tmp_path / "greets", "{% for", "{% if messages | length == 1 %}Hi{% endif %}{% for")
+    for folder in (trims, greets):
+        with pytest.raises(ModelError, match=r"a question alone \(\d+ tokens here"):
+            open_model(f"hf:{folder}")
+
+
+def test_files_of_earlier_versions_are_compared_in_what_they_hold(qwen, tmp_path):
+    def earlier(stored):
+        del stored["question"], stored["stop_ids"]
+        for size in ("28x28", "28x84", "4096x4096"):
+            del stored["tokens_per_picture"][size]
+
+    folder = rewritten(qwen, tmp_path / "earlier", PREPROCESSING, earlier)
+    config = with_budget(folder, tmp_path / "other", 3136, 4_000_000)
+    assert not check_preprocessing(config, load(config))
+    assert not as_hf(config)
+    config = with_budget(folder, tmp_path / "smaller", 3136, 3_000_000)
+    assert as_hf(config)
 
 
 def test_a_checkpoint_keeps_it_and_chat_serve_eval_and_export_refuse_another(recipe, tmp_path, capsys):
@@ -193,7 +275,9 @@ def damaged(**changes):
              '{"format": 1, "prompt": [[1, 9999999999999, "a"]], "tensors": {}, "settings": {}, "versions": {}}',
              damaged(prompt=[[1, 10**9, "a"], [1, 1 - 10**9, "a"]]), damaged(prompt=[[1, "3", "a"]]),
              damaged(tensors={"a": {"shape": [1], "values": ["1.0", "x"]}}), damaged(tokens_per_picture={"1x1": []}),
-             damaged(settings={"video_frames": 3}), damaged(settings={"video_frames": ["x"]})],
+             damaged(settings={"video_frames": 3}), damaged(settings={"video_frames": ["x"]}),
+             damaged(settings={"video_frames": [10**9]}), damaged(settings={"video_frames": [-5]}),
+             damaged(settings={"video_fps": [1e9]}), damaged(question=[[1, 10**9, "a"]]), damaged(stop_ids=["x"])],
 )  # fmt: skip
 def test_a_damaged_file_is_one_error_that_says_what_to_do(text, assembled, tmp_path):
     folder = exported(load_parts(assembled()), tmp_path / "export")

@@ -420,6 +420,7 @@ def test_zero_2_steps_as_plain_training_and_resumes(recipe: Make, tmp_path: Path
     plain = train_diffusion(recipe(*three, run="plain"))
     sharded = train_diffusion(recipe(*three, "train.zero=zero2"))
     assert AcceleratorState().deepspeed_plugin.deepspeed_config["gradient_clipping"] == 0
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "the next Trainer of this process would take DeepSpeed"
     train_diffusion(recipe(*three, "train.zero=zero2", run="cut"), stop_at=2)
     train_diffusion(recipe(*three, "train.zero=zero2", run="cut"))
     numbers = {name: [float.fromhex(value) for value in losses(tmp_path / name)] for name in ("plain", "run", "cut")}

@@ -196,7 +196,7 @@ def undisturbed(parts, ranks, tmp_path_factory):
     return Path(recipe.train.output)
 
 
-@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "1"), ("SIGINT", "all")])
+@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "all")])
 def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, parts, ranks, tmp_path):
     """A scheduler tells one rank or several, Ctrl-C in a terminal tells all."""
     recipe = make_recipe(parts, tmp_path / "run", "zero1")
@@ -216,7 +216,7 @@ def test_no_operator_of_deepspeeds_is_built_on_a_cpu_and_a_stale_lock_does_not_h
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in (*STAGES, *OFFLOADED)]
+    recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in ("zero1", "zero3", *OFFLOADED)]
     group = ranks.run(["faults:no_builds", str(tmp_path / "cache"), *map(write, recipes)])
     assert f"rm {lock}" in group.output(0)
     built = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trials import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
+from trials import HALF, full, hexed, losses, make_recipe, metrics, weights, write
 
 from mm_moslora.config import AdapterConfig, Recipe
 
@@ -18,16 +18,16 @@ def halves(parts, ranks, tmp_path_factory) -> Path:
     """Every stage once straight through and once stopped half-way; then, in new processes, the second halves."""
     folder = tmp_path_factory.mktemp("halves")
     straight = {
-        stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1, micro_batch=2) for stage in STAGES
+        stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1, micro_batch=2)
+        for stage in ("zero0", "zero2", "zero3")
     }
     straight["bf16"] = full(make_recipe(parts, folder / "bf16-straight", "zero2", precision="bf16"))
     by_peft = make_recipe(parts, folder / "peft-straight", "zero2", precision="bf16")
     vblora = AdapterConfig(rank=4, alpha=8, dropout=0.1, peft={"type": "VBLORA", "vector_length": 16})
     straight["peft"] = replace(by_peft, adapter=vblora)  # a parameter of all layers, and others of one dimension
-    for start in ("eva", "corda", "lora_ga"):  # from samples, of which every rank reads the same
-        by_data = make_recipe(parts, folder / f"{start}-straight", "zero2", precision="bf16")
-        read = AdapterConfig(rank=4, alpha=8, peft={"type": "LORA", "init_lora_weights": start})
-        straight[start] = replace(by_data, adapter=read)
+    by_data = make_recipe(parts, folder / "lora_ga-straight", "zero2", precision="bf16")
+    read = AdapterConfig(rank=4, alpha=8, peft={"type": "LORA", "init_lora_weights": "lora_ga"})
+    straight["lora_ga"] = replace(by_data, adapter=read)  # from samples, of which every rank reads the same
     straight["fp16"] = make_recipe(parts, folder / "fp16-straight", "zero1", precision="fp16", steps=8)
     # The first processes rehearse, the straight ones do not: it must not show.
     resumed = [
@@ -39,7 +39,7 @@ def halves(parts, ranks, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*STAGES, "bf16", "peft", "eva", "corda", "lora_ga", "fp16"])
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "bf16", "peft", "lora_ga", "fp16"])  # fp16: on zero1
 def test_a_resumed_run_continues_exactly(name, halves):
     straight = hexed(halves / f"{name}-straight")
     assert len(straight) == (8 if name == "fp16" else 4)
@@ -49,13 +49,12 @@ def test_a_resumed_run_continues_exactly(name, halves):
 
 
 def test_ranks_stages_and_budgets_may_change_on_the_way(parts, ranks, tmp_path):
-    """2 -> 1 -> 2 -> 3 -> 4 ranks, another stage and token budget each time: the samples and numbers of a quiet run.
+    """2 -> 1 -> 3 -> 4 -> 1 -> 2 ranks, another stage and token budget each time: as a quiet run.
 
     The lengths are estimates that are far too low, so that every rank cuts its micro-batches as it finds them.
     """
     way = [
-        (2, "zero2", 100), (1, "zero3", 128), (2, "zero0", 100), (3, "zero3", 64), (4, "zero1", 64), (1, "none", None),
-        (2, "auto", 64),
+        (2, "zero2", 100), (1, "zero3", 128), (3, "zero3", 64), (4, "zero1", 64), (1, "none", None), (2, "auto", 64),
     ]  # fmt: skip
 
     def recipe(name: str, zero: str, tokens: int | None) -> Recipe:
@@ -82,16 +81,14 @@ def test_an_align_stage_resumes_exactly_and_on_other_ranks(parts, ranks, tmp_pat
         recipe = make_recipe(parts, tmp_path / name, zero)
         return write(replace(recipe, model=replace(recipe.model, language_mode="frozen")))
 
-    stages = ("zero1", "zero3")
-    halves = [f"{align(f'{stage}-{kind}', stage)}@{HALF}" for stage in stages for kind in ("resumed", "changed")]
-    ranks.run([*(align(f"{stage}-straight", stage) for stage in stages), *halves])
-    ranks.run([align(f"{stage}-resumed", stage) for stage in stages])
-    ranks.run([align("zero1-changed", "zero3"), align("zero3-changed", "none")], ranks=1)
-    for stage in stages:
-        straight = tmp_path / f"{stage}-straight"
-        assert hexed(tmp_path / f"{stage}-resumed") == hexed(straight)
-        assert weights(tmp_path / f"{stage}-resumed") == weights(straight)
-        assert losses(tmp_path / f"{stage}-changed") == pytest.approx(losses(straight), rel=1e-5)
+    halves = [f"{align(kind, 'zero3')}@{HALF}" for kind in ("resumed", "changed")]
+    ranks.run([align("straight", "zero3"), *halves])
+    ranks.run([align("resumed", "zero3")])
+    ranks.run([align("changed", "none")], ranks=1)
+    straight = tmp_path / "straight"
+    assert hexed(tmp_path / "resumed") == hexed(straight)
+    assert weights(tmp_path / "resumed") == weights(straight)
+    assert losses(tmp_path / "changed") == pytest.approx(losses(straight), rel=1e-5)
 
 
 def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path):

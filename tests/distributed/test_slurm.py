@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,15 +14,18 @@ import psutil
 import pytest
 import slurm
 from between import somebody_builds
-from preloaded import Preloaded
+from preloaded import SECONDS_PER_STEP, Preloaded
 from slurm import Cluster
 from trials import hexed, make_recipe, weights, write
-from waiting import stays, wait_until
+from waiting import stays
+from waiting import wait_until as wait_longer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not slurm.available(), reason=slurm.WHY_NOT)]
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_slurm.sbatch"
 FOREVER = 100_000
+wait_until = functools.partial(wait_longer, pause=0.2)
+"""A question to SLURM starts a process."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def words_of(monkeypatch: pytest.MonkeyPatch, python: Preloaded) -> Callable[...
     """The words before the recipe: the shipped script, with resources that this machine has."""
     for name, value in {
         "PYTHON": str(python.ours), "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60", SECONDS_PER_STEP: "0.1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
 
@@ -268,8 +272,9 @@ def test_a_signal_that_slurm_sends_to_the_steps_saves(cluster, batch, parts, mon
 
 
 def test_a_time_limit_that_nobody_announced_saves_within_killwait(cluster, batch, parts, monkeypatch, tmp_path):
-    """In a step of srun, and in a batch script alone."""
+    """In a step of srun, and in a batch script alone. SLURM looks at limits twice a minute."""
     monkeypatch.setenv("NPROC", "1")
+    monkeypatch.setenv(SECONDS_PER_STEP, "0.5")
     names = ("step", "script")
     runs, logs = ([tmp_path / f"{name}{more}" for name in names] for more in ("", ".log"))
     with contextlib.ExitStack() as stack:

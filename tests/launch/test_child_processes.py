@@ -284,11 +284,11 @@ def _mm_moslora(folder: Path, *lines: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["one", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("way", ["torchrun", "deepspeed"])
 def test_launches_in_a_hostile_folder_run_nothing_of_it(work: Path, way: str) -> None:
-    more = {"one": ["--nproc", "1"], "torchrun": ["--nproc", "2"], "deepspeed": ["--nproc", "1", "--deepspeed"]}[way]
-    parts = [] if way == "one" else ["--train.zero", "zero2"]
-    _mm_moslora(work, ["launch", "recipe.yaml", *more, *parts])
+    """One process, which torchrun starts where it is to be started again; all ranks have the same words."""
+    more = {"torchrun": ["--max-restarts", "1"], "deepspeed": ["--deepspeed"]}[way]
+    _mm_moslora(work, ["launch", "recipe.yaml", "--nproc", "1", *more, "--train.zero", "zero2"])
     assert json.loads((work / "run" / "state.json").read_text())["state"] == "finished"
     known = json.loads((work / "run" / "environment.json").read_text())
     assert len(known["git_commit"]) == 40

@@ -18,9 +18,11 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
+from mm_moslora.models.language_model import load_language
 from mm_moslora.models.load_model import load
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import ModelError, reason_of
 from tests.models.test_assembly import vision_name
 from tests.models.test_pretrained_vlm import conversation, picture, recipe_for, write_records
 
@@ -129,3 +131,16 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
         chat.show(tmp_path / "p.png")
         answers.append(chat.ask("what color?"))
     assert answers[0] == answers[1]
+
+
+def test_a_model_without_a_tokenizer_says_why(tmp_path) -> None:
+    """transformers gives the reasons as a list below a line that ends with a colon."""
+    t.LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"^model\.language is .* does not load as .*: Couldn't .*: \(1\) a .*, .*\.$"):
+        load_language(str(tmp_path), None, dtype=torch.float32)
+    for config in (t.Qwen2Config(), t.GemmaConfig()):  # their empty tokenizers would make every text empty
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="its tokenizer has no vocabulary"):
+            load_language(str(tmp_path), None, dtype=torch.float32)
+    assert reason_of(ValueError("one of: \n(1) a, \n(2) b. \nInstall c")) == "one of: (1) a, (2) b"
+    assert reason_of(ValueError("nothing:")) == "nothing:"

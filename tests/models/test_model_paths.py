@@ -64,8 +64,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test leaves its run for the others."""
+    return tmp_path_factory.mktemp("trained")
+
+
 @pytest.fixture
-def hub_run(recipe: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def hub_run(recipe: Recipe, cache: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A run on a language model and a tower of the hub, trained two of four steps, and a folder to work in."""
     _commit(cache, "acme/tiny", Path(recipe.model.language))
     _commit(cache, "acme/tower", Path(recipe.model.vision.name))
@@ -74,7 +80,11 @@ def hub_run(recipe: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(work)
     model = replace(recipe.model, language="acme/tiny", vision=replace(recipe.model.vision, name="acme/tower"))
     hub = with_train(replace(recipe, model=model), output=str(work / "runs" / "a"), steps=4, save_every=2)
-    train(hub, stop_at=2)
+    if not (trained / "a").exists():
+        train(hub, stop_at=2)
+        shutil.copytree(hub.train.output, trained / "a")
+    else:
+        shutil.copytree(trained / "a", hub.train.output)
     return hub
 
 

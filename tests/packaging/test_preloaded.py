@@ -96,6 +96,18 @@ def test_a_signal_that_is_blocked_waits_until_the_process_asks_for_it(python: Pr
     assert process.returncode == 7
 
 
+def test_a_signal_that_the_command_ignores_reaches_a_process_that_handles_it(python: Preloaded) -> None:
+    """As Ctrl-C of what a shell starts with `&`."""
+    code = "import signal, sys, time; signal.signal(2, lambda *_: sys.exit(7)); print(flush=True); time.sleep(60)"
+    words = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', python.ours, code]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 7
+    process.stdout.close()
+
+
 def test_it_ends_when_the_command_is_killed(python: Preloaded) -> None:
     process, pid = _started(python, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     process.kill()

@@ -56,6 +56,7 @@ def test_small_random_models_need_no_weights(folder: Path, tmp_path: Path) -> No
     found = by_name(diagnose_model(str(tmp_path), small=True))
     assert {item.status for item in found.values()} == {"ok"}
     assert "of the largest" in found["logits"].detail
+    assert "as qwen2_5_vl writes them; of a picture of 1000 x 750 pixels it counts 84 x" in found["boxes"].detail
 
 
 def test_a_language_model_is_probed_without_pictures(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from pairs import logged, make_recipe, plain_recipe
 from tiny import make_experts
-from vlms import FAMILIES, make_vlm
+from vlms import make_vlm
 
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
@@ -182,9 +182,7 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "adapter", [{}, {"mixer_trainable": False}, {"factor_form": "svd"}, {"factor_form": "stella"}, {"use_dora": True}]
-)
+@pytest.mark.parametrize("adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"use_dora": True}])
 def test_the_reference_is_the_adapter_that_a_run_starts_from(
     adapter: dict[str, Any], language_folder: Path, text_pairs: Path, tmp_path: Path
 ) -> None:
@@ -203,8 +201,12 @@ def test_the_reference_is_the_adapter_that_a_run_starts_from(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen2_5_vl"}))
-def test_every_family_of_ready_made_models_learns(family: str, picture_pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llava_next", "paligemma", "qwen3_vl"])
+def test_families_of_ready_made_models_learn(family: str, picture_pairs: Path, tmp_path: Path) -> None:
+    """One with tiles, one whose prompts see ahead, one with features in several layers.
+
+    Rows of pairs are made by the padding that `models/batching/` tests with every family.
+    """
     model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
     whole = {"steps": 12, "global_batch": 12, "micro_batch": 6}
     train_preferences(make_recipe(tmp_path / "run", picture_pairs, model, train=whole))

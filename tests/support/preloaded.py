@@ -21,6 +21,8 @@ from types import FrameType
 CHECKOUT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """What the command hands on to the process that it stands for."""
+SECONDS_PER_STEP = "SECONDS_PER_STEP"
+"""Variable for training that somebody waits for: each step takes so much longer, and costs nothing meanwhile."""
 
 STOCK = (
     "diffusers", "peft", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion", "setuptools",
@@ -99,9 +101,8 @@ def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
         content = json.dumps(asked).encode()
         socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)
         connection.sendall(content)
-        for number in SIGNALS:
-            if number not in ignored:
-                signal.signal(number, hand_on)
+        for number in SIGNALS:  # also those that are ignored here: the process may handle them, whatever it was given
+            signal.signal(number, hand_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         status = int.from_bytes(connection.recv(4), "little")
     if os.WIFSIGNALED(status):
@@ -277,6 +278,20 @@ def _become(asked: dict, files: list[int]) -> None:
     os._exit(code & 0xFF)
 
 
+def _step_slowly(seconds: float) -> None:
+    import time
+
+    from mm_moslora.training.engine import TrainingEngine
+
+    step = TrainingEngine.step
+
+    def slowly(*arguments: object, **more: object) -> object:
+        time.sleep(seconds)
+        return step(*arguments, **more)
+
+    TrainingEngine.step = slowly
+
+
 def _run(executable: str, arguments: list[str]) -> None:
     import multiprocessing.spawn
     import runpy
@@ -289,6 +304,8 @@ def _run(executable: str, arguments: list[str]) -> None:
     safe = bool(os.environ.get("PYTHONSAFEPATH"))
     while arguments[0] in ("-u", "-B", "-P"):
         safe, arguments = safe or arguments[0] == "-P", arguments[1:]
+    if seconds := float(os.environ.get(SECONDS_PER_STEP, 0)):
+        _step_slowly(seconds)
     how, rest = arguments[0], arguments[1:]
     first = "" if how == "-c" else os.getcwd() if how == "-m" else str(Path(how).parent)
     sys.path[:] = path if safe else [first, *path]

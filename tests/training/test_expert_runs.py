@@ -80,11 +80,11 @@ def test_the_plan_counts_what_trains(moe: Recipe) -> None:
     assert planned["adapter"][1] == rows["adapter"]
 
 
-def balanced(model: nn.Module, ids: torch.Tensor) -> tuple[dict[str, float], float]:
+def balanced(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[dict[str, float], float]:
     balance = ExpertBalance(model)
     model.train()
     with torch.no_grad():
-        aux = float(model(ids, output_router_logits=True).aux_loss)
+        aux = float(model(ids, attention_mask=mask, output_router_logits=True).aux_loss)
         metrics = balance.metrics()
         model.eval()
         model(ids)
@@ -110,6 +110,16 @@ def test_the_balance_is_that_of_the_router_and_its_loss_the_models_own(kind: str
     assert metrics["experts/aux_loss"] == pytest.approx(aux, rel=1e-5)
     assert 0 <= metrics["experts/share_min"] <= 0.25 <= metrics["experts/share_max"] <= 0.5 + 1e-9
     assert 0 < metrics["experts/variation"] <= metrics["experts/variation_max"]
+    padded, mask = torch.arange(40).view(2, 20), torch.ones(2, 20, dtype=torch.long)
+    padded[1, 8:], mask[1, 8:] = 0, 0
+    metrics, aux = balanced(model, padded, mask)
+    assert metrics["experts/aux_loss"] == pytest.approx(aux, rel=1e-5)
+    apart = ExpertBalance(model)
+    model.train()
+    with torch.no_grad():
+        for row in (padded[:1], padded[1:, :8]):
+            model(row)
+    assert metrics == pytest.approx(apart.metrics(), rel=1e-4)
 
 
 def test_a_model_without_experts_has_no_such_metrics() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from trials import full, hexed, losses, make_recipe, with_optimizer, with_train
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora
@@ -20,6 +20,8 @@ from mm_moslora.cli import run as command
 from mm_moslora.config import AdapterConfig, OptimConfig, Recipe, SourceConfig
 from mm_moslora.config.needed_packages import refuse_lacking
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.projectors.resamplers import PerceiverProjector
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, require_optimizer
@@ -59,12 +61,18 @@ def test_the_names_are_those_of_the_tables():
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_a_stopped_run_continues_bit_for_bit(name, recipe, tmp_path):
-    """With a rehearsal, held-out records measured at every step, and checkpoints between."""
-    straight = chosen(recipe, name, output=str(tmp_path / "straight"), steps=6)
+    """With a rehearsal, held-out records measured at every step, and checkpoints between.
+
+    The state of the straight run has the bytes that plans count.
+    """
+    straight = chosen(recipe, name, output=str(tmp_path / "straight"), steps=6, rehearsal=False)
     train(straight)
     values = losses(tmp_path / "straight")
     assert values[-1] < values[0]
-    measured = with_train(with_held_out(straight), output=str(tmp_path / "run"), validate_every=1, save_every=1)
+    check_bytes(state_of(tmp_path / "straight" / "checkpoint-000006"), name)
+    measured = with_train(
+        with_held_out(straight), output=str(tmp_path / "run"), validate_every=1, save_every=1, rehearsal=True
+    )
     assert not train(measured, stop_at=3).finished
     assert train(measured).finished
     assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
@@ -76,11 +84,8 @@ def test_it_learns_and_a_stopped_run_continues_bit_for_bit(name, recipe, tmp_pat
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-@pytest.mark.parametrize("name", NAMES)
-def test_the_state_has_the_bytes_that_plans_count(name, recipe, tmp_path):
-    train(chosen(recipe, name, steps=1, rehearsal=False))
-    state = state_of(tmp_path / "run" / "checkpoint-000001")
+def check_bytes(state: dict[str, torch.Tensor], name: str) -> None:
+    """Moments take as many bytes per value as `OPTIMIZERS` says."""
     masters = {key.partition(".")[2]: value for key, value in state.items() if key.startswith("master.")}
     large = {key for key, value in masters.items() if value.numel() >= 4096 and value.numel() % 256 == 0}
     large -= {key for key in large if name == "muon" and f"momentum_buffer.{key}" not in state}  # the vocabulary's
@@ -117,6 +122,28 @@ def test_muon_leaves_adapters_of_tables_and_heads_to_adamw(language_folder):
     assert names[True]
     assert all("q_proj" in name for name in names[True])
     assert {part for part in targets if any(part in name for name in names[False])} == {"embed_tokens", "lm_head"}
+
+
+def test_muon_takes_the_weights_of_linear_layers_alone_and_no_bias_decays():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "head_dim": 16}
+    language = GptOssForCausalLM(GptOssConfig(vocab_size=64, **sizes, **experts))
+    shape = ProjectorShape(vision_width=32, language_width=32, grid=4, depth=1, queries=4)
+    model = torch.nn.ModuleDict({"language": language, "resampler": PerceiverProjector(shape)})
+    for optimizer in ("adamw", "muon"):
+        groups = parameter_groups(model, OptimConfig(optimizer=optimizer, weight_decay=0.1))
+        undecayed = {name for group in groups if not group.weight_decay for name in group.names}
+        assert {name for name, _ in model.named_parameters() if "bias" in name} <= undecayed
+    matrices = {name.split(".", 1)[1] for group in groups if group.matrices for name in group.names}
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert matrices == {name.split(".", 1)[1] for name in linear} - {"lm_head.weight"}
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = add_moslora(language, MoSLoRAConfig(r=2, target_parameters=names), targets=["q_proj"]).get_base_model()
+    groups = parameter_groups(adapted, OptimConfig(optimizer="muon"))
+    assert all("q_proj" in name for group in groups if group.matrices for name in group.names)
+    assert {name.split(".")[-3] for group in groups if group.matrices for name in group.names} == {
+        "lora_A", "lora_B", "lora_mixer",
+    }  # fmt: skip
 
 
 def test_muon_steps_as_torchs_two_optimisers_do():
@@ -243,8 +270,9 @@ def test_8_bits_keep_factors_orthonormal(recipe, tmp_path):
             torch.testing.assert_close(value @ value.T, torch.eye(len(value)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["adamw_8bit", "muon", "schedule_free_adamw"])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("adamw_8bit", "fp32"), ("muon", "bf16"), ("schedule_free_adamw", "fp32")]
+)  # one of each kind of state
 def test_stage_0_resumes_bit_for_bit_and_plain_torch_reads_its_state(
     name, precision, language_folder, vision_folder, records, tmp_path
 ):

@@ -25,6 +25,7 @@ from mm_moslora.models.decoding.generation import (
     stop_token_ids,
 )
 from mm_moslora.models.vision.feature_cache import FeatureStore
+from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
@@ -43,6 +44,8 @@ class LocalModel:
         reference: one question at a time, with no shared computation and no cache.
         store: features of pictures on disk; None: this model encodes its own.
     """
+
+    reads_boxes = True
 
     def __init__(
         self, assembly: Parts, *, name: str, reference: bool = False, store: FeatureStore | None = None
@@ -195,6 +198,7 @@ class LocalModel:
         return Answer(
             text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length",
             reference=next(iter(_option_scores(reference)), None),
+            boxes=boxes_of(request, text, self.assembly.image_processing),
         )  # fmt: skip
 
 

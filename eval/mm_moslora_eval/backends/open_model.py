@@ -134,7 +134,9 @@ def open_model(
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         encoder = ConversationEncoder.of(assembly)
-        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder)
+        return TransformersModel(
+            assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder, boxes=assembly.box_form
+        )
     from mm_moslora_eval.backends.local_model import LocalModel
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)

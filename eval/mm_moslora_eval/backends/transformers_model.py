@@ -21,13 +21,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mm_moslora.config import BoxChoice
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import check_processor
+from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.families import box_form_of
+from mm_moslora.models.load_model import trained_boxes
 from mm_moslora.models.model_sizes import load_base
+from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, reason_of
+from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
-from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.sources.image_controls import open_image
 
@@ -61,7 +67,10 @@ class TransformersModel:
         name: display name.
         reference: always use batch size 1.
         encoder: of a trained model: prompts end as they did in training; None: as the chat template has it.
+        boxes: the form of its boxes; auto: see `box_form_of`.
     """
+
+    reads_boxes = True
 
     def __init__(
         self,
@@ -71,8 +80,9 @@ class TransformersModel:
         name: str,
         reference: bool = False,
         encoder: ConversationEncoder | None = None,
+        boxes: BoxChoice | None = "auto",
     ) -> None:
-        self._encoder = encoder
+        self._encoder, self._boxes = encoder, boxes
         self._thinks = encoder is not None and encoder.asks_to_think
         self.model, self.processor = model.eval(), processor
         self.name, self._reference = name, reference
@@ -113,10 +123,18 @@ class TransformersModel:
                 f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."
             ) from error
         shown = f"hf:{name}"
-        if check_processor(name, processor, accepted=other_preprocessing):
+        token = getattr(processor, "image_token_id", None)
+        images = None if token is None else ProcessorImageProcessing(processor, image_token_id=token)
+        stops = stop_token_ids(model, getattr(processor, "tokenizer", processor).eos_token_id)
+        if check_processor(name, processor, images=images, stop_ids=stops, accepted=other_preprocessing):
             shown += ", other preprocessing"
         model.to(device or distributed.device())
-        return cls(model, processor, name=shown, reference=reference)
+        return cls(model, processor, name=shown, reference=reference, boxes=trained_boxes(name))
+
+    @cached_property
+    def _processing(self) -> ProcessorImageProcessing:
+        form = box_form_of(self.processor) if self._boxes == "auto" else self._boxes
+        return ProcessorImageProcessing(self.processor, image_token_id=0, boxes=form)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,8 +244,7 @@ class TransformersModel:
         return text.removesuffix(self._encoder.template.generation_prompt()) + self._encoder.answer_prompt
 
     def _answer(self, request: Request, tokens: list[int], reference: OptionScore | None) -> Answer:
-        ends: Any = self.model.generation_config.eos_token_id
-        stops = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
+        stops = stop_token_ids(self.model, self._tokenizer.eos_token_id)
         end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
         text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
@@ -236,7 +253,9 @@ class TransformersModel:
             text, mark, _ = text.partition(stop)
             stopped |= bool(mark)
         used = min(end + stopped, request.max_new_tokens)
-        return Answer(text=text, tokens=used, finish_reason="stop" if stopped else "length", reference=reference)
+        boxes = boxes_of(request, text, self._processing) if request.boxes and request.images else None
+        reason: FinishReason = "stop" if stopped else "length"
+        return Answer(text=text, tokens=used, finish_reason=reason, reference=reference, boxes=boxes)
 
     def _scores(self, inputs: dict[str, Tensor], texts: Sequence[str]) -> list[OptionScore | None]:
         """Scores of one continuation per prompt, padded on the right; None for a text without tokens."""

@@ -65,6 +65,8 @@ class Request:
     """Other ids of the question that stored answers may use."""
     reference: str = ""
     """Text of the right answer, whose log-likelihood the model reports beside its own answer; empty: none."""
+    boxes: bool = False
+    """Whether boxes of the answer are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,9 @@ class Answer:
     """`length` if `max_new_tokens` cut the answer off."""
     reference: OptionScore | None = None
     """Score of `Request.reference`; None where the backend gives none."""
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of the last picture's file, where they are wanted; None where
+    the backend does not read them."""
 
 
 @runtime_checkable
@@ -106,6 +111,7 @@ class Model(Protocol):
     """A backend that answers requests: a model of mm_moslora, a transformers model, a server, stored answers.
 
     A model that is asked to think before it answers has an attribute `thinking_tokens`, the new tokens that it needs.
+    One that gives `Answer.boxes` has an attribute `reads_boxes`, which is true.
     """
 
     @property

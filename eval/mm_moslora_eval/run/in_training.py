@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mm_moslora.reporting.verdicts import LIKELIHOOD, Difference
 from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import MARK, make_subfolder, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
-from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders
 from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings
+from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference
+from mm_moslora_eval.sources.image_controls import ImageMode
 
 if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
+
+
+logger = logging.getLogger(__name__)
 
 
 class _CutShort(BaseException):  # an Exception of a sample would be recorded, and the next sample asked
@@ -27,7 +36,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
     Returns:
         `eval/TASK/score` and `eval/TASK/METRIC` on rank 0; nothing on other ranks. None on ranks that stopped because
-        one rank received a signal.
+        one rank received a signal, or because it would take longer than `most_seconds`.
 
     Raises:
         EvalError: see `task_registry.tasks_of`; or every sample fails.
@@ -38,8 +47,13 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     metrics: dict[str, float] = {}
     stop_file = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
-    def give_way(*_: object) -> None:
-        if moment.stop.received:
+    started, before = time.monotonic(), 0.0
+
+    def give_way(_: ImageMode, answered: int, of: int) -> None:
+        seconds = before
+        if answered:
+            seconds += (time.monotonic() - started - before) / answered * of
+        if moment.stop.received or seconds > moment.most_seconds:
             stop_file.touch()
         if stop_file.exists():
             raise _CutShort
@@ -47,6 +61,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     cut = False
     try:
         for task in tasks_of(moment.config.tasks):
+            before = time.monotonic() - started
             for result in evaluate(
                 model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
             ):
@@ -62,6 +77,38 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     if cut:
         return None
     return metrics if distributed.is_main() else {}
+
+
+def forgotten(before: Sequence[float], after: Sequence[float], tasks: tuple[Path, Path] | None) -> list[dict[str, Any]]:
+    """What a model lost or gained between two moments, with paired 95 % intervals.
+
+    Args:
+        before: log-likelihood per token of every document of a general text.
+        after: of the same documents.
+        tasks: folders of `measure` before and after; None: tasks were not measured.
+
+    Returns:
+        Rows of `forgetting.json`: of the text first, then of each task the score, and the log-likelihood of its
+        reference answers if the model gives one.
+    """
+    rows = []
+    if text := likelihood_difference([after], [before], range(len(after))):
+        rows.append(_lost("general text", text.b, text.a, text.estimate.as_difference(LIKELIHOOD)))
+    for late, early in paired_folders([tasks[1]], [tasks[0]]) if tasks else ():
+        try:
+            pair = compare(late, early)
+        except EvalError as error:  # such as a task without scores
+            logger.warning("Forgetting: %s", error)
+            continue
+        rows.append(_lost(pair.task, pair.score.b, pair.score.a, pair.score.as_difference))
+        if pair.nats is not None:
+            nats = pair.nats.estimate.as_difference("log-likelihood")
+            rows.append(_lost(f"{pair.task}, reference answers", pair.nats.b, pair.nats.a, nats))
+    return rows
+
+
+def _lost(what: str, before: float, after: float, difference: Difference) -> dict[str, Any]:
+    return {"what": what, "before": before, "after": after, "difference": difference.to_dict()}
 
 
 def _start_over(folder: Path) -> None:

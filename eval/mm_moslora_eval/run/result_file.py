@@ -34,7 +34,7 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
-from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.answer_scoring import BOXES, JUDGED, score_answer, without_thinking
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.score_aggregation import check_ids
@@ -201,7 +201,10 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     in_order = [answers[row["key"]] for row in rows]
     about = {key: described[key] for key in ABOUT if key in described}
     about["date"] = max((str(answer["time"]) for answer in in_order if answer.get("time")), default=None)
-    texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, in_order, strict=True)]
+    texts = [
+        (Document.from_dict(row), _boxes(answer, task) if task.extraction == BOXES else answer["text"])
+        for row, answer in zip(rows, in_order, strict=True)
+    ]
     check_ids(task.aggregation, [document for document, _ in texts])
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
     if judge is not None:
@@ -248,6 +251,16 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, rescored
+
+
+def _boxes(answer: dict[str, Any], task: Task) -> str | None:
+    """The boxes of an answer as text, in pixels of the file; None for a missing answer."""
+    if answer["text"] is not None and answer.get("boxes") is None:
+        raise EvalError(
+            f"{task.id} scores boxes, and its answers were stored without: their backend reads none, or another "
+            "extraction was asked for. Evaluate a run, an export or hf:ID into a new folder."
+        )
+    return None if answer["text"] is None else json.dumps(answer["boxes"])
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class StoredAnswer:
     options: dict[str, Any] | None
     error: str | None
     reference: dict[str, Any] | None = None
+    boxes: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
+from mm_moslora_eval.scoring.answer_scoring import BOXES
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
 
@@ -215,10 +216,15 @@ def run_task(
         The folder of the view, for `result_file.score_folder`.
 
     Raises:
-        EvalError: the folder belongs to another protocol, or every sample fails.
+        EvalError: the folder belongs to another protocol, every sample fails, or boxes are scored and not read.
         ConfigError: a link is at the place of a folder of the run.
     """
     settings = settings or EvaluationSettings()
+    if task.extraction == BOXES and not getattr(model, "reads_boxes", False):
+        raise EvalError(
+            f"{task.id} scores boxes, and {model.name} gives texts alone: their form and pixels are not known. "
+            "Evaluate a run, an export or hf:ID."
+        )
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
     documents = select(data, settings)
@@ -442,6 +448,7 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
         if not isinstance(result.text, str):  # a backend of another package
             raise TypeError(f"the model answered with {result.text!r}, expected text")
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+        row |= {} if result.boxes is None else {"boxes": result.boxes}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}

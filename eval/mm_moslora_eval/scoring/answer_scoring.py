@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import (
+    box_iou,
     commonsense,
     document_vqa,
     exact_match,
@@ -68,7 +69,10 @@ def _commonsense(dataset: str) -> Extractor:
     return lambda text, _: commonsense.extract_answer(text, dataset)
 
 
+BOXES = "boxes"
+"""Extraction of the first box of an answer; the backend reads it, since its form and pixels depend on the model."""
 EXTRACTORS: dict[str, Extractor] = {
+    BOXES: lambda text, _: box_iou.first_box(text),
     "text": lambda text, _: text.strip(),
     "first_line": lambda text, _: text.strip().split("\n")[0].strip(),
     "letter": _letter(multiple_choice.extract_letter),
@@ -134,6 +138,8 @@ def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "iou": _best(box_iou.iou),
+    "iou_50": _best(box_iou.iou_50),
     "exact": _best(exact_match.exact_match),
     "equal": lambda parsed, document: float(parsed in document.answers),
     "equal_ignore_case": _best(lambda parsed, answer: float(parsed.lower() == answer.strip().lower().rstrip("."))),

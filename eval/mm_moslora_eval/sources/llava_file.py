@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,8 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
     turns = record["conversations"]
     name = str(record.get("id", row))
     images, problem = shown
+    fill, odd = _filler(record.get("objects"), turns, where)
+    problem = problem or odd
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         raise EvalError(f"{where} (id {name!r}): conversations must be a list of human/gpt pairs.")
     for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
@@ -141,8 +143,30 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
         yield Document(
             id=f"{name}:{number}" if len(turns) > 2 else name,
             images=images,
-            question=str(human.get("value", "")).strip(),
-            answers=(reference_of(str(gpt.get("value", ""))).strip(),),
+            question=fill(str(human.get("value", ""))).strip(),
+            answers=(reference_of(fill(str(gpt.get("value", "")))).strip(),),
             category=_text(record.get("category")),
             problem=problem,
         )
+
+
+def _filler(value: Any, turns: Any, where: str) -> tuple[Callable[[str], str], str | None]:
+    """A function that fills the placeholders of boxes in the texts of a conversation, and the problem with them."""
+    from mm_moslora.data.boxes.record_objects import BOX, objects_of, plain_filler
+    from mm_moslora.data.chat.record_keys import is_empty
+    from mm_moslora.data.record_faults import RecordError, Where
+
+    if is_empty(value):
+        return str, None
+    try:
+        objects = objects_of(value, Where(file=Path(where), line=None, row=0))
+    except RecordError as error:
+        return str, f"{error.field} {error.what}"
+    asked = (
+        [str(turn.get("value", "")) for turn in turns[::2] if isinstance(turn, dict)] if isinstance(turns, list) else []
+    )
+    if any(BOX in text for text in asked):
+        return str, f"a question has {BOX}, which depends on the model; ask without"
+    if objects.shares:
+        return str, "objects.bbox_type is norm1; references are pixels of the file"
+    return plain_filler(objects), None

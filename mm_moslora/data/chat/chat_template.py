@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
+from mm_moslora.data.boxes.box_forms import SPECIAL
 from mm_moslora.data.chat.conversation_shape import (
     ASKED_WITH_TOOLS,
     BREAK,
@@ -385,6 +386,21 @@ class TextSpan(NamedTuple):
     text: str
     trusted: bool
     """Whether special tokens are recognised in it."""
+
+
+_SPECIAL = re.compile(f"{SPECIAL[0]}([^{SPECIAL[1]}]*){SPECIAL[1]}")
+
+
+def marked_spans(turn: Turn, spans: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn, with the special tokens apart that this project itself wrote into its texts."""
+    if not turn.marked:
+        return list(spans)
+    return [
+        TextSpan(text, span.trusted or bool(number % 2))
+        for span in spans
+        for number, text in enumerate(_SPECIAL.split(span.text))
+        if text
+    ]
 
 
 class Tokens:

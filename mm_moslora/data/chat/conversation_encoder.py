@@ -25,7 +25,7 @@ from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, marked_spans
 from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
@@ -210,8 +210,9 @@ class ConversationEncoder(AnswerThinking):
         """Tokenise a conversation for training.
 
         Args:
-            turns: an optional system turn, then questions and answers in turn, ending with an answer.
-            max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
+            turns: an optional system turn, then questions and answers in turn, ending with an answer; or a document.
+            max_length: tokens; whole question-answer pairs, or texts and pictures of a document, are dropped from the
+                end until the rest fits.
             pictures: placeholders of every picture and video, where they depend on it; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
             whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
@@ -221,6 +222,8 @@ class ConversationEncoder(AnswerThinking):
             UnlearnedThinking: a learned answer would be its end of turn alone.
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
+        if len(turns) == 1 and turns[0].role == "document":
+            return self._document(turns[0], max_length, pictures, truncate=truncate)
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
         grown = self._grow(turns, pictures, whole=whole)
@@ -310,7 +313,7 @@ class ConversationEncoder(AnswerThinking):
                 for number, part in enumerate(slot.trim(parts)):
                     if number:
                         self._add_image(grown)
-                    grown.run.append(TextSpan(part, False))
+                    grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
             thinking, text = self.apart(turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
@@ -332,7 +335,7 @@ class ConversationEncoder(AnswerThinking):
                     block.append(TextSpan(content[:length], False))
                     content = content[length:]
                 if thought or length:  # in tokens of its own, as a part of the prompt
-                    grown.run += block
+                    grown.run += marked_spans(turn, block)
                     block = []
             said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
             if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
@@ -340,13 +343,56 @@ class ConversationEncoder(AnswerThinking):
                     f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
                     "template leaves out of what is learned; write an answer behind it, or drop the record"
                 )
-            answer = [*block, TextSpan(content, False), *self.tokens.spans(end)]
+            answer = [*marked_spans(turn, [*block, TextSpan(content, False)]), *self.tokens.spans(end)]
             self._add_answer(grown, answer, end, weight=turn.weight)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
         if whole:
             grown.weights[0] = 0.0
         return grown
+
+    def _document(
+        self, turn: Turn, limit: int | None, pictures: Sequence[Placeholders] | None, *, truncate: bool
+    ) -> Encoded:
+        """Tokenise a document: every text is supervised, and the end of a whole one; no chat template is used."""
+        grown = _Growing(pictures=pictures)
+        grown.add(self._bos)
+        for images, part in enumerate(turn.parts()):
+            if images:
+                grown.base = 0.0
+                self._add_picture_in_text(grown)
+            grown.base = 1.0
+            grown.run.append(TextSpan(part, False))
+            self._flush(grown)
+            grown.ends.append((images, len(grown.ids)))
+        if self.tokenizer.eos_token_id is not None:
+            grown.add([int(self.tokenizer.eos_token_id)])
+        if limit is None or len(grown.ids) <= limit:
+            return grown.encoded()
+        images, length = max((end for end in grown.ends if end[1] <= limit), default=(0, 0))
+        if truncate and not grown.images:
+            length = limit
+        if not any(grown.weights[:length]):
+            raise TooLong(f"no text fits, data.max_length is {limit}; raise data.max_length or cut the document up")
+        return replace(grown.encoded(length), images=images, dropped_turns=1)
+
+    def _add_picture_in_text(self, grown: _Growing) -> None:
+        """Append a picture with the text that the template writes around it between two texts.
+
+        Raises:
+            DataError: the template does not write it there.
+        """
+        if not isinstance(self.template, ProcessorTemplate):
+            self._add_image(grown)
+            return
+        between = self.template.plan(("user:tit", "assistant")).slots[1].before
+        if len(self.template.places.findall(between)) != 1:
+            raise DataError(
+                "The chat template of this model writes no picture between texts, as documents have them. Leave "
+                "records with interleaved texts and pictures out."
+            )
+        self._add_scaffold(grown, between)
+        self._flush(grown)
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
         """Append text of the template, with the pictures and videos that the template places itself."""

@@ -81,7 +81,7 @@ class ProcessorTemplate(Template):
             text = text.removesuffix("\n") if index + 1 < len(texts) else text
             if text:
                 kinds += "t"
-                contents.append(Turn(role=turn.role, text=text, offsets=()))
+                contents.append(Turn(role=turn.role, text=text, offsets=(), marked=turn.marked))
         return contents, kinds
 
     def content(self, kinds: str, texts: Iterator[str]) -> Any:

@@ -22,13 +22,15 @@ TOOLS = ("tools", "functions")
 """Keys of a record's tools; the second is OpenAI's older one."""
 CALLS = ("tool_calls", "function_call")
 """Keys of an answer's calls; the second is OpenAI's older one."""
-_SHOWN = {"id", "image", "images", "video", "videos", *TOOLS}
+_SHOWN = {"id", "image", "images", "video", "videos", "objects", *TOOLS}
 READ = {
     "conversations": _SHOWN | {"conversations", "system"},
     "messages": _SHOWN | {"messages", "system"},
     "texts": _SHOWN | {"texts", "system"},
     "question": _SHOWN | {"question", "answer", "system", *REASONING},
     "caption": _SHOWN | {"caption", "system"},
+    "text_list": {"id", "text_list", "image_info", "images"},
+    "text": {"id", "text"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""
 WEIGHING = ("loss", "loss_scale", "loss_weight", "train", "training", "weight")
@@ -74,7 +76,6 @@ _OF_RECORD = {
     "audio": _SOUND,
     "audios": _SOUND,
     "chat_template_kwargs": "model.thinking holds for all records; set it, and drop the key",
-    "objects": "boxes are not filled in; write them into the texts, in the model's own form, and drop the key",
 }
 """Key of a record that ms-swift, LLaMA-Factory, TRL, Unsloth or Axolotl follow -> what to do."""
 _OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
@@ -98,7 +99,7 @@ def check_record(value: Mapping[str, Any], where: Where) -> None:
     """
     remedies = _OF_RECORD | (_OF_QUESTION if _form(value) in ("question", "caption") else {})
     for key in value.keys() & remedies.keys():
-        if not _is_empty(value[key]):
+        if not is_empty(value[key]):
             raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
     for key in (*LABELS, "labels"):  # KTO, PRM; any other label is data about the record
         if _avoids(value.get(key)):
@@ -110,14 +111,14 @@ def check_turn(
     turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False, calls: bool = False
 ) -> None:
     """Refuse a turn, or a part of one, with such a key; `calls`: it may call tools. See `check_record`."""
-    texts = [turn[key] for key in CONTENT if not _is_empty(turn.get(key))]
+    texts = [turn[key] for key in CONTENT if not is_empty(turn.get(key))]
     if texts[1:] and texts[0] != texts[1]:
         what = f"is {kind_of(texts[1])} beside another value"
         raise where.error(Code.UNFOLLOWED_KEY, f"{field}.content", what, "keep one of value and content")
     remedies = _OF_PART if part else _MASKING if calls else _OF_TURN
     for key in turn.keys() & remedies.keys():
         value, weighs = turn[key], remedies[key] is _WEIGHTS
-        if _is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
+        if is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
             continue
         plain = weighs and isinstance(value, int | float | str)
         shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
@@ -148,7 +149,7 @@ def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
 def weights_of_question(turn: Mapping[str, Any], field: str) -> list[tuple[str, float | None]]:
     """The keys by which the turn of a user, a system or a tool asks to be learned (Axolotl), or not to be, and their
     weights; None: it is no number."""
-    asked = [key for key in (*WEIGHING, "loss_mask", "train_detail") if not _is_empty(turn.get(key))]
+    asked = [key for key in (*WEIGHING, "loss_mask", "train_detail") if not is_empty(turn.get(key))]
     return [(f"{field}.{key}", _number(turn[key])) for key in asked]
 
 
@@ -184,7 +185,7 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where, *,
     Raises:
         RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
     """
-    texts = {key: turn[key] for key in REASONING if not _is_empty(turn.get(key))}
+    texts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     if not texts:
         return ""
     (key, value), *more = texts.items()
@@ -200,7 +201,7 @@ def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where, *,
 
 def given(value: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
     """The first of some keys that is not empty, and its value; two empty texts without any."""
-    return next(((key, value[key]) for key in keys if not _is_empty(value.get(key))), ("", ""))
+    return next(((key, value[key]) for key in keys if not is_empty(value.get(key))), ("", ""))
 
 
 def checked_text(value: Any, field: str, where: Where) -> str:
@@ -277,9 +278,10 @@ def _avoids(value: Any) -> bool:
     return isinstance(value, bool | int | float | str) and str(value).strip().lower() in ("false", "0", "0.0")
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, an empty text, or a structure of such values."""
     if isinstance(value, Mapping):
-        return all(_is_empty(item) for item in value.values())
+        return all(is_empty(item) for item in value.values())
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return is_nothing(value) or (isinstance(value, list | tuple) and not value)

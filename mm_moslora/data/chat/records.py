@@ -1,9 +1,10 @@
 """Reads records: the bytes of a JSON list or a JSONL file, strictly, into one form of turns and pictures.
 
 Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`; `record_forms`
-reads those besides conversations. A video becomes several frames, which are pictures like any other. Every fault has
-the form `CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
+(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`, and documents, in
+which texts and pictures alternate; `record_forms` reads those besides conversations. A video becomes several frames,
+which are pictures like any other. Every fault has the form
+`CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
 
 A JSON file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
 A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
@@ -22,10 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mm_moslora.data.boxes.record_objects import Objects, check_objects, objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
     Mark,
+    document_items,
     filled_marks,
     formless,
     single_texts,
@@ -44,6 +47,7 @@ from mm_moslora.data.chat.record_keys import (
     content_of,
     given,
     ignored_keys,
+    is_empty,
     thinking_of,
     weight_of,
     weights_of_question,
@@ -68,7 +72,7 @@ from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "document"]
 T = TypeVar("T")
 
 _ROLES: dict[str, Role] = {
@@ -97,10 +101,12 @@ class Turn:
     tools: str = ""
     """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
     name of the call that a result answers."""
+    marked: bool = False
+    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
-        if self.role != "user":
+        if self.role not in ("user", "document"):
             return [self.text]
         if self.offsets is None:
             return self.text.split(IMAGE)
@@ -117,6 +123,16 @@ class Turn:
     def images(self) -> int:
         """Images and videos in this turn."""
         return len(self.parts()) - 1
+
+    def filled(self, fill: Callable[[str], str]) -> Turn:
+        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
+        first, *rest = map(fill, self.parts())
+        result, offsets = first, []
+        for mark, part in zip(self.marks, rest, strict=True):
+            offsets.append(len(result))
+            result += mark + part
+        own = tuple(offsets) if self.role == "user" else None
+        return replace(self, text=result, offsets=own, marked=True)
 
     @property
     def marks(self) -> list[str]:
@@ -157,9 +173,11 @@ class Record:
     id: str
     """The record's id, or its number."""
     turns: tuple[Turn, ...]
-    """An optional system turn, then questions and answers in turn."""
+    """An optional system turn, then questions and answers in turn; or one document."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
+    objects: Objects | None = None
+    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
     where: Where
     """Source and number, for messages."""
     ignored: tuple[str, ...] = ()
@@ -178,6 +196,11 @@ class Record:
             what, remedy = "the last answer weighs 0, and data.supervise is last", "drop the record"
             raise self.where.error(Code.BAD_WEIGHT, "conversations", what, remedy)
         return *(replace(turn, weight=0.0) for turn in earlier), last
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a text with pictures in places, all of which is learned, and no conversation."""
+        return self.turns[0].role == "document"
 
     @property
     def image_names(self) -> list[str]:
@@ -201,6 +224,8 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     name = _id(value, where)
     where = where.named(name)
     check_record(value, where)
+    if (items := document_items(value, where)) is not None:
+        return _document(items, value, where, rules)
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
     turns, marks, marked = _turns(value, where, videos=video_mark(value, named))
     if marked:
@@ -215,7 +240,32 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns, shown = _with_videos(turns, shown, where)
-    return Record(id=name, turns=tuple(turns), images=tuple(shown), where=where, ignored=ignored_keys(value))
+    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
+    check_objects(
+        objects, [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
+        has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
+    )  # fmt: skip
+    return Record(
+        id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
+    )
+
+
+def _document(items: Sequence[str | Mark], value: Mapping[str, Any], where: Where, rules: PictureRules) -> Record:
+    """A record whose only turn is the whole text, with its pictures in place."""
+    text, offsets, shown, before = "", [], [], ""
+    for item in items:
+        if isinstance(item, Mark):
+            offsets.append(len(text))
+            shown.append(item)
+            text, before = text + IMAGE, ""
+        else:
+            text, before = text + before + item, "\n\n"
+    turn = Turn(role="document", text=text, offsets=tuple(offsets))
+    if not any(part.strip() for part in turn.parts()):
+        raise where.error(Code.NO_TURNS, "texts", "there is no text to learn from", "write a text, or drop the record")
+    pictures = [_named_by(mark, index, where, rules) for index, mark in enumerate(shown)]
+    images = tuple(picture for picture in pictures if not isinstance(picture, Clip))
+    return Record(id=str(where.id), turns=(turn,), images=images, where=where, ignored=ignored_keys(value))
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:

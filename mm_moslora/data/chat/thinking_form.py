@@ -10,7 +10,7 @@ from typing import Literal
 
 from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import RecordSource, Turn
+from mm_moslora.data.chat.records import Record, RecordSource, Turn
 from mm_moslora.data.record_faults import RecordError
 
 SAMPLED = 1000
@@ -73,7 +73,9 @@ class ThinkingForm:
 
 
 def settled(
-    encoder: ConversationEncoder, files: Sequence[RecordSource], supervise: Literal["all", "last"] = "all"
+    encoder: ConversationEncoder,
+    files: Sequence[RecordSource | Sequence[Record]],
+    supervise: Literal["all", "last"] = "all",
 ) -> tuple[ConversationEncoder, ThinkingForm]:
     """An encoder whose form of thinking follows the records where it is `auto`, and what the records showed.
 
@@ -92,7 +94,7 @@ def settled(
     for file in files:
         while number is not None and number < start + len(file):
             with suppress(RecordError):  # the training set counts it
-                if turns := file[number - start].learned(supervise):  # else a text without questions
+                if not (record := file[number - start]).is_document and (turns := record.learned(supervise)):
                     endings[ending(turns)] += 1
             number = next(wanted, None)
         start += len(file)

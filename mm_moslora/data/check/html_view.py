@@ -1,14 +1,15 @@
-"""An HTML page of training samples: pictures, and tokens coloured by supervision. One file, no network."""
+"""An HTML page of training samples: pictures with boxes, and tokens coloured by supervision. One file, no network."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from html import escape
 
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
@@ -19,6 +20,8 @@ from mm_moslora.data.record_faults import RecordError
 
 THUMBNAIL = 224
 """Longest side of a picture on the page, pixels."""
+BOX = "#ff2d95"
+"""Colour of boxes and points."""
 _STYLE = """
 :root { color-scheme: light dark; --learnt: #1a7f37; --learnt-back: #d8f5df; --text: #222; --quiet: #6a6a6a;
   --back: #fff; --card: #f6f7f9; --line: #d5d8dd; --image: #8250df; --bad: #b42318; }
@@ -95,6 +98,7 @@ def _figure(record: Record, number: int) -> str:
         return f'<p class="bad">{escape(str(error))}</p>'
     shown = image.copy()
     shown.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    _draw_boxes(shown, record, number, image.size)
     buffer = io.BytesIO()
     shown.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -104,6 +108,22 @@ def _figure(record: Record, number: int) -> str:
         f'<figure><img src="data:image/jpeg;base64,{data}" width="{shown.width}" height="{shown.height}" alt="{alt}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _draw_boxes(shown: Image.Image, record: Record, number: int, size: tuple[int, int]) -> None:
+    """Draw the boxes and points of a picture over its small copy, which had this width and height."""
+    if record.objects is None:
+        return
+    own = tuple(replace(place, image=0) for place in record.objects.places if place.image == number)
+    pen, scales = ImageDraw.Draw(shown), (shown.width / size[0], shown.height / size[1])
+    for place in replace(record.objects, places=own).in_pixels([size], record.where):
+        x, y, *corner = (value * scales[index % 2] for index, value in enumerate(place.numbers))
+        if corner:
+            pen.rectangle((x, y, *corner), outline=BOX, width=2)
+        else:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=BOX, width=2)
+        with suppress(ValueError):  # the built-in letters are Latin ones
+            pen.text((x + 4, y + 3), place.label, fill=BOX)
 
 
 def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:

@@ -17,7 +17,7 @@ from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, for
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip, Frame
-from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of
+from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.worker_processes import in_processes, usable_processes
@@ -56,6 +56,8 @@ class CheckReport:
     """Usable records with more pictures."""
     videos: int = 0
     """Usable records with a video; every frame counts as a picture where the model takes no videos."""
+    boxes: int = 0
+    """Boxes and points of usable records."""
     pictures: int = 0
     """Pictures of usable records, repeated ones included."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
@@ -250,7 +252,8 @@ class _RowCheck:
             try:
                 record = file[row]
                 pictures = placeholders_of(record, self.image_processing)
-                encoded = encode_record(record, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
+                shown = written(record, self.image_processing)
+                encoded = encode_record(shown, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
                 self._pictures(report, record, encoded)
             except RecordError as error:
                 report.bad[error.code] += 1
@@ -279,6 +282,7 @@ class _RowCheck:
         texts = [part for turn in fitting for part in turn.parts()]
         report.ids[record.id] += 1
         content = repr([(turn.role, turn.said) for turn in record.turns] + record.image_names)
+        content += repr(record.objects) if record.objects is not None else ""
         report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
@@ -293,16 +297,17 @@ class _RowCheck:
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)
-        if fitting:  # else a text without questions
+        if fitting and not record.is_document:
             report.endings[ending(fitting)] += 1
         report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.first_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
-        report.endless += not tools and _ends(encoded) - self.ends != set()
+        report.endless += not (tools or record.is_document) and _ends(encoded) - self.ends != set()
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
+        report.boxes += len(record.objects.places) if record.objects is not None else 0
         report.videos += any(isinstance(picture, Frame | Clip) for picture in record.images)
 
 

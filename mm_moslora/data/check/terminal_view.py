@@ -157,7 +157,7 @@ def _counts(report: CheckReport) -> Table:
     rows = {
         "records": report.records, "usable": report.usable, "text only": report.text_only,
         "with one image": report.one_image, "with several images": report.several_images,
-        "with a video": report.videos,
+        "with a video": report.videos, "boxes and points": report.boxes,
         "different image files": len(report.images), "answers": report.answers,
         "answers as context (weight 0)": report.context_answers, "records with weights": report.weighed,
         "records with tools": report.tools, "tokens": report.tokens,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mm_moslora.data.images.picture_faults import (
     FAULT_CODES,
@@ -79,7 +79,7 @@ class Picture(Protocol):
         ...
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height as stored, from the header alone; None for a picture that is not fetched yet.
+        """Width and height, upright, from the header alone; None for a picture that is not fetched yet.
 
         Raises:
             ImageError: a fault in the header, as from `rgb`.
@@ -199,19 +199,27 @@ def check_image(path: Path) -> tuple[int, int]:
     """Check a picture by its header alone, without decoding it.
 
     Returns:
-        Width and height in pixels, as stored.
+        Width and height in pixels, upright.
 
     Raises:
         ImageError: a fault in the header, as from `open_image`; damage after the header is not detected.
     """
     with _regular_file(path) as stream, _opened(stream, str(path)) as image:
-        return image.size
+        return _upright_size(image)
 
 
 def check_image_bytes(data: bytes, *, name: str = "image") -> tuple[int, int]:
     """Check the bytes of a picture file by their header alone; see `check_image`."""
     with _opened(io.BytesIO(data), name) as image:
-        return image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """The size that `as_rgb` gives. Only orientations ahead of the pixels are seen: the others need them all."""
+    with suppress(Exception):  # see `as_rgb`
+        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            return image.height, image.width
+    return image.size
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
+from mm_moslora.config.data_config import MAX_VIDEO_FRAMES
 from mm_moslora.data.images.picture_faults import FAULT_CODES, ImageError, faults_of_pictures
 from mm_moslora.data.images.pyav_decode import (
     MAX_FRAMES,
@@ -59,8 +60,6 @@ SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", "
 """Suffixes of files that count as videos on a command line and in a tar file."""
 MAX_BYTES = 4 * 2**30
 """Larger files are not read."""
-MAX_SHOWN = 8192
-"""Most frames that are shown of one video."""
 _ANIMATIONS = ("GIF", "WEBP", "PNG")
 _MAX_COMPOSED = 1_000_000_000
 """Most pixels of all frames of an animation: Pillow composes each on the whole canvas, 75 million pixels a second."""
@@ -176,9 +175,10 @@ class Clip:
             if self.fps is not None and facts.fps is not None:
                 count = max(1, int(facts.frames * min(1.0, self.fps / facts.fps)))
             self._indices = frame_indices(facts.frames, count)
-        if (shown := len(self._indices)) > MAX_SHOWN:
+        if (shown := len(self._indices)) > MAX_VIDEO_FRAMES:
             remedy = "lower video_frames or video_fps of its source"
-            raise ImageError(Code.VIDEO_TOO_LONG, self.name, f"gives {shown} frames, at most {MAX_SHOWN}", remedy)
+            what = f"gives {shown} frames, at most {MAX_VIDEO_FRAMES}"
+            raise ImageError(Code.VIDEO_TOO_LONG, self.name, what, remedy)
         self._facts = facts
         return self._indices
 

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,7 @@ class TableSource(RecordSource):
 
         super().__init__(Path(config.path), rules)
         table = _load(config)
-        odd = sorted(set(config.columns.values()) - set(table.column_names))
-        if odd:
-            hint = suggestion(odd[0], table.column_names)
-            raise DataError(
-                f"{config.path}: columns names {odd[0]!r}, but the columns are {', '.join(table.column_names)}.{hint}"
-            )
+        _check_columns(config, table.column_names)
         self._names = {own: name for name, own in config.columns.items()}
         self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
         self._store = hub_store(config.path.removeprefix("hf:")) if config.path.startswith("hf:") else ()
@@ -89,6 +85,14 @@ class TableSource(RecordSource):
     def commit(self) -> str | None:
         """The commit of a data set of the hub."""
         return hub_revision(self._table) if self._store else None
+
+
+def _check_columns(config: SourceConfig, found: Sequence[str]) -> None:
+    if odd := sorted(set(config.columns.values()) - set(found)):
+        raise DataError(
+            f"{config.path}: columns names {odd[0]!r}, but the columns are {', '.join(found)}."
+            f"{suggestion(odd[0], found)}"
+        )
 
 
 def hub_revision(table: Any) -> str | None:
@@ -161,16 +165,28 @@ def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
 
 
 def _load(config: SourceConfig) -> Dataset:
+    path, name = Path(config.path), config.path.removeprefix("hf:")
+    with _loading(config):
+        if config.streaming:
+            return _streamed(config, name)
+        if _is_saved(path):
+            return _of_split(load_saved(path), config)
+        return _of_split(load_checked(**_arguments(config, name)), config)
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+@contextmanager
+def _loading(config: SourceConfig) -> Iterator[None]:
+    """Make every error of `datasets` a DataError that names the source."""
     import datasets
 
     datasets.disable_progress_bars()
-    path, name = Path(config.path), config.path.removeprefix("hf:")
     try:
-        if config.streaming:
-            return _streamed(config, name)
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _of_split(load_saved(path), config)
-        return _of_split(load_checked(**_arguments(config, name)), config)
+        yield
     except DataError:
         raise
     except Exception as error:  # datasets raises many types
@@ -269,6 +285,8 @@ def undecoded(table: Any) -> Any:
     Args:
         table: a `Dataset` or an `IterableDataset`.
     """
+    if table.features and hasattr(table, "decode"):  # a stream of the hub decodes in threads, whatever its features
+        table = table.decode(False)
     for name, feature in (table.features or {}).items():
         plain = _replaced(feature, lambda file: dataclasses.replace(file, decode=False))
         if plain != feature:
@@ -285,6 +303,51 @@ def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
     if dataclasses.is_dataclass(feature) and not isinstance(feature, type) and hasattr(feature, "feature"):
         return dataclasses.replace(feature, feature=_replaced(feature.feature, change))
     return feature
+
+
+def table_stream(config: SourceConfig) -> Any:
+    """The rows of a table in order, as an `IterableDataset`, with the names of records and pictures not decoded.
+
+    Raises:
+        DataError: see `TableSource`.
+    """
+    path, name = Path(config.path), config.path.removeprefix("hf:")
+    with _loading(config):
+        if _is_saved(path):
+            stream = _of_split(load_saved(path), config).to_iterable_dataset()
+        else:
+            stream = undecoded(load_checked(**_arguments(config, name), streaming=True))
+    if stream.column_names is not None:
+        _check_columns(config, stream.column_names)
+    return stream
+
+
+def row_of_stream(row: Mapping[str, Any], features: Any, config: SourceConfig) -> dict[str, Any]:
+    """A row of `table_stream` with the fields of a record; pictures are bytes or paths.
+
+    Args:
+        row: its columns.
+        features: of the stream; None where they are not known.
+        config: of the source.
+    """
+    names = {own: field for field, own in config.columns.items()}
+    row = _fetched(row, config.path.removeprefix("hf:")) if config.path.startswith("hf:") else row
+    values: dict[str, Any] = {}
+    for own, cell in row.items():
+        labels = getattr((features or {}).get(own), "names", None)
+        value = cell if labels is None or cell is None else labels[cell] if cell >= 0 else None
+        if value is not None:
+            values[names.get(own, own)] = _compact(value)
+    return values
+
+
+def _compact(value: Any) -> Any:
+    """Plain data without the empty keys that Arrow adds to the parts of a message."""
+    if isinstance(value, list):
+        return [_compact(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _compact(item) for key, item in value.items() if item is not None}
 
 
 def _streamed(config: SourceConfig, name: str) -> Dataset:

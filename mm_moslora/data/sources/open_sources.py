@@ -11,17 +11,18 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import HeldOut, Objective, SourceConfig
 from mm_moslora.data.chat.judged_records import SHOWN
 from mm_moslora.data.chat.records import Record, RecordFile, RecordSource, require_file
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import ImageProcessing
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -37,7 +38,9 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
     _require_apart(sources)
     for config in sources:
         kind, path = _kind_of(config), Path(config.path)
-        if kind == "json":
+        if config.endless and stream_files(config):
+            pass
+        elif kind == "json":
             require_file(path)
         elif kind == "webdataset":
             from mm_moslora.data.sources.webdataset_tars import files_of
@@ -45,7 +48,7 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
             files_of(config.path)
         elif path.suffix in TABLE_SUFFIXES and not path.exists() and not glob.glob(config.path):
             raise DataError(f"No file matches {config.path}. Check its path.")
-        _rules(config, path.parent)
+        rules_of(config)
 
 
 def _require_apart(sources: Sequence[SourceConfig]) -> None:
@@ -65,25 +68,50 @@ def _content_of(source: SourceConfig) -> tuple[str, str | None, str]:
     return (os.path.realpath(source.path) if os.path.exists(source.path) else source.path), source.subset, source.split
 
 
-def open_source(config: SourceConfig) -> RecordSource:
+def open_source(config: SourceConfig, *, processing: ImageProcessing | None = None) -> RecordSource:
     """Open one source by its configuration.
 
+    Args:
+        config: of the source.
+        processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
+
     Raises:
-        DataError: it is missing, of an unknown kind, or cannot be read.
+        DataError: it is missing, of an unknown kind, cannot be read, or has no end.
     """
-    kind = _kind_of(config)
+    if config.endless:
+        raise DataError(
+            f"data source {config.path!r} has streaming without limit, so it has no end, and only training reads it. "
+            "Name one of its files, or for a table set limit and limit_by: first."
+        )
+    kind, rules = _kind_of(config), rules_of(config, processing)
     if kind == "json":
-        source: RecordSource = RecordFile(Path(config.path), _rules(config, Path(config.path).parent))
+        source: RecordSource = RecordFile(Path(config.path), rules)
     elif kind == "webdataset":
         from mm_moslora.data.sources.webdataset_tars import TarSource
 
-        source = TarSource(config.path, _rules(config, Path(config.path).parent))
+        source = TarSource(config.path, rules)
     else:
         from mm_moslora.data.sources.hf_tables import TableSource
 
-        path = Path(config.path)
-        source = TableSource(config, _rules(config, path if path.is_dir() else path.parent))
+        source = TableSource(config, rules)
     return _held_apart(_limited(source, config), config)
+
+
+def stream_files(config: SourceConfig) -> list[Path]:
+    """The files of JSON records or tar files that make up a stream, in order; none for a table.
+
+    Raises:
+        DataError: no file matches.
+    """
+    from mm_moslora.data.sources.webdataset_tars import files_of
+
+    folder = Path(config.path)
+    if config.format == "auto" and folder.is_dir():
+        if (folder / "metadata.jsonl").is_file():  # a folder of pictures
+            return []
+        found = (sorted(folder.glob(pattern)) for pattern in ("*.jsonl", "*.tar"))
+        return next((files for files in found if files), [])
+    return [] if _kind_of(config) == "table" else files_of(config.path)
 
 
 def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
@@ -118,20 +146,24 @@ def open_sources(
     Args:
         sources: to be opened.
         objective: what is learned from them; their records become conversations, see `judged_records.SHOWN`.
-        processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
+        processing: see `open_source`.
 
     Raises:
         DataError: no source is named, or one cannot be read.
     """
     require_sources(sources)
-    opened = [open_source(source) for source in sources]
-    for source in opened:
-        source.rules = replace(source.rules, videos=None if processing is None else processing.videos)
+    opened = [open_source(source, processing=processing) for source in sources]
     return opened if objective == "sft" else [ShownRecords(source, objective) for source in opened]
 
 
-def _rules(config: SourceConfig, beside: Path) -> PictureRules:
-    folder = Path(config.image_folder) if config.image_folder else beside
+def rules_of(config: SourceConfig, processing: ImageProcessing | None = None) -> PictureRules:
+    """Where a source's pictures may lie, and whether its videos stay videos.
+
+    Raises:
+        DataError: `image_folder` is no folder.
+    """
+    path = Path(config.path)
+    folder = Path(config.image_folder) if config.image_folder else path if path.is_dir() else path.parent
     if config.image_folder and not folder.is_dir():
         raise DataError(
             f"image_folder of {config.path} is {folder}, which is no folder. Name the folder of its images."
@@ -142,6 +174,7 @@ def _rules(config: SourceConfig, beside: Path) -> PictureRules:
         hosts=tuple(host.lower() for host in config.image_hosts),
         video_frames=config.video_frames,
         video_fps=config.video_fps,
+        videos=None if processing is None else processing.videos,
     )
 
 

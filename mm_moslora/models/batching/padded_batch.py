@@ -150,14 +150,14 @@ def text_inputs(
     ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    named = [name for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)]
-    if named:
-        of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
-        types = torch.isin(ids, of_pictures).long()
-        if (video := getattr(model.config, "video_token_id", None)) is not None:
-            types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
-        inputs |= dict.fromkeys(named, types * mask)
-    return inputs
+    taken = [name for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)]
+    if not taken:  # also a language model alone, which has no image token
+        return inputs
+    of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
+    types = torch.isin(ids, of_pictures).long()
+    if (video := getattr(model.config, "video_token_id", None)) is not None:
+        types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
+    return inputs | dict.fromkeys(taken, types * mask)
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:

@@ -5,6 +5,7 @@ Shapes: ``H x W`` pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.batch import Example, ImageProcessing, PictureFrame, ProcessedImage
+from mm_moslora.config import BoxFormName
+from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.models.vision.feature_cache import pixel_hash
 
 if TYPE_CHECKING:
@@ -28,13 +31,18 @@ class SquareImageProcessing:
         image_processor: of the tower.
         image_token_id: the placeholder.
         tokens: visual tokens per picture.
+        boxes: see `ImageProcessing.boxes`.
     """
 
     fixed = True
     videos = None
 
-    def __init__(self, image_processor: Any, *, image_token_id: int, tokens: int) -> None:
+    def __init__(
+        self, image_processor: Any, *, image_token_id: int, tokens: int, boxes: BoxFormName | None = None
+    ) -> None:
+        self.boxes, self._processor = boxes, image_processor
         self._transform = image_transform(image_processor)
+        self._probed = functools.lru_cache(maxsize=65_536)(self._probe)
         self._placeholders = (image_token_id,) * tokens
 
     def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
@@ -49,6 +57,22 @@ class SquareImageProcessing:
     def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """See `ImageProcessing.placeholders`."""
         return [self._placeholders] * len(sizes)
+
+    def frame(self, size: tuple[int, int]) -> PictureFrame:
+        """See `ImageProcessing.frame`."""
+        side = _whole_square(self._processor)
+        if side is None:
+            return self._probed(size)
+        if not self._processor.do_pad:
+            return PictureFrame(width=side, height=side, scale=(side / size[0], side / size[1]))
+        square, *corner = _square(size)
+        left, top = (start * side / square for start in corner)
+        return PictureFrame(width=side, height=side, scale=(side / square,) * 2, offset=(left, top))
+
+    def _probe(self, size: tuple[int, int]) -> PictureFrame:
+        found = probed_frame(size, lambda image: self._transform(image)[None].double().numpy())
+        assert found is not None
+        return found
 
 
 def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:
@@ -95,10 +119,16 @@ def _whole_square(processor: LlavaImageProcessorPil) -> int | None:
 def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     if image.width == image.height:
         return image
-    side = max(image.size)
+    side, left, top = _square(image.size)
     square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    square.paste(image, (left, top))
     return square
+
+
+def _square(size: tuple[int, int]) -> tuple[int, int, int]:
+    """Side of the square around a picture, and where the picture begins in it."""
+    side = max(size)
+    return side, (side - size[0]) // 2, (side - size[1]) // 2
 
 
 def dummy_image_example(image_processing: ImageProcessing) -> Example:

@@ -18,17 +18,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from mm_moslora.batch import ProcessedImage, Video, VideoSampling
+from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
+from mm_moslora.config import BoxFormName
 from mm_moslora.models.batching.single_pictures import flat
 from mm_moslora.models.families import PICTURE_TOKENS, processor_family
+from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
 
+_PROBED = ((320, 240), (96, 288))
+"""Pictures that show whether any picture is cropped or padded."""
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
@@ -38,14 +43,16 @@ class ProcessorImageProcessing:
     Args:
         processor: with `image_token`.
         image_token_id: the token that visual features replace.
+        boxes: see `ImageProcessing.boxes`.
     """
 
     fixed = False
 
-    def __init__(self, processor: Any, *, image_token_id: int) -> None:
-        self.processor, self.image_token_id = processor, image_token_id
+    def __init__(self, processor: Any, *, image_token_id: int, boxes: BoxFormName | None = None) -> None:
+        self.processor, self.image_token_id, self.boxes = processor, image_token_id, boxes
         self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
+        self.frame = functools.lru_cache(maxsize=65_536)(self._frame)
         self._shapes = functools.lru_cache(maxsize=4_096)(self._video_shapes)
 
     @functools.cached_property
@@ -93,6 +100,36 @@ class ProcessorImageProcessing:
         # Another filter gives the same shapes; transformers warns that some are not for every device.
         plain = {"do_sample_frames": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
         return dict(self.processor.video_processor([video], **plain))
+
+    def _frame(self, size: tuple[int, int]) -> PictureFrame:
+        """See `ImageProcessing.frame`."""
+        if not self._shows_all:
+            found = probed_frame(size, self._pixels)
+            if found is not None:
+                return found
+        if self.boxes != "qwen2_5_vl":  # the others count shares of the picture
+            return PictureFrame(width=size[0], height=size[1])
+        grid = self._call([Image.new("RGB", size)])[1].get("image_grid_thw")
+        if grid is None:
+            raise ModelError(
+                "model.boxes is qwen2_5_vl, whose boxes count pixels of the resized picture, and "
+                f"{type(self.processor).__name__} does not show that size. Choose another form."
+            )
+        height, width = (int(count) * int(self.processor.image_processor.patch_size) for count in grid[0, 1:])
+        return PictureFrame(width=width, height=height, scale=(width / size[0], height / size[1]))
+
+    @functools.cached_property
+    def _shows_all(self) -> bool:
+        """Whether pictures of two shapes are seen as a whole and fill what the model sees; then others are, too."""
+        frames = [(size, probed_frame(size, self._pixels)) for size in _PROBED]
+        return all(
+            frame is None or (*frame.offset, *frame.seen(*size)) == (0, 0, frame.width, frame.height)
+            for size, frame in frames
+        )
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.float64]:
+        tensors = self._call([image])[1]
+        return np.asarray(tensors["pixel_values"].double())
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])

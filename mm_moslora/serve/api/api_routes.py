@@ -112,12 +112,12 @@ class _Chat:
                 prepared = await self._intake.prepared(request, chat, reservation)
                 chat = replace(chat, messages=())
                 form = self._engine.models.call_form if chat.tools else None
-                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), call_form=form)
+                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), call_form=form, boxes=prepared.boxes)
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))
                 if chat.stream:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
                 else:
-                    await JSONResponse(reply.whole())(scope, receive, send)
+                    await JSONResponse(await asyncio.to_thread(reply.whole))(scope, receive, send)
             finally:
                 self._busy -= 1
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mm_moslora.data.boxes.box_forms import FoundBox
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, Ending
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
@@ -52,6 +54,8 @@ class Reply:
     prompt_tokens: int
     call_form: dict[str, Any] | None = None
     """The form of calls, see `tool_replies`; None: answers call no tools."""
+    boxes: Callable[[str], list[FoundBox]] = lambda _: []
+    """Reads the boxes of an answer."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -91,7 +95,8 @@ class Reply:
                     "content": choice.text if choice.text.strip() or not choice.calls else None,
                 }
                 | ({"reasoning_content": choice.thoughts} if choice.thoughts else {})
-                | ({"tool_calls": choice.calls} if choice.calls else {}),
+                | ({"tool_calls": choice.calls} if choice.calls else {})
+                | ({"boxes": [asdict(box) for box in boxes]} if (boxes := self.boxes(choice.text)) else {}),
                 "finish_reason": _reason(choice), "logprobs": None,
             }
             for index, choice in enumerate(self._choices)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.boxes.box_forms import FoundBox
 from mm_moslora.data.chat.conversation_encoder import UnrenderedTools
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.records import Turn
@@ -32,6 +33,8 @@ class Prepared:
 
     input_ids: Tensor
     images: list[ProcessedImage]
+    boxes: Callable[[str], list[FoundBox]]
+    """Reads the boxes of an answer, in pixels of the last picture's file."""
 
     @property
     def bytes(self) -> int:
@@ -103,7 +106,8 @@ def prepare(
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
-    return Prepared(input_ids=ids, images=images)
+    last = pictures[-1].size if pictures else None
+    return Prepared(input_ids=ids, images=images, boxes=lambda text: models.boxes(text, last) if last else [])
 
 
 def _longest(models: Models, limits: Limits) -> int:

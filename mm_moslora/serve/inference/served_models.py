@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.batch import ProcessedImage
+from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.preprocessing_print import check_preprocessing
@@ -133,6 +134,12 @@ class Models:
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             placeholders = [item.placeholders for item in images]
             return self.encoder.encode_prompt(turns, pictures=placeholders, thinking=thinking), images
+
+    def boxes(self, answer: str, size: tuple[int, int]) -> list[FoundBox]:
+        """The boxes in an answer about a picture of this size, see `read_boxes`; none where they cannot be placed."""
+        with self._alone, suppress(ModelError):
+            return read_boxes(answer, self.assembly.image_processing, size)
+        return []
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.

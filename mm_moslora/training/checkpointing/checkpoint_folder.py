@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Manifest:
     """Relative path to {bytes, sha256}."""
     data: str = ""
     """Fingerprint of the training set; the data cursor is valid for this set only."""
+    place: dict[str, Any] = field(default_factory=dict)
+    """Place of the run in a stream of training data, see `TrainingStream.place`; empty without a stream."""
     precision: str = ""
     """Resolved `train.precision` of that machine; empty in checkpoints of older versions."""
     micro_tokens: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import is_adapter_parameter
@@ -41,6 +41,7 @@ PROBE = 256
 """Number of tokens for which activations are counted."""
 _DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 """Matrix products with weights; all other products belong to attention."""
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +202,12 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
     size = torch.finfo(dtype).bits // 8
-    with _MetaAndHost():
+    with _MetaAndHost(), _FusedAttention():
         look = _look(bones, tower, dtype)
         with torch.no_grad(), _widest(tower) as widest, _watched(tower) as measured:
             look()
         largest = _largest_again(tower) if checkpointing else [0]
-        with _FusedAttention():
-            saved = kept_bytes(look, bones.model) + max(largest)
+        saved = kept_bytes(look, bones.model) + max(largest)
     tiles, patches, width = _tiles(bones.image, tower, measured)
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
     workspace = max(widest) + 4 * patches * width * size + measured.pixels.numel() * (4 + size)
@@ -262,7 +262,8 @@ def _tiles(spec: ImageSpec | None, tower: Any, measured: _MeasuredPass) -> tuple
 @contextmanager
 def _watched(tower: nn.Module) -> Iterator[_MeasuredPass]:
     """Input, output and FLOPs of a tower."""
-    measured, stack = _MeasuredPass(counter=FlopCounterMode(display=False)), ExitStack()
+    counted = {_FUSED: lambda *shapes, out_shape=None, **_: sdpa_flop_count(*shapes[:3])}
+    measured, stack = _MeasuredPass(counter=FlopCounterMode(display=False, custom_mapping=counted)), ExitStack()
 
     def before(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         measured.pixels = next(item for item in (*args, *keywords.values()) if isinstance(item, Tensor))
@@ -309,8 +310,7 @@ class _FusedAttention(TorchFunctionMode):
     ) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(*args[:3], scale=(kwargs or {}).get("scale"))[0]
+        return _FUSED(*args[:3], scale=(kwargs or {}).get("scale"))[0]
 
 
 class _MetaAndHost(TorchDispatchMode):
@@ -323,10 +323,10 @@ class _MetaAndHost(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         arguments = (args, kwargs or {})
-        tensors = [item for item in tree_leaves(arguments) if isinstance(item, Tensor)]
-        if any(item.is_meta for item in tensors):
-            if func is torch.ops.aten._local_scalar_dense.default:
-                return True
+        on_meta = {item.is_meta for item in tree_leaves(arguments) if isinstance(item, Tensor)}
+        if True in on_meta and func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        if len(on_meta) == 2:
             arguments = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, arguments)
         return func(*arguments[0], **arguments[1])
 

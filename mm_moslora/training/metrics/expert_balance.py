@@ -1,7 +1,7 @@
 """How routers spread tokens over experts in training: shares, their variation, and the model's auxiliary loss.
 
-Shapes: T tokens, E experts, K experts per token. Routers do not train; these numbers tell whether the adapters are
-trained by few tokens, and whether new data use other experts than the model was balanced for.
+Shapes: G rows of S tokens, T tokens, E experts, K experts per token. Routers do not train; these numbers tell
+whether the adapters are trained by few tokens, and whether new data use other experts than the model was balanced for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ExpertBalance:
     """Counts the tokens of every expert from now on, while the model trains.
 
     A module with stacked parameters counts where it gets the experts of its tokens, whole numbers, as an argument: that
-    is how transformers calls experts. Models without such modules have no metrics.
+    is how transformers calls experts. Models without such modules have no metrics. Padding does not count: the
+    attention mask of the forward pass tells it.
 
     Args:
         model: with or without adapters.
@@ -40,10 +41,26 @@ class ExpertBalance:
         self._probabilities: dict[str, Tensor] = {}
         self.shares: dict[str, list[float]] = {}
         """Share of every expert in the last logged steps, by module path."""
+        self._mask: Tensor | None = None
+        for path, module in modules.items():
+            if isinstance(module, PreTrainedModel) and any(holder.startswith(path) for holder in holders):
+                module.register_forward_pre_hook(self._read_mask, with_kwargs=True)
         for path, (module, experts) in holders.items():
             module.register_forward_pre_hook(self._counting(path, experts), with_kwargs=True)
         for path, (module, index) in _routers(modules).items() if holders else ():
             module.register_forward_hook(self._adding_up(path, index))
+
+    def _read_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        # A model hands the one inside on what it made of the mask: ``[G, 1, S, S]``, or one for every kind of layer.
+        if module.training and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+            self._mask = mask
+
+    def _real(self, rows: Tensor) -> Tensor:
+        """1 for the rows of tokens, 0 for those of padding, ``[T, 1]``."""
+        if self._mask is None or self._mask.numel() != len(rows):
+            return rows.new_ones((len(rows), 1))
+        return self._mask.to(rows.device, rows.dtype).view(-1, 1)
 
     def _counting(self, path: str, experts: int) -> Callable[..., None]:
         @torch.no_grad()
@@ -54,7 +71,8 @@ class ExpertBalance:
             chosen = next((value for value in tensors if value.dtype in (torch.int64, torch.int32)), None)
             if chosen is not None:  # E stands for an expert of another rank
                 numbers = torch.arange(experts, device=chosen.device)  # bincount would wait for the GPU
-                _add(self._counts, path, (chosen.flatten()[:, None] == numbers).sum(0).double())
+                rows = (chosen.reshape(-1, chosen.shape[-1], 1) == numbers).sum(1)
+                _add(self._counts, path, (rows * self._real(rows)).sum(0).double())
 
         return count
 
@@ -64,7 +82,8 @@ class ExpertBalance:
             if module.training and not torch.compiler.is_compiling():
                 logits = output[index] if isinstance(output, tuple | list) else output
                 rows = logits.detach().float().flatten(0, -2).softmax(-1)
-                _add(self._probabilities, path, torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]).double())
+                real = self._real(rows)
+                _add(self._probabilities, path, torch.cat([(rows * real).sum(0), real.sum(0)]).double())
 
         return add_up
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
+from preloaded import Preloaded
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -131,7 +132,7 @@ def test_adapted_merged_and_folded_models_give_the_same_logits(name: str, tmp_pa
         assert close(logits(folded(base(name), tmp_path / "own")), live)
 
 
-def test_plain_peft_without_this_package_computes_the_same(tmp_path: Path) -> None:
+def test_plain_peft_without_this_package_computes_the_same(python: Preloaded, tmp_path: Path) -> None:
     model = adapted()
     save_adapter(model, tmp_path / "adapter")
     base().save_pretrained(tmp_path / "base")
@@ -145,7 +146,7 @@ with torch.no_grad():
 assert "mm_moslora" not in sys.modules
 torch.save([live, merged], {str(tmp_path / "logits.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([python.stock, "-c", code], check=True, capture_output=True)
     for found in torch.load(tmp_path / "logits.pt"):
         assert close(found, logits(model))
 

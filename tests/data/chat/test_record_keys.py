@@ -45,7 +45,6 @@ def test_keys_of_turns(key, bad, neutral, llava) -> None:
     ("chosen", ["a", {"role": "assistant", "content": "a"}], [None, ""]),
     ("rejected", ["a"], [None]),
     ("rejected_response", ["a", ["a"]], ["", None]),
-    ("objects", [{"ref": ["a"], "bbox": [[1, 2, 3, 4]]}], [{"ref": [], "bbox": []}, {}, None]),
     ("label", [False, 0, 0.0, "false", "False", "0"], [True, 1, 3, "cat", None, float("nan"), ""]),
     ("labels", [[True, False], False], [[True], [0, 3], ["cat"], [], None]),
     ("kto_tag", [False, 0, "false"], [True, 1, "true", None]),

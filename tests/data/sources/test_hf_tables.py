@@ -28,6 +28,7 @@ def picture_folder(kind: str) -> dict[str, bytes]:
 FROM_THE_HUB = """
 import json
 from mm_moslora.config import SourceConfig
+from mm_moslora.data.sources.endless_sources import open_endless
 from mm_moslora.data.sources.open_sources import open_source
 
 for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
@@ -36,6 +37,12 @@ for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
         for row in range(2):
             colour = source[row].images[0].rgb().getpixel((0, 0))
             print(json.dumps([len(source), source[row].turns[1].text, colour]))
+
+classes = SourceConfig(path="hf:me/classes", columns={"caption": "label"}, streaming=True)
+endless = open_endless(classes, "data.train.0", seed=0, shuffled=True)
+for _ in range(4):
+    record = endless.take()
+    print(json.dumps([2, record.turns[1].text, record.images[0].rgb().getpixel((0, 0))]))
 """
 
 
@@ -163,7 +170,7 @@ class TestTables:
             done = run_beside(hub, tmp_path, FROM_THE_HUB)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = [(2, "cat", [1, 0, 0]), (2, "dog", [2, 0, 0])]
-        assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 4
+        assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 6
 
     @pytest.mark.parametrize("where", ["table", "split"])
     def test_a_saved_set_names_no_table_elsewhere(self, tmp_path: Path, where: str) -> None:
@@ -190,8 +197,10 @@ class TestTables:
             open_source(SourceConfig(path=str(tmp_path / "d")))
         with pytest.raises(DataError, match="No file matches"):
             open_source(SourceConfig(path=str(tmp_path / "*.parquet")))
-        with pytest.raises(ConfigError, match="streaming is set, so set limit"):
-            SourceConfig(path="hf:x", streaming=True)
+        with pytest.raises(ConfigError, match="streaming and limit are set, so set limit_by: first"):
+            SourceConfig(path="hf:x", streaming=True, limit=3)
+        with pytest.raises(DataError, match="it has no end, and only training reads it"):
+            open_source(SourceConfig(path="hf:x", streaming=True))
 
     @pytest.mark.parametrize("streamed", [False, True])
     @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def measures(run: Path) -> list[dict[str, float]]:
 def runs(parts, ranks, tmp_path_factory) -> Path:
     """Orthonormal factors on two ranks, straight and in two halves; and in one process of plain torch."""
     folder = tmp_path_factory.mktemp("forms")
-    kinds = {"zero0": "fp32", "zero1": "fp32", "zero2": "fp32", "zero2_offload": "fp32", "bf16": "bf16"}
+    kinds = {"zero0": "fp32", "zero1": "fp32", "zero2_offload": "fp32", "bf16": "bf16"}  # the last on ZeRO-2
 
     def recipe(name: str, kind: str) -> str:
         zero = "zero2" if kind == "bf16" else kind
@@ -49,7 +49,7 @@ def runs(parts, ranks, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["none", "zero0", "zero1", "zero2", "zero2_offload", "bf16"])
+@pytest.mark.parametrize("kind", ["none", "zero0", "zero1", "zero2_offload", "bf16"])
 def test_orthonormal_factors_stay_so_on_the_masters(kind, runs):
     before, after = factors(runs / "bf16-halves", HALF), factors(runs / f"{kind}-straight")
     assert any("lora_B" in name for name in after)
@@ -60,7 +60,7 @@ def test_orthonormal_factors_stay_so_on_the_masters(kind, runs):
         assert not torch.equal(factor, before[name]), name
 
 
-@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero2_offload"])
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2_offload"])
 def test_orthonormal_factors_give_the_numbers_of_plain_torch(kind, runs):
     assert losses(runs / f"{kind}-straight") == pytest.approx(losses(runs / "none-straight"), rel=1e-5)
     expected = factors(runs / "none-straight")
@@ -68,7 +68,7 @@ def test_orthonormal_factors_give_the_numbers_of_plain_torch(kind, runs):
         assert torch.allclose(factor, expected[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "bf16"])
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "bf16"])
 def test_orthonormal_factors_go_on_exactly(kind, runs):
     assert hexed(runs / f"{kind}-halves") == hexed(runs / f"{kind}-straight")
     assert weights(runs / f"{kind}-halves", STEPS) == weights(runs / f"{kind}-straight", STEPS)

@@ -1,0 +1,27 @@
+"""The boxes of a model's answer, in pixels of the picture's file, for tasks that score them."""
+
+from __future__ import annotations
+
+from mm_moslora.batch import ImageProcessing
+from mm_moslora.data.boxes.box_forms import read_boxes
+from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.protocol.model_interface import Request
+from mm_moslora_eval.scoring.answer_scoring import without_thinking
+from mm_moslora_eval.sources.image_controls import open_image
+
+
+def boxes_of(request: Request, text: str, processing: ImageProcessing | None) -> tuple[tuple[float, ...], ...] | None:
+    """`Answer.boxes` of a text.
+
+    Raises:
+        EvalError: the model's form of boxes is not known.
+    """
+    if not request.boxes or not request.images:
+        return None
+    if processing is None or processing.boxes is None:
+        raise EvalError(
+            "The task scores boxes, and neither family nor vocabulary of this model says in which form it writes them. "
+            "Set model.boxes in the recipe of its training."
+        )
+    found = read_boxes(without_thinking(text).text, processing, open_image(request.images[-1]).size)
+    return tuple(box.numbers for box in found)

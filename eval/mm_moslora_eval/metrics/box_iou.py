@@ -1,0 +1,42 @@
+"""Intersection over union of boxes that texts hold as `[x1, y1, x2, y2]`, and the first box of a text."""
+
+from __future__ import annotations
+
+import re
+
+Box = tuple[float, float, float, float]
+_NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+
+def first_box(text: str) -> str:
+    """The first box in a text, as text; empty without one. RefCOCO's rule: one answer, not the best of several."""
+    match = _BOX.search(text)
+    return "" if match is None else match[0]
+
+
+def iou(parsed: str, reference: str) -> float:
+    """Intersection over union of the first box of two texts, 0 to 1; 0 where one has no box, or none with an area."""
+    a, b = _box(parsed), _box(reference)
+    if a is None or b is None:
+        return 0.0
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    return shared / (_area(a) + _area(b) - shared)
+
+
+def iou_50(parsed: str, reference: str) -> float:
+    """1 where `iou` is at least 0.5, the accuracy of RefCOCO."""
+    return float(iou(parsed, reference) >= 0.5)
+
+
+def _box(text: str) -> Box | None:
+    match = _BOX.search(text)
+    if match is None:
+        return None
+    left, top, right, bottom = map(float, match.groups())
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

@@ -1,0 +1,272 @@
+"""Boxes and points of records: the key `objects`, and the placeholders in the texts that they fill.
+
+Two forms are read: ms-swift's lists (`ref`, `bbox`, `bbox_type`, `image_id`), and a list of objects with `label`,
+`bbox` or `point`, and `image_id`. Coordinates are pixels of the picture's file, upright, or shares of its sides
+(`bbox_type: norm1`).
+`<ref-object>` and `<bbox>` stand for the next label and the next box or point, `<objects>` for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.data.boxes.box_forms import FORMS, SPECIAL, CroppedError, coordinates, write_list, write_place
+from mm_moslora.data.chat.record_keys import checked_text
+from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import ImageProcessing
+
+REF, BOX, ALL = "<ref-object>", "<bbox>", "<objects>"
+_MARKS = re.compile(f"{REF}|{BOX}|{ALL}")
+_OF_LISTS = ("ref", "bbox", "bbox_type", "image_id")
+_OF_OBJECT = ("label", "bbox", "point", "image_id")
+_SLACK = 1.0
+"""Pixels by which a box may leave its picture: annotation tools round; it is cut there."""
+_SHAPE = (
+    "write {ref: [...], bbox: [[x1, y1, x2, y2], ...], image_id: [...]}, or a list of {label, bbox or point, image_id}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A box or a point in a picture."""
+
+    numbers: tuple[float, ...]
+    """x1, y1, x2, y2 of a box; x, y of a point."""
+    image: int = 0
+    """Number of its picture in the record."""
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """What `objects` of a record holds."""
+
+    refs: tuple[str, ...] = ()
+    """For `<ref-object>`, in order."""
+    places: tuple[Place, ...] = ()
+    """For `<bbox>`, in order."""
+    shares: bool = False
+    """Whether coordinates are shares of the picture's sides, 0 to 1."""
+
+    def in_pixels(self, sizes: Sequence[tuple[int, int]], where: Where) -> tuple[Place, ...]:
+        """The places in pixels of their pictures.
+
+        Args:
+            sizes: widths and heights of the record's pictures, upright.
+            where: for messages.
+
+        Raises:
+            RecordError: one lies outside of its picture.
+        """
+        result = []
+        for index, place in enumerate(self.places):
+            sides = sizes[place.image] * (len(place.numbers) // 2)
+            scaled = [value * side for value, side in zip(place.numbers, sides, strict=True)]
+            numbers = scaled if self.shares else place.numbers
+            if any(not -_SLACK <= value <= side + _SLACK for value, side in zip(numbers, sides, strict=True)):
+                unit = "shares, 0 to 1" if self.shares else f"pixels; its picture has {sides[0]} x {sides[1]}"
+                what = f"{_shown(place.numbers)} lies outside of its picture ({unit})"
+                remedy = "write corners (not x, y, width, height) in pixels of the file, or drop the record"
+                raise where.error(Code.BAD_BOX, f"objects.bbox[{index}]", what, remedy)
+            cut = tuple(min(max(value, 0.0), float(side)) for value, side in zip(numbers, sides, strict=True))
+            result.append(replace(place, numbers=cut))
+        return tuple(result)
+
+
+def objects_of(value: Any, where: Where) -> Objects:
+    """Read `objects` of a record.
+
+    Raises:
+        RecordError: BAD_BOX; another form, a wrong number of coordinates, NaN, reversed corners.
+    """
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except StrictJsonError as error:
+            raise where.error(Code.BAD_BOX, "objects", f"is no JSON ({error})", _SHAPE) from error
+    if isinstance(value, Mapping):
+        return _of_lists(value, where)
+    if not isinstance(value, list):
+        raise where.error(Code.BAD_BOX, "objects", f"is {kind_of(value)}", _SHAPE)
+    refs, places = [], []
+    for index, item in enumerate(value):
+        field = f"objects[{index}]"
+        if not isinstance(item, Mapping) or not {"bbox", "point"} & item.keys():
+            raise where.error(Code.BAD_BOX, field, "has neither bbox nor point", _SHAPE)
+        _refuse_unknown(item, _OF_OBJECT, field, where)
+        if not is_nothing(item.get("bbox")) and not is_nothing(item.get("point")):
+            raise where.error(Code.BAD_BOX, field, "has a bbox and a point", "write two objects")
+        kind, count = ("point", 2) if is_nothing(item.get("bbox")) else ("bbox", 4)
+        label = "" if is_nothing(item.get("label")) else _label(item["label"], f"{field}.label", where)
+        refs += [label] if label else []
+        numbers = _numbers(item[kind], f"{field}.{kind}", where, counts=(count,))
+        places.append(Place(numbers=numbers, image=_image(item.get("image_id"), field, where), label=label))
+    return Objects(refs=tuple(refs), places=tuple(places))
+
+
+def _of_lists(value: Mapping[str, Any], where: Where) -> Objects:
+    _refuse_unknown(value, _OF_LISTS, "objects", where)
+    refs, boxes, images = (_list(value.get(key), f"objects.{key}", where) for key in ("ref", "bbox", "image_id"))
+    kind = value.get("bbox_type")
+    if not is_nothing(kind) and kind not in ("real", "norm1"):
+        what, remedy = f"is {ascii(kind)[:60]}", "write real (pixels of the file) or norm1 (shares from 0 to 1)"
+        raise where.error(Code.BAD_BOX, "objects.bbox_type", what, remedy)
+    if images and len(images) != len(boxes):
+        what = f"has {len(images)} numbers, and there are {len(boxes)} boxes"
+        raise where.error(Code.BAD_BOX, "objects.image_id", what, "write one per box, or drop the key")
+    labels = tuple(_label(text, f"objects.ref[{index}]", where) for index, text in enumerate(refs))
+    names = labels if len(labels) == len(boxes) else labels * len(boxes) if len(labels) == 1 else ("",) * len(boxes)
+    places = tuple(
+        Place(
+            numbers=_numbers(box, f"objects.bbox[{index}]", where, counts=(4, 2)), label=name,
+            image=_image(images[index] if images else None, f"objects.image_id[{index}]", where),
+        )
+        for index, (box, name) in enumerate(zip(boxes, names, strict=True))
+    )  # fmt: skip
+    return Objects(refs=labels, places=places, shares=kind == "norm1")
+
+
+def _refuse_unknown(value: Mapping[str, Any], known: Sequence[str], field: str, where: Where) -> None:
+    odd = [str(key)[:40] for key, item in value.items() if key not in known and not is_nothing(item)]
+    if odd:  # detection sets have boxes of other meanings under the same name
+        raise where.error(Code.BAD_BOX, field, f"has {', '.join(map(ascii, odd[:4]))}", _SHAPE)
+
+
+def _list(value: Any, field: str, where: Where) -> list[Any]:
+    if is_nothing(value):
+        return []
+    if not isinstance(value, list | tuple):
+        raise where.error(Code.BAD_BOX, field, f"is {kind_of(value)}", "write a list")
+    return list(value)
+
+
+def _label(value: Any, field: str, where: Where) -> str:
+    text = checked_text(value, field, where).strip()
+    if not text:
+        raise where.error(Code.BAD_BOX, field, "is empty", "write what the object is called")
+    return text
+
+
+def _numbers(value: Any, field: str, where: Where, *, counts: Sequence[int]) -> tuple[float, ...]:
+    items = list(value) if isinstance(value, list | tuple) else []
+    if len(items) not in counts or not all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in items
+    ):
+        shown = f"has {len(items)} values" if len(items) not in counts and items else f"is {ascii(value)[:60]}"
+        remedy = f"write {' or '.join({4: 'x1, y1, x2, y2', 2: 'x, y'}[count] for count in counts)} as numbers"
+        raise where.error(Code.BAD_BOX, field, shown, remedy)
+    try:
+        numbers = tuple(float(item) for item in items)
+    except OverflowError:
+        numbers = (math.inf,)
+    if not all(map(math.isfinite, numbers)):
+        raise where.error(Code.BAD_BOX, field, f"is {ascii(value)[:60]}", "write finite numbers")
+    if len(numbers) == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
+        what = f"{_shown(numbers)} has reversed corners, or no area"
+        remedy = "write the upper left corner first, then the lower right one (not x, y, width, height)"
+        raise where.error(Code.BAD_BOX, field, what, remedy)
+    return numbers
+
+
+def _image(value: Any, field: str, where: Where) -> int:
+    if is_nothing(value):
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise where.error(Code.BAD_BOX, field, f"is {ascii(value)[:60]}", "write the picture's number, from 0")
+    return value
+
+
+def check_objects(
+    objects: Objects | None, texts: Sequence[str], *, images: int, where: Where, has_video: bool = False
+) -> None:
+    """Refuse objects that do not fit the texts and pictures of their record; without objects, placeholders.
+
+    Raises:
+        RecordError: BAD_BOX.
+    """
+    found = [mark for text in texts for mark in _MARKS.findall(text)]
+    refs, boxes, lists = (found.count(mark) for mark in (REF, BOX, ALL))
+    if objects is None:
+        if boxes and images:
+            raise where.error(Code.BAD_BOX, "objects", f"is missing; the texts have {boxes} {BOX}", _SHAPE)
+        return
+    bad = next((place.image for place in objects.places if place.image >= images), None)
+    if bad is not None or has_video:
+        what = f"names picture {bad}; the record has {images}" if bad is not None else "belongs to a video"
+        remedy = "pictures are counted from 0" if bad is not None else "boxes in frames are not supported"
+        raise where.error(Code.BAD_BOX, "objects", what, remedy)
+    if any(character in text for text in (*texts, *objects.refs) for character in SPECIAL):
+        what = f"a text has U+{ord(SPECIAL[0]):04X} or U+{ord(SPECIAL[1]):04X}"
+        raise where.error(Code.BAD_CHARACTER, "conversations", what, "remove these characters")
+    wrong = [
+        f"{count} {mark} for {given}"
+        for mark, count, given, free in (
+            (REF, refs, len(objects.refs), True), (BOX, boxes, len(objects.places), lists > 0)
+        )
+        if count != given and (count or not free)
+    ]  # fmt: skip
+    if wrong:
+        remedy = f"write one {REF} per label (or none), one {BOX} per box or point, or {ALL} for the list of all"
+        raise where.error(Code.BAD_BOX, "conversations", f"the texts have {' and '.join(wrong)}", remedy)
+
+
+def filler(
+    objects: Objects, sizes: Sequence[tuple[int, int]], processing: ImageProcessing | None, where: Where
+) -> Callable[[str], str]:
+    """A function that fills the placeholders of the texts of a record, called on them in order.
+
+    Args:
+        objects: of the record.
+        sizes: see `Objects.in_pixels`.
+        processing: of the model.
+        where: for messages.
+
+    Raises:
+        RecordError: a box lies outside of its picture, or is cropped away.
+        ConfigError: the model's form is not known.
+        ModelError: its processing of pictures cannot be followed.
+    """
+    places = objects.in_pixels(sizes, where)
+    if processing is None or processing.boxes is None:
+        raise ConfigError(
+            f"The records have boxes ({where.file}), and neither the family nor the vocabulary of this model says in "
+            f"which form it knows them. Set model.boxes to one of {', '.join(FORMS)}."
+        )
+    form = FORMS[processing.boxes].marked()
+    frames = {place.image: processing.frame(sizes[place.image]) for place in places}
+    written = []
+    for index, place in enumerate(places):
+        try:
+            written.append((place.label, coordinates(place.numbers, form, frames[place.image])))
+        except CroppedError as error:
+            field, remedy = f"objects.bbox[{index}]", "set model.image_aspect to pad or resize, or drop the record"
+            raise where.error(Code.BOX_CROPPED, field, f"{_shown(place.numbers)}: {error}", remedy) from error
+
+    texts = {
+        REF: iter([form.label.replace("{}", label) for label in objects.refs]),
+        BOX: iter([write_place(numbers, form) for _, numbers in written]),
+    }
+    every = write_list(written, form)
+
+    def fill(text: str) -> str:
+        return _MARKS.sub(lambda match: every if match[0] == ALL else next(texts[match[0]], match[0]), text)
+
+    return fill
+
+
+def plain_filler(objects: Objects) -> Callable[[str], str]:
+    """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]` as the record has them."""
+    texts = {REF: iter(objects.refs), BOX: map(_shown, (place.numbers for place in objects.places))}
+    return lambda text: _MARKS.sub(lambda match: next(texts.get(match[0], iter(())), match[0]), text)
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return f"[{', '.join(f'{number:g}' for number in numbers)}]"

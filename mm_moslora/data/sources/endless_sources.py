@@ -1,0 +1,228 @@
+"""Sources without an end: read in order, never as a whole, and begun again after the last record.
+
+A source tells its place as plain data, from which it goes on exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.chat.records import Record, RecordSource, parse_record
+from mm_moslora.data.record_faults import RecordError, Where
+from mm_moslora.data.sources.open_sources import open_source, rules_of, stream_files
+from mm_moslora.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import ImageProcessing
+
+
+class EndlessSource(ABC):
+    """Records of one source in a fixed order, for ever.
+
+    Args:
+        config: of the source.
+        key: of the source in the recipe, for messages.
+    """
+
+    def __init__(self, config: SourceConfig, key: str) -> None:
+        self.config, self.key = config, key
+        self.passes = self.row = 0
+        """Passes over the source that are over, and records taken in this one."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes with the files; equal on all ranks."""
+
+    @abstractmethod
+    def seek(self, place: dict[str, Any]) -> None:
+        """Go on from a place of the same source."""
+
+    @abstractmethod
+    def place(self) -> dict[str, Any]:
+        """The place behind the last record, as JSON."""
+
+    @abstractmethod
+    def _next(self) -> Record | None:
+        """The next record of this pass, None behind the last one; it counts `row` before it raises a RecordError."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Begin the pass with the number `passes`."""
+
+    @abstractmethod
+    def _where(self) -> str:
+        """The file at hand, for messages."""
+
+    def take(self) -> Record:
+        """The next record.
+
+        Raises:
+            RecordError: it cannot be used; the next call gives the record behind it.
+            DataError: the source is empty, or it is no longer there.
+        """
+        try:
+            if (record := self._next()) is None and self.row:
+                self.passes, self.row = self.passes + 1, 0
+                self._begin()
+                record = self._next()
+        except RecordError:
+            raise
+        except Exception as error:  # libraries raise many types
+            raise DataError(
+                f"{self.key} ({self.config.path}) broke off in pass {self.passes + 1} behind record {self.row}"
+                f"{self._where()}: {type(error).__name__}: {str(error)[:300]}. Checkpoints are untouched. Bring the "
+                "source back; the same command goes on from the last one."
+            ) from error
+        if record is None:
+            raise DataError(f"{self.key} ({self.config.path}) is empty: 0 records. Check its path, subset and split.")
+        return record
+
+
+class FileStream(EndlessSource):
+    """The records of some files with random access, file by file.
+
+    Args:
+        config: of the source.
+        key: see `EndlessSource`.
+        files: their names, for messages, and what opens them.
+        seed: of the order of the files in every pass; None: the given one.
+        rows: shuffle the records of a file, too.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        key: str,
+        *,
+        files: Sequence[tuple[str, Callable[[], RecordSource]]],
+        seed: str | None,
+        rows: bool,
+    ) -> None:
+        super().__init__(config, key)
+        self.files, self.seed, self._rows = files, seed, rows
+        self._order: Sequence[int] = ()
+        self._file = self._taken = 0  # the file in the order, and records of it that were taken
+        self._opened: RecordSource | None = None
+        self._begin()
+
+    def fingerprint(self) -> str:
+        """Names and sizes of the files, or of one that is no file its content."""
+        paths = [Path(name) for name, _ in self.files]
+        known = [(path.name, path.stat().st_size) for path in paths if path.is_file()]
+        contents = known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+    def seek(self, place: dict[str, Any]) -> None:
+        """See `EndlessSource.seek`."""
+        self.passes = int(place["passes"])
+        self._begin()
+        self.row, self._file, self._taken = int(place["row"]), int(place["file"]), int(place["taken"])
+
+    def place(self) -> dict[str, Any]:
+        """See `EndlessSource.place`."""
+        return {"passes": self.passes, "row": self.row, "file": self._file, "taken": self._taken}
+
+    def _begin(self) -> None:
+        self._order, self._file, self._taken, self._opened = self._shuffled(len(self.files), "files"), 0, 0, None
+
+    def _shuffled(self, count: int, what: str) -> Sequence[int]:
+        numbers = range(count)
+        if self.seed is None:
+            return numbers
+        return random.Random(f"{self.seed} {self.key} {self.passes} {what}").sample(numbers, count)
+
+    def _next(self) -> Record | None:
+        while self._file < len(self._order):
+            if self._opened is None:
+                self._opened = self.files[self._order[self._file]][1]()
+                self._numbers = self._shuffled(len(self._opened), "rows") if self._rows else range(len(self._opened))
+            if self._taken < len(self._numbers):
+                self._taken, self.row = self._taken + 1, self.row + 1
+                return self._opened[self._numbers[self._taken - 1]]
+            self._file, self._taken, self._opened = self._file + 1, 0, None
+        return None
+
+    def _where(self) -> str:
+        return f", at {self.files[self._order[self._file]][0]}" if self._file < len(self._order) else ""
+
+
+class TableStream(EndlessSource):
+    """The rows of a Hugging Face dataset, from its own stream; see `hf_tables.table_stream`."""
+
+    def __init__(self, config: SourceConfig, key: str, processing: ImageProcessing | None) -> None:
+        super().__init__(config, key)
+        self._rules = rules_of(config, processing)
+        self._begin()
+
+    def fingerprint(self) -> str:
+        """The configuration; files of the hub are pinned by `revision`."""
+        config = self.config
+        parts = (Path(config.path).name, config.subset, config.split, config.revision, sorted(config.columns.items()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def seek(self, place: dict[str, Any]) -> None:
+        """See `EndlessSource.seek`."""
+        self._begin()
+        self.passes, self.row = int(place["passes"]), int(place["row"])
+        if place["state"] is not None:
+            self._table.load_state_dict(place["state"])
+
+    def place(self) -> dict[str, Any]:
+        """See `EndlessSource.place`."""
+        return {"passes": self.passes, "row": self.row, "state": self._table.state_dict() if self.row else None}
+
+    def _begin(self) -> None:
+        from mm_moslora.data.sources.hf_tables import table_stream
+
+        self._table = table_stream(self.config)  # a stream that was set to a state begins there again
+        self._iterator = iter(self._table)
+
+    def _next(self) -> Record | None:
+        from mm_moslora.data.sources.hf_tables import row_of_stream
+
+        if (row := next(self._iterator, None)) is None:
+            return None
+        self.row += 1
+        where = Where(file=Path(self.config.path), line=None, row=self.row - 1)
+        return parse_record(row_of_stream(row, self._table.features, self.config), where, self._rules)
+
+    def _where(self) -> str:
+        return ""
+
+
+def open_endless(
+    config: SourceConfig, key: str, *, seed: int, shuffled: bool, processing: ImageProcessing | None = None
+) -> EndlessSource:
+    """Open a source of training data as a stream without an end.
+
+    A source that has an end, such as one to replay beside a stream, is shuffled as a whole in every pass.
+
+    Args:
+        config: of the source.
+        key: of the source in the recipe.
+        seed: of the order.
+        shuffled: whether files, and records of a source with an end, are shuffled.
+        processing: see `open_source`.
+    """
+    order = str(seed) if shuffled else None
+    if not config.endless:
+        opens = partial(open_source, config, processing=processing)
+        return FileStream(config, key, files=[(config.path, opens)], seed=order, rows=shuffled)
+    if not (paths := stream_files(config)):
+        return TableStream(config, key, processing)
+    files = [
+        (
+            str(path),
+            partial(open_source, replace(config, path=str(path), streaming=False, weight=1.0), processing=processing),
+        )
+        for path in paths
+    ]
+    return FileStream(config, key, files=files, seed=order, rows=False)

@@ -1,0 +1,302 @@
+"""Training data without an end: windows of usable records that are read ahead, each planned like an epoch.
+
+Every rank reads the text of every record, so that all ranks plan the same steps, and the pictures of its own records
+alone. The order depends on the seed, and not on the number of ranks. The place of a run in its data is the beginning of
+a window and the steps done since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.batch import ImageProcessing
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.thinking_form import SAMPLED, ThinkingForm, settled
+from mm_moslora.data.epoch_order import with_replay
+from mm_moslora.data.quarantine import StreamQuarantine, summary
+from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.sources.open_sources import require_sources
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+_BEGINNINGS = 16
+"""Beginnings of windows that are kept; steps are prepared a few ahead, and a window has at least one."""
+_HOPELESS = 10_000
+"""Records in a row without a usable one that end a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlace:
+    """Where a window begins."""
+
+    window: int = 0
+    """Its number."""
+    step: int = 0
+    """Optimiser steps before it."""
+    taken: tuple[int, ...]
+    """Records read before it, by source."""
+    sources: tuple[dict[str, Any], ...]
+    """The places of the sources."""
+
+
+class Window(MeasuredRecords):
+    """The usable records of a stretch of a stream, with their tokens.
+
+    Args:
+        stream: to which it belongs.
+        place: where it begins.
+        entries: the records with their numbers in the stream, and their tokens.
+    """
+
+    def __init__(
+        self, stream: TrainingStream, place: StreamPlace, entries: Sequence[tuple[int, Record, Encoded]]
+    ) -> None:
+        super().__init__((), stream.encoder, stream.image_processing, stream.config)
+        self.stream, self.place = stream, place
+        self._numbers, self._records, self._encoded = zip(*entries, strict=True)
+        self.members, self.weights = [range(len(entries))], [1.0]
+        self.lengths = array("L", (encoded.input_ids.shape[0] for encoded in self._encoded))
+        self.has_image = bytearray(bool(record.images) for record in self._records)
+        words = (sum(len(turn.said.split()) for turn in record.turns) for record in self._records)
+        self.words = array("L", words if stream.config.order == "llava" else b"")
+        self.exact = stream.image_processing is None or stream.image_processing.fixed
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, index: int) -> Record:
+        """See `RecordExamples.record`."""
+        record: Record = self._records[index]
+        return record
+
+    def encoded(self, index: int, record: Record) -> Encoded:
+        """The tokens of a record, made when it was read."""
+        encoded: Encoded = self._encoded[index]
+        return encoded
+
+    def leave_out(self, index: int, error: RecordError) -> None:
+        """See `MeasuredRecords.leave_out`."""
+        self.stream.leave_out(self._numbers[index], error)
+
+
+class TrainingStream(RecordExamples):
+    """The records of sources of which one or more have no end, in windows.
+
+    Args:
+        sources: mixed by the ratios of their weights.
+        encoder: tokenises.
+        image_processing: turns pictures into tensors; None for a language model alone.
+        config: the recipe's `data`.
+        seed: of the order.
+        global_batch: records, or packed rows, of a step.
+        fresh: whether the run starts, so that `thinking: auto` follows the first records and the quarantine is new.
+        quarantine_path: file for bad records.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        encoder: ConversationEncoder,
+        image_processing: ImageProcessing | None,
+        *,
+        config: DataConfig,
+        seed: int,
+        global_batch: int,
+        fresh: bool = True,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        require_sources(sources)
+        super().__init__((), encoder, image_processing, config)
+        shuffled = config.order != "sequential"
+        self.sources = [
+            open_endless(source, f"data.train.{index}", seed=seed, shuffled=shuffled, processing=image_processing)
+            for index, source in enumerate(sources)
+        ]
+        parts = with_replay([source.weight for source in sources], [source.replay for source in sources])
+        self.parts = [part / sum(parts) for part in parts]
+        """Parts of the records, by source."""
+        self.size = -(-config.shuffle_buffer // global_batch) * global_batch
+        """Usable records of a window."""
+        self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
+        self.fingerprint = hashlib.sha256(
+            repr([self.parts, *(source.fingerprint() for source in self.sources)]).encode()
+        ).hexdigest()
+        """A hash of the sources."""
+        self._window: Window | None = None
+        self._ahead: queue.Queue[Window | Exception] | None = None
+        self._stop = threading.Event()
+        start = StreamPlace(taken=(0,) * len(sources), sources=tuple(source.place() for source in self.sources))
+        self.form: ThinkingForm | None = None
+        if fresh:
+            self.encoder, self.form = settled(encoder, [self._first_records()], config.supervise)
+        self._go_to(start)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits of sources of the hub, by recipe key; a stream's is its `revision`."""
+        return {}
+
+    @property
+    def at_hand(self) -> Window:
+        """The window at hand."""
+        if self._window is None:
+            self._window = self._read()
+        return self._window
+
+    def read_ahead(self) -> None:
+        """Read the window behind the one at hand in a thread."""
+        self._stop.clear()
+        if self._ahead is None:
+            self._ahead = queue.Queue()
+            threading.Thread(target=self._work, args=(self._ahead,), name="stream", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread that reads ahead; the stream is not used again, unless it goes to a place."""
+        self._stop.set()
+        if self._ahead is not None:
+            with suppress(queue.Empty):  # a source that hangs
+                self._ahead.get(timeout=30)
+
+    def next_window(self, *, steps: int) -> Window:
+        """Go on behind a window of so many steps; the window behind the new one is then read ahead.
+
+        Raises:
+            DataError: a source broke off, or too many records cannot be used.
+        """
+        before = self.at_hand.place
+        self.read_ahead()
+        assert self._ahead is not None
+        read, self._ahead = self._ahead.get(), None
+        if isinstance(read, Exception):
+            raise read
+        read.place = replace(read.place, step=before.step + steps)
+        self._beginnings.append(read.place)
+        self._window = read
+        self.read_ahead()
+        return read
+
+    def place(self, step: int) -> dict[str, Any]:
+        """The place of a run behind an optimiser step, as JSON."""
+        return asdict(next(place for place in reversed(self._beginnings) if place.step <= step))
+
+    def go_to(self, stored: dict[str, Any]) -> None:
+        """Go on from a place.
+
+        Raises:
+            CheckpointError: it is not a place of this stream.
+        """
+        try:
+            self._go_to(
+                StreamPlace(
+                    window=stored["window"], step=stored["step"], taken=tuple(stored["taken"]),
+                    sources=tuple(stored["sources"]),
+                )
+            )  # fmt: skip
+        except (TypeError, LookupError, ValueError) as error:
+            raise CheckpointError(
+                f"The checkpoint holds no place in the stream of the training data ({error!r}). Choose another one."
+            ) from error
+        self.quarantine.remember()
+
+    def leave_out(self, number: int, error: RecordError, *, write: bool = True) -> None:
+        """Put a record in quarantine.
+
+        Raises:
+            DataError: `on_bad` is error, or the share of bad records is too large.
+        """
+        if number not in self.quarantine:
+            logger.warning("Left out: %s", error)
+        self.quarantine.add(number, error, write=write)
+
+    def identity(self, key: str) -> dict[str, object]:
+        """What must be the same on every rank, by name; see `TrainingSet.identity`."""
+        return {f"the fingerprint of {key}": self.fingerprint[:12]}
+
+    def statistics(self) -> dict[str, float]:
+        """Counts for a report, of the records read so far and of the window at hand."""
+        window = self.at_hand
+        lengths = sorted(window.lengths)
+        return {
+            "records": sum(self._coming.taken),
+            "unusable": len(self.quarantine),
+            "with_pictures": sum(window.has_image),
+            "tokens": sum(lengths),
+            "tokens_per_record_median": lengths[len(lengths) // 2],
+            "tokens_per_record_longest": lengths[-1],
+        }
+
+    def _first_records(self) -> list[Record]:
+        """Some records from the beginning, which are read again later."""
+        records: list[Record] = []
+        taken = [0] * len(self.sources)
+        for _ in range(2 * SAMPLED):
+            try:
+                records.append(self.sources[self._next_source(taken)].take())
+            except RecordError:  # counted when it is read again
+                continue
+            if len(records) == min(SAMPLED, self.size):
+                break
+        return records
+
+    def _next_source(self, taken: list[int]) -> int:
+        """The source that is furthest behind its part, which is counted as taken."""
+        total = sum(taken) + 1
+        number = max(range(len(taken)), key=lambda index: (self.parts[index] * total - taken[index], -index))
+        taken[number] += 1
+        return number
+
+    def _go_to(self, place: StreamPlace) -> None:
+        for source, at in zip(self.sources, place.sources, strict=True):
+            source.seek(at)
+        self._coming, self._window, self._ahead = place, None, None
+        self._beginnings = deque([place], maxlen=_BEGINNINGS)
+
+    def _read(self) -> Window:
+        """Read the next window of the sources."""
+        entries: list[tuple[int, Record, Encoded]] = []
+        place, misses = self._coming, 0
+        taken = list(place.taken)
+        while len(entries) < self.size and not self._stop.is_set():
+            number = sum(taken)
+            try:
+                record = self.sources[self._next_source(taken)].take()
+                entries.append((number, record, self.encode(record)))
+                misses = 0
+            except RecordError as error:  # every rank finds it
+                self.quarantine.read(sum(taken))
+                self.leave_out(number, error, write=distributed.is_main())
+                misses += 1
+            if misses >= _HOPELESS:
+                raise DataError(
+                    f"{misses} records in a row cannot be used: {summary(self.quarantine.codes)}. The first one: "
+                    f"{self.quarantine.first}. Look at the sources of data.train."
+                )
+        self.quarantine.read(sum(taken))
+        places = tuple(source.place() for source in self.sources)
+        self._coming = StreamPlace(window=place.window + 1, taken=tuple(taken), sources=places)
+        return Window(self, place, entries)
+
+    def _work(self, ahead: queue.Queue[Window | Exception]) -> None:
+        try:
+            ahead.put(self._read())
+        except Exception as error:  # raised by `next_window`
+            ahead.put(error)

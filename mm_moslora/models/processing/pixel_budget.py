@@ -1,0 +1,81 @@
+"""The budget of pixels of a picture: `model.min_pixels` and `model.max_pixels`, for any processor that has one.
+
+Image processors with a budget keep it as `size`, with `shortest_edge` and `longest_edge`. Others have sides there. So a
+small budget is tried, and the pixels that come out are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mm_moslora.config import ModelConfig
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.utils.errors import ModelError
+
+_TRIED, _PICTURE = (128**2, 384**2), (900, 700)
+"""A budget, and a picture that is larger."""
+
+
+def limit_pixels(processor: Any, config: ModelConfig) -> None:
+    """Set the budget of a ready-made model's processor, which exports then have, too.
+
+    Raises:
+        ModelError: the processor has none.
+    """
+    if config.min_pixels is None and config.max_pixels is None:
+        return
+    images = processor.image_processor
+    own: Mapping[str, int] = dict(getattr(images, "size", None) or {})
+    least, most = (own.get(name) for name in ("shortest_edge", "longest_edge"))
+    if not least or not most or not _has_budget(processor, own):
+        raise ModelError(
+            f"model.min_pixels or model.max_pixels is set, and {type(images).__name__} has no budget of pixels: its "
+            f"size is {own}. Leave them out, or change the size in the model's preprocessor file."
+        )
+    least, most = config.min_pixels or min(least, config.max_pixels or least), config.max_pixels or most
+    if least > most:
+        raise ModelError(f"model.min_pixels is {least}, more than the {most} pixels that the model's processor allows.")
+    images.size = {**own, "shortest_edge": least, "longest_edge": most}
+
+
+def _has_budget(processor: Any, own: Mapping[str, int]) -> bool:
+    """Whether the processor keeps to a budget that is tried on it."""
+    images, before = processor.image_processor, processor.image_processor.size
+    try:
+        images.size = {**own, "shortest_edge": _TRIED[0], "longest_edge": _TRIED[1]}
+        output = images(images=[Image.new("RGB", _PICTURE, "white")], return_tensors="pt")
+    finally:
+        images.size = before
+    if "image_grid_thw" in output:
+        pixels = math.prod(output["image_grid_thw"][0].tolist()) * int(images.patch_size) ** 2
+    else:
+        pixels = output["pixel_values"].numel() // 3
+    return _TRIED[0] <= pixels <= _TRIED[1]
+
+
+def fitting_tiles(config: ModelConfig, spec: ImageSpec) -> Sequence[tuple[int, int]]:
+    """The tile grids of an assembled model within `model.max_pixels`.
+
+    Raises:
+        ModelError: none fits, or the model sees one square of every picture.
+    """
+    most = config.max_pixels
+    if config.min_pixels is not None:
+        raise ModelError(
+            "model.min_pixels is set, and an assembled model sees every picture in squares of model.vision.image_size. "
+            "Leave it out."
+        )
+    if most is None:
+        return config.anyres_tiles
+    anyres = config.image_aspect == "anyres"
+    tiles = [(rows, columns) for rows, columns in config.anyres_tiles if rows * columns * spec.size**2 <= most]
+    if (anyres and not tiles) or (not anyres and spec.size**2 > most):
+        raise ModelError(
+            f"model.max_pixels is {most}, and {'every grid of squares' if anyres else 'the one square'} of "
+            f"{spec.size} x {spec.size} pixels has more. Set model.vision.image_size to at most {math.isqrt(most)}."
+        )
+    return tiles or config.anyres_tiles

@@ -1,0 +1,1 @@
+"""What a run forgets, between its first step and its end."""

@@ -1,0 +1,219 @@
+"""Training data without an end: the windows of a stream, their steps, their place."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter, deque
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.data.epoch_order import MicroBatchLimit
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.training_stream import TrainingStream
+from mm_moslora.utils.errors import ConfigError, DataError
+from tests.data.sets import chat, chatml_encoder, picture, tiny_tower
+
+BATCH = 4
+
+
+def write(path: Path, numbers: range, *, prefix: str = "r") -> None:
+    """Records without pictures, of different lengths."""
+    lines = [{"id": f"{prefix}{n}", "messages": chat("why" + "?" * (n % 5), "a" * (1 + n % 3))} for n in numbers]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    for number in range(3):
+        write(folder / f"{number}.jsonl", range(10 * number, 10 * number + 10))
+    return folder
+
+
+def stream_of(
+    *paths: Path | SourceConfig, quarantine: Path | None = None, fresh: bool = True, **data
+) -> TrainingStream:
+    sources = [
+        path if isinstance(path, SourceConfig) else SourceConfig(path=str(path), streaming=True) for path in paths
+    ]
+    config = DataConfig(train=sources, **{"shuffle_buffer": 8, "order": "random"} | data)
+    return TrainingStream(
+        sources, chatml_encoder(), tiny_tower(), config=config, seed=3, global_batch=BATCH, fresh=fresh,
+        quarantine_path=quarantine,
+    )  # fmt: skip
+
+
+def loader_of(stream: TrainingStream, *, rank: int = 0, world: int = 1, start: int = 0) -> BatchLoader:
+    limit = MicroBatchLimit(examples=BATCH // world)
+    return BatchLoader(
+        stream, rank=rank, world_size=world, config=stream.config, global_batch=BATCH, limit=limit, seed=3,
+        start_step=start,
+    )  # fmt: skip
+
+
+def steps_of(loader: BatchLoader, count: int) -> list[list[str]]:
+    """Ids of the records of the next steps."""
+    with loader:
+        batches = iter(loader)
+        return [[name for batch in next(batches) for name in batch.ids] for _ in range(count)]
+
+
+def test_every_record_once_in_a_pass_and_then_again(shards: Path) -> None:
+    names = [name for step in steps_of(loader_of(stream_of(shards, shuffle_buffer=20)), 15) for name in step]
+    assert Counter(names) == {f"r{number}": 2 for number in range(30)}
+    assert names[:30] != names[30:]
+    files = [int(name[1:]) // 10 for name in names]
+    assert len(set(files[:20])) == 2, "a window of 20 comes from two files of 10"
+    assert files[:10] != sorted(files[:10])
+
+
+def test_ranks_share_the_steps_of_one(shards: Path) -> None:
+    alone = steps_of(loader_of(stream_of(shards)), 9)
+    ranks = [steps_of(loader_of(stream_of(shards), rank=rank, world=2), 9) for rank in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert len(parts[0]) == len(parts[1]) == BATCH // 2
+        assert sorted(whole) == sorted(parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}, {"order": "grouped", "workers": 2}])
+def test_the_place_of_a_step_gives_the_steps_behind_it(shards: Path, options: dict[str, object]) -> None:
+    straight = stream_of(shards, **options)
+    expected, places = [], []
+    with loader_of(straight) as loader:
+        batches = iter(loader)
+        for number in range(12):
+            places.append(json.loads(json.dumps(straight.place(number))))
+            expected.append([name for batch in next(batches) for name in batch.ids])
+    for number in (0, 1, 2, 7, 8):
+        again = stream_of(shards, fresh=False, **options)
+        again.go_to(places[number])
+        assert steps_of(loader_of(again, start=number), 4) == expected[number : number + 4]
+
+
+def test_packed_windows_have_steps_of_about_equal_size(shards: Path) -> None:
+    stream = stream_of(shards, pack_tokens=64, max_length=64, shuffle_buffer=20)
+    plan = loader_of(stream).plan_units(0)
+    sizes = [len(step) for step in plan]
+    assert sum(len(unit) for step in plan for unit in step) == 20
+    assert max(sizes) <= BATCH
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_sources_are_mixed_by_weight_and_an_ending_one_is_replayed(shards: Path, tmp_path: Path) -> None:
+    write(tmp_path / "old.jsonl", range(5), prefix="old")
+    replay = SourceConfig(path=str(tmp_path / "old.jsonl"), weight=0.25)
+    stream = SourceConfig(path=str(shards / "*.jsonl"), streaming=True, weight=0.75)
+    steps = steps_of(loader_of(stream_of(stream, replay)), 20)
+    old = [name for step in steps for name in step if name.startswith("old")]
+    assert len(old) == 20
+    assert Counter(old) == {f"old{number}": 4 for number in range(5)}
+    assert old[:5] != old[5:10]
+
+
+def test_bad_records_are_counted_once_and_replaced(shards: Path, tmp_path: Path) -> None:
+    lines = (shards / "1.jsonl").read_text().splitlines()
+    lines[3], lines[4] = "{broken", json.dumps({"id": "x", "messages": []})
+    (shards / "1.jsonl").write_text("\n".join(lines))
+    quarantine = tmp_path / "quarantine.jsonl"
+    stream = stream_of(shards, quarantine=quarantine, order="sequential")
+    steps = steps_of(loader_of(stream), 7)
+    assert [len(step) for step in steps] == [BATCH] * 7
+    assert stream.quarantine.codes["BAD_JSON"] == 1
+    rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [(row["code"], row["line"], row["record"]) for row in rows[:2]] == [("BAD_JSON", 4, 13), ("NO_TURNS", 5, 14)]
+    again = stream_of(shards, quarantine=quarantine, order="sequential", fresh=False)
+    again.go_to(stream.place(3))
+    assert steps_of(loader_of(again, start=3), 4) == steps[3:]
+    lines = quarantine.read_text().splitlines()
+    assert len({json.loads(line)["record"] for line in lines}) == len(lines), "no line twice"
+
+
+def test_a_stream_of_bad_records_ends(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n" * 50)
+    stream = stream_of(tmp_path / "bad.jsonl")
+    with pytest.raises(DataError, match=r"11 of 1000 records \(1.1%\) cannot be used"):
+        loader_of(stream)
+
+
+def test_a_source_that_vanishes_is_named_with_its_place(shards: Path) -> None:
+    stream = stream_of(shards, order="sequential")
+    with loader_of(stream) as loader:
+        batches = iter(loader)
+        next(batches)
+        (shards / "2.jsonl").unlink()
+        with pytest.raises(DataError, match=r"data\.train\.0 .* broke off in pass 1 behind record 20, at .*2\.jsonl"):
+            deque(islice(batches, 9))
+
+
+def test_tables_go_on_from_their_place(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        {"id": f"t{n}", "query": f"what? {n}", "picture": {"bytes": picture((n, 0, 0)), "path": None}, "kind": n % 2}
+        for n in range(7)
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image())
+    table = table.cast_column("kind", datasets.ClassLabel(names=["cat", "dog"]))
+    for part in range(2):
+        table.select(range(4 * part, min(7, 4 * part + 4))).to_parquet(tmp_path / f"{part}.parquet")
+    columns = {"question": "query", "answer": "kind", "image": "picture"}
+    parquet = SourceConfig(path=str(tmp_path / "*.parquet"), streaming=True, columns=columns)
+    stream = stream_of(parquet, order="sequential", shuffle_buffer=BATCH)
+    names: list[str] = []
+    colours: list[int] = []
+    for number in range(4):
+        window = stream.at_hand if number == 0 else stream.next_window(steps=1)
+        records = [window.record(row) for row in range(len(window))]
+        names += [record.id for record in records]
+        colours += [record.images[0].rgb().getpixel((0, 0))[0] for record in records]
+        assert [record.turns[1].text for record in records] == ["dog" if n % 2 else "cat" for n in colours[-BATCH:]]
+        again = stream_of(parquet, order="sequential", shuffle_buffer=BATCH, fresh=False)
+        again.go_to(json.loads(json.dumps(stream.place(number))))
+        assert [again.at_hand.record(row).id for row in range(BATCH)] == names[-BATCH:]
+    stream.stop()
+    assert names == [f"t{n % 7}" for n in range(16)]
+    assert colours == [n % 7 for n in range(16)]
+
+
+def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"image": {"bytes": None, "path": "/etc/passwd"}, "question": "q", "answer": "a"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+    with pytest.raises(RecordError, match="PATH_ESCAPES"):
+        open_endless(
+            SourceConfig(path=str(tmp_path / "d"), streaming=True), "data.train.0", seed=0, shuffled=True
+        ).take()
+
+
+def test_a_folder_of_tar_files_is_a_stream(tmp_path: Path) -> None:
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, data in ((f"{number}.txt", b"red"), (f"{number}.png", picture((number, 0, 0)))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    window = stream_of(tmp_path, order="sequential").at_hand
+    assert [window.record(row).images[0].rgb().getpixel((0, 0))[0] for row in range(4)] == [0, 1, 0, 1]
+
+
+def test_what_a_stream_cannot_do_is_refused(shards: Path) -> None:
+    endless = SourceConfig(path=str(shards), streaming=True)
+    for options, words in (
+        ({"cache": "x"}, "data.cache is 'x'"), ({"mixing": "parts", "epoch_records": 3}, "data.epoch_records is 3"),
+        ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0"), ({"validation": [endless]}, "a validation has an end"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            DataConfig(train=[endless], **options)
+    with pytest.raises(ConfigError, match="hold_out is 2"):
+        SourceConfig(path="x", streaming=True, hold_out=2)
+    with pytest.raises(DataError, match="does not exist"):
+        stream_of(shards / "none-*.jsonl")
