@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_learn_what_one_does(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
-    """Each pair has the same weight in a step, whichever rank has it."""
+    """Each pair has the same weight in a step, whichever rank has it; and each token where `sft` counts tokens."""
     pairs, model = make_pairs(tmp_path / "pairs", pictures=False), {"language": str(parts["language"])}
-    files = {}
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["messages"][-1]["content"] = "red green blue " * (1 + number % 3)
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    mixture, files = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]}, {}
     for name, batch in (("one", 4), ("two", 2), ("resumed", 2)):
-        recipe = make_recipe(tmp_path / name, pairs, model, train={"micro_batch": batch})
+        recipe = make_recipe(tmp_path / name, pairs, model, preference=mixture, train={"micro_batch": batch})
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(recipe.to_dict()))
     train(str(files["one"]))
