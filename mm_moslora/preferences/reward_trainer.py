@@ -23,7 +23,7 @@ from mm_moslora.data.preference_set import Question
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun
-from mm_moslora.preferences.rewards import Scorer, document_of
+from mm_moslora.preferences.rewards import Scorer, document_of, scores_together
 from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier
@@ -54,10 +54,12 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         """The questions of the rows in memory, by number."""
         self.shown: list[int] = []
         """The questions of the rows that TRL computes with now."""
-        scorers = [Scorer(name, reward) for name, reward in run.rewards.items()]
+        self.scorers = [Scorer(name, reward) for name, reward in run.rewards.items()]
+        self.scores: list[list[float]] = []
+        """Of the answers at hand, by reward."""
         super().__init__(
             run, saver=saver, tidier=tidier, args=args, rollout_func=self._roll_out,
-            reward_funcs=[self._reward_function(scorer) for scorer in scorers],
+            reward_funcs=[self._reward_function(number) for number in range(len(self.scorers))],
         )  # fmt: skip
         self.stops = stop_token_ids(run.assembly.model, run.assembly.tokenizer.eos_token_id)
         self.eos_token_ids = self.stops
@@ -116,21 +118,26 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         end = next((index for index, token in enumerate(ids) if token in self.stops), len(ids) - 1)
         return ids[: end + 1]
 
-    def _reward_function(self, scorer: Scorer) -> Any:
-        """A reward as TRL asks for it, with the name by which TRL logs it."""
+    def _reward_function(self, number: int) -> Any:
+        """A reward as TRL asks for it, in order, with the name by which TRL logs it."""
 
         def rewards(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-            decode, counters, before = self.run.records.encoder.decode_answer, self.run.counters, scorer.failed
-            texts = [decode([token for token in ids if token not in self.stops]) for ids in completion_ids]
-            documents = [document_of(self.questions[number]) for number in self.shown]
-            with distributed.failing_together(f"The reward {scorer.name}"):
-                scores = scorer.scores(texts, documents)
-            if scorer.failed > before:
-                counters["failed_rewards"] = counters.get("failed_rewards", 0.0) + scorer.failed - before
-            return scores
+            if number == 0:
+                self._score(completion_ids)
+            return self.scores[number]
 
-        rewards.__name__ = scorer.name
+        rewards.__name__ = self.scorers[number].name
         return rewards
+
+    def _score(self, completion_ids: Sequence[Sequence[int]]) -> None:
+        decode, counters = self.run.records.encoder.decode_answer, self.run.counters
+        before = sum(scorer.failed for scorer in self.scorers)
+        texts = [decode([token for token in ids if token not in self.stops]) for ids in completion_ids]
+        documents = [document_of(self.questions[number]) for number in self.shown]
+        with distributed.failing_together(f"The rewards {', '.join(scorer.name for scorer in self.scorers)}"):
+            self.scores = scores_together(self.scorers, texts, documents)
+        if failed := sum(scorer.failed for scorer in self.scorers) - before:
+            counters["failed_rewards"] = counters.get("failed_rewards", 0.0) + failed
 
     def _pictures(self, numbers: Sequence[int]) -> tuple[Tensor | None, dict[str, Tensor]]:
         pictures = [picture for number in numbers for picture in self.questions[number].prompt.pictures]

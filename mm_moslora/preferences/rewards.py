@@ -26,6 +26,9 @@ from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import sha256_of
 
 logger = logging.getLogger(__name__)
+
+_LARGEST = 1e9
+"""Of a reward: sums of squares of larger ones overflow in single precision."""
 Reward = Callable[[str, Document], float]
 
 
@@ -112,8 +115,8 @@ class Scorer:
         for text, document in zip(texts, documents, strict=True):
             try:
                 value = float(self.reward(text, document))
-                if not math.isfinite(value):
-                    raise ValueError(f"it gave {value}, expected a finite number")
+                if not abs(value) <= _LARGEST:
+                    raise ValueError(f"it gave {value}, expected a finite number of at most {_LARGEST:g}")
             except Exception as error:  # whatever a function of a user's own raises
                 first = first or f"question {document.id}, answer {text[:80]!r}: {type(error).__name__}: {error}"
                 value, failed = math.nan, failed + 1
@@ -127,6 +130,25 @@ class Scorer:
             logger.warning("The reward %r failed, and its answer does not count: %s", self.name, first)
         self.failed += failed
         return found
+
+
+def scores_together(
+    scorers: Sequence[Scorer], texts: Sequence[str], documents: Sequence[Document]
+) -> list[list[float]]:
+    """The scores of each reward; NaN in all of them for an answer for which one fails, else the rest would judge it.
+
+    Raises:
+        TrainingError: one of them failed for every answer, or no answer has all of them.
+    """
+    columns = [scorer.scores(texts, documents) for scorer in scorers]
+    failed = [any(map(math.isnan, row)) for row in zip(*columns, strict=True)]
+    if all(failed):
+        names = ", ".join(repr(scorer.name) for scorer in scorers if scorer.failed)
+        raise TrainingError(
+            f"The rewards {names} failed so often that no answer of a step has a score. Correct them, and start "
+            "again: the run goes on from its last checkpoint."
+        )
+    return [[math.nan if bad else value for value, bad in zip(column, failed, strict=True)] for column in columns]
 
 
 def _module(file: Path) -> ModuleType:

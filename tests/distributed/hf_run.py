@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from mm_moslora.config import load_recipe
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.collator import Collator
+from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.deepspeed_start import prepare_deepspeed
-from mm_moslora.training.run_setup import _data_set
 from mm_moslora.utils.distributed import seed_everything
 
 
@@ -28,7 +29,8 @@ def train(recipe_path: str, steps: str, stage: str) -> int:
     attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
     output = Path(recipe.train.output)
     output.mkdir(parents=True, exist_ok=True)
-    data = _data_set(recipe, assembly, validation=False)
+    encoder = ConversationEncoder.of(assembly)
+    data = TrainingSet(recipe.data.train, encoder, assembly.image_processing, config=recipe.data)
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_):

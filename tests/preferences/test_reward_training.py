@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from mm_moslora_eval.sources.document import Document
 from pairs import logged, make_questions, make_recipe, plain_recipe
 
 from mm_moslora.cli.cli_app import run as command
@@ -20,7 +22,7 @@ from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences.preference_setup import prepare
 from mm_moslora.preferences.preference_training import train_preferences
-from mm_moslora.preferences.rewards import find_rewards
+from mm_moslora.preferences.rewards import Scorer, find_rewards, scores_together
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError, DataError, TrainingError
 from mm_moslora.utils.files import read_json, sha256_of
@@ -163,6 +165,21 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(
     assert "The reward 'sometimes' failed, and its answer does not count: question p" in caplog.text
     with pytest.raises(TrainingError, match=r"reward 'never' failed for all 24 answers.*gave nan, expected a finite"):
         train_preferences(recipe("none", "never"))
+
+
+def test_an_answer_for_which_a_reward_fails_is_judged_by_no_other() -> None:
+    def first(text: str, _: Document) -> float:
+        return 1e300 if text == "large" else float(len(text))
+
+    def second(text: str, _: Document) -> float:
+        return 1 / (text != "bad")
+
+    scorers, document = [Scorer("first", first), Scorer("second", second)], Document(id="d", question="q")
+    columns = scores_together(scorers, ["good", "bad", "large"], [document] * 3)
+    assert [[value for value in column if not math.isnan(value)] for column in columns] == [[4.0], [1.0]]
+    assert [scorer.failed for scorer in scorers] == [1, 1]
+    with pytest.raises(TrainingError, match="'first', 'second' failed so often that no answer"):
+        scores_together(scorers, ["bad", "large"], [document] * 2)
 
 
 def test_questions_without_references_are_counted_and_named(tuned: Path, text_pairs: Path, tmp_path: Path) -> None:

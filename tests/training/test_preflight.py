@@ -142,7 +142,7 @@ def test_what_libraries_tell_is_refused_before_models_and_records_are_loaded(
 
     for place in ("transformers.AutoModelForCausalLM", "transformers.AutoTokenizer", "transformers.AutoModel"):
         monkeypatch.setattr(f"{place}.from_pretrained", load)
-    monkeypatch.setattr("mm_moslora.data.training_set.open_sources", load)
+    monkeypatch.setattr("mm_moslora.data.record_examples.open_sources", load)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)  # some processors multiply fp16
     broken = {
         "key": SETTINGS | {"zero_optimisation": {"stage": 2}},

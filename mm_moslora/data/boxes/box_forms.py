@@ -114,12 +114,15 @@ def coordinates(numbers: Sequence[float], form: BoxForm, frame: PictureFrame) ->
         share = _area(clipped) / _area(points)
     if share < 0.5:
         raise CroppedError(f"{share:.0%} of it is in the part of the picture that the model sees")
-    result = []
-    for point in clipped:
-        for value, side in zip(point, (frame.width, frame.height), strict=True):
-            steps = side if form.steps is None else form.steps
-            result.append(min(round(value / side * steps), int(steps if form.most is None else form.most)))
-    return result
+    axes = []
+    for values, side in zip(zip(*clipped, strict=True), (frame.width, frame.height), strict=True):
+        steps = side if form.steps is None else form.steps
+        most = int(steps if form.most is None else form.most)
+        written = [min(round(value / side * steps), most) for value in values]
+        if len(written) == 2 and written[0] == written[1]:  # a box without area would be read back as none
+            written = [min(written[0], most - 1), min(written[0], most - 1) + 1]
+        axes.append(written)
+    return [number for point in zip(*axes, strict=True) for number in point]
 
 
 def _area(corners: Sequence[tuple[float, float]]) -> float:

@@ -71,12 +71,13 @@ class Objects:
             sides = sizes[place.image] * (len(place.numbers) // 2)
             scaled = [value * side for value, side in zip(place.numbers, sides, strict=True)]
             numbers = scaled if self.shares else place.numbers
-            if any(not -_SLACK <= value <= side + _SLACK for value, side in zip(numbers, sides, strict=True)):
+            cut = tuple(min(max(value, 0.0), float(side)) for value, side in zip(numbers, sides, strict=True))
+            beyond = any(not -_SLACK <= value <= side + _SLACK for value, side in zip(numbers, sides, strict=True))
+            if beyond or (len(cut) == 4 and (cut[0] == cut[2] or cut[1] == cut[3])):
                 unit = "shares, 0 to 1" if self.shares else f"pixels; its picture has {sides[0]} x {sides[1]}"
                 what = f"{_shown(place.numbers)} lies outside of its picture ({unit})"
                 remedy = "write corners (not x, y, width, height) in pixels of the file, or drop the record"
                 raise where.error(Code.BAD_BOX, f"objects.bbox[{index}]", what, remedy)
-            cut = tuple(min(max(value, 0.0), float(side)) for value, side in zip(numbers, sides, strict=True))
             result.append(replace(place, numbers=cut))
         return tuple(result)
 

@@ -115,6 +115,9 @@ def check_turn(
     if texts[1:] and texts[0] != texts[1]:
         what = f"is {kind_of(texts[1])} beside another value"
         raise where.error(Code.UNFOLLOWED_KEY, f"{field}.content", what, "keep one of value and content")
+    if len(named := [key for key in CALLS if not is_empty(turn.get(key))]) > 1:
+        what = f"stands beside {named[0]}"
+        raise where.error(Code.BAD_CALL, f"{field}.{named[1]}", what, f"keep one of {' and '.join(named)}")
     remedies = _OF_PART if part else _MASKING if calls else _OF_TURN
     for key in turn.keys() & remedies.keys():
         value, weighs = turn[key], remedies[key] is _WEIGHTS

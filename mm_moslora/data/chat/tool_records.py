@@ -72,7 +72,8 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
             raise ToolError(Code.BAD_CALL, f"is {kind_of(call)} without the name of a tool", _CALL)
-        given = function.get("arguments", function.get("parameters"))
+        given = function.get("arguments")
+        given = function.get("parameters") if is_nothing(given) else given
         empty = is_nothing(given) or (isinstance(given, str) and not given.strip())
         arguments = {} if empty else _read(given, Code.BAD_CALL, _CALL)
         if not isinstance(arguments, Mapping):

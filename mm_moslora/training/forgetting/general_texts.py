@@ -56,7 +56,10 @@ def general_texts(run: Run) -> list[Batch]:
 def _documents(path: str | None) -> list[Callable[[], Sequence[Turn]]]:
     """What gives the turns of every document."""
     if path is None or path.endswith(".txt"):
-        text = read_text(GENERAL_TEXT if path is None else Path(path))
+        try:
+            text = read_text(GENERAL_TEXT if path is None else Path(path))
+        except UnicodeDecodeError as error:
+            raise DataError(f"validate.general_text {path} is not UTF-8 text ({error}). Convert it.") from error
         parts = [part.strip() for part in text.split("\n\n") if part.strip()]
         return [partial(_document, part) for part in parts]
     source = open_source(SourceConfig(path=path))

@@ -188,3 +188,18 @@ def test_a_model_without_a_known_form_is_refused_by_name(folder: Path) -> None:
 def test_what_an_answer_says_wrongly_is_no_box(answer: str) -> None:
     assert read_boxes(answer, processing("qwen3_vl"), SIZE) == []
     assert read_boxes(answer, None, SIZE) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("box", [[320, 160, 321, 161], [799, 399, 800, 400], [0, 0, 0.2, 0.2]])
+def test_a_small_box_keeps_an_area_and_is_read_back(folder: Path, form: str, box: list[float]) -> None:
+    small = processing(form, width=112, height=56, scale=(112 / 800, 56 / 400))
+    text = written(record(folder, {"ref": ["dog"], "bbox": [box]}), small).turns[-1].text
+    (found,) = read_boxes(text.replace(SPECIAL[0], "").replace(SPECIAL[1], ""), small, SIZE)
+    assert len(found.numbers) == 4
+    assert all(abs(number - side) < 800 / 112 + 1 for number, side in zip(found.numbers, box, strict=True))
+
+
+def test_a_box_beside_its_picture_is_outside(folder: Path) -> None:
+    with pytest.raises(RecordError, match="lies outside of its picture"):
+        written(record(folder, {"ref": ["dog"], "bbox": [[-1, 50, -0.5, 100]]}), processing("qwen3_vl"))

@@ -17,6 +17,7 @@ from vlms import FAMILIES
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, UnrenderedTools
 from mm_moslora.data.chat.records import Turn, parse_record
+from mm_moslora.data.chat.tool_records import read_calls
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.check.terminal_view import view_tokens
 from mm_moslora.data.images.record_picture import PictureRules
@@ -307,3 +308,12 @@ def test_pictures_and_tools_go_through_a_processors_template() -> None:
     assert f"<tool_response>\n{forged}\n</tool_response>" in made.decode(encoded.input_ids)
     prompt = encoder.encode_prompt(turns[:3]).tolist()
     assert encoded.input_ids[: len(prompt)].tolist() == prompt
+
+
+def test_calls_have_one_key_and_arguments_under_either_name() -> None:
+    (call,) = read_calls([{"name": "f", "arguments": None, "parameters": {"x": 1}}])
+    assert call["function"]["arguments"] == {"x": 1}
+    call = {"name": "f", "arguments": "{}"}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"function": call}], "function_call": call}
+    with pytest.raises(RecordError, match="function_call: stands beside tool_calls"):
+        parsed({"messages": [{"role": "user", "content": "q"}, turn]})
