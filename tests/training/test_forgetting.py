@@ -16,7 +16,7 @@ from mm_moslora.reporting.run_page import build_report
 from mm_moslora.training.forgetting.general_texts import general_texts
 from mm_moslora.training.forgetting.run_forgetting import FORGETTING, START, Forgetting
 from mm_moslora.training.training_loop import train
-from mm_moslora.utils.errors import ConfigError, TrainingError
+from mm_moslora.utils.errors import ConfigError, DataError, TrainingError
 
 
 def with_validate(recipe: Recipe, **changes) -> Recipe:
@@ -52,6 +52,23 @@ def test_a_run_tells_what_it_forgot(recipe: Recipe, records: Path, tmp_path: Pat
     assert "log-likelihood per token" in page
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("forgetting/general_text" in line for line in metrics)
+
+
+def test_a_text_that_was_changed_in_between_is_not_compared(recipe: Recipe, tmp_path: Path, caplog) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("The first text.\n\nThe second text.")
+    recipe = with_validate(recipe, forgetting="always", general_text=str(own))
+    train(recipe, forgotten=forgotten, stop_at=1)
+    own.write_text("Another text.\n\nThe second text.")
+    assert train(recipe, forgotten=forgotten).finished
+    assert rows_of(Path(recipe.train.output)) == []
+    assert "validate.general_text was changed since the start of the run" in caplog.text
+    (own.parent / "odd.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        train(
+            with_validate(with_train(recipe, output=str(tmp_path / "odd")), general_text=str(own.parent / "odd.txt")),
+            forgotten=forgotten,
+        )
 
 
 def test_by_default_only_what_takes_less_than_a_tenth(recipe: Recipe, caplog, monkeypatch) -> None:

@@ -83,7 +83,7 @@ def forgotten(before: Sequence[float], after: Sequence[float], tasks: tuple[Path
     """What a model lost or gained between two moments, with paired 95 % intervals.
 
     Args:
-        before: log-likelihood per token of every document of a general text.
+        before: log-likelihood per token of every document of a general text; none where it was not measured.
         after: of the same documents.
         tasks: folders of `measure` before and after; None: tasks were not measured.
 
@@ -92,7 +92,7 @@ def forgotten(before: Sequence[float], after: Sequence[float], tasks: tuple[Path
         reference answers if the model gives one.
     """
     rows = []
-    if text := likelihood_difference([after], [before], range(len(after))):
+    if after and (text := likelihood_difference([after], [before], range(len(after)))):
         rows.append(_lost("general text", text.b, text.a, text.estimate.as_difference(LIKELIHOOD)))
     for late, early in paired_folders([tasks[1]], [tasks[0]]) if tasks else ():
         try:

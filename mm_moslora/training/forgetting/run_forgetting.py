@@ -6,6 +6,7 @@ kind runs without a gradient, and the forward passes of the whole run alone, a p
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -65,7 +66,8 @@ class Forgetting:
             likelihoods = self._likelihoods(texts)
             with_tasks = self.measure is not None and self._measure_tasks(most - seconds)
         if distributed.is_main():
-            files.replace_json(self.run.folder / START, {"text": likelihoods, "tasks": with_tasks})
+            start = {"text": likelihoods, "tasks": with_tasks, "content": _digest(texts)}
+            files.replace_json(self.run.folder / START, start)
 
     def measure_end(self, *, validated: bool) -> dict[str, float]:
         """Measure the model at the end if the start was measured, and write the comparison.
@@ -79,14 +81,20 @@ class Forgetting:
         start = distributed.from_main(self._start() if self.forgotten and distributed.is_main() else None)
         if start is None or self.forgotten is None:
             return {}
+        texts = general_texts(self.run)
+        same = start["content"] == _digest(texts)
+        if not same and distributed.is_main():
+            logger.warning(
+                "validate.general_text was changed since the start of the run, so its likelihood is not compared."
+            )
         with undisturbed(self.run.engine):
-            after = self._likelihoods(general_texts(self.run))
+            after = self._likelihoods(texts) if same else []
         folders = [tasks_folder(self.run.folder, step) for step in (0, self.run.step)]
         metrics: dict[str, float] = {}
         with distributed.failing_together("Comparing the model with its start"):
             if distributed.is_main():
                 both = (folders[0], folders[1]) if start["tasks"] and validated else None
-                rows = self.forgotten(start["text"], after, both) if len(start["text"]) == len(after) else []
+                rows = self.forgotten(start["text"] if same else [], after, both)
                 files.replace_json(self.run.folder / FORGETTING, rows)
                 for row in rows:
                     metrics[f"forgetting/{row['what'].replace(' ', '_')}"] = row["after"] - row["before"]
@@ -97,7 +105,8 @@ class Forgetting:
     def _start(self) -> dict[str, Any] | None:
         try:
             start = files.read_json(self.run.folder / START)
-            return {"text": [float(value) for value in start["text"]], "tasks": start["tasks"] is True}
+            text = [float(value) for value in start["text"]]
+            return {"text": text, "tasks": start["tasks"] is True, "content": start["content"]}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -139,3 +148,8 @@ class Forgetting:
                 "Forgetting is not measured on %s: it takes%s more than a tenth of the run (%.1f s). "
                 "validate.forgetting: always measures it.", what, about, most,
             )  # fmt: skip
+
+
+def _digest(texts: Sequence[Batch]) -> str:
+    """A hash of the tokens of texts."""
+    return hashlib.sha256(repr([text.input_ids.tolist() for text in texts]).encode()).hexdigest()
