@@ -130,7 +130,7 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
     turns = record["conversations"]
     name = str(record.get("id", row))
     images, problem = shown
-    fill, odd = _filler(record.get("objects"), turns, where)
+    fill, odd = _filler(record.get("objects"), turns, where, pictures=len(images))
     problem = problem or odd
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         raise EvalError(f"{where} (id {name!r}): conversations must be a list of human/gpt pairs.")
@@ -150,23 +150,28 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
         )
 
 
-def _filler(value: Any, turns: Any, where: str) -> tuple[Callable[[str], str], str | None]:
+def _filler(value: Any, turns: Any, where: str, *, pictures: int) -> tuple[Callable[[str], str], str | None]:
     """A function that fills the placeholders of boxes in the texts of a conversation, and the problem with them."""
-    from mm_moslora.data.boxes.record_objects import BOX, objects_of, plain_filler
+    from mm_moslora.data.boxes.record_objects import ALL, BOX, check_objects, objects_of, plain_filler
     from mm_moslora.data.chat.record_keys import is_empty
     from mm_moslora.data.record_faults import RecordError, Where
 
     if is_empty(value):
         return str, None
+    whole = turns if isinstance(turns, list) else []
+    texts = [str(turn.get("value", "")) if isinstance(turn, dict) else "" for turn in whole]
+    at = Where(file=Path(where), line=None, row=0)
     try:
-        objects = objects_of(value, Where(file=Path(where), line=None, row=0))
+        objects = objects_of(value, at)
+        check_objects(objects, texts, images=pictures, where=at)
     except RecordError as error:
         return str, f"{error.field} {error.what}"
-    asked = (
-        [str(turn.get("value", "")) for turn in turns[::2] if isinstance(turn, dict)] if isinstance(turns, list) else []
-    )
-    if any(BOX in text for text in asked):
-        return str, f"a question has {BOX}, which depends on the model; ask without"
+    if any(mark in text for text in texts[::2] for mark in (BOX, ALL)):
+        return str, f"a question has {BOX} or {ALL}, which depend on the model; ask without"
+    if any(ALL in text for text in texts):
+        return str, f"an answer has {ALL}, and scores compare one box; write {BOX}"
+    if pictures > 1:
+        return str, "boxes in records of several pictures are not scored: an answer does not say which one it means"
     if objects.shares:
         return str, "objects.bbox_type is norm1; references are pixels of the file"
     return plain_filler(objects), None

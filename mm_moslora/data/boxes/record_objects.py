@@ -270,4 +270,4 @@ def plain_filler(objects: Objects) -> Callable[[str], str]:
 
 
 def _shown(numbers: Sequence[float]) -> str:
-    return f"[{', '.join(f'{number:g}' for number in numbers)}]"
+    return f"[{', '.join(f'{number:.3f}'.rstrip('0').rstrip('.') for number in numbers)}]"
