@@ -128,6 +128,7 @@ def _hand_on(
     from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
+    from mm_moslora.models.memory_efficient.packed_weights import is_packed
     from mm_moslora.models.precision import dtype_of
 
     refuse_full_folder(output)  # before minutes of loading
@@ -143,6 +144,10 @@ def _hand_on(
         print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
         difference = lora.max_logit_difference
         print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
+        if is_packed(assembly.model):
+            print(
+                "This holds on the base in 4 or 8 bits, as it was trained; a dense one gives other logits by its rounding."
+            )
         return 0
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")

@@ -117,7 +117,7 @@ class Scorer:
                 value = float(self.reward(text, document))
                 if not abs(value) <= _LARGEST:
                     raise ValueError(f"it gave {value}, expected a finite number of at most {_LARGEST:g}")
-            except Exception as error:  # whatever a function of a user's own raises
+            except (Exception, SystemExit) as error:  # whatever a function of a user's own raises
                 first = first or f"question {document.id}, answer {text[:80]!r}: {type(error).__name__}: {error}"
                 value, failed = math.nan, failed + 1
             found.append(value)

@@ -13,7 +13,7 @@ from mm_moslora_eval.sources.document import Document
 from pairs import logged, make_questions, make_recipe, plain_recipe
 
 from mm_moslora.cli.cli_app import run as command
-from mm_moslora.config import GrpoConfig, Recipe
+from mm_moslora.config import GrpoConfig, Recipe, load_recipe
 from mm_moslora.data.chat.judged_records import parse_question
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.preference_set import Question
@@ -24,7 +24,7 @@ from mm_moslora.preferences.preference_setup import prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import Scorer, find_rewards, scores_together
 from mm_moslora.training.training_loop import train
-from mm_moslora.utils.errors import ConfigError, DataError, TrainingError
+from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mm_moslora.utils.files import read_json, sha256_of
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -140,6 +140,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_and_is_exported(
     file.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", questions, model, **sections)))
     assert command(["data", "check", str(file)]) == 0
     assert command(["train", str(file), "--stop-at", "2"]) == 0
+    rewards = Path(own["reward_file"])
+    rewards.write_text(rewards.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"reward_file .* was changed since the run began"):
+        train_preferences(load_recipe(str(file)))
+    rewards.write_text(rewards.read_text()[:-1])
     assert command(["train", str(file)]) == 0
     for name in ("loss", "reward", "kl", "entropy"):
         assert logged(tmp_path / "run", name) == logged(tmp_path / "straight", name), name

@@ -221,3 +221,15 @@ def test_the_verb_takes_a_file_of_tools_and_prints_calls(run, tmp_path, capsys) 
             serve_verbs.chat(run, tools=tmp_path / "bad.json")
     with pytest.raises(DataError, match="--tools"):
         serve_verbs.chat(run, tools=tmp_path / "none.json")
+
+
+def test_calls_behind_one_that_cannot_be_read_are_found_and_a_deep_one_is_text(forms) -> None:
+    _, form = forms["qwen3"]
+    good = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    content, calls = split(form, f"<tool_call>\nnope\n</tool_call>\n{good}")
+    assert calls == [("weather", {"city": "Oslo"})]
+    assert "nope" in content
+    deep = '<tool_call>\n{"name": "weather", "arguments": ' + '{"a":' * 3000 + "\n</tool_call>"
+    content, calls = split(form, deep)
+    assert calls == []
+    assert content.count('{"a":') == 3000

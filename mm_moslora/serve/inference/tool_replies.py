@@ -11,6 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser, parse_response
@@ -197,7 +198,9 @@ class CallSplit:
     """
 
     def __init__(self, form: dict[str, Any], tools: str) -> None:
-        self._parser: ResponseParser | None = ResponseParser(form, prefix="", tools=parse_json(tools, surrogates=True))
+        offered = parse_json(tools, surrogates=True)
+        self._new_parser = partial(ResponseParser, form, prefix="", tools=offered)
+        self._parser: ResponseParser = self._new_parser()
         self._held = ""
         """Text that is neither given as content nor part of a complete call."""
 
@@ -208,9 +211,6 @@ class CallSplit:
         """
         thinking, content, calls = "", "", []
         for letter in [*text, ""] if last else text:
-            if self._parser is None:
-                content += letter
-                continue
             self._held += letter
             try:
                 for event in self._parser.feed(letter) if letter else self._parser.finalize()[1]:
@@ -222,9 +222,8 @@ class CallSplit:
                     elif event["type"] == "region_close" and event["field"] == "tool_calls":
                         calls += [_checked(call) for call in _flat([event["value"]])]
                         self._held = ""
-            except (ValueError, KeyError, TypeError):
-                self._parser = None
-                content += self._held
+            except (ValueError, KeyError, TypeError, RecursionError):  # calls behind it are read again
+                content, self._held, self._parser = content + self._held, "", self._new_parser()
         return thinking, content, calls
 
 
