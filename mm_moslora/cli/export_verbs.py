@@ -145,9 +145,7 @@ def _hand_on(
         difference = lora.max_logit_difference
         print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
         if is_packed(assembly.model):
-            print(
-                "This holds on the base in 4 or 8 bits, as it was trained; a dense one gives other logits by its rounding."
-            )
+            print("This holds on the base in 4 or 8 bits, as it was trained; a dense one rounds otherwise.")
         return 0
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
