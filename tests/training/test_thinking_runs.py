@@ -113,7 +113,7 @@ def test_a_checkpoint_of_the_time_before_keeps_its_form(recipe, qwen3, tmp_path,
     """It says `auto` where its data think; it is asked as it was, and its run goes on so."""
     recipe = recipe_of(recipe, qwen3, tmp_path)
     with monkeypatch.context() as earlier:
-        earlier.setattr("mm_moslora.data.training_set.settled", lambda encoder, *_: (encoder, None))
+        earlier.setattr("mm_moslora.data.record_examples.settled", lambda encoder, *_: (encoder, None))
         train(recipe, stop_at=1)
     assert not asked(Path(recipe.train.output))
     assert train(recipe).finished
