@@ -33,7 +33,7 @@ from mm_moslora.models.transformers_patches import wrap_checkpointing
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
-from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
 
 NF4_BYTES = 0.516
 """Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
@@ -128,7 +128,7 @@ def activation_memory(
     try:
         least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
         image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
-    except ModelError:
+    except MoSLoRAError:
         raise
     except Exception as error:  # whatever its classes raise on the meta device
         what = f"PEFT's {adapter.peft['type']}" if adapter.peft else type(bones.model).__name__
