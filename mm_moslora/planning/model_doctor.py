@@ -228,13 +228,13 @@ def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
 
 def _experts(parts: Parts) -> Iterator[ModelFinding]:
     """Only of models that have some."""
-    found = _adaptable(parts)
-    if found.parameters:
-        yield ModelFinding(name="experts", detail=f"set adapter.target_parameters: {found.parameters}")
-    for name, reason in found.left_out.items():
+    adaptable = _adaptable(parts)
+    if adaptable.parameters:
+        yield ModelFinding(name="experts", detail=f"set adapter.target_parameters: {adaptable.parameters}")
+    for name, reason in adaptable.left_out.items():
         yield ModelFinding(
             name="experts", status="warn", detail=f"{name} cannot carry an adapter: {reason}",
-            remedy=f"Set adapter.targets: {found.targets}." if not found.parameters else "They stay as they are.",
+            remedy="They stay as they are." if adaptable.parameters else f"Set adapter.targets: {adaptable.targets}.",
         )  # fmt: skip
 
 
@@ -244,8 +244,8 @@ def _adaptable(parts: Parts) -> AdaptableTargets:
 
 
 def _adapter(parts: Parts) -> AdapterConfig:
-    found = _adaptable(parts)
-    return AdapterConfig(targets=found.targets, target_parameters=found.parameters)
+    adaptable = _adaptable(parts)
+    return AdapterConfig(targets=adaptable.targets, target_parameters=adaptable.parameters)
 
 
 def _rows(parts: Parts) -> Iterator[ModelFinding]:

@@ -64,8 +64,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         self.stops = stop_token_ids(run.assembly.model, run.assembly.tokenizer.eos_token_id)
         self.eos_token_ids = self.stops
         config = run.assembly.model.config
-        places = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
-        self.placeholders = [place for place in places if place is not None]
+        media = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+        self.placeholders = [token for token in media if token is not None]
         """Tokens that no answer may hold: each would ask the model for a picture."""
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -81,8 +81,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
             if row["item"] not in self.questions:
                 records, number = self.run.of(row)
                 self.questions[row["item"]] = records.item(number)
-        found: dict[str, Any] = super()._generate_and_score_completions([{**row, "prompt": ""} for row in inputs])
-        return found | {"item": torch.tensor(self.shown)}
+        generated: dict[str, Any] = super()._generate_and_score_completions([{**row, "prompt": ""} for row in inputs])
+        return generated | {"item": torch.tensor(self.shown)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self.shown = inputs["item"].tolist()
@@ -182,11 +182,11 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
                 output = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
             # Position t of an output predicts token t + 1.
             columns = torch.arange(logits_to_keep, device=labels.device)
-            places = (begins[:, None] - 1 + columns).clamp(max=output.log_probs.shape[1] - 1)
+            positions = (begins[:, None] - 1 + columns).clamp(max=output.log_probs.shape[1] - 1)
             real = columns[None] < answers[:, None]
-            logps.append(output.log_probs.gather(1, places) * real)
+            logps.append(output.log_probs.gather(1, positions) * real)
             if compute_entropy:
-                entropies.append(output.entropy.gather(1, places) * real)
+                entropies.append(output.entropy.gather(1, positions) * real)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
 

@@ -61,23 +61,23 @@ def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
     Raises:
         ConfigError: the file cannot be executed, or nothing has a name.
     """
-    found: dict[str, Reward] = {}
+    rewards: dict[str, Reward] = {}
     module = None if config.reward_file is None else _module(Path(config.reward_file))
     own = {} if module is None else {name: item for name, item in vars(module).items() if callable(item)}
     points = {entry.name: entry for entry in metadata.entry_points(group=REWARD_ENTRY_POINTS)}
     for name in config.rewards:
         if name in own:
-            found[name] = own[name]
+            rewards[name] = own[name]
         elif name in REWARDS:
-            found[name] = REWARDS[name]
+            rewards[name] = REWARDS[name]
         elif name in points:
-            found[name] = points[name].load()
+            rewards[name] = points[name].load()
         else:
             known = [*own, *REWARDS, *points]
             raise ConfigError(
                 f"grpo.rewards holds {name!r}, expected any of {', '.join(known)}.{suggestion(name, known)}"
             )
-    return found
+    return rewards
 
 
 def code_of(config: GrpoConfig) -> str:
@@ -111,7 +111,7 @@ class Scorer:
         Raises:
             TrainingError: it failed for every answer.
         """
-        found, failed, first = [], 0, ""
+        scores, failed, first = [], 0, ""
         for text, document in zip(texts, documents, strict=True):
             try:
                 value = float(self.reward(text, document))
@@ -120,8 +120,8 @@ class Scorer:
             except (Exception, SystemExit) as error:  # whatever a function of a user's own raises
                 first = first or f"question {document.id}, answer {text[:80]!r}: {type(error).__name__}: {error}"
                 value, failed = math.nan, failed + 1
-            found.append(value)
-        if failed == len(found):
+            scores.append(value)
+        if failed == len(scores):
             raise TrainingError(
                 f"The reward {self.name!r} failed for all {failed} answers of a step, so that nothing can be learned. "
                 f"The first one: {first}. Correct it, and start again: the run goes on from its last checkpoint."
@@ -129,7 +129,7 @@ class Scorer:
         if failed and not self.failed:
             logger.warning("The reward %r failed, and its answer does not count: %s", self.name, first)
         self.failed += failed
-        return found
+        return scores
 
 
 def scores_together(

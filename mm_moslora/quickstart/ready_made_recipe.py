@@ -95,8 +95,8 @@ def _card(gpu: str | None) -> Gpus | None:
 
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(0)
-    return card_of(found.name, float(found.total_memory))
+    properties = torch.cuda.get_device_properties(0)
+    return card_of(properties.name, float(properties.total_memory))
 
 
 def _lengths(parts: Parts, data: OwnData) -> _Lengths:

@@ -23,5 +23,5 @@ def boxes_of(request: Request, text: str, processing: ImageProcessing | None) ->
             "The task scores boxes, and neither family nor vocabulary of this model says in which form it writes them. "
             "Set model.boxes in the recipe of its training."
         )
-    found = read_boxes(without_thinking(text).text, processing, open_image(request.images[-1]).size)
-    return tuple(box.numbers for box in found)
+    boxes = read_boxes(without_thinking(text).text, processing, open_image(request.images[-1]).size)
+    return tuple(box.numbers for box in boxes)

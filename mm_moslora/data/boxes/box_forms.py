@@ -63,18 +63,18 @@ FORMS: dict[BoxFormName, BoxForm] = {
     "qwen2_5_vl": BoxForm(steps=None),
     "qwen2_vl": BoxForm(
         steps=1000, most=999, box="<|box_start|>({},{}),({},{})<|box_end|>", point="<|box_start|>({},{})<|box_end|>",
-        label="<|object_ref_start|>{}<|object_ref_end|>", listed="{label}{place}", tokens=_QWEN2_TOKENS,
+        label="<|object_ref_start|>{}<|object_ref_end|>", listed="{label}{region}", tokens=_QWEN2_TOKENS,
         pattern=r"(?:<\|object_ref_start\|>(?P<label>[^<]*)<\|object_ref_end\|>\s*)?(?:<\|box_start\|>)?"
         rf"\({_NUMBER},{_NUMBER}\)(?:\s*,\s*\({_NUMBER},{_NUMBER}\))?",
     ),
     "internvl": BoxForm(
         steps=1000, box="<box>[[{}, {}, {}, {}]]</box>", point="<box>[[{}, {}]]</box>", label="<ref>{}</ref>",
-        listed="{label}{place}", joint="\n", tokens=_INTERNVL_TOKENS,
+        listed="{label}{region}", joint="\n", tokens=_INTERNVL_TOKENS,
         pattern=rf"(?:<ref>(?P<label>[^<]*)</ref>\s*<box>\s*\[)?{_BRACKETS}",
     ),
     "paligemma": BoxForm(
         steps=1023, box="<loc{:04}><loc{:04}><loc{:04}><loc{:04}>", point="<loc{:04}><loc{:04}>",
-        listed="{place} {label}", joint=" ; ", down_first=True,
+        listed="{region} {label}", joint=" ; ", down_first=True,
         pattern=r"<loc(\d{4})>\s*<loc(\d{4})>(?:\s*<loc(\d{4})>\s*<loc(\d{4})>)?(?:[ \t]*(?P<label>[^<;\n]*[^<;\s]))?",
     ),
 }  # fmt: skip
@@ -130,7 +130,7 @@ def _area(corners: Sequence[tuple[float, float]]) -> float:
     return (right - left) * (bottom - top)
 
 
-def write_place(numbers: Sequence[int], form: BoxForm) -> str:
+def write_region(numbers: Sequence[int], form: BoxForm) -> str:
     """The text of a box or a point with these `coordinates`."""
     points = zip(numbers[::2], numbers[1::2], strict=True)
     ordered = [number for x, y in points for number in ((y, x) if form.down_first else (x, y))]
@@ -141,7 +141,7 @@ def write_list(objects: Sequence[tuple[str, Sequence[int]]], form: BoxForm) -> s
     """The text of several objects with their labels and `coordinates`."""
     if form.listed:
         texts = (
-            form.listed.format(label=form.label.format(label) if label else "", place=write_place(numbers, form))
+            form.listed.format(label=form.label.format(label) if label else "", region=write_region(numbers, form))
             for label, numbers in objects
         )
         return form.joint.join(text.strip() for text in texts)
@@ -172,8 +172,8 @@ def read_boxes(answer: str, processing: ImageProcessing | None, size: tuple[int,
     if not matches:
         return []
     frame = processing.frame(size)
-    found = [(match, _in_file(match, form, frame, size)) for match in matches]
-    return [FoundBox(numbers=numbers, label=_label(match, answer)) for match, numbers in found if numbers]
+    boxes = [(match, _in_file(match, form, frame, size)) for match in matches]
+    return [FoundBox(numbers=numbers, label=_label(match, answer)) for match, numbers in boxes if numbers]
 
 
 def _in_file(match: re.Match[str], form: BoxForm, frame: PictureFrame, size: tuple[int, int]) -> tuple[float, ...]:
@@ -185,8 +185,8 @@ def _in_file(match: re.Match[str], form: BoxForm, frame: PictureFrame, size: tup
         width, height = (frame.width, frame.height) if form.steps is None else (form.steps, form.steps)
         if x > width or y > height:
             return ()
-        place = frame.in_file(x / width * frame.width, y / height * frame.height)
-        result += [min(max(value, 0.0), float(side)) for value, side in zip(place, size, strict=True)]
+        point = frame.in_file(x / width * frame.width, y / height * frame.height)
+        result += [min(max(value, 0.0), float(side)) for value, side in zip(point, size, strict=True)]
     whole = len(result) == 2 or (result[0] < result[2] and result[1] < result[3])
     return tuple(round(value, 2) for value in result) if whole else ()
 

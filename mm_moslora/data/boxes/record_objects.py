@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.data.boxes.box_forms import FORMS, SPECIAL, CroppedError, coordinates, write_list, write_place
+from mm_moslora.data.boxes.box_forms import FORMS, SPECIAL, CroppedError, coordinates, write_list, write_region
 from mm_moslora.data.chat.record_keys import checked_text
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.errors import ConfigError
@@ -35,7 +35,7 @@ _SHAPE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Region:
     """A box or a point in a picture."""
 
     numbers: tuple[float, ...]
@@ -51,13 +51,13 @@ class Objects:
 
     refs: tuple[str, ...] = ()
     """For `<ref-object>`, in order."""
-    places: tuple[Place, ...] = ()
+    regions: tuple[Region, ...] = ()
     """For `<bbox>`, in order."""
     shares: bool = False
     """Whether coordinates are shares of the picture's sides, 0 to 1."""
 
-    def in_pixels(self, sizes: Sequence[tuple[int, int]], where: Where) -> tuple[Place, ...]:
-        """The places in pixels of their pictures.
+    def in_pixels(self, sizes: Sequence[tuple[int, int]], where: Where) -> tuple[Region, ...]:
+        """The regions in pixels of their pictures.
 
         Args:
             sizes: widths and heights of the record's pictures, upright.
@@ -67,18 +67,18 @@ class Objects:
             RecordError: one lies outside of its picture.
         """
         result = []
-        for index, place in enumerate(self.places):
-            sides = sizes[place.image] * (len(place.numbers) // 2)
-            scaled = [value * side for value, side in zip(place.numbers, sides, strict=True)]
-            numbers = scaled if self.shares else place.numbers
+        for index, region in enumerate(self.regions):
+            sides = sizes[region.image] * (len(region.numbers) // 2)
+            scaled = [value * side for value, side in zip(region.numbers, sides, strict=True)]
+            numbers = scaled if self.shares else region.numbers
             cut = tuple(min(max(value, 0.0), float(side)) for value, side in zip(numbers, sides, strict=True))
             beyond = any(not -_SLACK <= value <= side + _SLACK for value, side in zip(numbers, sides, strict=True))
             if beyond or (len(cut) == 4 and (cut[0] == cut[2] or cut[1] == cut[3])):
                 unit = "shares, 0 to 1" if self.shares else f"pixels; its picture has {sides[0]} x {sides[1]}"
-                what = f"{_shown(place.numbers)} lies outside of its picture ({unit})"
+                what = f"{_shown(region.numbers)} lies outside of its picture ({unit})"
                 remedy = "write corners (not x, y, width, height) in pixels of the file, or drop the record"
                 raise where.error(Code.BAD_BOX, f"objects.bbox[{index}]", what, remedy)
-            result.append(replace(place, numbers=cut))
+            result.append(replace(region, numbers=cut))
         return tuple(result)
 
 
@@ -97,7 +97,7 @@ def objects_of(value: Any, where: Where) -> Objects:
         return _of_lists(value, where)
     if not isinstance(value, list):
         raise where.error(Code.BAD_BOX, "objects", f"is {kind_of(value)}", _SHAPE)
-    refs, places = [], []
+    refs, regions = [], []
     for index, item in enumerate(value):
         field = f"objects[{index}]"
         if not isinstance(item, Mapping) or not {"bbox", "point"} & item.keys():
@@ -109,8 +109,8 @@ def objects_of(value: Any, where: Where) -> Objects:
         label = "" if is_nothing(item.get("label")) else _label(item["label"], f"{field}.label", where)
         refs += [label] if label else []
         numbers = _numbers(item[kind], f"{field}.{kind}", where, counts=(count,))
-        places.append(Place(numbers=numbers, image=_image(item.get("image_id"), field, where), label=label))
-    return Objects(refs=tuple(refs), places=tuple(places))
+        regions.append(Region(numbers=numbers, image=_image(item.get("image_id"), field, where), label=label))
+    return Objects(refs=tuple(refs), regions=tuple(regions))
 
 
 def _of_lists(value: Mapping[str, Any], where: Where) -> Objects:
@@ -125,14 +125,14 @@ def _of_lists(value: Mapping[str, Any], where: Where) -> Objects:
         raise where.error(Code.BAD_BOX, "objects.image_id", what, "write one per box, or drop the key")
     labels = tuple(_label(text, f"objects.ref[{index}]", where) for index, text in enumerate(refs))
     names = labels if len(labels) == len(boxes) else labels * len(boxes) if len(labels) == 1 else ("",) * len(boxes)
-    places = tuple(
-        Place(
+    regions = tuple(
+        Region(
             numbers=_numbers(box, f"objects.bbox[{index}]", where, counts=(4, 2)), label=name,
             image=_image(images[index] if images else None, f"objects.image_id[{index}]", where),
         )
         for index, (box, name) in enumerate(zip(boxes, names, strict=True))
     )  # fmt: skip
-    return Objects(refs=labels, places=places, shares=kind == "norm1")
+    return Objects(refs=labels, regions=regions, shares=kind == "norm1")
 
 
 def _refuse_unknown(value: Mapping[str, Any], known: Sequence[str], field: str, where: Where) -> None:
@@ -193,13 +193,13 @@ def check_objects(
     Raises:
         RecordError: BAD_BOX.
     """
-    found = [mark for text in texts for mark in _MARKS.findall(text)]
-    refs, boxes, lists = (found.count(mark) for mark in (REF, BOX, ALL))
+    marks = [mark for text in texts for mark in _MARKS.findall(text)]
+    refs, boxes, lists = (marks.count(mark) for mark in (REF, BOX, ALL))
     if objects is None:
         if boxes and images:
             raise where.error(Code.BAD_BOX, "objects", f"is missing; the texts have {boxes} {BOX}", _SHAPE)
         return
-    bad = next((place.image for place in objects.places if place.image >= images), None)
+    bad = next((region.image for region in objects.regions if region.image >= images), None)
     if bad is not None or has_video:
         what = f"names picture {bad}; the record has {images}" if bad is not None else "belongs to a video"
         remedy = "pictures are counted from 0" if bad is not None else "boxes in frames are not supported"
@@ -210,7 +210,7 @@ def check_objects(
     wrong = [
         f"{count} {mark} for {given}"
         for mark, count, given, free in (
-            (REF, refs, len(objects.refs), True), (BOX, boxes, len(objects.places), lists > 0)
+            (REF, refs, len(objects.refs), True), (BOX, boxes, len(objects.regions), lists > 0)
         )
         if count != given and (count or not free)
     ]  # fmt: skip
@@ -235,25 +235,25 @@ def filler(
         ConfigError: the model's form is not known.
         ModelError: its processing of pictures cannot be followed.
     """
-    places = objects.in_pixels(sizes, where)
+    regions = objects.in_pixels(sizes, where)
     if processing is None or processing.boxes is None:
         raise ConfigError(
             f"The records have boxes ({where.file}), and neither the family nor the vocabulary of this model says in "
             f"which form it knows them. Set model.boxes to one of {', '.join(FORMS)}."
         )
     form = FORMS[processing.boxes].marked()
-    frames = {place.image: processing.frame(sizes[place.image]) for place in places}
+    frames = {region.image: processing.frame(sizes[region.image]) for region in regions}
     written = []
-    for index, place in enumerate(places):
+    for index, region in enumerate(regions):
         try:
-            written.append((place.label, coordinates(place.numbers, form, frames[place.image])))
+            written.append((region.label, coordinates(region.numbers, form, frames[region.image])))
         except CroppedError as error:
             field, remedy = f"objects.bbox[{index}]", "set model.image_aspect to pad or resize, or drop the record"
-            raise where.error(Code.BOX_CROPPED, field, f"{_shown(place.numbers)}: {error}", remedy) from error
+            raise where.error(Code.BOX_CROPPED, field, f"{_shown(region.numbers)}: {error}", remedy) from error
 
     texts = {
         REF: iter([form.label.replace("{}", label) for label in objects.refs]),
-        BOX: iter([write_place(numbers, form) for _, numbers in written]),
+        BOX: iter([write_region(numbers, form) for _, numbers in written]),
     }
     every = write_list(written, form)
 
@@ -265,7 +265,7 @@ def filler(
 
 def plain_filler(objects: Objects) -> Callable[[str], str]:
     """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]` as the record has them."""
-    texts = {REF: iter(objects.refs), BOX: map(_shown, (place.numbers for place in objects.places))}
+    texts = {REF: iter(objects.refs), BOX: map(_shown, (region.numbers for region in objects.regions))}
     return lambda text: _MARKS.sub(lambda match: next(texts.get(match[0], iter(())), match[0]), text)
 
 

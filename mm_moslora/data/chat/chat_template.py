@@ -103,7 +103,7 @@ class TemplatePlan:
 class Template:
     """The chat template of a tokenizer, or the plain one."""
 
-    places = re.compile(r"(?!)")
+    media = re.compile(r"(?!)")
     """Finds the template's texts for a picture and a video; nothing where pictures are part of the contents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

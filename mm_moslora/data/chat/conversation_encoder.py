@@ -386,7 +386,7 @@ class ConversationEncoder(AnswerThinking):
             self._add_image(grown)
             return
         between = self.template.plan(("user:tit", "assistant")).slots[1].before
-        if len(self.template.places.findall(between)) != 1:
+        if len(self.template.media.findall(between)) != 1:
             raise DataError(
                 "The chat template of this model writes no picture between texts, as documents have them. Leave "
                 "records with interleaved texts and pictures out."
@@ -397,10 +397,10 @@ class ConversationEncoder(AnswerThinking):
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
         """Append text of the template, with the pictures and videos that the template places itself."""
         start = 0
-        for place in self.template.places.finditer(text):
-            grown.run += self.tokens.spans(text[start : place.start()])
+        for mark in self.template.media.finditer(text):
+            grown.run += self.tokens.spans(text[start : mark.start()])
             self._add_image(grown)
-            start = place.end()
+            start = mark.end()
         grown.run += self.tokens.spans(text[start:])
 
     def _add_image(self, grown: _Growing) -> None:

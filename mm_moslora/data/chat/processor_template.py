@@ -52,7 +52,7 @@ class ProcessorTemplate(Template):
         super().__init__(processor.tokenizer)
         self.source, self._processor = without_note(source), processor
         self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
-        self.places = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
+        self.media = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
 
     def missing_bos(self) -> list[int]:
         """See `Template.missing_bos`; also what the processor itself puts before a text."""

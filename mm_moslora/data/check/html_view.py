@@ -114,16 +114,16 @@ def _draw_boxes(shown: Image.Image, record: Record, number: int, size: tuple[int
     """Draw the boxes and points of a picture over its small copy, which had this width and height."""
     if record.objects is None:
         return
-    own = tuple(replace(place, image=0) for place in record.objects.places if place.image == number)
+    own = tuple(replace(region, image=0) for region in record.objects.regions if region.image == number)
     pen, scales = ImageDraw.Draw(shown), (shown.width / size[0], shown.height / size[1])
-    for place in replace(record.objects, places=own).in_pixels([size], record.where):
-        x, y, *corner = (value * scales[index % 2] for index, value in enumerate(place.numbers))
+    for region in replace(record.objects, regions=own).in_pixels([size], record.where):
+        x, y, *corner = (value * scales[index % 2] for index, value in enumerate(region.numbers))
         if corner:
             pen.rectangle((x, y, *corner), outline=BOX, width=2)
         else:
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=BOX, width=2)
         with suppress(ValueError):  # the built-in letters are Latin ones
-            pen.text((x + 4, y + 3), place.label, fill=BOX)
+            pen.text((x + 4, y + 3), region.label, fill=BOX)
 
 
 def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:

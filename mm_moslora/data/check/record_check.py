@@ -307,7 +307,7 @@ class _RowCheck:
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
         report.pictures += encoded.images
-        report.boxes += len(record.objects.places) if record.objects is not None else 0
+        report.boxes += len(record.objects.regions) if record.objects is not None else 0
         report.videos += any(isinstance(picture, Frame | Clip) for picture in record.images)
 
 
