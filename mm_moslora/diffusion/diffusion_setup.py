@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +38,6 @@ from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 CLASS_PICTURES = "class_pictures"
 """Key of a manifest's `base`: the digest in the names of the drawn pictures of the class."""
-_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 @dataclass(kw_only=True)
@@ -199,14 +199,30 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
     return made
 
 
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate's state of this process, new within the block and new behind it.
+
+    It would keep the settings of an earlier run, and a Trainer behind a run on ZeRO would train with DeepSpeed.
+    """
+    from accelerate.state import AcceleratorState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
 def make_accelerator(run: DiffusionRun) -> Any:
     """accelerate's Accelerator with the recipe's precision, accumulation and ZeRO stage."""
     from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
 
     train, plugin = run.recipe.train, None
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process, with other settings
-    os.environ.pop(_USE_DEEPSPEED, None)  # accelerate's own, which `train.zero` replaces
     if train.zero != "none":
         prepare_deepspeed(train.zero)
         plugin = DeepSpeedPlugin(
@@ -222,10 +238,8 @@ def make_accelerator(run: DiffusionRun) -> Any:
         handlers.append(
             InitProcessGroupKwargs(backend="gloo")
         )  # else it counts one process where DeepSpeed runs on CPUs
-    made = Accelerator(
+    return Accelerator(
         mixed_precision="no" if run.precision == "fp32" else run.precision, deepspeed_plugin=plugin,
         gradient_accumulation_steps=train.accumulation, cpu=plugin is None and not torch.cuda.is_available(),
         kwargs_handlers=handlers,
     )  # fmt: skip
-    os.environ.pop(_USE_DEEPSPEED, None)  # it has set it: a Trainer that comes after it in this process would take it
-    return made

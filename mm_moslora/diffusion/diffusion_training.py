@@ -19,7 +19,13 @@ import torch
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_checkpoint import Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
-from mm_moslora.diffusion.diffusion_setup import DiffusionRun, make_accelerator, make_optimizer, prepare
+from mm_moslora.diffusion.diffusion_setup import (
+    DiffusionRun,
+    fresh_accelerate,
+    make_accelerator,
+    make_optimizer,
+    prepare,
+)
 from mm_moslora.diffusion.pipeline_families import need_diffusers
 from mm_moslora.diffusion.subject_pictures import generator
 from mm_moslora.diffusion.subject_scores import log_scores
@@ -79,6 +85,7 @@ def train_diffusion(
         run_arithmetic(deterministic=recipe.train.deterministic),
         exclusive(folder),
         record_run_state(folder) as ending,
+        fresh_accelerate(),
     ):
         checkpoint = find_resume(recipe, folder, resume)
         run = prepare(recipe, folder, precision, base=checkpoint[1].base if checkpoint else {})

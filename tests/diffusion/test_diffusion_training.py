@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from mm_moslora.cli.cli_app import run
+from mm_moslora.diffusion import diffusion_training
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_checkpoint import STATE
 from mm_moslora.diffusion.diffusion_export import write_lora_file
@@ -412,15 +413,29 @@ def test_scores_are_measured_where_encoders_are_at_hand_and_named_where_not(
     assert not (tmp_path / "without" / "subject_scores.json").exists()
 
 
-def test_zero_2_steps_as_plain_training_and_resumes(recipe: Make, tmp_path: Path) -> None:
+def test_zero_2_steps_as_plain_training_and_resumes(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from accelerate.state import AcceleratorState
 
+    plugins: list[Any] = []
+    make = diffusion_training.make_accelerator
+
+    def noted(run: Any) -> Any:
+        accelerator = make(run)
+        plugins.append(accelerator.state.deepspeed_plugin)
+        return accelerator
+
+    monkeypatch.setattr(diffusion_training, "make_accelerator", noted)
     three = ("train.steps=3", "optim.max_grad_norm=0")
     plain = train_diffusion(recipe(*three, run="plain"))
     sharded = train_diffusion(recipe(*three, "train.zero=zero2"))
-    assert AcceleratorState().deepspeed_plugin.deepspeed_config["gradient_clipping"] == 0
-    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ, "the next Trainer of this process would take DeepSpeed"
+    assert plugins[0] is None
+    assert plugins[1].deepspeed_config["gradient_clipping"] == 0
+    # Otherwise the next Trainer of this process would take DeepSpeed.
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert AcceleratorState._shared_state == {}
     train_diffusion(recipe(*three, "train.zero=zero2", run="cut"), stop_at=2)
     train_diffusion(recipe(*three, "train.zero=zero2", run="cut"))
     numbers = {name: [float.fromhex(value) for value in losses(tmp_path / name)] for name in ("plain", "run", "cut")}
