@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -238,7 +239,7 @@ class SourceExamples(RecordExamples):
         return {f"data.train.{index}": commit for index, file in enumerate(self.files) if (commit := file.commit())}
 
 
-class MeasuredRecords(RecordExamples):
+class MeasuredRecords(RecordExamples, ABC):
     """Records with known lengths, of which steps can be planned."""
 
     members: Sequence[Sequence[int]]
@@ -267,13 +268,13 @@ class MeasuredRecords(RecordExamples):
             self.leave_out(index, error)
             return None
 
+    @abstractmethod
     def leave_out(self, index: int, error: RecordError) -> None:
         """Put a record in quarantine whose fault showed up after it was measured.
 
         Raises:
             DataError: `on_bad` is error, or the share of bad records is too large.
         """
-        raise NotImplementedError
 
 
 def encode_record(
