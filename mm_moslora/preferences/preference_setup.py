@@ -16,13 +16,14 @@ from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preference_set import SETS, AnswerSet
 from mm_moslora.data.preprocessing_print import preprocessing_of
-from mm_moslora.models.assembly import Parts, load_parts
+from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
+from mm_moslora.training.engine import weights_device
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
@@ -65,6 +66,11 @@ class PreferenceRun:
         return self.assembly.peft_model
 
     @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed divides the state over the ranks; else each has all of it."""
+        return self.recipe.train.zero not in ("auto", "none")
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches of a rank and step."""
         return self.recipe.train.global_batch // (self.recipe.train.micro_batch * distributed.world_size())
@@ -103,7 +109,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
                 adapter = replace(adapter, weights=str(reference))
             resolved = resolve_model_paths(recipe.model, checkpoint)
             start, adapter = resumed_start(recipe.model, resolved, adapter, checkpoint)
-        assembly = load_parts(start, dtype=dtype_of(precision))
+        device = weights_device(recipe.train, quantised=is_quantised(start))
+        assembly = load_parts(start, dtype=dtype_of(precision), device=device)
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
     data = pinned(recipe.data, checkpoint)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mm_moslora.adapters.adapter_inspection import inspect_model
 from mm_moslora.config import Recipe
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
@@ -20,7 +20,8 @@ from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
-from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, write_mixers
+from mm_moslora.training.deepspeed_start import fresh_accelerate, prepare_deepspeed
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_setup import trainable_table
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
@@ -66,7 +67,10 @@ def train_preferences(
         run_arithmetic(deterministic=recipe.train.deterministic),
         exclusive(folder),
         record_run_state(folder) as ending,
+        fresh_accelerate(),
     ):
+        if recipe.train.zero not in ("auto", "none"):
+            prepare_deepspeed(recipe.train.zero)
         seed_everything(recipe.train.seed)
         checkpoint = find_resume(recipe, resume)
         run = prepare(recipe, checkpoint=None if checkpoint is None else checkpoint[0])
@@ -127,13 +131,13 @@ class _Session:
         self.trackers.start(run.recipe.to_dict(), run.folder, resume_step=None if resumed is None else run.step)
         try:
             distributed.barrier()
-            with self.stop:
+            with self.stop, closing(trainer):
                 if run.step < run.total_steps:
                     trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
                 elif resumed is not None:  # it ended before it was measured
                     trainer.load_factors(resumed)
                 if run.step >= run.total_steps:
-                    self._finish()
+                    self._finish(trainer.trained_state(), callback.experts.shares)
                 write_summary(run, run.total_steps, self._of_run)
                 self.tidier.wait()
             ending = "stopped" if run.step < run.total_steps else "finished"
@@ -144,14 +148,17 @@ class _Session:
             self.trackers.finish(ending=ending)
         return self._result(callback.stopped_by)
 
-    def _finish(self) -> None:
+    def _finish(self, trained: dict[str, torch.Tensor], experts: dict[str, list[float]]) -> None:
         """Measure the adapter at the end; the last checkpoint records that this is done."""
         run = self.run
         run.counters[FINISHED_AT] = float(run.step)
+        log_adapter(
+            run.assembly.model, trained, self.trackers, run.step, file=run.folder / "mixers.json", metrics=False
+        )
         if distributed.is_main():
-            with only_measuring("The adapter"):
-                reports = inspect_model(run.peft_model)
-                self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
+            if experts:
+                with only_measuring("The balance of experts"):
+                    files.replace_json(run.folder / "experts.json", experts)
             amend(run.folder / folder_name(run.step), run.counters)
 
     def _result(self, stopped_by: int) -> TrainResult:

@@ -100,9 +100,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         )
         training = model.training
         model.eval()
-        with self.accelerator.autocast():
+        with self.whole_weights(), self.accelerator.autocast():
             ids: Any = model.generate(
                 **inputs,
+                synced_gpus=False,  # ranks need each other for nothing
                 generation_config=GenerationConfig(
                     do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, min_p=0.0,
                     repetition_penalty=1.0, max_new_tokens=config.max_new_tokens, num_beams=1,
