@@ -24,6 +24,8 @@ from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.engine import weights_device
+from mm_moslora.training.engine.deepspeed_patches import allocate
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
@@ -113,6 +115,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         assembly = load_parts(start, dtype=dtype_of(precision), device=device)
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
+        for name, tensor in [*assembly.model.named_parameters(), *assembly.model.named_buffers()]:
+            if ADAPTERS in name:  # on ranks that wait for the weights: TRL copies adapters
+                allocate(tensor, distributed.device())
     data = pinned(recipe.data, checkpoint)
     records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)

@@ -1,4 +1,4 @@
-"""A Trainer whose DeepSpeed engine is that of training: its presets, its corrections, its form of the optimiser's state.
+"""A Trainer whose DeepSpeed engine is that of training: its presets, its corrections, its states of optimisers.
 
 accelerate makes the live engine and calls it; `DeepSpeedEngine` prepares the model, and reads and writes the state.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,8 +42,7 @@ def deepspeed_arguments(run: PreferenceRun) -> dict[str, Any]:
     config = deepspeed_config(
         train, run.precision, run.recipe.optim.max_grad_norm, largest_adapter=largest_adapter(trained_groups(run))
     )
-    # Set for CPUs, it would keep accelerate from DeepSpeed, which knows the device.
-    return {"deepspeed": config | {"train_micro_batch_size_per_gpu": train.micro_batch}, "use_cpu": False}
+    return {"deepspeed": config | {"train_micro_batch_size_per_gpu": train.micro_batch}}
 
 
 class ZeroTrainer(Trainer):
