@@ -27,6 +27,7 @@ from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, par
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import SourceExamples, image_fault, placeholders_of
 from mm_moslora.data.record_faults import Code, RecordError
@@ -79,6 +80,8 @@ class AnswerSet(SourceExamples, Generic[Item]):
         self.usable: list[int] = []
         """Numbers of the items that were found usable when the set was built."""
         self.with_pictures = 0
+        self.media: set[frozenset[str]] = set()
+        """What usable records show: pictures, videos, both or nothing."""
         for index in range(len(self)):
             try:
                 self._measure(index)
@@ -169,6 +172,8 @@ class AnswerSet(SourceExamples, Generic[Item]):
         self.lengths.extend(len(one.input_ids) for one in encoded)
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
+        kinds = ("videos" if isinstance(picture, Clip) else "pictures" for picture in records[0].images)
+        self.media.add(frozenset(kinds))
 
     def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
         encoded = self.encode(record, None if self._fixed else pictures)

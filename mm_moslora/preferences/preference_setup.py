@@ -23,6 +23,7 @@ from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
+from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
 from mm_moslora.training.engine.deepspeed_patches import allocate
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
@@ -70,7 +71,7 @@ class PreferenceRun:
     @property
     def sharded(self) -> bool:
         """Whether DeepSpeed divides the state over the ranks; else each has all of it."""
-        return self.recipe.train.zero not in ("auto", "none")
+        return is_sharded(self.recipe)
 
     @property
     def accumulation(self) -> int:
@@ -93,6 +94,11 @@ class PreferenceRun:
         records = self.held_out if row["held_out"] else self.records
         assert records is not None
         return records, row["item"]
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """See `PreferenceRun.sharded`."""
+    return recipe.train.zero not in ("auto", "none")
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
@@ -124,6 +130,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     held_out = None
     if data.held_out:
         held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
+    for key, answers in (("data.train", records), ("data.validation", held_out)):
+        if answers is not None:
+            _refuse_mixed_media(recipe, key, answers.media)
     frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
     fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
     main = distributed.is_main()
@@ -148,6 +157,22 @@ def _begun_with(recipe: Recipe, commits: Mapping[str, str], checkpoint: Path | N
             "others. Restore it, or start another run from the checkpoint's weights (adapter.weights)."
         )
     return marks
+
+
+def _refuse_mixed_media(recipe: Recipe, key: str, media: set[frozenset[str]]) -> None:
+    """Refuse records of several kinds where ranks wait for each other in the tower, which some would not run.
+
+    Raises:
+        ConfigError: names them.
+    """
+    zero, vision = recipe.train.zero, recipe.model.vision
+    waits = stage_of(zero) == 3 or (is_sharded(recipe) and vision is not None and vision.mode == "adapter")
+    if waits and len(media) > 1 and distributed.world_size() > 1:
+        kinds = sorted(" and ".join(sorted(shown)) or "neither pictures nor videos" for shown in media)
+        raise ConfigError(
+            f"train.zero is {zero}, and {key} has records with {', others with '.join(kinds)}. Ranks would wait for "
+            "each other's tower. Train on records of one kind, or leave train.zero out: ranks train data-parallel then."
+        )
 
 
 def _check_batch(recipe: Recipe) -> None:

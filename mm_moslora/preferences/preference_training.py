@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.precision import run_arithmetic
+from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
-from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
+from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
 from mm_moslora.preferences.rewards import code_of
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
@@ -21,9 +21,11 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver,
 from mm_moslora.training.checkpointing.resume_choice import find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
 from mm_moslora.training.deepspeed_start import fresh_accelerate, prepare_deepspeed
+from mm_moslora.training.engine import check_engine
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_setup import trainable_table
+from mm_moslora.training.snapshot import OPTIMIZER
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -63,13 +65,16 @@ def train_preferences(
     agree_on_recipe(recipe, resume=resume, stop_at=stop_at, reward_file=code_of(recipe.grpo))
     with distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
+        if is_sharded(recipe):
+            precision = resolve_precision(recipe.train.precision)
+            check_engine(recipe.train, precision=precision, max_grad_norm=recipe.optim.max_grad_norm)
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
         exclusive(folder),
         record_run_state(folder) as ending,
         fresh_accelerate(),
     ):
-        if recipe.train.zero not in ("auto", "none"):
+        if is_sharded(recipe):
             prepare_deepspeed(recipe.train.zero)
         seed_everything(recipe.train.seed)
         checkpoint = find_resume(recipe, resume)
@@ -101,6 +106,14 @@ class _Session:
             raise CheckpointError(
                 f"The records differ from those of {folder}: records were added, removed, changed in length or became "
                 "unusable. Restore the data, or start another run from the checkpoint's weights (adapter.weights)."
+            )
+        divided = (rank_folder(folder, 0) / OPTIMIZER).is_file()
+        if divided != self.run.sharded:
+            zero = manifest.recipe.get("train", {}).get("zero", "auto")
+            raise CheckpointError(
+                f"{folder} has the optimiser's state of train.zero {zero}, and train.zero is "
+                f"{self.run.recipe.train.zero}: a state {'in shards' if divided else 'without shards'} does not fit. "
+                f"Set train.zero to {zero}, or start another run from the checkpoint's weights (adapter.weights)."
             )
         self.run.counters.update(manifest.counters)
         if distributed.is_main() and folder.resolve().parent == self.run.folder.resolve():

@@ -8,6 +8,7 @@ Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer toke
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,11 @@ from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier
 from mm_moslora.utils import distributed
+
+# `Scorer` names the first answer that no reward judges; TRL would print one of every batch, with all that it knows.
+logging.getLogger(GRPOTrainer.__module__).addFilter(
+    lambda record: "All reward functions returned" not in str(record.msg)
+)
 
 
 class RewardTrainer(RunTrainer, GRPOTrainer):

@@ -54,6 +54,12 @@ class ZeroTrainer(Trainer):
     schedule: Callable[[torch.optim.Optimizer], LambdaLR]
     stepping: torch.optim.Optimizer
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; it would warn that DeepSpeed has another accumulation, and take DeepSpeed's."""
+        super().create_accelerator_and_postprocess()
+        if self.run.sharded:
+            self.accelerator.gradient_accumulation_steps = self.run.accumulation
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of the run, which DeepSpeed takes over."""
         self.optimizer = self.stepping
@@ -74,7 +80,6 @@ class ZeroTrainer(Trainer):
 
         def initialise(optimizer: torch.optim.Optimizer) -> Any:
             self.stepping = optimizer
-            self.accelerator.gradient_accumulation_steps = self.run.accumulation  # else it warns, and takes DeepSpeed's
             prepared.extend(prepare(max_steps, train_dataloader, None))
             return self.model_wrapped
 
