@@ -147,7 +147,7 @@ class _Session:
             with self.stop, closing(trainer):
                 if run.step < run.total_steps:
                     trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
-                elif resumed is not None:  # it ended before it was measured
+                elif resumed is not None and distributed.is_main():  # it ended before it was measured
                     trainer.load_factors(resumed)
                 if run.step >= run.total_steps:
                     self._finish(trainer.trained_state(), callback.experts.shares)

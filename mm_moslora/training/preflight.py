@@ -244,17 +244,16 @@ def check_zero(recipe: Recipe) -> None:
 def _check_zero_of_trl(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse what TRL's trainers were not tried with, or cannot."""
     zero, form = recipe.train.zero, recipe.adapter.factor_form
-    offloads = [
-        key
-        for key in ("offload_optimizer", "offload_param")
-        if (settings.get(key) or {}).get("device", "none") != "none"
-    ]
-    odd = [*offloads, *(key for key, value in settings.items() if key.startswith("zero_quantized_") and value is True)]
+    groups = {key: value for key, value in settings.items() if key.startswith("offload_") and isinstance(value, dict)}
+    odd = [key for key, group in groups.items() if group.get("device", "none") != "none"]
+    odd += [key for key, value in settings.items() if key.startswith(("zero_quantized_", "cpu_offload")) and value]
     found = ""
     if not settings.get("stage"):
         found = "is a ZeRO-0, which divides nothing. Leave it out: ranks train data-parallel"
     elif odd:
         found = f"sets {', '.join(odd)}, with which TRL's trainers are not tried. Choose zero1, zero2 or zero3"
+    elif recipe.data.pack_tokens:
+        found = "is set with data.pack_tokens, with which it is not tried. Leave one of them out"
     elif form in ("stella", "orthonormal"):
         found = f"divides the factors that adapter.factor_form {form} keeps orthonormal. Leave train.zero out"
     if found:
