@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     sections: dict[str, Any] = {"objective": objective, "train": {"steps": 3, "global_batch": 8, "micro_batch": 4}}
     if objective == "grpo":
         sections["grpo"] = {**ANSWERS, "reward_file": str(folder / "own.py")}
-    model, adapter = {"vlm": str(base), "quantisation": BITS[objective]}, {"rank": 4, "alpha": 8}
+    model, adapter = {"vlm": str(base), "quantisation": BITS[objective]}, dict[str, Any](rank=4, alpha=8)
     train_preferences(make_recipe(folder / "before", records, model, adapter=adapter, **sections))
     adapter["weights"] = str(folder / "before")
     train_preferences(make_recipe(folder / "straight", records, model, adapter=adapter, **sections))

@@ -192,9 +192,10 @@ def test_a_run_on_zero_keeps_to_it_and_leaves_the_process_as_it_was(
     """Its start has frozen mixers, which are the reference's, too."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from accelerate.state import AcceleratorState
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    model, adapter = {"language": str(language_folder)}, {"rank": 4, "alpha": 8, "mixer_trainable": False}
+    model = {"language": str(language_folder)}
+    adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "mixer_trainable": False}
     train_preferences(make_recipe(tmp_path / "before", text_pairs, model, adapter=adapter))
     adapter["weights"] = str(tmp_path / "before")
 
