@@ -183,7 +183,7 @@ def refuse_unfit(
     """
     sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate}
     changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
-    changed += _changed(data, ("pack_tokens",) if objective != "dpo" else ())
+    changed += ["data.pack_tokens"] if data.pack_tokens and objective != "dpo" else []
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
     require(
         not changed,

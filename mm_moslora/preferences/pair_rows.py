@@ -14,7 +14,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class _RowHead(nn.Module):
         super().__init__()
         self.whole, self.config = [model], model.config  # in a list: no submodule
         self.pictures = StepFeatureCache()
-        add_fused_lm_head(self, outputs=FIELDS)
+        add_fused_lm_head(cast(PreTrainedModel, self), outputs=FIELDS)
 
     def forward(self) -> None:
         """TRL's head replaces it."""

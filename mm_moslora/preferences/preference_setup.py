@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -48,6 +48,8 @@ class PreferenceRun:
     """How pairs are laid into rows; None: they are padded."""
     rows_per_epoch: int = 0
     """With `rows`: those of the first epoch; others differ by a few."""
+    packed_pairs: int = 0
+    """With `rows`: the pairs of the step at hand."""
     rewards: dict[str, Reward] = field(default_factory=dict)
     """See `find_rewards`."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
@@ -119,10 +121,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     held_out = None
     if data.held_out:
         held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
-    packed = 0
-    if rows is not None:
-        assert isinstance(records, PreferenceSet)
-        packed = len(rows.epoch(records, seed=recipe.train.seed, epoch=0))
+    packed = 0 if rows is None else len(rows.epoch(cast(PreferenceSet, records), seed=recipe.train.seed, epoch=0))
     frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
     fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
     main = distributed.is_main()
@@ -249,8 +248,7 @@ def rows_of(run: PreferenceRun, *, held_out: bool) -> Any:
     items: list[Any] = list(range(len(records.usable)))
     train = run.recipe.train
     if not held_out and run.rows is not None:
-        assert isinstance(records, PreferenceSet)
-        items = run.rows.drawn(records, seed=train.seed, rows=run.total_steps * train.global_batch)
+        items = run.rows.drawn(cast(PreferenceSet, records), seed=train.seed, rows=run.total_steps * train.global_batch)
     if not held_out and run.recipe.objective != "dpo":
         rows = run.total_steps * train.global_batch
         rows //= run.recipe.grpo.generations if run.recipe.objective == "grpo" else 1

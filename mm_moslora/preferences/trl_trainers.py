@@ -174,7 +174,9 @@ class PairTrainer(RunTrainer, DPOTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             sizes = torch.stack([_sizes(batch["completion_mask"]) for batch in batches])
-            self.mean_sizes = self.accelerator.gather(sizes.to(device)).mean(0)
+            of_all = self.accelerator.gather(sizes.to(device))
+            self.mean_sizes = of_all.mean(0)
+            self.run.packed_pairs = int(of_all[:, 0].sum()) if self.run.rows is not None else 0
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -267,7 +269,9 @@ class RunCallback(TrainerCallback):
         """Count the step; the ranks agree on a signal."""
         counters, now = self.run.counters, time.monotonic()
         counters["steps"] = float(state.global_step)
-        counters["samples"] = counters.get("samples", 0.0) + self.run.recipe.train.global_batch
+        counters["samples"] = counters.get("samples", 0.0) + (
+            self.run.packed_pairs or self.run.recipe.train.global_batch
+        )
         counters["seconds"] = counters.get("seconds", 0.0) + now - self._clock
         self._clock = now
         (number,) = distributed.max_over_ranks([float(self.stop.received)])

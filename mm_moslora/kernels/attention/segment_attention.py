@@ -106,10 +106,10 @@ def segment_attention(
     """
     if step_context.spread is not None and step_context.kept is not None:
         # Products of weights are computed once for a shared beginning, and its scores in every segment that has it.
-        whole = [tensor.index_select(2, step_context.spread) for tensor in (query, key, value)]
+        q, k, v = (tensor.index_select(2, step_context.spread) for tensor in (query, key, value))
         alone = replace(step_context, spread=None, kept=None)
         output, _ = segment_attention(
-            module, *whole, attention_mask, dropout, scaling, sliding_window, step_context=alone, native=native, **rest
+            module, q, k, v, attention_mask, dropout, scaling, sliding_window, step_context=alone, native=native, **rest
         )
         return output.index_select(1, step_context.kept), None
     segment_lengths, ends = step_context.segment_lengths, step_context.ends
