@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,6 +132,21 @@ def take_rows(model: PreTrainedModel) -> StepFeatureCache:
 
     model.forward = forward  # type: ignore[method-assign]  # as TRL's head does
     return head.pictures
+
+
+def gather_uneven(gather: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Gather the values of all ranks, whose rows hold different numbers of pairs.
+
+    Args:
+        gather: takes as many of every rank.
+        values: ``[P]``; of other shapes all ranks have as many.
+    """
+    if values.ndim != 1:
+        return gather(values)
+    counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
+    padded = nn.functional.pad(values, (0, max(counts) - len(values)))
+    parts = gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _RowHead(nn.Module):

@@ -24,7 +24,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
-from mm_moslora.preferences.pair_rows import ROW, take_rows
+from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
@@ -164,7 +164,11 @@ class PairTrainer(RunTrainer, DPOTrainer):
             train_sampling_strategy="random" if run.rows is None else "sequential",
         )
         super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=PairCollator(run=run))
-        self.pictures = None if run.rows is None else take_rows(run.assembly.model)
+        self.pictures = None
+        if run.rows is not None:
+            self.pictures = take_rows(run.assembly.model)
+            gather = partial(gather_uneven, self.accelerator.gather)
+            self.accelerator.gather = gather  # type: ignore[method-assign]  # of TRL's measures
         self.given_weights = list(self.loss_weights)
         self.mean_sizes = torch.zeros(2)
         """Mean of `_sizes` over the micro-batches of the step, those of all ranks."""
