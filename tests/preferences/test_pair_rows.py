@@ -200,13 +200,6 @@ def test_a_model_that_takes_padded_rows_is_refused_by_name(tmp_path: Path, pictu
         prepare(make_recipe(tmp_path / "run", picture_pairs, model, data=PACKED))
 
 
-def test_rows_that_hold_no_pair_and_other_objectives_are_refused(text_pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pack_tokens is 511: a row holds both answers.* Set it to 512 or more"):
-        make_recipe(tmp_path, text_pairs, {"language": "x"}, data={"pack_tokens": 511})
-    with pytest.raises(ConfigError, match=r"data\.pack_tokens is set, which objective: kto does not follow"):
-        make_recipe(tmp_path, text_pairs, {"language": "x"}, objective="kto", data=PACKED)
-
-
 def test_a_run_learns_and_goes_on_with_the_same_digits_and_any_micro_batch(
     vlm: Path, picture_pairs: Path, tmp_path: Path
 ) -> None:
