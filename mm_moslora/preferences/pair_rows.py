@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from mm_moslora.models.vlm import needs_padding, supervised_hidden
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 ROW = "row"
 """Keyword argument of a model for the `Batch` of a micro-batch; see `take_rows`."""
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -70,6 +72,9 @@ class PairRows:
                 f"data.pack_tokens is {tokens}, and in a {kind} model the conversations of one row {why}. {remedy}"
             )
         shares = rows_of(model, SEGMENTS, shared=True).apart
+        if distributed.is_main():
+            place = "once, before both answers" if shares else "before each of its answers"
+            logger.info("Pairs stand in rows of up to %d tokens, and a prompt %s.", tokens, place)
         wanted = SEGMENTS if shares else "auto"
         set_attention(model, choose_attention(model, wanted, device=distributed.device()).name)
         return cls(tokens=tokens, shares=shares)
