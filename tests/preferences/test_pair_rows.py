@@ -242,9 +242,10 @@ def test_rows_are_full_and_hold_every_pair_once_an_epoch(vlm: Path, picture_pair
     assert sum(tokens[:-1]) / len(tokens[:-1]) > 64
 
 
-def test_half_precision_and_recomputed_layers(vlm: Path, picture_pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["assembled", "qwen2_5_vl"], indirect=True)
+def test_half_precision_and_recomputed_layers(model: dict[str, Any], picture_pairs: Path, tmp_path: Path) -> None:
     train = {"precision": "bf16", "gradient_checkpointing": True, "steps": 3}
-    train_preferences(make_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)}, data=PACKED, train=train))
-    losses = logged(tmp_path / "run")
+    train_preferences(make_recipe(tmp_path / "pairs", picture_pairs, model, data=PACKED, train=train))
+    losses = logged(tmp_path / "pairs")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < losses[0]
