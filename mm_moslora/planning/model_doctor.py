@@ -29,6 +29,7 @@ from mm_moslora.models.export.export_llava_checkpoint import why_not_original
 from mm_moslora.models.export.gguf_model import why_not_gguf
 from mm_moslora.models.language_model import refuse_head_extras
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.model_sizes import sizes_of
 from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
@@ -366,7 +367,8 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
             expected.append(logits[example.supervised[1:]])
     _as_trained(parts)
     with torch.enable_grad():
-        ours = model.get_output_embeddings()(supervised_hidden(model, Batch.from_examples(examples)))
+        head: Any = model.get_output_embeddings()
+        ours = form_of(head).logits(head(supervised_hidden(model, Batch.from_examples(examples))))
     theirs = torch.cat(expected)
     difference = float((ours.detach() - theirs).abs().max() / theirs.abs().max())
     wrong = not difference <= _EXACT

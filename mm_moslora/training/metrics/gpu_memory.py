@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import product
 
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerTraits
-from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
 from mm_moslora.training.metrics.gpu_specs import PER_HOST
