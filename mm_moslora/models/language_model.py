@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,7 +22,7 @@ from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.memory_efficient.loss_head import head_form
 from mm_moslora.models.memory_efficient.packed_weights import packing
-from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base, sizes_of
+from mm_moslora.models.model_sizes import base_sizes, load_base, sizes_of
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 
@@ -58,7 +59,7 @@ def language_model(
     assert config.language is not None
     name, revision = config.language, config.language_revision
     if weights == "shapes":
-        text = few_layers(base_sizes(config).get_text_config())
+        text = copy.deepcopy(base_sizes(config).get_text_config())
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
         return LanguageModel(text, cast(Any, None), alone)
     if weights == "all":

@@ -18,7 +18,7 @@ from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
-from mm_moslora.training.metrics.activation_memory import kept_bytes
+from mm_moslora.training.metrics.meta_execution import kept_bytes
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils.errors import ModelError
 

@@ -129,8 +129,8 @@ def _asked(model: PreTrainedModel) -> HeadForm | None:
         return values[..., :1].repeat(*[1] * (values.ndim - 1), rows)
 
     with ExitStack() as stack:
-        stack.enter_context(_instead(model.base_model, decoder))
-        stack.enter_context(_instead(head, product))
+        stack.enter_context(forward_instead(model.base_model, decoder))
+        stack.enter_context(forward_instead(head, product))
         ids = torch.zeros(1, len(given), dtype=torch.long)
         output: Any = type(model).forward(model, input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
     logits = output.logits[0].double()
@@ -151,7 +151,7 @@ def _gives(way: HeadForm, given: Tensor, found: Tensor) -> bool:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward pass of a module, inside its hooks."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
