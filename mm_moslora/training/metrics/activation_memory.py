@@ -23,7 +23,7 @@ from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs
-from mm_moslora.models.families import vlm_family
+from mm_moslora.models.families import PICTURE_SHAPES
 from mm_moslora.models.memory_efficient.loss_head import forward_instead
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
@@ -244,7 +244,7 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
         pixels = tensors.pop("pixel_values")
-        if vlm_family(model.config.model_type).one_by_one:  # which encodes them
+        if PICTURE_SHAPES in tensors:  # they are encoded one by one already
             return lambda: picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         inputs = picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
