@@ -28,7 +28,7 @@ from mm_moslora.data.epoch_order import with_replay
 from mm_moslora.data.quarantine import StreamQuarantine, summary
 from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.sources.endless_sources import open_endless, what_changed
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
@@ -137,9 +137,8 @@ class TrainingStream(RecordExamples):
         self.size = -(-config.shuffle_buffer // global_batch) * global_batch
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
-        self.fingerprint = hashlib.sha256(
-            repr([self.parts, *(source.fingerprint() for source in self.sources)]).encode()
-        ).hexdigest()
+        self.contents = [source.contents() for source in self.sources]
+        self.fingerprint = hashlib.sha256(repr([self.parts, *self.contents]).encode()).hexdigest()
         """A hash of the sources."""
         self._window: Window | None = None
         self._ahead: queue.Queue[Window | Exception] | None = None
@@ -195,8 +194,15 @@ class TrainingStream(RecordExamples):
         return read
 
     def place(self, step: int) -> dict[str, Any]:
-        """The place of a run behind an optimiser step, as JSON."""
-        return asdict(next(place for place in reversed(self._beginnings) if place.step <= step))
+        """The place of a run behind an optimiser step, and what the sources hold, as JSON."""
+        place = next(place for place in reversed(self._beginnings) if place.step <= step)
+        return asdict(place) | {"contents": self.contents}
+
+    def what_changed(self, stored: dict[str, Any]) -> str:
+        """The files of sources that differ from those of a `place`; empty where no file does, or none is known."""
+        pairs = zip(self.sources, stored.get("contents", ()), self.contents, strict=False)
+        faults = [(source, what_changed(before, now)) for source, before, now in pairs]
+        return "; ".join(f"{source.key} ({source.config.path}): {fault}" for source, fault in faults if fault)
 
     def go_to(self, stored: dict[str, Any]) -> None:
         """Go on from a place.

@@ -179,6 +179,10 @@ def test_tables_go_on_from_their_place(tmp_path: Path) -> None:
         again.go_to(json.loads(json.dumps(stream.place(number))))
         assert [again.at_hand.record(row).id for row in range(BATCH)] == names[-BATCH:]
     stream.stop()
+    (tmp_path / "0.parquet").rename(tmp_path / "2.parquet")
+    later = stream_of(parquet, order="sequential", shuffle_buffer=BATCH, fresh=False)
+    assert later.fingerprint != stream.fingerprint
+    assert "): 0.parquet is gone, 2.parquet is new" in later.what_changed(json.loads(json.dumps(stream.place(0))))
     assert names == [f"t{n % 7}" for n in range(16)]
     assert colours == [n % 7 for n in range(16)]
 

@@ -5,10 +5,10 @@ A source tells its place as plain data, from which it goes on exactly.
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, RecordSource, parse_record
 from mm_moslora.data.record_faults import RecordError, Where
-from mm_moslora.data.sources.open_sources import open_source, rules_of, stream_files
+from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, open_source, rules_of, stream_files
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
+
+_OF_ROWS = (*TABLE_SUFFIXES, ".csv", ".json", ".jsonl")
+"""Suffixes of files that hold the rows of a table."""
+_NAMED = 5
+"""Changed files that a message names."""
 
 
 class EndlessSource(ABC):
@@ -38,8 +43,8 @@ class EndlessSource(ABC):
         """Passes over the source that are over, and records taken in this one."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash that changes with the files; equal on all ranks."""
+    def contents(self) -> list[Any]:
+        """Names and sizes of the files, as JSON; equal on all ranks, and as long as the files are the same."""
 
     @abstractmethod
     def seek(self, place: dict[str, Any]) -> None:
@@ -113,12 +118,11 @@ class FileStream(EndlessSource):
         self._opened: RecordSource | None = None
         self._begin()
 
-    def fingerprint(self) -> str:
-        """Names and sizes of the files, or of one that is no file its content."""
+    def contents(self) -> list[Any]:
+        """See `EndlessSource.contents`; of what is no file a hash of its content."""
         paths = [Path(name) for name, _ in self.files]
-        known = [(path.name, path.stat().st_size) for path in paths if path.is_file()]
-        contents = known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
-        return hashlib.sha256(repr(contents).encode()).hexdigest()
+        known = sizes_of_files(path for path in paths if path.is_file())
+        return known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -162,11 +166,12 @@ class TableStream(EndlessSource):
         self._rules = rules_of(config, processing)
         self._begin()
 
-    def fingerprint(self) -> str:
-        """The configuration; files of the hub are pinned by `revision`."""
-        config = self.config
-        parts = (Path(config.path).name, config.subset, config.split, config.revision, sorted(config.columns.items()))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def contents(self) -> list[Any]:
+        """See `EndlessSource.contents`; files of the hub are pinned by `revision`."""
+        config, folder = self.config, Path(self.config.path)
+        found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(config.path))
+        files = sizes_of_files(sorted(path for path in found if path.suffix in _OF_ROWS))
+        return [folder.name, config.subset, config.split, config.revision, sorted(config.columns.items()), *files]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -196,6 +201,32 @@ class TableStream(EndlessSource):
 
     def _where(self) -> str:
         return ""
+
+
+def sizes_of_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """Names and sizes of files, in their order."""
+    return [(path.name, path.stat().st_size) for path in paths]
+
+
+def what_changed(before: Sequence[Any], now: Sequence[Any]) -> str:
+    """The files that differ between two `EndlessSource.contents`; empty where no file does.
+
+    Args:
+        before: as a checkpoint holds it.
+        now: of the source as it is.
+    """
+    old, new = ({str(name): size for name, size in filter(_is_file, contents)} for contents in (before, now))
+    faults = [f"{name} is gone" for name in old if name not in new]
+    faults += [
+        f"{name} has {new[name]} bytes instead of {old[name]}" for name in old if new.get(name, old[name]) != old[name]
+    ]
+    faults += [f"{name} is new" for name in new if name not in old]
+    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    return ", ".join(faults[:_NAMED]) + more
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], int)
 
 
 def open_endless(
