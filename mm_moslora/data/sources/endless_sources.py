@@ -9,7 +9,6 @@ import glob
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, RecordSource, parse_record
 from mm_moslora.data.record_faults import RecordError, Where
-from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, open_source, rules_of, stream_files
+from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, files_of_stream, open_source, rules_of
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -247,13 +246,7 @@ def open_endless(
     if not config.endless:
         opens = partial(open_source, config, processing=processing)
         return FileStream(config, key, files=[(config.path, opens)], seed=order, rows=shuffled)
-    if not (paths := stream_files(config)):
+    if not (parts := files_of_stream(config)):
         return TableStream(config, key, processing)
-    files = [
-        (
-            str(path),
-            partial(open_source, replace(config, path=str(path), streaming=False, weight=1.0), processing=processing),
-        )
-        for path in paths
-    ]
+    files = [(part.path, partial(open_source, part, processing=processing)) for part in parts]
     return FileStream(config, key, files=files, seed=order, rows=False)
