@@ -338,6 +338,7 @@ def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
         "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
         "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
         "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common()),
+        "not_offered": dict(report.not_offered.most_common()),
         "findings": [item._asdict() for item in remarks],
     }  # fmt: skip
 
