@@ -23,7 +23,7 @@ from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit, turns_of
 from mm_moslora.serve.inference.served_models import load_models
-from mm_moslora.serve.inference.tool_replies import CallSplit, call_form
+from mm_moslora.serve.inference.tool_replies import CallSplit, _rendered, call_form
 from mm_moslora.serve.terminal_chat import Chat, interactive
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import DataError
@@ -33,8 +33,8 @@ from tests.serve.serve_tools import serving
 TOOLS = json.dumps([WEATHER])
 USER = {"role": "user", "content": "Is it hot?"}
 TEMPLATES = [
-    "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "muse_glimmer", "nemotron_3_nano", "qwen2_5", "qwen3",
-    "qwen3_5_nothink", "qwen3_vl",
+    "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "lfm2_2_5_vl", "llama3_1", "muse_glimmer", "nemotron_3_nano", "qwen2_5",
+    "qwen3", "qwen3_5_nothink", "qwen3_vl",
 ]  # fmt: skip
 
 
@@ -66,6 +66,25 @@ def test_what_a_template_writes_is_read_back(forms, name, size) -> None:
     content, calls = split(form, text, size)
     assert (content.strip(), calls) == ("", [("weather", CALL["arguments"])])
     assert split(form, "Hot, 30 < 31 {degrees} [yes].", size) == ("Hot, 30 < 31 {degrees} [yes].", [])
+
+
+@pytest.mark.parametrize("name", ["lfm2_2_5", "lfm2_2_5_vl", "qwen3"])
+@pytest.mark.parametrize("value", ["O'Neil's", "a\\\\b\\n", '"', "line\nline", "é ]", "')", "", "x, y=2"])
+def test_quotes_and_escapes_in_arguments_are_read_back(forms, name, value) -> None:
+    encoder, form = forms[name]
+    function = {"name": "weather", "arguments": {"city": value, "days": 2, "more": {"a": ["it's", None, True]}}}
+    calls = [{"type": "function", "id": f"call0000{n}", "function": function} for n in range(2)]
+    text = _rendered(encoder, calls)
+    assert split(form, text) == ("", [("weather", function["arguments"])] * 2)
+
+
+@pytest.mark.parametrize("text", [
+    "[weather(city='Rome)]", "[weather(city='Rome', city='Oslo')]", "[weather('Rome')]", "[weather]", "[]", "[weather(",
+    "[weather(days=2 3)]", "weather(days=2)", "[weather(days=__import__('os'))]", "[" + "f(a=" * 2000,
+])  # fmt: skip
+def test_what_is_no_call_of_python_stays_text(forms, text) -> None:
+    text = f"<|tool_call_start|>{text}<|tool_call_end|>"
+    assert split(forms["lfm2_2_5"][1], text) == (text, [])
 
 
 def test_text_and_several_calls(forms) -> None:
