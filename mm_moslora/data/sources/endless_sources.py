@@ -8,7 +8,8 @@ from __future__ import annotations
 import glob
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from mm_moslora.utils.errors import DataError
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
 
+Reads = Callable[[], Record]
+"""Reads one record."""
 _OF_ROWS = (*TABLE_SUFFIXES, ".csv", ".json", ".jsonl")
 """Suffixes of files that hold the rows of a table."""
 _NAMED = 5
@@ -54,8 +57,8 @@ class EndlessSource(ABC):
         """The place behind the last record, as JSON."""
 
     @abstractmethod
-    def _next(self) -> Record | None:
-        """The next record of this pass, None behind the last one; it counts `row` before it raises a RecordError."""
+    def _next(self) -> Reads | None:
+        """What reads the next record of this pass, which is counted in `row`; None behind the last one."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -65,29 +68,41 @@ class EndlessSource(ABC):
     def _where(self) -> str:
         """The file at hand, for messages."""
 
-    def take(self) -> Record:
-        """The next record.
+    def take(self) -> Reads:
+        """Go to the next record; what reads it raises RecordError where it cannot be used.
 
         Raises:
-            RecordError: it cannot be used; the next call gives the record behind it.
-            DataError: the source is empty, or it is no longer there.
+            DataError: the source is empty, or it is no longer there; also from what reads the record.
         """
-        try:
-            if (record := self._next()) is None and self.row:
+        with self._breaking():
+            if (reads := self._next()) is None and self.row:
                 self.passes, self.row = self.passes + 1, 0
                 self._begin()
-                record = self._next()
+                reads = self._next()
+        if reads is None:
+            raise DataError(f"{self.key} ({self.config.path}) is empty: 0 records. Check its path, subset and split.")
+        return partial(self._read, reads, self._place())
+
+    def _read(self, reads: Reads, place: str) -> Record:
+        with self._breaking(place):
+            return reads()
+
+    def _place(self) -> str:
+        return f"in pass {self.passes + 1} behind record {self.row}{self._where()}"
+
+    @contextmanager
+    def _breaking(self, place: str | None = None) -> Iterator[None]:
+        """Make every error but that of a record one that names the source, and the place."""
+        try:
+            yield
         except RecordError:
             raise
         except Exception as error:  # libraries raise many types
             raise DataError(
-                f"{self.key} ({self.config.path}) broke off in pass {self.passes + 1} behind record {self.row}"
-                f"{self._where()}: {type(error).__name__}: {str(error)[:300]}. Checkpoints are untouched. Bring the "
-                "source back; the same command goes on from the last one."
+                f"{self.key} ({self.config.path}) broke off {place or self._place()}: {type(error).__name__}: "
+                f"{str(error)[:300]}. Checkpoints are untouched. Bring the source back; the same command goes on from "
+                "the last one."
             ) from error
-        if record is None:
-            raise DataError(f"{self.key} ({self.config.path}) is empty: 0 records. Check its path, subset and split.")
-        return record
 
 
 class FileStream(EndlessSource):
@@ -142,14 +157,14 @@ class FileStream(EndlessSource):
             return numbers
         return random.Random(f"{self.seed} {self.key} {self.passes} {what}").sample(numbers, count)
 
-    def _next(self) -> Record | None:
+    def _next(self) -> Reads | None:
         while self._file < len(self._order):
             if self._opened is None:
                 self._opened = self.files[self._order[self._file]][1]()
                 self._numbers = self._shuffled(len(self._opened), "rows") if self._rows else range(len(self._opened))
             if self._taken < len(self._numbers):
                 self._taken, self.row = self._taken + 1, self.row + 1
-                return self._opened[self._numbers[self._taken - 1]]
+                return partial(self._opened.__getitem__, self._numbers[self._taken - 1])
             self._file, self._taken, self._opened = self._file + 1, 0, None
         return None
 
@@ -189,14 +204,15 @@ class TableStream(EndlessSource):
         self._table = table_stream(self.config)  # a stream that was set to a state begins there again
         self._iterator = iter(self._table)
 
-    def _next(self) -> Record | None:
+    def _next(self) -> Reads | None:
         from mm_moslora.data.sources.hf_tables import row_of_stream
 
         if (row := next(self._iterator, None)) is None:
             return None
         self.row += 1
         where = Where(file=Path(self.config.path), line=None, row=self.row - 1)
-        return parse_record(row_of_stream(row, self._table.features, self.config), where, self._rules)
+        features = self._table.features
+        return lambda: parse_record(row_of_stream(row, features, self.config), where, self._rules)
 
     def _where(self) -> str:
         return ""
