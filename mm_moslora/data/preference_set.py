@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.boxes.record_objects import ALL, BOX, in_pixels, reference_box
+from mm_moslora.data.boxes.record_objects import ALL, BOX, pixel_filler, reference_box
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
@@ -304,9 +304,10 @@ class QuestionSet(AnswerSet[Question]):
         prompt = Example(id=record.id, input_ids=ids, supervised=none, pictures=pictures)
         last = len(sizes) - 1
         if record.objects is not None:
-            box = reference_box(record.objects, record.turns)
+            box = reference_box(record.objects, [turn.text for turn in record.turns])
             last = last if box is None else box.image
-            turns = in_pixels(record.objects, record.turns, sizes, record.where)
+            fill = pixel_filler(record.objects, sizes, record.where)
+            turns = tuple(turn.filled(fill) for turn in record.turns)
             record = replace(record, turns=turns)
             asked = replace(asked, references=asked.references if box is None else (turns[-1].text,))
         text = " ".join(record.turns[-2].parts()).strip()
@@ -320,7 +321,7 @@ class QuestionSet(AnswerSet[Question]):
     def _measure(self, index: int) -> None:
         asked = self.asked(index)
         objects, turns = asked.record.objects, asked.record.turns
-        boxed = objects is not None and reference_box(objects, turns) is not None
+        boxed = objects is not None and reference_box(objects, [turn.text for turn in turns]) is not None
         if objects is not None and (ALL in turns[-1].text or (boxed and len(asked.references) > 1)):
             what = f"the reference holds {ALL}, or there are several with boxes, and a reward compares one box"
             raise asked.record.where.error(Code.BAD_BOX, "objects", what, f"write one reference with {BOX}")

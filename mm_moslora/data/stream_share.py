@@ -24,7 +24,7 @@ _STREAMS = {"opened": 0}
 """Streams of this process, which all ranks open in the same order."""
 
 
-class Measure(NamedTuple):
+class RecordSize(NamedTuple):
     """What every rank must know of a record, to plan the same steps."""
 
     length: int
@@ -75,8 +75,8 @@ class StreamShare:
         return number % self.world == self.rank
 
     def gathered(
-        self, found: dict[int, Measure | RecordError], stop: threading.Event
-    ) -> dict[int, Measure | RecordError]:
+        self, found: dict[int, RecordSize | RecordError], stop: threading.Event
+    ) -> dict[int, RecordSize | RecordError]:
         """What all ranks have found, by number; every rank calls it for the same records.
 
         Args:
@@ -94,11 +94,11 @@ class StreamShare:
         }
         keys = [f"{self._name}/{self._begun}/{self._round}/{rank}" for rank in range(self.world)]
         self._store.set(keys[self.rank], json.dumps(own))
-        told: dict[int, Measure | RecordError] = {}
+        told: dict[int, RecordSize | RecordError] = {}
         for rank, key in enumerate(keys):
             self._wait(key, rank, stop)
             for number, what in parse_json(self._store.get(key), surrogates=True).items():
-                told[int(number)] = Measure(*what) if len(what) == len(Measure._fields) else read_fault(what)
+                told[int(number)] = RecordSize(*what) if len(what) == 3 else read_fault(what)
         # All ranks have told of this round, so all have read the round before.
         for old in self._told:
             self._store.delete_key(old)

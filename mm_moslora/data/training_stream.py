@@ -30,7 +30,7 @@ from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.endless_sources import Reads, open_endless, what_changed
 from mm_moslora.data.sources.open_sources import require_sources
-from mm_moslora.data.stream_share import Measure, StoppedError, StreamShare
+from mm_moslora.data.stream_share import RecordSize, StoppedError, StreamShare
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
 
@@ -63,7 +63,7 @@ class _Entry(NamedTuple):
     number: int
     """In the stream."""
     reads: Reads
-    measure: Measure
+    size: RecordSize
     known: _Known | None
     """The record and its tokens; None where another rank has measured it."""
 
@@ -81,9 +81,9 @@ class Window(MeasuredRecords):
         super().__init__((), stream.encoder, stream.image_processing, stream.config)
         self.stream, self.place, self._entries = stream, place, entries
         self.members, self.weights = [range(len(entries))], [1.0]
-        self.lengths = array("L", (entry.measure.length for entry in entries))
-        self.has_image = bytearray(bool(entry.measure.pictures) for entry in entries)
-        self.words = array("L", (entry.measure.words for entry in entries))
+        self.lengths = array("L", (entry.size.length for entry in entries))
+        self.has_image = bytearray(bool(entry.size.pictures) for entry in entries)
+        self.words = array("L", (entry.size.words for entry in entries))
         self.exact = stream.image_processing is None or stream.image_processing.fixed
 
     def __len__(self) -> int:
@@ -318,9 +318,9 @@ class TrainingStream(RecordExamples):
         self._coming = StreamPlace(window=place.window + 1, taken=tuple(taken), sources=places)
         return Window(self, place, entries)
 
-    def _measured(self, asked: dict[int, Reads]) -> dict[int, tuple[Measure | RecordError, _Known | None]]:
+    def _measured(self, asked: dict[int, Reads]) -> dict[int, tuple[RecordSize | RecordError, _Known | None]]:
         """What is found in records, by their numbers, and those that this rank has read."""
-        found: dict[int, Measure | RecordError] = {}
+        found: dict[int, RecordSize | RecordError] = {}
         known: dict[int, _Known] = {}
         for number, reads in asked.items():
             if self._stop.is_set():
@@ -335,7 +335,7 @@ class TrainingStream(RecordExamples):
                 continue
             words = sum(len(turn.said.split()) for turn in record.turns) if self.config.order == "llava" else 0
             length = int(known[number][1].input_ids.shape[0])
-            found[number] = Measure(length=length, pictures=len(record.images), words=words)
+            found[number] = RecordSize(length=length, pictures=len(record.images), words=words)
         if self.share is not None:
             found = self.share.gathered(found, self._stop)
         return {number: (found[number], known.get(number)) for number in asked}

@@ -49,6 +49,6 @@ def opening_of_call(
     text = encoder.decode_answer(opening, calls=True)
     begun = CallSplit(form, tools).add(text)
     whole = CallSplit(form, tools).add(encoder.decode_answer(answers[1][:-1], calls=True), last=True)
-    called = [(call["function"]["name"], [*json.loads(call["function"]["arguments"])]) for call in whole[2]]
+    called = [(call["function"]["name"], [*parse_json(call["function"]["arguments"])]) for call in whole[2]]
     closed = name in text and not text.endswith(name)
     return opening if closed and not any(map(str.strip, begun[:2])) and called == [(name, ["a"])] else None
