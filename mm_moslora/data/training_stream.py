@@ -180,6 +180,10 @@ class TrainingStream(RecordExamples):
             self._ahead = queue.Queue()
             threading.Thread(target=self._work, args=(self._ahead,), name="stream", daemon=True).start()
 
+    def halt(self) -> None:
+        """Let no thread wait for a further window."""
+        self._stop.set()
+
     def stop(self) -> None:
         """End the thread that reads ahead; the stream is not used again, unless it goes to a place."""
         self._stop.set()
