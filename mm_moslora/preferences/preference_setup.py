@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet
+from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet, QuestionSet
 from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
@@ -22,7 +22,7 @@ from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.pair_rows import PairRows
-from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
+from mm_moslora.preferences.rewards import Reward, check_box_rewards, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
@@ -136,6 +136,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     data = pinned(recipe.data, checkpoint)
     records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)
+    with_boxes = records.with_boxes if isinstance(records, QuestionSet) else 0
+    check_box_rewards(rewards, with_boxes, assembly.image_processing)
     held_out = None
     if data.held_out:
         held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")

@@ -24,7 +24,7 @@ from mm_moslora.data.preference_set import Question
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun
-from mm_moslora.preferences.rewards import Scorer, document_of, scores_together
+from mm_moslora.preferences.rewards import Scorer, box_reader, document_of, scores_together
 from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier
@@ -140,9 +140,11 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         decode, counters = self.run.records.encoder.decode_answer, self.run.counters
         before = sum(scorer.failed for scorer in self.scorers)
         texts = [decode([token for token in ids if token not in self.stops]) for ids in completion_ids]
-        documents = [document_of(self.questions[number]) for number in self.shown]
+        questions, processing = [self.questions[number] for number in self.shown], self.run.assembly.image_processing
+        documents = [document_of(question) for question in questions]
+        boxes = [box_reader(question, processing) for question in questions]
         with distributed.failing_together(f"The rewards {', '.join(scorer.name for scorer in self.scorers)}"):
-            self.scores = scores_together(self.scorers, texts, documents)
+            self.scores = scores_together(self.scorers, texts, documents, boxes)
         if failed := sum(scorer.failed for scorer in self.scorers) - before:
             counters["failed_rewards"] = counters.get("failed_rewards", 0.0) + failed
 
