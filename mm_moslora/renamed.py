@@ -13,7 +13,7 @@ from typing import NoReturn
 _PACKAGE = "mm_moslora."
 _HARNESS = "mm_moslora_eval."
 MODULES = {
-    _PACKAGE + "data.sources.record_source": "data.chat.records",
+    _PACKAGE + "data.sources.record_source": "data.sources.record_file",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }
@@ -28,7 +28,13 @@ NAMES = {
     },
     _PACKAGE + "compare.comparison_plan": {"Settings": "ComparisonSettings"},
     _PACKAGE + "compare.comparison_run": {"Comparison": "ArmComparison"},
-    _PACKAGE + "data.chat.chat_template": {"Plan": "TemplatePlan", "Piece": "TextSpan"},
+    _PACKAGE + "data.chat.chat_template": {
+        "Plan": "TemplatePlan", "Piece": "data.chat.guarded_tokens.TextSpan",
+        "TextSpan": "data.chat.guarded_tokens.TextSpan", "Tokens": "data.chat.guarded_tokens.Tokens",
+    },
+    _PACKAGE + "data.chat.records": {
+        "RecordFile": "data.sources.record_file.RecordFile", "RecordSource": "data.sources.record_file.RecordSource",
+    },
     _PACKAGE + "data.training_set": {
         "encode_record": "data.record_examples.encode_record",
         "placeholders_of": "data.record_examples.placeholders_of",

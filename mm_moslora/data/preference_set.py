@@ -26,7 +26,7 @@ from mm_moslora.data.boxes.record_objects import ALL, BOX, pixel_filler, referen
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary

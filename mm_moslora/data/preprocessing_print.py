@@ -29,7 +29,7 @@ from mm_moslora import __version__
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint

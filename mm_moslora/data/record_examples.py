@@ -25,7 +25,7 @@ from mm_moslora.data.chat.conversation_encoder import (
     UnrenderedTools,
 )
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
@@ -33,6 +33,7 @@ from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.token_cache import TokenCache
 from mm_moslora.utils.errors import DataError, reason_of
 

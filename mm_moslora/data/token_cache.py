@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
-    from mm_moslora.data.chat.records import RecordSource
+    from mm_moslora.data.sources.record_file import RecordSource
 
 COUNTED = 1000
 """Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off

@@ -85,7 +85,7 @@ def write_large(path: Path) -> None:
 OPEN_OURS = """
 import sys, time
 from pathlib import Path
-from mm_moslora.data.chat.records import RecordFile
+from mm_moslora.data.sources.record_file import RecordFile
 imported = time.process_time()
 file = RecordFile(Path(sys.argv[1]))
 file[0], file[len(file) - 1]

@@ -25,11 +25,12 @@ from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, AnswerThinking, masked_block, says_something, thinks, written
-from mm_moslora.data.chat.chat_template import Template, TemplatePlan, TextSpan, Tokens, marked_spans
+from mm_moslora.data.chat.chat_template import Template, TemplatePlan
 from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
+from mm_moslora.data.chat.guarded_tokens import TextSpan, Tokens, marked_spans
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_forms import IMAGE
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.check.check_findings import Finding, findings, length_percentiles
 from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Match

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.conftest import Setup, turns
 

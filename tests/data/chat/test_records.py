@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_moslora.data.chat import records
-from mm_moslora.data.chat.records import RecordFile, parse_record
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import LocalPicture, PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources import json_scan
+from mm_moslora.data.sources.record_file import RecordFile
 from mm_moslora.utils.errors import DataError
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

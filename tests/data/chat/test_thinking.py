@@ -12,7 +12,7 @@ from tiny import CHATML, make_tokenizer
 from tokenizers import AddedToken
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from tests.data.conftest import turns
 
 THINKING = [
