@@ -13,6 +13,9 @@ from typing import NoReturn
 _PACKAGE = "mm_moslora."
 _HARNESS = "mm_moslora_eval."
 MODULES = {
+    _PACKAGE + "data.chat.judged_records": "data.preferences.judged_records",
+    _PACKAGE + "data.chat.preference_records": "data.preferences.preference_records",
+    _PACKAGE + "data.preference_set": "data.preferences.preference_set",
     _PACKAGE + "data.sources.record_source": "data.sources.record_file",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",

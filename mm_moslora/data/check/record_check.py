@@ -11,8 +11,9 @@ from functools import partial
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.chat.tool_records import names_not_offered
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
