@@ -49,6 +49,9 @@ NAMES = {
         name: f"models.memory_efficient.loss_head.{name}" for name in ("LossHead", "head_loss_sum", "token_loss_sum")
     },
     _PACKAGE + "planning.doctor": {"Finding": "Diagnosis"},
+    _PACKAGE + "planning.recipe_data": {
+        "view_recipe": "planning.record_views.view_recipe", "view_page": "planning.record_views.view_page",
+    },
     _PACKAGE + "planning.run_plan": {"Plan": "RunPlan"},
     _PACKAGE + "serve.inference.continuous_batching": {
         "Engine": "GenerationEngine", "Job": "GenerationJob", "Piece": "AnswerPart",
