@@ -38,6 +38,9 @@ NAMES = {
     _PACKAGE + "data.chat.records": {
         "RecordFile": "data.sources.record_file.RecordFile", "RecordSource": "data.sources.record_file.RecordSource",
     },
+    _PACKAGE + "data.epoch_order": {
+        "pack": "data.sequence_packing.pack", "fill_rate": "data.sequence_packing.fill_rate",
+    },
     _PACKAGE + "data.training_set": {
         "encode_record": "data.record_examples.encode_record",
         "placeholders_of": "data.record_examples.placeholders_of",

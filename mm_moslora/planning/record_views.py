@@ -13,6 +13,7 @@ from mm_moslora.data.check.terminal_view import legend, view_record
 from mm_moslora.data.record_examples import encode_record, placeholders_of, written
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.planning.recipe_data import BEGINNING, DataParts, parts_of, with_beginnings
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from mm_moslora.config import Recipe
     from mm_moslora.data.sources.record_file import RecordSource
-from mm_moslora.planning.recipe_data import BEGINNING, DataParts, parts_of, with_beginnings
 
 
 def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
