@@ -192,7 +192,7 @@ ALLOWED = {
     "mm_moslora/quickstart/debian_packages.py:_ar_members": "a download, whose checksum was checked",
     "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": "a stream",
     "mm_moslora/quickstart/instruction_data.py:_differs": "the set of this project, in a marked folder",
-    "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": "a download, whose checksum was checked",
+    "mm_moslora/quickstart/asset_conversion.py:convert_efficientnet": "a download, whose checksum was checked",
     "mm_moslora/quickstart/stamp_data.py:square": "a picture of a download, whose checksum was checked",
     "mm_moslora/serve/inference/request_images.py:_with_header": "bytes in memory",
     "mm_moslora/models/precision.py:resolve_precision": "a file of the system",
