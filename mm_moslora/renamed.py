@@ -17,6 +17,8 @@ MODULES = {
     _PACKAGE + "data.chat.preference_records": "data.preferences.preference_records",
     _PACKAGE + "data.preference_set": "data.preferences.preference_set",
     _PACKAGE + "data.sources.record_source": "data.sources.record_file",
+    _PACKAGE + "models.import_checkpoint": "models.importing.import_checkpoint",
+    _PACKAGE + "models.import_xtuner": "models.importing.import_xtuner",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }
@@ -50,6 +52,9 @@ NAMES = {
     _PACKAGE + "launch.slurm_job": {"Job": "SlurmJob"},
     _PACKAGE + "models.memory_efficient.decoder_layers": {
         name: f"models.memory_efficient.loss_head.{name}" for name in ("LossHead", "head_loss_sum", "token_loss_sum")
+    },
+    _PACKAGE + "models.model_paths": {
+        "is_comparable": "models.weights_fingerprint.is_comparable", "is_same": "models.weights_fingerprint.is_same",
     },
     _PACKAGE + "planning.doctor": {"Finding": "Diagnosis"},
     _PACKAGE + "planning.recipe_data": {

@@ -224,7 +224,7 @@ def import_model(
     quiet_libraries()
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.export.export_huggingface import export_model
-    from mm_moslora.models.import_checkpoint import import_parts, whole_config
+    from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
 
     imported = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
     summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"

@@ -41,7 +41,7 @@ DOORS = {
     "mm_moslora/models/vision/timm_open_clip_tower.py": "model.vision of other libraries",
     # These get what a user named in the command.
     "mm_moslora/models/load_model.py": "an export, or the base that an adapter names, which is logged",
-    "mm_moslora/models/import_checkpoint.py": "a base of a foreign checkpoint, which is logged",
+    "mm_moslora/models/importing/import_checkpoint.py": "a base of a foreign checkpoint, which is logged",
     "eval/mm_moslora_eval/backends/transformers_model.py": "hf:",
     "eval/mm_moslora_eval/backends/open_model.py": "hands hf: on",
     "mm_moslora/data/sources/hf_tables.py": "data.train.path",
