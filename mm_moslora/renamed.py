@@ -19,6 +19,9 @@ MODULES = {
     _PACKAGE + "data.sources.record_source": "data.sources.record_file",
     _PACKAGE + "models.import_checkpoint": "models.importing.import_checkpoint",
     _PACKAGE + "models.import_xtuner": "models.importing.import_xtuner",
+    _PACKAGE + "reporting.comparison_charts": "reporting.comparison.comparison_charts",
+    _PACKAGE + "reporting.comparison_curves": "reporting.comparison.comparison_curves",
+    _PACKAGE + "reporting.comparison_page": "reporting.comparison.comparison_page",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }
@@ -61,6 +64,7 @@ NAMES = {
         "view_recipe": "planning.record_views.view_recipe", "view_page": "planning.record_views.view_page",
     },
     _PACKAGE + "planning.run_plan": {"Plan": "RunPlan"},
+    _PACKAGE + "reporting.run_data": {"Score": "reporting.run_rows.Score"},
     _PACKAGE + "serve.inference.continuous_batching": {
         "Engine": "GenerationEngine", "Job": "GenerationJob", "Piece": "AnswerPart",
     },

@@ -129,7 +129,7 @@ WRITES = {
     "mm_moslora/quickstart/quickstart_evaluation.py:_samples": ASIDE,
     "mm_moslora/quickstart/stamp_data.py:build_stamps": ASIDE,
     "mm_moslora/quickstart/user_recipe.py:initialise": NEW,
-    "mm_moslora/reporting/comparison_charts.py:draw_png": ASIDE,
+    "mm_moslora/reporting/comparison/comparison_charts.py:draw_png": ASIDE,
     "mm_moslora/reporting/lens_maps.py:_draw": ASIDE,
     "mm_moslora/training/snapshot.py:write": NEW,
     "mm_moslora/training/snapshot.py:write_model": NEW,
