@@ -56,6 +56,9 @@ NAMES = {
     _PACKAGE + "models.memory_efficient.decoder_layers": {
         name: f"models.memory_efficient.loss_head.{name}" for name in ("LossHead", "head_loss_sum", "token_loss_sum")
     },
+    _PACKAGE + "models.decoding.prefix_cache": {
+        "shared_prefix_attention": "models.decoding.shared_prefix.shared_prefix_attention",
+    },
     _PACKAGE + "models.model_paths": {
         "is_comparable": "models.weights_fingerprint.is_comparable", "is_same": "models.weights_fingerprint.is_same",
     },
