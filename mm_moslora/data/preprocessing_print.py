@@ -94,17 +94,14 @@ class PreprocessingParts(EncoderParts, Protocol):
     @property
     def processor(self) -> Any:
         """None for a language model alone."""
-        ...
 
     @property
     def image_processing(self) -> ImageProcessing | None:
         """None for a language model alone."""
-        ...
 
     @property
     def stop_ids(self) -> Sequence[int]:
         """Tokens that end an answer; empty: unknown."""
-        ...
 
 
 def probe_picture() -> Image.Image:

@@ -57,27 +57,22 @@ class EncoderParts(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """With a chat template or without."""
-        ...
 
     @property
     def tokens_per_image(self) -> int:
         """Placeholders per image."""
-        ...
 
     @property
     def image_token_id(self) -> int | None:
         """Vocabulary id of the placeholder."""
-        ...
 
     @property
     def template_processor(self) -> Any:
         """Processor of a ready-made model."""
-        ...
 
     @property
     def thinking(self) -> Thinking:
         """The recipe's `model.thinking`."""
-        ...
 
 
 class ConversationEncoder(SegmentEncoder):
