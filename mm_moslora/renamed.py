@@ -22,6 +22,7 @@ MODULES = {
     _PACKAGE + "reporting.comparison_charts": "reporting.comparison.comparison_charts",
     _PACKAGE + "reporting.comparison_curves": "reporting.comparison.comparison_curves",
     _PACKAGE + "reporting.comparison_page": "reporting.comparison.comparison_page",
+    _PACKAGE + "utils.heartbeat": "launch.heartbeat",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }
@@ -81,6 +82,9 @@ NAMES = {
         "choose_checkpoint": "training.checkpointing.resume_choice.choose_checkpoint",
     },
     _PACKAGE + "training.run_setup": {"exclusive": "training.supervision.run_folder.exclusive"},
+    _PACKAGE + "utils.files": {
+        name: f"utils.folder_marks.{name}" for name in ("PAGE_SIGN", "in_construction", "output_file", "refuse_strangers")
+    },
     _PACKAGE + "utils.file_locks": {"held": "lock_file"},
     _HARNESS + "backends.vlmevalkit_example": {"MoSLoRAModel": "VLMEvalKitModel"},
     _HARNESS + "eval_commands": {"compare": "compare_runs"},

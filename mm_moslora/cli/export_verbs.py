@@ -8,7 +8,7 @@ from typing import Literal
 from mm_moslora.cli.eval_verbs import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.file_locks import new_folder
-from mm_moslora.utils.files import refuse_full_folder
+from mm_moslora.utils.folder_marks import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -40,7 +40,8 @@ from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
+from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_data import read_value

@@ -33,7 +33,8 @@ from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.files import building, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import output_file, read_json, replace_text
+from mm_moslora.utils.files import read_json, replace_text
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.untrusted_data import parse_object
 

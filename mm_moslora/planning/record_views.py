@@ -15,7 +15,8 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.planning.recipe_data import BEGINNING, DataParts, parts_of, with_beginnings
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.folder_marks import PAGE_SIGN, output_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -29,7 +29,8 @@ from mm_moslora.quickstart.instruction_data import DATA_SET, DatasetFiles, build
 from mm_moslora.quickstart.quickstart_evaluation import evaluate_all, measured, subject_of, table
 from mm_moslora.quickstart.quickstart_notes import QUICKSTART, read_earlier, refuse_other, refuse_other_recipe
 from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
-from mm_moslora.utils.files import MARK, building, is_built, mark, refuse_strangers, replace_json
+from mm_moslora.utils.files import building, mark, replace_json
+from mm_moslora.utils.folder_marks import MARK, is_built, refuse_strangers
 from mm_moslora.utils.hardware import hardware
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkpoints
 from mm_moslora.utils.text_format import format_seconds

@@ -27,7 +27,7 @@ Secrets are removed here, so that neither a report nor a dashboard shows one.
     quarantine.jsonl   one line per record that could not be used, with its "reason"
     state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",
                        "host", "since", "ended", "stages": [names of subfolders, in order]}
-    heartbeat/         rank-00000.json per rank, see mm_moslora.utils.heartbeat
+    heartbeat/         rank-00000.json per rank, see mm_moslora.launch.heartbeat
     alerts.jsonl       {"time", "title", "text"} per line
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,

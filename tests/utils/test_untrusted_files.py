@@ -200,7 +200,7 @@ ALLOWED = {
     "mm_moslora/training/supervision/watchdog.py:_is_sibling": "a file of the system",
     "mm_moslora/utils/distributed.py:_gloo_works": "files of the system",
     "mm_moslora/utils/hardware.py:available_memory": "files of the system",
-    "mm_moslora/utils/heartbeat.py:process_start": "a file of the system",
+    "mm_moslora/launch/heartbeat.py:process_start": "a file of the system",
     "mm_moslora/utils/hardware.py:hardware": "files of the system",
     "mm_moslora/utils/hardware.py:made_by_amd": "a file of the system",
     "mm_moslora/utils/hardware.py:multiplies_tiles": "a file of the system",

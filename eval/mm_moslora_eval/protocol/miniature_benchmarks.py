@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mm_moslora.utils.files import mark, refuse_strangers, replace_json, replace_text, writing_in_place
+from mm_moslora.utils.files import mark, replace_json, replace_text, writing_in_place
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora_eval.protocol.task_registry import task_folder
 
