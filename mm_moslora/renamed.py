@@ -83,7 +83,8 @@ NAMES = {
     },
     _PACKAGE + "training.run_setup": {"exclusive": "training.supervision.run_folder.exclusive"},
     _PACKAGE + "utils.files": {
-        name: f"utils.folder_marks.{name}" for name in ("PAGE_SIGN", "in_construction", "output_file", "refuse_strangers")
+        name: f"utils.folder_marks.{name}"
+        for name in ("PAGE_SIGN", "in_construction", "output_file", "refuse_full_folder", "refuse_strangers")
     },
     _PACKAGE + "utils.file_locks": {"held": "lock_file"},
     _HARNESS + "backends.vlmevalkit_example": {"MoSLoRAModel": "VLMEvalKitModel"},
