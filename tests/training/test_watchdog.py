@@ -21,11 +21,12 @@ from between import just_before
 from preloaded import Preloaded
 from waiting import wait_until
 
+from mm_moslora.launch import heartbeat
 from mm_moslora.launch.heartbeat import Heartbeat
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.utils import distributed, heartbeat
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
 
