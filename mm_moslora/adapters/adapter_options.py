@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
+from mm_moslora.adapters.sharing.sharing_forms import ALONE, sharing_named
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # These give the product B A a meaning at the start (a part of the base weight, or zero by construction).
@@ -59,6 +60,11 @@ class AdapterOptions(LoraConfig):
     the base weight's leading singular vectors, M trains (LoRA-XS, arXiv 2405.17604). stella: A and B stay orthonormal,
     M starts as the identity (StelLA, arXiv 2510.01938). orthonormal: A and B stay orthonormal, M starts at zero. For
     the last two call keep_orthonormal on the optimiser."""
+    share: str = ALONE
+    """Which layers share factors, with a mixer each: none; inputs (layers that read the same tensor share A), layers:4
+    (4 successive layers of one kind share A and B), or a name of your own in SHARINGS."""
+    shared_factors: dict[str, list[list[str]]] = field(default_factory=dict)
+    """The groups of whole module paths that share a factor, by factor (A, B). `share` fills it in; or give your own."""
 
     # What makes the adapted layer around a base layer, by the type of that; `tuner` fills it in.
     layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
@@ -84,6 +90,7 @@ class AdapterOptions(LoraConfig):
                 )
         if self.has_mixer or self.factor_form == "mixed":
             self._check_other_options()
+        self._check_sharing()
         self.check_experts()
         self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
@@ -192,6 +199,33 @@ class AdapterOptions(LoraConfig):
             raise AdapterError(f"{where} together with use_dora is not defined. Unset one of them.")
         if self.factor_form == "mixed" and not form.fixed:
             raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
+
+    def _check_sharing(self) -> None:
+        form, given = sharing_named(self.share), self.shared_factors
+        groups = list(given.values()) if isinstance(given, dict) else [None]
+        paths = all(isinstance(group, list) and all(isinstance(path, str) for path in group)
+                    for part in groups for group in (part if isinstance(part, list) else [None]))  # fmt: skip
+        if not paths or not set(given) <= {"A", "B"}:
+            raise AdapterError(
+                f"shared_factors is {given!r}, expected A, B or both with lists of groups, each a list of module paths."
+            )
+        factors = {*given, *(form.factors if form else ())}
+        if not factors:
+            return
+        refused = {name: "another variant of the layer" for name in _OTHER_VARIANTS}
+        refused |= {} if self.factor_form == "free" else {"factor_form": "it places A and B of every layer"}
+        refused |= {} if self.init_lora_weights in (True, "gaussian") else {"init_lora_weights": "a start of each layer"}
+        refused |= {"lora_bias": "the bias of B"} if "B" in factors else {}
+        if odd := next((name for name in refused if getattr(self, name)), None):
+            raise AdapterError(
+                f"{odd} is {getattr(self, odd)!r} ({refused[odd]}), which does not go with factors that layers share "
+                f"(share={self.share!r}). Leave one of them out."
+            )
+        if "B" in factors and self.is_plain(""):
+            raise AdapterError(
+                f"share is {self.share!r}: layers with one A and one B differ in their mixers alone, and without a "
+                "mixer all get the same update. Set mixer_trainable, or share inputs."
+            )
 
     def _check_kinds(self) -> None:
         if not isinstance(self.mixer_trainable, bool):

@@ -137,8 +137,8 @@ def _require_rewards(names: Sequence[str]) -> None:
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:
-    """Refuse a form of the mixer, a method of PEFT or an option of it, or a word for targets, that does not exist; see
-    `check_names`."""
+    """Refuse a form of the mixer or of sharing, a method of PEFT or an option of it, or a word for targets, that does not
+    exist; see `check_names`."""
     targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
     is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()
     if is_word and targets not in words and (hint := suggestion(str(targets), words)):
@@ -146,7 +146,8 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    if adapter.peft or adapter.target_parameters or adapter.mixer_form not in usual_names.MIXER_FORMS:
+    usual = adapter.mixer_form in usual_names.MIXER_FORMS and adapter.share == "none"
+    if adapter.peft or adapter.target_parameters or not usual:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)

@@ -153,6 +153,7 @@ def adapter_tensors(
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
         values = {_bare(name): tensor for name, tensor in state.items()}
+        values |= {copy: values[name] for copy, name in _other_names(model).items() if name in values}
         lost = sorted(
             name for name in parameters - values.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
         )
@@ -168,6 +169,13 @@ def adapter_tensors(
             raise AdapterError(f"{name} {reason}")
     prefix = "" if isinstance(model, peft.PeftModel) else PREFIX
     return {prefix + bare_name(name): tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def _other_names(model: nn.Module) -> dict[str, str]:
+    """The further names of parameters with several, with the first one, under which trainers know them."""
+    names: dict[int, str] = {}
+    every = ((id(parameter), _bare(name)) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {name: first for key, name in every if (first := names.setdefault(key, name)) != name}
 
 
 def _bare(name: str) -> str:
