@@ -201,7 +201,8 @@ class AdapterOptions(LoraConfig):
             raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
 
     def _check_sharing(self) -> None:
-        form, given = sharing_named(self.share), self.shared_factors
+        given = self.shared_factors
+        form = None if given else sharing_named(self.share)  # a folder names the layers, whatever form found them
         groups = list(given.values()) if isinstance(given, dict) else [None]
         paths = all(isinstance(group, list) and all(isinstance(path, str) for path in group)
                     for part in groups for group in (part if isinstance(part, list) else [None]))  # fmt: skip
@@ -212,9 +213,11 @@ class AdapterOptions(LoraConfig):
         factors = {*given, *(form.factors if form else ())}
         if not factors:
             return
-        refused = {name: "another variant of the layer" for name in _OTHER_VARIANTS}
+        refused = dict.fromkeys(_OTHER_VARIANTS, "another variant of the layer")
         refused |= {} if self.factor_form == "free" else {"factor_form": "it places A and B of every layer"}
-        refused |= {} if self.init_lora_weights in (True, "gaussian") else {"init_lora_weights": "a start of each layer"}
+        refused |= (
+            {} if self.init_lora_weights in (True, "gaussian") else {"init_lora_weights": "a start of each layer"}
+        )
         refused |= {"lora_bias": "the bias of B"} if "B" in factors else {}
         if odd := next((name for name in refused if getattr(self, name)), None):
             raise AdapterError(

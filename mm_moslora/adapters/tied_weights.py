@@ -47,6 +47,13 @@ def untie(model: nn.Module) -> None:
             config.tie_word_embeddings = False
 
 
+def further_names(model: nn.Module) -> dict[str, str]:
+    """The further names of parameters that have several, and the first one, under which `named_parameters` has them."""
+    firsts: dict[int, str] = {}
+    every = ((id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {name: first for key, name in every if (first := firsts.setdefault(key, name)) != name}
+
+
 def share_factors(model: nn.Module, adapter_name: str, config: AdapterOptions) -> None:
     """Give every group of layers that share a factor one module of it, that of the group's first layer.
 
@@ -67,9 +74,8 @@ def share_factors(model: nn.Module, adapter_name: str, config: AdapterOptions) -
         _check_groups(factor, groups, linear, adapter_name, config)
         for first, *others in groups:
             for path in others:
-                getattr(linear[path], f"lora_{factor}")[adapter_name] = getattr(linear[first], f"lora_{factor}")[
-                    adapter_name
-                ]
+                own, theirs = (getattr(linear[name], f"lora_{factor}") for name in (path, first))
+                own[adapter_name] = theirs[adapter_name]
 
 
 def _check_groups(

@@ -333,12 +333,13 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
-    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, why_unknown
+    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, trained_parameters, why_unknown
     from mm_moslora.reporting.lens_maps import draw_lens, measures_table
 
     reports = inspect_adapter(adapter, against=other)
     rows = [report.row() for report in reports]
     lines = [measures_table(rows), "", *(f"{name:28} {value:.4g}" for name, value in summary(reports).items())]
+    lines.append(f"{'trained parameters':28} {trained_parameters(adapter):,}")
     if why := why_unknown(reports, against_other=other is not None):
         lines.append(why)
     if picture is not None:

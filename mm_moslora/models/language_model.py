@@ -24,8 +24,10 @@ from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base, siz
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 
-Weights = Literal["all", "none", "shapes"]
+Weights = Literal["all", "none", "shapes", "all_shapes"]
 """How much of a model is loaded; see `mm_moslora.models.assembly.load_parts`."""
+SHAPES = ("shapes", "all_shapes")
+"""Those on the meta device."""
 
 
 class LanguageModel(NamedTuple):
@@ -56,8 +58,9 @@ def language_model(
     """
     assert config.language is not None
     name, revision = config.language, config.language_revision
-    if weights == "shapes":
-        text = few_layers(base_sizes(config).get_text_config())
+    if weights in SHAPES:
+        text = base_sizes(config).get_text_config()
+        text = few_layers(text) if weights == "shapes" else text
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
         return LanguageModel(text, cast(Any, None), alone)
     if weights == "all":

@@ -137,7 +137,7 @@ def _require_rewards(names: Sequence[str]) -> None:
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:
-    """Refuse a form of the mixer or of sharing, a method of PEFT or an option of it, or a word for targets, that does not
+    """Refuse a form of mixers or of sharing, a method of PEFT or an option of it, or a word for targets, that does not
     exist; see `check_names`."""
     targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
     is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()

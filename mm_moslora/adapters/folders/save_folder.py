@@ -40,6 +40,7 @@ from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, st
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
+from mm_moslora.adapters.tied_weights import further_names
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import discard, read_json, replace_text, sha256_of, staging
@@ -153,7 +154,8 @@ def adapter_tensors(
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
         values = {_bare(name): tensor for name, tensor in state.items()}
-        values |= {copy: values[name] for copy, name in _other_names(model).items() if name in values}
+        copies = {_bare(copy): _bare(first) for copy, first in further_names(model).items()}
+        values |= {copy: values[first] for copy, first in copies.items() if first in values}
         lost = sorted(
             name for name in parameters - values.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
         )
@@ -169,13 +171,6 @@ def adapter_tensors(
             raise AdapterError(f"{name} {reason}")
     prefix = "" if isinstance(model, peft.PeftModel) else PREFIX
     return {prefix + bare_name(name): tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
-
-
-def _other_names(model: nn.Module) -> dict[str, str]:
-    """The further names of parameters with several, with the first one, under which trainers know them."""
-    names: dict[int, str] = {}
-    every = ((id(parameter), _bare(name)) for name, parameter in model.named_parameters(remove_duplicate=False))
-    return {name: first for key, name in every if (first := names.setdefault(key, name)) != name}
 
 
 def _bare(name: str) -> str:

@@ -154,6 +154,9 @@ def _inputs(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     else:
         side = config.image_size
         height, width = side if isinstance(side, list | tuple) else (side, side)
-        yield "pixel_values" if "pixel_values" in names else next(iter(names)), torch.zeros(1, getattr(config, "num_channels", 3), height, width)
+        yield (
+            "pixel_values" if "pixel_values" in names else next(iter(names)),
+            torch.zeros(1, getattr(config, "num_channels", 3), height, width),
+        )
     if "use_cache" in names:
         yield "use_cache", False

@@ -57,7 +57,7 @@ class Sharing:
                 f"first: {', '.join(paths[:3]) or 'there is none'}), so there is nothing to share. Name more targets, "
                 "or leave share out."
             )
-        return {factor: groups for factor in self.factors}
+        return dict.fromkeys(self.factors, groups)
 
 
 class SameInputs(Sharing):
