@@ -371,7 +371,9 @@ def form_named(spec: str) -> MixerForm:
     return form(spec, size)
 
 
-def read_spec(spec: str, forms: Mapping[str, type[Form]], option: str, *, table: str) -> tuple[type[Form], int]:
+def read_spec(
+    spec: str, forms: Mapping[str, type[Form]], option: str, *, table: str, others: tuple[str, ...] = ()
+) -> tuple[type[Form], int]:
     """The class that `name` or `name:SIZE` means, and the size, 0 without one.
 
     Args:
@@ -379,14 +381,16 @@ def read_spec(spec: str, forms: Mapping[str, type[Form]], option: str, *, table:
         forms: classes by name; their `size_means` says whether they take a size.
         option: its name, for messages.
         table: the name of `forms`, to which a user's forms are added.
+        others: values of the option that are no form, for messages.
 
     Raises:
         AdapterError: no such name, or a size that it lacks or does not take.
     """
     name, colon, size = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
     if name not in forms:
+        names = (*others, *forms)
         raise AdapterError(
-            f"{option} is {spec!r}, expected one of {', '.join(forms)}.{suggestion(str(name), forms)} A "
+            f"{option} is {spec!r}, expected one of {', '.join(names)}.{suggestion(str(name), names)} A "
             f"form of your own is known once the file that adds it to {table} is imported."
         )
     form: Any = forms[name]

@@ -249,13 +249,13 @@ def test_a_form_of_ones_own_is_loaded_without_its_file(tmp_path: Path, monkeypat
         train_a_bit(model)
         save_adapter(model, tmp_path)
     assert groups(model) == {"A": [[f"model.layers.{n}.self_attn.v_proj" for n in range(2)]]}
-    with pytest.raises(AdapterError, match="share is 'values', expected one of inputs, layers"):
+    with pytest.raises(AdapterError, match="share is 'values', expected one of none, inputs, layers"):
         MoSLoRAConfig(share="values")
     torch.testing.assert_close(logits(load_adapter(llama(), tmp_path, trainable=True)), logits(model))
 
 
 REFUSED = {
-    "an unknown form": ({"share": "input"}, "expected one of inputs, layers. Did you mean 'inputs'"),
+    "an unknown form": ({"share": "input"}, "expected one of none, inputs, layers. Did you mean 'inputs'"),
     "no size": ({"share": "layers"}, "layers takes how many successive layers"),
     "a size": ({"share": "inputs:2"}, "takes no size"),
     "one layer": ({"share": "layers:1"}, "one layer alone shares nothing"),

@@ -106,5 +106,5 @@ def sharing_named(spec: str) -> Sharing | None:
     """
     if spec == ALONE:
         return None
-    form, size = read_spec(spec, SHARINGS, "share", table="SHARINGS")
+    form, size = read_spec(spec, SHARINGS, "share", table="SHARINGS", others=(ALONE,))
     return form(spec, size)
