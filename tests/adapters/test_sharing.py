@@ -104,10 +104,11 @@ def test_a_model_without_values_has_the_same_groups() -> None:
     assert groups(bare) == groups(shared("inputs"))
 
 
-def gradients(model: nn.Module, kernel: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of two micro-batches by the names of parameters, and the sums by the names of the first copies."""
+def gradients(model: nn.Module, kernel: str) -> dict[str, Tensor]:
+    """Gradients of two micro-batches by the names of parameters."""
     model.zero_grad()
     model.train()
+    torch.manual_seed(0)  # of dropout
     with use_kernel(model, kernel), one_product_per_step(model) as window:
         for last in (False, True):
             if last:
@@ -117,14 +118,14 @@ def gradients(model: nn.Module, kernel: str) -> tuple[dict[str, Tensor], dict[st
 
 
 @pytest.mark.parametrize("kernel", ["fused", "reference"])
-@pytest.mark.parametrize(("share", "options"), [(FORMS[0], {}), (FORMS[1], {}), (FORMS[0], LORA)])
+@pytest.mark.parametrize(("share", "options"), [(FORMS[0], {}), (FORMS[1], {"lora_dropout": 0.2}), (FORMS[0], LORA)])
 def test_the_gradient_of_a_shared_factor_is_the_sum_of_those_of_its_copies(share, options, kernel) -> None:
     model = shared(share, **options)
     train_a_bit(model)
     apart = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, **options))
     apart.load_state_dict(model.state_dict())
     assert trained(apart) > trained(model)
-    torch.testing.assert_close(logits(apart), logits(model))
+    torch.testing.assert_close(logits(apart.eval()), logits(model.eval()))
     together, single = gradients(model, kernel), gradients(apart, kernel)
     for factor, found in groups(model).items():
         for group in found:

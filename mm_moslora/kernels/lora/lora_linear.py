@@ -9,7 +9,7 @@ Forward ``y = x W^T + (x A^T) C^T``. Backward with ``u = dY C`` and ``z = x A^T`
 
 No product of size T is spent on M, and nothing of size T is kept but x and z. Layers that read one x (query, key and
 value; gate and up) have their A on top of each other: z, dA and the adapters' part of dX are one product each, and the
-layers' own parts of dX are added up by the products themselves. Layers that have one A for all of them have one z.
+layers' own parts of dX are added up by the products themselves.
 """
 
 from __future__ import annotations
@@ -76,8 +76,6 @@ class LinearRules:
     """Dropout of x before A."""
     packed: tuple[Packed | None, ...]
     """The weights that are not tensors."""
-    firsts: tuple[int, ...]
-    """The first layer with the same A and, without dropout, the same z."""
 
     @classmethod
     def of(cls, layers: Sequence[LinearOperands]) -> LinearRules:
@@ -85,10 +83,6 @@ class LinearRules:
         return cls(
             masks=tuple(Mask(rate=layer.dropout, seed=draw_seed()) if layer.dropout else None for layer in layers),
             packed=tuple(None if isinstance(layer.weight, Tensor) else layer.weight for layer in layers),
-            firsts=tuple(
-                next(at for at, other in enumerate(layers) if other is layer or _same_z(other, layer))
-                for layer in layers
-            ),
         )
 
 
@@ -182,10 +176,7 @@ class LoraMatmul:
         self.weights, self.biases, self.As, self.Cs = (tensors[start::TENSORS] for start in range(TENSORS))
         self.packed, self.masks, self.dtype = rules.packed, rules.masks, dtype
         self.ranks = [0 if C is None else C.shape[1] for C in self.Cs]
-        self.firsts, self.starts, factors = rules.firsts, list[int](), list[Tensor]()
-        for index, (first, A) in enumerate(zip(self.firsts, self.As, strict=True)):
-            self.starts.append(sum(map(len, factors)) if first == index else self.starts[first])
-            factors += [A.to(dtype)] if A is not None and first == index else []
+        factors = [A.to(dtype) for A in self.As if A is not None]
         self.A = _joined(factors, 0) if factors else None
 
     def outputs(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -286,14 +277,10 @@ class LoraMatmul:
                 factors = [self._factor(index) for index in us]
                 kernels.add_kept_products(dX, list(us.values()), factors, kernel_masks(masks))
             return dX, {index: us[index].t() @ kept for index, _, kept in kept_rows(x, masks)}
-        sums: dict[int, Tensor] = {}
-        for index, part in us.items():
-            first = self.firsts[index]
-            sums[first] = sums[first] + part if first in sums else part
-        u, A = _joined(list(sums.values()), 1), _joined([self._factor(index) for index in sums], 0)
+        u, A = _joined(list(us.values()), 1), _joined([self._factor(index) for index in us], 0)
         if dX is not None:
             dX.addmm_(u, A)
-        return dX, dict(zip(sums, (u.t() @ x).split([part.shape[1] for part in sums.values()]), strict=True))
+        return dX, dict(zip(us, (u.t() @ x).split([part.shape[1] for part in us.values()]), strict=True))
 
     def _through_weights(self, grads: Sequence[Tensor | None], dX: Tensor | None) -> Tensor | None:
         """``dX`` and the base weights' part of it, added up by the products."""
@@ -334,11 +321,7 @@ class LoraMatmul:
 
     def _part(self, whole: Tensor, index: int, dim: int) -> Tensor:
         """The rows (0) or columns (1) of one layer in a matrix that stacks those of all layers."""
-        return whole.narrow(dim, self.starts[index], self.ranks[index])
-
-
-def _same_z(layer: LinearOperands, other: LinearOperands) -> bool:
-    return layer.A is not None and layer.A is other.A and not layer.dropout and not other.dropout
+        return whole.narrow(dim, sum(self.ranks[:index]), self.ranks[index])
 
 
 def is_plain(weight: object) -> bool:
