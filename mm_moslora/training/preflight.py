@@ -25,6 +25,7 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.data.chat.record_keys import READ, READ_OF_OBJECTIVE
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
@@ -83,6 +84,9 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
     check_names(recipe)
     refuse_without_effect(recipe.model)
     refuse_all_frozen(recipe.model)
+    adapter = recipe.adapter
+    mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
+    check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
     own = Path(recipe.train.zero)
     if own.suffix != ".json" or own.is_file():
         check_zero(recipe)

@@ -231,6 +231,8 @@ def test_sizes_are_checked_with_the_rank(capsys: Any) -> None:
     assert "block_diagonal:5" in refused(["config", PRESET, "adapter.mixer_form=block_diagonal:5"], capsys)
     alone = ["config", PRESET, "adapter.share=layers:4", "adapter.mixer_trainable=false", "adapter.mixer_init=identity"]
     assert "all get the same update" in refused(alone, capsys)
+    alone[2] = "optim.mixer_factor=6"
+    assert "optim.mixer_factor is 6, which is of the mixers" in refused(alone, capsys)
 
 
 def test_a_file_of_deepspeed_may_be_on_another_machine(tmp_path: Path, capsys: Any) -> None:
