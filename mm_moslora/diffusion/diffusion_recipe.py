@@ -59,11 +59,6 @@ class DiffusionAdapterConfig(AdapterConfig):
         )
         super().__post_init__()
         require(
-            self.share == "none",
-            f"adapter.share is {self.share}, which is for language models and their towers (`mm-moslora train` and "
-            "`compare`). Leave it out of a diffusion recipe.",
-        )
-        require(
             self.factor_form not in ("stella", "orthonormal"),
             f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. "
             "Choose free, mixed or svd.",

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.sharing.sharing_forms import sharing_named
+from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
@@ -35,7 +35,7 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model on the meta device with a few of its decoder layers, or all where adapters reach over layers."""
+    """A model on the meta device with a few of its decoder layers, or all where these may share factors."""
 
     model: PreTrainedModel
     layers: int
@@ -104,8 +104,7 @@ def build_meta_model(
     refuse_without_effect(config)
     refuse_all_frozen(config)
     with _hub_or_cache(config):
-        sharing = sharing_named(adapter.share)
-        parts = load_parts(config, weights="all_shapes" if sharing and sharing.spans_layers else "shapes")
+        parts = load_parts(config, weights="shapes" if adapter.share == ALONE else "all_shapes")
         layers = int(base_sizes(config).get_text_config().num_hidden_layers)
         model = parts.model
         with torch.device("meta"):

@@ -151,7 +151,13 @@ def test_misspelt_names_of_diffusion_recipes_are_refused(verb: list[str], capsys
     words = [
         override(key, longer(typing.get_args(kind)[0])) for (of, key), kind in WORDS.items() if of is DiffusionRecipe
     ]
-    for item in (*words, "adapter.mixer_form=block_diagonl:4", "adapter.targets=atention", "track.trackers=[wandbb]"):
+    for item in (
+        *words,
+        "adapter.mixer_form=block_diagonl:4",
+        "adapter.share=inputss",
+        "adapter.targets=atention",
+        "track.trackers=[wandbb]",
+    ):
         assert "Did you mean" in refused([*verb, preset, item], capsys), item
 
 

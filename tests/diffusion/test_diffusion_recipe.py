@@ -43,7 +43,6 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
         ("data.prompt=null", "give one of prompt"),
         ("data.resolution=30", "multiple of 8"),
         ("adapter.factor_form=orthonormal", "Choose free, mixed or svd"),
-        ("adapter.share=layers:2", "adapter.share is layers:2, which is for language models"),
         ("optim.betas=[2,3]", "expected two numbers from 0 to 1"),
         ("optim.eps=0", "optim.eps is 0"),
         ("optim.mixer_factor=0", "optim.mixer_factor is 0"),

@@ -35,7 +35,7 @@ def layers_by_input(model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
     A layer that the pass does not call (an expert that no token reaches) is in a group of its own.
 
     Args:
-        model: models of transformers, with or without adapters, on any device; not changed.
+        model: a model of transformers, or a UNet of diffusers, with or without adapters, on any device; not changed.
         paths: of the layers in it.
 
     Raises:
@@ -50,7 +50,7 @@ def layers_by_input(model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
             raise AdapterError(_refusal(type(model).__name__, error)) from error
         for path, part in copied.named_modules():
             inside = [name for name in paths if name not in reads and (not path or name.startswith(f"{path}."))]
-            if not isinstance(part, PreTrainedModel) or not inside:
+            if not _is_model(part) or not inside:
                 continue
             try:
                 reads |= {name: (path, *read) for name, read in _reads(copied, part, inside).items()}
@@ -61,7 +61,9 @@ def layers_by_input(model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
         raise AdapterError(f"What {unread} reads is not known: {faults[unread]}")
     idle = [name for name in paths if name not in reads]
     if len(idle) == len(paths):
-        raise AdapterError(f"None of the {len(paths)} layers is called by a model of transformers (first: {paths[0]}).")
+        raise AdapterError(
+            f"None of the {len(paths)} layers is called by a model of transformers or diffusers (first: {paths[0]})."
+        )
     if idle:
         logger.warning("%d layers share no factor, since the probe does not reach them: %s ...", len(idle), idle[0])
     groups: dict[Any, list[str]] = {}
@@ -116,7 +118,12 @@ class _Zeros:
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
-def _reads(model: nn.Module, part: PreTrainedModel, paths: Sequence[str]) -> dict[str, _Read]:
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers or of diffusers, whose configuration tells what it takes."""
+    return isinstance(module, PreTrainedModel) or any(kind.__name__ == "ModelMixin" for kind in type(module).__mro__)
+
+
+def _reads(model: nn.Module, part: nn.Module, paths: Sequence[str]) -> dict[str, _Read]:
     """What each of the layers reads in a pass through a part of the model."""
     reads: dict[str, _Read] = {}
     alive: list[Tensor] = []
@@ -137,8 +144,8 @@ def _reads(model: nn.Module, part: PreTrainedModel, paths: Sequence[str]) -> dic
     return reads
 
 
-def _inputs(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """A few tokens, or a picture, by the names that a forward pass takes."""
+def _inputs(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A few tokens, a picture, or noise and a text, by the names that a forward pass takes."""
     config: Any = part.config
     names = inspect.signature(part.forward).parameters
     text = [name for name in ("input_ids", "decoder_input_ids") if name in names]
@@ -151,6 +158,14 @@ def _inputs(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
         width = config.in_channels * config.temporal_patch_size * config.patch_size**2
         yield next(iter(names)), torch.zeros(sides * sides, width)
         yield "grid_thw", torch.tensor([[1, sides, sides]])
+    elif "sample" in names:
+        side, width = 2 ** len(config.down_block_types), config.cross_attention_dim
+        yield "sample", torch.zeros(1, config.in_channels, side, side)
+        yield "timestep", torch.zeros(1)
+        yield "encoder_hidden_states", torch.zeros(1, _TOKENS, width[0] if isinstance(width, list | tuple) else width)
+        if config.addition_embed_type == "text_time":  # of SDXL
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            yield "added_cond_kwargs", {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
     else:
         side = config.image_size
         height, width = side if isinstance(side, list | tuple) else (side, side)

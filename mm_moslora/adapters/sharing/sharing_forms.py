@@ -28,8 +28,6 @@ class Sharing:
     """A, B or both."""
     size_means: ClassVar[str] = ""
     """What SIZE is in the option ``share="name:SIZE"``; empty: the form takes none."""
-    spans_layers: ClassVar[bool] = True
-    """Whether groups reach over decoder layers. If not, a few layers of a model show how many parameters train."""
 
     def __init__(self, spec: str, size: int) -> None:
         """Use `sharing_named`; `size` is the number in the option, 0 without one."""
@@ -62,8 +60,6 @@ class Sharing:
 
 class SameInputs(Sharing):
     """Layers that read the same tensor share A: query, key and value; gate and up. Each has an M and a B."""
-
-    spans_layers = False
 
     def groups(self, model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
         """What layers read, a pass through a copy of the model without weights shows."""
