@@ -367,8 +367,8 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
                 continue
             mixer, mixed = layer.mixer_tensors(name).values(), name in layer.lora_mixer
             trains = mixed and cast(Mixer, layer.lora_mixer[name]).trainable
-            factors = (*layer.outer_factors(name), *(mixer if trains else ()))
-            factors = [factor for factor in factors if id(factor) not in counted]
+            every = (*layer.outer_factors(name), *(mixer if trains else ()))
+            factors = [factor for factor in every if id(factor) not in counted]
             counted |= {id(factor) for factor in factors}
             width_in, width_out = layer.widths
             rows.append(
