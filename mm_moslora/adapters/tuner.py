@@ -42,6 +42,7 @@ from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
+from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.adapters.tied_weights import share_factors, untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
@@ -114,6 +115,8 @@ class MoSLoRAModel(LoraModel):
                 # It looks at modules only; `unmatched_patterns` has looked at parameters, too.
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.share != ALONE and not config.shared_factors:  # found for this model; the caller's stays
+                config = self.peft_config[adapter_name] = copy.copy(config)
             share_factors(model, adapter_name, config)
         except Exception:
             _take_out(model, adapter_name, spared=before)

@@ -98,6 +98,13 @@ def test_a_pass_shows_what_layers_read_whatever_their_names() -> None:
     assert ends(adapted, 1) == {("q_proj", "k_proj", "v_proj")}  # experts keep theirs
 
 
+def test_one_configuration_serves_several_models() -> None:
+    config = MoSLoRAConfig(r=4, share="layers:2", target_modules=["q_proj"])
+    two, five = (peft.get_peft_model(llama(num_hidden_layers=layers), config) for layers in (2, 5))
+    assert [len(groups(model)["A"]) for model in (two, five)] == [1, 2]
+    assert not config.shared_factors
+
+
 def test_a_model_without_values_has_the_same_groups() -> None:
     with torch.device("meta"):
         bare = add_moslora(llama(), MoSLoRAConfig(r=4, share="inputs"))

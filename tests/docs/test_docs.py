@@ -85,7 +85,11 @@ def run_document(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_code_blocks_work(document: Path, trained: Path, monkeypatch):
     monkeypatch.chdir(trained)
-    with mock.patch.dict(PROJECTORS), mock.patch.dict(MIXER_FORMS), mock.patch.dict(SHARINGS):  # a document adds its own
+    with (
+        mock.patch.dict(PROJECTORS),
+        mock.patch.dict(MIXER_FORMS),
+        mock.patch.dict(SHARINGS),
+    ):  # a document adds its own
         run_document(document)
 
 
