@@ -202,32 +202,32 @@ class AdapterOptions(LoraConfig):
 
     def _check_sharing(self) -> None:
         given = self.shared_factors
-        form = None if given else sharing_named(self.share)  # a folder names the layers, whatever form found them
-        groups = list(given.values()) if isinstance(given, dict) else [None]
-        paths = all(isinstance(group, list) and all(isinstance(path, str) for path in group)
-                    for part in groups for group in (part if isinstance(part, list) else [None]))  # fmt: skip
-        if not paths or not set(given) <= {"A", "B"}:
+        if not _is_partition(given):
             raise AdapterError(
-                f"shared_factors is {given!r}, expected A, B or both with lists of groups, each a list of module paths."
+                f"shared_factors is {given!r}, expected A, B or both with lists of groups, each a list of two or more "
+                "module paths."
             )
+        form = None if given else sharing_named(self.share)  # a folder names the layers, whatever form found them
         factors = {*given, *(form.factors if form else ())}
         if not factors:
             return
-        refused = dict.fromkeys(_OTHER_VARIANTS, "another variant of the layer")
-        refused |= {} if self.factor_form == "free" else {"factor_form": "it places A and B of every layer"}
-        refused |= (
-            {} if self.init_lora_weights in (True, "gaussian") else {"init_lora_weights": "a start of each layer"}
-        )
-        refused |= {"lora_bias": "the bias of B"} if "B" in factors else {}
-        if odd := next((name for name in refused if getattr(self, name)), None):
+        where = f"share={self.share!r}" if form else "shared_factors"
+        refused = {name: "another variant of the layer" for name in _OTHER_VARIANTS if getattr(self, name)}
+        if self.factor_form != "free":
+            refused["factor_form"] = "it places A and B of every layer"
+        if self.init_lora_weights not in (True, "gaussian"):
+            refused["init_lora_weights"] = "a start of each layer"
+        if self.lora_bias and "B" in factors:
+            refused["lora_bias"] = "the bias of B"
+        for name, why in refused.items():
             raise AdapterError(
-                f"{odd} is {getattr(self, odd)!r} ({refused[odd]}), which does not go with factors that layers share "
-                f"(share={self.share!r}). Leave one of them out."
+                f"{name} is {getattr(self, name)!r} ({why}), which does not go with factors that layers share "
+                f"({where}). Leave one of them out."
             )
         if "B" in factors and self.is_plain(""):
             raise AdapterError(
-                f"share is {self.share!r}: layers with one A and one B differ in their mixers alone, and without a "
-                "mixer all get the same update. Set mixer_trainable, or share inputs."
+                f"{where}: layers with one A and one B differ in their mixers alone, and without a mixer all get the "
+                "same update. Set mixer_trainable, or share inputs."
             )
 
     def _check_kinds(self) -> None:
@@ -277,6 +277,17 @@ class AdapterOptions(LoraConfig):
                     f"{name} is set together with a mixer; this combination is not defined. Unset it, or use plain "
                     "LoRA (mixer_init='identity', mixer_trainable=False)."
                 )
+
+
+def _is_partition(value: object) -> bool:
+    """Whether a value is that of `shared_factors`: groups of two or more paths by factor."""
+    if not isinstance(value, dict) or not set(value) <= {"A", "B"}:
+        return False
+    lists = all(isinstance(groups, list) for groups in value.values())
+    every = [group for groups in value.values() for group in groups] if lists else [None]
+    return all(
+        isinstance(group, list) and len(group) > 1 and all(isinstance(path, str) for path in group) for group in every
+    )
 
 
 def check_expression(expression: object, where: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.sharing.sharing_forms import sharing_named
+from mm_moslora.adapters.sharing.sharing_forms import ALONE, sharing_named
 from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
@@ -82,7 +82,8 @@ def _check_groups(
     factor: str, groups: list[list[str]], layers: Mapping[str, MoSLoRALayer], adapter_name: str, config: AdapterOptions
 ) -> None:
     """Refuse groups with a layer that is not there or twice, or whose layers have factors of different shapes."""
-    where, seen = f"share is {config.share!r}: {factor} of", set[str]()
+    why = "shared_factors" if config.share == ALONE else f"share is {config.share!r}"
+    where, seen = f"{why}: {factor} of", set[str]()
     for group in groups:
         for path in group:
             if path not in layers or path in seen:

@@ -228,7 +228,7 @@ class MoSLoRAModel(LoraModel):
                 "under another adapter name, or delete that adapter (delete_adapter) first."
             )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):
+        if problem := _misfit(model, adapter_name, renamed, config.shared_factors, every_mixer=theirs):
             raise AdapterError(
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
@@ -318,7 +318,10 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
                 setattr(parent, name, layer.get_base_layer())
 
 
-def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool = False) -> str | None:
+def _misfit(
+    model: nn.Module, adapter_name: str, values: dict[str, Tensor], shared: dict[str, list[list[str]]],
+    *, every_mixer: bool,
+) -> str | None:  # fmt: skip
     """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -340,8 +343,7 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, e
         return f"they lack {min(lost)}"
     if unknown := min((name for name in values if mixer in name and name not in adapter_state), default=None):
         return f"it has no {unknown}"
-    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
-    if copies := differing_copies(getattr(config, "shared_factors", {}), values, adapter_name=adapter_name):
+    if copies := differing_copies(shared, values, adapter_name=adapter_name):
         return f"its layers share {copies[0]}, and they hold another {copies[1]}"
     for name, own in adapter_state.items():
         value = values.get(name)

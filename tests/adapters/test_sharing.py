@@ -273,6 +273,9 @@ REFUSED = {
     "two ranks": ({"share": "inputs", "rank_pattern": {"v_proj": 2}}, r"rank and width \(4, 32\) and \(2, 32\)"),
     "places of factors": ({"share": "inputs", "factor_form": "stella"}, "it places A and B of every layer"),
     "a start by layer": ({"share": "inputs", "init_lora_weights": "olora"} | LORA, "a start of each layer"),
+    "a random B": ({"share": "inputs", "init_lora_weights": False}, "a start of each layer"),
+    "an empty group": ({"shared_factors": {"A": [[]]}}, "each a list of two or more"),
+    "no groups": ({"shared_factors": ["a"]}, "expected A, B or both"),
     "bias of B": ({"share": "layers:2", "lora_bias": True}, "the bias of B"),
     "unequal widths": (
         {"shared_factors": {"A": [["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]]}},
