@@ -182,7 +182,9 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"use_dora": True}, {"share": "layers:2"}]
+)
 def test_the_reference_is_the_adapter_that_a_run_starts_from(
     adapter: dict[str, Any], language_folder: Path, text_pairs: Path, tmp_path: Path
 ) -> None:
