@@ -32,15 +32,9 @@ from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Thinking, Vis
 from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
-from mm_moslora.models.language_model import (
-    SHAPES,
-    Weights,
-    language_model,
-    savable_generation_config,
-    set_system_prompt,
-)
+from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
-from mm_moslora.models.model_sizes import base_sizes, few_layers
+from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import (
     load_pretrained_processor,
     load_pretrained_vlm,
@@ -152,7 +146,7 @@ def load_parts(
         config: the recipe's `model`.
         weights: `all`: the model, to train or to use. `none`: no model, but all that turns records into tensors, for
             data preparation. `shapes`: the model on the meta device with a few of its decoder layers, and no tokenizer
-            and processor, for planning; only configurations are read. `all_shapes`: with all of them.
+            and processor, for planning; only configurations are read.
         dtype: dtype of every weight.
         device: where `all` puts the weights, without a copy in main memory; None: main memory. On `meta` the weights of
             transformers' models are not read; other parts (new projectors, towers of open_clip and timm) are in main
@@ -165,7 +159,7 @@ def load_parts(
     require_model("model.vlm", config.vlm)
     if weights == "all" and config.quantisation != "none":
         refuse_packed(base_sizes(config), config.quantisation, config.vlm or config.language or "")
-    device_context: AbstractContextManager[Any] = torch.device("meta") if weights in SHAPES else nullcontext()
+    device_context: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
     with device_context:
         parts = load(config, weights=weights, dtype=dtype, device=device)
@@ -215,7 +209,7 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
         _fill(parts.model, cast(PreTrainedModel, language.model), tower, projector)
         if config.projector.weights:
             load_projector(projector, Path(config.projector.weights), newline=newline_of(parts.model))
-    if weights not in SHAPES:
+    if weights != "shapes":
         if config.image_aspect == "anyres":
             parts.processor = anyres_processor(language.tokenizer, spec, config.anyres_tiles)
         else:
@@ -252,10 +246,8 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
     assert config.vlm is not None
     name, revision = config.vlm, config.vlm_revision
     base = {"vlm": name, "vlm_revision": revision}
-    if weights in SHAPES:
+    if weights == "shapes":
         whole = copy.deepcopy(base_sizes(config))
-        if weights == "shapes":
-            whole.text_config = few_layers(whole.get_text_config())
         model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
         return Parts(model=model, base=base, thinking=config.thinking)
     if weights == "all":
