@@ -142,7 +142,7 @@ def test_a_row_probe_without_numbers_is_no_answer(tmp_path: Path) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    finding = row_probe._probed(model.get_decoder(), "auto")
+    finding = row_probe._probed(model.get_decoder(), "auto", row_probe._moved)
     assert (finding.moved, finding.fault, finding.apart) == (None, "its hidden states are not finite", False)
 
 
