@@ -230,7 +230,7 @@ def run_task(
     documents = select(data, settings)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
-        pool=data.documents,
+        pool=data.documents, shots=data.shots,
     )  # fmt: skip
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
@@ -270,7 +270,7 @@ def _describe(
             "key": item.key,
             **({"more_keys": [other.key for other in others]} if others else {}),
             "prompt": "\n".join(message.text for message in item.messages),
-            "images": list(item.image_ids),
+            "images": list(item.image_ids[item.shot_images :]),
             "paths": work.paths(item),
             "cluster": item.cluster,
         }
