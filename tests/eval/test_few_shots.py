@@ -70,8 +70,9 @@ def test_seeded_shots_differ_between_questions_and_not_between_selections(questi
 
 def test_shots_come_from_other_rows_or_another_file(question_file: Path, tmp_path: Path) -> None:
     more = write_questions(tmp_path / "more", count=4)
+    more.write_text(more.read_text().replace("(0)", "(more)"))
     requests = asked(shot(question_file, "prompt.shots=3", f"prompt.shots_from={{path: {more}}}"), tmp_path / "run")
-    assert {Path(str(image)).parent.name for image in requests["q7"].images[:3]} == {"more"}
+    assert all("(more)" in text for role, text in texts(requests["q7"])[:-1] if role == "user")
     rows = asked(
         shot(question_file, "prompt.shots=1", "prompt.shots_from={where: {category: yes/no}}"), tmp_path / "rows"
     )

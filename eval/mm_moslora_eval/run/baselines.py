@@ -71,7 +71,7 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
 
 def baseline(
     name: str, task: Task, documents: Sequence[Document], *, data: DataSet, training: Sequence[TrainingAnswer] = (),
-    own: Sequence[Scored] = (),
+    own: Sequence[Scored] = (), stratify: str | None = None,
 ) -> TaskResult:  # fmt: skip
     """Score a baseline.
 
@@ -86,7 +86,7 @@ def baseline(
         "learned_from": learned_from(training),
         "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
         "data": data.to_dict(),
-        "selection": asdict(selection_of(items, data)),
+        "selection": asdict(selection_of(items, data, stratify=stratify)),
     }
     if own and with_scores(scored):
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()

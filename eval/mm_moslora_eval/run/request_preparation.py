@@ -12,7 +12,7 @@ from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import BOXES
+from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
 
@@ -192,7 +192,7 @@ class Preparation:
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
-            boxes=self._task.extraction == BOXES,
+            boxes=self._task.extraction in PLACES,
         )
 
     def _draw(self, item: Item) -> TokenDraw | None:

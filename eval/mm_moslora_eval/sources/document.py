@@ -89,6 +89,11 @@ class Document:
         """Hash of everything except the images."""
         return digest(self.to_dict())
 
+    def column(self, name: str) -> str:
+        """The value in a column: the category, the id, or a further column; empty without one."""
+        own = {"id": self.id, "category": self.category, "hint": self.hint}
+        return str(self.extra.get(name) or own.get(name) or "")
+
     def with_problem(self, problem: str | None) -> Document:
         """The document marked with a problem; an earlier problem is kept."""
         return self if problem is None or self.problem is not None else replace(self, problem=problem)
