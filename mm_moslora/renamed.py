@@ -14,6 +14,7 @@ _PACKAGE = "mm_moslora."
 _HARNESS = "mm_moslora_eval."
 MODULES = {
     _PACKAGE + "data.sources.record_source": "data.chat.records",
+    _PACKAGE + "serve.inference.token_sampling": "models.decoding.token_sampling",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }

@@ -51,9 +51,11 @@ def eval_run(
     train_answers: tuple[str, ...] = (),
     batch_size: int = 8,
     limit: int | None = None,
+    stratify: str | None = None,
     samples: tuple[str, ...] = (),
     seed: int = 0,
     max_new_tokens: int | None = None,
+    change: tuple[str, ...] = (),
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
@@ -95,13 +97,18 @@ def eval_run(
         Questions decoded together; for an endpoint, concurrent requests.
     limit
         Evaluate only this many documents, from the first one on.
+    stratify
+        Column, such as category: with --limit, a sample with the shares of its values, drawn by --seed.
     samples
         Evaluate only documents with these ids.
     seed
-        Seed that chooses the wrong pictures.
+        Seed that chooses the wrong pictures, and the sample of --stratify.
     max_new_tokens
         Longest answer; default: the task's, and at least 2048 where the model is asked to think. Answers of another
         length belong into another folder.
+    change
+        KEY=VALUE, another value of a key below prompt, decoding, over_samples or thinking of the tasks, such as
+        decoding.temperature=0.7 and decoding.samples=8. Results name it; such answers belong into another folder.
     precision
         Dtype of the weights; auto: bf16 on hardware with fast bf16, else fp32.
     reference
@@ -135,7 +142,7 @@ def eval_run(
     allow_code(trust_task_code)
     names = with_protocol(tasks, protocol)
     if dry_run:
-        print(eval_commands.dry_run(names))
+        print(eval_commands.dry_run(names, changes=change))
         return 0
     from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
 
@@ -148,7 +155,8 @@ def eval_run(
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     settings = EvaluationSettings(
-        batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
+        batch_size=1 if reference else batch_size, limit=limit, stratify=stratify, samples=samples,
+        seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
@@ -156,6 +164,7 @@ def eval_run(
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
         "merge": merge,
+        "changes": change,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),
@@ -213,6 +222,62 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
     local = not all(name.startswith(("openai:", "replay:")) for name in models)
     ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
+
+
+@eval_app.command(name="plan")
+def eval_plan(
+    *tasks: str,
+    model: str = "",
+    protocol: str | None = None,
+    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    change: tuple[str, ...] = (),
+    measured: Path | None = None,
+    price: tuple[float, float] | None = None,
+    picture_tokens: int = 576,
+    trust_task_code: TrustCode = False,
+) -> int:
+    """Count what an evaluation takes: documents, answers, tokens, hours and cost. No model is loaded or asked.
+
+    Parameters
+    ----------
+    tasks
+        As for `run`.
+    model
+        As for `run`; its name is checked.
+    protocol
+        Protocol of tasks that are given without one.
+    modes
+        Pictures shown, as for `run`.
+    limit
+        Only this many documents.
+    max_new_tokens
+        Longest answer; default: the task's.
+    change
+        KEY=VALUE, as for `run`.
+    measured
+        Run folder of an earlier evaluation with this model, from which the hours come.
+    price
+        Price of a million prompt tokens and of a million new tokens, such as: --price 0.15 0.6
+    picture_tokens
+        Prompt tokens of a picture.
+    """
+    from mm_moslora_eval.backends.open_model import check_name
+    from mm_moslora_eval.protocol.task_groups import with_protocol
+    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
+    from mm_moslora_eval.report.evaluation_plan import measured as measured_in
+    from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
+
+    allow_code(trust_task_code)
+    if model:
+        check_name(model)
+    settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
+    plans = [plan_task(with_changes(get_task(name), change), settings) for name in with_protocol(tasks, protocol)]
+    before = None if measured is None else measured_in(measured)
+    print(plan_text(plans, before=before, price=price, picture_tokens=picture_tokens, modes=len(modes)))
+    return 0
 
 
 @eval_app.command(name="score")
