@@ -58,6 +58,14 @@ NAMES = {
     _HARNESS + "protocol.task_prompt": {"Prompt": "TaskPrompt"},
     _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
     _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
+    _HARNESS + "run.llm_judge": {
+        name: f"mm_moslora_eval.run.judging.{module}.{name}"
+        for module, names in {
+            "answer_graders": ("GRADERS", "JUDGE_EXTRACTIONS", "WORDING", "Grade"),
+            "judged_scores": ("MOST_UNREADABLE", "judged"),
+        }.items()
+        for name in names
+    },
     _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
     _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},
 }  # fmt: skip
@@ -69,7 +77,8 @@ def _missing(module: str, name: str) -> NoReturn:
     new = NAMES[module].get(name)
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    new = _PACKAGE + new if "." in new else f"{module}.{new}"
+    if not new.startswith(_HARNESS):
+        new = _PACKAGE + new if "." in new else f"{module}.{new}"
     # An AttributeError would lose its text: `from MODULE import NAME` replaces it.
     raise ImportError(f"{module}.{name} is {new} now; CHANGELOG.md has a table of what moved.", name=name)
 

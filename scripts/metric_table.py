@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora_eval.protocol.task_registry import all_tasks
-from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 

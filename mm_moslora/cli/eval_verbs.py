@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.cli.eval_options import NO_LIMITS, PLAIN_JUDGE, JudgeOptions, ServiceOptions
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
@@ -18,7 +19,10 @@ eval_app = App(name="eval", help="Measure a model on tasks; infer and score are 
 
 ModelNames = Annotated[
     tuple[str, ...],
-    Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),
+    Parameter(
+        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL or "
+        "replay:FILE; several: given again."
+    ),
 ]
 Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
@@ -32,7 +36,10 @@ OtherPreprocessing = Annotated[
     ),
 ]
 JudgeName = Annotated[
-    str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
+    str | None,
+    Parameter(
+        help="URL#MODEL of an OpenAI-compatible judge, or a model as for --model; keys are read from the environment."
+    ),
 ]
 
 
@@ -66,6 +73,8 @@ def eval_run(
     untuned: bool = False,
     track: bool = True,
     other_preprocessing: OtherPreprocessing = False,
+    limits: ServiceOptions = NO_LIMITS,
+    judging: JudgeOptions = PLAIN_JUDGE,
 ) -> int:
     """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
 
@@ -144,18 +153,20 @@ def eval_run(
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
+    service = limits.settings(**patience)
     shared: dict[str, Any] = {
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
         "merge": merge,
         "judge": eval_commands.make_judge(
-            judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
+            judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **judging.of_judge(**patience)
         ),
     }
     before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
     opened = partial(
-        open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing, **patience
-    )
+        open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing,
+        service=service,
+    )  # fmt: skip
     if untuned:
         start = partial(opened, untuned=True)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
@@ -196,13 +207,15 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
         whole[output / SHARDS] = arguments | {"model": (name,), "output": output, "where": HERE, "merge": True}
     # A shard leaves to the merge what needs all answers.
     changed: dict[str, Any] = {
-        "merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": (),
+        "merge": False, "judge": None, "judge_budget": None, "judging": PLAIN_JUDGE, "baselines": (),
+        "train_answers": (),
     }  # fmt: skip
     shards = {
         folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **changed)]
         for folder, command in whole.items()
     }
-    local = not all(name.startswith(("openai:", "replay:")) for name in models)
+    remote = ("openai:", "anthropic:", "gemini:", "replay:")
+    local = not all(name.startswith(remote) for name in models)
     ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
@@ -219,6 +232,7 @@ def eval_score(
     attempts: Attempts = 6,
     max_failed_share: float = 0.0,
     report: bool = True,
+    judging: JudgeOptions = PLAIN_JUDGE,
 ) -> int:
     """Score stored answers again; needs no model and no data.
 
@@ -237,8 +251,9 @@ def eval_score(
 
     run = eval_commands.run_folder(answers)
     grader = eval_commands.make_judge(
-        judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens, timeout=timeout, attempts=attempts
-    )
+        judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens,
+        **judging.of_judge(timeout=timeout, attempts=attempts),
+    )  # fmt: skip
     results = eval_commands.score(answers, protocol=protocol, judge=grader)
     return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
 

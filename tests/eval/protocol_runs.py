@@ -16,7 +16,8 @@ from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, Opti
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run import task_runner
-from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS, Judge
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS

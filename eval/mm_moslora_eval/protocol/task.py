@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora_eval import sources
 from mm_moslora_eval.metrics.question_groups import OptionMeasure
+from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
@@ -83,7 +84,9 @@ class Task:
     extraction: str = "text"
     """A name in `answer_scoring.EXTRACTORS`."""
     metric: str = "exact"
-    """A name in `answer_scoring.METRICS`."""
+    """A name in `answer_scoring.METRICS` or `JUDGED`."""
+    grading: Grading | None = None
+    """With `metric: judge`: how a judge grades the answers."""
     reference: str = "{answer}"
     """The text whose log-likelihood is reported; `{answer}` is the most frequent reference."""
     aggregation: str = "mean"
@@ -127,6 +130,16 @@ class Task:
                     f"Task {self.name!r}: {kind} {name!r} is not known.{suggestion(name, table)} "
                     f"Known: {', '.join(table)}."
                 )
+        if (self.metric == BY_PROMPT) != (self.grading is not None):
+            raise EvalError(
+                f"Task {self.name!r}: metric is {self.metric!r} {'with' if self.grading else 'without'} a grading; "
+                f"metric: {BY_PROMPT} and grading (the judge's prompt, and the replies that count) belong together."
+            )
+        if self.grading is not None and self.grading.rule and self.grading.rule not in METRICS:
+            raise EvalError(
+                f"Task {self.name!r}: grading.rule {self.grading.rule!r} is no metric."
+                f"{suggestion(self.grading.rule, METRICS)}"
+            )
 
     @property
     def id(self) -> str:
@@ -137,6 +150,8 @@ class Task:
         """Plain data, without the folder of the file."""
         data = asdict(self)
         del data["folder"]
+        if self.grading is None:
+            del data["grading"]
         return data
 
     def reference_of(self, document: Document) -> str:

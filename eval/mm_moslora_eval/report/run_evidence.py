@@ -22,12 +22,13 @@ from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
-from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
+from mm_moslora_eval.run.result_file import ABOUT, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from mm_moslora_eval.run.answer_views import (
     scored_row,
 )
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
-from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
+from mm_moslora_eval.run.result_file import score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
 from mm_moslora_eval.run.stored_types import StoredSample, check_row
 from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
@@ -38,6 +38,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
@@ -295,7 +296,8 @@ def _check_rules(view_a: Path, view_b: Path) -> None:
     a, b = (_described(view).get("task") for view in (view_a, view_b))
     if not a or not b:
         return
-    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in ("version", *RULES) if a.get(rule) != b.get(rule)]
+    rules = ("version", *RULES, "grading")
+    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in rules if a.get(rule) != b.get(rule)]
     if odd:
         raise EvalError(
             f"{view_a} and {view_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "

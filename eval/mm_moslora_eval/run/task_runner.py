@@ -40,6 +40,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
+from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.scoring.answer_scoring import BOXES
 from mm_moslora_eval.sources.document import DataSet, Document
@@ -276,6 +277,8 @@ def _describe(
         for item in work.items
     ]
     replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
+    if graded := graded_text(task):
+        replace_text(view / GRADED, graded)
     first = next((item for item in work.items if item.problem is None), None)
     described = {
         "format": FORMAT,
@@ -289,6 +292,8 @@ def _describe(
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
     }
+    if (prices := getattr(model, "prices", None)) is not None:
+        described["prices"] = prices
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -449,6 +454,7 @@ def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
             raise TypeError(f"the model answered with {result.text!r}, expected text")
         row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
         row |= {} if result.boxes is None else {"boxes": result.boxes}
+        row |= {} if result.prompt_tokens is None else {"prompt_tokens": result.prompt_tokens}
         return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
     letters = list(item.document.options)
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}

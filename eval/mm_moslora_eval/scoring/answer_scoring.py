@@ -177,7 +177,8 @@ METRICS: dict[str, Metric] = {
 
 
 JUDGED = (
-    "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
+    "judge", "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench",
+    "judge_llavabench_lmms_eval",
 )  # fmt: skip
 """Metrics that need a judge; without one a task is unscored."""
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mm_moslora_eval.scoring.answer_scoring import score_leniently, without_thinking
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
@@ -43,6 +44,26 @@ def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
             f"{len(samples) - graded} of {len(samples)} answers have no grade, because the judge's replies cannot be "
             f"read. The score is over the other {graded}."
         )
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """How far a judge agrees with graded answers (`judge_check.check_judge`)."""
+    return (
+        f"The judge agrees with {found['agreed']} of {found['n']} graded answers of {found['file']} "
+        f"({found['share']:.0%}, 95 % {found['low']:.0%} to {found['high']:.0%})"
+    )
+
+
+def disagreement(judge: Mapping[str, Any]) -> Iterator[str]:
+    """A remark on a judge that agrees with too few graded answers, and on answers that it saw a part of."""
+    found = judge.get("agreement")
+    if found is not None and found["share"] < found["least"]:
+        yield (
+            f"{agreement_text(found)}, less than {found['least']:.0%} (--judge-agreement): its grades do not measure "
+            "the answers. Ask another judge."
+        )
+    if shortened := judge.get("shortened"):
+        yield f"{shortened} answers are so long that the judge was shown their beginning and end alone."
 
 
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:

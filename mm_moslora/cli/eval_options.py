@@ -1,0 +1,66 @@
+"""Options of `mm-moslora eval` about services and judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Limits and prices of a model behind a service."""
+
+    requests_per_minute: float | None = None
+    """Most requests to the model's service in a minute."""
+    tokens_per_minute: float | None = None
+    """Most tokens, of prompts and answers, in a minute."""
+    price: str | None = None
+    """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
+
+    def settings(self, **patience: Any) -> ServiceSettings:
+        """The settings of the client; `patience` is `timeout` and `attempts`."""
+        from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+
+        return ServiceSettings(
+            requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, price=self.price,
+            **patience,
+        )  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """How a judge is checked, and its limits."""
+
+    judge_check: Path | None = None
+    """JSON Lines of graded answers; the results name the share on which the judge agrees. Default: those of the task,
+    if it has some."""
+    judge_agreement: float = 0.8
+    """Share below which the result warns of the judge."""
+    judge_requests_per_minute: float | None = None
+    """Most requests to the judge in a minute."""
+    judge_tokens_per_minute: float | None = None
+    """Most tokens, of prompts and replies, in a minute."""
+    judge_price: str | None = None
+    """IN/OUT: prices of a million tokens of the judge."""
+
+    def of_judge(self, **patience: Any) -> dict[str, Any]:
+        """Arguments of `eval_commands.make_judge`."""
+        limits = ServiceOptions(
+            requests_per_minute=self.judge_requests_per_minute, tokens_per_minute=self.judge_tokens_per_minute,
+            price=self.judge_price,
+        )  # fmt: skip
+        return {
+            "service": limits.settings(**patience), "graded": self.judge_check,
+            "least_agreement": self.judge_agreement,
+        }  # fmt: skip
+
+
+NO_LIMITS, PLAIN_JUDGE = ServiceOptions(), JudgeOptions()
