@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task_registry import all_tasks
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
@@ -89,7 +90,8 @@ def _reached(function: Any) -> Iterator[Callable[..., Any]]:
 def tables() -> str:
     """The three tables as Markdown."""
     kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
-        "extraction": EXTRACTORS, "metric": {**METRICS, **GRADERS}, "aggregation": AGGREGATIONS,
+        "extraction": EXTRACTORS, "metric": {**METRICS, BY_PROMPT: grade_by_prompt, **GRADERS},
+        "aggregation": AGGREGATIONS,
     }  # fmt: skip
     used: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in all_tasks().values():
@@ -101,7 +103,7 @@ def tables() -> str:
         for name, function in table.items():
             tasks = used[kind, name]
             more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
-            judge = " Needs a judge." if name in GRADERS else ""
+            judge = " Needs a judge." if name in (BY_PROMPT, *GRADERS) else ""
             if kind == "extraction" and name in JUDGE_EXTRACTIONS:
                 judge = " With `--judge` the judge finds the answer."
             lines.append(f"| `{name}` | {meaning(name, function)}{judge} | {f'`{tasks[0]}`{more}' if tasks else '-'} |")

@@ -20,8 +20,8 @@ eval_app = App(name="eval", help="Measure a model on tasks; infer and score are 
 ModelNames = Annotated[
     tuple[str, ...],
     Parameter(
-        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL or "
-        "replay:FILE; several: given again."
+        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL "
+        "or replay:FILE; several: given again."
     ),
 ]
 Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]

@@ -1,4 +1,4 @@
-"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, a service, vLLM on a folder, or stored answers."""
+"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, vLLM, a service, stored answers."""
 
 from __future__ import annotations
 

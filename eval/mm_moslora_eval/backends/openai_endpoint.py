@@ -255,7 +255,7 @@ class ServiceSettings:
     """IN/OUT per million tokens; None: unknown."""
 
     def endpoint(self, name: str) -> Endpoint:
-        """The service that `openai:URL#MODEL`, `anthropic:MODEL` or `gemini:MODEL` names; without a kind it is OpenAI's.
+        """The service that `openai:URL#MODEL`, `anthropic:MODEL` or `gemini:MODEL` names; without a kind OpenAI's form.
 
         Raises:
             EvalError: another form, or an impossible limit or price.

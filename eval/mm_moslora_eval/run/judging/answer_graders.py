@@ -158,7 +158,7 @@ def needs_judge(task: Task) -> bool:
 def grader_of(task: Task) -> Grader:
     """The function that grades an answer to a task."""
     if task.grading is not None:
-        return partial(_grade_by_prompt, task=task)
+        return partial(grade_by_prompt, task=task)
     return GRADERS.get(task.metric) or partial(_grade_extracted, task=task)
 
 
@@ -171,8 +171,8 @@ def prompt_of(task: Task) -> tuple[str, str]:
     return WORDING, _MMVET if "mmvet" in task.metric else _LLAVABENCH
 
 
-def _grade_by_prompt(judge: Judge, document: Document, answer: str, *, task: Task) -> Grade | None:
-    """The grade that the judge gives by the prompt of the task file."""
+def grade_by_prompt(judge: Judge, document: Document, answer: str, *, task: Task) -> Grade | None:
+    """The grade that a judge gives by the prompt of the task file (`grading`), whose replies alone count."""
     grading = task.grading
     assert grading is not None
     graded = judge.ask(grading.text(document, answer), grading.read, max_tokens=grading.max_tokens)
