@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """Limits and prices of a model behind a service."""
+    """Limits and prices of a model behind a service, and answers that are there already."""
 
     requests_per_minute: float | None = None
     """Most requests to the model's service in a minute."""
@@ -23,6 +23,8 @@ class ServiceOptions:
     """Most tokens, of prompts and answers, in a minute."""
     price: str | None = None
     """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
+    answer_cache: Path | None = None
+    """Folder of answers that runs share: what the same model was asked before is not asked again."""
 
     def settings(self, **patience: Any) -> ServiceSettings:
         """The settings of the client; `patience` is `timeout` and `attempts`."""

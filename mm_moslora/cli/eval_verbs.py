@@ -147,6 +147,7 @@ def eval_run(
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import EvaluationSettings
+    from mm_moslora_eval.run.wrapped_models.answer_cache import with_answer_cache
 
     settings = EvaluationSettings(
         batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
@@ -168,10 +169,10 @@ def eval_run(
         service=service,
     )  # fmt: skip
     if untuned:
-        start = partial(opened, untuned=True)
+        start = partial(with_answer_cache, partial(opened, untuned=True), limits.answer_cache)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
-        opened,
+        partial(with_answer_cache, opened, limits.answer_cache),
         names,
         output,
         modes=modes,
