@@ -340,21 +340,58 @@ def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
     return 0
 
 
+@eval_app.command(name="table")
+def eval_table(
+    *runs: Path, mode: Literal["own", "blind", "wrong"] = "own",
+    markdown: Annotated[bool, Parameter(negative="")] = False, html: Path | None = None,
+) -> int:  # fmt: skip
+    """One table of the scores of several models; a row has the same documents and rules for all.
+
+    Parameters
+    ----------
+    runs
+        Run folders, one for each model.
+    mode
+        Pictures that were shown.
+    markdown
+        Print it as Markdown.
+    html
+        Also write it as an HTML page.
+    """
+    from mm_moslora_eval.report.models_table import as_markdown, as_text, models_table
+
+    if not runs:
+        raise ConfigError("No run was given. Name the run folders of the models.")
+    table = models_table(runs, mode=mode)
+    print(as_markdown(table) if markdown else as_text(table))
+    if html is not None:
+        from mm_moslora_eval.report.evaluation_page import write_models
+
+        print(f"Page: {write_models(table, html)}")
+    return 0
+
+
 @eval_app.command(name="export")
 def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
-    """Write answers for an evaluation server or another harness.
+    """Write answers for an evaluation server or another harness, or the results of a run for others.
 
     Parameters
     ----------
     answers
-        A folder TASK@PROTOCOL/MODE of a run.
+        A folder TASK@PROTOCOL/MODE of a run; for model-index and lmms-eval the run folder.
     output
         The file.
     to
-        vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx.
+        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx. Results: model-index (YAML
+        of a model card on the hub) or lmms-eval (its results file).
     """
+    from mm_moslora_eval.report.shared_results import SHARED, write_shared
     from mm_moslora_eval.run.submissions import write_submission
 
+    if to in SHARED:
+        left = write_shared(answers, output, form=to)
+        print(f"{output}: written in the form {to}; {left} results have no score and are left out.")
+        return 0
     empty = write_submission(answers, output, form=to)
     print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
     return 0

@@ -143,6 +143,16 @@ def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path
     return write_page(out, lambda: page)
 
 
+def write_models(table: Any, out: Path) -> Path:
+    """Write a `ModelsTable` as a page.
+
+    Raises:
+        ConfigError: `out` is a folder or a file of another program.
+    """
+    page = _render("models.html.j2", title="Scores of models", table=table)
+    return write_page(out, lambda: page)
+
+
 def _render(template: str, **context: Any) -> str:
     filters = {
         "score": format_score, "measured": _format_measured, "short": _short, "named": score_text,
