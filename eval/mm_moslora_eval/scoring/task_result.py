@@ -31,7 +31,14 @@ class Counts:
     unclosed_thinking: int = 0
     """Of these, answers with a block without an end; also counted in `not_inferable`."""
     ungraded: int = 0
-    """Answered, but no reply of the judge can be read; left out of the score."""
+    """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
+    faults: int = 0
+    """Of these, answers on which the extraction or the metric failed."""
+
+    @property
+    def incomplete(self) -> int:
+        """Answers that are missing, or that the rules could not score."""
+        return self.failed + self.faults
 
 
 @dataclass(frozen=True, kw_only=True)

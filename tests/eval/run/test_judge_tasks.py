@@ -177,7 +177,7 @@ def test_only_the_forms_of_the_task_file_are_grades(
         ("incorrect: 0", "incorrect: -1", "expected grades from 0 to 1"),
         ("incorrect: 0", "CORRECT: 0", "differ in case alone"),
         ("metric: judge", "metric: exact", "belong together"),
-        ("rule: exact", "rule: exactly", "grading.rule 'exactly' is no metric"),
+        ("rule: exact", "rule: exactly", "metric 'exactly' is not known"),
         ("rule: exact", "rules: exact", "rules"),
         ("replies: {Correct: 1, incorrect: 0}", "scale: [1, 1]", "worst and best"),
     ],
@@ -312,3 +312,29 @@ def test_the_share_of_agreement_is_measured_as_a_score_is(tmp_path: Path) -> Non
 
     same = [Scored(document=Document(id=str(n), question=""), text="", parsed="", score=1.0) for n in range(10)]
     assert (found["low"], found["high"]) == (aggregate("mean", same).low, aggregate("mean", same).high)
+
+
+def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site"
+    about = package / "other_graders-2.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-graders\nVersion: 2.0\n")
+    (about / "entry_points.txt").write_text("[mm_moslora_eval.graders]\nlikes = other_graders:likes\n")
+    (package / "other_graders.py").write_text(
+        "from mm_moslora_eval.run.judging.answer_graders import Grade\n\n\n"
+        "def likes(judge, document, answer, *, word: str = 'yes'):\n"
+        "    graded = judge.ask(f'Q{document.id}? {answer}: {word}?', str.strip, max_tokens=4)\n"
+        "    return None if graded is None else Grade(score=float(graded[0] == word), parsed=graded[1])\n\n\n"
+        "likes.prompt = 'a prompt'\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    path = written(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: text.index("metric:")] + "metric: {name: likes, word: no}\n")
+    model = GivenAnswers({str(n): "x" for n in range(4)})
+    with serve(lambda payload: "no" if "Q1?" in payload["messages"][0]["content"] else "yes") as server:
+        judge = judge_at(server.url, tmp_path)
+        (result,) = eval_commands.run(model, [str(path)], tmp_path / "run", settings=ONE, judge=judge)
+    assert result.score == 0.25
+    assert result.about["judge"]["wording"] == "other-graders 2.0"
+    assert result.about["code"] == {"grader": {"package": "other-graders", "version": "2.0"}}

@@ -15,6 +15,7 @@ from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, score_answer
+from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document
 
 
@@ -140,14 +141,19 @@ def _is_number(text: str) -> bool:
 
 Grader = Callable[["Judge", Document, str], Grade | None]
 
-GRADERS: dict[str, Grader] = {
-    "judge_mmvet": partial(_grade_mmvet, read=judge_scores.mmvet_grade),
-    "judge_mmvet_vlmevalkit": partial(_grade_mmvet, read=judge_scores.mmvet_grade_vlmevalkit),
-    "judge_mmvet_lmms_eval": partial(_grade_mmvet, read=judge_scores.mmvet_grade_lmms_eval),
-    "judge_llavabench": partial(_grade_llavabench, read=judge_scores.llavabench_scores),
-    "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judge_scores.llavabench_scores_lmms_eval),
-}
-"""Metric of a task -> function with which a judge grades one answer; None: its replies cannot be read."""
+GRADERS: NamedParts[Grader] = NamedParts(
+    "grader",
+    {
+        "judge_mmvet": partial(_grade_mmvet, read=judge_scores.mmvet_grade),
+        "judge_mmvet_vlmevalkit": partial(_grade_mmvet, read=judge_scores.mmvet_grade_vlmevalkit),
+        "judge_mmvet_lmms_eval": partial(_grade_mmvet, read=judge_scores.mmvet_grade_lmms_eval),
+        "judge_llavabench": partial(_grade_llavabench, read=judge_scores.llavabench_scores),
+        "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judge_scores.llavabench_scores_lmms_eval),
+    },
+    files=False,
+)
+"""Metric of a task -> function with which a judge grades one answer; None: its replies cannot be read. Other packages
+add some by entry points of `mm_moslora_eval.graders`; an attribute `prompt` of theirs is the text that is hashed."""
 
 
 def needs_judge(task: Task) -> bool:
@@ -159,7 +165,7 @@ def grader_of(task: Task) -> Grader:
     """The function that grades an answer to a task."""
     if task.grading is not None:
         return partial(grade_by_prompt, task=task)
-    return GRADERS.get(task.metric) or partial(_grade_extracted, task=task)
+    return GRADERS[task.metric] if task.metric in GRADERS else partial(_grade_extracted, task=task)
 
 
 def prompt_of(task: Task) -> tuple[str, str]:
@@ -168,6 +174,8 @@ def prompt_of(task: Task) -> tuple[str, str]:
         return f"{task.id} version {task.version}", task.grading.prompt
     if task.metric not in GRADERS:
         return WORDING, _MATHVISTA
+    if origin := GRADERS.origin(task.metric):
+        return " ".join(origin.values()), str(getattr(GRADERS.find(task.metric), "prompt", ""))
     return WORDING, _MMVET if "mmvet" in task.metric else _LLAVABENCH
 
 

@@ -14,7 +14,7 @@ from mm_moslora_eval.run.judging.answer_graders import JUDGE_EXTRACTIONS, Grade,
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer, without_thinking
 from mm_moslora_eval.scoring.measured_scores import aggregate
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 MOST_UNREADABLE = 0.05
 """Share of the graded answers without a readable reply, above which a task stays unscored."""
@@ -101,7 +101,9 @@ def score_by_rules(task: Task, samples: Sequence[Scored]) -> dict[str, Any] | No
         )
         for sample in samples
     ]  # fmt: skip
-    found = aggregate(task.aggregation, scored)
+    if not (read := with_scores(scored)):  # the rule failed on every answer
+        return None
+    found = aggregate(task.aggregation, read)
     return {
         "extraction": task.extraction, "metric": metric, "score": found.value, "stderr": found.stderr,
         "low": found.low, "high": found.high,
