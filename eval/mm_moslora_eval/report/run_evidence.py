@@ -387,5 +387,5 @@ def _tell_trackers(
         trackers.reopen(recipe.to_dict(), run)
         trackers.log_evaluation(rows, adapter=adapter_digest(adapter), step=step)
         for task, answers in samples.items():
-            trackers.log_samples(f"samples/{task}", answers, step)
+            trackers.log_samples(f"eval/samples/{task}", answers, step)
         trackers.finish()

@@ -19,7 +19,7 @@ from mm_moslora_eval.sources.document import digest
 
 
 @dataclass(kw_only=True)
-class Judgement:
+class TaskJudgement:
     """What became of the samples of a task."""
 
     samples: list[Scored] | None = None
@@ -32,7 +32,7 @@ class Judgement:
     """`judge` and `by_rules` of `TaskResult.about`."""
 
 
-def judgement(judge: Judge | None, task: Task, samples: Sequence[Scored], *, view: Path) -> Judgement:
+def judgement(judge: Judge | None, task: Task, samples: Sequence[Scored], *, view: Path) -> TaskJudgement:
     """Score samples with a judge, and without it where a rule can.
 
     Args:
@@ -41,7 +41,7 @@ def judgement(judge: Judge | None, task: Task, samples: Sequence[Scored], *, vie
         samples: the answers.
         view: may hold the task's graded answers.
     """
-    result = Judgement()
+    result = TaskJudgement()
     if needs_judge(task) and (ruled := score_by_rules(task, samples)) is not None:
         result.about["by_rules"] = ruled
     if judge is None:
