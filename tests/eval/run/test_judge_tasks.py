@@ -330,7 +330,7 @@ def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, m
     monkeypatch.syspath_prepend(str(package))
     path = written(tmp_path)
     text = path.read_text()
-    path.write_text(text[: text.index("metric:")] + "metric: {name: likes, word: \"no\"}\n")
+    path.write_text(text[: text.index("metric:")] + 'metric: {name: likes, word: "no"}\n')
     model = GivenAnswers({str(n): "x" for n in range(4)})
     with serve(lambda payload: "no" if "Q1?" in payload["messages"][0]["content"] else "yes") as server:
         judge = judge_at(server.url, tmp_path)
