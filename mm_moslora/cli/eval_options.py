@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ class ServiceOptions:
     """Most tokens, of prompts and answers, in a minute."""
     price: str | None = None
     """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
+    server_arguments: str = ""
+    """Further arguments of the server of vllm:FOLDER, such as
+    --server-arguments='--tensor-parallel-size 4 --max-model-len 8192'."""
     answer_cache: Path | None = None
     """Folder of answers that runs share: what the same model was asked before is not asked again."""
 
@@ -32,7 +36,7 @@ class ServiceOptions:
 
         return ServiceSettings(
             requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, price=self.price,
-            **patience,
+            server_arguments=tuple(shlex.split(self.server_arguments)), **patience,
         )  # fmt: skip
 
 

@@ -39,6 +39,8 @@ TIMEOUT, ATTEMPTS = 300.0, 6
 """Default patience with a request: seconds for one attempt, and attempts."""
 _MOST_WAIT, _MOST_RETRY_AFTER = 60.0, 900.0
 """Longest wait before another attempt: by itself, and where the server names it."""
+_ASIDE = 10.0
+"""Seconds for a question about the server itself."""
 _MOST_REPLY_BYTES = 2**26
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
@@ -166,6 +168,14 @@ class Endpoint:
                 self.limit.settle(expected=expected, used=used)
                 return reply
 
+    def get(self, path: str) -> Any:
+        """What the server says at a path below the address, in seconds; None where it says nothing useful."""
+        try:
+            with _OPENER.open(f"{self.url}{path}", timeout=min(self.timeout, _ASIDE)) as response:
+                return parse_json(self._body(response))
+        except (OSError, http.client.HTTPException, ValueError, RuntimeError):
+            return None
+
     def _give_up(self, error: _TryAgainError, attempt: int) -> None:
         """Raise the failure of a request that is not tried again."""
         last = attempt >= self.attempts or (error.wait or 0.0) > _MOST_RETRY_AFTER
@@ -253,6 +263,8 @@ class ServiceSettings:
     tokens_per_minute: float | None = None
     price: str | None = None
     """IN/OUT per million tokens; None: unknown."""
+    server_arguments: tuple[str, ...] = ()
+    """Further arguments of a server that is started here."""
 
     def endpoint(self, name: str) -> Endpoint:
         """The service that `openai:URL#MODEL`, `anthropic:MODEL` or `gemini:MODEL` names; without a kind OpenAI's form.
