@@ -56,7 +56,7 @@ def eval_run(
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
     baselines: tuple[Literal["majority", "question_majority"], ...] = (),
     train_answers: tuple[str, ...] = (),
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     limit: int | None = None,
     samples: tuple[str, ...] = (),
     seed: int = 0,
@@ -101,7 +101,8 @@ def eval_run(
     train_answers
         Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size
-        Questions decoded together; for an endpoint, concurrent requests.
+        Questions decoded together; for a service, concurrent requests. auto: a local model's batches grow until memory
+        or throughput says stop.
     limit
         Evaluate only this many documents, from the first one on.
     samples
@@ -146,7 +147,7 @@ def eval_run(
     if dry_run:
         print(eval_commands.dry_run(names))
         return 0
-    from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
+    from mm_moslora_eval.backends.open_model import check_name, is_local, name_with_files, open_model
 
     if merge and shard:
         raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
@@ -155,10 +156,10 @@ def eval_run(
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import EvaluationSettings
-    from mm_moslora_eval.run.wrapped_models.answer_cache import with_answer_cache
+    from mm_moslora_eval.run.wrapped_models.model_wrapping import opened_with, windows_of
 
     settings = EvaluationSettings(
-        batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
+        batch_size=1 if reference else windows_of(batch_size, name), limit=limit, samples=samples, seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
@@ -176,11 +177,14 @@ def eval_run(
         open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing,
         service=service,
     )  # fmt: skip
+    wrapping: dict[str, Any] = {
+        "cache": limits.answer_cache, "automatic": batch_size == "auto" and not reference and is_local(name),
+    }  # fmt: skip
     if untuned:
-        start = partial(with_answer_cache, partial(opened, untuned=True), limits.answer_cache)
+        start = partial(opened_with, partial(opened, untuned=True), **wrapping)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
-        partial(with_answer_cache, opened, limits.answer_cache),
+        partial(opened_with, opened, **wrapping),
         names,
         output,
         modes=modes,
@@ -201,6 +205,7 @@ def eval_run(
 
 def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: ShardJobs) -> int:
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
+    from mm_moslora_eval.backends.open_model import is_local
     from mm_moslora_eval.run.answer_shards import DONE
     from mm_moslora_eval.run.answer_views import SHARDS
 
@@ -223,8 +228,7 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
         folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **changed)]
         for folder, command in whole.items()
     }
-    remote = ("openai:", "anthropic:", "gemini:", "replay:")
-    local = not all(name.startswith(remote) for name in models)
+    local = any(map(is_local, models))
     ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 

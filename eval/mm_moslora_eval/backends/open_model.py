@@ -25,6 +25,12 @@ KINDS = ("hf", "replay", "vllm", *SERVICES)
 _FORMS = "FOLDER, hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL or replay:FILE"
 
 
+def is_local(name: str) -> bool:
+    """Whether this process itself computes the answers."""
+    kind, separator, _ = name.partition(":")
+    return not separator or kind not in ("replay", "vllm", *SERVICES)
+
+
 def check_name(name: str) -> None:
     """Check the name of a model before anything is imported or read.
 

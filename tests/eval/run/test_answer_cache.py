@@ -23,7 +23,8 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.run.wrapped_models import answer_cache
-from mm_moslora_eval.run.wrapped_models.answer_cache import CachedModel, with_answer_cache
+from mm_moslora_eval.run.wrapped_models.answer_cache import CachedModel
+from mm_moslora_eval.run.wrapped_models.model_wrapping import opened_with
 
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
@@ -48,7 +49,7 @@ def test_another_run_folder_asks_nothing_again_and_has_the_same_files(question_f
     task = get_task(f"llava:{question_file}")
     first, second = FakeModel(), FakeModel()
     for model, run in ((first, "a"), (second, "b")):
-        with_cache = with_answer_cache(lambda model=model: model, tmp_path / "cache")  # type: ignore[misc]
+        with_cache = opened_with(lambda model=model: model, cache=tmp_path / "cache")  # type: ignore[misc]
         evaluate(with_cache, task, tmp_path / run, settings=ONE, baselines=())
         with_cache.close()
     assert len(first.asked) == 36

@@ -149,11 +149,6 @@ class CachedModel:
         self._model.close()
 
 
-def with_answer_cache(model: Callable[[], Model], folder: Path | None) -> Model:
-    """A loaded model, with a cache of its answers where there is a folder for them."""
-    return model() if folder is None else CachedModel(model(), folder)
-
-
 def _computation(model: Model) -> dict[str, Any]:
     """What may change the choice between near-equal tokens: precision, attention, device and versions."""
     details = dict(getattr(model, "details", {}))
