@@ -46,6 +46,10 @@ def _openai_reply(said: Any) -> Payload | None:
     return said if fits else None
 
 
+def _object(value: Any) -> Payload:
+    return value if isinstance(value, dict) else {}
+
+
 def _texts(content: Any) -> list[Payload]:
     """The parts of a message's content."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -93,7 +97,7 @@ def _anthropic_reply(said: Any) -> Payload | None:
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if said.get("stop_reason") == "refusal" and not texts:
         raise NoAnswerError("the provider refused to answer (stop_reason: refusal)")
-    used = said.get("usage") if isinstance(said.get("usage"), dict) else {}
+    used = _object(said.get("usage"))
     read = [used.get(name) for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")]
     return _as_openai(
         "".join(texts), cut_off=said.get("stop_reason") in ("max_tokens", "model_context_window_exceeded"),
@@ -144,7 +148,7 @@ def _gemini_reply(said: Any) -> Payload | None:
     ]
     if not texts and reason not in ("STOP", "MAX_TOKENS"):
         raise NoAnswerError(f"the provider gave no answer (finishReason: {str(reason)[:80]})")
-    used = said.get("usageMetadata") if isinstance(said.get("usageMetadata"), dict) else {}
+    used = _object(said.get("usageMetadata"))
     written = [used.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
     return _as_openai(
         "".join(texts), cut_off=reason == "MAX_TOKENS", prompt=used.get("promptTokenCount"),

@@ -27,7 +27,8 @@ class LocalChat:
     greedy = True
 
     def __init__(self, model: Callable[[], Model], *, name: str, batch_size: int = 8) -> None:
-        self._open, self._loaded, self._batch_size = model, None, batch_size
+        self._open, self._batch_size = model, batch_size
+        self._loaded: Model | None = None
         self.model, self.usage = name, Usage()
         self._waiting: list[_Waiting] = []
         self._turn, self._adding = threading.Lock(), threading.Lock()

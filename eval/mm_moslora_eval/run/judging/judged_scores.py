@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.backends.openai_endpoint import in_parallel
+from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.answer_graders import JUDGE_EXTRACTIONS, Grade, grader_of
 from mm_moslora_eval.run.llm_judge import Judge

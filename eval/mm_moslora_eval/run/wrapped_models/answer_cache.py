@@ -130,7 +130,8 @@ class CachedModel:
     def _store(self, row: Row) -> None:
         if self._log is None:
             self._log = self._open.enter_context(AnswerLog(self.folder, rank=0, batch_size=_FLUSHED_ROWS))
-        row = {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": None} | row
+        parts: Row = {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": None}
+        row = parts | row
         row["sum"] = _checksum(row)
         self._log.add(row)
         self._rows[row["key"]] = row
