@@ -1,16 +1,46 @@
-"""Options of `mm-moslora eval` about services and judges."""
+"""Options of the verbs of `mm-moslora eval`, above all about services and judges."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+
+
+ModelNames = Annotated[
+    tuple[str, ...],
+    Parameter(
+        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL "
+        "or replay:FILE; several: given again."
+    ),
+]
+Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
+Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
+JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
+JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
+OtherPreprocessing = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
+]
+JudgeName = Annotated[
+    str | None,
+    Parameter(
+        help="URL#MODEL of an OpenAI-compatible judge, or a model as for --model; keys are read from the environment."
+    ),
+]
 
 
 @Parameter(name="*")

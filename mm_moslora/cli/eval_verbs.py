@@ -10,41 +10,25 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.eval_options import NO_LIMITS, PLAIN_JUDGE, JudgeOptions, ServiceOptions
+from mm_moslora.cli.eval_options import (
+    NO_LIMITS,
+    PLAIN_JUDGE,
+    Attempts,
+    JudgeBudget,
+    JudgeName,
+    JudgeOptions,
+    JudgeThinking,
+    ModelNames,
+    OtherPreprocessing,
+    ServiceOptions,
+    Timeout,
+    TrustCode,
+)
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
-
-ModelNames = Annotated[
-    tuple[str, ...],
-    Parameter(
-        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL "
-        "or replay:FILE; several: given again."
-    ),
-]
-Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
-Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
-JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
-JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
-OtherPreprocessing = Annotated[
-    bool,
-    Parameter(
-        negative="",
-        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
-    ),
-]
-TrustCode = Annotated[
-    bool,
-    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
-]
-JudgeName = Annotated[
-    str | None,
-    Parameter(
-        help="URL#MODEL of an OpenAI-compatible judge, or a model as for --model; keys are read from the environment."
-    ),
-]
 
 
 @eval_app.command(name="run")

@@ -14,7 +14,6 @@ import os
 import random
 import re
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
 from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, OPENAI, ChatForm, NoAnswerError
+from mm_moslora_eval.backends.endpoints.chat_replies import Usage, is_cut_off, reply_text, tokens_of
 from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
@@ -47,45 +47,6 @@ _HOPELESS = frozenset({401, 403, 404, 405})
 _UNSUPPORTED = re.compile(r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default", re.I)
 _INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "stop": ""}
 """Parameters that some models refuse -> what they take in their place; empty: nothing."""
-
-
-@dataclass
-class Usage:
-    """Counts of an endpoint's calls and tokens; thread-safe."""
-
-    calls: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    left_out: set[str] = field(default_factory=set)
-    """Parameters that the model refuses, and that are not sent any more."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, reply: dict[str, Any], *, retries: int) -> None:
-        """Count one call."""
-        with self._lock:
-            self.calls += 1
-            self.retries += retries
-            self.prompt_tokens += tokens_of(reply, "prompt_tokens")
-            self.completion_tokens += tokens_of(reply, "completion_tokens")
-
-    @property
-    def mean_tokens(self) -> int:
-        """Tokens of an average call; 0 before the first."""
-        return (self.prompt_tokens + self.completion_tokens) // self.calls if self.calls else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The counts."""
-        names = ("calls", "retries", "prompt_tokens", "completion_tokens")
-        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return counts | ({"left_out": sorted(self.left_out)} if self.left_out else {})
-
-
-def tokens_of(reply: dict[str, Any], name: str) -> int:
-    """A count of a reply's `usage`; 0 if the server does not report it."""
-    used = reply.get("usage")
-    count = used.get(name) if isinstance(used, dict) else None
-    return count if isinstance(count, int) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,20 +250,6 @@ class _Stays(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_Stays)
-
-
-def reply_text(reply: dict[str, Any]) -> str:
-    """The text of a reply; its content is a text, a list of parts, of which those of type `text` are read, or null."""
-    content = reply["choices"][0]["message"].get("content")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content or ""
-
-
-def is_cut_off(reply: dict[str, Any]) -> bool:
-    """Whether the reply ended because of `max_tokens`."""
-    return bool(reply["choices"][0].get("finish_reason") == "length")
 
 
 class _TryAgainError(Exception):
