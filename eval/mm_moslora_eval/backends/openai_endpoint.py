@@ -26,9 +26,9 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
 from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, OPENAI, ChatForm, NoAnswerError
-from mm_moslora_eval.backends.endpoints.chat_replies import Usage, is_cut_off, reply_text, tokens_of
 from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
+from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, reply_text, tokens_of
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.document import digest
 

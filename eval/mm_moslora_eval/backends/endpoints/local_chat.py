@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora_eval.backends.endpoints.chat_replies import Usage
+from mm_moslora_eval.backends.endpoints.service_replies import Usage
 from mm_moslora_eval.protocol.model_interface import Answer, Message, Model, Request
 
 if TYPE_CHECKING:
