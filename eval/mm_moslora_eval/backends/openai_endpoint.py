@@ -45,7 +45,7 @@ _MOST_REPLY_BYTES = 2**26
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
 _UNSUPPORTED = re.compile(r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default", re.I)
-_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "stop": ""}
+_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "top_p": "", "seed": "", "stop": ""}
 """Parameters that some models refuse -> what they take in their place; empty: nothing."""
 
 
@@ -104,6 +104,7 @@ class Endpoint:
             EvalError: the server refuses the key, the model or the address, or no server answers. The latter is raised
                 at once if the server has not answered before, else after all attempts.
             ServerError: the server was at fault in every attempt.
+            NoAnswerError: it refuses to answer.
             RuntimeError: this request failed.
         """
         wait, attempt = self.first_wait, 0
@@ -176,7 +177,7 @@ class Endpoint:
         try:
             reply = self.form.reply(said)
         except NoAnswerError as error:
-            raise RuntimeError(f"{self.url}: {error}") from error
+            raise NoAnswerError(f"{self.url}: {error}") from error
         if reply is None:
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(said)[:5000])[:500]}")
         return reply

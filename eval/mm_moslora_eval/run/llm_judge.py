@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.redaction import redact_text
+from mm_moslora_eval.backends.endpoints.chat_forms import NoAnswerError
 from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, reply_text
 from mm_moslora_eval.scoring.answer_scoring import without_thinking
 from mm_moslora_eval.sources.document import digest
@@ -130,7 +131,7 @@ class Judge:
         return None
 
     def _request(self, request: dict[str, Any]) -> str:
-        """A new reply; one that was cut off loses its last line, which may be incomplete."""
+        """A new reply, empty where the judge refuses; one that was cut off loses its last line, perhaps incomplete."""
         usage = self.endpoint.usage
         spent = usage.prompt_tokens + usage.completion_tokens
         if self._budget is not None and spent >= self._budget:
@@ -138,7 +139,11 @@ class Judge:
                 f"The judge has used {spent} of {self._budget} tokens; nothing more is asked. Its replies are kept: "
                 "score again with a larger --judge-budget."
             )
-        reply = self.endpoint.chat(request | {"max_tokens": request["max_tokens"] + self._thinking})
+        try:
+            reply = self.endpoint.chat(request | {"max_tokens": request["max_tokens"] + self._thinking})
+        except NoAnswerError as error:  # as unreadable as an empty reply, and no reason to leave the others ungraded
+            logger.warning("%s", error)
+            return ""
         text = reply_text(reply)
         return text.rpartition("\n")[0] if is_cut_off(reply) else text
 

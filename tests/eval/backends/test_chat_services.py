@@ -190,6 +190,22 @@ def test_answers_that_are_cut_off_empty_or_refused(form: str) -> None:
         assert len(server.asked) == 1, "the same request would be refused again"
 
 
+@pytest.mark.parametrize("form", ["anthropic", "gemini"])
+def test_parameters_of_drawn_answers_reach_the_provider(form: str) -> None:
+    drawn = {"max_tokens": 5, "temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 7}
+    with provider(lambda _: (200, {}, REPLIES[form]())) as server:
+        model_of(form, server.url).endpoint.chat({"messages": [{"role": "user", "content": "?"}], **drawn})
+    body = server.asked[0][2]
+    if form == "anthropic":
+        assert {name: body[name] for name in drawn if name in body} == {
+            "max_tokens": 5, "temperature": 1.0, "top_p": 0.9, "top_k": 20,
+        }  # fmt: skip
+    else:
+        assert body["generationConfig"] == {
+            "maxOutputTokens": 5, "temperature": 1.5, "topP": 0.9, "topK": 20, "seed": 7,
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_faults_of_a_provider_are_tried_again_and_counted(form: str) -> None:
     faults: list[Reply] = [
@@ -354,6 +370,15 @@ def test_names_of_providers_have_their_address() -> None:
     assert (
         found.fingerprint != open_model("openai:https://generativelanguage.googleapis.com/v1beta#gemini-x").fingerprint
     )
+
+
+def test_a_judge_that_refuses_one_answer_leaves_that_one_without_a_grade(tmp_path: Path) -> None:
+    with provider(lambda _: (200, {}, claude("", reason="refusal"))) as server:
+        judge = eval_commands.make_judge(f"anthropic:{server.url}#j", tmp_path)
+        assert judge is not None
+        assert judge.ask("how good?", str.strip, max_tokens=8) is None
+    assert judge.unreadable == 5
+    assert not [*(tmp_path / "judge").glob("*.json")]
 
 
 @pytest.mark.parametrize("form", ["anthropic", "gemini"])

@@ -89,9 +89,8 @@ def test_everything_that_is_asked_counts(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_part_of_a_request_is_in_the_key() -> None:
-    """A new field must be tried above, too."""
-    tried = {"messages", "images", "max_new_tokens", "stop", "beams", "raw", "reference", "boxes"}
-    assert {field.name for field in dataclasses.fields(Request)} - tried == {"id", "aliases"}
+    known = set(answer_cache._plain(BASE)["Request"]) | {"images"}  # pictures count by their content
+    assert {field.name for field in dataclasses.fields(Request)} - known == {"id", "aliases"}
 
 
 class DetailedModel(FakeModel):

@@ -1,7 +1,7 @@
 """The forms in which providers take a conversation: OpenAI's, which this project speaks, and what others make of it.
 
 A request and a reply are always those of OpenAI's chat completions. A form translates them to a provider's own protocol
-and back, so judges and models need to know one. Parts without a counterpart are errors; nothing is left out.
+and back, so judges and models need to know one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ def _openai_reply(said: Any) -> Payload | None:
     choices = said.get("choices") if isinstance(said, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
+    if isinstance(first, dict) and first.get("finish_reason") == "content_filter" and not _content(message):
+        raise NoAnswerError("the provider refused to answer (finish_reason: content_filter)")
     fits = isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
     return said if fits else None
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, dict) else None
 
 
 def _object(value: Any) -> Payload:
@@ -87,6 +93,7 @@ def _anthropic_request(payload: Payload) -> Payload:
     body: Payload = {"model": payload["model"], "max_tokens": payload["max_tokens"], "messages": messages}
     body |= {"system": system} if system else {}
     body |= {"temperature": min(1.0, payload["temperature"])} if "temperature" in payload else {}  # its largest
+    body |= {name: payload[name] for name in ("top_p", "top_k") if name in payload}  # it takes no seed
     return body | ({"stop_sequences": payload["stop"]} if "stop" in payload else {})
 
 
@@ -122,7 +129,8 @@ def _gemini_request(payload: Payload) -> Payload:
             contents.append({"role": "model" if message["role"] == "assistant" else "user", "parts": parts})
     settings: Payload = {"maxOutputTokens": payload["max_tokens"]}
     settings |= {"temperature": payload["temperature"]} if "temperature" in payload else {}
-    settings |= {"stopSequences": payload["stop"]} if "stop" in payload else {}
+    further = {"stop": "stopSequences", "top_p": "topP", "top_k": "topK", "seed": "seed"}
+    settings |= {theirs: payload[name] for name, theirs in further.items() if name in payload}
     body: Payload = {"contents": contents, "generationConfig": settings}
     return body | ({"systemInstruction": {"parts": system}} if system else {})
 
