@@ -235,7 +235,7 @@ def make_judge(
         return None
     from mm_moslora_eval.backends.open_model import SERVICES, check_name, open_model
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
-    from mm_moslora_eval.run.llm_judge import ChatService, Judge
+    from mm_moslora_eval.run.llm_judge import WORKERS, ChatService, Judge
 
     chosen = service or ServiceSettings()
     asked: ChatService
@@ -245,7 +245,8 @@ def make_judge(
         from mm_moslora_eval.backends.endpoints.local_chat import LocalChat
 
         check_name(name)
-        asked = LocalChat(partial(open_model, name, service=chosen), name=name)
+        batch_size = options.get("workers", WORKERS)
+        asked = LocalChat(partial(open_model, name, service=chosen), name=name, batch_size=batch_size)
     return Judge(asked, cache=run / "judge", budget_tokens=budget, **options)
 
 
@@ -322,6 +323,10 @@ def describe(name: str) -> str:
         f"extraction:  {task.extraction}",
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]
+    if (grading := task.grading) is not None:
+        replies = ", ".join(grading.replies) or f"a number from {' to '.join(map(str, grading.scale))}"
+        lines += [f"judge:       replies {replies}", *(f"  | {line}" for line in grading.prompt.splitlines())]
+        lines += [f"             without it the rule {grading.rule}"] if grading.rule else []
     lines += [f"code:        the {kind} is of {_origin(about)}" for kind, about in task.code.items()]
     lines += [f"tags:        {', '.join(task.tags)}"] if task.tags else []
     lines += [f"note:        {task.notes}"] if task.notes else []

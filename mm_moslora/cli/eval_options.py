@@ -80,6 +80,8 @@ class JudgeOptions:
     if it has some."""
     judge_agreement: float = 0.8
     """Share below which the result warns of the judge."""
+    judge_batch_size: int = 4
+    """Answers graded at the same time."""
     judge_requests_per_minute: float | None = None
     """Most requests to the judge in a minute."""
     judge_tokens_per_minute: float | None = None
@@ -95,7 +97,7 @@ class JudgeOptions:
         )  # fmt: skip
         return {
             "service": limits.settings(**patience), "graded": self.judge_check,
-            "least_agreement": self.judge_agreement,
+            "least_agreement": self.judge_agreement, "workers": self.judge_batch_size,
         }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.score_remarks import beside
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.image_controls import open_image
 
@@ -218,6 +219,7 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
         "name": name,
         "anchor": re.sub(r"[^\w-]", "-", name),
         "about": first.about,
+        "beside": [*beside(first.about)],
         "rows": [_row(result) for result in results],
         "verdicts": verdicts,
         "remarks": remarks,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mm_moslora.reporting.verdicts import amount_text, between, resting_on, score_text
 from mm_moslora.utils.text_format import aligned
@@ -45,6 +45,7 @@ def comparison_text(result: PairedComparison) -> str:
 def table(results: Sequence[TaskResult]) -> str:
     """The results as an aligned table, followed by remarks on the numbers."""
     from mm_moslora_eval.report.evaluation_page import names_of
+    from mm_moslora_eval.scoring.score_remarks import beside
 
     rows = []
     names = names_of(results)
@@ -68,26 +69,9 @@ def table(results: Sequence[TaskResult]) -> str:
         source = f"learned from {learned}." if learned else ""
         silent = f"no likelihood: {result.likelihood['none']}." if "none" in result.likelihood else ""
         rests = _basis(result) if result.folder else ""
-        texts = (*result.remarks, unscored, odd, source, silent, rests, *_beside(result.about))
+        texts = (*result.remarks, unscored, odd, source, silent, rests, *beside(result.about))
         notes += [f"{name}, {result.mode}: {text}" for text in texts if text]
     return "\n".join([*aligned(head, rows), *notes])
-
-
-def _beside(about: Mapping[str, Any]) -> Iterator[str]:
-    """What stands beside a score: that of the rules where a judge graded, how far the judge is right, what it cost."""
-    if ruled := about.get("by_rules"):
-        score, low, high = (math.nan if ruled[name] is None else ruled[name] for name in ("score", "low", "high"))
-        yield (
-            f"{score:.4f} ({low:.4f} to {high:.4f}) without a judge, by the rules {ruled['extraction']} and "
-            f"{ruled['metric']}."
-        )
-    if spent := about.get("tokens"):
-        cost = f"; {spent['cost']:.4g} at the given prices" if spent.get("cost") is not None else ""
-        yield f"{spent['prompt']:,} tokens in, {spent['completion']:,} out{cost}."
-    if found := about.get("judge", {}).get("agreement"):
-        from mm_moslora_eval.scoring.score_remarks import agreement_text
-
-        yield f"{agreement_text(found)}."
 
 
 def _odd_count(result: TaskResult) -> str:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 THINKING_TOKENS = 2048
 """Default room for a judge's thinking before its reply."""
 _TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's schedule: one further request per unreadable reply
+WORKERS = 4
+"""Default number of answers that are graded at the same time."""
 LEAST_AGREEMENT = 0.8
 """Default share of graded answers with which a judge must agree; a result below it has a remark."""
 
@@ -73,17 +75,22 @@ class Judge:
         thinking_tokens: tokens of a reply besides those of its own form, for judges that think first.
         graded: file of graded answers, see `judge_check`; None: that of the task.
         least_agreement: share of them with which the judge must agree.
+        workers: answers that are graded at the same time.
     """
 
     def __init__(
         self, endpoint: ChatService, *, cache: Path, budget_tokens: int | None = None,
         thinking_tokens: int = THINKING_TOKENS, graded: Path | None = None, least_agreement: float = LEAST_AGREEMENT,
+        workers: int = WORKERS,
     ) -> None:  # fmt: skip
         if not 0 <= least_agreement <= 1:
             raise EvalError(f"--judge-agreement is {least_agreement}, expected a share from 0 to 1.")
         if thinking_tokens < 0:
             raise EvalError(f"thinking_tokens of the judge is {thinking_tokens}, expected 0 or more.")
         self.endpoint, self._cache, self._budget = endpoint, cache, budget_tokens
+        if workers < 1:
+            raise EvalError(f"--judge-batch-size is {workers}, expected 1 or more.")
+        self.workers = workers
         self._thinking, self.graded, self.least_agreement = thinking_tokens, graded, least_agreement
         self.cached = self.unreadable = 0
         self.last_unreadable = ""

@@ -4,6 +4,7 @@ same, that answers contain the right word among others.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,21 @@ def agreement_text(found: Mapping[str, Any]) -> str:
         f"The judge agrees with {found['agreed']} of {found['n']} graded answers of {found['file']} "
         f"({found['share']:.0%}, 95 % {found['low']:.0%} to {found['high']:.0%})"
     )
+
+
+def beside(about: Mapping[str, Any]) -> Iterator[str]:
+    """What stands beside a score: that of the rules where a judge graded, how far the judge is right, what it cost."""
+    if ruled := about.get("by_rules"):
+        score, low, high = (math.nan if ruled[name] is None else ruled[name] for name in ("score", "low", "high"))
+        yield (
+            f"{score:.4f} ({low:.4f} to {high:.4f}) without a judge, by the rules {ruled['extraction']} and "
+            f"{ruled['metric']}."
+        )
+    if spent := about.get("tokens"):
+        cost = f"; {spent['cost']:.4g} at the given prices" if spent.get("cost") is not None else ""
+        yield f"{spent['prompt']:,} tokens in, {spent['completion']:,} out{cost}."
+    if found := about.get("judge", {}).get("agreement"):
+        yield f"{agreement_text(found)}."
 
 
 def disagreement(judge: Mapping[str, Any]) -> Iterator[str]:

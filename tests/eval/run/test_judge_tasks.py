@@ -13,6 +13,7 @@ from mm_moslora_eval.backends.endpoints.local_chat import LocalChat
 from mm_moslora_eval.backends.openai_endpoint import Endpoint
 from mm_moslora_eval.protocol.grading import Grading
 from mm_moslora_eval.protocol.task_registry import load_file
+from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.judging.judged_scores import LONGEST_ANSWER
 from mm_moslora_eval.run.llm_judge import Judge
@@ -102,6 +103,12 @@ def test_a_task_file_has_its_own_judge_which_is_checked_and_both_scores_are_prin
     assert "The judge agrees with 10 of 10 graded answers of graded.jsonl (100%" in printed
     (stored,) = read_results(tmp_path / "run")
     assert eval_commands.table([stored]).count("agrees with 10 of 10") == 1
+    page = write_report(tmp_path / "run").read_text()
+    assert "The judge agrees with 10 of 10 graded answers" in page
+    assert "0.5000 (" in page
+    described = eval_commands.describe(str(tmp_path / "charts.yaml"))
+    assert "judge:       replies Correct, incorrect" in described
+    assert "  | Reply with one word." in described
     # Scoring again needs neither the task file nor its graded answers, and asks nothing.
     (tmp_path / "graded.jsonl").unlink()
     again = judge_at(server.url, tmp_path)
@@ -208,6 +215,18 @@ def test_graded_answers_that_cannot_be_used_are_refused_before_anything_is_asked
         assert not server.payloads
     assert message in result.about["unscored"]
     assert eval_commands.exit_code([result]) == 3
+
+
+def test_graded_answers_out_of_a_run_of_another_person_are_not_sent(tmp_path: Path) -> None:
+    run(tmp_path)
+    (copy,) = (tmp_path / "run").rglob("graded.jsonl")
+    (tmp_path / "secrets.jsonl").write_text('{"response": "secret", "grade": 1, "topic": "t"}\n')
+    copy.unlink()
+    copy.symlink_to(tmp_path / "secrets.jsonl")
+    with serve(good) as server:
+        result = score_folder(tmp_path / "run" / "charts@own" / "own", judge=judge_at(server.url, tmp_path))
+        assert not server.payloads
+    assert "graded.jsonl" in result.about["unscored"]
 
 
 def test_a_prompt_that_names_a_missing_column_says_so(tmp_path: Path) -> None:

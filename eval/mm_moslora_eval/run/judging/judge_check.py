@@ -15,7 +15,7 @@ from typing import Any
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.untrusted_data import build_known, parse_lines
-from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora.utils.untrusted_files import read_text, read_text_below
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.judged_scores import judged
 from mm_moslora_eval.run.llm_judge import Judge
@@ -92,9 +92,9 @@ def check_judge(judge: Judge, task: Task, view: Path) -> dict[str, Any] | None:
         EvalError: the file cannot be used, or the judge fails.
     """
     path = judge.graded or view / GRADED
-    if judge.graded is None and not path.is_file():
+    text = read_text(path) if judge.graded is not None else read_text_below(view, GRADED)
+    if text is None:
         return None
-    text = read_text(path)
     graded = read_graded(text, source=str(path))
     found = judged(judge, task, [sample for sample, _ in graded])
     off = [abs(sample.score - grade) for sample, (_, grade) in zip(found, graded, strict=True)]

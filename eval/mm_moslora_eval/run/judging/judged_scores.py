@@ -20,7 +20,6 @@ MOST_UNREADABLE = 0.05
 """Share of the graded answers without a readable reply, above which a task stays unscored."""
 LONGEST_ANSWER = 32_000
 """Characters of an answer that a judge is shown; of a longer one the beginning and the end."""
-_WORKERS = 4
 _SHOWN = 100
 
 
@@ -52,7 +51,7 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
         return grade
 
     try:
-        for number, grade in in_parallel(grade_of, answered, workers=_WORKERS, fatal=Exception):
+        for number, grade in in_parallel(grade_of, answered, workers=judge.workers, fatal=Exception):
             ungraded += grade is None
             if ungraded > most:
                 raise EvalError(
