@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import BOXES
+from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
-from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
+from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 
 FORMAT = 1
 """Version of keys and files; versions are never mixed."""
@@ -110,6 +111,7 @@ class Preparation:
             try:
                 messages = task.prompt.messages(document)
                 own = tuple(own[number] for number in task.prompt.image_order(document))
+                problem = self._fault_of_boxes(document, own)
             except EvalError as error:
                 problem = str(error)
         shown = own
@@ -138,6 +140,17 @@ class Preparation:
             own_ids=own,
             problem=problem,
         )
+
+    def _fault_of_boxes(self, document: Document, own: Sequence[str]) -> str | None:
+        """Why the references of a task that compares boxes cannot be scored."""
+        if self._task.extraction != BOXES or self._task.metric not in BOX_METRICS or not own:
+            return None
+        try:
+            size = image_size(self._pictures[own[-1]])
+        except DataError as error:
+            return f"image cannot be read: {error}"
+        faults = (fault_of_reference(answer, *size) for answer in document.answers)
+        return next(filter(None, faults), None)
 
     def request(self, item: Item) -> Request:
         """The request for the model; creates the pictures of the mode `blind`.
