@@ -61,12 +61,8 @@ NAMES = {
     _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
     _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
     _HARNESS + "run.llm_judge": {
-        name: f"mm_moslora_eval.run.judging.{module}.{name}"
-        for module, names in {
-            "answer_graders": ("GRADERS", "JUDGE_EXTRACTIONS", "WORDING", "Grade"),
-            "judged_scores": ("MOST_UNREADABLE", "judged"),
-        }.items()
-        for name in names
+        "GRADERS": _HARNESS + "run.judging.answer_graders.GRADERS",
+        "judged": _HARNESS + "run.judging.judged_scores.judged",
     },
     _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
     _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},

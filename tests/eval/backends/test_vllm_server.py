@@ -23,7 +23,7 @@ from mm_moslora.launch.child_processes import kill_tree
 from mm_moslora.utils.errors import EvalError
 
 PROGRAM = """#!{python}
-import json, os, sys, time
+import json, os, signal, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = sys.argv[1:]
@@ -31,7 +31,7 @@ open({log!r}, "a").write(json.dumps([os.getpid(), words]) + "\\n")
 if "--broken" in words:
     sys.exit("ValueError: no kernel for this device, token hf_0123456789abcdefghij")
 if "--silent" in words:
-    time.sleep(600)
+    signal.pause()
 options = dict(zip(words[2::2], words[3::2]))
 name, folder = options["--served-model-name"], words[1]
 
@@ -135,12 +135,12 @@ def test_a_server_that_does_not_start_says_why_and_nothing_stays(started: Path, 
 
 def test_a_killed_command_leaves_no_server(started: Path, export: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import signal\n"
         "from pathlib import Path\n"
         "from mm_moslora_eval.backends.open_model import open_model\n"
         f"model = open_model('vllm:{export}')\n"
         "print('ready', flush=True)\n"
-        "time.sleep(600)\n"
+        "signal.pause()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
     try:
