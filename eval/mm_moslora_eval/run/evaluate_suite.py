@@ -223,6 +223,11 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
     for view, rows in zip(views, [*a, *b], strict=True):
         _check_same(views[0], first, view, rows)
         _check_rules(views[0], view)
+        if _judged(rows) != _judged(first):
+            raise EvalError(
+                f"Only one of {views[0]} and {view} was graded by a judge, so they are not comparable. Score both with "
+                "--judge, or both without."
+            )
     aggregation = _described(views[0]).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
     documents = _documents(views[0], first)
@@ -237,6 +242,10 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
         nats=likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()]),
         samples=tuple((shown[0][name], shown[1][name]) for name in score.changed),
     )
+
+
+def _judged(rows: dict[str, dict[str, Any]]) -> bool:
+    return any(row.get("judged") for row in rows.values())
 
 
 def _documents(source: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Document]:

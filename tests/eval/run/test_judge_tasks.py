@@ -25,6 +25,7 @@ from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers
+from tests.eval.run.test_judge_replies import answered
 
 ONE = EvaluationSettings(batch_size=8, rank=0, world_size=1)
 TASK = """
@@ -255,6 +256,17 @@ def test_runs_judged_by_other_prompts_are_not_compared(tmp_path: Path) -> None:
         run(tmp_path / "b", judge_at(server.url, tmp_path), replies=f"{WORDS}\n  max_tokens: 17")
     views = [tmp_path / name / "run" / "charts@own" / "own" for name in "ab"]
     with pytest.raises(EvalError, match="scored by different rules"):
+        compare(*views)
+
+
+def test_a_run_with_a_judge_is_not_compared_with_one_without(tmp_path: Path) -> None:
+    """MathVista has a score either way."""
+    views = [answered(tmp_path / name, "mathvista", said="It is 7.") for name in "ab"]
+    score_folder(views[0])
+    with serve(lambda _: "7") as server:
+        result = score_folder(views[1], judge=judge_at(server.url, tmp_path))
+    assert result.about["by_rules"]["score"] == 1.0
+    with pytest.raises(EvalError, match=r"Only one of .* was graded by a judge"):
         compare(*views)
 
 
