@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_json
 from mm_moslora.utils.untrusted_data import parse_object
@@ -38,6 +38,7 @@ _NOT_ASKED = ("id", "aliases", "images")
 _VERSIONS = ("mm-moslora", "torch", "transformers", "pillow")
 _MANY_FILES = 16
 _FLUSHED_ROWS = 32
+_TRIES = 50
 
 
 class CachedModel:
@@ -129,12 +130,19 @@ class CachedModel:
 
     def _store(self, row: Row) -> None:
         if self._log is None:
-            self._log = self._open.enter_context(AnswerLog(self.folder, rank=0, batch_size=_FLUSHED_ROWS))
+            self._log = self._opened_log()
         parts: Row = {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": None}
         row = parts | row
         row["sum"] = _checksum(row)
         self._log.add(row)
         self._rows[row["key"]] = row
+
+    def _opened_log(self) -> AnswerLog:
+        """A file of this process. One that another process puts together with ended ones meanwhile is left to it."""
+        for _ in range(_TRIES):
+            with suppress(BlockingIOError):
+                return self._open.enter_context(AnswerLog(self.folder, rank=0, batch_size=_FLUSHED_ROWS))
+        raise EvalError(f"{self.folder} takes no file: other processes lock each new one. Give another --answer-cache.")
 
     def close(self) -> None:
         """Close the cache, and free the model."""
