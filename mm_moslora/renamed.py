@@ -26,9 +26,10 @@ MODULES = {
     _PACKAGE + "reporting.comparison_charts": "reporting.comparison.comparison_charts",
     _PACKAGE + "reporting.comparison_curves": "reporting.comparison.comparison_curves",
     _PACKAGE + "reporting.comparison_page": "reporting.comparison.comparison_page",
-    _PACKAGE + "utils.heartbeat": "launch.heartbeat",
+    _PACKAGE + "serve.inference.token_sampling": "models.decoding.token_sampling",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
+    _PACKAGE + "utils.heartbeat": "launch.heartbeat",
 }
 """Module of before -> module below `mm_moslora` that holds its names now."""
 NAMES = {
@@ -96,6 +97,10 @@ NAMES = {
     _HARNESS + "protocol.task_prompt": {"Prompt": "TaskPrompt"},
     _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
     _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
+    _HARNESS + "run.llm_judge": {
+        "GRADERS": _HARNESS + "run.judging.answer_graders.GRADERS",
+        "judged": _HARNESS + "run.judging.judged_scores.judged",
+    },
     _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
     _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},
 }  # fmt: skip
@@ -107,7 +112,8 @@ def _missing(module: str, name: str) -> NoReturn:
     new = NAMES[module].get(name)
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    new = _PACKAGE + new if "." in new else f"{module}.{new}"
+    if not new.startswith(_HARNESS):
+        new = _PACKAGE + new if "." in new else f"{module}.{new}"
     # An AttributeError would lose its text: `from MODULE import NAME` replaces it.
     raise ImportError(f"{module}.{name} is {new} now; CHANGELOG.md has a table of what moved.", name=name)
 

@@ -15,8 +15,9 @@ from mm_moslora_eval.protocol.coded_prompts import WORDINGS
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
-from mm_moslora_eval.run import task_runner
-from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS, Judge
+from mm_moslora_eval.run import answer_log, task_runner
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
@@ -166,7 +167,7 @@ def _parts(task: Task) -> Iterator[Any]:
     if task.prompt.function is not None:
         yield WORDINGS[task.prompt.function]
     if task.decoding.kind != "generate":
-        yield task_runner._row
+        yield answer_log.answer_row
     if task.source.lm_eval_task is not None:
         yield hf_dataset._choices
 

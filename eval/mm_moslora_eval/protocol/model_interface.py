@@ -47,6 +47,17 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenDraw:
+    """How the tokens of an answer are drawn; see `Decoding`."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    """Of this answer, below 2^31. The same one gives a local model's answer again, whatever else is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One question."""
 
@@ -59,6 +70,10 @@ class Request:
     """The answer ends before the first of these strings."""
     beams: int = 1
     """Beams of the search for the likeliest answer; 1: greedy."""
+    draw: TokenDraw | None = None
+    """None: the likeliest tokens."""
+    sample: int = 0
+    """The number of this answer among several to the question."""
     raw: bool = False
     """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()
@@ -101,6 +116,8 @@ class Answer:
     """`length` if `max_new_tokens` cut the answer off."""
     reference: OptionScore | None = None
     """Score of `Request.reference`; None where the backend gives none."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt, where a service counts them."""
     boxes: tuple[tuple[float, ...], ...] | None = None
     """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of the last picture's file, where they are wanted; None where
     the backend does not read them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class DocumentSelection:
     """The documents of a data set that were asked."""
 
     name: str
-    """all, `first 5`, or `3 chosen`."""
+    """all, `first 5`, `3 chosen`, or `100 by category`."""
     n: int
     of: int
     """Documents of the data set."""
@@ -57,10 +58,12 @@ class DocumentSelection:
         return "" if self.name == "all" else f"{self.name} of {self.of}"
 
 
-def selection_of(items: Sequence[Item], data: DataSet) -> DocumentSelection:
-    """The selection that the items make of their data set."""
+def selection_of(items: Sequence[Item], data: DataSet, *, stratify: str | None = None) -> DocumentSelection:
+    """The selection that the items make of their data set; `stratify` as for `stratified_sample.stratified`."""
     ids, all_ids = [item.document.id for item in items], [document.id for document in data.documents]
-    name = "all" if ids == all_ids else f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
+    by = None if stratify is None else f"{len(ids)} by " + re.sub(r"[^\w.-]", "_", stratify)
+    plain = f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
+    name = "all" if ids == all_ids else by or plain
     content = [[item.document.hash, list(item.own_ids)] for item in items]
     return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content))
 
@@ -161,12 +164,13 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(
-    view: Path, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], scored: Sequence[Scored]
-) -> None:
-    """Write `samples.jsonl`: every document with its answer and its score."""
+    view: Path, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], scored: Sequence[Scored], *,
+    repeated: Sequence[Sequence[Scored]],
+) -> None:  # fmt: skip
+    """Write `samples.jsonl`: every document with its answer and its score, and with all of several answers."""
     samples = [
-        _sample(index, row, answer, one)
-        for index, (row, answer, one) in enumerate(zip(rows, answers, scored, strict=True))
+        _sample(index, row, answer, one) | (_repeated(several) if len(several) > 1 else {})
+        for index, (row, answer, one, several) in enumerate(zip(rows, answers, scored, repeated, strict=True))
     ]
     replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
 
@@ -177,7 +181,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
     return {
         "index": index,
         **{name: row[name] for name in copied},
-        "text": answer["text"],
+        "text": None if answer["text"] is None else scored.text if "more_keys" in row else answer["text"],
         "parsed": scored.parsed,
         "numbers": list(scored.numbers),
         **({"judged": True} if scored.judged else {}),
@@ -189,6 +193,16 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         "tokens": answer["tokens"],
         "logprobs": answer["options"],
         **({"reference": answer["reference"]} if "reference" in answer else {}),
+    }
+
+
+def _repeated(several: Sequence[Scored]) -> dict[str, Any]:
+    """All answers to a document; the text of its sample is that of the answer that stands for them."""
+    return {
+        "repeated": [
+            {"text": one.text, "parsed": one.parsed, "score": None if math.isnan(one.score) else one.score}
+            for one in several
+        ]
     }
 
 

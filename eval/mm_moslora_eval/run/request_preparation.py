@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
-from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request
+from mm_moslora_eval.protocol.few_shots import conversation, shots_for
+from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES
+from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 
@@ -33,10 +34,14 @@ class Item:
     """Hash of everything that determines the answer: task, document, prompt, pictures, decoding, model."""
     messages: tuple[Message, ...]
     image_ids: tuple[str, ...]
-    """Hashes of the pictures shown."""
+    """Hashes of the pictures shown, of the shots first."""
     own_ids: tuple[str, ...]
     """Hashes of the document's own pictures; they group samples in every image mode."""
     problem: str | None
+    shot_images: int = 0
+    """How many of the pictures shown are those of shots, which no image mode changes."""
+    sample: int = 0
+    """The number of the answer among several to the document."""
 
     @property
     def cost(self) -> float:
@@ -62,6 +67,10 @@ class Preparation:
         hasher: identifies pictures.
         pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
             selection; None: `documents` is the whole data set.
+        shots: documents from which the task's prompt takes solved questions.
+
+    Raises:
+        EvalError: there are not enough of them.
     """
 
     def __init__(
@@ -74,8 +83,9 @@ class Preparation:
         fingerprint: str,
         hasher: Hasher,
         pool: Sequence[Document] | None = None,
+        shots: Sequence[Document] = (),
     ) -> None:
-        self._task, self._mode = task, mode
+        self._task, self._mode, self._shots, self._hasher = task, mode, shots, hasher
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
         identified = {document.id: self._identify(document, hasher) for document in shown}
@@ -83,11 +93,23 @@ class Preparation:
         names = [name for ids in beside for name in ids]
         self._other = derangement(names, seed=seed, apart=beside) if mode == "wrong" and names else {}
         self.items = tuple(
-            self._item(index, document, *identified[document.id], fingerprint)
+            item
             for index, document in enumerate(documents)
+            for item in self._answers(self._item(index, document, *identified[document.id], fingerprint))
         )
         keys = [item.key for item in self.items]
         assert len(set(keys)) == len(keys), "document ids are unique, so keys are"
+
+    @property
+    def documents(self) -> list[tuple[Item, ...]]:
+        """The answers to each document, in their order."""
+        count = self._task.decoding.samples
+        return [self.items[start : start + count] for start in range(0, len(self.items), count)]
+
+    def _answers(self, item: Item) -> list[Item]:
+        """An item for every answer; the first one has the key of a question with one answer."""
+        count = range(1, self._task.decoding.samples)
+        return [item, *(replace(item, sample=number, key=digest([item.key, number])) for number in count)]
 
     def _identify(self, document: Document, hasher: Hasher) -> tuple[tuple[str, ...], str | None]:
         if document.problem is not None:
@@ -107,10 +129,13 @@ class Preparation:
     ) -> Item:
         task = self._task
         messages: tuple[Message, ...] = ()
+        before: tuple[str, ...] = ()
         if problem is None:
+            shots = shots_for(task.prompt, document, self._shots)
             try:
-                messages = task.prompt.messages(document)
+                messages = conversation(task.prompt, document, shots, reference=task.reference)
                 own = tuple(own[number] for number in task.prompt.image_order(document))
+                before = tuple(name for shot in shots for name in self._pictures_of_shot(shot))
                 problem = self._fault_of_boxes(document, own)
             except EvalError as error:
                 problem = str(error)
@@ -119,14 +144,14 @@ class Preparation:
             shown = tuple(self._other[name] for name in own)
         elif self._mode == "blind":
             shown = tuple(f"mean:{name}" for name in own)
-        conversation = [[message.role, message.text] for message in messages]
+        said = [[message.role, message.text] for message in messages]
         decided = {
             "format": FORMAT,
             "task": task.request_hash,
             "id": document.id,
             "document": document.hash,
-            "prompt": digest(conversation),
-            "images": shown,
+            "prompt": digest(said),
+            "images": before + shown,
             "mode": self._mode,
             "model": fingerprint,
             "problem": problem,
@@ -136,10 +161,17 @@ class Preparation:
             document=document,
             key=digest(decided),
             messages=messages,
-            image_ids=shown,
+            image_ids=before + shown,
             own_ids=own,
             problem=problem,
+            shot_images=len(before),
         )
+
+    def _pictures_of_shot(self, shot: Document) -> list[str]:
+        names, problem = self._identify(shot, self._hasher)
+        if problem is not None:
+            raise EvalError(f"the shot {shot.id!r} cannot be shown: {problem}")
+        return [names[number] for number in self._task.prompt.image_order(shot)]
 
     def _fault_of_boxes(self, document: Document, own: Sequence[str]) -> str | None:
         """Why the references of a task that compares boxes cannot be scored."""
@@ -158,8 +190,8 @@ class Preparation:
         Raises:
             DataError: the picture cannot be decoded (mode `blind`).
         """
-        pictures: list[Any] = []
-        for own, shown in zip(item.own_ids, item.image_ids, strict=True):
+        pictures: list[Any] = [self._pictures[name] for name in item.image_ids[: item.shot_images]]
+        for own, shown in zip(item.own_ids, item.image_ids[item.shot_images :], strict=True):
             pictures.append(mean_image(self._pictures[own]) if self._mode == "blind" else self._pictures[shown])
         return Request(
             id=item.document.id,
@@ -168,11 +200,21 @@ class Preparation:
             max_new_tokens=self._task.decoding.max_new_tokens,
             stop=self._task.decoding.stop,
             beams=self._task.decoding.beams,
+            draw=self._draw(item),
+            sample=item.sample,
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
-            boxes=self._task.extraction == BOXES,
+            boxes=self._task.extraction in PLACES,
         )
+
+    def _draw(self, item: Item) -> TokenDraw | None:
+        """The draw of an answer; its seed does not depend on the model, so two models get the same noise."""
+        decoding = self._task.decoding
+        if not decoding.temperature:
+            return None
+        seed = int(digest([decoding.seed, self._task.id, item.document.id, item.sample])[:8], 16) % 2**31
+        return TokenDraw(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k, seed=seed)
 
     def option_request(self, item: Item) -> OptionRequest:
         """The request with the option letters, or the options' texts, as continuations."""
@@ -184,10 +226,11 @@ class Preparation:
         return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
 
     def paths(self, item: Item) -> list[str | None]:
-        """The files of the shown pictures, as far as they are files."""
+        """The files of the shown pictures without those of shots, as far as they are files."""
+        shown = item.image_ids[item.shot_images :]
         if self._mode == "blind":
-            return [None for _ in item.image_ids]
-        pictures = [self._pictures.get(name) for name in item.image_ids]
+            return [None for _ in shown]
+        pictures = [self._pictures.get(name) for name in shown]
         return [str(picture) if isinstance(picture, Path) else None for picture in pictures]
 
 

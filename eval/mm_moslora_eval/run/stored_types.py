@@ -56,6 +56,19 @@ class _Decoding:
     kind: str
     max_new_tokens: int
     beams: int = 1
+    temperature: float = 0.0
+    samples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreement:
+    file: str
+    n: int
+    agreed: int
+    share: float
+    low: float
+    high: float
+    least: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +78,28 @@ class _Judge:
     prompt_tokens: int
     completion_tokens: int
     cached: int
+    agreement: _Agreement | None = None
+    shortened: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ByRules:
+    """The score of a judged task without a judge."""
+
+    extraction: str
+    metric: str
+    score: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Tokens of the answers, and their cost where prices were given."""
+
+    prompt: int
+    completion: int
+    cost: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +119,9 @@ class _About:
     aggregation: str = ""
     asked_as: str = ""
     learned_from: str = ""
+    over_samples: str = ""
+    changed: tuple[str, ...] = ()
+    thinking_markers: tuple[tuple[str, ...], ...] = ()
     unscored: str = ""
     date: str = ""
     expected_count: int | None = None
@@ -92,6 +130,8 @@ class _About:
     data: _Documents | None = None
     decoding: _Decoding | None = None
     judge: _Judge | None = None
+    by_rules: _ByRules | None = None
+    tokens: _Tokens | None = None
     differences: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     published: tuple[dict[str, Any], ...] = ()
@@ -159,6 +199,7 @@ class StoredAnswer:
     error: str | None
     reference: dict[str, Any] | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +219,7 @@ class StoredDocument:
     images: tuple[Any, ...]
     paths: tuple[str | None, ...]
     cluster: str
+    more_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

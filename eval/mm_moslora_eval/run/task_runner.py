@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,16 +34,17 @@ from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.text_format import whole_number
-from mm_moslora_eval.metrics.question_groups import preferred_option
-from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
+from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
+from mm_moslora_eval.run.answer_log import AnswerLog, Row, answer_row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
+from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
-from mm_moslora_eval.scoring.answer_scoring import BOXES
+from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
+from mm_moslora_eval.sources.stratified_sample import stratified
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class EvaluationSettings:
     batch_size: int = 8
     limit: int | None = None
     """Ask only this many documents, from the first one on."""
+    stratify: str | None = None
+    """With a limit: a sample with the shares that the values of this column have in the data, drawn by `seed`."""
     samples: tuple[str, ...] = ()
     """Ask only documents with these ids."""
     seed: int = 0
@@ -92,6 +94,8 @@ class EvaluationSettings:
             raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+        if self.stratify is not None and self.limit is None:
+            raise EvalError("stratify draws a sample, and limit says of how many documents: set both.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
@@ -112,6 +116,8 @@ def select(data: DataSet, settings: EvaluationSettings) -> tuple[Document, ...]:
         if missing:
             raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
         documents = tuple(document for document in documents if document.id in set(settings.samples))
+    if settings.stratify is not None and settings.limit is not None:
+        return stratified(documents, settings.stratify, settings.limit, seed=settings.seed)
     return documents[: settings.limit]
 
 
@@ -221,7 +227,7 @@ def run_task(
         ConfigError: a link is at the place of a folder of the run.
     """
     settings = settings or EvaluationSettings()
-    if task.extraction == BOXES and not getattr(model, "reads_boxes", False):
+    if task.extraction in PLACES and not getattr(model, "reads_boxes", False):
         raise EvalError(
             f"{task.id} scores boxes, and {model.name} gives texts alone: their form and pixels are not known. "
             "Evaluate a run, an export or hf:ID."
@@ -231,7 +237,7 @@ def run_task(
     documents = select(data, settings)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
-        pool=data.documents,
+        pool=data.documents, shots=data.shots,
     )  # fmt: skip
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
@@ -242,7 +248,7 @@ def run_task(
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
     job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
-    selection = selection_of(work.items, data)
+    selection = selection_of([first for first, *_ in work.documents], data, stratify=settings.stratify)
     view = mode_folder / selection.folder
     if settings.rank == 0:
         make_subfolder(view)
@@ -269,14 +275,17 @@ def _describe(
         item.document.to_dict()
         | {
             "key": item.key,
+            **({"more_keys": [other.key for other in others]} if others else {}),
             "prompt": "\n".join(message.text for message in item.messages),
-            "images": list(item.image_ids),
+            "images": list(item.image_ids[item.shot_images :]),
             "paths": work.paths(item),
             "cluster": item.cluster,
         }
-        for item in work.items
+        for item, *others in work.documents
     ]
     replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
+    if graded := graded_text(task):
+        replace_text(view / GRADED, graded)
     first = next((item for item in work.items if item.problem is None), None)
     described = {
         "format": FORMAT,
@@ -290,6 +299,10 @@ def _describe(
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
     }
+    if markers := getattr(model, "thinking_markers", ()):
+        described["thinking_markers"] = [list(pair) for pair in markers]
+    if (prices := getattr(model, "prices", None)) is not None:
+        described["prices"] = prices
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -417,7 +430,7 @@ class _AnswerJob:
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            row = _row(items[index], result, self.task)
+            row = answer_row(items[index], result, self.task)
             yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
@@ -442,37 +455,3 @@ class _AnswerJob:
     def _report(self) -> None:
         if self.progress is not None:
             self.progress(self._done, len(self.items))
-
-
-def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
-    if isinstance(result, Answer):
-        if not isinstance(result.text, str):  # a backend of another package
-            raise TypeError(f"the model answered with {result.text!r}, expected text")
-        row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-        row |= {} if result.boxes is None else {"boxes": result.boxes}
-        return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
-    letters = list(item.document.options)
-    scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
-    _refuse_unordered(scores)
-    texts = list(item.document.options.values())
-    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
-    right = item.document.reference
-    reference = result[letters.index(right)] if right in letters else None
-    return {
-        "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
-        "reference": _reference(right, reference),
-    }  # fmt: skip
-
-
-def _refuse_unordered(scores: Mapping[str, float]) -> None:
-    """Refuse log-likelihoods without a largest: comparisons with NaN make an answer of the order of the options."""
-    wrong = [f"{letter}: {score}" for letter, score in scores.items() if math.isnan(score) or score == math.inf]
-    if wrong or (scores and max(scores.values()) == -math.inf):
-        what = ", ".join(wrong) or "all are -inf"
-        raise ValueError(f"the log-likelihoods of the options name no answer ({what}), expected finite numbers or -inf")
-
-
-def _reference(text: str, score: OptionScore | None) -> dict[str, Any] | None:
-    if score is None or not math.isfinite(score.logprob):
-        return None
-    return {"text": text, "logprob": round(score.logprob, 6), "tokens": score.tokens}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import string
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import (
@@ -23,6 +23,7 @@ from mm_moslora_eval.metrics import (
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.visible_text import THINK, Markers, without_thinking
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
@@ -71,7 +72,8 @@ def _commonsense(dataset: str) -> Extractor:
 
 
 BOXES = "boxes"
-"""Extraction of the first box of an answer; the backend reads it, since its form and pixels depend on the model."""
+PLACES = frozenset({BOXES, "points"})
+"""Extractions of a place in the picture; the backend reads it, since its form and pixels depend on the model."""
 _EXTRACTORS: dict[str, Extractor] = {
     BOXES: lambda text, _: box_iou.first_box(text),
     "text": lambda text, _: text.strip(),
@@ -180,42 +182,36 @@ METRICS: NamedParts[Metric] = NamedParts("metric", _METRICS | parts_named("METRI
 """Name -> function that scores a parsed answer, 0 to 1."""
 
 
-JUDGED = (
-    "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
+def without_judge(*_: Any) -> NoReturn:
+    """No function of this package scores such an answer."""
+    raise EvalError("Only a judge can grade these answers.")
+
+
+JUDGED: NamedParts[Callable[..., Any]] = NamedParts(
+    "grader",
+    dict.fromkeys(
+        ("judge", "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench",
+         "judge_llavabench_lmms_eval"),
+        without_judge,
+    ),
+    files=False,
 )  # fmt: skip
-"""Metrics that need a judge; without one a task is unscored."""
-
-
-_THOUGHT = re.compile(r"<think>.*?</think>", re.S)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """An answer without its thinking."""
-
-    text: str
-    thought: bool
-    """A block was removed."""
-    unclosed: bool
-    """A block has no end: the text was cut off before the answer, so there is nothing to extract."""
-
-
-def without_thinking(text: str) -> Visible:
-    """Remove `<think>...</think>` from an answer.
-
-    If the chat template opens the block, the answer contains only its end; the text before that is removed too.
-    """
-    rest = _THOUGHT.sub("", text)
-    rest = rest.rsplit("</think>", 1)[-1]
-    if "<think>" in rest:
-        return Visible("", True, True)
-    return Visible(rest.strip(), True, False) if rest != text else Visible(text, False, False)
+"""Names of metrics that need a judge (`answer_graders.GRADERS`); without one a task is unscored."""
 
 
 def score_answer(
-    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None
-) -> Scored:
-    """Extract and score one answer; None is a missing answer.
+    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None,
+    markers: Sequence[Markers] = (THINK,),
+) -> Scored:  # fmt: skip
+    """Extract and score one answer.
+
+    Args:
+        document: with its references.
+        text: the answer; None: a missing one.
+        extraction: a name in `EXTRACTORS`.
+        metric: a name in `METRICS`.
+        cluster: of the sample.
+        markers: of reasoning, which is removed before.
 
     Raises:
         EvalError: the document has no reference.
@@ -225,15 +221,23 @@ def score_answer(
     if text is None:
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
     extract, rate = EXTRACTORS[extraction], METRICS[metric]
-    visible, parsed = without_thinking(text), ""
+    visible, parsed = without_thinking(text, markers), ""
     try:
         parsed = "" if visible.unclosed else _text_of(extract(visible.text, document))
         # An answer that cannot be extracted is wrong, even if the metric accepts an empty string.
         score = _share(rate(parsed, document)) if parsed.strip() else 0.0
     except Exception as error:  # of rules of any package: the other answers are scored all the same
         fault = f"{type(error).__name__}: {error}"
-        return Scored(document=document, text=text, parsed=parsed, score=math.nan, cluster=cluster, fault=fault)
-    return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
+        return Scored(
+            document=document,
+            text=text,
+            parsed=parsed,
+            score=math.nan,
+            cluster=cluster,
+            fault=fault,
+            markers=tuple(markers),
+        )
+    return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster, markers=tuple(markers))
 
 
 def _text_of(parsed: object) -> str:
@@ -252,7 +256,7 @@ def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
     lenient = []
     for sample in samples:
-        visible, document = without_thinking(sample.text), sample.document
+        visible, document = sample.visible, sample.document
         if not sample.failed and not visible.unclosed and not sample.fault:
             right = exact_match.holds_answer(visible.text, document.answers, document.options)
             sample = replace(sample, score=max(sample.score, right))
