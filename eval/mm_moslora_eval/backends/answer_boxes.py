@@ -7,21 +7,24 @@ from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import Request
 from mm_moslora_eval.scoring.visible_text import without_thinking
-from mm_moslora_eval.sources.image_controls import open_image
+from mm_moslora_eval.sources.image_controls import image_size
 
 
 def boxes_of(request: Request, text: str, processing: ImageProcessing | None) -> tuple[tuple[float, ...], ...] | None:
     """`Answer.boxes` of a text.
 
+    In a control the model sees another picture. What it wrote counts as shares of that one, and lies in its own.
+
     Raises:
         EvalError: the model's form of boxes is not known.
     """
-    if not request.boxes or not request.images:
+    if request.boxes is None or not request.images:
         return None
     if processing is None or processing.boxes is None:
         raise EvalError(
             "The task scores boxes, and neither family nor vocabulary of this model says in which form it writes them. "
             "Set model.boxes in the recipe of its training."
         )
-    boxes = read_boxes(without_thinking(text).text, processing, open_image(request.images[-1]).size)
+    shown = image_size(request.images[-1])
+    boxes = read_boxes(without_thinking(text).text, processing, request.boxes, shown=shown)
     return tuple(box.numbers for box in boxes)

@@ -276,7 +276,7 @@ class TransformersModel:
             text, mark, _ = text.partition(stop)
             stopped |= bool(mark)
         used = min(end + stopped, request.max_new_tokens)
-        boxes = boxes_of(request, text, self._processing) if request.boxes and request.images else None
+        boxes = boxes_of(request, text, self._processing) if request.boxes else None
         reason: FinishReason = "stop" if stopped else "length"
         return Answer(text=text, tokens=used, finish_reason=reason, reference=reference, boxes=boxes)
 

@@ -80,8 +80,9 @@ class Request:
     """Other ids of the question that stored answers may use."""
     reference: str = ""
     """Text of the right answer, whose log-likelihood the model reports beside its own answer; empty: none."""
-    boxes: bool = False
-    """Whether boxes of the answer are wanted."""
+    boxes: tuple[int, int] | None = None
+    """Width and height of the picture in whose pixels boxes of the answer are wanted: the question's own last one, also
+    where a control shows another; None: not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class Answer:
     prompt_tokens: int | None = None
     """Tokens of the prompt, where a service counts them."""
     boxes: tuple[tuple[float, ...], ...] | None = None
-    """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of the last picture's file, where they are wanted; None where
+    """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of `Request.boxes`, where they are wanted; None where
     the backend does not read them."""
 
 

@@ -86,6 +86,7 @@ class Preparation:
         shots: Sequence[Document] = (),
     ) -> None:
         self._task, self._mode, self._shots, self._hasher = task, mode, shots, hasher
+        self._places = task.extraction in PLACES
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
         identified = {document.id: self._identify(document, hasher) for document in shown}
@@ -156,6 +157,8 @@ class Preparation:
             "model": fingerprint,
             "problem": problem,
         }
+        if self._places and self._mode == "wrong":
+            decided["boxes"] = "in the own picture"  # earlier versions stored them in pixels of the other one
         return Item(
             index=index,
             document=document,
@@ -205,7 +208,7 @@ class Preparation:
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
-            boxes=self._task.extraction in PLACES,
+            boxes=image_size(self._pictures[item.own_ids[-1]]) if item.own_ids and self._places else None,
         )
 
     def _draw(self, item: Item) -> TokenDraw | None:

@@ -152,7 +152,9 @@ def write_list(objects: Sequence[tuple[str, Sequence[int]]], form: BoxForm) -> s
     return json.dumps(items, ensure_ascii=False)
 
 
-def read_boxes(answer: str, processing: ImageProcessing | None, size: tuple[int, int]) -> list[FoundBox]:
+def read_boxes(
+    answer: str, processing: ImageProcessing | None, size: tuple[int, int], *, shown: tuple[int, int] | None = None
+) -> list[FoundBox]:
     """The boxes and points in an answer, in pixels of the picture's file; empty where the model's form is not known.
 
     Boxes whose corners are reversed, and numbers beyond the form's range, are no boxes and are left out.
@@ -161,6 +163,7 @@ def read_boxes(answer: str, processing: ImageProcessing | None, size: tuple[int,
         answer: of the model, with or without special tokens.
         processing: of the model.
         size: width and height of the upright picture that the answer is about.
+        shown: those of the picture that the model saw in its place, of which what it wrote is shares; None: the same.
 
     Raises:
         ModelError: the model's processing of pictures cannot be followed.
@@ -172,17 +175,22 @@ def read_boxes(answer: str, processing: ImageProcessing | None, size: tuple[int,
     if not matches:
         return []
     frame = processing.frame(size)
-    boxes = [(match, _in_file(match, form, frame, size)) for match in matches]
+    seen = frame if shown in (None, size) else processing.frame(shown)
+    counted = (seen.width, seen.height) if form.steps is None else (form.steps, form.steps)
+    boxes = [(match, _in_file(match, form, frame, size, counted)) for match in matches]
     return [FoundBox(numbers=numbers, label=_label(match, answer)) for match, numbers in boxes if numbers]
 
 
-def _in_file(match: re.Match[str], form: BoxForm, frame: PictureFrame, size: tuple[int, int]) -> tuple[float, ...]:
+def _in_file(
+    match: re.Match[str], form: BoxForm, frame: PictureFrame, size: tuple[int, int], counted: tuple[float, float]
+) -> tuple[float, ...]:
+    """The numbers of a match in pixels of a file; `counted` are those of the sides in the match's units."""
     names = match.re.groupindex.values()
     texts = [text for index, text in enumerate(match.groups(), 1) if index not in names and text is not None]
     result: list[float] = []
     for first, second in zip(map(float, texts[::2]), map(float, texts[1::2]), strict=True):
         x, y = (second, first) if form.down_first else (first, second)
-        width, height = (frame.width, frame.height) if form.steps is None else (form.steps, form.steps)
+        width, height = counted
         if x > width or y > height:
             return ()
         point = frame.in_file(x / width * frame.width, y / height * frame.height)

@@ -72,7 +72,7 @@ OTHERS = {
     "beams": dataclasses.replace(BASE, beams=2),
     "raw": dataclasses.replace(BASE, raw=True),
     "reference": dataclasses.replace(BASE, reference="yes"),
-    "boxes": dataclasses.replace(BASE, boxes=True),
+    "boxes": dataclasses.replace(BASE, boxes=(8, 6)),
     "role": dataclasses.replace(BASE, messages=(Message(role="system", content=("s",)), *BASE.messages)),
     "order": Request(id="q", messages=(Message(role="user", content=("what?", IMAGE)),), images=(picture(1),)),
 }
