@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import BoxFormName
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 SPECIAL = ("\ue0f4", "\ue0f5")
 """Characters around a special token of a form in the text of a `Turn` with `marked`."""
 _NUMBER = r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*"
+_SIGNS = re.compile(r'\\.|["{}]', re.DOTALL)
 _BRACKETS = rf"\[{_NUMBER},{_NUMBER}(?:,{_NUMBER},{_NUMBER})?\]"
 
 
@@ -178,7 +182,8 @@ def read_boxes(
     seen = frame if shown in (None, size) else processing.frame(shown)
     counted = (seen.width, seen.height) if form.steps is None else (form.steps, form.steps)
     boxes = [(match, _in_file(match, form, frame, size, counted)) for match in matches]
-    return [FoundBox(numbers=numbers, label=_label(match, answer)) for match, numbers in boxes if numbers]
+    named = _labels(answer) if "label" not in matches[0].re.groupindex else []
+    return [FoundBox(numbers=numbers, label=_label(match, named)) for match, numbers in boxes if numbers]
 
 
 def _in_file(
@@ -199,15 +204,25 @@ def _in_file(
     return tuple(round(value, 2) for value in result) if whole else ()
 
 
-def _label(match: re.Match[str], answer: str) -> str:
+def _labels(answer: str) -> list[tuple[int, int, str]]:
+    """Where the JSON objects of an answer begin and end that hold no others, and their labels."""
+    result, start, quoted = [], -1, False
+    for sign in _SIGNS.finditer(answer):
+        if sign[0] == '"':
+            quoted = start >= 0 and not quoted
+        elif sign[0] == "{" and not quoted:
+            start = sign.start()
+        elif sign[0] == "}" and not quoted and start >= 0:
+            with suppress(StrictJsonError):
+                value: dict[str, Any] = parse_json(answer[start : sign.end()])
+                result.append((start, sign.end(), str(value.get("label", ""))))
+            start = -1
+    return result
+
+
+def _label(match: re.Match[str], named: Sequence[tuple[int, int, str]]) -> str:
     """What an answer calls a place: named by the pattern, or by the JSON object around it."""
     if "label" in match.re.groupindex:
         return (match["label"] or "").strip()
-    start, end = answer.rfind("{", 0, match.start()), answer.find("}", match.end())
-    if start < 0 or end < 0 or "}" in answer[start : match.start()]:
-        return ""
-    try:
-        value: Any = parse_json(answer[start : end + 1])
-    except StrictJsonError:
-        return ""
-    return str(value.get("label", "")) if isinstance(value, dict) else ""
+    index = bisect(named, match.start(), key=itemgetter(0)) - 1
+    return named[index][2] if index >= 0 and match.end() < named[index][1] else ""

@@ -94,6 +94,15 @@ def test_a_list_of_objects_has_labels_both_ways(folder: Path, form: str) -> None
     assert cat.numbers == pytest.approx([400, 200], abs=1)
 
 
+@pytest.mark.parametrize("label", ["a {c}", "}", "{", 'a "b" {c} ;', "back\\"])
+def test_a_label_may_hold_what_json_is_written_with(folder: Path, label: str) -> None:
+    objects = [{"label": label, "bbox": BOX}, {"label": "dog", "bbox": [1, 2, 300, 400]}]
+    text = answer_of(folder, "qwen3_vl", objects, "{here} <objects>")
+    assert [box.label for box in read_boxes(text, processing("qwen3_vl"), SIZE)] == [label, "dog"]
+    (box,) = read_boxes(json.dumps({"label": label, "bbox_2d": BOX}), processing("qwen3_vl"), SIZE)
+    assert box.label == label
+
+
 def test_each_box_belongs_to_its_picture_and_questions_are_filled_first(folder: Path) -> None:
     objects = {"ref": ["<bbox>", "b"], "bbox": [BOX, [50, 100, 100, 200]], "image_id": [0, 1]}
     made = written(
