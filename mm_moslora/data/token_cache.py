@@ -39,10 +39,10 @@ from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 """Version of the format and of what is read and written, part of a cache's name. Caches of version 1 hold faults of
 records with weights, those of version 2 other line breaks around pictures, those of version 3 faults of records with
-tools or boxes; none is read."""
+tools or boxes, those of version 4 placeholders of boxes as text; none is read."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
 _LAST, _SUMS = "faults.json", "sums.json"

@@ -192,7 +192,7 @@ def test_an_export_reads_its_boxes_back_and_evaluation_scores_them(
 def test_a_ready_made_model_gives_its_boxes_in_pixels_of_the_file() -> None:
     model, processor = FAMILIES["qwen2_5_vl"]()
     backend = TransformersModel(model, processor, name="hf:tiny")
-    request = Request(id="q", messages=(), images=(Image.new("RGB", (640, 480)),), boxes=True)
+    request = Request(id="q", messages=(), images=(Image.new("RGB", (640, 480)),), boxes=(640, 480))
     tokens = processor.tokenizer.encode('[{"bbox_2d": [21, 14, 63, 42], "label": "dog"}]')  # of 84 x 56
     assert backend._answer(request, tokens, None).boxes == ((160, 120, 480, 360),)
     assert backend._answer(replace(request, boxes=False), tokens, None).boxes is None

@@ -83,25 +83,27 @@ def test_answers_in_the_models_form_are_compared_in_pixels_of_the_file(vlm: Path
 def test_a_run_learns_from_boxes_and_counts_bad_ones(vlm: Path, tmp_path: Path) -> None:
     bad = [
         line("outside", {"bbox": [[10, 20, 500, 60]]}), line("listed", solution="<objects>"),
-        line("several", solution=["<bbox>", "left"]),
+        line("several", solution=["<bbox>", "left"]), line("beside", [], solution=["left", "<bbox>"]),
+        line("two", {"bbox": [list(BOX), [1, 2, 3, 4]]}, solution="<bbox> and <bbox>"),
+        line("shares", {"bbox": [[0.1, 0.2, 0.3, 0.4]]}),
     ]  # fmt: skip
-    train_preferences(recipe_of(tmp_path, vlm, line("good"), *bad, max_bad_share=0.8))
+    train_preferences(recipe_of(tmp_path, vlm, line("good"), *bad, max_bad_share=0.9))
     assert logged(tmp_path / "run", "rewards/iou/mean") == [0.0]
     rows = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["code"]) for row in rows] == [
-        ("outside", "BAD_BOX"), ("listed", "BAD_BOX"), ("several", "BAD_BOX"),
-    ]  # fmt: skip
+    assert [(row["id"], row["code"]) for row in rows] == [(item["id"], "BAD_BOX") for item in bad]
 
 
 def test_references_that_are_no_boxes_of_the_picture_teach_nothing(vlm: Path, tmp_path: Path) -> None:
-    run = prepare(recipe_of(tmp_path, vlm, line("1", {}, solution="left"), line("2", {}, solution="[0, 0, 900, 9]")))
-    scorer, answers = Scorer("iou", REWARDS["iou"]), ["[0, 0, 5, 5]"] * 2
-    questions = [run.records.load_item(number) for number in range(2)]
+    run = prepare(recipe_of(tmp_path, vlm, *(
+        line(text, {}, solution=text) for text in ("left", "[0, 0, 900, 9]", "[0.1, 0.1, 0.2, 0.2]")
+    )))  # fmt: skip
+    scorer, answers = Scorer("iou", REWARDS["iou"]), ["[0, 0, 5, 5]"] * 3
+    questions = [run.records.load_item(number) for number in range(3)]
     readers = [*(box_reader(question, run.assembly.image_processing) for question in questions), str]
     documents = [document_of(question) for question in (*questions, questions[1])]
     found = scorer.scores([*answers, "[0, 0, 5, 5]"], documents, readers)
-    assert [math.isnan(value) for value in found] == [True, True, False]
-    assert scorer.failed == 2
+    assert [math.isnan(value) for value in found] == [True, True, True, False]
+    assert scorer.failed == 3
 
 
 def test_boxes_need_a_reward_that_reads_them_and_a_form(vlm: Path, language_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mm_moslora.data.boxes.box_units import are_shares
+
 Box = tuple[float, float, float, float]
 _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
@@ -31,13 +33,18 @@ def iou_50(parsed: str, reference: str) -> float:
 
 
 def fault_of_reference(text: str, width: int, height: int) -> str | None:
-    """Why no answer about a picture of this size could equal the first box of a reference; None for a good one.
+    """Why no answer about a picture of this size could equal the box of a reference; None for a good one.
 
     One pixel beyond the picture is accepted, as in training: annotation tools round.
     """
     box = _box(text)
     if box is None:
         return f"the reference {text[:60]!r} holds no box [x1, y1, x2, y2] with an area"
+    if (count := len(_BOX.findall(text))) > 1:
+        return f"the reference {text[:60]!r} holds {count} boxes, and scores compare one"
+    if are_shares(box):
+        remedy = "write pixels of the file, or a record with objects and bbox_type: norm1"
+        return f"the reference {first_box(text)} holds shares of the picture's sides; {remedy}"
     if min(box[:2]) < -1 or box[2] > width + 1 or box[3] > height + 1:
         return f"the reference {first_box(text)} lies outside of its picture ({width} x {height} pixels)"
     return None

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.document import Document, ImageLike
+from mm_moslora_eval.sources.image_controls import image_size
 from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import shown_of_record
 
@@ -141,7 +142,7 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
     turns = record["conversations"]
     name = str(record.get("id", row))
     images, problem = shown
-    fill, odd = _filler(record.get("objects"), turns, where, pictures=len(images))
+    fill, odd = _filler(record.get("objects"), turns, where, pictures=images)
     problem = problem or odd
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         raise EvalError(f"{where} (id {name!r}): conversations must be a list of human/gpt pairs.")
@@ -161,28 +162,28 @@ def _conversation(record: Record, shown: RecordPictures, where: str, row: int) -
         )
 
 
-def _filler(value: Any, turns: Any, where: str, *, pictures: int) -> tuple[Callable[[str], str], str | None]:
+def _filler(
+    value: Any, turns: Any, where: str, *, pictures: Sequence[ImageLike]
+) -> tuple[Callable[[str], str], str | None]:
     """A function that fills the placeholders of boxes in the texts of a conversation, and the problem with them."""
-    from mm_moslora.data.boxes.record_objects import ALL, BOX, check_objects, objects_of, plain_filler
-    from mm_moslora.data.chat.record_keys import is_empty
+    from mm_moslora.data.boxes.record_objects import ALL, BOX, objects_of, pixel_filler
     from mm_moslora.data.record_faults import RecordError, Where
 
-    if is_empty(value):
-        return str, None
     whole = turns if isinstance(turns, list) else []
     texts = [str(turn.get("value", "")) if isinstance(turn, dict) else "" for turn in whole]
     at = Where(file=Path(where), line=None, row=0)
     try:
-        objects = objects_of(value, at)
-        check_objects(objects, texts, images=pictures, where=at)
+        objects = objects_of(value, texts, images=len(pictures), where=at)
+        if objects is None:
+            return str, None
+        if any(mark in text for text in texts[::2] for mark in (BOX, ALL)):
+            return str, f"a question has {BOX} or {ALL}, which depend on the model; ask without"
+        if any(ALL in text for text in texts):
+            return str, f"an answer has {ALL}, and scores compare one box; write {BOX}"
+        if len(pictures) > 1:
+            return str, "boxes in records of several pictures are not scored: an answer does not say which one it means"
+        return pixel_filler(objects, [image_size(picture) for picture in pictures], at), None
     except RecordError as error:
         return str, f"{error.field} {error.what}"
-    if any(mark in text for text in texts[::2] for mark in (BOX, ALL)):
-        return str, f"a question has {BOX} or {ALL}, which depend on the model; ask without"
-    if any(ALL in text for text in texts):
-        return str, f"an answer has {ALL}, and scores compare one box; write {BOX}"
-    if pictures > 1:
-        return str, "boxes in records of several pictures are not scored: an answer does not say which one it means"
-    if objects.shares:
-        return str, "objects.bbox_type is norm1; references are pixels of the file"
-    return plain_filler(objects), None
+    except DataError as error:
+        return str, f"image cannot be read: {error}"

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.data.boxes.box_forms import FORMS, SPECIAL, CroppedError, coordinates, write_list, write_region
-from mm_moslora.data.chat.record_keys import checked_text
+from mm_moslora.data.boxes.box_units import are_shares
+from mm_moslora.data.chat.record_keys import checked_text, is_empty
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
@@ -82,12 +83,33 @@ class Objects:
         return tuple(result)
 
 
-def objects_of(value: Any, where: Where) -> Objects:
-    """Read `objects` of a record.
+def objects_of(
+    value: Any, texts: Sequence[str], *, images: int, where: Where, has_video: bool = False
+) -> Objects | None:
+    """Read `objects` of a record; None where there are none, and no text shows the list of none.
+
+    Args:
+        value: of the key; None without it.
+        texts: of the record. Without pictures and objects, words such as `<bbox>` are text.
+        images: pictures of the record.
+        where: for messages.
+        has_video: whether the record has a video, in which boxes are not supported.
 
     Raises:
-        RecordError: BAD_BOX; another form, a wrong number of coordinates, NaN, reversed corners.
+        RecordError: BAD_BOX; another form, a wrong number of coordinates, NaN, reversed corners, shares that are not
+            marked as such, objects that do not fit the texts and pictures, placeholders without an object.
     """
+    objects = Objects() if is_empty(value) else _read(value, where)
+    if objects == Objects() and not (images and any(map(_MARKS.search, texts))):
+        return None
+    if is_nothing(value) or str(value).strip() in ("", "null"):
+        mark = next(filter(None, map(_MARKS.search, texts)))
+        raise where.error(Code.BAD_BOX, "objects", f"is missing; the texts have {mark[0]}", _SHAPE)
+    _check(objects, texts, images=images, where=where, has_video=has_video)
+    return objects
+
+
+def _read(value: Any, where: Where) -> Objects:
     if isinstance(value, str):
         try:
             value = parse_json(value)
@@ -185,20 +207,15 @@ def _image(value: Any, field: str, where: Where) -> int:
     return value
 
 
-def check_objects(
-    objects: Objects | None, texts: Sequence[str], *, images: int, where: Where, has_video: bool = False
-) -> None:
-    """Refuse objects that do not fit the texts and pictures of their record; without objects, placeholders.
-
-    Raises:
-        RecordError: BAD_BOX.
-    """
+def _check(objects: Objects, texts: Sequence[str], *, images: int, where: Where, has_video: bool) -> None:
+    """Refuse objects that do not fit the texts and pictures of their record, and shares that are not marked as such."""
     marks = [mark for text in texts for mark in _MARKS.findall(text)]
     refs, boxes, lists = (marks.count(mark) for mark in (REF, BOX, ALL))
-    if objects is None:
-        if boxes and images:
-            raise where.error(Code.BAD_BOX, "objects", f"is missing; the texts have {boxes} {BOX}", _SHAPE)
-        return
+    shares = next((region for region in objects.regions if not objects.shares and are_shares(region.numbers)), None)
+    if shares is not None:
+        what = f"{_shown(shares.numbers)} holds shares of the picture's sides, and bbox_type is not norm1"
+        remedy = "write {ref: [...], bbox: [...], bbox_type: norm1}, or pixels of the file"
+        raise where.error(Code.BAD_BOX, "objects.bbox", what, remedy)
     bad = next((region.image for region in objects.regions if region.image >= images), None)
     if bad is not None or has_video:
         what = f"names picture {bad}; the record has {images}" if bad is not None else "belongs to a video"
@@ -257,20 +274,19 @@ def filler(
     }
     every = write_list(written, form)
 
-    def fill(text: str) -> str:
-        return _MARKS.sub(lambda match: every if match[0] == ALL else next(texts[match[0]], match[0]), text)
+    def of_mark(match: re.Match[str]) -> str:
+        if match[0] == ALL and not every:
+            what = f"is empty, and the form {processing.boxes} writes no list of none"
+            raise where.error(Code.BAD_BOX, "objects", what, f"write the answer in words instead of {ALL}")
+        return every if match[0] == ALL else next(texts[match[0]], match[0])
 
-    return fill
+    return lambda text: _MARKS.sub(of_mark, text)
 
 
 def pixel_filler(objects: Objects, sizes: Sequence[tuple[int, int]], where: Where) -> Callable[[str], str]:
-    """As `plain_filler`, with boxes in pixels of their pictures, see `Objects.in_pixels`."""
-    return plain_filler(replace(objects, regions=objects.in_pixels(sizes, where), shares=False))
-
-
-def plain_filler(objects: Objects) -> Callable[[str], str]:
-    """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]` as the record has them."""
-    texts = {REF: iter(objects.refs), BOX: map(_shown, (region.numbers for region in objects.regions))}
+    """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]`, see `Objects.in_pixels`."""
+    regions = objects.in_pixels(sizes, where)
+    texts = {REF: iter(objects.refs), BOX: map(_shown, (region.numbers for region in regions))}
     return lambda text: _MARKS.sub(lambda match: next(texts.get(match[0], iter(())), match[0]), text)
 
 

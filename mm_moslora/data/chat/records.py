@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mm_moslora.data.boxes.record_objects import check_objects, objects_of
+from mm_moslora.data.boxes.record_objects import objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -39,7 +39,6 @@ from mm_moslora.data.chat.record_keys import (
     content_of,
     given,
     ignored_keys,
-    is_empty,
     thinking_of,
     weight_of,
     weights_of_question,
@@ -100,9 +99,8 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     _check_image_count(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
         turns, shown = _with_videos(turns, shown, where)
-    objects = None if is_empty(value.get("objects")) else objects_of(value["objects"], where)
-    check_objects(
-        objects, [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
+    objects = objects_of(
+        value.get("objects"), [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
         has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
     )  # fmt: skip
     return Record(

@@ -335,8 +335,10 @@ class QuestionSet(AnswerSet[Question]):
         asked = self.asked(index)
         objects, turns = asked.record.objects, asked.record.turns
         boxed = objects is not None and reference_box(objects, [turn.text for turn in turns]) is not None
-        if objects is not None and (ALL in turns[-1].text or (boxed and len(asked.references) > 1)):
-            what = f"the reference holds {ALL}, or there are several with boxes, and a reward compares one box"
+        several = boxed and (len(asked.references) > 1 or turns[-1].text.count(BOX) > 1)
+        beside = any(mark in text for text in asked.references[1:] for mark in (BOX, ALL))
+        if several or beside or (objects is not None and ALL in turns[-1].text):
+            what = f"a reference holds {ALL}, or there are several boxes or references, and a reward compares one box"
             raise asked.record.where.error(Code.BAD_BOX, "objects", what, f"write one reference with {BOX}")
         super()._measure(index)
         self.with_boxes += boxed

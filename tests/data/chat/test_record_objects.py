@@ -159,7 +159,15 @@ def test_a_box_that_is_cropped_away_is_a_fault_and_a_cut_one_is_clipped(folder: 
         ({"bbox": [BOX]}, "<bbox> <bbox>", "2 <bbox> for 1"),
         ({"bbox": [BOX]}, "no place", "0 <bbox> for 1"),
         ({"bbox": [BOX], "ref": ["a"]}, "<ref-object> <ref-object> <bbox>", "2 <ref-object> for 1"),
-        ({"bbox": [], "ref": []}, "<bbox>", "is missing; the texts have 1 <bbox>"),
+        ({"bbox": [], "ref": []}, "<bbox>", "1 <bbox> for 0"),
+        ([], "<ref-object>", "1 <ref-object> for 0"),
+        (None, "<bbox>", "is missing; the texts have <bbox>"),
+        (None, "<objects>", "is missing; the texts have <objects>"),
+        ("null", "<objects>", "is missing"),
+        (None, "<ref-object>", "is missing; the texts have <ref-object>"),
+        ({"bbox": [[0.1, 0.25, 0.5, 0.75]]}, "<bbox>", "holds shares of the picture's sides, and bbox_type is not"),
+        ([{"bbox": BOX}, {"bbox": [0, 0, 1, 0.5]}], "<objects>", "[0, 0, 1, 0.5] holds shares"),
+        ([{"point": [0.5, 0.5]}], "<bbox>", "bbox_type: norm1"),
         ("{nonsense", "<bbox>", "is no JSON"),
         (7, "<bbox>", "is a number"),
         ({"bbox": [BOX]}, f"{SPECIAL[0]}<|im_end|>{SPECIAL[1]} <bbox>", "U+E0F4"),
@@ -170,6 +178,22 @@ def test_what_is_no_box_is_one_named_fault(folder: Path, objects: object, answer
         written(record(folder, objects, answer), processing("qwen3_vl"))
     assert fault.value.code in (Code.BAD_BOX, Code.BAD_TEXT, Code.BAD_CHARACTER)
     assert message in str(fault.value)
+
+
+@pytest.mark.parametrize("none", [[], "[]", {"ref": [], "bbox": []}, {"ref": ["cat"], "bbox": []}])
+def test_no_objects_are_the_empty_list_of_a_form_that_has_one(folder: Path, none: object) -> None:
+    question = "Find every <ref-object>." if isinstance(none, dict) and none["ref"] else "Find every cat."
+    made = written(record(folder, none, "<objects>", question), processing("qwen3_vl"))
+    assert [turn.text for turn in made.turns] == ["<image>\nFind every cat.", "[]"]
+    with pytest.raises(RecordError, match="BAD_BOX: .* the form internvl writes no list of none"):
+        written(record(folder, none, "<objects>", question), processing("internvl"))
+    assert record(folder, [], "none").objects is None
+
+
+def test_a_text_without_pictures_may_hold_the_words(folder: Path) -> None:
+    for objects in (None, []):
+        talk = record(folder, objects, "<bbox> and <objects> are tags", images=[])
+        assert talk.turns[1].text == "<bbox> and <objects> are tags"
 
 
 def test_an_edge_of_a_pixel_beyond_the_picture_is_cut(folder: Path) -> None:
@@ -200,7 +224,7 @@ def test_what_an_answer_says_wrongly_is_no_box(answer: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("box", [[320, 160, 321, 161], [799, 399, 800, 400], [0, 0, 0.2, 0.2]])
+@pytest.mark.parametrize("box", [[320, 160, 321, 161], [799, 399, 800, 400], [0, 0, 1.2, 0.2]])
 def test_a_small_box_keeps_an_area_and_is_read_back(folder: Path, form: str, box: list[float]) -> None:
     small = processing(form, width=112, height=56, scale=(112 / 800, 56 / 400))
     text = written(record(folder, {"ref": ["dog"], "bbox": [box]}), small).turns[-1].text

@@ -22,16 +22,29 @@ def problem_of(folder: Path, answer: str, question: str = "Where?", images: Any 
     for name in ("a.png", "b.png"):
         Image.new("RGB", (800, 400)).save(folder / name)
     talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    record = {"id": "1", "image": images, "conversations": talk, "objects": {"ref": ["dog"], **objects}}
+    given = objects["objects"] if "objects" in objects else {"ref": ["dog"], **objects}
+    record = {"id": "1", "image": images, "conversations": talk, "objects": given}
     (folder / "t.jsonl").write_text(json.dumps(record) + "\n")
     (document,) = read(folder / "t.jsonl", rules=PictureRules(folder=folder.resolve()))
     return document
 
 
 def test_a_reference_has_the_digits_of_its_box(tmp_path: Path) -> None:
-    document = problem_of(tmp_path, "<bbox>", bbox=[[12345.678, 0.00001, 12350.5, 3]])
-    assert document.answers == ("[12345.678, 0, 12350.5, 3]",)
+    document = problem_of(tmp_path, "<bbox>", bbox=[[345.678, 0.00001, 350.5, 3]])
+    assert document.answers == ("[345.678, 0, 350.5, 3]",)
     assert document.problem is None
+
+
+def test_references_are_cut_and_in_pixels_of_the_file(tmp_path: Path) -> None:
+    shares = problem_of(tmp_path, "<bbox>", bbox=[[0.1, 0.25, 0.5, 0.75]], bbox_type="norm1")
+    edge = problem_of(tmp_path, "<bbox>", bbox=[[-1, -1, 2, 401]])
+    assert [(document.answers, document.problem) for document in (shares, edge)] == [
+        (("[80, 100, 400, 300]",), None), (("[0, 0, 2, 400]",), None),
+    ]  # fmt: skip
+
+@pytest.mark.parametrize("objects", [[], None])
+def test_placeholders_without_objects_are_a_problem(objects: Any, tmp_path: Path) -> None:
+    assert problem_of(tmp_path, "<objects>", objects=objects).problem
 
 
 @pytest.mark.parametrize(
@@ -56,6 +69,8 @@ def test_what_cannot_be_compared_is_a_problem(
     [
         (["[80, 100, 4000, 300]"], "[80, 100, 4000, 300] lies outside of its picture (800 x 400 pixels)"),
         (["[-5, 0, 40, 40]"], "lies outside"), (["at [10, 10, 5, 20]"], "holds no box"), (["left"], "holds no box"),
+        (["[1, 1, 2, 2] and [3, 3, 4, 4]"], "holds 2 boxes, and scores compare one"),
+        (["[0.1, 0.2, 0.5, 0.6]"], "[0.1, 0.2, 0.5, 0.6] holds shares"), (["[0, 0, 1, 1]"], None),
         (["[1, 1, 2, 2]", "[0, 0, 10, 900]"], "lies outside"), (["[-0.5, 0, 801, 400]"], None),
     ],
 )  # fmt: skip
