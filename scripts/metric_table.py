@@ -10,6 +10,7 @@ The meaning of a name is the beginning of its function's docstring; `MEANINGS` h
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 import types
 from collections import defaultdict
@@ -21,6 +22,7 @@ from typing import Any
 from mm_moslora_eval.protocol.task_registry import all_tasks
 from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.scoring.named_parts import name_of
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
 PAGE = Path(__file__).parents[1] / "eval" / "README.md"
@@ -86,15 +88,24 @@ def _reached(function: Any) -> Iterator[Callable[..., Any]]:
                     yield function_of_name
 
 
+def _options(function: Callable[..., Any]) -> str:
+    """The options of a function, as a task file gives them."""
+    found = [item for item in inspect.signature(function).parameters.values() if item.kind == item.KEYWORD_ONLY]
+    if isinstance(function, partial) or not found:
+        return ""
+    return f" Options: {', '.join(f'`{item.name}`' for item in found)}."
+
+
 def tables() -> str:
     """The three tables as Markdown."""
     kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
-        "extraction": EXTRACTORS, "metric": {**METRICS, **GRADERS}, "aggregation": AGGREGATIONS,
+        table.kind: {name: table.find(name) for name in table} for table in (EXTRACTORS, METRICS, AGGREGATIONS)
     }  # fmt: skip
+    kinds["metric"] = {**kinds["metric"], **GRADERS}
     used: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in all_tasks().values():
         for kind in kinds:
-            used[kind, getattr(task, kind)].append(task.id)
+            used[kind, name_of(getattr(task, kind))].append(task.id)
     blocks = []
     for kind, table in kinds.items():
         lines = [f"| {kind} | meaning | protocols that use it |", "|---|---|---|"]
@@ -104,7 +115,8 @@ def tables() -> str:
             judge = " Needs a judge." if name in GRADERS else ""
             if kind == "extraction" and name in JUDGE_EXTRACTIONS:
                 judge = " With `--judge` the judge finds the answer."
-            lines.append(f"| `{name}` | {meaning(name, function)}{judge} | {f'`{tasks[0]}`{more}' if tasks else '-'} |")
+            text = f"{meaning(name, function)}{_options(function)}{judge}"
+            lines.append(f"| `{name}` | {text} | {f'`{tasks[0]}`{more}' if tasks else '-'} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

@@ -215,23 +215,6 @@ def run_folder(path: Path) -> Path:
     return run
 
 
-def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
-    """Task names; the protocol is added to names without one.
-
-    Raises:
-        EvalError: no task at all.
-    """
-    if not tasks:
-        raise EvalError("No task was given. Name one or more; `mm-moslora eval list` shows them.")
-    from mm_moslora_eval.protocol.task_registry import name_and_protocol
-
-    own_data = ("llava:", "tsv:")
-    return [
-        f"{task}@{protocol}" if protocol and not task.startswith(own_data) and not name_and_protocol(task)[1] else task
-        for task in tasks
-    ]
-
-
 def make_judge(
     name: str | None, run: Path, *, budget: int | None, thinking_tokens: int, **patience: Any
 ) -> Judge | None:
@@ -286,15 +269,22 @@ class Bars:
 
 
 def list_tasks(words: Sequence[str] = ()) -> str:
-    """A table of the registered tasks; with words, only the lines that contain all of them."""
+    """The registered tasks with their tags, and the groups; with words, only the lines that contain all of them."""
+    from mm_moslora_eval.protocol.task_groups import SIGN, shipped_groups
     from mm_moslora_eval.protocol.task_registry import all_tasks
+    from mm_moslora_eval.scoring.named_parts import name_of
 
-    rows = [
-        (task.name, task.protocol, str(task.expected_count or "?"), task.metric, task.title)
-        for task in all_tasks().values()
-    ]
-    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
-    return "\n".join(aligned(("task", "protocol", "documents", "metric", "title"), rows))
+    rows = []
+    for task in all_tasks().values():
+        count, tags = str(task.expected_count or "?"), ", ".join(task.tags)
+        rows.append((task.name, task.protocol, count, name_of(task.metric), tags, task.title))
+    groups = [(f"{SIGN}{name}", ", ".join(items)) for name, items in shipped_groups().items()]
+    tables = (("task", "protocol", "documents", "metric", "tags", "title"), rows), (("group", "tasks"), groups)
+    shown = []
+    for head, lines in tables:
+        kept = [line for line in lines if all(word.lower() in " ".join(line).lower() for word in words)]
+        shown += ["\n".join(aligned(head, kept))] if kept else []
+    return "\n\n".join(shown) or f"No task and no group has all of these words: {', '.join(words)}."
 
 
 def describe(name: str) -> str:
@@ -311,6 +301,8 @@ def describe(name: str) -> str:
         f"extraction:  {task.extraction}",
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]
+    lines += [f"code:        the {kind} is of {_origin(about)}" for kind, about in task.code.items()]
+    lines += [f"tags:        {', '.join(task.tags)}"] if task.tags else []
     lines += [f"note:        {task.notes}"] if task.notes else []
     lines += [f"differs:     {difference}" for difference in task.differences]
     lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
@@ -320,6 +312,13 @@ def describe(name: str) -> str:
     except EvalError as error:
         lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)
+
+
+def _origin(about: dict[str, str]) -> str:
+    """The package with its version, or the file with its hash."""
+    if "file" in about:
+        return f"{about['file']} (SHA-256 {about['sha256'][:12]}), which runs only with --trust-task-code"
+    return " ".join(about.values())
 
 
 def check(name: str) -> str:
@@ -448,5 +447,5 @@ def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -
     if any(result.about.get("judge_failed") for result in results):
         return 3
     total = sum(result.counts.total for result in results)
-    failed = sum(result.counts.failed for result in results)
+    failed = sum(result.counts.incomplete for result in results)
     return 3 if failed > max_failed_share * total else 0

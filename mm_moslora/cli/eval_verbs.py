@@ -31,6 +31,10 @@ OtherPreprocessing = Annotated[
         help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
     ),
 ]
+TrustCode = Annotated[
+    bool,
+    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
+]
 JudgeName = Annotated[
     str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
 ]
@@ -66,6 +70,7 @@ def eval_run(
     untuned: bool = False,
     track: bool = True,
     other_preprocessing: OtherPreprocessing = False,
+    trust_task_code: TrustCode = False,
 ) -> int:
     """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
 
@@ -74,7 +79,8 @@ def eval_run(
     Parameters
     ----------
     tasks
-        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE; see `mm-moslora eval list`.
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER], tsv:FILE, or a group: @NAME, @TAG or
+        @FILE.yaml:NAME; see `mm-moslora eval list`.
     output
         Run folder; it belongs to one model. With several models each has a folder of its name in it.
     protocol
@@ -124,8 +130,10 @@ def eval_run(
         return _eval_several(tasks, arguments, where)
     name = "".join(model)
     from mm_moslora_eval import eval_commands
+    from mm_moslora_eval.protocol.task_groups import with_protocol
 
-    names = eval_commands.with_protocol(tasks, protocol)
+    allow_code(trust_task_code)
+    names = with_protocol(tasks, protocol)
     if dry_run:
         print(eval_commands.dry_run(names))
         return 0
@@ -219,6 +227,7 @@ def eval_score(
     attempts: Attempts = 6,
     max_failed_share: float = 0.0,
     report: bool = True,
+    trust_task_code: TrustCode = False,
 ) -> int:
     """Score stored answers again; needs no model and no data.
 
@@ -235,6 +244,7 @@ def eval_score(
     """
     from mm_moslora_eval import eval_commands
 
+    allow_code(trust_task_code)
     run = eval_commands.run_folder(answers)
     grader = eval_commands.make_judge(
         judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens, timeout=timeout, attempts=attempts
@@ -270,7 +280,7 @@ def eval_list(*words: str) -> int:
 
 
 @eval_app.command(name=["describe", "--describe"])
-def eval_describe(task: str) -> int:
+def eval_describe(task: str, *, trust_task_code: TrustCode = False) -> int:
     """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
 
     Parameters
@@ -280,28 +290,31 @@ def eval_describe(task: str) -> int:
     """
     from mm_moslora_eval import eval_commands
 
+    allow_code(trust_task_code)
     print(eval_commands.describe(task))
     return 0
 
 
 @eval_app.command(name=["check", "--check"])
-def eval_check(*tasks: str) -> int:
+def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
     """Read the data of tasks, every picture included; exit code 1 when something is missing or damaged.
 
     Parameters
     ----------
     tasks
-        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER], tsv:FILE, or a group (@NAME).
     """
     from mm_moslora_eval import eval_commands
+    from mm_moslora_eval.protocol.task_groups import with_protocol
 
-    for task in eval_commands.with_protocol(tasks, None):
+    allow_code(trust_task_code)
+    for task in with_protocol(tasks, None):
         print(eval_commands.check(task))
     return 0
 
 
 @eval_app.command(name="compare")
-def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
+def eval_compare(a: str, b: str, *, html: Path | None = None, trust_task_code: TrustCode = False) -> int:
     """Compare two runs sample by sample: difference, interval, p-value, wins and losses, changed samples.
 
     Parameters
@@ -315,6 +328,7 @@ def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
     """
     from mm_moslora_eval import eval_commands
 
+    allow_code(trust_task_code)
     comparisons = eval_commands.compare_runs(a, b)
     print("\n\n".join(text for _, text in comparisons))
     if html is not None:
@@ -374,6 +388,13 @@ def eval_report(run: Path, *, output: Path | None = None) -> int:
 
     print(write_report(run, output))
     return 0
+
+
+def allow_code(trusted: bool) -> None:
+    """Let task files execute the Python files that they name, or not."""
+    from mm_moslora_eval.scoring.trusted_code import trust_task_code
+
+    trust_task_code(trusted)
 
 
 def quiet_libraries() -> None:

@@ -7,16 +7,15 @@ the record's other texts and numbers as `extra`), and gives a number. It is foun
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 from mm_moslora_eval.metrics.exact_match import holds_answer
 from mm_moslora_eval.scoring.answer_scoring import score_answer, without_thinking
+from mm_moslora_eval.scoring.trusted_code import python_module
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.config import GrpoConfig
@@ -62,7 +61,8 @@ def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
         ConfigError: the file cannot be executed, or nothing has a name.
     """
     rewards: dict[str, Reward] = {}
-    module = None if config.reward_file is None else _module(Path(config.reward_file))
+    file = config.reward_file
+    module = None if file is None else python_module(Path(file), named=f"grpo.reward_file {file}")
     own = {} if module is None else {name: item for name, item in vars(module).items() if callable(item)}
     points = {entry.name: entry for entry in metadata.entry_points(group=REWARD_ENTRY_POINTS)}
     for name in config.rewards:
@@ -149,16 +149,3 @@ def scores_together(
             "again: the run goes on from its last checkpoint."
         )
     return [[math.nan if bad else value for value, bad in zip(column, failed, strict=True)] for column in columns]
-
-
-def _module(file: Path) -> ModuleType:
-    """Execute a file as a module."""
-    spec = importlib.util.spec_from_file_location("mm_moslora_reward_file", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise ConfigError(f"grpo.reward_file is {str(file)!r}, which is no Python file. Name one that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file raises
-        raise ConfigError(f"grpo.reward_file {file} cannot be executed: {type(error).__name__}: {error}") from error
-    return module

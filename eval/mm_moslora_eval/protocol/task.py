@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval import sources
 from mm_moslora_eval.metrics.question_groups import OptionMeasure
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
@@ -81,7 +80,7 @@ class Task:
     prompt: TaskPrompt = field(default_factory=TaskPrompt)
     decoding: Decoding = field(default_factory=Decoding)
     extraction: str = "text"
-    """A name in `answer_scoring.EXTRACTORS`."""
+    """A name in `answer_scoring.EXTRACTORS`, with options as `named_parts` writes them; so for the next ones."""
     metric: str = "exact"
     """A name in `answer_scoring.METRICS`."""
     reference: str = "{answer}"
@@ -99,6 +98,8 @@ class Task:
     """Notes for readers of the score."""
     differences: tuple[str, ...] = ()
     """Differences from the harness after which the protocol is named, one sentence each."""
+    tags: tuple[str, ...] = ()
+    """Words by which `eval list` finds the task and `@TAG` chooses it, such as `tier_a` and `charts`."""
     folder: str | None = None
     """Folder of the task file; relative paths of its source start there. None: the working directory."""
 
@@ -116,17 +117,31 @@ class Task:
         self._check_names()
 
     def _check_names(self) -> None:
-        tables: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-            ("extraction", self.extraction, EXTRACTORS),
-            ("metric", self.metric, {**METRICS, **dict.fromkeys(JUDGED)}),
-            ("aggregation", self.aggregation, AGGREGATIONS),
-        )
-        for kind, name, table in tables:
-            if name not in table:
-                raise EvalError(
-                    f"Task {self.name!r}: {kind} {name!r} is not known.{suggestion(name, table)} "
-                    f"Known: {', '.join(table)}."
-                )
+        odd = [tag for tag in self.tags if not _NAME.fullmatch(tag)]
+        try:
+            EXTRACTORS.check(self.extraction)
+            METRICS.check(self.metric, also=JUDGED)
+            AGGREGATIONS.check(self.aggregation)
+        except EvalError as error:
+            raise EvalError(f"Task {self.name!r}: {error}") from error
+        if odd:
+            raise EvalError(f"Task {self.name!r}: the tag {odd[0]!r} is none; use letters, digits, `_`, `-` and `.`.")
+
+    @property
+    def code(self) -> dict[str, dict[str, str]]:
+        """Where those of its rules come from that are not of this package, by `extraction`, `metric`, `aggregation`."""
+        tables = (EXTRACTORS, self.extraction), (METRICS, self.metric), (AGGREGATIONS, self.aggregation)
+        return {table.kind: origin for table, part in tables if (origin := table.origin(part))}
+
+    def load_code(self) -> None:
+        """Load the functions of its rules, so that none is missing when the answers are there.
+
+        Raises:
+            EvalError: code of another package that does not load, or of a file that is not trusted.
+        """
+        EXTRACTORS[self.extraction], AGGREGATIONS[self.aggregation]
+        if self.metric not in JUDGED:
+            METRICS[self.metric]
 
     @property
     def id(self) -> str:
@@ -169,9 +184,10 @@ class Task:
         """Read the documents.
 
         Raises:
-            EvalError: the file is missing, has another checksum, or cannot be read, or its ids do not suit the
-                aggregation; names the place.
+            EvalError: the file is missing, has another checksum, or cannot be read, or its ids or columns do not suit
+                the aggregation; names the place. See `load_code`, too.
         """
+        self.load_code()
         data = sources.load(self.source, beside=Path(self.folder) if self.folder else None)
         check_ids(self.aggregation, data.documents)
         return data

@@ -14,6 +14,7 @@ from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
+from mm_moslora_eval.scoring.named_parts import KINDS, part_text
 from mm_moslora_eval.sources.source import Source
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
@@ -57,7 +58,9 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _build(data: dict[str, Any], path: Path, where: str) -> Task:
-    return build_strictly(Task, {"folder": str(path.parent.absolute()), **data}, source=f"{path}{where}")
+    folder = path.parent.absolute()
+    parts = {kind: part_text(kind, data[kind], folder=folder) for kind in KINDS if kind in data}
+    return build_strictly(Task, {"folder": str(folder), **data, **parts}, source=f"{path}{where}")
 
 
 def all_tasks() -> dict[str, Task]:

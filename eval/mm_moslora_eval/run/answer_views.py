@@ -172,7 +172,7 @@ def write_samples(
 
 
 def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
-    error = last_line(answer["error"])
+    error = last_line(answer["error"]) or scored.fault or None
     copied = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
     return {
         "index": index,

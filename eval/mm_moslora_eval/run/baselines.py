@@ -16,7 +16,7 @@ from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import TaskResult, summarise
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher
 
@@ -87,7 +87,7 @@ def baseline(
         "data": data.to_dict(),
         "selection": asdict(selection_of(items, data)),
     }
-    if own:
+    if own and with_scores(scored):
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()
     return summarise(task, scored, mode=name, about=about)
 

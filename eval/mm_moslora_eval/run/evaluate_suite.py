@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_views import (
@@ -35,7 +34,7 @@ from mm_moslora_eval.run.stored_types import StoredSample, check_row
 from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
-from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.sources.document import Document
@@ -226,9 +225,10 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
     aggregation = _described(views[0]).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
     documents = _documents(views[0], first)
-    sides = ([[scored_row(rows[name], documents[name]) for name in documents] for rows in side] for side in (a, b))
+    sides = [[[scored_row(rows[name], documents[name]) for name in documents] for rows in side] for side in (a, b)]
     score = difference_of_scores(aggregation, *sides)
-    shown = [_worst_rotations(side[0]) if aggregation == "circular" else side[0] for side in (a, b)]
+    units = dict(zip(documents, units_of(aggregation, sides[0][0]), strict=True))
+    shown = [_worst(side[0], units) for side in (a, b)]
     return PairedComparison(
         task=_named(views[0]),
         aggregation=aggregation,
@@ -250,11 +250,13 @@ def _documents(source: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Docum
     }
 
 
-def _worst_rotations(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A row for each of MMBench's questions: a rotation with the lowest score."""
+def _worst(rows: dict[str, dict[str, Any]], units: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """A row for each question (see `units_of`), one with the lowest score."""
     questions: dict[str, dict[str, Any]] = {}
-    for name, row in sorted(rows.items(), key=lambda item: (item[1]["score"], int(item[0]))):
-        questions.setdefault(str(group_of(int(name))), row)
+    for name in units:
+        row, unit = rows[name], units[name]
+        if unit not in questions or (row["score"] or 0.0) < (questions[unit]["score"] or 0.0):
+            questions[unit] = row
     return questions
 
 

@@ -70,7 +70,14 @@ class Counts:
     unclosed_thinking: int = 0
     """Of these, answers with a block without an end; also counted in `not_inferable`."""
     ungraded: int = 0
-    """Answered, but no reply of the judge can be read; left out of the score."""
+    """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
+    faults: int = 0
+    """Of these, answers on which the extraction or the metric failed."""
+
+    @property
+    def incomplete(self) -> int:
+        """Answers that are missing, or that the rules could not score."""
+        return self.failed + self.faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +320,7 @@ def unscored(
     """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
     nan, parts = math.nan, strict_json(task.to_dict())
+    described = {name: parts[name] for name in _PROTOCOL} | ({"code": task.code} if task.code else {}) | about
     return TaskResult(
         task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
         low=nan, high=nan, stderr_kind="none",
@@ -320,7 +328,7 @@ def unscored(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
-        completed={"n": len(samples) - failed}, about={name: parts[name] for name in _PROTOCOL} | about, folder=folder,
+        completed={"n": len(samples) - failed}, about=described, folder=folder,
         likelihood=likelihood or {}, remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
@@ -355,16 +363,19 @@ def summarise(
     )
     graded = with_scores(scored)
     done = [sample for sample in graded if not sample.failed]
+    counts = replace(
+        result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
+        ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(done),
+    )  # fmt: skip
+    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
+    if not graded:
+        reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
+        return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
     headline = aggregate(task.aggregation, graded)
     completed: dict[str, float] = {"n": len(done)}
     if done:
         answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
         completed |= {"score": answered.value, "stderr": answered.stderr}
-    counts = replace(
-        result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
-        ungraded=len(scored) - len(graded), **_thinking(done),
-    )  # fmt: skip
-    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
     if folder:
         remarks += [*answers_alike(done), *(wordy(done) if task.metric not in JUDGED else ())]
     return replace(
@@ -423,7 +434,7 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
         result
         for result in results
         if (older := merged.get(result.key)) is not None
-        and ((older.scored and not result.scored) or result.counts.failed > older.counts.failed)
+        and ((older.scored and not result.scored) or result.counts.incomplete > older.counts.incomplete)
     ]
     merged |= {result.key: result for result in results if result not in behind}
     data = {

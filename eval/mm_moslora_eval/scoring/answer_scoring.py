@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Hashable, Sequence
@@ -19,12 +20,12 @@ from mm_moslora_eval.metrics import (
     vqa_accuracy,
     yes_no,
 )
+from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
+from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
-Extractor = Callable[[str, Document], str]
-Metric = Callable[[str, Document], float]
 _CAPITALS = tuple(string.ascii_uppercase)
 
 
@@ -71,7 +72,7 @@ def _commonsense(dataset: str) -> Extractor:
 
 BOXES = "boxes"
 """Extraction of the first box of an answer; the backend reads it, since its form and pixels depend on the model."""
-EXTRACTORS: dict[str, Extractor] = {
+_EXTRACTORS: dict[str, Extractor] = {
     BOXES: lambda text, _: box_iou.first_box(text),
     "text": lambda text, _: text.strip(),
     "first_line": lambda text, _: text.strip().split("\n")[0].strip(),
@@ -105,6 +106,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "yes_no_hallusionbench_lmms_eval": lambda text, _: yes_no.hallusionbench_lmms_eval(text),
     **{f"commonsense_{name.lower().replace('-', '_')}": _commonsense(name) for name in commonsense.DATASETS},
 }
+EXTRACTORS: NamedParts[Extractor] = NamedParts("extraction", _EXTRACTORS | parts_named("EXTRACTORS"))
 """Name -> function that extracts the answer; an empty string means that nothing can be inferred."""
 
 
@@ -137,7 +139,7 @@ def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
     return lambda parsed, document: float(metric(parsed, document.answers, document.category or ""))
 
 
-METRICS: dict[str, Metric] = {
+_METRICS: dict[str, Metric] = {
     "iou": _best(box_iou.iou),
     "iou_50": _best(box_iou.iou_50),
     "exact": _best(exact_match.exact_match),
@@ -173,6 +175,7 @@ METRICS: dict[str, Metric] = {
         mathvista.correct_vlmevalkit(parsed, mathvista_question(document), _choice_text(document))
     ),
 }
+METRICS: NamedParts[Metric] = NamedParts("metric", _METRICS | parts_named("METRICS"))
 """Name -> function that scores a parsed answer, 0 to 1."""
 
 
@@ -220,12 +223,28 @@ def score_answer(
         raise EvalError(f"Document {document.id!r} has no reference answer and cannot be scored.")
     if text is None:
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
-    visible = without_thinking(text)
-    parsed = "" if visible.unclosed else EXTRACTORS[extraction](visible.text, document)
-    # An answer that cannot be extracted is wrong, even if the metric accepts an empty string.
-    score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
-    assert 0.0 <= score <= 1.0, (metric, document.id, score)
+    extract, rate = EXTRACTORS[extraction], METRICS[metric]
+    visible, parsed = without_thinking(text), ""
+    try:
+        parsed = "" if visible.unclosed else _text_of(extract(visible.text, document))
+        # An answer that cannot be extracted is wrong, even if the metric accepts an empty string.
+        score = _share(rate(parsed, document)) if parsed.strip() else 0.0
+    except Exception as error:  # of rules of any package: the other answers are scored all the same
+        fault = f"{type(error).__name__}: {error}"
+        return Scored(document=document, text=text, parsed=parsed, score=math.nan, cluster=cluster, fault=fault)
     return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
+
+
+def _text_of(parsed: object) -> str:
+    if not isinstance(parsed, str):
+        raise TypeError(f"the extraction gave {parsed!r}, expected a text")
+    return parsed
+
+
+def _share(score: float) -> float:
+    if not 0 <= float(score) <= 1:
+        raise ValueError(f"the metric gave {score!r}, expected a number from 0 to 1")
+    return float(score)
 
 
 def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
@@ -233,7 +252,7 @@ def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     lenient = []
     for sample in samples:
         visible, document = without_thinking(sample.text), sample.document
-        if not sample.failed and not visible.unclosed:
+        if not sample.failed and not visible.unclosed and not sample.fault:
             right = exact_match.holds_answer(visible.text, document.answers, document.options)
             sample = replace(sample, score=max(sample.score, right))
         lenient.append(sample)

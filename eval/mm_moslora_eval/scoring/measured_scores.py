@@ -13,21 +13,35 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
-from mm_moslora_eval.metrics.question_groups import group_of
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, Samples, splits_of
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, splits_of
+from mm_moslora_eval.scoring.scored_sample import Samples, Summed
 
 
 def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
     """The score of a set of samples, with the further numbers of the aggregation."""
     summed = AGGREGATIONS[aggregation](samples)
-    return replace(estimate(summed.ratios, clusters_of(samples)), metrics=summed.metrics)
+    return replace(estimate(summed.ratios, _clusters(samples, summed)), metrics=summed.metrics)
 
 
-def clusters_of(samples: Samples) -> list[Hashable]:
-    """The cluster of every sample."""
-    return [index if sample.cluster is None else sample.cluster for index, sample in enumerate(samples)]
+def _clusters(samples: Samples, summed: Summed) -> list[Hashable]:
+    """The cluster of every sample: its pictures, with those of all samples that are right or wrong together."""
+    clusters: list[Hashable] = [i if sample.cluster is None else sample.cluster for i, sample in enumerate(samples)]
+    if summed.units is None:
+        return clusters
+    linked: dict[Hashable, Hashable] = {}
+
+    def first(name: Hashable) -> Hashable:
+        while name in linked:
+            name = linked[name]
+        return name
+
+    for cluster, unit in zip(clusters, summed.units, strict=True):
+        a, b = first(("cluster", cluster)), first(("unit", unit))
+        if a != b:
+            linked[b] = a
+    return [first(("cluster", cluster)) for cluster in clusters]
 
 
 def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
@@ -50,8 +64,9 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
         ratios = [
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
             for ratio in whole
-        ] or AGGREGATIONS[aggregation](members).ratios
-        measured[name] = estimate(ratios, clusters_of(members))
+        ]
+        summed = Summed(ratios=ratios) if ratios else AGGREGATIONS[aggregation](members)
+        measured[name] = estimate(summed.ratios, _clusters(members, summed))
     return measured
 
 
@@ -69,7 +84,7 @@ class ScoreDifference:
     """The score of each run of A."""
     seeds_b: tuple[float, ...]
     questions: int
-    """Number of questions with a score of their own: the documents, of MMBench without their rotations."""
+    """Number of questions with a score of their own: the documents, or the groups of them that count together."""
     wins: int
     """Questions with a higher score of A."""
     changed: tuple[str, ...]
@@ -108,12 +123,13 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     first = [sample for sample in a[0] if sample.document.id not in without]
     by_id = [[{sample.document.id: sample for sample in samples} for samples in side] for side in (a, b)]
     runs = [[[run[sample.document.id] for sample in first] for run in side] for side in by_id]
-    sums = [[AGGREGATIONS[aggregation](samples).ratios for samples in side] for side in runs]
+    summed = [[AGGREGATIONS[aggregation](samples) for samples in side] for side in runs]
+    sums = [[one.ratios for one in side] for side in summed]
     left, right = ([ratio * (1 / len(side)) for ratios in side for ratio in ratios] for side in sums)
     scores = [[_by_question(aggregation, samples) for samples in side] for side in runs]
     x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
-        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), clusters_of(first)),
+        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), _clusters(first, summed[0][0])),
         unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
@@ -121,15 +137,19 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
 
 
 def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:
-    """The score of every question by itself: of captions CIDEr, of MMBench the worst of its rotations."""
+    """The score of every question by itself: of captions CIDEr, of samples that count together the worst."""
     if aggregation in CAPTIONS:
         (ratio,) = AGGREGATIONS[aggregation](samples).ratios
         return dict(zip((sample.document.id for sample in samples), ratio.top, strict=True))
     scores: dict[str, float] = {}
-    for sample in samples:
-        name = sample.document.id if aggregation != "circular" else str(group_of(int(sample.document.id)))
+    for sample, name in zip(samples, units_of(aggregation, samples), strict=True):
         scores[name] = min(sample.score, scores.get(name, sample.score))
     return scores
+
+
+def units_of(aggregation: str, samples: Samples) -> list[str]:
+    """The question of every sample: its own id, or the name that it shares with those that count together with it."""
+    return list(AGGREGATIONS[aggregation](samples).units or [sample.document.id for sample in samples])
 
 
 def smallest_shown(questions: int) -> float:

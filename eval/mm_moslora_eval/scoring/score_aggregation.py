@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import caption, judge_scores, ptb_tokeniser, yes_no
@@ -16,21 +16,10 @@ from mm_moslora_eval.metrics import question_groups as groups
 from mm_moslora_eval.metrics.document_vqa import OCRBENCH_GROUPS
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
-from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.named_parts import NamedParts, options_of
+from mm_moslora_eval.scoring.parts import parts_named
+from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed
 from mm_moslora_eval.sources.document import Document
-
-Samples = Sequence[Scored]
-Numbers = dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summed:
-    """A set of scored samples as a benchmark sums it up."""
-
-    ratios: list[Ratio]
-    """The score is their sum."""
-    metrics: Numbers = field(default_factory=dict)
-    """Further numbers, by name."""
 
 
 def mean(samples: Samples) -> Summed:
@@ -185,15 +174,20 @@ def circular(samples: Samples) -> Summed:
     right = [share * hits[groups.group_of(number)] for share, number in zip(part, numbers, strict=True)]
     vanilla = error_bars.mean([sample.score for sample in samples])
     metrics = {"questions": float(len(hits)), "vanilla": vanilla}
-    return Summed(ratios=[Ratio(top=right, bottom=part)], metrics=metrics)
+    return Summed(
+        ratios=[Ratio(top=right, bottom=part)], metrics=metrics, units=[str(groups.group_of(n)) for n in numbers]
+    )
 
 
 def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
     """Refuse documents that an aggregation could not group after their answers.
 
     Raises:
-        EvalError: `circular`, which reads the question from an id, with an id that is no integer.
+        EvalError: `circular`, which reads the question from an id, with an id that is no integer; an aggregation whose
+            options do not fit the data, such as a column that it has not.
     """
+    if options_of(aggregation):
+        AGGREGATIONS[aggregation]([Scored(document=one, text="", parsed="", score=0.0) for one in documents])
     odd = [document.id for document in documents if not document.id.isdecimal()] if aggregation == "circular" else []
     if odd:
         raise EvalError(
@@ -291,7 +285,7 @@ def llavabench(samples: Samples) -> Summed:
     return Summed(ratios=[Ratio(top=answers, bottom=references, high=_MOST_RELATIVE)], metrics=metrics)
 
 
-AGGREGATIONS: dict[str, Callable[[Samples], Summed]] = {
+_OWN: dict[str, Callable[..., Summed]] = {
     "mean": mean,
     "pope": pope,
     "pope_splits": pope_splits,
@@ -308,6 +302,7 @@ AGGREGATIONS: dict[str, Callable[[Samples], Summed]] = {
     "caption": caption_scores,
     "caption_plain": caption_scores_plain,
 }
+AGGREGATIONS: NamedParts[Callable[[Samples], Summed]] = NamedParts("aggregation", _OWN | parts_named("AGGREGATIONS"))
 """Name -> function that sums up scored samples."""
 
 CAPTIONS = frozenset({"caption", "caption_plain"})

@@ -36,12 +36,16 @@ def failures(errors: Sequence[str | None]) -> Iterator[str]:
 
 
 def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
-    """A remark on answers that a judge could not grade."""
-    graded = len(with_scores(samples))
-    if graded < len(samples):
+    """Remarks on answers that a judge could not grade, and on those on which the rules failed."""
+    graded, faults = len(with_scores(samples)), [sample.fault for sample in samples if sample.fault]
+    by_judge = len(samples) - graded - len(faults)
+    rest = f" The score is over the other {graded}." if graded else ""
+    if by_judge:
+        yield (f"{by_judge} of {len(samples)} answers have no grade, because the judge's replies cannot be read.{rest}")
+    if faults:
         yield (
-            f"{len(samples) - graded} of {len(samples)} answers have no grade, because the judge's replies cannot be "
-            f"read. The score is over the other {graded}."
+            f"{len(faults)} of {len(samples)} answers have no score, because the extraction or the metric failed on "
+            f"them (the first: {_short(faults[0])}).{rest} Mend it, then score again (mm-moslora eval score)."
         )
 
 

@@ -1,11 +1,12 @@
-"""A scored answer."""
+"""A scored answer, and a set of them as a benchmark sums it up."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mm_moslora_eval.scoring.estimates import Ratio
 from mm_moslora_eval.sources.document import Document
 
 
@@ -27,6 +28,30 @@ class Scored:
     """Further numbers of a judge, for the aggregation."""
     judged: bool = False
     """A judge read the answer: `parsed` comes from its reply."""
+    fault: str = ""
+    """The error of the extraction or the metric on this answer, whose score is then nan."""
+
+    def column(self, name: str) -> str:
+        """The document's value in a column: its category, its id, or a further column; empty without one."""
+        document = self.document
+        own = {"id": document.id, "category": document.category, "hint": document.hint}
+        return str(document.extra.get(name) or own.get(name) or "")
+
+
+Samples = Sequence[Scored]
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed:
+    """A set of scored samples as a benchmark sums it up."""
+
+    ratios: list[Ratio]
+    """The score is their sum."""
+    metrics: Numbers = field(default_factory=dict)
+    """Further numbers, by name."""
+    units: Sequence[str] | None = None
+    """The question to which each sample belongs, where several samples are right or wrong together; None: its own."""
 
 
 def with_scores(samples: Sequence[Scored]) -> list[Scored]:

@@ -25,6 +25,11 @@ from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
+WITH_OPTIONS = {
+    "all_within": 'all_within {"columns": ["image_path"]}',
+    "weighted": 'weighted {"column": "category", "weights": {"existence": 2, "count": 1, "OCR": 1, "scene": 1}}',
+}
+PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 SUB_TASKS = ("existence", "count", "OCR", "scene")
 
 
@@ -46,7 +51,7 @@ def samples(scores: Sequence[float], *, pictures: int, categories: int = 1) -> l
 
 
 @pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", AGGREGATIONS)
+@pytest.mark.parametrize("name", PARTS)
 def test_no_interval_is_a_point(name: str, score: float) -> None:
     """All answers alike show that others are rare, not that there are none: 20 answers on 10 pictures."""
     found = aggregate(name, samples([score] * 20, pictures=10))
@@ -57,7 +62,7 @@ def test_no_interval_is_a_point(name: str, score: float) -> None:
     assert found.high - found.low > 0.2 * whole
 
 
-@pytest.mark.parametrize("name", AGGREGATIONS)
+@pytest.mark.parametrize("name", PARTS)
 def test_an_interval_stays_within_the_bounds_of_the_score(name: str) -> None:
     scores = [float(index != 3) for index in range(40)]
     found = aggregate(name, samples(scores, pictures=20, categories=4))

@@ -20,6 +20,8 @@ ESTIMATING = LOW_LEVEL | {f"{EVAL}/scoring/score_aggregation.py", f"{EVAL}/scori
 DIFFERENCES = {
     "mm_moslora/reporting/verdicts.py", f"{EVAL}/scoring/estimates.py", f"{COMPARE}/comparison_controls.py",
 }  # fmt: skip
+DESCRIBING = {"Ratio", "mean_of"}
+"""What an aggregation gives, from which a score is measured."""
 PLAIN = {"mean", "sample_stddev"}
 QUANTILES = (1.2816, 1.6449, 1.9600, 2.3263, 2.5758)
 
@@ -30,7 +32,7 @@ def _shortcuts(tree: ast.AST, place: str) -> Iterator[str]:
             module, names = node.module or "", {item.name for item in node.names}
             if module.endswith("error_bars") and names - PLAIN and place not in LOW_LEVEL:
                 yield f"imports {names - PLAIN}"
-            if module.endswith(".estimates") and place not in ESTIMATING:
+            if module.endswith(".estimates") and names - DESCRIBING and place not in ESTIMATING:
                 yield f"imports {names} of estimates"
             if module == "statistics" and "NormalDist" in names and place not in LOW_LEVEL:
                 yield "imports NormalDist"

@@ -21,6 +21,11 @@ from mm_moslora.reporting.verdicts import SCORE_NAMES
 
 PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
+WITH_OPTIONS = {
+    "all_within": 'all_within {"columns": ["picture"]}',
+    "weighted": 'weighted {"column": "weight"}',
+}
+PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 CATEGORIES = ("OCR", "count", "scene", "posters")
 SPLITS = ("random", "popular", "adversarial")
 
@@ -41,7 +46,8 @@ def samples_of(seed: int, *, rotations: bool = False) -> list[Scored]:
                 Scored(
                     document=Document(
                         id=str(index), question="?", answers=(answer, "a dog in a park", "dogs run in a park"),
-                        category=CATEGORIES[picture % 4], extra={"split": SPLITS[number % 3]},
+                        category=CATEGORIES[picture % 4],
+                        extra={"split": SPLITS[number % 3], "picture": str(picture), "weight": str(1 + number)},
                     ),
                     text=words, parsed=parsed, score=score, cluster=f"picture {picture}",
                     numbers=(float(generator.integers(5, 11)), float(generator.integers(1, 5) + 5 * score)),
@@ -128,9 +134,14 @@ def plain(samples: list[Scored], weights: Array) -> Array:
     return mean(weights, scores(samples))
 
 
+def by_weight(samples: list[Scored], weights: Array) -> Array:
+    return mean(weights * np.array([float(sample.document.extra["weight"]) for sample in samples]), scores(samples))
+
+
 NUMBERS: dict[str, Callable[[list[Scored], Array], Array]] = {
     "pope": f1, "pope_lmms_eval": f1, "pope_splits": f1_of_splits, "mme": mme, "macro": macro, "llavabench": rated,
-    "circular": every_rotation, "caption": cider, "caption_plain": cider,
+    "circular": every_rotation, "caption": cider, "caption_plain": cider, "tree": macro,
+    WITH_OPTIONS["all_within"]: every_rotation, WITH_OPTIONS["weighted"]: by_weight,
 }  # fmt: skip
 """What is no plain mean of the samples."""
 
@@ -144,7 +155,7 @@ def prepared(name: str, seed: int) -> list[Scored]:
     return samples
 
 
-@pytest.mark.parametrize("name", AGGREGATIONS)
+@pytest.mark.parametrize("name", PARTS)
 def test_the_standard_error_is_that_of_drawing_whole_pictures(name: str) -> None:
     samples = prepared(name, seed=3)
     number = NUMBERS.get(name, plain)
@@ -168,7 +179,7 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
     assert found.stderr == pytest.approx(expected.std(ddof=1), rel=0.1)
 
 
-@pytest.mark.parametrize("name", AGGREGATIONS)
+@pytest.mark.parametrize("name", PARTS)
 def test_contributions_of_samples_have_the_mean_and_the_error_of_the_score(name: str) -> None:
     samples = prepared(name, seed=3)
     brought = score_by_sample(name, samples)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.protocol.task_groups import with_protocol
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
@@ -360,7 +361,7 @@ def test_folders_and_files_with_an_at_sign_are_found(tmp_path: Path, monkeypatch
     (tmp_path / "im@ges" / "own.yaml").write_text(own)
     assert get_task("im@ges/own.yaml").protocol == "one"
     assert get_task("im@ges/own.yaml@two").title == "second"
-    assert eval_commands.with_protocol(["im@ges/own.yaml", "im@ges/own.yaml@one", "llava:q@1.jsonl"], "two") == [
+    assert with_protocol(["im@ges/own.yaml", "im@ges/own.yaml@one", "llava:q@1.jsonl"], "two") == [
         "im@ges/own.yaml@two", "im@ges/own.yaml@one", "llava:q@1.jsonl",
     ]  # fmt: skip
     assert short_names(["llava:q@1.jsonl@im@ges", "tsv:im@ges/q.tsv"]) == {

@@ -1,0 +1,1 @@
+"""Metrics of no benchmark in particular: numbers, counts, points, edits of texts, tables, mathematics."""

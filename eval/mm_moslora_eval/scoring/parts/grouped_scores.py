@@ -1,0 +1,135 @@
+"""Aggregations over the columns of a data set: questions that count together, a tree of categories, weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.scoring.estimates import Ratio, mean_of
+from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed
+
+Columns = tuple[str, ...]
+
+
+def values_of(samples: Samples, columns: Sequence[str], *, named: str) -> list[tuple[str, ...]]:
+    """The values of every sample in columns: `id`, `category`, or a further column of the data.
+
+    Raises:
+        EvalError: a sample has no value in one of them, or no column is named.
+    """
+    if not columns:
+        raise EvalError(f"{named} needs the name of a column.")
+    for column in columns:
+        without = [sample for sample in samples if not sample.column(column)]
+        if without:
+            known = dict.fromkeys(["id", "category", *(key for sample in samples for key in sample.document.extra)])
+            raise EvalError(
+                f"{named}: {len(without)} of {len(samples)} documents have nothing in the column {column!r} (first: "
+                f"{without[0].document.id!r}). Columns: {', '.join(known)}."
+            )
+    return [tuple(sample.column(column) for column in columns) for sample in samples]
+
+
+def all_within(samples: Samples, *, columns: Columns, further: dict[str, Columns] | None = None) -> Summed:
+    """The share of groups (equal in all `columns`) in which every answer is right, such as the pairs of MMVP.
+
+    `further` names more groupings, whose shares are given beside it, and `vanilla` is the mean of the single answers.
+    """
+    keys = values_of(samples, columns, named="all_within")
+    metrics = {"vanilla": _mean([sample.score for sample in samples]), "groups": float(len(set(keys)))}
+    for name, others in (further or {}).items():
+        within = values_of(samples, others, named=f"all_within, further.{name}")
+        metrics[name] = _ratio_of_groups(samples, within).values()[0]
+    units = [" / ".join(key) for key in keys]
+    return Summed(ratios=[_ratio_of_groups(samples, keys)], metrics=metrics, units=units)
+
+
+def _ratio_of_groups(samples: Samples, keys: Sequence[tuple[str, ...]]) -> Ratio:
+    """The share of groups that are right, to which every sample of a group adds the same."""
+    members: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
+    for key, sample in zip(keys, samples, strict=True):
+        members[key].append(sample)
+    share = [1 / len(members[key]) for key in keys]
+    right = [part * all(one.score == 1.0 for one in members[key]) for part, key in zip(share, keys, strict=True)]
+    return Ratio(top=right, bottom=share)
+
+
+def tree(samples: Samples, *, levels: Columns = ("category",), weights: dict[str, float] | None = None) -> Summed:
+    """The mean over the categories of `levels`, from the top down: every branch counts alike, or by its weight.
+
+    `weights` gives branches of the lowest or a higher level by name; then all branches beside it need one, too. The
+    scores of all branches are given beside it.
+    """
+    paths = values_of(samples, levels, named="tree")
+    scores = [sample.score for sample in samples]
+    shares = _shares(paths, weights or {})
+    ratios = []
+    for leaf, share in shares.items():
+        among = [float(path == leaf) for path in paths]
+        top = [score * inside for score, inside in zip(scores, among, strict=True)]
+        ratios.append(Ratio(top=top, bottom=among) * share)
+    means = {leaf: ratio.values()[0] for leaf, ratio in zip(shares, ratios, strict=True)}
+    return Summed(ratios=ratios, metrics=_branches(means, shares))
+
+
+def _shares(paths: Sequence[tuple[str, ...]], weights: Mapping[str, float]) -> dict[tuple[str, ...], float]:
+    """The share of every leaf in the score."""
+    leaves = list(dict.fromkeys(paths))
+    children: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for leaf in leaves:
+        for depth, name in enumerate(leaf):
+            if name not in children[leaf[:depth]]:
+                children[leaf[:depth]].append(name)
+    portion: dict[tuple[str, ...], float] = {}
+    for parent, names in children.items():
+        weighed = [name for name in names if name in weights]
+        if weighed and len(weighed) < len(names):
+            odd = next(name for name in names if name not in weights)
+            raise EvalError(f"tree: weights has {weighed[0]!r}, and nothing for {odd!r} beside it.")
+        numbers = [weights.get(name, 1.0) for name in names]
+        if min(numbers) < 0 or not sum(numbers) > 0:
+            raise EvalError(f"tree: the weights of {', '.join(names)} are {numbers}, expected no negative ones.")
+        portion |= {(*parent, name): number / sum(numbers) for name, number in zip(names, numbers, strict=True)}
+    return {leaf: math.prod(portion[leaf[: depth + 1]] for depth in range(len(leaf))) for leaf in leaves}
+
+
+def _branches(means: Mapping[tuple[str, ...], float], shares: Mapping[tuple[str, ...], float]) -> Numbers:
+    """The score of every branch; the weights within it are those within the whole."""
+    found: Numbers = {}
+    for depth in range(1, max(map(len, means), default=0) + 1):
+        for branch in dict.fromkeys(leaf[:depth] for leaf in means):
+            inside = {leaf: shares[leaf] for leaf in means if leaf[:depth] == branch}
+            whole = math.fsum(inside.values())
+            value = math.fsum(means[leaf] / shares[leaf] * share for leaf, share in inside.items() if share)
+            found[" / ".join(branch)] = value / whole if whole else 0.0
+    return found
+
+
+def weighted(samples: Samples, *, column: str, weights: dict[str, float] | None = None) -> Summed:
+    """The mean with weights: the number in `column`, or what `weights` gives for the value there."""
+    values = [key[0] for key in values_of(samples, (column,), named="weighted")]
+    counts = [_weight(value, column, weights) for value in values]
+    top = [count * sample.score for count, sample in zip(counts, samples, strict=True)]
+    return Summed(ratios=[Ratio(top=top, bottom=counts)], metrics={"vanilla": _mean([s.score for s in samples])})
+
+
+def _weight(value: str, column: str, weights: Mapping[str, float] | None) -> float:
+    if weights is not None and value not in weights:
+        raise EvalError(f"weighted: weights has nothing for {value!r} of the column {column!r}, only {list(weights)}.")
+    try:
+        number = float(value) if weights is None else weights[value]
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise EvalError(f"weighted: the weight {value!r} of the column {column!r} is {number}, expected 0 or more.")
+    return number
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return mean_of(scores).values()[0]
+
+
+AGGREGATIONS: dict[str, Callable[..., Summed]] = {"all_within": all_within, "tree": tree, "weighted": weighted}
+"""Name -> function that sums up scored samples."""

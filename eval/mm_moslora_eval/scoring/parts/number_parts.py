@@ -1,0 +1,31 @@
+"""Extractions and metrics of numbers."""
+
+from __future__ import annotations
+
+from mm_moslora_eval.metrics.exact_match import best
+from mm_moslora_eval.metrics.general.number_answers import number_text, numbers_in
+from mm_moslora_eval.metrics.general.number_answers import within as _within
+from mm_moslora_eval.scoring.named_parts import Extractor, Metric
+from mm_moslora_eval.sources.document import Document
+
+
+def first_number(text: str, document: Document) -> str:
+    """The first number of the answer, in digits or in words (`twenty-one`), for counting."""
+    return next(map(number_text, numbers_in(text)), "")
+
+
+def last_number(text: str, document: Document) -> str:
+    """The last number of the answer, in digits or in words."""
+    return next(map(number_text, reversed(numbers_in(text))), "")
+
+
+def within(parsed: str, document: Document, *, relative: float = 0.0, absolute: float = 0.0) -> float:
+    """1 where the last number is that of a reference, up to `relative` (a share of it) or `absolute`."""
+    return best(
+        lambda answer, reference: _within(answer, reference, relative=relative, absolute=absolute),
+        parsed, document.answers,
+    )  # fmt: skip
+
+
+EXTRACTORS: dict[str, Extractor] = {"first_number": first_number, "last_number": last_number}
+METRICS: dict[str, Metric] = {"within": within}

@@ -1,0 +1,219 @@
+"""Rules by name, with options, of other packages and of a user's own file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval import eval_commands
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
+from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
+from mm_moslora_eval.sources.document import Document
+
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
+from tests.eval.eval_fake import FakeModel
+
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
+OWN = """
+def within_one(parsed, document, *, margin: float = 1.0):
+    if document.id in ("q3", "q5"):
+        raise RuntimeError("a question without a number")
+    return abs(len(parsed) - len(document.answers[0])) <= margin
+"""
+
+
+@pytest.fixture
+def trusted() -> Iterator[None]:
+    trust_task_code()
+    yield
+    trust_task_code(False)
+    trusted_module.cache_clear()
+
+
+def task_file(questions: Path, rules: str) -> str:
+    path = questions.parent / "own.yaml"
+    path.write_text(f"name: own\nsource: {{kind: llava, path: {questions.name}}}\n{rules}\n", encoding="utf-8")
+    return str(path)
+
+
+def own_result(file: str, output: Path) -> TaskResult:
+    (result,) = evaluate(FakeModel(), get_task(file), output, modes=("own",), baselines=(), settings=ONE)
+    return result
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    (path,) = output.rglob("samples.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("metric: witin", "metric 'witin' is not known. Did you mean 'within'"),
+        ("metric: {name: within, relativ: 0.05}", "has no option 'relativ'. Did you mean 'relative'"),
+        ("metric: {name: within, relative: [1]}", r"relative is \[1\] \(list\), expected float"),
+        ("metric: {name: exact, relative: 1}", "has no option 'relative'.* It has none"),
+        ("metric: {relative: 1}", "expected a mapping with `name`"),
+        ("aggregation: all_within", r"needs the option 'columns': \{name: all_within, columns: ...\}"),
+        ("metric: {file: absent.py, name: f}", r"metric.file: .*absent.py"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_refused_where_the_task_is_read(
+    question_file: Path, rules: str, message: str
+) -> None:
+    with pytest.raises(MoSLoRAError, match=message):
+        get_task(task_file(question_file, rules))
+
+
+def test_a_column_that_the_data_have_no_more_is_refused_before_a_model_is_asked(question_file: Path) -> None:
+    task = get_task(task_file(question_file, "aggregation: {name: all_within, columns: [pair]}"))
+    with pytest.raises(EvalError, match=r"nothing in the column 'pair' \(first: '.*'\). Columns: id, category"):
+        task.load()
+
+
+def test_a_metric_of_ones_own_runs_only_with_the_users_word(question_file: Path) -> None:
+    (question_file.parent / "my_metric.py").write_text("raise SystemExit('was executed')", encoding="utf-8")
+    file = task_file(question_file, "metric: {file: my_metric.py, name: within_one}")
+    with pytest.raises(EvalError, match=r"my_metric.py, which would be executed .* --trust-task-code"):
+        eval_commands.run(FakeModel, [file], question_file.parent / "run")
+    assert "my_metric.py (SHA-256" in eval_commands.describe(file)
+
+
+def test_a_metric_that_raises_leaves_out_its_documents_and_says_so(
+    question_file: Path, tmp_path: Path, trusted: None
+) -> None:
+    own = question_file.parent / "my_metric.py"
+    own.write_text(OWN, encoding="utf-8")
+    file = task_file(question_file, "metric: {file: my_metric.py, name: within_one, margin: 100}")
+    result = own_result(file, tmp_path / "run")
+    assert (result.score, result.n, result.counts.faults, result.counts.scored) == (1.0, 12, 2, 10)
+    assert any("2 of 12 answers have no score" in text and "without a number" in text for text in result.remarks)
+    assert eval_commands.exit_code([result]) == 3
+    failed = [row for row in rows_of(tmp_path / "run") if row["score"] is None]
+    assert [row["error"] for row in failed] == ["RuntimeError: a question without a number"] * 2
+    assert result.about["code"]["metric"]["file"] == str(own)
+
+    own.write_text(OWN.replace('"q3", "q5"', '"none"'), encoding="utf-8")
+    trusted_module.cache_clear()
+    with pytest.raises(EvalError, match="has changed since the task was read"):  # what is stored names the other code
+        METRICS.find(result.about["metric"])
+    (mended,) = eval_commands.score(tmp_path / "run", protocol=file)  # the stored answers, with the file as it is now
+    assert (mended.counts.faults, mended.counts.scored, mended.score) == (0, 12, 1.0)
+    assert mended.about["code"] != result.about["code"]
+
+
+def test_a_metric_that_fails_on_everything_gives_no_score(question_file: Path, tmp_path: Path, trusted: None) -> None:
+    (question_file.parent / "my_metric.py").write_text("def two(parsed, document):\n    return 2", encoding="utf-8")
+    file = task_file(question_file, "metric: {file: my_metric.py, name: two}")
+    results = evaluate(FakeModel(), get_task(file), tmp_path / "run", modes=("own",), settings=ONE)
+    assert not any(result.scored for result in results)
+    assert "failed on every answer" in results[0].about["unscored"]
+    assert "expected a number from 0 to 1" in results[0].remarks[0]
+
+
+def test_rules_of_another_package_are_named_with_its_version(
+    question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site"
+    about = package / "other_rules-1.4.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-rules\nVersion: 1.4\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text(
+        "[mm_moslora_eval.metrics]\nlonger = other_rules:longer\nbroken = other_rules:absent\n", encoding="utf-8"
+    )
+    (package / "other_rules.py").write_text(
+        "def longer(parsed, document, *, letters: int = 0):\n    return float(len(parsed) > letters)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(package))
+    result = own_result(task_file(question_file, "metric: {name: longer, letters: 3}"), tmp_path / "run")
+    assert result.about["code"] == {"metric": {"package": "other-rules", "version": "1.4"}}
+    assert result.score == sum(len(row["parsed"]) > 3 for row in rows_of(tmp_path / "run")) / 12
+    assert "longer" in [*METRICS]
+    with pytest.raises(EvalError, match=r"metric 'broken' of the entry point other_rules:absent cannot be loaded"):
+        get_task(task_file(question_file, "metric: broken")).load()
+
+
+def scored(score: float, *, cluster: str, **extra: str) -> Scored:
+    number = f"{cluster}{sorted(extra.items())}"
+    document = Document(id=number, question="?", answers=("a",), category=extra.get("category"), extra=extra)
+    return Scored(document=document, text="a", parsed="a", score=score, cluster=cluster)
+
+
+def test_pairs_count_where_both_are_right_and_are_one_cluster_whatever_their_pictures() -> None:
+    pairs = [(1.0, 1.0)] * 6 + [(1.0, 0.0)] * 3 + [(0.0, 0.0)] * 3
+    samples = [
+        scored(score, cluster=f"{number}-{side}", pair=str(number), side=str(side))
+        for number, pair in enumerate(pairs)
+        for side, score in enumerate(pair)
+    ]
+    spec = 'all_within {"columns": ["pair"], "further": {"side": ["side"]}}'
+    found = aggregate(spec, samples)
+    assert (found.value, found.n, found.clusters) == (0.5, 24, 12)
+    assert found.metrics == {"vanilla": 15 / 24, "groups": 12.0, "side": 0.0}
+    halves = aggregate("mean", [scored(float(pair == (1.0, 1.0)), cluster=str(n)) for n, pair in enumerate(pairs)])
+    assert found.stderr == pytest.approx(halves.stderr)
+    assert (found.low, found.high) == pytest.approx((halves.low, halves.high))
+
+
+def test_a_tree_of_categories_counts_branches_alike_or_by_their_weights() -> None:
+    leaves = {("a", "x"): [1.0], ("a", "y"): [0.0, 0.0, 0.0], ("b", "z"): [1.0, 0.0]}
+    samples = [
+        scored(score, cluster=f"{top}{low}{number}", top=top, low=low)
+        for (top, low), scores in leaves.items()
+        for number, score in enumerate(scores)
+    ]
+    plain = aggregate('tree {"levels": ["top", "low"]}', samples)
+    assert plain.value == pytest.approx(0.5 * 0.5 + 0.5 * 0.5)
+    assert plain.metrics == {"a": 0.5, "b": 0.5, "a / x": 1.0, "a / y": 0.0, "b / z": 0.5}
+    heavy = aggregate('tree {"levels": ["top", "low"], "weights": {"x": 3, "y": 1}}', samples)
+    assert heavy.value == pytest.approx(0.5 * 0.75 + 0.5 * 0.5)
+    with pytest.raises(EvalError, match="weights has 'x', and nothing for 'y' beside it"):
+        aggregate('tree {"levels": ["top", "low"], "weights": {"x": 3}}', samples)
+
+
+def test_weights_come_from_a_column_or_from_the_task() -> None:
+    samples = [scored(1.0, cluster="1", level="3"), scored(0.0, cluster="2", level="1")]
+    assert aggregate('weighted {"column": "level"}', samples).value == 0.75
+    assert aggregate('weighted {"column": "level", "weights": {"3": 1, "1": 3}}', samples).value == 0.25
+    with pytest.raises(EvalError, match=r"the weight 'hard' of the column 'level' is nan, expected 0 or more"):
+        aggregate('weighted {"column": "level"}', [scored(1.0, cluster="1", level="hard")])
+
+
+def test_two_runs_are_compared_by_groups(question_file: Path, tmp_path: Path) -> None:
+    rules = "aggregation: {name: all_within, columns: [category]}\nmetric: {name: exact}"
+    file = task_file(question_file, rules)
+    for name in ("a", "b"):
+        model = FakeModel(fingerprint=name, fail_on=("1",) if name == "b" else ())
+        evaluate(model, get_task(file), tmp_path / name, modes=("own",), baselines=(), settings=ONE)
+    place = "own@own/own"
+    result = compare(tmp_path / "a" / place, tmp_path / "b" / place)
+    assert result.score.questions == len({row["category"] for row in rows_of(tmp_path / "a")})
+    assert len(result.samples) == len(result.score.changed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("There are twenty-one birds.", "21"), ("I count a hundred and five", "105"), ("12 of 13", "12"),
+        ("1,234.5 kg", "1234.5"), ("someone", ""), ("-3.0", "-3"), ("none", ""), ("9" * 400, ""),
+    ],
+)  # fmt: skip
+def test_the_first_number_of_an_answer_is_read_in_digits_or_words(answer: str, number: str) -> None:
+    assert EXTRACTORS["first_number"](answer, Document(id="1", question="?")) == number
+
+
+def test_numbers_are_right_within_a_tolerance() -> None:
+    document = Document(id="1", question="?", answers=("200",))
+    spec = 'within {"relative": 0.05}'
+    scores = [score_answer(document, text, extraction="last_number", metric=spec).score for text in ("210", "189", "x")]
+    assert scores == [1.0, 0.0, 0.0]

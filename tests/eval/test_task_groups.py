@@ -1,0 +1,47 @@
+"""Groups and tags of tasks on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mm_moslora_eval.eval_commands import list_tasks
+from mm_moslora_eval.protocol.task_groups import SIGN, expanded, shipped_groups, with_protocol
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
+
+from mm_moslora.utils.errors import EvalError
+
+
+def test_every_shipped_group_names_tasks_that_exist() -> None:
+    for name in shipped_groups():
+        tasks = [get_task(task) for task in expanded([f"{SIGN}{name}"])]
+        assert len(tasks) == len({task.name for task in tasks}) > 1
+
+
+def test_tasks_are_chosen_by_group_by_tag_and_by_name_each_once() -> None:
+    names = with_protocol(["@paper_commonsense", "mme", "@commonsense"], None)
+    assert names[0] == "commonsense_boolq@paper"
+    assert names.count("commonsense_boolq@paper") == 1
+    assert names[8] == "mme"
+    assert {task.id for task in all_tasks().values() if "commonsense" in task.tags} >= {*names[9:]}
+    assert with_protocol(["@llava15", "mme"], "vlmevalkit")[-1] == "mme@vlmevalkit"
+
+
+def test_a_group_of_ones_own_names_tasks_files_and_other_groups(tmp_path: Path) -> None:
+    path = tmp_path / "groups.yaml"
+    path.write_text("mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
+    assert expanded([f"@{path}:mine"])[:2] == [str(tmp_path / "mine.yaml"), "mme@llava"]
+    assert expanded([f"@{path}:mine"])[2:] == expanded(["@captions"])
+    with pytest.raises(EvalError, match=r"There is no group @.*:nine\. Did you mean 'mine'"):
+        expanded([f"@{path}:nine"])
+    with pytest.raises(EvalError, match="holds itself"):
+        expanded([f"@{path}:round"])
+    with pytest.raises(EvalError, match=r"no file 'absent.yaml'. A group of your own is @FILE.yaml:NAME"):
+        expanded(["@absent.yaml:mine"])
+    with pytest.raises(EvalError, match=r"There is no group @llava1\. Did you mean 'llava15'.*Groups and tags: "):
+        expanded(["@llava1"])
+
+
+def test_the_list_shows_tags_and_groups() -> None:
+    assert "classic, captions" in list_tasks(["coco_caption"])
+    assert list_tasks(["@nanovlm"]).splitlines()[-1].startswith("@nanovlm")
