@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.miniature_benchmarks import TASKS, make_miniature
+from mm_moslora_eval.protocol.miniature_layouts import FORMS
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
 from mm_moslora_eval.report.evaluation_page import format_score
 from mm_moslora_eval.run import provenance
@@ -73,6 +74,19 @@ def test_ten_miniature_benchmarks_run_and_score(finished: Path) -> None:
     )
     assert call["environment"]["torch"]
     assert "Calls that answered" in (finished / "report.html").read_text()
+
+
+def test_every_other_miniature_runs_with_a_checkpoint(tiny: Path, miniature: Path, tmp_path: Path) -> None:
+    """In the layouts that the task files name: pictures and options of each reach the model, and answers are scored."""
+    names = [str(miniature / f"{name}.yaml") for name in FORMS]
+    command = ["eval", "run", *names, "--model", str(tiny), "--output", str(tmp_path), "--batch-size", "64"]
+    assert cli.run([*command, "--precision", "fp32", "--no-report"]) == 0
+    results = {result.task: result for result in read_results(tmp_path)}
+    assert results.keys() == FORMS.keys()
+    assert all(result.n == result.counts.total > 0 and result.counts.failed == 0 for result in results.values())
+    assert all(0 <= result.score <= 1 for result in results.values())
+    assert results["mmvp"].metrics.keys() >= {"vanilla"}
+    assert results["naturalbench"].metrics.keys() >= {"vanilla", "question", "image"}
 
 
 def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _KEYS = ("id", "image", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_BRACKETED = re.compile(r"\(([A-Za-z])\)")
+_OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
 
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
@@ -74,15 +77,22 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
     from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
 
     datasets.disable_progress_bars()  # they would overwrite this package's own progress
-    options: dict[str, Any] = {"name": source.config, "split": source.split}
+    configs = source.config.split(",") if source.config else [None]
+
+    def read(name: str, **options: Any) -> Any:
+        tables = [
+            load_checked(name, name=config and config.strip(), split=source.split, **options) for config in configs
+        ]
+        return undecoded(tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables))
+
     try:
         if path is None:
-            table = load_checked(source.path, revision=source.revision, **options)
-            return undecoded(table), str(getattr(table, "_fingerprint", ""))
+            table = read(source.path, revision=source.revision)
+            return table, str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
             return undecoded(load_saved(path)), folder_checksum(path)
         if path.is_dir():
-            return undecoded(load_checked(str(path), **options)), folder_checksum(path)
+            return read(str(path)), folder_checksum(path)
         if path.is_file():
             kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
             if kind is None:
@@ -175,7 +185,7 @@ def document(
     def cell(name: str) -> Any:
         return row.get(columns.get(name, name))
 
-    options = _options(row, columns.get("options", "options"))
+    options = _options(row, columns.get("options", "options"), lettered=answer_is == "letter")
     identity = str(cell("id") if cell("id") is not None else default_id)
     used = {part.strip() for name in _KEYS for part in columns.get(name, name).split(",")}
     return Document(
@@ -204,19 +214,36 @@ def _flat(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
+def _options(row: Mapping[str, Any], names: str, *, lettered: bool) -> dict[str, str]:
+    """The options by their letters; `lettered`: they may begin with them, since the answer is a letter."""
     columns = [name.strip() for name in names.split(",")]
     if len(columns) > 1:
         values: list[Any] = [row.get(name) for name in columns]
     else:
         value = row.get(columns[0])
-        value = parse_list(value) if isinstance(value, str) else value
+        value = (parse_list(value) or _written_options(value)) if isinstance(value, str) else value
         values = list(value) if isinstance(value, list | tuple) else []
     return {
         letter: str(text)
-        for letter, text in zip(_LETTERS, values, strict=False)
+        for letter, text in zip(_LETTERS, _without_letters(values) if lettered else values, strict=False)
         if text is not None and str(text) != "nan"
     }
+
+
+def _written_options(text: str) -> list[str]:
+    """The options that a text writes as `(A) red (B) blue`, on one line or several, from A on; else none."""
+    marks = list(_BRACKETED.finditer(text))
+    if len(marks) < 2 or "".join(mark[1].upper() for mark in marks) != _LETTERS[: len(marks)]:
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return [text[mark.end() : end].strip().split("\n")[0].strip() for mark, end in zip(marks, ends, strict=True)]
+
+
+def _without_letters(values: Sequence[Any]) -> list[Any]:
+    """The texts of options; where each begins with its own letter, such as `(A) red` or `A. red`, without it."""
+    parts = [_OWN_LETTER.fullmatch(str(value)) for value in values]
+    own = [part[2] for part, letter in zip(parts, _LETTERS, strict=False) if part and part[1] == letter]
+    return own if len(own) == len(values) > 1 else list(values)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -231,6 +258,9 @@ def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: s
     text = str(value)
     if not text:
         return ()
+    bracketed = _BRACKETED.fullmatch(text.strip())
+    if bracketed and bracketed[1].upper() in options:
+        return (bracketed[1].upper(),)
     if not options or text in options or answer_is == "letter":
         return (text,)
     letters = list(options)

@@ -26,7 +26,7 @@ class Source:
     split: str = "test"
     """hf: split."""
     config: str | None = None
-    """hf: configuration name."""
+    """hf: configuration name, or several with commas, whose rows are joined."""
     revision: str | None = None
     """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
     lm_eval_task: str | None = None
