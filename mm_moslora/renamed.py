@@ -15,6 +15,7 @@ _HARNESS = "mm_moslora_eval."
 MODULES = {
     _PACKAGE + "data.sources.record_source": "data.chat.records",
     _PACKAGE + "models.memory_efficient.loss_head": "models.memory_efficient.decoder_layers",
+    _PACKAGE + "serve.inference.token_sampling": "models.decoding.token_sampling",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
 }

@@ -42,6 +42,7 @@ def run(
     judge: Judge | None = None,
     named: str = "",
     merge: bool = False,
+    changes: Sequence[str] = (),
 ) -> list[TaskResult]:
     """Evaluate a model on tasks, one after the other; results are written after each.
 
@@ -57,6 +58,7 @@ def run(
         judge: grades free answers; without a judge such tasks stay unscored.
         named: the model as the user names it; shards of another name are not merged.
         merge: score the answers of the shards in `output`; the model is not loaded.
+        changes: other values of the tasks' keys; see `task_registry.with_changes`.
 
     Returns:
         The results; none of a shard.
@@ -66,13 +68,13 @@ def run(
         ConfigError: shards that are missing or belong to other work.
     """
     from mm_moslora_eval.protocol.task import shown_name
-    from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.provenance import record
     from mm_moslora_eval.run.task_runner import EvaluationSettings, claim_run, hold_run
 
-    opened_tasks = [get_task(name) for name in tasks]
+    opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
     checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
     chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
@@ -116,13 +118,13 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
     return answers
 
 
-def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
+def dry_run(tasks: Sequence[str], *, documents: int = 1, changes: Sequence[str] = ()) -> str:
     """The first prompts of tasks with the pictures in them, without a model."""
-    from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 
     blocks = []
     for name in tasks:
-        task = get_task(name)
+        task = with_changes(get_task(name), changes)
         for document in task.load().documents[:documents]:
             head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
             try:
@@ -292,7 +294,12 @@ def describe(name: str) -> str:
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
-    search = f"{task.decoding.beams} beams" if task.decoding.beams > 1 else "greedy"
+    decoding = task.decoding
+    search = f"{decoding.beams} beams" if decoding.beams > 1 else "greedy"
+    if decoding.temperature:
+        drawn = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k or "all"}
+        search = ", ".join(f"{name} {value}" for name, value in drawn.items())
+        search += f", {decoding.samples} answers each ({task.over_samples})" if decoding.samples > 1 else ""
     lines = [
         f"{task.id} (version {task.version}): {task.title}",
         f"data:        {task.source.kind} {task.source.path} (licence: {task.licence})",

@@ -54,6 +54,7 @@ def eval_run(
     samples: tuple[str, ...] = (),
     seed: int = 0,
     max_new_tokens: int | None = None,
+    change: tuple[str, ...] = (),
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     reference: bool = False,
     dry_run: bool = False,
@@ -102,6 +103,9 @@ def eval_run(
     max_new_tokens
         Longest answer; default: the task's, and at least 2048 where the model is asked to think. Answers of another
         length belong into another folder.
+    change
+        KEY=VALUE, another value of a key below prompt, decoding, over_samples or thinking of the tasks, such as
+        decoding.temperature=0.7 and decoding.samples=8. Results name it; such answers belong into another folder.
     precision
         Dtype of the weights; auto: bf16 on hardware with fast bf16, else fp32.
     reference
@@ -135,7 +139,7 @@ def eval_run(
     allow_code(trust_task_code)
     names = with_protocol(tasks, protocol)
     if dry_run:
-        print(eval_commands.dry_run(names))
+        print(eval_commands.dry_run(names, changes=change))
         return 0
     from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
 
@@ -156,6 +160,7 @@ def eval_run(
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
         "merge": merge,
+        "changes": change,
         "judge": eval_commands.make_judge(
             judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
         ),

@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from mm_moslora_eval.metrics.exact_match import holds_answer
-from mm_moslora_eval.scoring.answer_scoring import score_answer, without_thinking
+from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.trusted_code import python_module
+from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.config import GrpoConfig

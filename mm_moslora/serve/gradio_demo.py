@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.images.record_picture import open_image
+from mm_moslora.models.decoding.token_sampling import Sampling
 from mm_moslora.serve.api.chat_request import ChatMessage, MessagePicture
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_limits import Limits
@@ -25,7 +26,6 @@ from mm_moslora.serve.inference.continuous_batching import AnswerPart, Generatio
 from mm_moslora.serve.inference.prompt_preparation import turns_of
 from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
-from mm_moslora.serve.inference.token_sampling import Sampling
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 
 MOST_MIB = 20

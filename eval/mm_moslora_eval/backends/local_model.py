@@ -24,6 +24,7 @@ from mm_moslora.models.decoding.generation import (
     score_options,
     stop_token_ids,
 )
+from mm_moslora.models.decoding.token_sampling import Draw, Sampling
 from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
@@ -89,7 +90,7 @@ class LocalModel:
                 scores = score_options(self.model, prompts, references)
             else:
                 answers, scores = generate_and_score(
-                    self.model, prompts, references, max_new_tokens=limit, stop_ids=stops
+                    self.model, prompts, references, max_new_tokens=limit, stop_ids=stops, draws=draws_of(chosen)
                 )
             if thinks:
                 scores = self._behind_thinking(prompts, chosen, answers)
@@ -200,6 +201,13 @@ class LocalModel:
             reference=next(iter(_option_scores(reference)), None),
             boxes=boxes_of(request, text, self.assembly.image_processing),
         )  # fmt: skip
+
+
+def draws_of(requests: Sequence[Request]) -> list[Draw] | None:
+    """One draw of tokens per request; None where the likeliest are wanted. The requests are of one task."""
+    wanted = [request.draw for request in requests if request.draw is not None]
+    draws = [Sampling(temperature=one.temperature, top_p=one.top_p, top_k=one.top_k, seed=one.seed) for one in wanted]
+    return [Draw(sampling=sampling) for sampling in draws] or None
 
 
 def _option_scores(scores: Sequence[ContinuationScore]) -> tuple[OptionScore, ...]:

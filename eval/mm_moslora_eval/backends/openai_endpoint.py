@@ -345,6 +345,9 @@ class EndpointModel:
             "max_tokens": request.max_new_tokens,
             "temperature": 0,
         }
+        if (draw := request.draw) is not None:
+            payload |= {"temperature": draw.temperature, "top_p": draw.top_p, "seed": draw.seed}
+            payload |= {"top_k": draw.top_k} if draw.top_k else {}  # vLLM and SGLang know it
         if request.stop:
             payload["stop"] = list(request.stop)
         reply = self.endpoint.chat(payload)

@@ -25,7 +25,7 @@ class ReplayModel:
             samples), a JSON list or mapping, or VLMEvalKit's `index` and `prediction` as a TSV or a workbook.
 
     Raises:
-        EvalError: not one of these files, or two different answers to one question.
+        EvalError: not one of these files; later, two different answers to one question that is asked once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,12 +35,13 @@ class ReplayModel:
         self._path = path
         self._fingerprint = hashlib.sha256(data).hexdigest()
         self._by_column: dict[str, dict[str, list[ReplayedAnswer]]] = defaultdict(lambda: defaultdict(list))
+        self._unlike = ""
+        """A question with different answers, of which only a protocol with drawn answers takes several."""
         texts: dict[Any, str | None] = {}
         for answer in read_answers(path, data):
             question = (tuple(answer.names.items()), answer.prompt)
             if texts.setdefault(question, answer.text) != answer.text:
-                name = next(iter(answer.names.values()))
-                raise EvalError(f"{path} holds two different answers to {name!r}; keep one.")
+                self._unlike = self._unlike or next(iter(answer.names.values()))
             for column, name in answer.names.items():
                 self._by_column[column][name].append(answer)
         self._column: str | None = None
@@ -101,6 +102,8 @@ class ReplayModel:
 
     def _choose_column(self, requests: Sequence[Request]) -> None:
         """Choose the id column once for the whole file: the column that identifies most questions."""
+        if self._unlike and any(request.draw is None for request in requests):
+            raise EvalError(f"{self._path} holds two different answers to {self._unlike!r}; keep one.")
         if self._column is None and requests:
             self._column = max(
                 self._by_column,
@@ -115,6 +118,12 @@ class ReplayModel:
         name = next((name for name in _names(request) if name in rows), None)
         answers = [] if name is None else rows[name]
         self._asked.add(name or "")
+        if request.draw is not None:
+            if request.sample >= len(answers):
+                raise RuntimeError(
+                    f"{self._path} holds {len(answers)} answers to {request.id!r}, and one more is asked for"
+                )
+            return answers[request.sample]
         if len({answer.text for answer in answers}) > 1:  # LLaVA's MME: two questions on a picture share its name
             answers = _with_prompt(answers, request)
         if not answers:

@@ -25,13 +25,15 @@ from mm_moslora.config import BoxChoice
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import check_processor
 from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.decoding.token_sampling import Draw, choose
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.load_model import trained_boxes
 from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import EvalError, reason_of
+from mm_moslora.utils.errors import EvalError, ModelError, reason_of
 from mm_moslora_eval.backends.answer_boxes import boxes_of
+from mm_moslora_eval.backends.local_model import draws_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
@@ -56,6 +58,26 @@ class _LogitsWatch(LogitsProcessor):
     def wrong(self, count: int) -> list[int]:
         """Numbers of such requests, each of which has as many rows as it has beams."""
         return [] if self._seen is None else self._seen.view(count, -1).any(dim=1).nonzero()[:, 0].tolist()
+
+
+class _Drawn(LogitsProcessor):
+    """Draws the tokens of an answer as `LocalModel` does, so that they do not depend on what else is in the batch."""
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self._draws = draws
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> list[_Drawn]:
+        """The processor that the requests need, if any."""
+        draws = draws_of(requests)
+        return [cls(draws)] if draws else []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """See transformers; the drawn token is the only one that is left."""
+        drawn = choose(scores.float(), self._draws)
+        tokens = [0 if isinstance(token, ModelError) else token for token in drawn]  # the watch has noted these
+        kept = torch.tensor(tokens, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, kept, 0.0)
 
 
 class TransformersModel:
@@ -161,10 +183,11 @@ class TransformersModel:
             inputs = self._inputs(chosen)
             limit = max(request.max_new_tokens for request in chosen)
             watch = _LogitsWatch()
+            processors = [watch, *_Drawn.of(chosen)]
             output: Any = self.model.generate(
                 **inputs, max_new_tokens=limit, do_sample=False, num_beams=chosen[0].beams,
                 pad_token_id=self._tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
-                logits_processor=LogitsProcessorList([watch]),
+                logits_processor=LogitsProcessorList(processors),
             )  # fmt: skip
             wrong = watch.wrong(len(chosen))
             new = output[:, inputs["input_ids"].shape[1] :]

@@ -47,6 +47,17 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenDraw:
+    """How the tokens of an answer are drawn; see `Decoding`."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    """Of this answer, below 2^31. The same one gives a local model's answer again, whatever else is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One question."""
 
@@ -59,6 +70,10 @@ class Request:
     """The answer ends before the first of these strings."""
     beams: int = 1
     """Beams of the search for the likeliest answer; 1: greedy."""
+    draw: TokenDraw | None = None
+    """None: the likeliest tokens."""
+    sample: int = 0
+    """The number of this answer among several to the question."""
     raw: bool = False
     """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()

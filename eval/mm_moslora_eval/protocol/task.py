@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,10 @@ from mm_moslora_eval import sources
 from mm_moslora_eval.metrics.question_groups import OptionMeasure
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
+from mm_moslora_eval.scoring.named_parts import NamedParts
+from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeated
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
+from mm_moslora_eval.scoring.visible_text import THINK, Markers
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, digest
 
@@ -36,20 +40,73 @@ class Decoding:
     stop: tuple[str, ...] = ()
     beams: int = 1
     """generate only: beams of transformers' beam search, of which the likeliest is the answer; 1: greedy."""
+    temperature: float = 0.0
+    """generate only: tokens are drawn by their probabilities at this temperature; 0: the likeliest."""
+    top_p: float = 1.0
+    """Drawn from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Drawn from so many of the likeliest tokens; 0: from all."""
+    seed: int = 0
+    """Of the draws; local models give the same answers again."""
+    samples: int = 1
+    """Answers to each question, which `over_samples` of the task sums up."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "beams"):
             if getattr(self, name) < 1:
                 raise EvalError(f"decoding.{name} is {getattr(self, name)}, expected 1 or more.")
+        self._check_sampling()
         if self.beams > 1 and self.kind != "generate":
             raise EvalError(f"decoding.beams is {self.beams}, but decoding.kind {self.kind} generates nothing.")
 
+    def _check_sampling(self) -> None:
+        if not (0 <= self.temperature <= 10 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.samples >= 1):
+            raise EvalError(
+                f"decoding has temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k} and samples "
+                f"{self.samples}; expected 0 to 10, above 0 to 1, 0 or more, and 1 or more."
+            )
+        drawn = [name for name in ("top_p", "top_k", "seed", "samples") if getattr(self, name) != _GREEDY[name]]
+        if drawn and not self.temperature:
+            raise EvalError(
+                f"decoding.{drawn[0]} is {getattr(self, drawn[0])}, but decoding.temperature is 0: the likeliest "
+                "answer is always the same. Set a temperature."
+            )
+        if self.temperature and (self.beams > 1 or self.kind != "generate"):
+            raise EvalError(
+                f"decoding.temperature is {self.temperature}, which goes with kind generate and one beam, not with "
+                f"kind {self.kind} and {self.beams} beams."
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without `beams` where decoding is greedy: answers stored by earlier versions stay valid."""
-        data = asdict(self)
-        if self.beams == 1:
-            del data["beams"]
-        return data
+        """Plain data, without what is as in greedy decoding: answers stored by earlier versions stay valid."""
+        return {name: value for name, value in asdict(self).items() if name not in _GREEDY or value != _GREEDY[name]}
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides an answer: all but the number of answers, so that more can be asked for later."""
+        return {name: value for name, value in self.to_dict().items() if name != "samples"}
+
+
+_GREEDY = {"beams": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "samples": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerReasoning:
+    """The reasoning in an answer, which is no part of what is extracted."""
+
+    strip: bool = True
+    """Remove it before the extraction."""
+    markers: tuple[Markers, ...] = ()
+    """Texts before and after reasoning, besides `<think>` and those of the model's chat template."""
+
+    def __post_init__(self) -> None:
+        if not all(text for pair in self.markers for text in pair):
+            raise EvalError(f"thinking.markers is {self.markers!r}, expected pairs of texts that are not empty.")
+
+    def all_markers(self, of_model: Sequence[Sequence[str]] = ()) -> tuple[Markers, ...]:
+        """The markers whose blocks are removed."""
+        own = [(start, end) for start, end in of_model]
+        return tuple(dict.fromkeys((THINK, *self.markers, *own))) if self.strip else ()
 
 
 def shown_name(task: str, protocol: str) -> str:
@@ -83,6 +140,9 @@ class Task:
     """A name in `answer_scoring.EXTRACTORS`, with options as `named_parts` writes them; so for the next ones."""
     metric: str = "exact"
     """A name in `answer_scoring.METRICS`."""
+    over_samples: str = "mean"
+    """A name in `repeated_answers.OVER_SAMPLES`: what several answers to a question come to."""
+    thinking: AnswerReasoning = field(default_factory=AnswerReasoning)
     reference: str = "{answer}"
     """The text whose log-likelihood is reported; `{answer}` is the most frequent reference."""
     aggregation: str = "mean"
@@ -100,6 +160,8 @@ class Task:
     """Differences from the harness after which the protocol is named, one sentence each."""
     tags: tuple[str, ...] = ()
     """Words by which `eval list` finds the task and `@TAG` chooses it, such as `tier_a` and `charts`."""
+    changed: tuple[str, ...] = ()
+    """Keys that the user has set for a run, as `key=value`."""
     folder: str | None = None
     """Folder of the task file; relative paths of its source start there. None: the working directory."""
 
@@ -122,6 +184,8 @@ class Task:
             EXTRACTORS.check(self.extraction)
             METRICS.check(self.metric, also=JUDGED)
             AGGREGATIONS.check(self.aggregation)
+            OVER_SAMPLES.check(self.over_samples)
+            check_repeated(self.over_samples, self.aggregation, samples=self.decoding.samples)
         except EvalError as error:
             raise EvalError(f"Task {self.name!r}: {error}") from error
         if odd:
@@ -129,9 +193,9 @@ class Task:
 
     @property
     def code(self) -> dict[str, dict[str, str]]:
-        """Where those of its rules come from that are not of this package, by `extraction`, `metric`, `aggregation`."""
-        tables = (EXTRACTORS, self.extraction), (METRICS, self.metric), (AGGREGATIONS, self.aggregation)
-        return {table.kind: origin for table, part in tables if (origin := table.origin(part))}
+        """Where those of its rules come from that are not of this package, by the key of the task."""
+        tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES)
+        return {table.kind: origin for table in tables if (origin := table.origin(getattr(self, table.kind)))}
 
     def load_code(self) -> None:
         """Load the functions of its rules, so that none is missing when the answers are there.
@@ -139,7 +203,7 @@ class Task:
         Raises:
             EvalError: code of another package that does not load, or of a file that is not trusted.
         """
-        EXTRACTORS[self.extraction], AGGREGATIONS[self.aggregation]
+        EXTRACTORS[self.extraction], AGGREGATIONS[self.aggregation], OVER_SAMPLES[self.over_samples]
         if self.metric not in JUDGED:
             METRICS[self.metric]
 
@@ -149,10 +213,13 @@ class Task:
         return f"{self.name}@{self.protocol}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the folder of the file."""
+        """Plain data, without the folder of the file, and without what earlier versions did not have."""
         data = asdict(self)
         del data["folder"]
-        return data
+        for name, usual in (("over_samples", "mean"), ("thinking", asdict(AnswerReasoning())), ("changed", ())):
+            if data[name] == usual:
+                del data[name]
+        return data | {"decoding": self.decoding.to_dict()}
 
     def reference_of(self, document: Document) -> str:
         """The reference answer as the model would say it; empty without one, and where a judge scores the task."""
@@ -166,7 +233,7 @@ class Task:
         The places of images are left out, since the key of every answer covers them.
         """
         prompt = {key: value for key, value in asdict(self.prompt).items() if key not in ("image_tags", "strip_parts")}
-        return digest([self.name, self.protocol, self.version, prompt, self.decoding.to_dict()])
+        return digest([self.name, self.protocol, self.version, prompt, self.decoding.decides])
 
     def within(self, limit: int | None, *, thinking_tokens: int = 0) -> Task:
         """The task with the length of answers that a run asks for; it decides their identity, as the task's own does.

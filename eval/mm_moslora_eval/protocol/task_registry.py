@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.run_paths import file_and_folder
-from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
+from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml, parse_yaml_value
 from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
@@ -59,8 +59,13 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def _build(data: dict[str, Any], path: Path, where: str) -> Task:
     folder = path.parent.absolute()
-    parts = {kind: part_text(kind, data[kind], folder=folder) for kind in KINDS if kind in data}
-    return build_strictly(Task, {"folder": str(folder), **data, **parts}, source=f"{path}{where}")
+    data = {"folder": str(folder), **_with_part_texts(data, folder)}
+    return build_strictly(Task, data, source=f"{path}{where}")
+
+
+def _with_part_texts(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The keys of a task with its rules as texts."""
+    return {key: part_text(key, value, folder=folder) if key in KINDS else value for key, value in data.items()}
 
 
 def all_tasks() -> dict[str, Task]:
@@ -111,6 +116,38 @@ def get_task(name: str) -> Task:
         f"No task {name!r}.{suggestion(stem, names)} See `mm-moslora eval list`, "
         "or give a data file as llava:FILE or tsv:FILE."
     )
+
+
+CHANGEABLE = ("prompt", "decoding", "over_samples", "thinking")
+"""Keys of a task that a run may change, with what is below them."""
+
+
+def with_changes(task: Task, changes: Sequence[str]) -> Task:
+    """A task with other values of some keys, which its results name.
+
+    Args:
+        task: the protocol.
+        changes: `KEY=VALUE` with the value as in YAML, such as `decoding.temperature=0.7`.
+
+    Raises:
+        EvalError: no such form, or a key that decides which benchmark it is.
+        ConfigError: an unknown key or an impossible value.
+    """
+    if not changes:
+        return task
+    data = task.to_dict() | {"folder": task.folder, "changed": list(changes)}
+    for change in changes:
+        key, separator, value = change.partition("=")
+        path = key.split(".")
+        if not separator or path[0] not in CHANGEABLE:
+            raise EvalError(
+                f"--change {change!r} is none; expected KEY=VALUE with a key below {', '.join(CHANGEABLE)}."
+            )
+        new: Any = parse_yaml_value(value)
+        for name in reversed(path):
+            new = {name: new}
+        data = _merged(data, _with_part_texts(new, Path.cwd()))
+    return build_strictly(Task, data, source="--change")
 
 
 def is_task_file(name: str) -> bool:

@@ -84,7 +84,7 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
         asked_as = about.get("asked_as", result.protocol)
         part += f", asked as {asked_as}" if asked_as != result.protocol else ""
         path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
-        rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
+        rules = ", ".join(str(result.about[rule]) for rule in RULES if rule in result.about)
         checksum = f" [{str(result.subject[3])[:8]}]"
         return (
             f"{shown_name(result.task, result.protocol)}{part}",

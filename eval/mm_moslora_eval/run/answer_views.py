@@ -161,12 +161,13 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(
-    view: Path, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], scored: Sequence[Scored]
-) -> None:
-    """Write `samples.jsonl`: every document with its answer and its score."""
+    view: Path, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], scored: Sequence[Scored], *,
+    repeated: Sequence[Sequence[Scored]],
+) -> None:  # fmt: skip
+    """Write `samples.jsonl`: every document with its answer and its score, and with all of several answers."""
     samples = [
-        _sample(index, row, answer, one)
-        for index, (row, answer, one) in enumerate(zip(rows, answers, scored, strict=True))
+        _sample(index, row, answer, one) | (_repeated(several) if len(several) > 1 else {})
+        for index, (row, answer, one, several) in enumerate(zip(rows, answers, scored, repeated, strict=True))
     ]
     replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
 
@@ -177,7 +178,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
     return {
         "index": index,
         **{name: row[name] for name in copied},
-        "text": answer["text"],
+        "text": None if answer["text"] is None else scored.text if "more_keys" in row else answer["text"],
         "parsed": scored.parsed,
         "numbers": list(scored.numbers),
         **({"judged": True} if scored.judged else {}),
@@ -189,6 +190,16 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         "tokens": answer["tokens"],
         "logprobs": answer["options"],
         **({"reference": answer["reference"]} if "reference" in answer else {}),
+    }
+
+
+def _repeated(several: Sequence[Scored]) -> dict[str, Any]:
+    """All answers to a document; the text of its sample is that of the answer that stands for them."""
+    return {
+        "repeated": [
+            {"text": one.text, "parsed": one.parsed, "score": None if math.isnan(one.score) else one.score}
+            for one in several
+        ]
     }
 
 

@@ -25,8 +25,9 @@ from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel, is_c
 from mm_moslora_eval.metrics import judge_scores
 from mm_moslora_eval.metrics.metric_text import letters
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, score_answer, without_thinking
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, score_answer
 from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import Document, digest
 
 logger = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
         EvalError: the judge cannot be reached, or too many of its replies cannot be read.
     """
     grader = GRADERS.get(task.metric) or partial(_grade_extracted, task=task)
-    seen = [without_thinking(sample.text) for sample in samples]
+    seen = [sample.visible for sample in samples]
     answered = [index for index, sample in enumerate(samples) if not sample.failed and not seen[index].unclosed]
     result = [replace(sample, score=0.0, parsed="", judged=True) for sample in samples]
     ungraded = 0

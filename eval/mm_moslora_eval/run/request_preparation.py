@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError, EvalError
-from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request
+from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOXES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
@@ -36,6 +36,8 @@ class Item:
     own_ids: tuple[str, ...]
     """Hashes of the document's own pictures; they group samples in every image mode."""
     problem: str | None
+    sample: int = 0
+    """The number of the answer among several to the document."""
 
     @property
     def cost(self) -> float:
@@ -82,11 +84,23 @@ class Preparation:
         names = [name for ids in beside for name in ids]
         self._other = derangement(names, seed=seed, apart=beside) if mode == "wrong" and names else {}
         self.items = tuple(
-            self._item(index, document, *identified[document.id], fingerprint)
+            item
             for index, document in enumerate(documents)
+            for item in self._answers(self._item(index, document, *identified[document.id], fingerprint))
         )
         keys = [item.key for item in self.items]
         assert len(set(keys)) == len(keys), "document ids are unique, so keys are"
+
+    @property
+    def documents(self) -> list[tuple[Item, ...]]:
+        """The answers to each document, in their order."""
+        count = self._task.decoding.samples
+        return [self.items[start : start + count] for start in range(0, len(self.items), count)]
+
+    def _answers(self, item: Item) -> list[Item]:
+        """An item for every answer; the first one has the key of a question with one answer."""
+        count = range(1, self._task.decoding.samples)
+        return [item, *(replace(item, sample=number, key=digest([item.key, number])) for number in count)]
 
     def _identify(self, document: Document, hasher: Hasher) -> tuple[tuple[str, ...], str | None]:
         if document.problem is not None:
@@ -155,11 +169,21 @@ class Preparation:
             max_new_tokens=self._task.decoding.max_new_tokens,
             stop=self._task.decoding.stop,
             beams=self._task.decoding.beams,
+            draw=self._draw(item),
+            sample=item.sample,
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
             boxes=self._task.extraction == BOXES,
         )
+
+    def _draw(self, item: Item) -> TokenDraw | None:
+        """The draw of an answer; its seed does not depend on the model, so two models get the same noise."""
+        decoding = self._task.decoding
+        if not decoding.temperature:
+            return None
+        seed = int(digest([decoding.seed, self._task.id, item.document.id, item.sample])[:8], 16) % 2**31
+        return TokenDraw(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k, seed=seed)
 
     def option_request(self, item: Item) -> OptionRequest:
         """The request with the option letters, or the options' texts, as continuations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -34,12 +35,14 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
-from mm_moslora_eval.scoring.answer_scoring import BOXES, JUDGED, score_answer, without_thinking
+from mm_moslora_eval.scoring.answer_scoring import BOXES, JUDGED, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
+from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.score_aggregation import check_ids
 from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, ungraded, wordy
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RULES = ("extraction", "metric", "aggregation")
+RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
 """Parts of a task that turn answers into a score."""
 
 
@@ -124,7 +127,7 @@ class TaskResult:
     def subject(self) -> tuple[Any, ...]:
         """The documents and rules of a score; only scores of the same subject are compared."""
         # The name of the protocol does not identify the rules of an edited task file.
-        return (*self._measured, self.version, *(self.about.get(rule, "") for rule in RULES))
+        return (*self._measured, self.version, *(str(self.about.get(rule, "")) for rule in RULES))
 
     @property
     def _measured(self) -> tuple[Any, ...]:
@@ -197,7 +200,8 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     task = build_strictly(Task, described["task"], source=str(view / TASK))
     rows = documents_of(view)
     answers = read_folder(answers_folder(view))
-    missing = [row["id"] for row in rows if row["key"] not in answers]
+    keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
+    missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
     if missing:
         raise EvalError(
             f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
@@ -205,32 +209,41 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         )
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
-    in_order = [answers[row["key"]] for row in rows]
+    given = [[answers[key] for key in own] for own in keys]
+    in_order = [next((one for one in several if one["error"]), several[0]) for several in given]
     about = {key: described[key] for key in ABOUT if key in described}
-    about["date"] = max((str(answer["time"]) for answer in in_order if answer.get("time")), default=None)
-    texts = [
-        (Document.from_dict(row), _boxes(answer, task) if task.extraction == BOXES else answer["text"])
-        for row, answer in zip(rows, in_order, strict=True)
+    about["date"] = max(
+        (str(answer["time"]) for several in given for answer in several if answer.get("time")), default=None
+    )
+    documents = [Document.from_dict(row) for row in rows]
+    check_ids(task.aggregation, documents)
+    asked = [
+        _Asked(document, _boxes(answer, task) if task.extraction == BOXES else answer["text"], row["cluster"])
+        for document, row, several in zip(documents, rows, given, strict=True)
+        for answer in several
     ]
-    check_ids(task.aggregation, [document for document, _ in texts])
-    scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
+    markers = task.thinking.all_markers(described.get("thinking_markers", ()))
+    each, reason = _scored(task, asked, judge, markers)
+    ends = list(itertools.accumulate(map(len, given), initial=0))
+    repeated = [each[start:end] for start, end in itertools.pairwise(ends)]
+    scored = [combined(several, over_samples=task.over_samples) for several in repeated]
     if judge is not None:
         about["judge"] = judge.to_dict()
     settled: dict[str, Any] = {
         "mode": described["mode"], "folder": folder_of(view),
-        "truncated": sum(answer["finish_reason"] == "length" for answer in in_order),
+        "truncated": sum(any(answer["finish_reason"] == "length" for answer in several) for several in given),
         "errors": [last_line(answer["error"]) for answer in in_order],
         "likelihood": _likelihood(task, rows, in_order),
     }  # fmt: skip
     if reason is not None:
         if not has_scores(view):  # keep the scores of an earlier judge
-            write_samples(view, rows, in_order, scored)
+            write_samples(view, rows, in_order, scored, repeated=repeated)
         from mm_moslora_eval.run.submissions import keep_submission
 
         about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
         about |= {"judge_failed": True} if reason.failed else {}
         return unscored(task, scored, about=about, **settled)
-    write_samples(view, rows, in_order, scored)
+    write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, **settled)
 
 
@@ -241,14 +254,18 @@ def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[di
     return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED)}
 
 
-ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think")
+ABOUT = (
+    "model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think",
+    "thinking_markers",
+)  # fmt: skip
 
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
     """A view of the same answers under another protocol's rules; prompt and decoding stay the original ones."""
     rescored = replace(
         task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
-        aggregation=rules.aggregation, published=rules.published, notes=rules.notes, differences=rules.differences,
+        aggregation=rules.aggregation, over_samples=rules.over_samples,
+        thinking=rules.thinking, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
     described |= {"task": rescored.to_dict()}
     if rules.protocol != task.protocol:
@@ -279,15 +296,27 @@ class _Unscored:
     """The judge failed."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """An answer to a document; None where it is missing."""
+
+    document: Document
+    text: str | None
+    cluster: str
+
+
 def _scored(
-    task: Task, answers: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
+    task: Task, answers: Sequence[_Asked], judge: Judge | None, markers: tuple[Markers, ...]
 ) -> tuple[list[Scored], _Unscored | None]:
-    """Samples with their scores, or the reason for missing scores."""
+    """Answers with their scores, or the reason for missing scores."""
     plain = [
-        Scored(document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=name)
-        for (document, text), name in zip(answers, clusters, strict=True)
-    ]
-    if all(not document.answers for document, _ in answers) and task.metric not in JUDGED:
+        Scored(
+            document=one.document, text=one.text or "", parsed=one.text or "", score=math.nan, failed=one.text is None,
+            cluster=one.cluster, markers=markers,
+        )
+        for one in answers
+    ]  # fmt: skip
+    if all(not one.document.answers for one in answers) and task.metric not in JUDGED:
         return plain, _Unscored("The data holds no reference answers.")
     if task.metric in JUDGED and judge is None:
         return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
@@ -301,8 +330,7 @@ def _scored(
             return plain, _Unscored(str(error), failed=True)
     rules = {"extraction": task.extraction, "metric": task.metric}
     return [
-        score_answer(document, text, cluster=cluster, **rules)
-        for (document, text), cluster in zip(answers, clusters, strict=True)
+        score_answer(one.document, one.text, cluster=one.cluster, markers=markers, **rules) for one in answers
     ], None
 
 
@@ -311,6 +339,8 @@ _PROTOCOL = (
     "published", "notes", "differences",
 )  # fmt: skip
 """Parts of a task that a result repeats."""
+_SOMETIMES = ("over_samples", "thinking", "changed")
+"""Those that few tasks have."""
 
 
 def unscored(
@@ -320,7 +350,11 @@ def unscored(
     """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
     nan, parts = math.nan, strict_json(task.to_dict())
-    described = {name: parts[name] for name in _PROTOCOL} | ({"code": task.code} if task.code else {}) | about
+    described = (
+        {name: parts[name] for name in (*_PROTOCOL, *_SOMETIMES) if name in parts}
+        | ({"code": task.code} if task.code else {})
+        | about
+    )
     return TaskResult(
         task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
         low=nan, high=nan, stderr_kind="none",
@@ -334,7 +368,7 @@ def unscored(
 
 
 def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
-    answers = [without_thinking(sample.text) for sample in samples]
+    answers = [sample.visible for sample in samples]
     return {
         "thinking": sum(answer.thought for answer in answers),
         "unclosed_thinking": sum(answer.unclosed for answer in answers),

@@ -56,6 +56,8 @@ class _Decoding:
     kind: str
     max_new_tokens: int
     beams: int = 1
+    temperature: float = 0.0
+    samples: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,9 @@ class _About:
     aggregation: str = ""
     asked_as: str = ""
     learned_from: str = ""
+    over_samples: str = ""
+    changed: tuple[str, ...] = ()
+    thinking_markers: tuple[tuple[str, ...], ...] = ()
     unscored: str = ""
     date: str = ""
     expected_count: int | None = None
@@ -178,6 +183,7 @@ class StoredDocument:
     images: tuple[Any, ...]
     paths: tuple[str | None, ...]
     cluster: str
+    more_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

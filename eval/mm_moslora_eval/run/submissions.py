@@ -17,7 +17,7 @@ from mm_moslora.utils.files import output_file, replacing
 from mm_moslora_eval.metrics import vqa_accuracy
 from mm_moslora_eval.run.answer_log import line, read_folder
 from mm_moslora_eval.run.answer_views import answers_folder, documents_of, find_view
-from mm_moslora_eval.scoring.answer_scoring import without_thinking
+from mm_moslora_eval.scoring.visible_text import without_thinking
 
 Row = Mapping[str, Any]
 _XLSX_CELL = 32_767

@@ -241,7 +241,7 @@ def run_task(
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
     job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
-    selection = selection_of(work.items, data)
+    selection = selection_of([first for first, *_ in work.documents], data)
     view = mode_folder / selection.folder
     if settings.rank == 0:
         make_subfolder(view)
@@ -268,12 +268,13 @@ def _describe(
         item.document.to_dict()
         | {
             "key": item.key,
+            **({"more_keys": [other.key for other in others]} if others else {}),
             "prompt": "\n".join(message.text for message in item.messages),
             "images": list(item.image_ids),
             "paths": work.paths(item),
             "cluster": item.cluster,
         }
-        for item in work.items
+        for item, *others in work.documents
     ]
     replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
     first = next((item for item in work.items if item.problem is None), None)
@@ -289,6 +290,8 @@ def _describe(
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
     }
+    if markers := getattr(model, "thinking_markers", ()):
+        described["thinking_markers"] = [list(pair) for pair in markers]
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 

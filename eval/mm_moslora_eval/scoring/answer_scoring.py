@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import string
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import (
@@ -23,6 +22,7 @@ from mm_moslora_eval.metrics import (
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.scoring.visible_text import THINK, Markers, without_thinking
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
@@ -185,36 +185,19 @@ JUDGED = (
 """Metrics that need a judge; without one a task is unscored."""
 
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.S)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """An answer without its thinking."""
-
-    text: str
-    thought: bool
-    """A block was removed."""
-    unclosed: bool
-    """A block has no end: the text was cut off before the answer, so there is nothing to extract."""
-
-
-def without_thinking(text: str) -> Visible:
-    """Remove `<think>...</think>` from an answer.
-
-    If the chat template opens the block, the answer contains only its end; the text before that is removed too.
-    """
-    rest = _THOUGHT.sub("", text)
-    rest = rest.rsplit("</think>", 1)[-1]
-    if "<think>" in rest:
-        return Visible("", True, True)
-    return Visible(rest.strip(), True, False) if rest != text else Visible(text, False, False)
-
-
 def score_answer(
-    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None
-) -> Scored:
-    """Extract and score one answer; None is a missing answer.
+    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None,
+    markers: Sequence[Markers] = (THINK,),
+) -> Scored:  # fmt: skip
+    """Extract and score one answer.
+
+    Args:
+        document: with its references.
+        text: the answer; None: a missing one.
+        extraction: a name in `EXTRACTORS`.
+        metric: a name in `METRICS`.
+        cluster: of the sample.
+        markers: of reasoning, which is removed before.
 
     Raises:
         EvalError: the document has no reference.
@@ -224,15 +207,23 @@ def score_answer(
     if text is None:
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
     extract, rate = EXTRACTORS[extraction], METRICS[metric]
-    visible, parsed = without_thinking(text), ""
+    visible, parsed = without_thinking(text, markers), ""
     try:
         parsed = "" if visible.unclosed else _text_of(extract(visible.text, document))
         # An answer that cannot be extracted is wrong, even if the metric accepts an empty string.
         score = _share(rate(parsed, document)) if parsed.strip() else 0.0
     except Exception as error:  # of rules of any package: the other answers are scored all the same
         fault = f"{type(error).__name__}: {error}"
-        return Scored(document=document, text=text, parsed=parsed, score=math.nan, cluster=cluster, fault=fault)
-    return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
+        return Scored(
+            document=document,
+            text=text,
+            parsed=parsed,
+            score=math.nan,
+            cluster=cluster,
+            fault=fault,
+            markers=tuple(markers),
+        )
+    return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster, markers=tuple(markers))
 
 
 def _text_of(parsed: object) -> str:
@@ -251,7 +242,7 @@ def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
     lenient = []
     for sample in samples:
-        visible, document = without_thinking(sample.text), sample.document
+        visible, document = sample.visible, sample.document
         if not sample.failed and not visible.unclosed and not sample.fault:
             right = exact_match.holds_answer(visible.text, document.answers, document.options)
             sample = replace(sample, score=max(sample.score, right))

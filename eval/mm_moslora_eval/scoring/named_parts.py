@@ -28,7 +28,7 @@ from mm_moslora_eval.sources.document import Document
 Extractor = Callable[[str, Document], str]
 Metric = Callable[[str, Document], float]
 F = TypeVar("F", bound=Callable[..., Any])
-KINDS = ("extraction", "metric", "aggregation")
+KINDS = ("extraction", "metric", "aggregation", "over_samples")
 """Kinds of parts, which are keys of a task file."""
 _FILE, _HASH = "file", "sha256"
 
@@ -93,6 +93,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
 
     def __init__(self, kind: str, shipped: Mapping[str, F]) -> None:
         self.kind, self._shipped = kind, dict(shipped)
+        self._group = f"mm_moslora_eval.{kind.removesuffix('s')}s"
 
     def __getitem__(self, part: str) -> F:
         """The function, with its options.
@@ -174,7 +175,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
             ) from error
 
     def _points(self) -> dict[str, metadata.EntryPoint]:
-        return {point.name: point for point in metadata.entry_points(group=f"mm_moslora_eval.{self.kind}s")}
+        return {point.name: point for point in metadata.entry_points(group=self._group)}
 
 
 @lru_cache(maxsize=512)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mm_moslora_eval.scoring.answer_scoring import score_leniently, without_thinking
+from mm_moslora_eval.scoring.answer_scoring import score_leniently
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 FEWEST = 5
@@ -51,7 +51,7 @@ def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
 
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:
     """A remark on `<think>` blocks, which are not scored, and on blocks without an end."""
-    answers = [without_thinking(sample.text) for sample in answered]
+    answers = [sample.visible for sample in answered]
     thought, unclosed = sum(answer.thought for answer in answers), sum(answer.unclosed for answer in answers)
     if thought:
         yield (
@@ -99,7 +99,7 @@ def wordy(answered: Sequence[Scored]) -> Iterator[str]:
 
 def _answer_of(sample: Scored) -> str:
     """The model's answer: the extracted one, or the text where a judge read it, whose reply is no answer."""
-    return without_thinking(sample.text).text.strip() if sample.judged else sample.parsed.strip()
+    return sample.visible.text.strip() if sample.judged else sample.parsed.strip()
 
 
 def _plain(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from mm_moslora_eval.scoring.estimates import Ratio
+from mm_moslora_eval.scoring.visible_text import THINK, Markers, Visible, without_thinking
 from mm_moslora_eval.sources.document import Document
 
 
@@ -28,8 +29,15 @@ class Scored:
     """Further numbers of a judge, for the aggregation."""
     judged: bool = False
     """A judge read the answer: `parsed` comes from its reply."""
+    markers: tuple[Markers, ...] = (THINK,)
+    """Of reasoning in the text."""
     fault: str = ""
     """The error of the extraction or the metric on this answer, whose score is then nan."""
+
+    @property
+    def visible(self) -> Visible:
+        """The answer without its reasoning."""
+        return without_thinking(self.text, self.markers)
 
     def column(self, name: str) -> str:
         """The document's value in a column: its category, its id, or a further column; empty without one."""

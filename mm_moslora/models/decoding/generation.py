@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest, logits_error
+from mm_moslora.models.decoding.token_sampling import Draw, choose
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import image_features, is_multimodal
 from mm_moslora.utils.errors import ModelError
@@ -109,14 +110,15 @@ def stream(
 
 
 def continued(
-    model: PreTrainedModel, state: Decoder, *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> Iterator[list[int | None]]:
-    """`stream` from the ends of prompts; the state is used up."""
+    model: PreTrainedModel, state: Decoder, *, max_new_tokens: int, stop_ids: Sequence[int],
+    draws: Sequence[Draw] | None = None,
+) -> Iterator[list[int | None]]:  # fmt: skip
+    """`stream` from the ends of prompts; the state is used up. With `draws`, one per prompt, tokens are sampled."""
     count = len(state.logits)
     rows = list(range(count))  # which prompt each row of the state belongs to
     stops = set(stop_ids)
     for step in range(max_new_tokens):
-        chosen, numbers = likeliest(state.logits)
+        chosen, numbers = _sampled(state.logits, [draws[row] for row in rows]) if draws else likeliest(state.logits)
         said: list[int | None] = [None] * count
         alive = []
         for index, (row, token) in enumerate(zip(rows, numbers, strict=True)):
@@ -132,6 +134,16 @@ def continued(
             state.select(alive)
             chosen, rows = chosen[alive], [rows[index] for index in alive]
         state.extend(model.get_input_embeddings()(chosen[:, None]), torch.ones_like(chosen[:, None]))
+
+
+def _sampled(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:
+    """`likeliest`, of tokens that are drawn."""
+    numbers = choose(logits.float(), draws)
+    for number in numbers:
+        if isinstance(number, ModelError):
+            raise number
+    tokens = [number for number in numbers if not isinstance(number, ModelError)]
+    return torch.tensor(tokens).to(logits.device, non_blocking=True), tokens
 
 
 def generate(
@@ -241,7 +253,7 @@ def score_options(
 @torch.inference_mode()
 def generate_and_score(
     model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]], *,
-    max_new_tokens: int, stop_ids: Sequence[int],
+    max_new_tokens: int, stop_ids: Sequence[int], draws: Sequence[Draw] | None = None,
 ) -> tuple[list[list[int]], list[list[ContinuationScore]]]:  # fmt: skip
     """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`.
 
@@ -251,13 +263,14 @@ def generate_and_score(
         options: token ids of the continuations of each prompt; a prompt may have none.
         max_new_tokens: most tokens of an answer.
         stop_ids: tokens that end an answer.
+        draws: how the tokens of each answer are sampled; None: greedily.
 
     Raises:
         ModelError: see `stream` and `score_options`.
     """
     state = _read(model, prompts)
     scores = _score(model, state, options)
-    steps = continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    steps = continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids, draws=draws)
     return _gathered(steps, len(prompts)), scores
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_moslora.data.chat.tool_records import OpenCalls, ToolError, offered_tools, read_calls
+from mm_moslora.models.decoding.token_sampling import Sampling
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.token_sampling import Sampling
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -19,7 +19,7 @@ import torch
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.backends.openai_endpoint import KEY_NAMES, Endpoint, EndpointModel
 from mm_moslora_eval.backends.replay_model import ReplayModel
-from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, OptionRequest, Request
+from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
@@ -82,6 +82,26 @@ def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> No
         assert [s.logprob for s in ours[index]] == pytest.approx([s.logprob for s in reference[index]], abs=1e-4)
         assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
     fast.close()
+
+
+def test_drawn_answers_are_the_same_in_any_batch_and_of_both_readers(exported: Path) -> None:
+    asked = [
+        dataclasses.replace(item, draw=TokenDraw(temperature=1.5, top_p=0.95, top_k=40, seed=number), sample=number)
+        for number in range(2)
+        for item in QUESTIONS[:4]
+    ]
+    ours, theirs = open_model(str(exported), precision="fp32"), open_model(f"hf:{exported}", precision="fp32")
+    texts = [
+        {index: answer.text for index, answer in model.generate(asked, batch_size=size)}
+        for model in (ours, theirs)
+        for size in (8, 3)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3]
+    greedy = {index: answer.text for index, answer in ours.generate(QUESTIONS[:4], batch_size=8)}
+    assert len({texts[0][number] for number in (0, 4)} | {greedy[0]}) == 3
+    sharp = [dataclasses.replace(item, draw=TokenDraw(temperature=1.0, top_k=1)) for item in QUESTIONS[:4]]
+    assert {index: answer.text for index, answer in ours.generate(sharp, batch_size=8)} == greedy
 
 
 def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: Path) -> None:
@@ -399,7 +419,7 @@ def test_replay_refuses_two_answers_to_one_question(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "q", "text": "yes"}\n{"id": "q", "text": "no"}\n')
     with pytest.raises(EvalError, match="two different answers to 'q'"):
-        ReplayModel(path)
+        list(ReplayModel(path).generate([request("q", "yes or no?")], batch_size=1))
 
 
 def mme_bench(folder: Path) -> str:

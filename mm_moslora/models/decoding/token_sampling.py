@@ -26,6 +26,8 @@ class Sampling:
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens with this total probability."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0: all."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of a token that has occurred."""
     frequency_penalty: float = 0.0
@@ -108,6 +110,11 @@ def _drawn(distances: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Tokens ``[R]`` drawn by logits ``[R, C]`` whose maximum is zero."""
     temperatures = _on(distances, [draw.sampling.temperature for draw in draws], torch.float64)
     probabilities = (distances.double() / temperatures[:, None]).softmax(dim=-1)
+    few = [(number, draw.sampling.top_k) for number, draw in enumerate(draws) if draw.sampling.top_k]
+    for number, top_k in few:
+        kept = probabilities[number].topk(min(top_k, probabilities.shape[-1])).indices
+        only = torch.zeros_like(probabilities[number]).index_put((kept,), probabilities[number, kept])
+        probabilities = probabilities.index_copy(0, _on(distances, [number]), (only / only.sum())[None])
     nuclear = [number for number, draw in enumerate(draws) if draw.sampling.top_p < 1]
     if nuclear:
         rows = _on(distances, nuclear)
