@@ -197,12 +197,12 @@ def public_metrics() -> dict[str, Callable[..., Any]]:
     import mm_moslora_eval.metrics as package
 
     found: dict[str, Callable[..., Any]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             own = isinstance(value, types.FunctionType) and value.__module__ == module.__name__
             if not name.startswith("_") and (own or isinstance(value, partial)):
-                found[f"{info.name}.{name}"] = value
+                found[f"{info.name.rsplit('.', 1)[1]}.{name}"] = value
     return found
 
 

@@ -29,7 +29,7 @@ _ROOT_WITHOUT_BRACES = re.compile(r"\\sqrt(?=[^{])(.)", re.S)
 
 
 def mathvision_answer(text: str) -> str:
-    """The answer that a text gives: a letter at its end or start, the last box, or what follows `the answer is`."""
+    """MATH-Vision: a letter at the end or start of the answer, the last box, or what follows `the answer is`."""
     answer = text.strip()
     for letter in "ABCDE":
         ends = (f" {letter}.", f" ({letter}).")

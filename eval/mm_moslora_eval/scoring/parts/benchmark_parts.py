@@ -35,6 +35,11 @@ def naturalbench(text: str, document: Document, *, column: str = "Question_Type"
     return letter_readers.naturalbench(text, document.extra.get(column, "yes_no"))
 
 
+def dynamath_short(text: str, document: Document) -> str:
+    """DynaMath: the `short answer` of a JSON reply, else the reply, as a number, a letter or text."""
+    return dynamath.short_answer(text, document.extra.get("answer_type", ""))
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "mathvision": _of_text(mathvision.mathvision_answer),
     "mmmu_pro_official": _of_options(letter_readers.mmmu_pro_official),
@@ -51,7 +56,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "wemath_vlmevalkit": _of_text(letter_readers.wemath_vlmevalkit),
     "count_lmms_eval": _of_text(counts.count_lmms_eval),
     "first_digits": _of_text(counts.first_digits),
-    "dynamath_vlmevalkit": lambda text, document: dynamath.short_answer(text, document.extra.get("answer_type", "")),
+    "dynamath_vlmevalkit": dynamath_short,
 }
 
 
@@ -61,23 +66,35 @@ def mathvision_score(parsed: str, document: Document) -> float:
     return float(any(mathvision.mathvision_equal(parsed, text) for text in right))
 
 
+def first_digits(parsed: str, document: Document) -> float:
+    """lmms-eval for PixmoCount: the first digits of answer and reference are equal."""
+    return best(lambda answer, reference: float(answer == counts.first_digits(reference)), parsed, document.answers)
+
+
+def exact_evalai(parsed: str, document: Document) -> float:
+    """lmms-eval for SimpleVQA: equal after EvalAI's normalisation of both sides."""
+    plain = vqa_accuracy.normalize_evalai
+    return best(lambda answer, reference: float(plain(answer) == plain(reference)), parsed, document.answers)
+
+
+def contains_vlmevalkit(parsed: str, document: Document) -> float:
+    """VLMEvalKit for CountBench: the reference lies anywhere in the answer, so `12` contains `2`."""
+    return best(counts.contains_vlmevalkit, parsed, document.answers)
+
+
+def dynamath_score(parsed: str, document: Document) -> float:
+    """DynaMath: a number within 0.001, the letter, or a text that lies within the reference."""
+    kind = document.extra.get("answer_type", "")
+    return best(lambda answer, reference: dynamath.score(answer, reference, kind), parsed, document.answers)
+
+
 METRICS: dict[str, Metric] = {
     "mathvision": mathvision_score,
-    "first_digits": lambda parsed, document: best(
-        lambda answer, reference: float(answer == counts.first_digits(reference)), parsed, document.answers
-    ),
-    "exact_evalai": lambda parsed, document: best(
-        lambda answer, reference: float(
-            vqa_accuracy.normalize_evalai(answer) == vqa_accuracy.normalize_evalai(reference)
-        ),
-        parsed, document.answers,
-    ),
-    "contains_vlmevalkit": lambda parsed, document: best(counts.contains_vlmevalkit, parsed, document.answers),
-    "dynamath_vlmevalkit": lambda parsed, document: best(
-        lambda answer, reference: dynamath.score(answer, reference, document.extra.get("answer_type", "")),
-        parsed, document.answers,
-    ),
-}  # fmt: skip
+    "first_digits": first_digits,
+    "exact_evalai": exact_evalai,
+    "contains_vlmevalkit": contains_vlmevalkit,
+    "dynamath_vlmevalkit": dynamath_score,
+}
 
 
 def wemath(samples: Samples, *, problem: str = "ID", step: str = "key", strict: bool = True) -> Summed:
