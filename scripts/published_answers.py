@@ -35,7 +35,7 @@ class PublishedRun:
     """Protocols of the same task whose rules read these answers for comparison."""
 
 
-DRAWN = "The source draws a letter at random where it finds none; here such an answer is wrong."
+DRAWN = "Where no letter is named, the source draws one."
 
 
 def math_v(folder: Path) -> Iterator[PublishedRun]:
@@ -51,7 +51,7 @@ def math_v(folder: Path) -> Iterator[PublishedRun]:
             published=100 * right / len(rows), documents=documents,
             answers={str(row["id"]): row["response"] for row in rows},
             verdicts={str(row["id"]): bool(row["correct"]) for row in rows}, source="outputs",
-            why="The benchmark's code of today gives this row the verdict found here.",
+            why="The code of the repository itself gives this verdict today.",
         )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def blink(folder: Path) -> Iterator[PublishedRun]:
         yield PublishedRun(
             **common, published=_mean_of_sub_tasks(verdicts), answers=_texts(said), verdicts=verdicts,
             source="saved_val_predictions",
-            why="A prediction such as `(C) Point C` is no `(C)` there.",
+            why="`(C) Point C` is no `(C)` there.",
         )  # fmt: skip
         files = sorted((place / "saved_outputs" / path.stem).glob("*.json"))
         full = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["val"]]
@@ -154,7 +154,7 @@ def blink(folder: Path) -> Iterator[PublishedRun]:
                 **common, published=_mean_of_sub_tasks(verdicts),
                 answers=_texts({row["idx"]: row.get("full_prediction") for row in full}), verdicts=verdicts,
                 source="saved_outputs", rescore=("lmms_eval",),
-                why="GPT-3.5 read what the rule did not.",
+                why="There GPT-3.5 reads what the rule does not.",
             )  # fmt: skip
 
 

@@ -114,10 +114,10 @@ def reproduced_table(rows: Sequence[Reproduced]) -> str:
     ]
     for row in rows:
         published = row.run.published
-        same = published is not None and f"{published:.2f}" == f"{row.score:.2f}"
+        same = published is not None and abs(published - row.score) < 1e-9
         why = "" if same and not row.differ else row.run.why
         if row.unread and why:
-            why += f" {row.unread} are read as nothing."
+            why += f" {row.unread} answers are read as nothing."
         verdicts = "-" if row.differ is None else str(row.differ)
         shown = "-" if published is None else f"{published:.2f}"
         cells = (row.run.task, row.run.model, row.run.source, shown, f"{row.score:.2f}", verdicts, why.strip())

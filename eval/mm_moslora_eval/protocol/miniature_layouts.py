@@ -125,6 +125,11 @@ FORMS: dict[str, Form] = {
     "pixmo_count": Form(
         question="<image>How many shapes are there?", answer=_COUNT.answer, choices=(), reference="{text}"
     ),
+    "refcoco": Form(
+        question="Please provide the bounding box coordinate of the region this sentence describes: <ref>word</ref>",
+        answer=lambda scene: "[0.1, 0.7, 0.9, 0.95]", choices=(),
+        extra={"category": lambda number: ("RefCOCO val", "RefCOCOg test")[number % 2]},
+    ),
     "simplevqa": Form(
         question="What word is written?", answer=lambda scene: scene.word, choices=(), reference="{text}", base64=True,
     ),

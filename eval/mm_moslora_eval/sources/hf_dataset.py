@@ -13,6 +13,7 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from mm_moslora_eval.sources.dataset_identity import folder_checksum
 from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
+from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
@@ -131,7 +132,8 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
                 named = [value for name in names for value in _listed(row.get(name))]
                 images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
             read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
-            yield read.with_problem(problem)
+            read = read.with_problem(problem)
+            yield with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:

@@ -31,9 +31,9 @@ class Source:
     """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
-    answer_is: Literal["auto", "letter", "index", "text"] = "auto"
+    answer_is: Literal["auto", "letter", "index", "text", "box_xyxy", "box_xywh", "box_norm1"] = "auto"
     """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
-    option."""
+    option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; other rows count as dropped."""
     columns: dict[str, str] = field(default_factory=dict)
