@@ -117,12 +117,25 @@ def reproduced_table(rows: Sequence[Reproduced]) -> str:
         same = published is not None and abs(published - row.score) < 1e-9
         why = "" if same and not row.differ else row.run.why
         if row.unread and why:
-            why += f" {row.unread} answers are read as nothing."
+            why += f" Read as nothing: {row.unread}."
         verdicts = "-" if row.differ is None else str(row.differ)
-        shown = "-" if published is None else f"{published:.2f}"
-        cells = (row.run.task, row.run.model, row.run.source, shown, f"{row.score:.2f}", verdicts, why.strip())
+        cells = (
+            row.run.task,
+            row.run.model,
+            row.run.source,
+            _shown(published),
+            _shown(row.score),
+            verdicts,
+            why.strip(),
+        )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    same = sum(row.run.published is not None and abs(row.run.published - row.score) < 1e-9 for row in rows)
+    return f"{same} of {len(rows)} scores are the published ones in every digit.\n\n" + "\n".join(lines)
+
+
+def _shown(score: float | None) -> str:
+    """Two digits; the halves that a sum of thirds misses by rounding are rounded up."""
+    return "-" if score is None else f"{score + 1e-9:.2f}"
 
 
 def conformance_table(rows: Sequence[Reproduced]) -> str:
@@ -138,9 +151,9 @@ def conformance_table(rows: Sequence[Reproduced]) -> str:
                 row.name,
                 row.run.model,
                 own,
-                f"{row.score:.2f}",
+                _shown(row.score),
                 other,
-                f"{score:.2f}",
+                _shown(score),
                 f"{score - row.score:+.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
