@@ -197,9 +197,12 @@ class Batch:
     input_ids: Tensor
     """int64 ``[S]``."""
     position_ids: Tensor
-    """int64 ``[S]``; 0, 1, 2, ... within each example."""
+    """int64 ``[S]``; 0, 1, 2, ... within each example; behind what it shares with another one."""
     segment_lengths: tuple[int, ...]
     """``G`` lengths that sum to ``S``."""
+    shared: tuple[int, ...] = ()
+    """``G`` numbers: tokens that an example has before these, of the last example before it that shares none; they and
+    their pictures stand in the row once. Empty: all stand alone."""
     target_positions: Tensor
     """int64 ``[K]``; positions before a supervised token. Only these reach the language-model head."""
     targets: Tensor
@@ -224,33 +227,38 @@ class Batch:
     """On an accelerator: the batch in main memory from which this one was copied."""
 
     @classmethod
-    def from_examples(cls, examples: Sequence[Example]) -> Batch:
+    def from_examples(cls, examples: Sequence[Example], *, shared: Sequence[int] = ()) -> Batch:
         """Join examples to one row.
 
         Args:
             examples: at least one; their order is kept.
+            shared: see `Batch.shared`; these tokens and all pictures of such an example are those of the other one.
         """
         assert examples, "a batch needs at least one example"
         position_ids, positions, targets, weights = [], [], [], []
         weighed = any(example.weights is not None for example in examples)
-        offset = 0
-        for example in examples:
-            position_ids.append(torch.arange(example.length))
+        starts = shared or [0] * len(examples)
+        offset = whole = 0
+        for example, start in zip(examples, starts, strict=True):
+            whole = whole if start else offset
+            position_ids.append(torch.arange(start, example.length))
             # No position predicts the first token of a conversation.
             supervised = example.supervised[1:].nonzero().flatten()
-            positions.append(supervised + offset)
+            positions.append(supervised + torch.where(supervised < start, whole, offset - start))
             targets.append(example.input_ids[1:][supervised])
             if weighed:
                 own = example.supervised.float() if example.weights is None else example.weights
                 weights.append(own[1:][supervised])
-            offset += example.length
-        pictures = [picture for example in examples for picture in example.pictures]
+            offset += example.length - start
+        owned = [() if start else example.pictures for example, start in zip(examples, starts, strict=True)]
+        pictures = [picture for own_pictures in owned for picture in own_pictures]
         tensors = join_images([picture.tensors for picture in pictures])
         keys = tuple(picture.key for picture in pictures)
         return cls(
-            input_ids=torch.cat([example.input_ids for example in examples]),
+            input_ids=torch.cat([example.input_ids[start:] for example, start in zip(examples, starts, strict=True)]),
             position_ids=torch.cat(position_ids),
-            segment_lengths=tuple(example.length for example in examples),
+            segment_lengths=tuple(map(len, position_ids)),
+            shared=tuple(shared),
             target_positions=torch.cat(positions),
             targets=torch.cat(targets),
             weights=torch.cat(weights) if weighed else None,
@@ -259,8 +267,8 @@ class Batch:
             images=len(pictures),
             image_keys=keys if all(keys) else (),
             image_rows=tuple(
-                tuple(len(picture.tensors.get("pixel_values", ())) for picture in example.pictures)
-                for example in examples
+                tuple(len(picture.tensors.get("pixel_values", ())) for picture in own_pictures)
+                for own_pictures in owned
             ),
             ids=tuple(example.id for example in examples),
         )

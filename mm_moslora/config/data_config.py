@@ -137,7 +137,8 @@ class DataConfig:
     """Streams without an end: usable records that are read ahead, shuffled, and grouped by length or packed together;
     rounded up to whole steps. Every rank keeps two buffers in memory, with the pictures of tables."""
     pack_tokens: int = 0
-    """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off."""
+    """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off.
+    objective dpo: a pair counts its prompt once, where both answers can share it."""
 
     @property
     def longest_key(self) -> str:

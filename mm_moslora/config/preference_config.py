@@ -145,7 +145,7 @@ class GrpoConfig:
 _NOT_FOLLOWED = {
     "model": ("quantisation", "attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
-    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer", "pack_tokens"),
+    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer"),
     "optim": ("optimizer",),
     "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
     "validate": ("samples", "tasks", "forgetting", "general_text", "best", "patience"),
@@ -183,6 +183,7 @@ def refuse_unfit(
     """
     sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate}
     changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
+    changed += ["data.pack_tokens"] if data.pack_tokens and objective != "dpo" else []
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
     require(
         not changed,
@@ -216,6 +217,11 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
         yield "model.vision.feature_cache is set, which TRL's trainer does not read. Leave it out."
     if data.too_long == "truncate":
         yield "data.too_long is truncate: an answer that is cut is another answer. Choose refuse or drop."
+    if 0 < data.pack_tokens < 2 * data.max_length:
+        yield (
+            f"data.pack_tokens is {data.pack_tokens}: a row holds both answers of a pair, of up to data.max_length "
+            f"tokens each. Set it to {2 * data.max_length} or more, lower data.max_length, or leave it out."
+        )
     if data.endless:
         yield "a source of data.train has streaming without limit. Set limit and limit_by: first."
     if data.order not in ("grouped", "random"):

@@ -166,9 +166,13 @@ class AnswerSet(SourceExamples, Generic[Item]):
                 picture.size()
             except ImageError as error:
                 raise image_fault(records[0], number, error) from error
-        self.lengths.extend(len(one.input_ids) for one in encoded)
+        self.count(encoded)
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
+
+    def count(self, encoded: Sequence[Encoded]) -> None:
+        """Note what the answers of a usable record take."""
+        self.lengths.extend(len(one.input_ids) for one in encoded)
 
     def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
         encoded = self.encode(record, None if self._fixed else pictures)
@@ -187,6 +191,16 @@ class PreferenceSet(AnswerSet[tuple[Example, Example]]):
     """Pairs of examples, the chosen answer first; they share their pictures."""
 
     objective = "dpo"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.prompts = array("L")
+        """`shared_prompt` of every usable pair."""
+        super().__init__(*args, **options)
+
+    def count(self, encoded: Sequence[Encoded]) -> None:
+        """See `AnswerSet.count`."""
+        super().count(encoded)
+        self.prompts.append(shared_prompt(*((one.input_ids, last_answer(one.supervised)) for one in encoded)))
 
     def answered(self, index: int) -> Sequence[Record]:
         """See `AnswerSet.answered`."""
@@ -302,6 +316,18 @@ SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]]
     "grpo": QuestionSet,
 }
 """Objective -> its records."""
+
+
+def shared_prompt(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> int:
+    """Tokens of the prompt of two answers; 0 where their prompts differ.
+
+    Args:
+        first: ids and flags of the answer, ``[T]`` each.
+        second: see `first`.
+    """
+    starts = [int(answer.nonzero()[0]) for _, answer in (first, second)]
+    prompts = [ids[:start] for (ids, _), start in zip((first, second), starts, strict=True)]
+    return starts[0] if torch.equal(*prompts) else 0
 
 
 def last_answer(supervised: Tensor) -> Tensor:

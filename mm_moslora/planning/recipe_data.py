@@ -193,7 +193,7 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
         shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
         plain[name] = _plain(report, [])
         rates = {}
-        for tokens in (recipe.data.pack_tokens, 4096, 8192):
+        for tokens in (recipe.data.pack_tokens, 4096, 8192) if recipe.objective == "sft" else ():
             if tokens and tokens >= report.max_length:
                 packed = pack(range(report.usable), report.lengths, tokens=tokens)
                 rates[tokens] = fill_rate(packed, report.lengths, tokens=tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preference_set import SETS, AnswerSet
+from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet
 from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.preferences.pair_rows import PairRows
 from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.model_start import resumed_start
@@ -43,6 +44,12 @@ class PreferenceRun:
     assembly: Parts
     records: AnswerSet[Any]
     held_out: AnswerSet[Any] | None
+    rows: PairRows | None = None
+    """How pairs are laid into rows; None: they are padded."""
+    rows_per_epoch: int = 0
+    """With `rows`: those of the first epoch; others differ by a few."""
+    packed_pairs: int = 0
+    """With `rows`: the pairs of the step at hand."""
     rewards: dict[str, Reward] = field(default_factory=dict)
     """See `find_rewards`."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +79,8 @@ class PreferenceRun:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; the last step of an epoch may be short."""
-        rows = len(self.records.usable) * (self.recipe.grpo.generations if self.recipe.objective == "grpo" else 1)
+        copies = self.recipe.grpo.generations if self.recipe.objective == "grpo" else 1
+        rows = self.rows_per_epoch or len(self.records.usable) * copies
         return self.recipe.train.total_steps(-(-rows // self.recipe.train.global_batch))
 
     def identity(self) -> dict[str, object]:
@@ -80,8 +88,8 @@ class PreferenceRun:
         held_out = {} if self.held_out is None else self.held_out.identity("data.validation")
         return self.records.identity("data.train") | held_out
 
-    def of(self, row: Mapping[str, int]) -> tuple[AnswerSet[Any], int]:
-        """The records that a row of `rows_of` belongs to, and the number of its item."""
+    def of(self, row: Mapping[str, Any]) -> tuple[AnswerSet[Any], Any]:
+        """The records that a row of `rows_of` belongs to, and the number of its item, or those of a packed row."""
         records = self.held_out if row["held_out"] else self.records
         assert records is not None
         return records, row["item"]
@@ -106,19 +114,21 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         assembly = load_parts(start, dtype=dtype_of(precision))
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
+        rows = PairRows.of(assembly.model, recipe.data.pack_tokens) if recipe.data.pack_tokens else None
     data = pinned(recipe.data, checkpoint)
     records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)
     held_out = None
     if data.held_out:
         held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
+    packed = 0 if rows is None else len(rows.epoch(cast(PreferenceSet, records), seed=recipe.train.seed, epoch=0))
     frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
     fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
     main = distributed.is_main()
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
-        held_out=held_out, rewards=rewards, frozen_projector=whole_projector(assembly),
-        trained_on=_begun_with(recipe, records.commits, checkpoint),
+        held_out=held_out, rows=rows, rows_per_epoch=packed, rewards=rewards,
+        frozen_projector=whole_projector(assembly), trained_on=_begun_with(recipe, records.commits, checkpoint),
         preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
 
@@ -169,12 +179,17 @@ class PairCollator:
     """Makes the batches of TRL's DPOTrainer: all chosen answers, then all rejected ones, in padded rows.
 
     They have the project's labels and the inputs of `PaddedCollator`, which equal those of the model's processor.
+    `PairRows.collate` makes those of rows without padding.
     """
 
     run: PreferenceRun
 
-    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate rows of `rows_of`."""
+        if self.run.rows is not None:
+            packed = [(records, numbers if isinstance(numbers, list) else [numbers])
+                      for records, numbers in map(self.run.of, rows)]  # fmt: skip
+            return self.run.rows.collate([records.item(number) for records, numbers in packed for number in numbers])
         pairs = [records.item(number) for records, number in map(self.run.of, rows)]
         return _padded(self.run, [pair[side] for side in (0, 1) for pair in pairs])
 
@@ -223,13 +238,17 @@ def _padded(run: PreferenceRun, examples: Sequence[Example]) -> dict[str, Any]:
 def rows_of(run: PreferenceRun, *, held_out: bool) -> Any:
     """A table of `datasets` with the numbers of items, which the collators read; TRL takes no other data set.
 
-    Pairs are drawn by the trainer. KTO and GRPO walk through their tables, which hold a whole run in order.
+    Pairs are drawn by the trainer. KTO, GRPO and packed pairs walk through their tables, which hold a whole run in
+    order.
     """
     from datasets import Dataset
 
     records = run.held_out if held_out else run.records
     assert records is not None
-    items, train = list(range(len(records.usable))), run.recipe.train
+    items: list[Any] = list(range(len(records.usable)))
+    train = run.recipe.train
+    if not held_out and run.rows is not None:
+        items = run.rows.drawn(cast(PreferenceSet, records), seed=train.seed, rows=run.total_steps * train.global_batch)
     if not held_out and run.recipe.objective != "dpo":
         rows = run.total_steps * train.global_batch
         rows //= run.recipe.grpo.generations if run.recipe.objective == "grpo" else 1

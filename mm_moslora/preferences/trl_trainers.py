@@ -24,6 +24,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
@@ -160,8 +161,14 @@ class PairTrainer(RunTrainer, DPOTrainer):
             loss_weights=preference.loss_weights,
             label_smoothing=preference.label_smoothing,
             max_length=None,  # the encoder bounds it
+            train_sampling_strategy="random" if run.rows is None else "sequential",
         )
         super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=PairCollator(run=run))
+        self.pictures = None
+        if run.rows is not None:
+            self.pictures = take_rows(run.assembly.model)
+            gather = partial(gather_uneven, self.accelerator.gather)
+            self.accelerator.gather = gather  # type: ignore[method-assign]  # of TRL's measures
         self.given_weights = list(self.loss_weights)
         self.mean_sizes = torch.zeros(2)
         """Mean of `_sizes` over the micro-batches of the step, those of all ranks."""
@@ -171,10 +178,14 @@ class PairTrainer(RunTrainer, DPOTrainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             sizes = torch.stack([_sizes(batch["completion_mask"]) for batch in batches])
-            self.mean_sizes = self.accelerator.gather(sizes.to(device)).mean(0)
+            of_all = self.accelerator.gather(sizes.to(device))
+            self.mean_sizes = of_all.mean(0)
+            self.run.packed_pairs = int(of_all[:, 0].sum()) if self.run.rows is not None else 0
         return batches, items
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.pictures is not None:
+            self.pictures.begin_step([inputs[ROW]] * 2)  # for the policy and for the reference
         if model.training:
             pairs, tokens = (_sizes(inputs["completion_mask"]) / self.mean_sizes).tolist()
             shares = [tokens if name == "sft" else pairs for name in self.loss_types]
@@ -262,7 +273,9 @@ class RunCallback(TrainerCallback):
         """Count the step; the ranks agree on a signal."""
         counters, now = self.run.counters, time.monotonic()
         counters["steps"] = float(state.global_step)
-        counters["samples"] = counters.get("samples", 0.0) + self.run.recipe.train.global_batch
+        counters["samples"] = counters.get("samples", 0.0) + (
+            self.run.packed_pairs or self.run.recipe.train.global_batch
+        )
         counters["seconds"] = counters.get("seconds", 0.0) + now - self._clock
         self._clock = now
         (number,) = distributed.max_over_ranks([float(self.stop.received)])

@@ -67,12 +67,12 @@ VOCABULARY = 32_000
 _TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
 
 
-def base(family: str, *, layers: int, width: int) -> PreTrainedModel:
+def base(family: str, *, layers: int, width: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """A frozen model; equal weights at every call."""
     torch.manual_seed(0)
     heads = width // 64
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": width * 11 // 4,
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width * 11 // 4,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
         "head_dim": 64, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip

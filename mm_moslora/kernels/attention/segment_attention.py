@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -55,9 +55,14 @@ class StepContext:
     """The segments of a packed row, as the keyword `step_context` of decoder layers and of their attention."""
 
     segment_lengths: tuple[int, ...]
-    """Tokens of each segment; the sum is ``S``."""
+    """Tokens of each segment; the sum is ``S``, or ``E`` with `spread`."""
     ends: Tensor
     """Starts of the segments and the end of the last one, int32 ``[G + 1]``."""
+    spread: Tensor | None = None
+    """Places in the row of the tokens of all segments, int64 ``[E]``, where segments share beginnings that stand in the
+    row once; None: they share none."""
+    kept: Tensor | None = None
+    """The inverse, int64 ``[S]``: a place among the tokens of all segments for each token of the row."""
     target_positions: Tensor | None = None
     """Positions of the last layer that the head reads, int64 ``[K]``; None: all."""
     rotary: dict[Any, Any] = field(default_factory=dict, compare=False)
@@ -99,6 +104,14 @@ def segment_attention(
     Raises:
         ConfigError: the layer asks for more than softmax attention.
     """
+    if step_context.spread is not None and step_context.kept is not None:
+        # Products of weights are computed once for a shared beginning, and its scores in every segment that has it.
+        q, k, v = (tensor.index_select(2, step_context.spread) for tensor in (query, key, value))
+        alone = replace(step_context, spread=None, kept=None)
+        output, _ = segment_attention(
+            module, q, k, v, attention_mask, dropout, scaling, sliding_window, step_context=alone, native=native, **rest
+        )
+        return output.index_select(1, step_context.kept), None
     segment_lengths, ends = step_context.segment_lengths, step_context.ends
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
@@ -358,24 +371,50 @@ AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=
 
 
 def segment_arguments(
-    segment_lengths: tuple[int, ...], device: torch.device, *, target_positions: Tensor | None = None
+    segment_lengths: tuple[int, ...],
+    device: torch.device,
+    *,
+    target_positions: Tensor | None = None,
+    shared: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Keyword arguments with the segments of a row, for this module's attention and for flash-attention.
 
     Args:
-        segment_lengths: tokens of each segment.
+        segment_lengths: tokens of each segment that stand in the row.
         device: the row's device.
         target_positions: see `StepContext`.
+        shared: tokens before these that each segment has of the last one before it that shares none; this module's
+            attention alone follows them. Empty: none.
     """
     if min(segment_lengths) < 1:
         raise ValueError(f"A row has segments of {segment_lengths} tokens, but each needs at least one.")
+    spread = kept = None
+    if any(shared):
+        places, inverse = _shared_places(segment_lengths, shared)
+        spread, kept = (indices.to(device, non_blocking=True) for indices in (places, inverse))
+        segment_lengths = tuple(map(sum, zip(segment_lengths, shared, strict=True)))
     # A sum on the host and an asynchronous copy: a sum on the device would make the host wait for it.
     ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)
     longest = max(segment_lengths)
     return {
-        "step_context": StepContext(segment_lengths=segment_lengths, ends=ends, target_positions=target_positions),
+        "step_context": StepContext(
+            segment_lengths=segment_lengths, ends=ends, spread=spread, kept=kept, target_positions=target_positions
+        ),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _shared_places(lengths: tuple[int, ...], shared: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`StepContext.spread` and `kept`, in main memory; see `segment_arguments`."""
+    places: list[int] = []
+    kept: list[int] = []
+    start = whole = 0
+    for length, beginning in zip(lengths, shared, strict=True):
+        whole = whole if beginning else start
+        places += [*range(whole, whole + beginning), *range(start, start + length)]
+        kept += range(len(places) - length, len(places))
+        start += length
+    return torch.tensor(places), torch.tensor(kept)

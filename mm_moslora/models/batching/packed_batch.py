@@ -71,6 +71,7 @@ def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
         input_ids=torch.cat((batch.input_ids, dummy.input_ids)),
         position_ids=torch.cat((batch.position_ids, dummy.position_ids)),
         segment_lengths=(*batch.segment_lengths, *dummy.segment_lengths),
+        shared=batch.shared and (*batch.shared, 0),
         target_positions=torch.cat((batch.target_positions, end)),
         pixel_values=dummy.pixel_values,
         image_inputs=dummy.image_inputs,
@@ -96,8 +97,15 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     times = {name: value for name, value in host.image_inputs.items() if name == "second_per_grid_ts"}
     # [3, G, T]
     parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids[0], video_grid_thw=grids[1], **times)
-    flat = parts[:, inputs["attention_mask"].bool()][:, None]
-    return torch.cat((plain[None], flat.to(plain.device, non_blocking=True)))
+    flat = parts[:, inputs["attention_mask"].bool()]
+    start = whole = 0
+    for length, beginning in zip(host.segment_lengths, host.shared, strict=False):
+        if beginning:  # a text behind the beginning of another conversation, whose pictures decide where it goes on
+            flat[:, start : start + length] += flat[:, whole + beginning, None]
+        else:
+            whole = start
+        start += length
+    return torch.cat((plain[None], flat[:, None].to(plain.device, non_blocking=True)))
 
 
 def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Whether the conversations of one row see each other in a decoder: a probe of a small random model of its class.
 
 The first conversation of a row of two is changed; the second one must not move. Recurrences and convolutions that run
-on, and masks without the positions that tell conversations apart, move it.
+on, and masks without the positions that tell conversations apart, move it. Where two conversations share a beginning
+that stands in the row once, the second one must be as it is alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ from mm_moslora.utils.errors import reason_of
 logger = logging.getLogger(__name__)
 
 _LENGTHS = (21, 17)
+_SHARED = 9
+"""Tokens of a shared beginning."""
 _ROUNDING = 2e-6
 """Share of the largest hidden value. Experts that get other tokens beside them round otherwise, by 1e-7."""
 _FINDINGS: dict[str, RowFinding] = {}
@@ -34,7 +38,8 @@ class RowFinding:
     """What the probe found for one class of decoders."""
 
     moved: float | None
-    """How far the second conversation moved, as a share of its largest hidden value; None: the probe failed."""
+    """How far the second conversation moved, as a share of its largest hidden value; of a shared beginning, how far it
+    is from what it is alone. None: the probe failed."""
     fault: str = ""
     """Why the probe failed."""
 
@@ -44,24 +49,25 @@ class RowFinding:
         return self.moved is not None and self.moved <= _ROUNDING
 
 
-def rows_of(model: PreTrainedModel, attention: str) -> RowFinding:
+def rows_of(model: PreTrainedModel, attention: str, *, shared: bool = False) -> RowFinding:
     """Probe the class of a model's decoder; once per class, layer pattern and attention in a process.
 
     Args:
         model: causal language model or VLM, on any device, the meta device too; its weights are not read.
         attention: the recipe's `model.attention`.
+        shared: whether the conversations share their beginning, see `Batch.shared`.
     """
     decoder = model.get_decoder()
     kinds = layer_kinds(getattr(decoder, "config", None))
-    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {kinds}"
+    key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {kinds} {shared}"
     if key not in _FINDINGS:
         begun = time.monotonic()
-        _FINDINGS[key] = _probed(decoder, attention)
+        _FINDINGS[key] = _probed(decoder, attention, _unlike_alone if shared else _moved)
         logger.debug("%s: the rows were probed in %.1f s.", type(decoder).__name__, time.monotonic() - begun)
     return _FINDINGS[key]
 
 
-def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
+def _probed(decoder: PreTrainedModel, attention: str, measure: Callable[[PreTrainedModel], float]) -> RowFinding:
     fault = ""
     for sizes in SIZES:
         try:
@@ -69,7 +75,7 @@ def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
                 torch.manual_seed(0)
                 made = small_model(type(decoder), decoder.config, sizes)
                 set_attention(made, choose_attention(made, attention, device=torch.device("cpu")).name)
-                if math.isfinite(moved := _moved(made)):
+                if math.isfinite(moved := measure(made)):
                     return RowFinding(moved=moved)
                 fault = fault or "its hidden states are not finite"
         except Exception as error:  # configurations fit together in ways that only their classes know
@@ -79,16 +85,27 @@ def _probed(decoder: PreTrainedModel, attention: str) -> RowFinding:
 
 def _moved(model: PreTrainedModel) -> float:
     first, second = (torch.randint(2, WORDS, (length,)) for length in _LENGTHS)
-    before, after = (_second_of(model, row, second) for row in (first, first.flip(0)))
+    before, after = (_second_of(model, first=row, second=second) for row in (first, first.flip(0)))
+    return _distance(before, after)
+
+
+def _unlike_alone(model: PreTrainedModel) -> float:
+    first, second = (torch.randint(2, WORDS, (length,)) for length in _LENGTHS)
+    second[:_SHARED] = first[:_SHARED]
+    alone, shared = (_second_of(model, first=first, second=second, shared=count) for count in (0, _SHARED))
+    return _distance(alone[_SHARED:], shared[_SHARED:])
+
+
+def _distance(before: Tensor, after: Tensor) -> float:
     return float((before - after).abs().max() / before.abs().max())
 
 
-def _second_of(model: PreTrainedModel, *rows: Tensor) -> Tensor:
-    """The hidden states of the last conversation of a row."""
+def _second_of(model: PreTrainedModel, *, first: Tensor, second: Tensor, shared: int = 0) -> Tensor:
+    """The hidden states of the second conversation of a row."""
     examples = [
         Example(id=str(number), input_ids=ids, supervised=torch.ones(len(ids)).bool())
-        for number, ids in enumerate(rows)
+        for number, ids in enumerate((first, second))
     ]
-    batch = Batch.from_examples(examples)
+    batch = Batch.from_examples(examples, shared=(0, shared))
     hidden = packed_row_hidden(model, batch, input_ids=batch.input_ids[None], position_ids=batch.position_ids[None])
-    return hidden[len(rows[0]) - 1 :]
+    return hidden[len(first) - 1 :]

@@ -168,7 +168,8 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare =
         inputs = {name: share.cut(value, batch) for name, value in inputs.items()}
         lengths = (*lengths, padding) if (padding := share.padding(batch)) else lengths  # a segment of its own
         positions = positions[share.targets(batch)] - share.index * share.width(batch)
-    inputs |= segment_arguments(lengths, device, target_positions=positions if trimmed else None)
+    own = positions if trimmed else None
+    inputs |= segment_arguments(lengths, device, target_positions=own, shared=batch.shared)
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     return hidden if trimmed else hidden[positions]
 

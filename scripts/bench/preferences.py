@@ -1,0 +1,234 @@
+#!/usr/bin/env python
+"""Cost of a step of DPO: pairs in rows without padding (`data.pack_tokens`), against TRL's padded rows.
+
+    python scripts/bench/preferences.py                    print a table
+    python scripts/bench/preferences.py --json             one object on stdout
+    python scripts/bench/preferences.py --model assembled  one model
+
+Models are small and have random weights: a Qwen2.5-VL (`qwen2_5_vl`; decoder 256 x 4, tower 192 x 4), and CLIP, an MLP
+and a Llama (`assembled`; 256 x 6 and 256 x 4). Towers are frozen, and MoSLoRA of rank 16 is in all linear layers of the
+decoder. A step is the loss of TRL's DPOTrainer (`sigmoid`) for one micro-batch of four pairs with a picture each, with
+the forward pass of the reference, and the backward pass. All contenders have the same weights and pairs, and run in
+turn, in an order that rotates from round to round. Times are process CPU times of one thread, and figures are medians
+of the ratios of single rounds. Losses are compared before the timing. Memory is the largest resident size of the
+process during a step beyond that before it, in rounds of their own.
+
+On a CPU TRL's head computes the logits of all positions of padded rows, on a GPU those of the answers alone. So the
+vocabulary is small, that the head hardly counts; `--vocabulary 32000` shows what it adds on a CPU.
+
+Contenders:
+    padded   both answers of every pair are padded rows with the prompt and its picture
+    apart    one row without padding, in which the prompt stands before each answer
+    packed   one row without padding, in which the prompt stands once before both answers: `data.pack_tokens`
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ready_made
+import torch
+import transformers
+import yardstick
+from json_output import results_alone
+from measuring import head, interleaved, ratio
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from mm_moslora import adapters
+from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.config import Recipe
+from mm_moslora.models.assembly import Parts
+from mm_moslora.preferences.pair_rows import PairRows
+from mm_moslora.preferences.preference_setup import PreferenceRun
+from mm_moslora.preferences.trl_trainers import PairTrainer
+
+MODELS = ("qwen2_5_vl", "assembled")
+KINDS = ("padded", "apart", "packed")
+PAIRS = ((320, (16, 16), 60, 140), (288, (12, 16), 20, 30), (416, (24, 24), 100, 40), (560, (32, 32), 160, 90))
+"""Tokens of each prompt, patches of its picture (of Qwen2.5-VL; four make one visual token), tokens of both answers."""
+LAYERS, WIDTH = 4, 256
+
+
+class Pairs:
+    """What a trainer reads of a `PreferenceSet`.
+
+    Args:
+        pairs: both examples of every pair.
+    """
+
+    def __init__(self, pairs: list[tuple[Example, Example]]) -> None:
+        self.pairs = pairs
+        self.usable = list(range(len(pairs)))
+        self.lengths = array("L", [example.length for pair in pairs for example in pair])
+        self.prompts = array("L", [prompt for prompt, *_ in PAIRS])
+
+    def item(self, number: int) -> tuple[Example, Example]:
+        """A pair by its number."""
+        return self.pairs[number]
+
+
+def base(name: str, vocabulary: int) -> PreTrainedModel:
+    """A frozen model; equal weights at every call."""
+    if name == "assembled":
+        setting = yardstick.Setting(width=WIDTH, layers=LAYERS)
+        return yardstick.base(vocabulary, torch.float32, setting).requires_grad_(False)
+    return ready_made.base(name, layers=LAYERS, width=WIDTH, vocabulary=vocabulary)
+
+
+def pairs_of(model: PreTrainedModel, name: str, vocabulary: int) -> list[tuple[Example, Example]]:
+    """Pairs with a picture each."""
+    torch.manual_seed(1)
+    pairs = []
+    for number, (length, (rows, columns), *answers) in enumerate(PAIRS):
+        prompt = torch.randint(10, vocabulary - 1, (length,))
+        if name == "assembled":
+            visual = yardstick.IMAGE_TOKENS
+            tensors = {"pixel_values": torch.randn(1, 3, 224, 224)}
+        else:
+            visual, side = rows * columns // 4, model.config.vision_config.patch_size
+            pixels = torch.randn(rows * columns, 3 * 2 * side * side)
+            tensors = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]])}
+        prompt[5 : 5 + visual] = model.config.image_token_id
+        pictures = [ProcessedImage(tensors=tensors, key=str(number))]
+        chosen, rejected = (
+            Example(
+                id=str(number), input_ids=torch.cat([prompt, torch.randint(10, vocabulary - 1, (answer,))]),
+                supervised=torch.arange(length + answer) >= length, pictures=pictures,
+            )
+            for answer in answers
+        )  # fmt: skip
+        pairs.append((chosen, rejected))
+    return pairs
+
+
+def step_of(kind: str, name: str, vocabulary: int, folder: Path) -> Callable[[], float]:
+    """A step of one contender, on its own model; it gives the loss."""
+    model = base(name, vocabulary)
+    config = adapters.MoSLoRAConfig(r=yardstick.RANK, lora_alpha=yardstick.ALPHA, task_type="CAUSAL_LM")
+    peft_model = adapters.add_moslora(model, config, component=yardstick.LANGUAGE, autocast_adapter_dtype=False)
+    rows = None if kind == "padded" else PairRows.of(model, 2**20)
+    rows = replace(rows, shares=False) if kind == "apart" and rows is not None else rows
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    recipe = Recipe.from_dict(
+        {
+            "objective": "dpo", "model": {"vlm": name}, "data": {"train": [{"path": "none"}]},
+            "train": {"output": str(folder), "global_batch": 4, "micro_batch": 4, "steps": 1, "precision": "fp32"},
+        }
+    )  # fmt: skip
+    records: Any = Pairs(pairs_of(model, name, vocabulary))
+    parts = Parts(
+        model=model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"), peft_model=peft_model
+    )
+    run = PreferenceRun(
+        recipe=recipe, folder=folder, precision="fp32", assembly=parts, records=records, held_out=None, rows=rows,
+        rows_per_epoch=1,
+    )  # fmt: skip
+    trainer = PairTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    torch.manual_seed(2)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B.default" in parameter_name:  # so that the adapter has an effect
+            torch.nn.init.normal_(parameter, std=0.02)
+    trainer.mean_sizes = torch.tensor([float(len(PAIRS)), float(sum(chosen for *_, chosen, _ in PAIRS))])
+    peft_model.train()
+    inputs = trainer.data_collator([{"item": number, "held_out": 0} for number in range(len(PAIRS))])
+
+    def step() -> float:
+        loss = trainer.compute_loss(peft_model, dict(inputs))
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def peak_mib(step: Callable[[], float]) -> float:
+    """Largest resident size during a step, beyond that before it."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    before = _memory("VmRSS")
+    step()
+    return (_memory("VmHWM") - before) / 1024
+
+
+def measure(name: str, vocabulary: int, *, rounds: int) -> dict[str, Any]:
+    """One row: a model with one vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {kind: step_of(kind, name, vocabulary, Path(folder)) for kind in KINDS}
+    losses = {kind: step() for kind, step in steps.items()}
+    difference = max(abs(loss / losses["padded"] - 1) for loss in losses.values())
+    if difference > 1e-5:
+        raise SystemExit(f"{name}: the losses are {losses}, expected equal ones")
+    times = interleaved(steps, rounds)
+    peaks: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind, step in steps.items():
+            peaks[kind].append(peak_mib(step))
+    return {
+        "model": name, "vocabulary": vocabulary, "loss_difference": difference,
+        "time_ratio": {kind: ratio(times, kind, "padded") for kind in KINDS},
+        "peak_ratio": {kind: ratio(peaks, kind, "padded") for kind in KINDS},
+        "cpu_seconds": {kind: statistics.median(spent) for kind, spent in times.items()},
+        "peak_mib": {kind: statistics.median(sizes) for kind, sizes in peaks.items()},
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    print(f"{'model':11} {'contender':9} {'time / padded':>13} {'seconds':>8} {'peak / padded':>13} {'MiB':>6}")
+    for row in rows:
+        for kind in KINDS:
+            print(
+                f"{row['model']:11} {kind:9} {row['time_ratio'][kind]:13.2f} "
+                f"{row['cpu_seconds'][kind]:8.2f} {row['peak_ratio'][kind]:13.2f} {row['peak_mib'][kind]:6.0f}"
+            )
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
+    parser.add_argument("--model", choices=MODELS, help="one model; both without it")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="tokens that the models know (default 1024)")
+    options = parser.parse_args()
+    output = results_alone() if options.json else sys.stdout
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+    rows = [
+        measure(name, options.vocabulary, rounds=options.rounds)
+        for name in ([options.model] if options.model else MODELS)
+    ]
+    if options.json:
+        result = head("preferences", "transformers", "peft", "trl") | {"rows": rows}
+        print(json.dumps(result), file=output)
+    else:
+        show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
