@@ -120,15 +120,19 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1, changes: Sequence[str] = ()) -> str:
     """The first prompts of tasks with the pictures in them, without a model."""
+    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 
     blocks = []
     for name in tasks:
         task = with_changes(get_task(name), changes)
-        for document in task.load().documents[:documents]:
+        data = task.load()
+        for document in data.documents[:documents]:
             head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
             try:
-                lines = [f"[{message.role}] {message.text}" for message in task.prompt.messages(document)]
+                shots = shots_for(task.prompt, document, data.shots)
+                messages = conversation(task.prompt, document, shots, reference=task.reference)
+                lines = [f"[{message.role}] {message.text}" for message in messages]
             except EvalError as error:
                 lines = [f"cannot be asked: {error}"]
             problem = [f"cannot be asked: {document.problem}"] if document.problem else []
@@ -340,7 +344,8 @@ def check(name: str) -> str:
 
     task = get_task(name)
     data = task.load()
-    items = Preparation(task, data.documents, mode="own", seed=0, fingerprint="", hasher=Hasher()).items
+    work = Preparation(task, data.documents, mode="own", seed=0, fingerprint="", hasher=Hasher(), shots=data.shots)
+    items = [first for first, *_ in work.documents]
     faults = [f"{item.document.id}: {item.problem}" for item in items if item.problem is not None]
     seen: set[str] = set()
     for item in items:

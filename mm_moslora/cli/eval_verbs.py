@@ -51,6 +51,7 @@ def eval_run(
     train_answers: tuple[str, ...] = (),
     batch_size: int = 8,
     limit: int | None = None,
+    stratify: str | None = None,
     samples: tuple[str, ...] = (),
     seed: int = 0,
     max_new_tokens: int | None = None,
@@ -96,10 +97,12 @@ def eval_run(
         Questions decoded together; for an endpoint, concurrent requests.
     limit
         Evaluate only this many documents, from the first one on.
+    stratify
+        Column, such as category: with --limit, a sample with the shares of its values, drawn by --seed.
     samples
         Evaluate only documents with these ids.
     seed
-        Seed that chooses the wrong pictures.
+        Seed that chooses the wrong pictures, and the sample of --stratify.
     max_new_tokens
         Longest answer; default: the task's, and at least 2048 where the model is asked to think. Answers of another
         length belong into another folder.
@@ -152,7 +155,8 @@ def eval_run(
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     settings = EvaluationSettings(
-        batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed,
+        batch_size=1 if reference else batch_size, limit=limit, stratify=stratify, samples=samples,
+        seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}

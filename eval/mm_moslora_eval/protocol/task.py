@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval import sources
 from mm_moslora_eval.metrics.question_groups import OptionMeasure
+from mm_moslora_eval.protocol.few_shots import with_pool
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.named_parts import NamedParts
@@ -176,6 +177,8 @@ class Task:
             raise EvalError(f"Task {self.id[:40]}... has a name of more than {_LONGEST_ID} bytes; shorten it.")
         if "{answer}" not in self.reference:
             raise EvalError(f"Task {self.name!r}: reference is {self.reference!r}, expected a text with {{answer}}.")
+        if self.prompt.shots and self.decoding.kind == "continuation":
+            raise EvalError(f"Task {self.name!r}: prompt.shots need a conversation, which kind continuation has not.")
         self._check_names()
 
     def _check_names(self) -> None:
@@ -228,12 +231,8 @@ class Task:
 
     @property
     def request_hash(self) -> str:
-        """Hash of everything that determines the answers, so without extraction, metric and aggregation.
-
-        The places of images are left out, since the key of every answer covers them.
-        """
-        prompt = {key: value for key, value in asdict(self.prompt).items() if key not in ("image_tags", "strip_parts")}
-        return digest([self.name, self.protocol, self.version, prompt, self.decoding.decides])
+        """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
+        return digest([self.name, self.protocol, self.version, self.prompt.decides(), self.decoding.decides])
 
     def within(self, limit: int | None, *, thinking_tokens: int = 0) -> Task:
         """The task with the length of answers that a run asks for; it decides their identity, as the task's own does.
@@ -255,6 +254,7 @@ class Task:
                 the aggregation; names the place. See `load_code`, too.
         """
         self.load_code()
-        data = sources.load(self.source, beside=Path(self.folder) if self.folder else None)
+        beside = Path(self.folder) if self.folder else None
+        data = sources.load(self.source, beside=beside)
         check_ids(self.aggregation, data.documents)
-        return data
+        return with_pool(data, self.prompt, self.source, beside=beside)

@@ -27,7 +27,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import ImageMode
 
 DONE = "shard.json"
-_DIVIDING = ("batch_size", "limit", "samples", "seed", "max_new_tokens", "world_size")
+_DIVIDING = ("batch_size", "limit", "stratify", "samples", "seed", "max_new_tokens", "world_size")
 """Settings on which shares or answers depend."""
 
 

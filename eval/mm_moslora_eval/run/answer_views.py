@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class DocumentSelection:
     """The documents of a data set that were asked."""
 
     name: str
-    """all, `first 5`, or `3 chosen`."""
+    """all, `first 5`, `3 chosen`, or `100 by category`."""
     n: int
     of: int
     """Documents of the data set."""
@@ -57,10 +58,12 @@ class DocumentSelection:
         return "" if self.name == "all" else f"{self.name} of {self.of}"
 
 
-def selection_of(items: Sequence[Item], data: DataSet) -> DocumentSelection:
-    """The selection that the items make of their data set."""
+def selection_of(items: Sequence[Item], data: DataSet, *, stratify: str | None = None) -> DocumentSelection:
+    """The selection that the items make of their data set; `stratify` as for `stratified_sample.stratified`."""
     ids, all_ids = [item.document.id for item in items], [document.id for document in data.documents]
-    name = "all" if ids == all_ids else f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
+    by = None if stratify is None else f"{len(ids)} by " + re.sub(r"[^\w.-]", "_", stratify)
+    plain = f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
+    name = "all" if ids == all_ids else by or plain
     content = [[item.document.hash, list(item.own_ids)] for item in items]
     return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content))
 

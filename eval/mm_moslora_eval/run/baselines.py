@@ -71,21 +71,22 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
 
 def baseline(
     name: str, task: Task, documents: Sequence[Document], *, data: DataSet, training: Sequence[TrainingAnswer] = (),
-    own: Sequence[Scored] = (),
+    own: Sequence[Scored] = (), stratify: str | None = None,
 ) -> TaskResult:  # fmt: skip
     """Score a baseline.
 
     In the result, `about["learned_from"]` is the source of the answers, and `about["own_less_this"]` is the model's
     score minus the baseline's.
     """
-    items = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher()).items
+    work = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher(), shots=data.shots)
+    items = [first for first, *_ in work.documents]
     clusters = [item.cluster for item in items]
     scored = answer_without_model(name, task, documents, clusters=clusters, training=training)
     about = {
         "learned_from": learned_from(training),
         "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
         "data": data.to_dict(),
-        "selection": asdict(selection_of(items, data)),
+        "selection": asdict(selection_of(items, data, stratify=stratify)),
     }
     if own and with_scores(scored):
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()

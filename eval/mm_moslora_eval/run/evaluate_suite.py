@@ -101,7 +101,10 @@ def evaluate(
         if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
             own_result = next((result for result in results if result.mode == "own" and result.scored), None)
             own = read_scored(output / own_result.folder) if own_result is not None and baselines else []
-            floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
+            floors = [
+                baseline(name, task, documents, data=data, training=training, own=own, stratify=settings.stratify)
+                for name in baselines
+            ]
             _write(output, floors)
             results += floors
         return results

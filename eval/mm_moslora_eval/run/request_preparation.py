@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import BOXES
+from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
 
@@ -32,10 +33,12 @@ class Item:
     """Hash of everything that determines the answer: task, document, prompt, pictures, decoding, model."""
     messages: tuple[Message, ...]
     image_ids: tuple[str, ...]
-    """Hashes of the pictures shown."""
+    """Hashes of the pictures shown, of the shots first."""
     own_ids: tuple[str, ...]
     """Hashes of the document's own pictures; they group samples in every image mode."""
     problem: str | None
+    shot_images: int = 0
+    """How many of the pictures shown are those of shots, which no image mode changes."""
     sample: int = 0
     """The number of the answer among several to the document."""
 
@@ -63,6 +66,10 @@ class Preparation:
         hasher: identifies pictures.
         pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
             selection; None: `documents` is the whole data set.
+        shots: documents from which the task's prompt takes solved questions.
+
+    Raises:
+        EvalError: there are not enough of them.
     """
 
     def __init__(
@@ -75,8 +82,9 @@ class Preparation:
         fingerprint: str,
         hasher: Hasher,
         pool: Sequence[Document] | None = None,
+        shots: Sequence[Document] = (),
     ) -> None:
-        self._task, self._mode = task, mode
+        self._task, self._mode, self._shots, self._hasher = task, mode, shots, hasher
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
         identified = {document.id: self._identify(document, hasher) for document in shown}
@@ -120,10 +128,13 @@ class Preparation:
     ) -> Item:
         task = self._task
         messages: tuple[Message, ...] = ()
+        before: tuple[str, ...] = ()
         if problem is None:
+            shots = shots_for(task.prompt, document, self._shots)
             try:
-                messages = task.prompt.messages(document)
+                messages = conversation(task.prompt, document, shots, reference=task.reference)
                 own = tuple(own[number] for number in task.prompt.image_order(document))
+                before = tuple(name for shot in shots for name in self._pictures_of_shot(shot))
             except EvalError as error:
                 problem = str(error)
         shown = own
@@ -131,14 +142,14 @@ class Preparation:
             shown = tuple(self._other[name] for name in own)
         elif self._mode == "blind":
             shown = tuple(f"mean:{name}" for name in own)
-        conversation = [[message.role, message.text] for message in messages]
+        said = [[message.role, message.text] for message in messages]
         decided = {
             "format": FORMAT,
             "task": task.request_hash,
             "id": document.id,
             "document": document.hash,
-            "prompt": digest(conversation),
-            "images": shown,
+            "prompt": digest(said),
+            "images": before + shown,
             "mode": self._mode,
             "model": fingerprint,
             "problem": problem,
@@ -148,10 +159,17 @@ class Preparation:
             document=document,
             key=digest(decided),
             messages=messages,
-            image_ids=shown,
+            image_ids=before + shown,
             own_ids=own,
             problem=problem,
+            shot_images=len(before),
         )
+
+    def _pictures_of_shot(self, shot: Document) -> list[str]:
+        names, problem = self._identify(shot, self._hasher)
+        if problem is not None:
+            raise EvalError(f"the shot {shot.id!r} cannot be shown: {problem}")
+        return [names[number] for number in self._task.prompt.image_order(shot)]
 
     def request(self, item: Item) -> Request:
         """The request for the model; creates the pictures of the mode `blind`.
@@ -159,8 +177,8 @@ class Preparation:
         Raises:
             DataError: the picture cannot be decoded (mode `blind`).
         """
-        pictures: list[Any] = []
-        for own, shown in zip(item.own_ids, item.image_ids, strict=True):
+        pictures: list[Any] = [self._pictures[name] for name in item.image_ids[: item.shot_images]]
+        for own, shown in zip(item.own_ids, item.image_ids[item.shot_images :], strict=True):
             pictures.append(mean_image(self._pictures[own]) if self._mode == "blind" else self._pictures[shown])
         return Request(
             id=item.document.id,
@@ -174,7 +192,7 @@ class Preparation:
             raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
-            boxes=self._task.extraction == BOXES,
+            boxes=self._task.extraction in PLACES,
         )
 
     def _draw(self, item: Item) -> TokenDraw | None:
@@ -195,10 +213,11 @@ class Preparation:
         return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
 
     def paths(self, item: Item) -> list[str | None]:
-        """The files of the shown pictures, as far as they are files."""
+        """The files of the shown pictures without those of shots, as far as they are files."""
+        shown = item.image_ids[item.shot_images :]
         if self._mode == "blind":
-            return [None for _ in item.image_ids]
-        pictures = [self._pictures.get(name) for name in item.image_ids]
+            return [None for _ in shown]
+        pictures = [self._pictures.get(name) for name in shown]
         return [str(picture) if isinstance(picture, Path) else None for picture in pictures]
 
 

@@ -35,7 +35,7 @@ from mm_moslora_eval.run.answer_views import (
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
-from mm_moslora_eval.scoring.answer_scoring import BOXES, JUDGED, score_answer
+from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
@@ -218,7 +218,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     documents = [Document.from_dict(row) for row in rows]
     check_ids(task.aggregation, documents)
     asked = [
-        _Asked(document, _boxes(answer, task) if task.extraction == BOXES else answer["text"], row["cluster"])
+        _Asked(document, _boxes(answer, task) if task.extraction in PLACES else answer["text"], row["cluster"])
         for document, row, several in zip(documents, rows, given, strict=True)
         for answer in several
     ]

@@ -41,9 +41,10 @@ from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
-from mm_moslora_eval.scoring.answer_scoring import BOXES
+from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
+from mm_moslora_eval.sources.stratified_sample import stratified
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class EvaluationSettings:
     batch_size: int = 8
     limit: int | None = None
     """Ask only this many documents, from the first one on."""
+    stratify: str | None = None
+    """With a limit: a sample with the shares that the values of this column have in the data, drawn by `seed`."""
     samples: tuple[str, ...] = ()
     """Ask only documents with these ids."""
     seed: int = 0
@@ -91,6 +94,8 @@ class EvaluationSettings:
             raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+        if self.stratify is not None and self.limit is None:
+            raise EvalError("stratify draws a sample, and limit says of how many documents: set both.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
@@ -111,6 +116,8 @@ def select(data: DataSet, settings: EvaluationSettings) -> tuple[Document, ...]:
         if missing:
             raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
         documents = tuple(document for document in documents if document.id in set(settings.samples))
+    if settings.stratify is not None and settings.limit is not None:
+        return stratified(documents, settings.stratify, settings.limit, seed=settings.seed)
     return documents[: settings.limit]
 
 
@@ -220,7 +227,7 @@ def run_task(
         ConfigError: a link is at the place of a folder of the run.
     """
     settings = settings or EvaluationSettings()
-    if task.extraction == BOXES and not getattr(model, "reads_boxes", False):
+    if task.extraction in PLACES and not getattr(model, "reads_boxes", False):
         raise EvalError(
             f"{task.id} scores boxes, and {model.name} gives texts alone: their form and pixels are not known. "
             "Evaluate a run, an export or hf:ID."
@@ -230,7 +237,7 @@ def run_task(
     documents = select(data, settings)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
-        pool=data.documents,
+        pool=data.documents, shots=data.shots,
     )  # fmt: skip
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
@@ -241,7 +248,7 @@ def run_task(
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
     job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
-    selection = selection_of([first for first, *_ in work.documents], data)
+    selection = selection_of([first for first, *_ in work.documents], data, stratify=settings.stratify)
     view = mode_folder / selection.folder
     if settings.rank == 0:
         make_subfolder(view)
@@ -270,7 +277,7 @@ def _describe(
             "key": item.key,
             **({"more_keys": [other.key for other in others]} if others else {}),
             "prompt": "\n".join(message.text for message in item.messages),
-            "images": list(item.image_ids),
+            "images": list(item.image_ids[item.shot_images :]),
             "paths": work.paths(item),
             "cluster": item.cluster,
         }

@@ -71,7 +71,8 @@ def _commonsense(dataset: str) -> Extractor:
 
 
 BOXES = "boxes"
-"""Extraction of the first box of an answer; the backend reads it, since its form and pixels depend on the model."""
+PLACES = frozenset({BOXES, "points"})
+"""Extractions of a place in the picture; the backend reads it, since its form and pixels depend on the model."""
 _EXTRACTORS: dict[str, Extractor] = {
     BOXES: lambda text, _: box_iou.first_box(text),
     "text": lambda text, _: text.strip(),

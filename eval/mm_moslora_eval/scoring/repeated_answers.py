@@ -15,7 +15,7 @@ from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
 from mm_moslora_eval.scoring.score_aggregation import READS_ANSWERS
 from mm_moslora_eval.scoring.scored_sample import Scored
 
-Combining = Callable[[Sequence[Scored]], Scored]
+Combining = Callable[..., Scored]
 
 
 def mean(answers: Sequence[Scored]) -> Scored:

@@ -40,10 +40,8 @@ class Scored:
         return without_thinking(self.text, self.markers)
 
     def column(self, name: str) -> str:
-        """The document's value in a column: its category, its id, or a further column; empty without one."""
-        document = self.document
-        own = {"id": document.id, "category": document.category, "hint": document.hint}
-        return str(document.extra.get(name) or own.get(name) or "")
+        """See `Document.column`."""
+        return self.document.column(name)
 
 
 Samples = Sequence[Scored]

@@ -89,6 +89,11 @@ class Document:
         """Hash of everything except the images."""
         return digest(self.to_dict())
 
+    def column(self, name: str) -> str:
+        """The value in a column: the category, the id, or a further column; empty without one."""
+        own = {"id": self.id, "category": self.category, "hint": self.hint}
+        return str(self.extra.get(name) or own.get(name) or "")
+
     def with_problem(self, problem: str | None) -> Document:
         """The document marked with a problem; an earlier problem is kept."""
         return self if problem is None or self.problem is not None else replace(self, problem=problem)
@@ -105,11 +110,16 @@ class DataSet:
     """Rows left out on purpose (the protocol skips rows without an image)."""
     revision: str | None = None
     """Commit of a data set from the hub."""
+    shots: tuple[Document, ...] = ()
+    """Documents from which a prompt takes solved questions; none without shots."""
+    shots_from: Mapping[str, Any] = field(default_factory=dict)
+    """The description of their data."""
 
     def to_dict(self) -> dict[str, Any]:
         """The description of the data for result files."""
         about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
-        return about | ({"revision": self.revision} if self.revision else {})
+        about |= {"revision": self.revision} if self.revision else {}
+        return about | ({"shots": dict(self.shots_from)} if self.shots_from else {})
 
 
 def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:

@@ -104,6 +104,22 @@ def test_drawn_answers_are_the_same_in_any_batch_and_of_both_readers(exported: P
     assert {index: answer.text for index, answer in ours.generate(sharp, batch_size=8)} == greedy
 
 
+def test_answers_after_solved_questions_are_those_of_reference_mode_and_of_transformers(exported: Path) -> None:
+    solved = [
+        Message(role="user", content=(IMAGE, "\nwhat color?")), Message(role="assistant", content=("red",)),
+    ]  # fmt: skip
+    asked = [
+        dataclasses.replace(item, messages=(*solved, *item.messages), images=(picture(7), *item.images))
+        for item in QUESTIONS[:4]
+    ]
+    models = [open_model(str(exported), precision="fp32", reference=slow) for slow in (False, True)]
+    models.append(open_model(f"hf:{exported}", precision="fp32"))
+    ours, slow, theirs = ({i: a.text for i, a in model.generate(asked, batch_size=4)} for model in models)
+    assert ours == slow
+    plain = {index: answer.text for index, answer in models[0].generate(QUESTIONS[:4], batch_size=4)}
+    assert ours == theirs != plain
+
+
 def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: Path) -> None:
     """Teacher forcing over prompt and reference at once gives the same nats; answers do not change."""
     from mm_moslora_eval.sources.image_controls import open_image

@@ -24,7 +24,8 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, select
+from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES
 from waiting import wait_until
 
@@ -454,3 +455,31 @@ def test_a_folder_with_other_files_is_refused_for_an_evaluation(tmp_path: Path, 
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(EvalError, match=r"run\.json is damaged"), open_run(tmp_path, FakeModel()):
             pytest.fail("these answers belong to no request")
+
+
+def test_a_stratified_sample_has_the_shares_of_the_data_and_a_view_of_its_own(tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "data", count=40)
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["category"] = "rare" if number < 8 else "often"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task(f"llava:{questions}")
+
+    def chosen(**settings: Any) -> list[Document]:
+        return list(select(task.load(), EvaluationSettings(rank=0, world_size=1, **settings)))
+
+    sample = chosen(limit=10, stratify="category")
+    assert [document.category for document in sample].count("rare") == 2
+    assert [document.id for document in sample] != [document.id for document in chosen(limit=10)]
+    assert sample == chosen(limit=10, stratify="category")
+    assert {one.id for one in sample} < {one.id for one in chosen(limit=20, stratify="category")}
+    assert {one.id for one in sample} != {one.id for one in chosen(limit=10, stratify="category", seed=1)}
+    assert len(chosen(limit=100, stratify="category")) == 40
+    settings = EvaluationSettings(rank=0, world_size=1, limit=10, stratify="category")
+    results = evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), settings=settings)
+    assert {result.about["selection"]["name"] for result in results} == {"10 by category"}
+    assert next((tmp_path / "run").rglob("samples.jsonl")).parent.name.startswith("10-by-category-")
+    with pytest.raises(EvalError, match=r"stratify is 'topic', and 40 of 40 documents have nothing in this column"):
+        chosen(limit=10, stratify="topic")
+    with pytest.raises(EvalError, match="set both"):
+        EvaluationSettings(rank=0, world_size=1, stratify="category")

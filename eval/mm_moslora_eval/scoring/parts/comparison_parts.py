@@ -1,0 +1,61 @@
+"""Metrics of whole answers: edits, tables, points, mathematics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mm_moslora_eval.metrics.exact_match import best
+from mm_moslora_eval.metrics.general.math_answers import PROCESS, SECONDS
+from mm_moslora_eval.metrics.general.point_hits import first_point, inside
+from mm_moslora_eval.metrics.general.table_similarity import teds as _teds
+from mm_moslora_eval.metrics.metric_text import levenshtein
+from mm_moslora_eval.scoring.named_parts import Extractor, Metric
+from mm_moslora_eval.sources.document import Document
+
+
+def points(text: str, document: Document) -> str:
+    """The first point of the answer in the model's form, or the middle of its first box, in pixels of the file."""
+    point = first_point(text)
+    return "" if point is None else f"[{point[0]:g}, {point[1]:g}]"
+
+
+def edit_similarity(parsed: str, document: Document, *, ignore_case: bool = False, ignore_space: bool = False) -> float:
+    """1 less the edit distance as a share of the longer text; `ignore_space` takes any space between words as one."""
+
+    def similarity(answer: str, reference: str) -> float:
+        sides = [text.casefold() if ignore_case else text for text in (answer, reference)]
+        left, right = (" ".join(text.split()) if ignore_space else text for text in sides)
+        return 1 - levenshtein(left, right) / (max(len(left), len(right)) or 1)
+
+    return best(similarity, parsed, document.answers)
+
+
+def teds(parsed: str, document: Document, *, structure_only: bool = False) -> float:
+    """TEDS of the first HTML table in the answer and that of the reference; `structure_only` is TEDS-S."""
+    return best(lambda a, b: _teds(a, b, structure_only=structure_only), parsed, document.answers)
+
+
+def point_inside(parsed: str, document: Document) -> float:
+    """1 where the first point lies in a reference: a box, a polygon or a mask of run lengths."""
+    return best(inside, parsed, document.answers)
+
+
+def mathematics(
+    parsed: str, document: Document, *, seconds: float = SECONDS, endless: Literal["failed", "wrong"] = "failed"
+) -> float:
+    """1 where `math-verify` finds the answer equal to a reference, in a process with a time limit of `seconds`.
+
+    An answer that takes longer has no score and is counted, or with `endless: wrong` counts as wrong.
+    """
+    try:
+        return float(PROCESS.equal(parsed, document.answers, seconds=seconds))
+    except TimeoutError:
+        if endless == "wrong":
+            return 0.0
+        raise
+
+
+EXTRACTORS: dict[str, Extractor] = {"points": points}
+METRICS: dict[str, Metric] = {
+    "edit_similarity": edit_similarity, "teds": teds, "point_inside": point_inside, "mathematics": mathematics,
+}  # fmt: skip
