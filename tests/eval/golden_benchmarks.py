@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mm_moslora_eval.sources.document import Document
@@ -126,3 +127,13 @@ def cv_bench(row: Row, runs: Runs) -> Any:
         for number, (name, _) in enumerate(row["rows"])
     ]
     return runs("cv_bench@official", made, ["AB"[1 - right] for _, right in row["rows"]]).result.score
+
+
+def ccocr(rows: list[Row], runs: Runs) -> list[Any]:
+    """To six digits, since the source adds small numbers against divisions by zero."""
+
+    def document(row: Row, number: int) -> Document:
+        made = _document(number, row["references"], {}, split=row["split"])
+        return replace(made, category=row["group"])
+
+    return [round(score, 6) for score in run_rows("ccocr_scenes@vlmevalkit", rows, runs, document).scores]

@@ -44,6 +44,7 @@ from tests.eval.golden_answers import (
     yes_no_pope_lmms_eval,
 )
 from tests.eval.golden_benchmarks import (
+    ccocr,
     countbench,
     cv_bench,
     dynamath,
@@ -124,6 +125,7 @@ CHECKS: dict[str, Check] = {
     "commonsense_extract_moslora": commonsense_answers,
     "commonsense_prompt_moslora": whole(commonsense_prompt),
     "commonsense_prompts_lm_eval": whole(lambda row, runs: commonsense_lm_eval(row, runs, runs.folder())),
+    "ccocr_vlmevalkit": ccocr,
     "countbench": countbench,
     "cv_bench_lmms_eval": whole(cv_bench),
     "dynamath_vlmevalkit": dynamath,

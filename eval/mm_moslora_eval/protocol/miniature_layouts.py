@@ -119,6 +119,16 @@ FORMS: dict[str, Form] = {
             "requirement": "Answer with the letter.",
         },
     ),
+    "ccocr_languages": Form(
+        question="Read the text.", answer=lambda scene: scene.word, choices=(),
+        extra={"category": "multi_lan_ocr", "l2-category": "text", "split": lambda n: ("French", "Arabic")[n % 2]},
+    ),
+    "ccocr_scenes": Form(
+        question="Read the text.", answer=lambda scene: scene.word, choices=(),
+        extra={
+            "category": "multi_scene_ocr", "l2-category": "scene_text", "split": lambda n: ("IC15", "zh_doc")[n % 2]
+        },
+    ),
     "countbench": Form(
         question=_COUNT.question, answer=_COUNT.answer, choices=(), reference="{text}", extra={"text": "Some shapes."}
     ),
