@@ -34,7 +34,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     path = find_file(source.path, beside=beside)
     sha256 = _checksum(path, source.md5)
     folder = picture_folder(source.image_folder, path, beside=beside)
-    rules = rules_of(folder, follow_links=source.follow_links)
+    rules = rules_of(folder, source)
     if source.kind == "llava":
         read = list(llava_file.read(path, rules=rules, where=source.where))
     else:

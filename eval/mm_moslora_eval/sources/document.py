@@ -37,6 +37,8 @@ class StoredImage:
     column: str
     number: int = 0
     """Its number in a list of pictures."""
+    identity: str = ""
+    """What identifies it without its bytes, of a frame of a video; empty: its bytes."""
 
     def read(self) -> bytes:
         """The bytes of the file.

@@ -17,12 +17,13 @@ from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_bo
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
+from mm_moslora_eval.sources.source_videos import frames_of_record
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
-_KEYS = ("id", "image", "question", "options", "answer", "category", "hint")
+_KEYS = ("id", "image", "video", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _BRACKETED = re.compile(r"\(([A-Za-z])\)")
 _OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
@@ -66,7 +67,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         folder = hub_store(source.path)[0].resolve()
     else:
         folder = picture_folder(source.image_folder, local or Path(source.path), beside=beside)
-    rules = rules_of(folder, follow_links=source.follow_links)
+    rules = rules_of(folder, source)
     documents = checked(_documents(table, source, rules, of_hub=local is None), source=source.path)
     dropped = rows - len(documents)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
@@ -131,6 +132,8 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
             if not pictures.columns:
                 named = [value for name in names for value in _listed(row.get(name))]
                 images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
+            frames, fault = frames_of_record(row.get(columns.get("video", "video")), file=file, row=number, rules=rules)
+            images, problem = (*images, *frames), problem or fault
             read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
             read = read.with_problem(problem)
             yield with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read

@@ -45,7 +45,7 @@ def _digest(image: Path | StoredImage) -> str:
     from mm_moslora.data.images.picture_faults import MAX_BYTES
 
     if isinstance(image, StoredImage):
-        return hashlib.sha256(image.read()).hexdigest()
+        return hashlib.sha256(image.identity.encode() or image.read()).hexdigest()
     with opened(image, most=MAX_BYTES) as stream:
         return sha256_of(stream)
 

@@ -1,6 +1,7 @@
 """LLaVA files as documents.
 
-Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
+Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`; with
+`video` instead of `image` the frames of a video are shown, at `<video>` or before the text.
 Conversation files (the training format): each human/gpt pair is a separate document.
 """
 
@@ -10,6 +11,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import pictures_of_record
+from mm_moslora_eval.sources.source_images import shown_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+IMAGE, VIDEO = "<image>", "<video>"
 Record = Mapping[str, Any]
 RecordPictures = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and the problem with them if there is one."""
@@ -45,11 +48,19 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
             yield None
             continue
         position = f"{path}, record {row}"
-        pictures = pictures_of_record(record.get("image"), file=path, row=row, rules=rules)
-        if "conversations" in record:
-            yield from _conversation(record, pictures, position, row)
-        else:
-            yield _question(record, pictures, position)
+        pictures = shown_of_record(record.get("image"), record.get("video"), file=path, row=row, rules=rules)
+        several = "conversations" in record
+        documents = (
+            _conversation(record, pictures, position, row) if several else [_question(record, pictures, position)]
+        )
+        yield from map(_with_frames, documents) if record.get("video") and not record.get("image") else documents
+
+
+def _with_frames(document: Document) -> Document:
+    """The document with its frames in the place of `<video>`, where one stands in the question."""
+    if document.question.count(VIDEO) != 1:
+        return document
+    return replace(document, question=document.question.replace(VIDEO, IMAGE * len(document.images)))
 
 
 def reference_of(answer: str) -> str:
@@ -100,7 +111,7 @@ def _text(value: Any) -> str | None:
     return str(value) if value not in (None, "", "nan") else None
 
 
-_KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer", "answers", "options", "hint"}
+_KNOWN = {"question_id", "id", "image", "video", "text", "question", "category", "answer", "answers", "options", "hint"}
 
 
 def _question(record: Record, shown: RecordPictures, where: str) -> Document:

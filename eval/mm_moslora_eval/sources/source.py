@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mm_moslora.utils.errors import EvalError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -17,6 +19,10 @@ class Source:
     """Folder of the pictures named by path, relative to the task file; None: the folder of the data."""
     follow_links: bool = False
     """Accept symbolic links that lead out of the image folder."""
+    video_frames: int = 8
+    """Frames that are shown of a video (the key or column `video`), from its first to its last."""
+    video_fps: float | None = None
+    """Frames that are shown of a second instead."""
     drop_without_image: bool = False
     """tsv: leave out rows without a picture (counted)."""
     answer_lists: bool = True
@@ -37,4 +43,11 @@ class Source:
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; other rows count as dropped."""
     columns: dict[str, str] = field(default_factory=dict)
-    """hf: document field (id, image, question, options, answer, category, hint) -> the data set's column."""
+    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column."""
+
+    def __post_init__(self) -> None:
+        if self.video_frames < 1 or (self.video_fps is not None and not self.video_fps > 0):
+            raise EvalError(
+                f"source.video_frames is {self.video_frames} and video_fps {self.video_fps}; expected 1 or more, and "
+                "frames a second above 0."
+            )

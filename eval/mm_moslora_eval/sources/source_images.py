@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora_eval.sources.document import ImageLike, StoredImage
+from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.sources.source_videos import frames_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -21,11 +23,22 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}")
 """The beginning of a picture as base64; names of files are shorter or have a period."""
 
 
-def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
+def rules_of(folder: Path, source: Source) -> PictureRules:
     """Rules for pictures: files below a resolved folder, bytes and data URLs are accepted; links out of it if asked."""
     from mm_moslora.data.images.record_picture import PictureRules
 
-    return PictureRules(folder=folder, follow_links=follow_links)
+    return PictureRules(
+        folder=folder, follow_links=source.follow_links, video_frames=source.video_frames, video_fps=source.video_fps
+    )
+
+
+def shown_of_record(
+    images: Any, videos: Any, *, file: Path, row: int, rules: PictureRules
+) -> tuple[tuple[ImageLike, ...], str | None]:
+    """The pictures of a record and the frames of its videos after them, and the first problem."""
+    pictures, problem = pictures_of_record(images, file=file, row=row, rules=rules)
+    frames, other = frames_of_record(videos, file=file, row=row, rules=rules)
+    return ((), problem or other) if problem or other else (pictures + frames, None)
 
 
 def pictures_of_record(

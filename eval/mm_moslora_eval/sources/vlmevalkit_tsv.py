@@ -22,6 +22,7 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import pictures_of_record
+from mm_moslora_eval.sources.source_videos import frames_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -60,6 +61,8 @@ def read(
             yield None
             continue
         images, problem = _images(row, pictures, partial(pictures_of_record, file=path, row=number, rules=rules))
+        frames, fault = frames_of_record(_video(row), file=path, row=number, rules=rules)
+        images, problem = (*images, *frames), problem or fault
         if drop_without_image and not images and problem is None:
             yield None
             continue
@@ -70,6 +73,12 @@ def read(
             problem=problem or (f"NUL byte in column {nul!r}" if nul else None),
             answer_lists=answer_lists,
         )
+
+
+def _video(row: Row) -> str | None:
+    """The video that a row names by its path."""
+    path = row.get("video_path") or row.get("video") or ""
+    return None if path in _EMPTY else path
 
 
 def document(

@@ -1,0 +1,97 @@
+"""Videos of documents: their frames as pictures, by number and by rate, and videos that have none."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.sources import Source
+from mm_moslora_eval.sources.document import StoredImage
+from mm_moslora_eval.sources.image_controls import open_image
+from video_files import write_video
+
+from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_fake import FakeModel
+
+ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    folder.mkdir(exist_ok=True)
+    write_video(folder / "a.mp4", frames=12)
+    write_video(folder / "b.mp4", frames=6)
+    (folder / "empty.mp4").write_bytes(b"")
+    names = ("a.mp4", "b.mp4", "a.mp4", "empty.mp4", "absent.mp4", "../a.mp4")
+    return [
+        {"question_id": str(number), "video": name, "text": f"What is it? {number}", "answer": "yes"}
+        for number, name in enumerate(names)
+    ]
+
+
+def task(folder: Path, **source: object) -> Task:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(folder)))
+    return Task(name="videos", source=Source(kind="llava", path=str(path), **source))  # type: ignore[arg-type]
+
+
+def test_frames_are_those_of_training_and_a_video_without_any_is_a_counted_failure(tmp_path: Path) -> None:
+    model = FakeModel()
+    asked = task(tmp_path / "data", video_frames=4)
+    (result,) = evaluate(model, asked, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert sorted(request.id for request in model.requests) == ["0", "1", "2"]
+    assert (result.n, result.counts.failed, result.clusters) == (6, 3, 5)  # two questions on one video are one cluster
+    images = next(request.images for request in model.requests if request.id == "0")
+    expected = Clip(tmp_path / "data" / "a.mp4", "", 4).frames()
+    assert [open_image(image).tobytes() for image in images] == [frame.tobytes() for frame in expected]
+    samples = [json.loads(line) for line in next((tmp_path / "run").rglob("samples.jsonl")).read_text().splitlines()]
+    assert all("video" in samples[number]["error"] for number in (3, 4, 5))
+
+
+def test_a_rate_shows_more_frames_of_a_longer_video_and_tags_say_where(tmp_path: Path) -> None:
+    documents = task(tmp_path / "data", video_fps=5.0).load().documents
+    counts = [len(document.images) for document in documents[:2]]
+    assert counts[0] == 2 * counts[1] > 2
+    path = tmp_path / "data" / "tagged.json"
+    turns = [{"from": "human", "value": "Before <video> after"}, {"from": "gpt", "value": "yes"}]
+    path.write_text(json.dumps([{"id": "1", "video": "a.mp4", "conversations": turns}]))
+    tagged = Task(name="tagged", source=Source(kind="llava", path=str(path), video_frames=2))
+    (document,) = tagged.load().documents
+    (message,) = tagged.prompt.messages(document)
+    assert message.text == "Before <image><image> after"
+    with pytest.raises(EvalError, match="video_frames is 0"):
+        Source(kind="llava", path="x", video_frames=0)
+
+
+def test_a_frame_is_identified_by_its_file_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = task(tmp_path / "data", video_frames=3).load().documents
+    monkeypatch.setattr(Clip, "frames", lambda self: pytest.fail("decoded"))
+    frames = [image for image in documents[0].images if isinstance(image, StoredImage)]
+    assert len({frame.identity for frame in frames}) == 3
+    same = [image for image in documents[2].images if isinstance(image, StoredImage)]
+    assert [frame.identity for frame in frames] == [frame.identity for frame in same]
+
+
+def test_tables_name_videos_too(tmp_path: Path) -> None:
+    questions = rows(tmp_path / "data")[:2]
+    tsv = tmp_path / "data" / "bench.tsv"
+    with tsv.open("w", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t")
+        writer.writerow(["index", "video", "video_path", "question", "answer"])
+        writer.writerows([number, "a", row["video"], row["text"], "yes"] for number, row in enumerate(questions))
+    table = tmp_path / "data" / "bench.jsonl"
+    renamed = [
+        {"id": row["question_id"], "clip": row["video"], "question": row["text"], "answer": "yes"} for row in questions
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    for source in (
+        Source(kind="tsv", path=str(tsv), video_frames=2),
+        Source(kind="hf", path=str(table), columns={"video": "clip"}, video_frames=2),
+    ):
+        documents = Task(name="t", source=source).load().documents
+        assert [(len(document.images), document.problem) for document in documents] == [(2, None), (2, None)]
