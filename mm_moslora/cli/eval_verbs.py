@@ -369,7 +369,7 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
 
 @eval_app.command(name="miniature")
 def eval_miniature(folder: Path) -> int:
-    """Write small synthetic documents of 40 benchmarks in their original layouts, for offline trials.
+    """Write small synthetic documents of 43 benchmarks in their original layouts, for offline trials.
 
     Parameters
     ----------

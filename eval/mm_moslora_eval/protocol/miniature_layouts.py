@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.files import replace_text, replacing, writing_in_place
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 
 Row = dict[str, Any]
 _LETTERS = "ABCD"
+_FRAMES = 3
 
 
 def _lettered(choices: Sequence[str]) -> list[str]:
@@ -47,6 +48,8 @@ class Form:
     """hf: pictures are text."""
     rotations: int = 1
     """Rows with turned options, as MMBench has them."""
+    video: bool = False
+    """hf: a video of the scene in place of its picture."""
 
 
 def _of_number(value: Any, number: int) -> Any:
@@ -78,6 +81,18 @@ FORMS: dict[str, Form] = {
         extra={
             "sub_task": lambda number: ("Art_Style", "Counting")[number % 2], "prompt": "Which shape is it? (A) to (D)"
         },
+    ),
+    "videomme": Form(
+        options=lambda choices: [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=True)],
+        extra={"videoID": lambda number: f"v{number}", "domain": "Knowledge"}, video=True,
+    ),
+    "mlvu_dev": Form(
+        question=f"Which shape is shown?\n{_written(SHAPES)}", options=_written, video=True,
+        extra={"video_name": lambda n: f"{n}.mp4", "task_type": lambda n: ("count", "order")[n % 2]},
+    ),
+    "longvideobench_val": Form(
+        reference="{index}", video=True,
+        extra={"video_path": lambda number: f"{number}.mp4", "question_category": "S2E"},
     ),
     "vstar": Form(
         question=f"Which shape is shown?\n{_written(SHAPES)}\nAnswer with the option's letter.",
@@ -173,8 +188,12 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
     path = folder / "documents.parquet"
-    _write_parquet(path, source.get("columns") or {}, form)
-    return {**source, "path": str(path.resolve()), "config": None}
+    rows = _write_parquet(path, source.get("columns") or {}, form)
+    for row, scene in zip(rows, SCENES, strict=True):
+        for name in (source.get("texts") or {}).values():
+            _write_subtitles(folder / name.format_map(row), scene)
+    shown = {"video_frames": _FRAMES} if form.video else {}
+    return {**source, "path": str(path.resolve()), "config": None, **shown}
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:
@@ -200,7 +219,8 @@ def _tsv_rows(form: Form) -> list[Row]:
     return rows
 
 
-def _write_parquet(path: Path, columns: Mapping[str, str], form: Form) -> None:
+def _write_parquet(path: Path, columns: Mapping[str, str], form: Form) -> list[Row]:
+    """Write the rows, and return them."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -209,17 +229,47 @@ def _write_parquet(path: Path, columns: Mapping[str, str], form: Form) -> None:
     for number, scene in enumerate(SCENES):
         letter, text = _right(form, scene, form.choices)
         picture: Any = scene.encoded if form.base64 else {"bytes": scene.png(), "path": None}
-        cells: Row = {columns.get("id", "id"): number + form.first} | dict.fromkeys(pictures) | {pictures[0]: picture}
-        if form.choices:
-            cells[columns.get("options", "options")] = form.options(form.choices)
-        cells[columns.get("answer", "answer")] = form.reference.format(letter=letter, lower=letter.lower(), text=text)
+        cells: Row = {columns.get("id", "id"): number + form.first}
+        if form.video:
+            cells |= {key: _of_number(value, number) for key, value in form.extra.items()}
+            _write_video(path.parent / _video_name(columns, cells), scene)
+        else:
+            cells |= dict.fromkeys(pictures) | {pictures[0]: picture}
+        names = [name.strip() for name in columns.get("options", "options").split(",")]
+        if len(names) > 1:
+            cells |= dict.fromkeys(names, "N/A") | dict(zip(names, form.choices, strict=False))
+        elif form.choices:
+            cells[names[0]] = form.options(form.choices)
+        index = _LETTERS.index(letter) if letter else 0
+        said = {"letter": letter, "lower": letter.lower(), "text": text, "index": index}
+        cells[columns.get("answer", "answer")] = form.reference.format_map(said)
         cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
         rows.append(cells | {key: _of_number(value, number) for key, value in form.extra.items()})
     table = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
-    if not form.base64:
+    if not (form.base64 or form.video):
         for name in pictures:
             table = table.cast_column(name, datasets.Image())
     table.to_parquet(str(path))
+    return rows
+
+
+def _video_name(columns: Mapping[str, str], cells: Row) -> str:
+    """The name of a row's video, as the task file makes it of the columns."""
+    column = columns.get("video", "video")
+    return column.format_map(cells) if "{" in column else str(cells[column])
+
+
+def _write_video(path: Path, scene: Scene) -> None:
+    """A short animation, whose shapes appear one after the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Scene(scene.colour, scene.shape, count, scene.word).draw() for count in range(1, scene.count + 1)]
+    with replacing(path) as place:
+        frames[0].save(place, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)
+
+
+def _write_subtitles(path: Path, scene: Scene) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, f"1\n00:00:00,000 --> 00:00:01,000\n<i>{scene.word}</i>\n")
 
 
 def _right(form: Form, scene: Scene, choices: Sequence[str]) -> tuple[str, str]:

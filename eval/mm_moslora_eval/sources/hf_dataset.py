@@ -18,6 +18,7 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import frames_of_record
+from mm_moslora_eval.sources.texts_beside import texts_beside
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _KEYS = ("id", "image", "video", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _BRACKETED = re.compile(r"\(([A-Za-z])\)")
+_BRACED = re.compile(r"\{([^{}]+)\}")
 _OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
 
 
@@ -54,8 +56,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         documents = checked(_choices(table, source), source=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     for field, columns in source.columns.items():
-        names = [part.strip() for part in columns.split(",")]
-        missing = [name for name in names if name not in table.column_names]
+        named = [name for part in columns.split(",") for name in _BRACED.findall(part) or [part.strip()]]
+        missing = [name for name in named if name not in table.column_names]
         if missing:
             raise EvalError(
                 f"{source.path} has no column {missing[0]!r} (for {field})."
@@ -130,13 +132,22 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
             images: tuple[ImageLike, ...] = pictures.of(number)
             problem = None
             if not pictures.columns:
-                named = [value for name in names for value in _listed(row.get(name))]
+                named = [value for name in names for value in _listed(_file_name(row, name))]
                 images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
-            frames, fault = frames_of_record(row.get(columns.get("video", "video")), file=file, row=number, rules=rules)
+            videos = _file_name(row, columns.get("video", "video"))
+            frames, fault = frames_of_record(videos, file=file, row=number, rules=rules)
             images, problem = (*images, *frames), problem or fault
+            named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
+            texts, unread = texts_beside(named_texts, rules)
+            row, problem = row | texts, problem or unread
             read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
             read = read.with_problem(problem)
             yield with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
+
+
+def _file_name(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, or a text such as `data/{videoID}.mp4` with columns in braces."""
+    return _BRACED.sub(lambda match: str(row.get(match[1], "")), column) if "{" in column else row.get(column)
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:
@@ -223,7 +234,7 @@ def _options(row: Mapping[str, Any], names: str, *, lettered: bool) -> dict[str,
     """The options by their letters; `lettered`: they may begin with them, since the answer is a letter."""
     columns = [name.strip() for name in names.split(",")]
     if len(columns) > 1:
-        values: list[Any] = [row.get(name) for name in columns]
+        values: list[Any] = [None if row.get(name) == "N/A" else row.get(name) for name in columns]
     else:
         value = row.get(columns[0])
         value = (parse_list(value) or _written_options(value)) if isinstance(value, str) else value

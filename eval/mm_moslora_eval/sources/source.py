@@ -42,8 +42,12 @@ class Source:
     option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; other rows count as dropped."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
+    that file it is empty."""
     columns: dict[str, str] = field(default_factory=dict)
-    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column."""
+    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column. An
+    image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`."""
 
     def __post_init__(self) -> None:
         if self.video_frames < 1 or (self.video_fps is not None and not self.video_fps > 0):

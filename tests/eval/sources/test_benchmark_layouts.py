@@ -97,3 +97,29 @@ def test_references_that_are_boxes_are_pixels(
 def test_a_box_without_its_picture_is_a_problem(tmp_path: Path) -> None:
     (document,) = read(tmp_path, [{"question": "q", "answer": "[0, 0, 1, 1]"}], answer_is="box_norm1")
     assert "0 pictures, expected one" in str(document.problem)
+
+
+def test_names_of_files_are_made_of_columns_and_texts_may_lie_beside(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "v1.png").write_bytes(png())
+    times = "{}\r\n00:00:0{},000 --> 00:00:05,000\r\n<font color='white'>{}</font>\r\n\r\n"
+    said = times.format(1, 0, "Hello.") + times.format(2, 1, "Hello.") + times.format(3, 2, "12")
+    (tmp_path / "data" / "v1.srt").write_text(said)
+    rows = [{"question": "q", "answer": "a", "name": name} for name in ("v1", "v2", "../../etc/passwd")]
+    source = {"columns": {"image": "data/{name}.png"}, "texts": {"subtitles": "data/{name}.srt"}}
+    first, without, outside = read(tmp_path, rows, **source)
+    assert first.problem is None
+    assert len(first.images) == 1
+    assert first.extra["subtitles"] == "Hello.\n12"
+    assert str(without.images[0]).endswith("data/v2.png")  # missing: a failure when it is shown
+    assert without.extra["subtitles"] == ""
+    assert outside.problem is not None
+    assert not outside.extra.get("subtitles")
+    with pytest.raises(EvalError, match="no column 'names'"):
+        read(tmp_path, rows, columns={"image": "data/{names}.png"})
+
+
+def test_no_option_is_what_a_data_set_writes_for_it(tmp_path: Path) -> None:
+    row = {"question": "q", "o0": "red", "o1": "N/A", "o2": "N/A", "right": 0}
+    (document,) = read(tmp_path, [row], columns={"options": "o0, o1, o2", "answer": "right"}, answer_is="index")
+    assert (dict(document.options), document.answers) == ({"A": "red"}, ("A",))
