@@ -114,9 +114,8 @@ def wemath(samples: Samples, *, problem: str = "ID", step: str = "key", strict: 
     names = [name for (name,) in values_of(samples, (problem,), named="wemath")]
     steps = [name for (name,) in values_of(samples, (step,), named="wemath")]
     members: dict[str, list[int]] = defaultdict(list)
-    for number, (name, kind) in enumerate(zip(names, steps, strict=True)):
-        if kind[:1] in ("2", "3"):
-            members[name].append(number)
+    for number, name in enumerate(names):
+        members[name].append(number)
     right = [sample.score == 1.0 for sample in samples]
     whole = {name: _parts(numbers, steps, right) for name, numbers in members.items()}
     top, bottom = [0.0] * len(names), [0.0] * len(names)
