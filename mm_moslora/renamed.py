@@ -14,7 +14,6 @@ _PACKAGE = "mm_moslora."
 _HARNESS = "mm_moslora_eval."
 MODULES = {
     _PACKAGE + "data.sources.record_source": "data.chat.records",
-    _PACKAGE + "models.memory_efficient.loss_head": "models.memory_efficient.decoder_layers",
     _PACKAGE + "serve.inference.token_sampling": "models.decoding.token_sampling",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
@@ -38,6 +37,9 @@ NAMES = {
     },
     _PACKAGE + "launch.jobs": {"Engine": "JobEngine"},
     _PACKAGE + "launch.slurm_job": {"Job": "SlurmJob"},
+    _PACKAGE + "models.memory_efficient.decoder_layers": {
+        name: f"models.memory_efficient.loss_head.{name}" for name in ("LossHead", "head_loss_sum", "token_loss_sum")
+    },
     _PACKAGE + "planning.doctor": {"Finding": "Diagnosis"},
     _PACKAGE + "planning.run_plan": {"Plan": "RunPlan"},
     _PACKAGE + "serve.inference.continuous_batching": {

@@ -22,6 +22,7 @@ data_app = App(name="data", help="Look at training data before the run.")
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --data.max_length 1024")]
 Processes = Annotated[int | None, Parameter(help="Processes that share the work; default: one per processor.")]
+Records = Annotated[int, Parameter(help="Of a stream without an end, look at its first records, so many.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout.")]
 
 
@@ -31,6 +32,7 @@ def data_check(
     *overrides: Overrides,
     against: tuple[Path, ...] = (),
     processes: Processes = None,
+    records: Records = 1000,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
     shard: str | None = None,
     merge: Annotated[bool, Parameter(negative="")] = False,
@@ -70,14 +72,18 @@ def data_check(
     from mm_moslora.planning.recipe_data import check_recipe, check_shard
 
     if part is not None and output is not None:
-        print(f"{check_shard(resolved, part, output, processes=processes)}: shard {part} is checked.")
+        print(f"{check_shard(resolved, part, output, processes=processes, records=records)}: shard {part} is checked.")
         return 0
-    checked = check_recipe(resolved, against=against, processes=processes, everything=everything, merge=output)
+    checked = check_recipe(
+        resolved, against=against, processes=processes, everything=everything, merge=output, records=records
+    )
     return _show(checked, as_json=as_json)
 
 
 @data_app.command(name="stats")
-def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, as_json: AsJson = False) -> int:
+def data_stats(
+    recipe: str, *overrides: Overrides, processes: Processes = None, records: Records = 1000, as_json: AsJson = False
+) -> int:
     """Print statistics of a recipe's data: tokens, turns, answers, picture sizes, fill rate of packed rows.
 
     Parameters
@@ -89,7 +95,7 @@ def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, 
     quiet_libraries()
     from mm_moslora.planning.recipe_data import statistics_of
 
-    return _show(statistics_of(resolved, processes=processes), as_json=as_json)
+    return _show(statistics_of(resolved, processes=processes, records=records), as_json=as_json)
 
 
 @data_app.command(name="cache")
@@ -127,7 +133,10 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, whe
 
 
 @data_app.command(name="view")
-def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0, html: Path | None = None) -> int:
+def data_view(
+    recipe: str, *overrides: Overrides, count: int = 3, start: int = 0, html: Path | None = None,
+    records: Records = 1000,
+) -> int:  # fmt: skip
     """Show records as they are trained on, with supervised tokens coloured.
 
     Parameters
@@ -146,9 +155,9 @@ def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0
     from mm_moslora.planning.recipe_data import view_page, view_recipe
 
     if html is not None:
-        print(view_page(resolved, html, start=start, count=count))
+        print(view_page(resolved, html, start=start, count=count, records=records))
         return 0
-    _print_all(view_recipe(resolved, start=start, count=count))
+    _print_all(view_recipe(resolved, start=start, count=count, records=records))
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.planning.doctor import Diagnosis
 
+_RANKS_SECONDS = 180.0
+_FAMILY_SECONDS = 600.0
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
 
@@ -24,12 +28,13 @@ def doctor(
     recipe: str | None = None,
     *overrides: Overrides,
     distributed: bool = False,
-    limit: float = 180.0,
+    limit: float | None = None,
     model: str | None = None,
     revision: str | None = None,
     random: bool = False,
     gpus: str = "",
     families: bool = False,
+    progress: Path | None = None,
 ) -> int:
     """Check versions, accelerator, threads and stale locks, or a model; exit code 1 when a finding is bad.
 
@@ -42,7 +47,8 @@ def doctor(
         Check all ranks of a launcher together: versions, cards, network, clocks, the speed of every link, and each host
         as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
     limit
-        Seconds for --distributed, after which a message names the ranks that are missing or hang.
+        Seconds for --distributed, after which a message names the ranks that are missing or hang (180), or for each of
+        several --families, after which it is not tried (600).
     model
         Folder or hub id of a model: what would train and how, its labels, its logits, and whether conversations of one
         row see each other, by probes of the model itself.
@@ -55,13 +61,18 @@ def doctor(
     families
         Print a table of the image-text-to-text families of the installed transformers, or of those that are named
         (`model_type`), probed on small random models. Exit code 1 if one would train wrongly.
+    progress
+        With --families: a JSON file that keeps rows, so that a command that was cut goes on where it was.
     """
     if (model and (recipe is not None or distributed or families)) or (families and distributed):
         raise ConfigError("--model, --families, --distributed and a recipe ask for different checks. Give one of them.")
     if not model and (revision or random or gpus):
         raise ConfigError("--revision, --random and --gpus describe the model of --model, which is missing.")
+    if progress is not None and not families:
+        raise ConfigError("--progress keeps the rows of --families, which is missing.")
     if families:
-        return _families([] if recipe is None else [recipe, *overrides])
+        kinds = [] if recipe is None else [recipe, *overrides]
+        return _families(kinds, seconds=_FAMILY_SECONDS if limit is None else limit, progress=progress)
     if model:
         quiet_libraries()
         from mm_moslora.planning.model_doctor import diagnose_model
@@ -82,15 +93,24 @@ def doctor(
     from mm_moslora.planning.distributed_doctor import diagnose_ranks
     from mm_moslora.utils.distributed import is_main
 
-    return _report(diagnose_ranks(resolved, limit=limit), show=is_main())
+    return _report(diagnose_ranks(resolved, limit=_RANKS_SECONDS if limit is None else limit), show=is_main())
 
 
-def _families(kinds: list[str]) -> int:
+def _families(kinds: list[str], *, seconds: float, progress: Path | None) -> int:
+    """Print the table row by row; how far it is goes to the other stream."""
     quiet_libraries()
-    from mm_moslora.planning.model_doctor import family_table
+    from mm_moslora.planning.family_table import HEAD, family_row, family_rows, known_families
 
-    lines, wrong = family_table(kinds)
-    print("\n".join(lines))
+    chosen, begun, wrong = known_families(kinds), time.monotonic(), False
+    alone = len(chosen) == 1 and progress is None
+    rows = map(family_row, chosen) if alone else family_rows(chosen, seconds=seconds, progress=progress)
+    print("\n".join(HEAD), flush=True)
+    for number, row in enumerate(rows, 1):
+        print(row.text, flush=True)
+        wrong |= row.wrong
+        left = (time.monotonic() - begun) / number * (len(chosen) - number)
+        if not alone:
+            print(f"{number} of {len(chosen)} families, about {left / 60:.0f} min left", file=sys.stderr, flush=True)
     return int(wrong)
 
 

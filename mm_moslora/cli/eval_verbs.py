@@ -224,6 +224,62 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 
+@eval_app.command(name="plan")
+def eval_plan(
+    *tasks: str,
+    model: str = "",
+    protocol: str | None = None,
+    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    change: tuple[str, ...] = (),
+    measured: Path | None = None,
+    price: tuple[float, float] | None = None,
+    picture_tokens: int = 576,
+    trust_task_code: TrustCode = False,
+) -> int:
+    """Count what an evaluation takes: documents, answers, tokens, hours and cost. No model is loaded or asked.
+
+    Parameters
+    ----------
+    tasks
+        As for `run`.
+    model
+        As for `run`; its name is checked.
+    protocol
+        Protocol of tasks that are given without one.
+    modes
+        Pictures shown, as for `run`.
+    limit
+        Only this many documents.
+    max_new_tokens
+        Longest answer; default: the task's.
+    change
+        KEY=VALUE, as for `run`.
+    measured
+        Run folder of an earlier evaluation with this model, from which the hours come.
+    price
+        Price of a million prompt tokens and of a million new tokens, such as: --price 0.15 0.6
+    picture_tokens
+        Prompt tokens of a picture.
+    """
+    from mm_moslora_eval.backends.open_model import check_name
+    from mm_moslora_eval.protocol.task_groups import with_protocol
+    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
+    from mm_moslora_eval.report.evaluation_plan import measured as measured_in
+    from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
+
+    allow_code(trust_task_code)
+    if model:
+        check_name(model)
+    settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
+    plans = [plan_task(with_changes(get_task(name), change), settings) for name in with_protocol(tasks, protocol)]
+    before = None if measured is None else measured_in(measured)
+    print(plan_text(plans, before=before, price=price, picture_tokens=picture_tokens, modes=len(modes)))
+    return 0
+
+
 @eval_app.command(name="score")
 def eval_score(
     answers: Path,

@@ -35,7 +35,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     zero = recipe.train.zero
     if recipe.objective != "sft":
         yield "trl", "trl", f"objective {recipe.objective}"
-    elif zero != "none":
+    if zero != "none" and (recipe.objective == "sft" or zero != "auto"):
         yield "deepspeed", "deepspeed", f"train.zero {zero}"
     for tracker in recipe.track.trackers:
         yield tracker, tracker, f"track.trackers {tracker}"

@@ -143,7 +143,7 @@ class GrpoConfig:
 
 
 _NOT_FOLLOWED = {
-    "model": ("quantisation", "attention", "lean_layers", "kernels"),
+    "model": ("attention", "lean_layers", "kernels"),
     "adapter": ("peft", "dropout"),
     "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer"),
     "optim": ("optimizer",),
@@ -226,8 +226,6 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
         yield "a source of data.train has streaming without limit. Set limit and limit_by: first."
     if data.order not in ("grouped", "random"):
         yield f"data.order is {data.order}: records are always drawn at random. Leave it out."
-    if train.zero not in ("auto", "none"):
-        yield f"train.zero is {train.zero}: adapters are trained data-parallel, without DeepSpeed. Leave it out."
     if train.precision == "fp16":
         yield "train.precision is fp16. Choose bf16 or fp32."
     if type(train.gradient_checkpointing) is int:

@@ -22,7 +22,7 @@ COMPILE_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager")
 """`train.compile`."""
 TOWER_LIBRARIES = ("open_clip", "timm")
 """Prefixes of `model.vision.name`, before a colon."""
-REWARDS = ("exact", "relaxed", "letter", "yes_no", "contains", "vqa", "anls", "mmmu", "mathvista")
+REWARDS = ("exact", "relaxed", "letter", "yes_no", "contains", "vqa", "anls", "mmmu", "mathvista", "iou", "iou_50")
 """`grpo.rewards`. Others are entry points, or functions of `grpo.reward_file`."""
 REWARD_ENTRY_POINTS = "mm_moslora.rewards"
 """Group of entry points."""

@@ -179,6 +179,8 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if self.stream is not None:  # the thread may wait for a window, and that for a rank which has stopped
+            self.stream.halt()
         self._workers = None  # torch ends the processes when their iterator is deleted
         if self._thread is not None:
             # The thread puts at most one more item; the emptied queue has room for it.

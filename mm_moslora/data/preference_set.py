@@ -13,7 +13,7 @@ import logging
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,13 +22,22 @@ from torch import Tensor
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
+from mm_moslora.data.boxes.record_objects import ALL, BOX, pixel_filler, reference_box
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
 from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
-from mm_moslora.data.record_examples import SourceExamples, image_fault, placeholders_of
+from mm_moslora.data.record_examples import (
+    SourceExamples,
+    decoded,
+    image_fault,
+    placeholders_of,
+    sizes_of,
+    written,
+)
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.utils.errors import DataError
 
@@ -79,6 +88,8 @@ class AnswerSet(SourceExamples, Generic[Item]):
         self.usable: list[int] = []
         """Numbers of the items that were found usable when the set was built."""
         self.with_pictures = 0
+        self.media: set[frozenset[str]] = set()
+        """What usable records show: pictures, videos, both or nothing."""
         for index in range(len(self)):
             try:
                 self._measure(index)
@@ -169,6 +180,8 @@ class AnswerSet(SourceExamples, Generic[Item]):
         self.count(encoded)
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
+        kinds = ("videos" if isinstance(picture, Clip) else "pictures" for picture in records[0].images)
+        self.media.add(frozenset(kinds))
 
     def count(self, encoded: Sequence[Encoded]) -> None:
         """Note what the answers of a usable record take."""
@@ -278,12 +291,20 @@ class Question:
     text: str
     """Of the last question."""
     asked: AskedQuestion
+    """With boxes of its references in pixels of the picture's file."""
+    size: tuple[int, int] | None = None
+    """Width and height of the picture that they are about; None without pictures."""
 
 
 class QuestionSet(AnswerSet[Question]):
     """Questions with their references."""
 
     objective = "grpo"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.with_boxes = 0
+        """Usable questions whose reference holds a box."""
+        super().__init__(*args, **options)
 
     def answered(self, index: int) -> Sequence[Record]:
         """See `AnswerSet.answered`; with its first reference."""
@@ -293,21 +314,38 @@ class QuestionSet(AnswerSet[Question]):
         """See `AnswerSet.load_item`."""
         asked = self.asked(number)
         record = asked.record
-        pictures = self.process(record, len(record.images))
+        images = [] if self.image_processing is None else decoded(record, len(record.images))
+        sizes, pictures = sizes_of(images), self._processed(record, images)
         placeholders = None if self._fixed else [picture.placeholders for picture in pictures]
-        ids = self.encoder.encode_prompt(record.turns[:-1], pictures=placeholders)
+        shown = written(record, self.image_processing, sizes=sizes)
+        ids = self.encoder.encode_prompt(shown.turns[:-1], pictures=placeholders)
         none = torch.zeros(len(ids), dtype=torch.bool)
         prompt = Example(id=record.id, input_ids=ids, supervised=none, pictures=pictures)
-        return Question(prompt=prompt, text=" ".join(record.turns[-2].parts()).strip(), asked=asked)
+        last = len(sizes) - 1
+        if record.objects is not None:
+            box = reference_box(record.objects, [turn.text for turn in record.turns])
+            last = last if box is None else box.image
+            fill = pixel_filler(record.objects, sizes, record.where)
+            turns = tuple(turn.filled(fill) for turn in record.turns)
+            record = replace(record, turns=turns)
+            asked = replace(asked, references=asked.references if box is None else (turns[-1].text,))
+        text = " ".join(record.turns[-2].parts()).strip()
+        return Question(prompt=prompt, text=text, asked=asked, size=sizes[last] if sizes else None)
 
     def asked(self, index: int) -> AskedQuestion:
         """The record with a number over all sources."""
         source, row = self.source_and_row(index)
-        question = self.files[source].parsed(row, parse_question)
-        if question.record.objects is not None:  # references would be compared in another form than the answers
-            what, remedy = "has boxes, which no reward reads", "drop the key, or use another objective"
-            raise question.record.where.error(Code.UNFOLLOWED_KEY, "objects", what, remedy)
-        return question
+        return self.files[source].parsed(row, parse_question)
+
+    def _measure(self, index: int) -> None:
+        asked = self.asked(index)
+        objects, turns = asked.record.objects, asked.record.turns
+        boxed = objects is not None and reference_box(objects, [turn.text for turn in turns]) is not None
+        if objects is not None and (ALL in turns[-1].text or (boxed and len(asked.references) > 1)):
+            what = f"the reference holds {ALL}, or there are several with boxes, and a reward compares one box"
+            raise asked.record.where.error(Code.BAD_BOX, "objects", what, f"write one reference with {BOX}")
+        super()._measure(index)
+        self.with_boxes += boxed
 
 
 SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]] = {

@@ -1,8 +1,8 @@
 """Training data without an end: windows of usable records that are read ahead, each planned like an epoch.
 
-Every rank reads the text of every record, so that all ranks plan the same steps, and the pictures of its own records
-alone. The order depends on the seed, and not on the number of ranks. The place of a run in its data is the beginning of
-a window and the steps done since.
+Every rank tokenises a share of the records, and learns from the others what it needs to plan the same steps; then it
+prepares the records of its own steps. The order depends on the seed, and not on the number of ranks. The place of a run
+in its data is the beginning of a window and the steps done since.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
@@ -28,8 +28,9 @@ from mm_moslora.data.epoch_order import with_replay
 from mm_moslora.data.quarantine import StreamQuarantine, summary
 from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.sources.endless_sources import Reads, open_endless, what_changed
 from mm_moslora.data.sources.open_sources import require_sources
+from mm_moslora.data.stream_share import RecordSize, StoppedError, StreamShare
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _BEGINNINGS = 16
 """Beginnings of windows that are kept; steps are prepared a few ahead, and a window has at least one."""
+_Known = tuple[Record, Encoded]
 _HOPELESS = 10_000
 """Records in a row without a usable one that end a run."""
 
@@ -55,44 +57,51 @@ class StreamPlace:
     """The places of the sources."""
 
 
+class _Entry(NamedTuple):
+    """A record of a window."""
+
+    number: int
+    """In the stream."""
+    reads: Reads
+    size: RecordSize
+    known: _Known | None
+    """The record and its tokens; None where another rank has measured it."""
+
+
 class Window(MeasuredRecords):
     """The usable records of a stretch of a stream, with their tokens.
 
     Args:
         stream: to which it belongs.
         place: where it begins.
-        entries: the records with their numbers in the stream, and their tokens.
+        entries: its records.
     """
 
-    def __init__(
-        self, stream: TrainingStream, place: StreamPlace, entries: Sequence[tuple[int, Record, Encoded]]
-    ) -> None:
+    def __init__(self, stream: TrainingStream, place: StreamPlace, entries: Sequence[_Entry]) -> None:
         super().__init__((), stream.encoder, stream.image_processing, stream.config)
-        self.stream, self.place = stream, place
-        self._numbers, self._records, self._encoded = zip(*entries, strict=True)
+        self.stream, self.place, self._entries = stream, place, entries
         self.members, self.weights = [range(len(entries))], [1.0]
-        self.lengths = array("L", (encoded.input_ids.shape[0] for encoded in self._encoded))
-        self.has_image = bytearray(bool(record.images) for record in self._records)
-        words = (sum(len(turn.said.split()) for turn in record.turns) for record in self._records)
-        self.words = array("L", words if stream.config.order == "llava" else b"")
+        self.lengths = array("L", (entry.size.length for entry in entries))
+        self.has_image = bytearray(bool(entry.size.pictures) for entry in entries)
+        self.words = array("L", (entry.size.words for entry in entries))
         self.exact = stream.image_processing is None or stream.image_processing.fixed
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._entries)
 
     def record(self, index: int) -> Record:
-        """See `RecordExamples.record`."""
-        record: Record = self._records[index]
-        return record
+        """See `RecordExamples.record`; one that another rank has measured is read now."""
+        entry = self._entries[index]
+        return entry.reads() if entry.known is None else entry.known[0]
 
     def encoded(self, index: int, record: Record) -> Encoded:
-        """The tokens of a record, made when it was read."""
-        encoded: Encoded = self._encoded[index]
-        return encoded
+        """The tokens of a record, made when it was measured, or now."""
+        known = self._entries[index].known
+        return self.encode(record) if known is None else known[1]
 
     def leave_out(self, index: int, error: RecordError) -> None:
         """See `MeasuredRecords.leave_out`."""
-        self.stream.leave_out(self._numbers[index], error)
+        self.stream.leave_out(self._entries[index].number, error)
 
 
 class TrainingStream(RecordExamples):
@@ -107,6 +116,7 @@ class TrainingStream(RecordExamples):
         global_batch: records, or packed rows, of a step.
         fresh: whether the run starts, so that `thinking: auto` follows the first records and the quarantine is new.
         quarantine_path: file for bad records.
+        share: of this rank; None: it measures all records.
 
     Raises:
         DataError: a source cannot be read.
@@ -123,9 +133,11 @@ class TrainingStream(RecordExamples):
         global_batch: int,
         fresh: bool = True,
         quarantine_path: Path | None = None,
+        share: StreamShare | None = None,
     ) -> None:
         require_sources(sources)
         super().__init__((), encoder, image_processing, config)
+        self.share = share
         shuffled = config.order != "sequential"
         self.sources = [
             open_endless(source, f"data.train.{index}", seed=seed, shuffled=shuffled, processing=image_processing)
@@ -137,9 +149,8 @@ class TrainingStream(RecordExamples):
         self.size = -(-config.shuffle_buffer // global_batch) * global_batch
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
-        self.fingerprint = hashlib.sha256(
-            repr([self.parts, *(source.fingerprint() for source in self.sources)]).encode()
-        ).hexdigest()
+        self.contents = [source.contents() for source in self.sources]
+        self.fingerprint = hashlib.sha256(repr([self.parts, *self.contents]).encode()).hexdigest()
         """A hash of the sources."""
         self._window: Window | None = None
         self._ahead: queue.Queue[Window | Exception] | None = None
@@ -169,6 +180,10 @@ class TrainingStream(RecordExamples):
             self._ahead = queue.Queue()
             threading.Thread(target=self._work, args=(self._ahead,), name="stream", daemon=True).start()
 
+    def halt(self) -> None:
+        """Let no thread wait for a further window."""
+        self._stop.set()
+
     def stop(self) -> None:
         """End the thread that reads ahead; the stream is not used again, unless it goes to a place."""
         self._stop.set()
@@ -195,8 +210,15 @@ class TrainingStream(RecordExamples):
         return read
 
     def place(self, step: int) -> dict[str, Any]:
-        """The place of a run behind an optimiser step, as JSON."""
-        return asdict(next(place for place in reversed(self._beginnings) if place.step <= step))
+        """The place of a run behind an optimiser step, and what the sources hold, as JSON."""
+        place = next(place for place in reversed(self._beginnings) if place.step <= step)
+        return asdict(place) | {"contents": self.contents}
+
+    def what_changed(self, stored: dict[str, Any]) -> str:
+        """The files of sources that differ from those of a `place`; empty where no file does, or none is known."""
+        pairs = zip(self.sources, stored.get("contents", ()), self.contents, strict=False)
+        faults = [(source, what_changed(before, now)) for source, before, now in pairs]
+        return "; ".join(f"{source.key} ({source.config.path}): {fault}" for source, fault in faults if fault)
 
     def go_to(self, stored: dict[str, Any]) -> None:
         """Go on from a place.
@@ -250,7 +272,7 @@ class TrainingStream(RecordExamples):
         taken = [0] * len(self.sources)
         for _ in range(2 * SAMPLED):
             try:
-                records.append(self.sources[self._next_source(taken)].take())
+                records.append(self.sources[self._next_source(taken)].take()())
             except RecordError:  # counted when it is read again
                 continue
             if len(records) == min(SAMPLED, self.size):
@@ -265,6 +287,8 @@ class TrainingStream(RecordExamples):
         return number
 
     def _go_to(self, place: StreamPlace) -> None:
+        if self.share is not None:
+            self.share.begin()
         for source, at in zip(self.sources, place.sources, strict=True):
             source.seek(at)
         self._coming, self._window, self._ahead = place, None, None
@@ -272,28 +296,53 @@ class TrainingStream(RecordExamples):
 
     def _read(self) -> Window:
         """Read the next window of the sources."""
-        entries: list[tuple[int, Record, Encoded]] = []
+        entries: list[_Entry] = []
         place, misses = self._coming, 0
         taken = list(place.taken)
-        while len(entries) < self.size and not self._stop.is_set():
-            number = sum(taken)
-            try:
-                record = self.sources[self._next_source(taken)].take()
-                entries.append((number, record, self.encode(record)))
-                misses = 0
-            except RecordError as error:  # every rank finds it
-                self.quarantine.read(sum(taken))
-                self.leave_out(number, error, write=distributed.is_main())
-                misses += 1
-            if misses >= _HOPELESS:
-                raise DataError(
-                    f"{misses} records in a row cannot be used: {summary(self.quarantine.codes)}. The first one: "
-                    f"{self.quarantine.first}. Look at the sources of data.train."
-                )
+        while len(entries) < self.size:
+            asked: dict[int, Reads] = {}
+            for _ in range(self.size - len(entries)):  # bad ones are replaced in another round
+                number = sum(taken)
+                asked[number] = self.sources[self._next_source(taken)].take()
+            for number, (found, known) in self._measured(asked).items():
+                if isinstance(found, RecordError):  # every rank learns of it
+                    self.quarantine.read(number + 1)
+                    self.leave_out(number, found, write=distributed.is_main())
+                    misses += 1
+                else:
+                    entries.append(_Entry(number, asked[number], found, known))
+                    misses = 0
+                if misses >= _HOPELESS:
+                    raise DataError(
+                        f"{misses} records in a row cannot be used: {summary(self.quarantine.codes)}. The first one: "
+                        f"{self.quarantine.first}. Look at the sources of data.train."
+                    )
         self.quarantine.read(sum(taken))
         places = tuple(source.place() for source in self.sources)
         self._coming = StreamPlace(window=place.window + 1, taken=tuple(taken), sources=places)
         return Window(self, place, entries)
+
+    def _measured(self, asked: dict[int, Reads]) -> dict[int, tuple[RecordSize | RecordError, _Known | None]]:
+        """What is found in records, by their numbers, and those that this rank has read."""
+        found: dict[int, RecordSize | RecordError] = {}
+        known: dict[int, _Known] = {}
+        for number, reads in asked.items():
+            if self._stop.is_set():
+                raise StoppedError("The stream is not read any further.")
+            if self.share is not None and not self.share.mine(number):
+                continue
+            try:
+                record = reads()
+                known[number] = record, self.encode(record)
+            except RecordError as error:
+                found[number] = error
+                continue
+            words = sum(len(turn.said.split()) for turn in record.turns) if self.config.order == "llava" else 0
+            length = int(known[number][1].input_ids.shape[0])
+            found[number] = RecordSize(length=length, pictures=len(record.images), words=words)
+        if self.share is not None:
+            found = self.share.gathered(found, self._stop)
+        return {number: (found[number], known.get(number)) for number in asked}
 
     def _work(self, ahead: queue.Queue[Window | Exception]) -> None:
         try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -197,25 +195,6 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
         kind = bitsandbytes.optim.adamw.AdamW8bit
     made: torch.optim.Optimizer = kind(list(groups.values()), betas=config.betas, eps=config.eps)
     return made
-
-
-@contextmanager
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate's state of this process, new within the block and new behind it.
-
-    It would keep the settings of an earlier run, and a Trainer behind a run on ZeRO would train with DeepSpeed.
-    """
-    from accelerate.state import AcceleratorState
-
-    def forget() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-
-    forget()
-    try:
-        yield
-    finally:
-        forget()
 
 
 def make_accelerator(run: DiffusionRun) -> Any:

@@ -21,7 +21,6 @@ from mm_moslora.diffusion.diffusion_checkpoint import Checkpoints, find_resume
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import (
     DiffusionRun,
-    fresh_accelerate,
     make_accelerator,
     make_optimizer,
     prepare,
@@ -33,6 +32,7 @@ from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
+from mm_moslora.training.deepspeed_start import fresh_accelerate
 from mm_moslora.training.metrics.mixer_metrics import keep_start, log_adapter
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_folder import exclusive

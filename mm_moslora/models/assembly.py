@@ -34,7 +34,7 @@ from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
-from mm_moslora.models.model_sizes import base_sizes, few_layers
+from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import (
     load_pretrained_processor,
     load_pretrained_vlm,
@@ -248,7 +248,6 @@ def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, de
     base = {"vlm": name, "vlm_revision": revision}
     if weights == "shapes":
         whole = copy.deepcopy(base_sizes(config))
-        whole.text_config = few_layers(whole.get_text_config())
         model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
         return Parts(model=model, base=base, thinking=config.thinking)
     if weights == "all":

@@ -130,7 +130,8 @@ class VlmFamily:
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
     one_by_one: bool = False
-    """Whether pictures are encoded one by one: several in a call would be taken for others."""
+    """Whether pictures are encoded one by one: several in a call would be taken for others. A processor that joins
+    pictures shows it."""
     prefix: bool = False
     """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
@@ -163,9 +164,6 @@ VLMS = {
         boxes="qwen3_vl",
     ),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
-    # The tower takes all pictures of a call for as large as the first.
-    "minicpmv4_6": VlmFamily(processor="MiniCPMV4_6Processor", projectors=("merger",), one_by_one=True),
-    "minicpmv4_7": VlmFamily(processor="MiniCPMV4_7Processor", projectors=("merger",), one_by_one=True),
     "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip

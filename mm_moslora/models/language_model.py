@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,8 +20,9 @@ from transformers import (
 from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.memory_efficient.loss_head import head_form
 from mm_moslora.models.memory_efficient.packed_weights import packing
-from mm_moslora.models.model_sizes import base_sizes, few_layers, load_base, sizes_of
+from mm_moslora.models.model_sizes import base_sizes, load_base, sizes_of
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 
@@ -57,7 +59,7 @@ def language_model(
     assert config.language is not None
     name, revision = config.language, config.language_revision
     if weights == "shapes":
-        text = few_layers(base_sizes(config).get_text_config())
+        text = copy.deepcopy(base_sizes(config).get_text_config())
         alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
         return LanguageModel(text, cast(Any, None), alone)
     if weights == "all":
@@ -154,18 +156,15 @@ def refuse_head_extras(language: PreTrainedModel, name: str) -> None:
     Raises:
         ModelError: training would leave it out.
     """
-    text = language.config.get_text_config()
-    extras = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
-    for key, neutral in extras.items():
-        value = getattr(text, key, None)
-        if value is not None and value != neutral:
-            raise ModelError(
-                f"{name!r} ({text.model_type}) applies {key}={value} after its head, which the LLaVA composition "
-                "lacks. Choose another language model."
-            )
+    kind = language.config.get_text_config().model_type
     head = language.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise ModelError(f"{name!r} ({text.model_type}) has no plain linear head without bias. Choose another model.")
+        raise ModelError(f"{name!r} ({kind}) has no plain linear head without bias. Choose another model.")
+    if not (form := head_form(language, name)).is_plain:
+        raise ModelError(
+            f"{name!r} ({kind}) computes more than its head's product ({form}), which the LLaVA composition lacks. "
+            "Choose another language model."
+        )
 
 
 def add_embedding_row(language: PreTrainedModel, token_id: int) -> None:

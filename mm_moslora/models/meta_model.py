@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,6 @@ from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
-from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
@@ -34,11 +36,11 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model on the meta device with a few of its decoder layers."""
+    """A model on the meta device with a decoder layer or two of each kind."""
 
     model: PreTrainedModel
-    layers: int
-    """Decoder layers of the whole model."""
+    times: Sequence[int]
+    """How many layers of the whole model each decoder layer at hand stands for."""
     tokens_per_image: int
     image: ImageSpec | None
     """Of an assembled model's tower."""
@@ -50,16 +52,25 @@ class MetaModel:
     """Rows and columns of a picture's patches, by the configuration alone, where the tower takes any number."""
 
     @property
+    def layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return sum(self.times)
+
+    @property
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers at hand."""
         return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
 
     def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
-        """Name, parameter, and how often the whole model has one of its size: those of the last layer stand for all."""
-        *others, last = ({id(parameter) for parameter in layer.parameters()} for layer in self.decoder_layers)
-        last = last.difference(*others)  # layers share some parameters of PEFT's methods
+        """Name, parameter, and how often the whole model has one of its size."""
+        own = [[id(parameter) for parameter in layer.parameters()] for layer in self.decoder_layers]
+        holders = Counter(itertools.chain(*own))  # layers share some parameters of PEFT's methods
+        times = {
+            number: most for numbers, most in zip(own, self.times, strict=True) for number in numbers
+            if holders[number] == 1
+        }  # fmt: skip
         for name, parameter in self.model.named_parameters():
-            yield name, parameter, 1 + (self.layers - len(self.decoder_layers) if id(parameter) in last else 0)
+            yield name, parameter, times.get(id(parameter), 1)
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Parameters and trainable ones of the whole model by part: language, vision, projector, adapter, mixer."""
@@ -76,9 +87,13 @@ class MetaModel:
 
     def quantisable(self) -> list[int]:
         """Sizes of the language model's linear weights but the head's, which loading in 4 or 8 bits packs."""
-        linears = [module for module in self.decoder_layers[-1].modules() if isinstance(module, nn.Linear)]
-        own = [module.weight.numel() for module in linears if not module.weight.requires_grad]
-        return self.layers * own
+        return [
+            module.weight.numel()
+            for layer, times in zip(self.decoder_layers, self.times, strict=True)
+            for module in layer.modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad
+            for _ in range(times)
+        ]
 
 
 def build_meta_model(
@@ -104,8 +119,8 @@ def build_meta_model(
     refuse_all_frozen(config)
     with _hub_or_cache(config):
         parts = load_parts(config, weights="shapes")
-        layers = int(base_sizes(config).get_text_config().num_hidden_layers)
         model = parts.model
+        times = _keep_kinds(model, every=_by_number(config, adapter))
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)
             attach_adapters(parts, config, adapter)
@@ -113,14 +128,45 @@ def build_meta_model(
     if not needs_padding(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # layers of int8 run in their stock form
-            use_lean_layers(model, depth=layers)
+            use_lean_layers(model, depth=sum(times))
     tokens, patches = parts.tokens_per_image, None
     if parts.is_pretrained_vlm:
         tokens, patches = _tokens_by_size(model.config, picture)
     return MetaModel(
-        model=model.train(), layers=layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
+        model=model.train(), times=times, tokens_per_image=tokens if seen is None else len(seen.placeholders),
         image=parts.image, seen=seen, unseen=unseen, patches=patches,
     )  # fmt: skip
+
+
+def _by_number(config: ModelConfig, adapter: AdapterConfig) -> bool:
+    """Whether a recipe may name layers by their numbers, so that layers of the same shapes are not alike."""
+    return config.language_mode == "last_n" or bool(re.search(r"\d", f"{adapter.targets} {adapter.peft}"))
+
+
+def _keep_kinds(model: PreTrainedModel, *, every: bool) -> list[int]:
+    """Leave of the decoder's layers the first one and the last of every kind of shapes, in place.
+
+    Args:
+        model: on the meta device, without adapters.
+        every: keep all.
+
+    Returns:
+        How many layers each one that is left stands for.
+    """
+    decoder: Any = model.get_decoder()
+    if every:
+        return [1] * len(decoder.layers)
+    kinds = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in decoder.layers]
+    last = {kind: at for at, kind in enumerate(kinds)}
+    times = {at: kinds.count(kind) for kind, at in last.items()}
+    if 0 not in times:
+        times |= {0: 1, last[kinds[0]]: times[last[kinds[0]]] - 1}
+    kept = sorted(times)
+    decoder.layers = nn.ModuleList([decoder.layers[at] for at in kept])
+    for name, value in list(vars(decoder.config).items()):
+        if isinstance(value, list | tuple) and len(value) == len(kinds):  # says something of every layer
+            setattr(decoder.config, name, type(value)(value[at] for at in kept))
+    return [times[at] for at in kept]
 
 
 def size_decides(config: ModelConfig) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import re
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from mm_moslora.adapters.experts.small_models import forget_lost_layers
 from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
@@ -25,8 +23,6 @@ from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
 logger = logging.getLogger(__name__)
 
 Needed = Callable[[PreTrainedModel, set[str]], set[str]]
-LAYERS = 2
-"""All decoder layers are alike, so two of them tell the size, the cost and the trainable parameters of any number."""
 _MOST = {re.compile(r"(^|_)(n_?layers?|layers?|depth)$"): 4096, re.compile(r"_(size|dim|width|heads|experts)$"): 2**31}
 """Names of whole numbers in configurations, and the most that a model can be made of: classes build every layer."""
 
@@ -187,13 +183,3 @@ def load_base(
             "or `_orig_mod.`), or give a complete copy."
         )
     return model
-
-
-def few_layers(config: Any) -> Any:
-    """A copy of a language model's configuration with few layers."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = min(LAYERS, int(config.num_hidden_layers))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    forget_lost_layers(config)
-    return config

@@ -55,12 +55,25 @@ def load_pretrained_vlm(
         raise ModelError(
             f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {reason_of(error)}."
         ) from error
+    refuse_without_head(model, name)
+    return model, processor
+
+
+def refuse_without_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that training cannot take apart.
+
+    Args:
+        model: an image-text-to-text model.
+        name: for the message.
+
+    Raises:
+        ModelError: it has no decoder with a head.
+    """
     if not hasattr(model, "model") or model.get_output_embeddings() is None:
         raise ModelError(
             f"{name!r} ({type(model).__name__}) has no decoder with a linear head behind it, which training needs. "
             "Choose a model such as LLaVA, Qwen-VL, SmolVLM, InternVL or PaliGemma."
         )
-    return model, processor
 
 
 def load_pretrained_processor(name: str, revision: str | None) -> Any:

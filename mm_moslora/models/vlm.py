@@ -30,7 +30,8 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
-from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum, packed_row_hidden
+from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape

@@ -6,17 +6,13 @@ Every probe gives one finding. A finding is bad where training would be wrong or
 from __future__ import annotations
 
 import functools
-import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
 from mm_moslora.batch import Batch
@@ -29,8 +25,9 @@ from mm_moslora.models.export.export_llava_checkpoint import why_not_original
 from mm_moslora.models.export.gguf_model import why_not_gguf
 from mm_moslora.models.language_model import refuse_head_extras
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.model_sizes import sizes_of
-from mm_moslora.models.pretrained_vlm import decoder_path
+from mm_moslora.models.pretrained_vlm import decoder_path, refuse_without_head
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import (
     LossModule,
@@ -57,7 +54,7 @@ from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.planning.small_families import default_config, sees, small_family_model, stand_in_processor
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
-from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reason_of, suggestion
+from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reason_of
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
@@ -133,52 +130,21 @@ def _without_template(parts: Parts) -> ModelFinding | None:
     return None
 
 
-def family_table(kinds: Sequence[str] = ()) -> tuple[list[str], bool]:
-    """Probe small random models of families, from the configurations of the installed transformers.
+def family_findings(kind: str) -> list[ModelFinding]:
+    """Probe a small random model of a family, from its default configuration in the installed transformers.
 
     Args:
-        kinds: `model_type`s; none: all of `AutoModelForImageTextToText`.
-
-    Returns:
-        Lines of a Markdown table, and whether a family would train wrongly.
+        kind: its `model_type`.
 
     Raises:
-        ConfigError: transformers has no such family.
+        Exception: whatever its classes raise where no small model or processor of it can be made.
     """
-    known = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    for kind in kinds:
-        if kind not in known:
-            raise ConfigError(
-                f"transformers {transformers.__version__} has no image-text-to-text family {kind!r}."
-                f"{suggestion(kind, known)} Expected the model_type of a configuration, such as qwen3_vl."
-            )
-    lines = [
-        "| family | rows | conversations of a row | labels | logits | a step of MoSLoRA |",
-        "|---|---|---|---|---|---|",
-    ]
-    wrong = False
-    for kind in kinds or known:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                config = default_config(kind)
-                processor = stand_in_processor(config)
-                parts = pretrained_parts(
-                    processor, model=_small_model(config, processor, kind), base={"vlm": kind, "vlm_revision": None}
-                )
-                findings = _findings(parts, (_rows, _labels, _logits, _step), failed="warn")
-        except Exception as error:  # whatever a family's classes raise is the finding
-            lines.append(f"| `{kind}` | not tried: {_cell(f'{reason_of(error)}')} | | | | |")
-            continue
-        wrong |= any(item.status == "bad" for item in findings)
-        lines.append(f"| `{kind}` | {' | '.join(_cell(item.brief or item.detail) for item in findings)} |")
-        gc.collect()
-    return lines, wrong
-
-
-def _cell(text: str) -> str:
-    text = " ".join(text.replace("|", "/").split())
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    config = default_config(kind)
+    processor = stand_in_processor(config)
+    model = _small_model(config, processor, kind)
+    refuse_without_head(model, kind)
+    parts = pretrained_parts(processor, model=model, base={"vlm": kind, "vlm_revision": None})
+    return _findings(parts, (_rows, _labels, _logits, _step), failed="warn")
 
 
 def _findings(parts: Parts, probes: Sequence[Probe], *, failed: Status) -> list[ModelFinding]:
@@ -366,7 +332,8 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
             expected.append(logits[example.supervised[1:]])
     _as_trained(parts)
     with torch.enable_grad():
-        ours = model.get_output_embeddings()(supervised_hidden(model, Batch.from_examples(examples)))
+        head: Any = model.get_output_embeddings()
+        ours = form_of(head).logits(head(supervised_hidden(model, Batch.from_examples(examples))))
     theirs = torch.cat(expected)
     difference = float((ours.detach() - theirs).abs().max() / theirs.abs().max())
     wrong = not difference <= _EXACT

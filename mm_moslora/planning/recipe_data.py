@@ -36,7 +36,7 @@ from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.record_examples import encode_record, placeholders_of, written
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.open_sources import open_source, open_sources, require_sources
+from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
@@ -59,6 +59,10 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 _SIGN = "mm_moslora, a shard of a data check"
+
+
+BEGINNING = 1000
+"""Records of a stream without an end that are looked at."""
 
 
 class DataParts(NamedTuple):
@@ -86,6 +90,7 @@ def check_recipe(
     processes: int | None = None,
     everything: bool = False,
     merge: Path | None = None,
+    records: int = BEGINNING,
 ) -> Checked:
     """Read every record and decode every picture of a recipe's training and validation data.
 
@@ -95,6 +100,7 @@ def check_recipe(
         processes: number of processes that share the work; None: one per processor.
         everything: show every fault on the console; the plain data always contain all.
         merge: folder with the reports of all shards (`check_shard`), from which the result is made instead.
+        records: of a stream without an end, look at its first ones, so many.
 
     Raises:
         ConfigError: shards are missing, or belong to other work.
@@ -102,9 +108,9 @@ def check_recipe(
         ModelError: the tokenizer or the vision encoder does not load.
     """
     check_data(recipe.data)
+    recipe, streams = with_beginnings(recipe, records)
     parts = parts_of(recipe)
-    shown: list[RenderableType] = []
-    plain: dict[str, Any] = {}
+    shown, plain = _of_streams(streams)
     reports = _reports(recipe, parts, processes=processes) if merge is None else _merged(recipe, parts, merge)
     for name, report in reports.items():
         shown += [Text(f"data.{name}", style="bold"), *view_report(report, everything=everything)]
@@ -125,7 +131,9 @@ def check_recipe(
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
 
 
-def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | None = None) -> Path:
+def check_shard(
+    recipe: Recipe, shard: Shard, folder: Path, *, processes: int | None = None, records: int = BEGINNING
+) -> Path:
     """Check a share of a recipe's data, and write its report for `check_recipe`; a report that is there is kept.
 
     Args:
@@ -133,8 +141,10 @@ def check_shard(recipe: Recipe, shard: Shard, folder: Path, *, processes: int | 
         shard: the share.
         folder: of all shards.
         processes: see `check_recipe`.
+        records: see `check_recipe`.
     """
     check_data(recipe.data)
+    recipe, _ = with_beginnings(recipe, records)
     head = re.compile(rb'\{"kind": "%b"' % _SIGN.encode())
     path = output_file(folder / f"{shard.name}.json", sign=head)
     parts = parts_of(recipe)
@@ -182,12 +192,12 @@ def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckRe
     return merged
 
 
-def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
+def statistics_of(recipe: Recipe, *, processes: int | None = None, records: int = BEGINNING) -> Checked:
     """Statistics of a recipe's data; of pictures only the headers are read. See `check_recipe`."""
     check_data(recipe.data)
+    recipe, streams = with_beginnings(recipe, records)
     parts = parts_of(recipe)
-    shown: list[RenderableType] = []
-    plain: dict[str, Any] = {}
+    shown, plain = _of_streams(streams)
     for name, sources in data_sets(recipe):
         report = _check(name, sources, recipe, parts, decode=False, processes=processes)
         shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
@@ -257,6 +267,31 @@ def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
     return [*sets, ("validation", recipe.data.held_out)] if recipe.data.held_out else sets
 
 
+def with_beginnings(recipe: Recipe, records: int) -> tuple[Recipe, list[SourceConfig]]:
+    """The recipe with the first records of its streams in place of these, and the sources that these became.
+
+    Raises:
+        DataError: `records` is below 1.
+    """
+    if records < 1:
+        raise DataError(f"records is {records}, expected 1 or more: the first ones of a stream without an end.")
+    train = [beginning(source, records) for source in recipe.data.train]
+    streams = [source for source, before in zip(train, recipe.data.train, strict=True) if before.endless]
+    return replace(recipe, data=replace(recipe.data, train=train)), streams
+
+
+def _of_streams(streams: Sequence[SourceConfig]) -> tuple[list[RenderableType], dict[str, Any]]:
+    """How many records of each stream are looked at, on the console and as plain data."""
+    shown: list[RenderableType] = []
+    plain: list[dict[str, Any]] = []
+    for source in streams:
+        count, limit = len(open_source(source)), source.limit or 0
+        of = "an unknown number; --records looks at more" if count == limit else "as many: these are all"
+        shown.append(Text(f"{source.path} is a stream: its first {count:,} records are looked at, of {of}.", "yellow"))
+        plain.append({"source": source.path, "records": count, "all": count < limit})
+    return shown, {"streams": plain} if plain else {}
+
+
 def _reports(
     recipe: Recipe, parts: DataParts, *, processes: int | None, shard: Shard | None = None
 ) -> dict[str, CheckReport]:
@@ -303,26 +338,28 @@ def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
         "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
         "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
         "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common()),
+        "not_offered": dict(report.not_offered.most_common()),
         "findings": [item._asdict() for item in remarks],
     }  # fmt: skip
 
 
-def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[RenderableType]:
+def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
     """Training records as renderables, with every token coloured by supervision.
 
     Args:
         recipe: resolved.
         start: number of the first record over all of data.train, from 0.
         count: number of records.
+        records: see `check_recipe`.
 
     Raises:
         DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.
     """
-    parts, samples = _samples(recipe, start, count)
+    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
     return [legend(), *(_view_one(sample, parts) for sample in samples)]
 
 
-def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) -> Path:
+def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20, records: int = BEGINNING) -> Path:
     """Write an HTML page of training records; see `view_recipe`.
 
     Args:
@@ -330,9 +367,10 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
         path: file of the page; must be writable.
         start: number of the first record.
         count: number of records.
+        records: see `check_recipe`.
     """
     output_file(path, sign=PAGE_SIGN)
-    parts, samples = _samples(recipe, start, count)
+    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
     text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,7 @@ def _cut(
             setattr(config, name, shallow)
     if text is not original:
         _follow(config, widths, keep)
+        _clip_features(config)
     return config
 
 
@@ -189,13 +190,23 @@ def _shallow(config: Any) -> Any:
     for name, value in list(vars(config).items()):
         if name in _DEPTHS and isinstance(value, int):
             setattr(config, name, min(value, _DEPTH))
-        elif "feature_layer" in name and isinstance(value, list | tuple):
-            setattr(config, name, [max(-_DEPTH, min(item, _DEPTH - 1)) for item in value])
+        elif name.endswith("layer_id") and isinstance(value, int):
+            setattr(config, name, min(value, _DEPTH - 1))
         elif isinstance(value, list | tuple) and depth > _DEPTH:
             if len(value) == depth:
                 setattr(config, name, value[:_DEPTH])
+            elif "indices" in name and all(isinstance(item, int) for item in value):
+                setattr(config, name, [min(item, _DEPTH - 1) for item in value])
             elif "index" in name and all(isinstance(item, int) for item in value):
                 setattr(config, name, sorted({min(item, _DEPTH - 1) for item in value}))
+    return _clip_features(config)
+
+
+def _clip_features(config: Any) -> Any:
+    """Layers of a tower whose outputs are read are those that it still has."""
+    for name, value in list(vars(config).items()):
+        if "feature_layer" in name and isinstance(value, list | tuple):
+            setattr(config, name, [max(-_DEPTH, min(item, _DEPTH - 1)) for item in value])
     return config
 
 
@@ -273,7 +284,7 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
     vision: Any = getattr(config, "vision_config", None)
     arguments: dict[str, Any] = {}
     for name in inspect.signature(processor_class).parameters:
-        if name == "tokenizer":
+        if name.endswith("tokenizer"):
             arguments[name] = tokenizer
         elif name == "image_processor":
             arguments[name] = _picture_part(_OF_PICTURES, config)
@@ -285,6 +296,8 @@ def _arguments(processor_class: type, config: Any, tokenizer: Any) -> dict[str, 
             arguments[name] = int(vision.model_type == "clip_vision_model")
         elif owner := next((owner for owner in (config, vision) if getattr(owner, name, None) is not None), None):
             arguments[name] = getattr(owner, name)
+        elif name == "vision_feature_select_strategy":  # such classes always leave CLS out
+            arguments[name] = "default"
         elif name in _TOKENS and (side := side_of(vision, "image_size")):
             arguments[name] = (side // side_of(vision, "patch_size") // _paired(config)) ** 2
     return arguments

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet
+from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet, QuestionSet
 from mm_moslora.data.preprocessing_print import preprocessing_of
-from mm_moslora.models.assembly import Parts, load_parts
+from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.pair_rows import PairRows
-from mm_moslora.preferences.rewards import Reward, code_of, find_rewards
+from mm_moslora.preferences.rewards import Reward, check_box_rewards, code_of, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
+from mm_moslora.training.deepspeed_presets import stage_of
+from mm_moslora.training.engine import weights_device
+from mm_moslora.training.engine.deepspeed_patches import allocate
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
@@ -72,6 +76,11 @@ class PreferenceRun:
         return self.assembly.peft_model
 
     @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed divides the state over the ranks; else each has all of it."""
+        return is_sharded(self.recipe)
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches of a rank and step."""
         return self.recipe.train.global_batch // (self.recipe.train.micro_batch * distributed.world_size())
@@ -95,6 +104,11 @@ class PreferenceRun:
         return records, row["item"]
 
 
+def is_sharded(recipe: Recipe) -> bool:
+    """See `PreferenceRun.sharded`."""
+    return recipe.train.zero not in ("auto", "none")
+
+
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     """Load the model, attach its adapters, and read the records. A checkpoint gives a resumed run its start.
 
@@ -111,17 +125,26 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
                 adapter = replace(adapter, weights=str(reference))
             resolved = resolve_model_paths(recipe.model, checkpoint)
             start, adapter = resumed_start(recipe.model, resolved, adapter, checkpoint)
-        assembly = load_parts(start, dtype=dtype_of(precision))
+        device = weights_device(recipe.train, quantised=is_quantised(start))
+        assembly = load_parts(start, dtype=dtype_of(precision), device=device)
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
         rows = PairRows.of(assembly.model, recipe.data.pack_tokens) if recipe.data.pack_tokens else None
+        for name, tensor in [*assembly.model.named_parameters(), *assembly.model.named_buffers()]:
+            if ADAPTERS in name:  # on ranks that wait for the weights: TRL copies adapters
+                allocate(tensor, distributed.device())
     data = pinned(recipe.data, checkpoint)
     records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)
+    with_boxes = records.with_boxes if isinstance(records, QuestionSet) else 0
+    check_box_rewards(rewards, with_boxes, assembly.image_processing)
     held_out = None
     if data.held_out:
         held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
     packed = 0 if rows is None else len(rows.epoch(cast(PreferenceSet, records), seed=recipe.train.seed, epoch=0))
+    for key, answers in (("data.train", records), ("data.validation", held_out)):
+        if answers is not None:
+            _refuse_mixed_media(recipe, key, answers.media)
     frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
     fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
     main = distributed.is_main()
@@ -146,6 +169,22 @@ def _begun_with(recipe: Recipe, commits: Mapping[str, str], checkpoint: Path | N
             "others. Restore it, or start another run from the checkpoint's weights (adapter.weights)."
         )
     return marks
+
+
+def _refuse_mixed_media(recipe: Recipe, key: str, media: set[frozenset[str]]) -> None:
+    """Refuse records of several kinds where ranks wait for each other in the tower, which some would not run.
+
+    Raises:
+        ConfigError: names them.
+    """
+    zero, vision = recipe.train.zero, recipe.model.vision
+    waits = stage_of(zero) == 3 or (is_sharded(recipe) and vision is not None and vision.mode == "adapter")
+    if waits and len(media) > 1 and distributed.world_size() > 1:
+        kinds = sorted(" and ".join(sorted(shown)) or "neither pictures nor videos" for shown in media)
+        raise ConfigError(
+            f"train.zero is {zero}, and {key} has records with {', others with '.join(kinds)}. Ranks would wait for "
+            "each other's tower. Train on records of one kind, or leave train.zero out: ranks train data-parallel then."
+        )
 
 
 def _check_batch(recipe: Recipe) -> None:

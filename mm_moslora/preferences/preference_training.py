@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mm_moslora.adapters.adapter_inspection import inspect_model
 from mm_moslora.config import Recipe
-from mm_moslora.models.precision import run_arithmetic
+from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
-from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
+from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
 from mm_moslora.preferences.rewards import code_of
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
-from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, write_mixers
+from mm_moslora.training.deepspeed_start import fresh_accelerate, prepare_deepspeed
+from mm_moslora.training.engine import check_engine
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_setup import trainable_table
+from mm_moslora.training.snapshot import OPTIMIZER
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
@@ -62,11 +65,17 @@ def train_preferences(
     agree_on_recipe(recipe, resume=resume, stop_at=stop_at, reward_file=code_of(recipe.grpo))
     with distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
+        if is_sharded(recipe):
+            precision = resolve_precision(recipe.train.precision)
+            check_engine(recipe.train, precision=precision, max_grad_norm=recipe.optim.max_grad_norm)
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
         exclusive(folder),
         record_run_state(folder) as ending,
+        fresh_accelerate(),
     ):
+        if is_sharded(recipe):
+            prepare_deepspeed(recipe.train.zero)
         seed_everything(recipe.train.seed)
         checkpoint = find_resume(recipe, resume)
         run = prepare(recipe, checkpoint=None if checkpoint is None else checkpoint[0])
@@ -98,6 +107,14 @@ class _Session:
                 f"The records differ from those of {folder}: records were added, removed, changed in length or became "
                 "unusable. Restore the data, or start another run from the checkpoint's weights (adapter.weights)."
             )
+        divided = (rank_folder(folder, 0) / OPTIMIZER).is_file()
+        if divided != self.run.sharded:
+            zero = manifest.recipe.get("train", {}).get("zero", "auto")
+            raise CheckpointError(
+                f"{folder} has the optimiser's state of train.zero {zero}, and train.zero is "
+                f"{self.run.recipe.train.zero}: a state {'in shards' if divided else 'without shards'} does not fit. "
+                f"Set train.zero to {zero}, or start another run from the checkpoint's weights (adapter.weights)."
+            )
         self.run.counters.update(manifest.counters)
         if distributed.is_main() and folder.resolve().parent == self.run.folder.resolve():
             set_aside_newer(self.run.folder, self.run.step)
@@ -127,13 +144,13 @@ class _Session:
         self.trackers.start(run.recipe.to_dict(), run.folder, resume_step=None if resumed is None else run.step)
         try:
             distributed.barrier()
-            with self.stop:
+            with self.stop, closing(trainer):
                 if run.step < run.total_steps:
                     trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
-                elif resumed is not None:  # it ended before it was measured
+                elif resumed is not None and distributed.is_main():  # it ended before it was measured
                     trainer.load_factors(resumed)
                 if run.step >= run.total_steps:
-                    self._finish()
+                    self._finish(trainer.trained_state(), callback.experts.shares)
                 write_summary(run, run.total_steps, self._of_run)
                 self.tidier.wait()
             ending = "stopped" if run.step < run.total_steps else "finished"
@@ -144,14 +161,17 @@ class _Session:
             self.trackers.finish(ending=ending)
         return self._result(callback.stopped_by)
 
-    def _finish(self) -> None:
+    def _finish(self, trained: dict[str, torch.Tensor], experts: dict[str, list[float]]) -> None:
         """Measure the adapter at the end; the last checkpoint records that this is done."""
         run = self.run
         run.counters[FINISHED_AT] = float(run.step)
+        log_adapter(
+            run.assembly.model, trained, self.trackers, run.step, file=run.folder / "mixers.json", metrics=False
+        )
         if distributed.is_main():
-            with only_measuring("The adapter"):
-                reports = inspect_model(run.peft_model)
-                self.trackers.log_mixers(write_mixers(run.folder / "mixers.json", reports), run.step)
+            if experts:
+                with only_measuring("The balance of experts"):
+                    files.replace_json(run.folder / "experts.json", experts)
             amend(run.folder / folder_name(run.step), run.counters)
 
     def _result(self, stopped_by: int) -> TrainResult:

@@ -8,6 +8,7 @@ Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer toke
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +24,16 @@ from mm_moslora.data.preference_set import Question
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun
-from mm_moslora.preferences.rewards import Scorer, document_of, scores_together
+from mm_moslora.preferences.rewards import Scorer, box_reader, document_of, scores_together
 from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.checkpointing.run_checkpoints import Tidier
 from mm_moslora.utils import distributed
+
+# `Scorer` names the first answer that no reward judges; TRL would print one of every batch, with all that it knows.
+logging.getLogger(GRPOTrainer.__module__).addFilter(
+    lambda record: "All reward functions returned" not in str(record.msg)
+)
 
 
 class RewardTrainer(RunTrainer, GRPOTrainer):
@@ -100,9 +106,10 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         )
         training = model.training
         model.eval()
-        with self.accelerator.autocast():
+        with self.whole_weights(), self.accelerator.autocast():
             ids: Any = model.generate(
                 **inputs,
+                synced_gpus=False,  # ranks need each other for nothing
                 generation_config=GenerationConfig(
                     do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, min_p=0.0,
                     repetition_penalty=1.0, max_new_tokens=config.max_new_tokens, num_beams=1,
@@ -133,9 +140,11 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         decode, counters = self.run.records.encoder.decode_answer, self.run.counters
         before = sum(scorer.failed for scorer in self.scorers)
         texts = [decode([token for token in ids if token not in self.stops]) for ids in completion_ids]
-        documents = [document_of(self.questions[number]) for number in self.shown]
+        questions, processing = [self.questions[number] for number in self.shown], self.run.assembly.image_processing
+        documents = [document_of(question) for question in questions]
+        boxes = [box_reader(question, processing) for question in questions]
         with distributed.failing_together(f"The rewards {', '.join(scorer.name for scorer in self.scorers)}"):
-            self.scores = scores_together(self.scorers, texts, documents)
+            self.scores = scores_together(self.scorers, texts, documents, boxes)
         if failed := sum(scorer.failed for scorer in self.scorers) - before:
             counters["failed_rewards"] = counters.get("failed_rewards", 0.0) + failed
 

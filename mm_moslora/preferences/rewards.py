@@ -7,20 +7,25 @@ the record's other texts and numbers as `extra`), and gives a number. It is foun
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.metrics.exact_match import holds_answer
-from mm_moslora_eval.scoring.answer_scoring import score_answer
+from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, score_answer
 from mm_moslora_eval.scoring.trusted_code import python_module
 from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import Document
 
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import GrpoConfig
 from mm_moslora.config.usual_names import REWARD_ENTRY_POINTS
+from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.data.preference_set import Question
 from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import sha256_of
@@ -34,6 +39,17 @@ Reward = Callable[[str, Document], float]
 
 def _scored(extraction: str, metric: str) -> Reward:
     return lambda text, document: score_answer(document, text, extraction=extraction, metric=metric).score
+
+
+@dataclass(frozen=True)
+class BoxReward:
+    """A metric of boxes; it takes the boxes of an answer as text, see `box_reader`."""
+
+    metric: str
+
+    def __call__(self, text: str, document: Document) -> float:
+        """See `Reward`."""
+        return score_answer(document, text, extraction=BOXES, metric=self.metric).score
 
 
 def _contains(text: str, document: Document) -> float:
@@ -51,6 +67,7 @@ REWARDS: dict[str, Reward] = {
     "anls": _scored("text", "anls"),
     "mmmu": _scored("mmmu_official", "mmmu"),
     "mathvista": _scored("mathvista", "mathvista"),
+    **{metric: BoxReward(metric) for metric in BOX_METRICS},
 }
 """Name -> reward, 0 to 1. Thinking does not count, and an answer that breaks off within it is wrong."""
 
@@ -95,6 +112,43 @@ def document_of(question: Question) -> Document:
     )
 
 
+def box_reader(question: Question, processing: ImageProcessing | None) -> Callable[[str], str]:
+    """A function that gives the boxes of an answer to a question, in pixels of the picture's file.
+
+    It raises ValueError for a question whose references cannot be compared.
+    """
+
+    def read(text: str) -> str:
+        if question.size is None:
+            raise ValueError("the question has no picture, in which a box could lie")
+        for reference in question.asked.references:
+            if fault := fault_of_reference(reference, *question.size):
+                raise ValueError(fault)
+        boxes = read_boxes(without_thinking(text).text, processing, question.size)
+        return json.dumps([box.numbers for box in boxes])
+
+    return read
+
+
+def check_box_rewards(rewards: Mapping[str, Reward], with_boxes: int, processing: ImageProcessing | None) -> None:
+    """Refuse rewards of boxes for a model whose form of boxes is not known, and references that are boxes without them.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    reading = [name for name, reward in rewards.items() if isinstance(reward, BoxReward)]
+    if reading and (processing is None or processing.boxes is None):
+        raise ConfigError(
+            f"grpo.rewards holds {reading[0]}, and neither family nor vocabulary of this model says in which form it "
+            "writes boxes. Set model.boxes."
+        )
+    if with_boxes and not reading:
+        raise ConfigError(
+            f"{with_boxes} references are boxes in pixels of the picture's file, and none of grpo.rewards "
+            f"({', '.join(rewards)}) reads those of an answer. Add one of {', '.join(BOX_METRICS)}."
+        )
+
+
 class Scorer:
     """A reward over the answers of a batch; an answer whose reward fails has none, and is counted.
 
@@ -106,16 +160,24 @@ class Scorer:
     def __init__(self, name: str, reward: Reward) -> None:
         self.name, self.reward, self.failed = name, reward, 0
 
-    def scores(self, texts: Sequence[str], documents: Sequence[Document]) -> list[float]:
+    def scores(
+        self, texts: Sequence[str], documents: Sequence[Document], boxes: Sequence[Callable[[str], str]] = ()
+    ) -> list[float]:
         """One number per answer; NaN where the reward failed.
+
+        Args:
+            texts: the answers.
+            documents: their questions.
+            boxes: what reads their boxes; see `box_reader`.
 
         Raises:
             TrainingError: it failed for every answer.
         """
         scores, failed, first = [], 0, ""
-        for text, document in zip(texts, documents, strict=True):
+        for number, (text, document) in enumerate(zip(texts, documents, strict=True)):
             try:
-                value = float(self.reward(text, document))
+                shown = boxes[number](text) if isinstance(self.reward, BoxReward) else text
+                value = float(self.reward(shown, document))
                 if not abs(value) <= _LARGEST:
                     raise ValueError(f"it gave {value}, expected a finite number of at most {_LARGEST:g}")
             except (Exception, SystemExit) as error:  # whatever a function of a user's own raises
@@ -134,14 +196,17 @@ class Scorer:
 
 
 def scores_together(
-    scorers: Sequence[Scorer], texts: Sequence[str], documents: Sequence[Document]
+    scorers: Sequence[Scorer],
+    texts: Sequence[str],
+    documents: Sequence[Document],
+    boxes: Sequence[Callable[[str], str]] = (),
 ) -> list[list[float]]:
     """The scores of each reward; NaN in all of them for an answer for which one fails, else the rest would judge it.
 
     Raises:
         TrainingError: one of them failed for every answer, or no answer has all of them.
     """
-    columns = [scorer.scores(texts, documents) for scorer in scorers]
+    columns = [scorer.scores(texts, documents, boxes) for scorer in scorers]
     failed = [any(map(math.isnan, row)) for row in zip(*columns, strict=True)]
     if all(failed):
         names = ", ".join(repr(scorer.name) for scorer in scorers if scorer.failed)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
@@ -26,13 +26,15 @@ from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
+from mm_moslora.preferences.zero_trainer import ZeroTrainer, deepspeed_arguments, trained_groups
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine.optimizers import KINDS
 from mm_moslora.training.metrics.expert_balance import ExpertBalance
-from mm_moslora.training.parameter_groups import OptimizerSettings, parameter_groups
-from mm_moslora.training.snapshot import write_model
+from mm_moslora.training.parameter_groups import OptimizerSettings
+from mm_moslora.training.snapshot import OptimizerState, write_model
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils import distributed
@@ -47,7 +49,7 @@ _OF_SESSION = "train_"
 """Prefix of the trainer's totals of a session."""
 
 
-class RunTrainer(Trainer):
+class RunTrainer(ZeroTrainer):
     """What TRL's trainers share here; `train` continues from a checkpoint's `rank_folder`.
 
     Args:
@@ -62,28 +64,32 @@ class RunTrainer(Trainer):
         self.run, self.saver, self.tidier = run, saver, tidier
         self.saved_at = -1
         """Step of the last checkpoint."""
-        groups, optim = parameter_groups(run.assembly.model, run.recipe.optim), run.recipe.optim
+        groups, optim = trained_groups(run), run.recipe.optim
         settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
-        optimizer = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
-        schedule = LambdaLR(optimizer, partial(lr_factor, total=run.total_steps, config=optim))
+        self.schedule = partial(LambdaLR, lr_lambda=partial(lr_factor, total=run.total_steps, config=optim))
+        if not run.sharded:  # else DeepSpeed needs the weights first
+            self.stepping = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
         if run.recipe.adapter.factor_form in ("stella", "orthonormal"):
-            keep_orthonormal(run.peft_model, optimizer)
+            keep_orthonormal(run.peft_model, self.stepping)
+        starts = [(parameter, parameter.data) for group in groups for parameter in group.parameters]
         super().__init__(
             model=run.peft_model,
             args=args,
             train_dataset=rows_of(run, held_out=False),
             eval_dataset=None if run.held_out is None else rows_of(run, held_out=True),
             processing_class=run.assembly.processor or run.assembly.tokenizer,
-            optimizers=(optimizer, schedule),
             **more,
         )
         self.remove_callback(PrinterCallback)
-        if self._has_reference:
+        for parameter, value in starts:  # TRL casts adapters of a base in 4 or 8 bits to bf16
+            if parameter.dtype != value.dtype:
+                parameter.data = value.to(parameter.device)
+        has_reference, self.reference = "ref" in run.peft_model.peft_config, None
+        if has_reference:
             _complete_reference(run.peft_model)
-
-    @property
-    def _has_reference(self) -> bool:
-        return "ref" in self.run.peft_model.peft_config
+        if has_reference and run.recipe.adapter.weights is not None and distributed.is_main():
+            # It stays as it is, and later the model may hold shards of it.
+            self.reference = take_adapter(run.peft_model, adapter_name="ref", base=run.assembly.base)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows as they are: the collator tokenises."""
@@ -93,26 +99,29 @@ class RunTrainer(Trainer):
         """Send nothing."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint of this project; all ranks take part, and rank 0 holds all of the state."""
-        run, peft_model = self.run, self.run.peft_model
-        adapter = take_adapter(peft_model, base=run.assembly.base)
-        started = self._has_reference and run.recipe.adapter.weights is not None
-        reference = take_adapter(peft_model, adapter_name="ref", base=run.assembly.base) if started else None
+        """Write a checkpoint of this project; all ranks take part. Without DeepSpeed rank 0 has all of the state."""
+        run, trained = self.run, self.trained_state()
+        main = distributed.is_main()
+        adapter = take_adapter(run.peft_model, state=trained, base=run.assembly.base) if main else None
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = {"optimizer.pt": self.optimizer.state_dict(), "scheduler.pt": self.lr_scheduler.state_dict()}
-        trained = {name: p for name, p in run.assembly.model.named_parameters() if p.requires_grad}
+        state = {"scheduler.pt": self.lr_scheduler.state_dict()}
+        shards = None if self.engine is None else OptimizerState.copy_of(self.engine)
+        if shards is None:
+            state["optimizer.pt"] = self.optimizer.state_dict()
 
         def write(folder: Path) -> None:
-            if not distributed.is_main():
+            own = rank_folder(folder)
+            if shards is not None:
+                shards.write(own)
+            if not main:
                 return
             write_model(run, folder, weights={}, adapter=adapter)
-            own = rank_folder(folder)
             for name, content in state.items():
                 torch.save(content, own / name)
             self.state.save_to_json(str(own / "trainer_state.json"))
-            if reference is not None:
-                reference.write(own / REFERENCE)
+            if self.reference is not None:
+                self.reference.write(own / REFERENCE)
 
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
@@ -230,9 +239,10 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
         "gradient_accumulation_steps": run.accumulation,
         "max_grad_norm": run.recipe.optim.max_grad_norm,
         "gradient_checkpointing": bool(train.gradient_checkpointing),
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing_kwargs": {"use_reentrant": stage_of(train.zero) == 3},  # TRL's rule for ZeRO-3
         "bf16": run.precision == "bf16",
         "use_cpu": distributed.device().type != "cuda",
+        "dataloader_pin_memory": distributed.device().type == "cuda",
         "seed": train.seed,
         "logging_steps": train.log_every,
         "logging_nan_inf_filter": False,
@@ -248,6 +258,7 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
         "ddp_timeout": int(train.timeout_minutes * 60),
         "report_to": "none",
         "disable_tqdm": True,
+        **deepspeed_arguments(run),
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -72,3 +74,25 @@ def skip_shared_memory_operator() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate's state of this process, new within the block and new behind it.
+
+    It would keep the settings of an earlier run. Behind a run on ZeRO a Trainer would train with DeepSpeed, and behind
+    one on ZeRO-3 transformers would load models in shards.
+    """
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        unset_hf_deepspeed_config()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()

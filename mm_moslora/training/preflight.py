@@ -8,10 +8,10 @@ asks them. All run before models and records are loaded. `check_model` asks a mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mm_moslora.config import (
     AdapterConfig,
@@ -207,6 +207,8 @@ def check_zero(recipe: Recipe) -> None:
             "checkpoints cannot read it. Choose cpu; weights may be there (offload_param)."
         )
     stage = settings.get("stage", 0)
+    if recipe.objective != "sft":
+        _check_zero_of_trl(recipe, settings)
     if traits.whole_because and stage:
         raise ConfigError(
             f"optim.optimizer is {optimizer}, and train.zero {train.zero} is a ZeRO-{stage}, which gives a rank flat "
@@ -237,6 +239,25 @@ def check_zero(recipe: Recipe) -> None:
             f"adapter.factor_form is {adapter.factor_form}, which needs whole matrices, but train.zero {train.zero} is "
             "a ZeRO-3, which gathers a matrix only while its layer computes. Choose zero0 to zero2."
         )
+
+
+def _check_zero_of_trl(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Refuse what TRL's trainers were not tried with, or cannot."""
+    zero, form = recipe.train.zero, recipe.adapter.factor_form
+    groups = {key: value for key, value in settings.items() if key.startswith("offload_") and isinstance(value, dict)}
+    odd = [key for key, group in groups.items() if group.get("device", "none") != "none"]
+    odd += [key for key, value in settings.items() if key.startswith(("zero_quantized_", "cpu_offload")) and value]
+    found = ""
+    if not settings.get("stage"):
+        found = "is a ZeRO-0, which divides nothing. Leave it out: ranks train data-parallel"
+    elif odd:
+        found = f"sets {', '.join(odd)}, with which TRL's trainers are not tried. Choose zero1, zero2 or zero3"
+    elif recipe.data.pack_tokens:
+        found = "is set with data.pack_tokens, with which it is not tried. Leave one of them out"
+    elif form in ("stella", "orthonormal"):
+        found = f"divides the factors that adapter.factor_form {form} keeps orthonormal. Leave train.zero out"
+    if found:
+        raise ConfigError(f"objective is {recipe.objective}, and train.zero {zero} {found}.")
 
 
 def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:

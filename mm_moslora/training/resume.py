@@ -37,10 +37,13 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
         CheckpointError: the data changed, or the checkpoint lacks state of a trained parameter.
     """
     if manifest.data not in ("", run.training_set.fingerprint):
+        stream = run.training_set if isinstance(run.training_set, TrainingStream) else None
+        files = "" if stream is None else stream.what_changed(manifest.place)
+        what = files or "records were added, removed, changed in length or became unusable"
         raise CheckpointError(
-            f"The training data differs from that of {folder}: records were added, removed, changed in length or "
-            "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
-            "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
+            f"The training data differs from that of {folder}: {what}, so that some records would be seen twice and "
+            "others never. Restore the data, and the same command goes on; or start another run from the checkpoint's "
+            "weights (adapter.weights, model.projector.weights)."
         )
     if isinstance(run.training_set, TrainingStream):
         run.training_set.go_to(manifest.place)

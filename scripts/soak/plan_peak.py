@@ -27,7 +27,7 @@ from tiny import make_tokenizer
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import StepMemory

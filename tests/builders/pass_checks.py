@@ -15,8 +15,8 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
-from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, use_kernels, use_lean_layers, use_loss_head
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.training_loop import train
 

@@ -22,8 +22,8 @@ from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers

@@ -31,7 +31,6 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"objective": "kto", "kto": {"beta": 0}}, "kto.beta is 0"),
         ({"objective": "kto", "kto": {"desirable_weight": 0}}, "kto.desirable_weight is 0"),
         ({"objective": "kto", "train": {"micro_batch": 1}}, "train.micro_batch is 1: the divergence is estimated"),
-        ({"objective": "kto", "train": {"zero": "zero2"}}, "objective is kto, and train.zero is zero2"),
         ({"objective": "grpo", "grpo": {"rewards": []}}, "grpo.rewards is empty"),
         ({"objective": "grpo", "grpo": {"rewards": ["exact", "exact"]}}, "a name stands twice"),
         ({"objective": "grpo", "grpo": {"reward_weights": [1.0, 2.0]}}, "2 numbers and grpo.rewards 1 names"),
@@ -62,7 +61,6 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"data": {"too_long": "truncate"}}, "data.too_long is truncate"),
         ({"data": {"order": "llava"}}, "records are always drawn at random"),
         ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}]}}, "data.train.1.weight is set"),
-        ({"train": {"zero": "zero2"}}, "train.zero is zero2.*without DeepSpeed"),
         ({"train": {"precision": "fp16"}}, "Choose bf16 or fp32"),
         ({"train": {"gradient_checkpointing": 3}}, "train.gradient_checkpointing is 3"),
         ({"train": {"compile": "inductor", "micro_tokens": 512}}, "train.micro_tokens, train.compile are set"),
@@ -72,6 +70,23 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
 def test_what_the_objective_cannot_follow_is_named(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(**sections)
+
+
+@pytest.mark.parametrize(
+    ("zero", "form", "message"),
+    [
+        ("zero0", "free", "train.zero zero0 is a ZeRO-0, which divides nothing"),
+        ("zero2_offload", "free", "zero2_offload sets offload_optimizer, with which TRL's trainers are not tried"),
+        ("zero3_offload", "free", "zero3_offload sets offload_optimizer, offload_param"),
+        ("zeropp", "free", "zeropp sets zero_quantized"),
+        ("zero1", "stella", "divides the factors that adapter.factor_form stella keeps orthonormal"),
+        ("zero4", "free", "train.zero is 'zero4'"),
+    ],
+)
+def test_a_way_to_divide_that_trainers_of_trl_do_not_take_is_named(zero: str, form: str, message: str) -> None:
+    adapter = {"rank": 4, "factor_form": form}
+    with pytest.raises(ConfigError, match=message):
+        check_settings(read(train={"zero": zero}, adapter=adapter))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

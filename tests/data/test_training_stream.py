@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.stream_share import StoppedError, StreamShare
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import chat, chatml_encoder, picture, tiny_tower
@@ -39,15 +43,16 @@ def shards(tmp_path: Path) -> Path:
 
 
 def stream_of(
-    *paths: Path | SourceConfig, quarantine: Path | None = None, fresh: bool = True, **data
-) -> TrainingStream:
+    *paths: Path | SourceConfig, quarantine: Path | None = None, fresh: bool = True, share: StreamShare | None = None,
+    **data,
+) -> TrainingStream:  # fmt: skip
     sources = [
         path if isinstance(path, SourceConfig) else SourceConfig(path=str(path), streaming=True) for path in paths
     ]
     config = DataConfig(train=sources, **{"shuffle_buffer": 8, "order": "random"} | data)
     return TrainingStream(
         sources, chatml_encoder(), tiny_tower(), config=config, seed=3, global_batch=BATCH, fresh=fresh,
-        quarantine_path=quarantine,
+        quarantine_path=quarantine, share=share,
     )  # fmt: skip
 
 
@@ -81,6 +86,47 @@ def test_ranks_share_the_steps_of_one(shards: Path) -> None:
     for whole, *parts in zip(alone, *ranks, strict=True):
         assert len(parts[0]) == len(parts[1]) == BATCH // 2
         assert sorted(whole) == sorted(parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}, {"order": "llava"}])
+def test_ranks_measure_shares_and_learn_the_rest_from_each_other(
+    shards: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    lines = (shards / "1.jsonl").read_text().splitlines()
+    lines[3], lines[4], lines[7] = "{broken", json.dumps({"id": "x", "messages": []}), json.dumps({"id": 5})
+    (shards / "1.jsonl").write_text("\n".join(lines))
+    alone = stream_of(shards, **options)
+    expected = steps_of(loader_of(alone), 9)
+    store = dist.HashStore()
+
+    def of_rank(rank: int) -> tuple[list[list[str]], list[int], TrainingStream]:
+        share = StreamShare(rank=rank, world=2, store=store, name="s", patience=20)
+        stream = stream_of(shards, share=share, quarantine=tmp_path / f"{rank}.jsonl", **options)
+        window = stream.at_hand
+        known = [entry.number for entry in window._entries if entry.known is not None]
+        return steps_of(loader_of(stream, rank=rank, world=2), 9), known, stream
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, known, one), (second, others, other) = pool.map(of_rank, range(2))
+    for whole, *parts in zip(expected, first, second, strict=True):
+        assert sorted(whole) == sorted(parts[0] + parts[1])
+    assert [number % 2 for number in known + others] == [0] * len(known) + [1] * len(others)
+    assert len(known) + len(others) == 8
+    for stream in (one, other):
+        assert {*stream.quarantine.codes} == {"BAD_JSON", "NO_TURNS"}
+        assert str(stream.quarantine.first) == str(alone.quarantine.first)
+        assert stream.place(9) == alone.place(9)
+    assert store.num_keys() <= 8, "old messages are deleted"
+
+
+def test_a_rank_that_tells_nothing_ends_the_run_and_a_stopped_one_waits_for_no_one(shards: Path) -> None:
+    share = StreamShare(rank=0, world=2, store=dist.HashStore(), name="s", patience=0.05)
+    with pytest.raises(DataError, match=r"Rank 1 has told nothing .* for 0\.05 s"):
+        stream_of(shards, share=share).at_hand  # noqa: B018
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(StoppedError):
+        StreamShare(rank=0, world=2, store=dist.HashStore(), name="s").gathered({}, stopped)
 
 
 @pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}, {"order": "grouped", "workers": 2}])
@@ -124,14 +170,14 @@ def test_bad_records_are_counted_once_and_replaced(shards: Path, tmp_path: Path)
     (shards / "1.jsonl").write_text("\n".join(lines))
     quarantine = tmp_path / "quarantine.jsonl"
     stream = stream_of(shards, quarantine=quarantine, order="sequential")
-    steps = steps_of(loader_of(stream), 7)
-    assert [len(step) for step in steps] == [BATCH] * 7
+    steps = steps_of(loader_of(stream), 4)  # the second pass is not read ahead as far as the bad ones
+    assert [len(step) for step in steps] == [BATCH] * 4
     assert stream.quarantine.codes["BAD_JSON"] == 1
     rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert [(row["code"], row["line"], row["record"]) for row in rows[:2]] == [("BAD_JSON", 4, 13), ("NO_TURNS", 5, 14)]
     again = stream_of(shards, quarantine=quarantine, order="sequential", fresh=False)
-    again.go_to(stream.place(3))
-    assert steps_of(loader_of(again, start=3), 4) == steps[3:]
+    again.go_to(stream.place(1))
+    assert steps_of(loader_of(again, start=1), 3) == steps[1:]
     lines = quarantine.read_text().splitlines()
     assert len({json.loads(line)["record"] for line in lines}) == len(lines), "no line twice"
 
@@ -179,6 +225,10 @@ def test_tables_go_on_from_their_place(tmp_path: Path) -> None:
         again.go_to(json.loads(json.dumps(stream.place(number))))
         assert [again.at_hand.record(row).id for row in range(BATCH)] == names[-BATCH:]
     stream.stop()
+    (tmp_path / "0.parquet").rename(tmp_path / "2.parquet")
+    later = stream_of(parquet, order="sequential", shuffle_buffer=BATCH, fresh=False)
+    assert later.fingerprint != stream.fingerprint
+    assert "): 0.parquet is gone, 2.parquet is new" in later.what_changed(json.loads(json.dumps(stream.place(0))))
     assert names == [f"t{n % 7}" for n in range(16)]
     assert colours == [n % 7 for n in range(16)]
 
@@ -191,7 +241,7 @@ def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="PATH_ESCAPES"):
         open_endless(
             SourceConfig(path=str(tmp_path / "d"), streaming=True), "data.train.0", seed=0, shuffled=True
-        ).take()
+        ).take()()
 
 
 def test_a_folder_of_tar_files_is_a_stream(tmp_path: Path) -> None:

@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pairs import logged, make_pairs, make_questions, make_recipe, train
+from safetensors.torch import load_file
+
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.run_paths import shipped_folder
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = pytest.mark.slow
+
+
+def divided_weights(path: Path) -> str:
+    """Settings of a ZeRO-3 that divides small weights, too."""
+    settings = read_json(shipped_folder("deepspeed_configs") / "zero3.json")
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(settings))
+    return str(path)
 
 
 def test_two_ranks_learn_what_one_does(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
@@ -22,23 +35,30 @@ def test_two_ranks_learn_what_one_does(parts: dict[str, Path], ranks: Any, tmp_p
         line["messages"][-1]["content"] = "red green blue " * (1 + number % 3)
     pairs.write_text("\n".join(map(json.dumps, lines)))
     mixture, files = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]}, {}
-    for name, batch in (("one", 4), ("two", 2), ("resumed", 2)):
-        recipe = make_recipe(tmp_path / name, pairs, model, preference=mixture, train={"micro_batch": batch})
+    divided = divided_weights(tmp_path / "zero3.json")
+    for name in ("one", "two", "resumed", "later", "divided"):
+        section = {"micro_batch": 4 if name == "one" else 2, "zero": divided if name == "divided" else "auto"}
+        start = {"weights": str(tmp_path / "one")} if name in ("later", "divided") else {}
+        recipe = make_recipe(tmp_path / name, pairs, model, preference=mixture, train=section, adapter=start)
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(recipe.to_dict()))
     train(str(files["one"]))
     ranks.run(["pairs:train", str(files["two"])])
-    ranks.run(["pairs:train", f"{files['resumed']}@3", str(files["resumed"])])
+    rest = [f"{files['resumed']}@3", files["resumed"], files["later"], f"{files['divided']}@3", files["divided"]]
+    ranks.run(["pairs:train", *map(str, rest)])
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
     assert logged(tmp_path / "resumed") == logged(tmp_path / "two")
+    assert logged(tmp_path / "divided") == pytest.approx(logged(tmp_path / "later"), rel=1e-4)
     train(str(files["two"]))  # one rank finds the run finished
 
 
-@pytest.mark.parametrize("objective", ["kto", "grpo"])
+@pytest.mark.parametrize(("objective", "zero"), [("kto", "zero2"), ("grpo", "zero3")])
 def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
-    objective: str, parts: dict[str, Path], ranks: Any, tmp_path: Path
+    objective: str, zero: str, parts: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
     """The answers of a question are dealt to both ranks, which compare them with one mean."""
+    if zero == "zero3":
+        zero = divided_weights(tmp_path / "zero3.json")
     pairs, model = make_pairs(tmp_path / "pairs", pictures=False), {"language": str(parts["language"])}
     (tmp_path / "own.py").write_text("def early(text, document):\n    return sum(letter < 'm' for letter in text)\n")
     grpo = {
@@ -47,15 +67,21 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
     }  # fmt: skip
     sections: dict[str, Any] = {"objective": objective} | ({"grpo": grpo} if objective == "grpo" else {})
     files = []
-    for name in ("resumed", "straight"):
+    for name, engine in (("resumed", "auto"), ("straight", "auto"), ("cut", zero), ("whole", zero)):
         recipe = make_recipe(
             tmp_path / name, pairs if objective == "kto" else make_questions(pairs), model, **sections,
-            train={"steps": 4, "global_batch": 8, "micro_batch": 2},
+            train={"steps": 4, "global_batch": 8, "micro_batch": 2, "zero": engine},
         )  # fmt: skip
         files.append(str(tmp_path / f"{name}.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(recipe.to_dict()))
-    ranks.run(["pairs:train", f"{files[0]}@2", *files])
+    ranks.run(["pairs:train", f"{files[0]}@2", *files[:2], f"{files[2]}@2", *files[2:]])
     losses = logged(tmp_path / "straight")
     assert len(losses) == 4
     assert any(losses)
     assert logged(tmp_path / "resumed") == losses
+    assert logged(tmp_path / "whole") == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    adapter = Path("checkpoint-000004", "adapter", "moslora.safetensors")
+    whole, straight, cut = (load_file(tmp_path / name / adapter) for name in ("whole", "straight", "cut"))
+    torch.testing.assert_close(whole, straight, rtol=1e-2, atol=5e-4)  # of a tenth of a step
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import yaml
-from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_registry import load_file
 
 from mm_moslora import cli
 from mm_moslora.adapters import MIXER_FORMS
 from mm_moslora.config import Recipe
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.models.projectors.projector import PROJECTORS
-from mm_moslora.utils.untrusted_data import build_strictly
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
 
 PROGRAM = "mm-moslora"
@@ -43,7 +43,9 @@ def run_yaml(block: Block) -> None:
     elif "model" in data:
         Recipe.from_yaml(block.text, source=str(block))
     elif "source" in data:
-        build_strictly(Task, data, source=str(block))
+        task = Path(".document.yaml")
+        task.write_text(block.text)
+        assert load_file(task)
     else:
         Recipe.from_dict({"model": {"language": "none"}, **data}, source=str(block))
     name = re.match(r"# (\S+\.yaml)\b", block.text)
@@ -75,8 +77,12 @@ def run_document(document: Path) -> None:
         elif block.kind == "yaml":
             run_yaml(block)
         elif block.kind == "python":
+            if name := re.match(r"# (\S+\.py)\b", block.text):
+                Path(name[1]).write_text(block.text)
             names = names or {"__name__": "document", **namespace(document)}
             exec(compile(block.text, str(block), "exec"), names)
+        elif block.kind == "toml":
+            assert tomllib.loads(block.text)
         else:
             raise AssertionError(f"{block}: there is no test for a block of {block.kind!r}; add one")
 

@@ -14,13 +14,13 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.lora.lora_linear import fused_linear
-from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
 from mm_moslora.models.memory_efficient.kernel_selection import (
     choose_kernels,
     use_kernels,
     use_lean_layers,
     use_loss_head,
 )
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import ConfigError

@@ -119,6 +119,25 @@ def _named(source: str) -> list[int]:
     ]
 
 
+def test_a_users_python_is_executed_at_one_door() -> None:
+    """`mm_moslora/renamed.py` imports modules of this project."""
+    doors = {"eval/mm_moslora_eval/scoring/trusted_code.py", "mm_moslora/renamed.py"}
+    found = set()
+    for folder in ("mm_moslora", "eval/mm_moslora_eval"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+            if any(
+                _name(call.func) in ("exec_module", "run_path") or _bare(call) in ("exec", "eval") for call in calls
+            ):
+                found.add(path.relative_to(CHECKOUT).as_posix())
+    assert found - doors == set()
+    assert doors - found <= {"mm_moslora/renamed.py"}
+
+
+def _bare(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
 def test_every_call_that_could_run_code_of_a_model_says_that_it_must_not() -> None:
     """`datasets`, from the floor in pyproject.toml on, runs no scripts at all."""
     folders = ("mm_moslora", "eval/mm_moslora_eval", "scripts", "examples")

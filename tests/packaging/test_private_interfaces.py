@@ -431,3 +431,6 @@ def test_trl_reads_its_data_and_writes_checkpoints_by_methods() -> None:
     assert parameters(DPOTrainer._send_telemetry) == ["self"]
     assert parameters(DPOTrainer._save_checkpoint) == ["self", "model", "trial"]
     assert parameters(DPOTrainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    named = parameters(DPOTrainer._prepare_for_training)
+    assert named == ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
+    assert parameters(DPOTrainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]

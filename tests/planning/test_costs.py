@@ -20,8 +20,8 @@ from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.kernels.attention.attention_choice import set_attention
-from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.metrics.gpu_memory import StepMemory
 from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -14,13 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlms import make_vlm
 
 from mm_moslora.cli.doctor_verb import doctor
-from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.batching import packed_batch
-from mm_moslora.planning import model_doctor
-from mm_moslora.planning.model_doctor import diagnose_model, family_table
-from mm_moslora.planning.run_plan import DataSize, plan
-from mm_moslora.planning.small_families import default_config, stand_in_processor
-from mm_moslora.training.metrics.gpu_specs import parse_gpus
+from mm_moslora.planning import family_table, model_doctor
+from mm_moslora.planning.family_table import family_row
+from mm_moslora.planning.model_doctor import diagnose_model
 from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
 from mm_moslora.utils.files import read_json
 
@@ -173,10 +171,11 @@ def test_the_table_has_a_row_for_every_family_and_the_reason_why_one_is_not_trie
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.manual_seed(0)
-    assert doctor("qwen2_vl", "udop", families=True) == 0
+    assert doctor("qwen2_vl", families=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| `qwen2_vl` | padding-free, lean layers | apart | right | equal |")
-    assert lines[3].startswith("| `udop` | not tried: ")
+    assert doctor("udop", families=True) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| `udop` | not tried: ")
     with pytest.raises(ConfigError, match=r"no image-text-to-text family 'qwen2_vk'\. Did you mean"):
         doctor("qwen2_vk", families=True)
 
@@ -185,24 +184,45 @@ def test_the_table_has_a_row_for_every_family_and_the_reason_why_one_is_not_trie
 def test_families_whose_pictures_are_peculiar_train_right(kind: str) -> None:
     """Gemma 3 marks them by types of tokens, and its line breaks around them join those of the template; MiniCPM-V
     takes several in a call for as large as the first."""
-    lines, wrong = family_table([kind])
-    assert not wrong
-    assert [cell.strip() for cell in lines[2].split("|")][4:6] == ["right", "equal"]
+    row = family_row(kind)
+    assert not row.wrong
+    assert [cell.strip() for cell in row.text.split("|")][4:6] == ["right", "equal"]
 
 
-def test_memory_that_cannot_be_counted_is_one_error(tmp_path: Path) -> None:
-    """The experts of Qwen3-VL-MoE compute nothing on the meta device; Gemma 3 has positions of two kinds."""
-    gpus, size = parse_gpus("8xA100-80G"), DataSize(samples=1000, tokens=600)
-    for kind in ("qwen3_vl_moe", "gemma3"):
-        config = default_config(kind)
-        processor = stand_in_processor(config)
-        config.save_pretrained(tmp_path / kind)
-        processor.save_pretrained(tmp_path / kind)
-    experts = AdapterConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    recipe = Recipe(model=ModelConfig(vlm=str(tmp_path / "qwen3_vl_moe")), adapter=experts)
-    with pytest.raises(ModelError, match=r"memory of a step cannot be counted: Qwen3VLMoe.* computes nothing without"):
-        plan(recipe, gpus, size)
-    assert plan(Recipe(model=ModelConfig(vlm=str(tmp_path / "gemma3"))), gpus, size).best is not None
+def test_a_table_of_several_families_outlives_one_that_hangs_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def child(words: list[str], *, seconds: float) -> CompletedProcess[str]:
+        asked.append(words[-1])
+        if words[-1] == "gemma3":
+            raise TimeoutError("too slow")
+        if words[-1] == "llava":
+            return CompletedProcess(words, -9, "", "first\nKilled\n")
+        return CompletedProcess(words, 1, f"| family |\n|---|\n| `{words[-1]}` | padded | wrong: token 3 |\n", "")
+
+    monkeypatch.setattr(family_table, "output_of", child)
+    kinds, kept = ["gemma3", "llava", "qwen2_vl"], tmp_path / "rows.json"
+    assert doctor(*kinds[:2], families=True, progress=kept, limit=9) == 0
+    capsys.readouterr()
+    assert doctor(*kinds, families=True, progress=kept) == 1
+    assert asked == kinds
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[2:] == [
+        "| `gemma3` | not tried: it took more than 9 s (--limit) | | | | |",
+        "| `llava` | not tried: its process ended with -9: Killed | | | | |",
+        "| `qwen2_vl` | padded | wrong: token 3 |",
+    ]
+    assert "2 of 3 families, about" in shown.err
+    assert doctor(*kinds, families=True, progress=kept) == 1  # also of a row that is kept
+    assert len(asked) == 3
+    kept.write_text(kept.read_text().replace(family_table.transformers.__version__, "4.0.0"))
+    assert doctor("qwen2_vl", families=True, progress=kept) == 1
+    assert asked[3:] == ["qwen2_vl"]
+    kept.write_text('{"rows": [{}]}')
+    with pytest.raises(ConfigError, match=r"--progress is .*rows\.json', which does not hold rows of this table"):
+        doctor(*kinds, families=True, progress=kept)
 
 
 def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +230,9 @@ def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None
         raise AdapterError("no place for it")
 
     monkeypatch.setattr(model_doctor, "attach_adapters", refuse)
-    lines, _ = family_table(["qwen2_vl"])
-    assert lines[2].endswith("| fails: AdapterError: no place for it | not tried: there is no adapter to train |")
+    assert family_row("qwen2_vl").text.endswith(
+        "| fails: AdapterError: no place for it | not tried: there is no adapter to train |"
+    )
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,39 @@ def test_check_names_faults_and_fails_when_a_run_would(recipe, tmp_path, capsys)
     assert run(["data", "check", name, "--data.max_bad_share", "0.2", "--data.on_bad", "error"]) == 1
 
 
+def test_streams_are_looked_at_in_their_first_records(recipe, tmp_path, capsys):
+    name = recipe()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        (tmp_path / "shards" / f"{number}.jsonl").write_text("\n".join(lines[10 * number : 10 * number + 10]))
+    (tmp_path / "shards" / "2.jsonl").write_text("not opened")
+    stream = {"path": str(tmp_path / "shards"), "streaming": True, "image_folder": str(tmp_path / "images")}
+    name = recipe(train=[stream])
+    Path(name).write_text(Path(name).read_text().replace("train:\n  output", "train:\n  steps: 3\n  output"))
+    assert run(["data", "check", name, "--records", "12"]) == 0
+    text = capsys.readouterr().out
+    assert "shards/*.jsonl is a stream: its first 12 records are looked at, of an unknown number" in text
+    assert "12 of 12 records can be used." in text
+    assert run(["data", "check", name, "--json"]) == 1, "the third file is read, too"
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["streams"] == [{"source": f"{tmp_path}/shards/*.jsonl", "records": 21, "all": True}]
+    assert plain["train"]["faults"][0].startswith(f"BAD_JSON: {tmp_path}/shards/2.jsonl:1 (record 0)")
+    assert run(["data", "stats", name, "--records", "11", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["records"] == 11
+    assert run(["data", "view", name, "--start", "15", "--count", "1"]) == 0
+    assert "r15: " in capsys.readouterr().out
+    assert run(["data", "check", name, "--records", "0"]) == 1
+    assert "records is 0, expected 1 or more" in capsys.readouterr().err
+    for shard in (1, 2):
+        assert (
+            run(["data", "check", name, "--records", "12", "--shard", f"{shard}/2", "--output", f"{tmp_path}/s"]) == 0
+        )
+    assert run(["data", "check", name, "--records", "12", "--merge", "--output", f"{tmp_path}/s"]) == 0
+    assert "12 of 12 records can be used." in capsys.readouterr().out
+    assert run(["data", "check", name, "--records", "13", "--merge", "--output", f"{tmp_path}/s"]) != 0
+
+
 def test_check_shows_every_fault_when_asked(recipe, tmp_path, capsys):
     name = recipe()
     path = tmp_path / "train.jsonl"

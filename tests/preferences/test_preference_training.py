@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from pairs import logged, make_recipe, plain_recipe
+from safetensors.torch import load_file
 from tiny import make_experts
 from vlms import make_vlm
 
@@ -164,6 +166,8 @@ def test_frozen_routers_add_nothing_to_the_loss_and_their_balance_is_logged(
     )
     assert logged(tmp_path / "run")[0] == pytest.approx(LOG_2 if objective == "dpo" else 0.5, abs=1e-6)
     assert logged(tmp_path / "run", "experts/variation")[0] > 0
+    shares = read_json(tmp_path / "run" / "experts.json")
+    assert all(sum(share) == pytest.approx(1) for share in shares.values())
 
 
 def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: Path) -> None:
@@ -180,6 +184,61 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     assert [path.name for path in sorted((tmp_path / "resumed").glob("checkpoint-*"))] == [
         "checkpoint-000004", "checkpoint-000006",
     ]  # fmt: skip
+
+
+def test_a_run_on_zero_keeps_to_it_and_leaves_the_process_as_it_was(
+    text_pairs: Path, language_folder: Path, tmp_path: Path
+) -> None:
+    """Its start has frozen mixers, which are the reference's, too."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    model = {"language": str(language_folder)}
+    adapter: dict[str, Any] = {"rank": 4, "alpha": 8, "mixer_trainable": False}
+    train_preferences(make_recipe(tmp_path / "before", text_pairs, model, adapter=adapter))
+    adapter["weights"] = str(tmp_path / "before")
+
+    def recipe(name: str, zero: str) -> Recipe:
+        return make_recipe(tmp_path / name, text_pairs, model, adapter=adapter, train={"zero": zero})
+
+    plain = train_preferences(recipe("plain", "none"))
+    train_preferences(recipe("run", "zero3"), stop_at=2)
+    with pytest.raises(CheckpointError, match=r"has the optimiser's state of train.zero zero3, and train.zero is auto"):
+        train_preferences(recipe("run", "auto"))
+    shutil.rmtree(tmp_path / "before")
+    result = train_preferences(recipe("run", "zero3"))
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
+    found, expected = (load_file(end.checkpoint / "adapter" / "moslora.safetensors") for end in (result, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    measured = [read_json(tmp_path / name / "mixers.json", list) for name in ("run", "plain")]
+    assert [row["path"] for row in measured[0]] == [row["path"] for row in measured[1]]
+    with pytest.raises(CheckpointError, match=r"state of train.zero none, and train.zero is zero2: a state without"):
+        train_preferences(recipe("plain", "zero2"))
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert AcceleratorState._shared_state == {}
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_ranks_that_would_wait_for_a_tower_are_refused(
+    vlm: Path, picture_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = picture_pairs.read_text().splitlines()
+    bare = json.loads(lines[0])
+    del bare["images"]
+    bare["messages"][0]["content"] = "what is the color?"
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([*lines, json.dumps(bare)]))
+    sources = [{"path": str(mixed), "image_folder": str(picture_pairs.parent / "images")}]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value])
+    for zero, tower in (("zero3", "frozen"), ("zero2", "adapter")):
+        model = {"vlm": str(vlm), "vision": {"mode": tower}}
+        recipe = make_recipe(tmp_path / zero, picture_pairs, model, data={"train": sources}, train={"zero": zero})
+        with pytest.raises(
+            ConfigError, match=r"data.train has records with neither .* nor videos, others with pictures"
+        ):
+            prepare(recipe)
 
 
 @pytest.mark.parametrize("adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"use_dora": True}])
@@ -262,7 +321,7 @@ def test_an_end_that_was_not_measured_is_measured_by_the_next_start(
 ) -> None:
     recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
     with monkeypatch.context() as patch:
-        patch.setattr(preference_training._Session, "_finish", lambda _: None)
+        patch.setattr(preference_training._Session, "_finish", lambda *_: None)
         train_preferences(recipe)
     mixers = tmp_path / "run" / "mixers.json"
     assert not mixers.exists()

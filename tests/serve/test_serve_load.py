@@ -19,9 +19,9 @@ from PIL import Image
 from preloaded import Preloaded
 from waiting import wait_until
 
+from mm_moslora.models.decoding.token_sampling import Draw, Sampling, choose
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-from mm_moslora.models.decoding.token_sampling import Draw, Sampling, choose
 from tests.serve.serve_tools import HEAD, asking, before_steps, data_url, pixels_of
 
 

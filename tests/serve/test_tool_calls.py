@@ -18,12 +18,15 @@ from mm_moslora.cli import serve_verbs
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.chat_replies import Reply
 from mm_moslora.serve.api.chat_request import chat_request
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import GenerationEngine
+from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine
+from mm_moslora.serve.inference.forced_calls import opening_of_call
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit, turns_of
 from mm_moslora.serve.inference.served_models import load_models
-from mm_moslora.serve.inference.tool_replies import CallSplit, call_form
+from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.serve.inference.tool_replies import CallSplit, _rendered, call_form
 from mm_moslora.serve.terminal_chat import Chat, interactive
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import DataError
@@ -33,8 +36,8 @@ from tests.serve.serve_tools import serving
 TOOLS = json.dumps([WEATHER])
 USER = {"role": "user", "content": "Is it hot?"}
 TEMPLATES = [
-    "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "muse_glimmer", "nemotron_3_nano", "qwen2_5", "qwen3",
-    "qwen3_5_nothink", "qwen3_vl",
+    "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "lfm2_2_5_vl", "llama3_1", "muse_glimmer", "nemotron_3_nano",
+    "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_vl",
 ]  # fmt: skip
 
 
@@ -68,6 +71,25 @@ def test_what_a_template_writes_is_read_back(forms, name, size) -> None:
     assert split(form, "Hot, 30 < 31 {degrees} [yes].", size) == ("Hot, 30 < 31 {degrees} [yes].", [])
 
 
+@pytest.mark.parametrize("name", ["lfm2_2_5", "lfm2_2_5_vl", "qwen3"])
+@pytest.mark.parametrize("value", ["O'Neil's", "a\\\\b\\n", '"', "line\nline", "é ]", "')", "", "x, y=2"])
+def test_quotes_and_escapes_in_arguments_are_read_back(forms, name, value) -> None:
+    encoder, form = forms[name]
+    function = {"name": "weather", "arguments": {"city": value, "days": 2, "more": {"a": ["it's", None, True]}}}
+    calls = [{"type": "function", "id": f"call0000{n}", "function": function} for n in range(2)]
+    text = _rendered(encoder, calls)
+    assert split(form, text) == ("", [("weather", function["arguments"])] * 2)
+
+
+@pytest.mark.parametrize("text", [
+    "[weather(city='Rome)]", "[weather(city='Rome', city='Oslo')]", "[weather('Rome')]", "[weather]", "[]", "[weather(",
+    "[weather(days=2 3)]", "weather(days=2)", "[weather(days=__import__('os'))]", "[" + "f(a=" * 2000,
+])  # fmt: skip
+def test_what_is_no_call_of_python_stays_text(forms, text) -> None:
+    text = f"<|tool_call_start|>{text}<|tool_call_end|>"
+    assert split(forms["lfm2_2_5"][1], text) == (text, [])
+
+
 def test_text_and_several_calls(forms) -> None:
     _, form = forms["qwen3"]
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -99,6 +121,9 @@ def body(*messages: dict, **more) -> dict:
 
 
 CALLING = MESSAGES[1]
+NAMED = {"type": "function", "function": {"name": "weather"}}
+STRICT = {"function": WEATHER["function"] | {"strict": True}}
+OTHER = {"type": "function", "function": {"name": "look-up", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.mark.parametrize(("value", "param", "words"), [
@@ -107,7 +132,14 @@ CALLING = MESSAGES[1]
     (body(USER, tools=[{"type": "function"}]), "tools", "no function with a name"),
     (body(USER, tools=[WEATHER, WEATHER]), "tools", "two tools with the name"),
     (body(USER, tools=[{"function": {"name": "\ud800"}}]), "tools", "surrogate"),
-    (body(USER, tool_choice="required"), "tool_choice", "not supported"),
+    (body(USER, tools=[WEATHER, OTHER], tool_choice="required"), "tool_choice", "2 tools are offered"),
+    (body(USER, tools=None, tool_choice="required"), "tool_choice", "does not offer"),
+    (body(USER, tool_choice=NAMED | {"function": {"name": "nope"}}), "tool_choice", "does not offer"),
+    (body(USER, tool_choice={"type": "function", "name": "weather"}), "tool_choice", "expected \"none\""),
+    (body(USER, tool_choice={"type": "allowed_tools"}), "tool_choice", "expected \"none\""),
+    (body(USER, tool_choice=True), "tool_choice", "expected \"none\""),
+    (body(USER, parallel_tool_calls="no"), "parallel_tool_calls", "true or false"),
+    (body(USER, tools=[OTHER, STRICT]), "tools[1].function.strict", "leave it out"),
     (body(USER, MESSAGES[2]), "messages[1].tool_call_id", "as no open call"),
     (body(USER, CALLING | {"tool_calls": "x"}, MESSAGES[2]), "messages[1].tool_calls", "is no JSON"),
     (body(USER, CALLING | {"tool_calls": [CALL | {"arguments": "{"}]}), "messages[1].tool_calls", "is no JSON"),
@@ -129,6 +161,35 @@ def test_requests_become_the_turns_of_records() -> None:
     encoder = ConversationEncoder(tokenizer("qwen2_5"))
     assert encoder.encode_prompt(turns).tolist() == encoder.encode_prompt(parsed(RECORD).turns[:3]).tolist()
     assert chat_request(body(USER, tool_choice="none"), Limits()).tools == ""
+    forced = chat_request(body(USER, tools=[OTHER, WEATHER], tool_choice=NAMED), Limits())
+    assert (json.loads(forced.tools), forced.forced, forced.one_call) == ([WEATHER], True, False)
+    assert chat_request(body(USER, tool_choice="required", parallel_tool_calls=False), Limits()).one_call
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_forced_call_begins_as_the_learned_one(forms, name) -> None:
+    encoder, form = forms[name]
+    opening = opening_of_call(encoder, form, TOOLS)
+    turns = parsed(RECORD).turns
+    encoded = encoder.encode(turns[:2])
+    begin = len(encoder.encode_prompt(turns[:1]))
+    learned = encoded.input_ids[begin : begin + int(encoded.supervised.sum())].tolist()
+    assert learned[: len(opening)] == opening
+    stream = TextStream(encoder, ("weather",), calls=True, opening=opening)
+    text = "".join(stream.add(token) for token in learned[len(opening) : -1]) + stream.finish()
+    assert split(form, text, 3)[1] == [("weather", CALL["arguments"])]
+    assert not stream.stopped, "the opening holds the text that ends an answer"
+
+
+def test_an_answer_ends_with_the_one_call_that_is_wanted(forms) -> None:
+    one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+    request = chat_request(body(USER, parallel_tool_calls=False, stream=True), Limits())
+    reply = Reply(request=request, prompt_tokens=1, call_form=forms["qwen3"][1])
+    assert not reply.ended(0)
+    events = reply.add(0, AnswerPart(text=one * 2, tokens=9))
+    assert reply.finished
+    assert events.count(b'"name":"weather"') == 1
+    assert b'"finish_reason":"tool_calls"' in events
 
 
 @pytest.mark.parametrize("name", ["phi3", "deepseekv3", "lfm2"])
@@ -151,7 +212,7 @@ def test_the_tokenizers_own_response_template_is_used() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, language_folder, vision_folder, records) -> Path:
-    """A tiny Qwen3 that learned one conversation with a call."""
+    """A tiny Qwen3 that learned a conversation with a call, and one that ends with it."""
     folder = tmp_path_factory.mktemp("tools")
     made = tokenizer("qwen3")
     torch.manual_seed(0)
@@ -162,13 +223,13 @@ def run(tmp_path_factory, language_folder, vision_folder, records) -> Path:
     )  # fmt: skip
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "model")
     made.save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_text(json.dumps(RECORD) + "\n")
+    (folder / "data.jsonl").write_text(f"{json.dumps(RECORD)}\n{json.dumps(RECORD | {'messages': MESSAGES[:2]})}\n")
     parts = {"language": language_folder, "vision": vision_folder, "records": records}
     recipe = make_recipe(parts, folder / "run", "none", dropout=0.0, steps=80, micro_batch=1, rehearsal=False)
     recipe = replace(
         recipe, model=replace(recipe.model, language=str(folder / "model"), vision=None, language_mode="full"),
         data=DataConfig(train=[SourceConfig(path=str(folder / "data.jsonl"))]),
-        train=replace(recipe.train, global_batch=1, save_every=80),
+        train=replace(recipe.train, global_batch=2, save_every=80),
         optim=replace(recipe.optim, lr=5e-3, warmup=0.0, schedule="constant"),
     )  # fmt: skip
     train(recipe)
@@ -195,6 +256,14 @@ def test_a_trained_model_calls_and_answers(run) -> None:
         assert json.loads(streamed.function.arguments) == CALL["arguments"]
         assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
         assert chunks[-1].finish_reason == "tool_calls"
+        wanted = body(USER, tools=[OTHER, WEATHER], tool_choice=NAMED, parallel_tool_calls=False)
+        forced = client.chat.completions.create(**wanted)
+        assert [call.function.name for call in forced.choices[0].message.tool_calls] == ["weather"]
+        assert (forced.choices[0].message.content, forced.choices[0].finish_reason) == (None, "tool_calls")
+        free = client.chat.completions.create(**body(USER))
+        assert forced.usage.prompt_tokens > free.usage.prompt_tokens, "the beginning of the call is given"
+        with pytest.raises(Exception, match=r"400.*asks for thinking before it"):
+            client.chat.completions.create(**wanted, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
         forbidden = client.chat.completions.create(**body(USER, tool_choice="none")).choices[0]
         assert forbidden.message.tool_calls is None
 

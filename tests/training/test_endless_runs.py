@@ -68,9 +68,15 @@ def test_a_run_outlives_a_source_that_vanishes(stream: Recipe, tmp_path: Path, m
             DataError, match=r"data\.train\.0 .*shards\) broke off in pass \d behind record \d+, at .*1\.js"
         ):
             train(stream)
-    with pytest.raises(CheckpointError, match="The training data differs"):
+    gone = rf"The training data differs .*: data\.train\.0 \({file.parent}\): 1\.jsonl is gone, so that"
+    with pytest.raises(CheckpointError, match=gone):
         train(stream)
+    text = elsewhere.read_text()
+    elsewhere.write_text(text + "\n")
     elsewhere.rename(file)
+    with pytest.raises(CheckpointError, match=rf"1\.jsonl has {len(text) + 1} bytes instead of {len(text)}"):
+        train(stream)
+    file.write_text(text)
     assert 0 < newest_valid(Path(stream.train.output))[1].step < 6
     assert train(stream).finished
     assert hexed(Path(stream.train.output)) == hexed(Path(straight.train.output))

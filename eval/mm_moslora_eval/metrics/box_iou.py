@@ -30,6 +30,19 @@ def iou_50(parsed: str, reference: str) -> float:
     return float(iou(parsed, reference) >= 0.5)
 
 
+def fault_of_reference(text: str, width: int, height: int) -> str | None:
+    """Why no answer about a picture of this size could equal the first box of a reference; None for a good one.
+
+    One pixel beyond the picture is accepted, as in training: annotation tools round.
+    """
+    box = _box(text)
+    if box is None:
+        return f"the reference {text[:60]!r} holds no box [x1, y1, x2, y2] with an area"
+    if min(box[:2]) < -1 or box[2] > width + 1 or box[3] > height + 1:
+        return f"the reference {first_box(text)} lies outside of its picture ({width} x {height} pixels)"
+    return None
+
+
 def _box(text: str) -> Box | None:
     match = _BOX.search(text)
     if match is None:

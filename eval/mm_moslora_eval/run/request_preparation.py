@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.scoring.answer_scoring import PLACES
+from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
-from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
+from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 
 FORMAT = 1
 """Version of keys and files; versions are never mixed."""
@@ -135,6 +136,7 @@ class Preparation:
                 messages = conversation(task.prompt, document, shots, reference=task.reference)
                 own = tuple(own[number] for number in task.prompt.image_order(document))
                 before = tuple(name for shot in shots for name in self._pictures_of_shot(shot))
+                problem = self._fault_of_boxes(document, own)
             except EvalError as error:
                 problem = str(error)
         shown = own
@@ -170,6 +172,17 @@ class Preparation:
         if problem is not None:
             raise EvalError(f"the shot {shot.id!r} cannot be shown: {problem}")
         return [names[number] for number in self._task.prompt.image_order(shot)]
+
+    def _fault_of_boxes(self, document: Document, own: Sequence[str]) -> str | None:
+        """Why the references of a task that compares boxes cannot be scored."""
+        if self._task.extraction != BOXES or self._task.metric not in BOX_METRICS or not own:
+            return None
+        try:
+            size = image_size(self._pictures[own[-1]])
+        except DataError as error:
+            return f"image cannot be read: {error}"
+        faults = (fault_of_reference(answer, *size) for answer in document.answers)
+        return next(filter(None, faults), None)
 
     def request(self, item: Item) -> Request:
         """The request for the model; creates the pictures of the mode `blind`.

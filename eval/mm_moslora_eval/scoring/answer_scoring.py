@@ -140,6 +140,7 @@ def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
     return lambda parsed, document: float(metric(parsed, document.answers, document.category or ""))
 
 
+BOX_METRICS = ("iou", "iou_50")
 _METRICS: dict[str, Metric] = {
     "iou": _best(box_iou.iou),
     "iou_50": _best(box_iou.iou_50),

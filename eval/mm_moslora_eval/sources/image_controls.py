@@ -65,6 +65,17 @@ def open_image(image: ImageLike) -> Image:
     return record_picture.open_image_bytes(image) if isinstance(image, bytes) else record_picture.as_rgb(image)
 
 
+def image_size(image: ImageLike) -> tuple[int, int]:
+    """Width and height of a picture, upright, by its header where it has one; see `open_image`."""
+    from mm_moslora.data.images import record_picture
+
+    if isinstance(image, Path):
+        return record_picture.check_image(image)
+    if isinstance(image, StoredImage):
+        image = image.read()
+    return record_picture.check_image_bytes(image) if isinstance(image, bytes) else open_image(image).size
+
+
 def mean_image(image: ImageLike) -> Image:
     """A picture of the same size filled with the mean colour of all pixels."""
     from PIL import Image as Pillow

@@ -1,7 +1,7 @@
 """LLaVA files as documents.
 
-Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`; with
-`video` instead of `image` the frames of a video are shown, at `<video>` or before the text.
+Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
+With `video` instead of `image` the frames of a video are shown, at `<video>` or before the text.
 Conversation files (the training format): each human/gpt pair is a separate document.
 """
 
@@ -49,10 +49,10 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
             continue
         position = f"{path}, record {row}"
         pictures = shown_of_record(record.get("image"), record.get("video"), file=path, row=row, rules=rules)
-        several = "conversations" in record
-        documents = (
-            _conversation(record, pictures, position, row) if several else [_question(record, pictures, position)]
-        )
+        if "conversations" in record:
+            documents = [*_conversation(record, pictures, position, row)]
+        else:
+            documents = [_question(record, pictures, position)]
         yield from map(_with_frames, documents) if record.get("video") and not record.get("image") else documents
 
 

@@ -96,6 +96,11 @@ class MoSLoRAExperts(MoSLoRALayer, ParamWrapper):
 MoSLoRAExperts.__name__ = ParamWrapper.__name__
 
 
+def adapted_stacks(module: nn.Module) -> list[Tensor]:
+    """The parameters below a module that PEFT's wrappers adapt, each of which a forward pass makes anew."""
+    return [wrapper.get_param() for wrapper in module.modules() if isinstance(wrapper, ParamWrapper)]
+
+
 def by_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A ``[E, R, D_in]`` and B ``[E, D_out, R]`` from the factors as PEFT stores them.
 

@@ -263,10 +263,21 @@ def filler(
     return fill
 
 
+def pixel_filler(objects: Objects, sizes: Sequence[tuple[int, int]], where: Where) -> Callable[[str], str]:
+    """As `plain_filler`, with boxes in pixels of their pictures, see `Objects.in_pixels`."""
+    return plain_filler(replace(objects, regions=objects.in_pixels(sizes, where), shares=False))
+
+
 def plain_filler(objects: Objects) -> Callable[[str], str]:
     """As `filler`, for scores: labels as they are, and boxes as `[x1, y1, x2, y2]` as the record has them."""
     texts = {REF: iter(objects.refs), BOX: map(_shown, (region.numbers for region in objects.regions))}
     return lambda text: _MARKS.sub(lambda match: next(texts.get(match[0], iter(())), match[0]), text)
+
+
+def reference_box(objects: Objects, texts: Sequence[str]) -> Region | None:
+    """The first box that the last of the texts shows."""
+    *earlier, last = (text.count(BOX) for text in texts)
+    return objects.regions[sum(earlier)] if last else None
 
 
 def _shown(numbers: Sequence[float]) -> str:

@@ -143,6 +143,17 @@ def joined_calls(*texts: str) -> str:
     return _text(calls, Code.BAD_CALL) if calls else ""
 
 
+def names_not_offered(offered: str, *calls: str) -> set[str]:
+    """The names of tools that are called and not offered.
+
+    Args:
+        offered: JSON text of `offered_tools`.
+        calls: JSON texts of `joined_calls`.
+    """
+    names = {str(tool["function"]["name"]) for tool in parse_json(offered or "[]", surrogates=True)}
+    return {_name(call) for call in _all_calls(*calls)} - names
+
+
 def _all_calls(*texts: str) -> list[dict[str, Any]]:
     return [call for text in texts if text for call in parse_json(text, surrogates=True)]
 

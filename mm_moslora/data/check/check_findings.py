@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -29,8 +30,7 @@ def findings(report: CheckReport) -> list[Finding]:
     """The findings about some sources before they are trained on."""
     return [
         _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
-        _keys(report),
-        _special(report),
+        _keys(report), _tools(report), _special(report),
         _separators(report), _repeats(report), _answers(report), _longest(report),
     ]  # fmt: skip
 
@@ -117,10 +117,22 @@ def _thinking(report: CheckReport) -> Finding:
 
 
 def _keys(report: CheckReport) -> Finding:
-    listed = ", ".join(f"{ascii(key)[1:-1][:60]} ({count})" for key, count in report.ignored.most_common(12))
-    more = f" and {len(report.ignored) - 12} more" if len(report.ignored) > 12 else ""
-    detail = f"not read, with the records that have them: {listed}{more}" if listed else "all keys of records are read"
+    listed = _named(report.ignored)
+    detail = f"not read, with the records that have them: {listed}" if listed else "all keys of records are read"
     return Finding("ok", "keys", detail)
+
+
+def _tools(report: CheckReport) -> Finding:
+    if not report.not_offered:
+        return Finding("ok", "tools", "every call is of a tool that its record offers")
+    detail = f"called and not offered, with the records that do so: {_named(report.not_offered)}"
+    return Finding("warn", "tools", detail, "a model learns to call what it was not told of; complete `tools`")
+
+
+def _named(counts: Counter[str]) -> str:
+    """Names with their counts, the most frequent first."""
+    listed = ", ".join(f"{ascii(key)[1:-1][:60]} ({count})" for key, count in counts.most_common(12))
+    return listed + (f" and {len(counts) - 12} more" if len(counts) > 12 else "")
 
 
 def _modality(report: CheckReport) -> Finding:

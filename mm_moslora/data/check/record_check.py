@@ -14,6 +14,7 @@ from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record, RecordSource
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
+from mm_moslora.data.chat.tool_records import names_not_offered
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip, Frame
@@ -72,6 +73,8 @@ class CheckReport:
     """Usable records with other weights than 0 and 1."""
     tools: int = 0
     """Usable records with tools, calls or their results."""
+    not_offered: Counter[str] = field(default_factory=Counter)
+    """Tools that answers call and their record does not offer, with the number of usable records."""
     supervised_tokens: int = 0
     """Tokens of the answers and their ends of turn."""
     lengths: list[int] = field(default_factory=list)
@@ -291,6 +294,8 @@ class _RowCheck:
         report.context_answers += len(answers) - learned
         tools = any(turn.tools for turn in record.turns)
         report.tools += tools
+        calls = [turn.tools for turn in record.turns if turn.role == "assistant"]
+        report.not_offered.update(names_not_offered(record.turns[0].tools, *calls) if tools else ())
         report.weighed += encoded.weights is not None
         report.turns[len(answers)] += 1
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Fingerprint
-from mm_moslora.data.record_faults import Code, RecordError, Where
+from mm_moslora.data.record_faults import Code, plain_fault, read_fault
 from mm_moslora.utils.errors import DataError
 
 _KEYS: Mapping[str, Callable[[Any], Any]] = {
@@ -25,7 +24,7 @@ def plain_report(report: CheckReport) -> dict[str, Any]:
     for name, value in data.items():
         if isinstance(value, Counter):
             data[name] = [[key.hex() if isinstance(key, bytes) else key, count] for key, count in value.items()]
-    return data | {"faults": [_plain_fault(fault) for fault in report.faults]}
+    return data | {"faults": [plain_fault(fault) for fault in report.faults]}
 
 
 def read_report(data: Any, *, source: str) -> CheckReport:
@@ -48,17 +47,11 @@ def read_report(data: Any, *, source: str) -> CheckReport:
             elif item.name != "form":
                 setattr(report, item.name, type(empty)(data[item.name]))
         report.lengths = [int(length) for length in report.lengths]
-        report.faults = [_fault(*fault) for fault in data["faults"]]
+        report.faults = [read_fault(fault) for fault in data["faults"]]
         report.images = {name: _mark(mark) for name, mark in data["images"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{source} is damaged ({type(error).__name__}: {error}). Repeat this shard.") from error
     return report
-
-
-def _plain_fault(fault: RecordError) -> list[Any]:
-    where = fault.where
-    record = [str(where.file), where.line, where.row, where.id]
-    return [*record, fault.code, fault.field, fault.what, fault.remedy, fault.path]
 
 
 def _mark(value: Any) -> Fingerprint | None:
@@ -66,11 +59,3 @@ def _mark(value: Any) -> Fingerprint | None:
         return None
     gradient, (red, green, blue) = value
     return Fingerprint(int(gradient), (int(red), int(green), int(blue)))
-
-
-def _fault(
-    file: str, line: int | None, row: int, name: str | None, code: str, field: str, what: str, remedy: str,
-    path: str | None,
-) -> RecordError:  # fmt: skip
-    where = Where(file=Path(file), line=line, row=row, id=name)
-    return where.error(Code(code), field, what, remedy, path=path)

@@ -5,11 +5,11 @@ A source tells its place as plain data, from which it goes on exactly.
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.records import Record, RecordSource, parse_record
 from mm_moslora.data.record_faults import RecordError, Where
-from mm_moslora.data.sources.open_sources import open_source, rules_of, stream_files
+from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, files_of_stream, open_source, rules_of
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
+
+Reads = Callable[[], Record]
+"""Reads one record."""
+_OF_ROWS = (*TABLE_SUFFIXES, ".csv", ".json", ".jsonl")
+"""Suffixes of files that hold the rows of a table."""
+_NAMED = 5
+"""Changed files that a message names."""
 
 
 class EndlessSource(ABC):
@@ -38,8 +45,8 @@ class EndlessSource(ABC):
         """Passes over the source that are over, and records taken in this one."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash that changes with the files; equal on all ranks."""
+    def contents(self) -> list[Any]:
+        """Names and sizes of the files, as JSON; equal on all ranks, and as long as the files are the same."""
 
     @abstractmethod
     def seek(self, place: dict[str, Any]) -> None:
@@ -50,8 +57,8 @@ class EndlessSource(ABC):
         """The place behind the last record, as JSON."""
 
     @abstractmethod
-    def _next(self) -> Record | None:
-        """The next record of this pass, None behind the last one; it counts `row` before it raises a RecordError."""
+    def _next(self) -> Reads | None:
+        """What reads the next record of this pass, which is counted in `row`; None behind the last one."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -61,29 +68,41 @@ class EndlessSource(ABC):
     def _where(self) -> str:
         """The file at hand, for messages."""
 
-    def take(self) -> Record:
-        """The next record.
+    def take(self) -> Reads:
+        """Go to the next record; what reads it raises RecordError where it cannot be used.
 
         Raises:
-            RecordError: it cannot be used; the next call gives the record behind it.
-            DataError: the source is empty, or it is no longer there.
+            DataError: the source is empty, or it is no longer there; also from what reads the record.
         """
-        try:
-            if (record := self._next()) is None and self.row:
+        with self._breaking():
+            if (reads := self._next()) is None and self.row:
                 self.passes, self.row = self.passes + 1, 0
                 self._begin()
-                record = self._next()
+                reads = self._next()
+        if reads is None:
+            raise DataError(f"{self.key} ({self.config.path}) is empty: 0 records. Check its path, subset and split.")
+        return partial(self._read, reads, self._place())
+
+    def _read(self, reads: Reads, place: str) -> Record:
+        with self._breaking(place):
+            return reads()
+
+    def _place(self) -> str:
+        return f"in pass {self.passes + 1} behind record {self.row}{self._where()}"
+
+    @contextmanager
+    def _breaking(self, place: str | None = None) -> Iterator[None]:
+        """Make every error but that of a record one that names the source, and the place."""
+        try:
+            yield
         except RecordError:
             raise
         except Exception as error:  # libraries raise many types
             raise DataError(
-                f"{self.key} ({self.config.path}) broke off in pass {self.passes + 1} behind record {self.row}"
-                f"{self._where()}: {type(error).__name__}: {str(error)[:300]}. Checkpoints are untouched. Bring the "
-                "source back; the same command goes on from the last one."
+                f"{self.key} ({self.config.path}) broke off {place or self._place()}: {type(error).__name__}: "
+                f"{str(error)[:300]}. Checkpoints are untouched. Bring the source back; the same command goes on from "
+                "the last one."
             ) from error
-        if record is None:
-            raise DataError(f"{self.key} ({self.config.path}) is empty: 0 records. Check its path, subset and split.")
-        return record
 
 
 class FileStream(EndlessSource):
@@ -113,12 +132,11 @@ class FileStream(EndlessSource):
         self._opened: RecordSource | None = None
         self._begin()
 
-    def fingerprint(self) -> str:
-        """Names and sizes of the files, or of one that is no file its content."""
+    def contents(self) -> list[Any]:
+        """See `EndlessSource.contents`; of what is no file a hash of its content."""
         paths = [Path(name) for name, _ in self.files]
-        known = [(path.name, path.stat().st_size) for path in paths if path.is_file()]
-        contents = known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
-        return hashlib.sha256(repr(contents).encode()).hexdigest()
+        known = sizes_of_files(path for path in paths if path.is_file())
+        return known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -139,14 +157,14 @@ class FileStream(EndlessSource):
             return numbers
         return random.Random(f"{self.seed} {self.key} {self.passes} {what}").sample(numbers, count)
 
-    def _next(self) -> Record | None:
+    def _next(self) -> Reads | None:
         while self._file < len(self._order):
             if self._opened is None:
                 self._opened = self.files[self._order[self._file]][1]()
                 self._numbers = self._shuffled(len(self._opened), "rows") if self._rows else range(len(self._opened))
             if self._taken < len(self._numbers):
                 self._taken, self.row = self._taken + 1, self.row + 1
-                return self._opened[self._numbers[self._taken - 1]]
+                return partial(self._opened.__getitem__, self._numbers[self._taken - 1])
             self._file, self._taken, self._opened = self._file + 1, 0, None
         return None
 
@@ -162,11 +180,12 @@ class TableStream(EndlessSource):
         self._rules = rules_of(config, processing)
         self._begin()
 
-    def fingerprint(self) -> str:
-        """The configuration; files of the hub are pinned by `revision`."""
-        config = self.config
-        parts = (Path(config.path).name, config.subset, config.split, config.revision, sorted(config.columns.items()))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def contents(self) -> list[Any]:
+        """See `EndlessSource.contents`; files of the hub are pinned by `revision`."""
+        config, folder = self.config, Path(self.config.path)
+        found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(config.path))
+        files = sizes_of_files(sorted(path for path in found if path.suffix in _OF_ROWS))
+        return [folder.name, config.subset, config.split, config.revision, sorted(config.columns.items()), *files]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -185,17 +204,44 @@ class TableStream(EndlessSource):
         self._table = table_stream(self.config)  # a stream that was set to a state begins there again
         self._iterator = iter(self._table)
 
-    def _next(self) -> Record | None:
+    def _next(self) -> Reads | None:
         from mm_moslora.data.sources.hf_tables import row_of_stream
 
         if (row := next(self._iterator, None)) is None:
             return None
         self.row += 1
         where = Where(file=Path(self.config.path), line=None, row=self.row - 1)
-        return parse_record(row_of_stream(row, self._table.features, self.config), where, self._rules)
+        features = self._table.features
+        return lambda: parse_record(row_of_stream(row, features, self.config), where, self._rules)
 
     def _where(self) -> str:
         return ""
+
+
+def sizes_of_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
+    """Names and sizes of files, in their order."""
+    return [(path.name, path.stat().st_size) for path in paths]
+
+
+def what_changed(before: Sequence[Any], now: Sequence[Any]) -> str:
+    """The files that differ between two `EndlessSource.contents`; empty where no file does.
+
+    Args:
+        before: as a checkpoint holds it.
+        now: of the source as it is.
+    """
+    old, new = ({str(name): size for name, size in filter(_is_file, contents)} for contents in (before, now))
+    faults = [f"{name} is gone" for name in old if name not in new]
+    faults += [
+        f"{name} has {new[name]} bytes instead of {old[name]}" for name in old if new.get(name, old[name]) != old[name]
+    ]
+    faults += [f"{name} is new" for name in new if name not in old]
+    more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    return ", ".join(faults[:_NAMED]) + more
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], int)
 
 
 def open_endless(
@@ -216,13 +262,7 @@ def open_endless(
     if not config.endless:
         opens = partial(open_source, config, processing=processing)
         return FileStream(config, key, files=[(config.path, opens)], seed=order, rows=shuffled)
-    if not (paths := stream_files(config)):
+    if not (parts := files_of_stream(config)):
         return TableStream(config, key, processing)
-    files = [
-        (
-            str(path),
-            partial(open_source, replace(config, path=str(path), streaming=False, weight=1.0), processing=processing),
-        )
-        for path in paths
-    ]
+    files = [(part.path, partial(open_source, part, processing=processing)) for part in parts]
     return FileStream(config, key, files=files, seed=order, rows=False)

@@ -167,7 +167,7 @@ def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
 def _load(config: SourceConfig) -> Dataset:
     path, name = Path(config.path), config.path.removeprefix("hf:")
     with _loading(config):
-        if config.streaming:
+        if config.streaming and not _is_saved(path):
             return _streamed(config, name)
         if _is_saved(path):
             return _of_split(load_saved(path), config)

@@ -5,12 +5,14 @@ Every source has random access by row number, so that the order of training depe
 
 from __future__ import annotations
 
+import bisect
 import glob
 import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
     _require_apart(sources)
     for config in sources:
         kind, path = _kind_of(config), Path(config.path)
-        if config.endless and stream_files(config):
+        if config.streaming and stream_files(config):
             pass
         elif kind == "json":
             require_file(path)
@@ -81,8 +83,10 @@ def open_source(config: SourceConfig, *, processing: ImageProcessing | None = No
     if config.endless:
         raise DataError(
             f"data source {config.path!r} has streaming without limit, so it has no end, and only training reads it. "
-            "Name one of its files, or for a table set limit and limit_by: first."
+            "Set limit and limit_by: first, or name one of its files."
         )
+    if config.streaming and (parts := files_of_stream(config)):
+        return FirstRecords(config, (open_source(part, processing=processing) for part in parts))
     kind, rules = _kind_of(config), rules_of(config, processing)
     if kind == "json":
         source: RecordSource = RecordFile(Path(config.path), rules)
@@ -106,12 +110,27 @@ def stream_files(config: SourceConfig) -> list[Path]:
     from mm_moslora.data.sources.webdataset_tars import files_of
 
     folder = Path(config.path)
-    if config.format == "auto" and folder.is_dir():
+    if config.endless and config.format == "auto" and folder.is_dir():
         if (folder / "metadata.jsonl").is_file():  # a folder of pictures
             return []
         found = (sorted(folder.glob(pattern)) for pattern in ("*.jsonl", "*.tar"))
         return next((files for files in found if files), [])
     return [] if _kind_of(config) == "table" else files_of(config.path)
+
+
+def files_of_stream(config: SourceConfig) -> list[SourceConfig]:
+    """The files of `stream_files` as sources that have an end."""
+    return [replace(config, path=str(path), streaming=False, limit=None, weight=1.0) for path in stream_files(config)]
+
+
+def beginning(config: SourceConfig, records: int) -> SourceConfig:
+    """A source without an end as its first records, any other as it is."""
+    if not config.endless:
+        return config
+    path = config.path
+    if Path(path).is_dir() and (files := stream_files(config)):  # with a limit, a folder is a table
+        path = str(Path(glob.escape(path)) / f"*{files[0].suffix}")
+    return replace(config, path=path, limit=records, limit_by="first")
 
 
 def _limited(source: RecordSource, config: SourceConfig) -> RecordSource:
@@ -225,6 +244,53 @@ class SelectedRecords(RecordSource):
     def commit(self) -> str | None:
         """See `RecordSource.commit`."""
         return self.source.commit()
+
+
+class FirstRecords(RecordSource):
+    """The first records of several files; files behind them are not opened.
+
+    Args:
+        config: of the source, with its limit.
+        files: opened one after the other.
+    """
+
+    def __init__(self, config: SourceConfig, files: Iterable[RecordSource]) -> None:
+        assert config.limit is not None, "checked by SourceConfig"
+        self.files: list[RecordSource] = []
+        self._starts = [0]
+        for file in files:
+            self.files.append(file)
+            self._starts.append(min(config.limit, self._starts[-1] + len(file)))
+            if self._starts[-1] == config.limit:
+                break
+        super().__init__(Path(config.path), self.files[0].rules)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, row: int) -> Record:
+        """See `RecordSource.__getitem__`; by the rules of its file."""
+        file, own = self._at(row)
+        return file[own]
+
+    def where(self, row: int) -> Where:
+        """See `RecordSource.where`; in its file."""
+        file, own = self._at(row)
+        return file.where(own)
+
+    def value(self, row: int) -> Any:
+        """The value in its file."""
+        file, own = self._at(row)
+        return file.value(own)
+
+    def fingerprint(self) -> str:
+        """A hash of the files, and of the number of records."""
+        parts = [file.fingerprint() for file in self.files]
+        return hashlib.sha256(repr([len(self), *parts]).encode()).hexdigest()
+
+    def _at(self, row: int) -> tuple[RecordSource, int]:
+        number = bisect.bisect_right(self._starts, row) - 1
+        return self.files[number], row - self._starts[number]
 
 
 class ShownRecords(SelectedRecords):

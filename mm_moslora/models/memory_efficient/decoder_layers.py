@@ -1,7 +1,6 @@
-"""Decoder layers and a loss head that keep little for the backward pass ("lean").
+"""Decoder layers that keep little for the backward pass ("lean").
 
-Shapes: ``S`` tokens, ``K`` supervised positions, ``C`` vocabulary, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E``
-head width.
+Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
 `kernel_selection.use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging,
 generation and gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not
@@ -16,22 +15,16 @@ anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora
 layers.
 
 The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
-The head computes the cross entropy a block of logits at a time. The loss of an optimiser step is ``sum over supervised
-tokens / global count of supervised tokens``, both weighted where records have weights; it does not depend on the split
-into ranks, micro-batches or packs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from math import ceil
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -44,13 +37,6 @@ from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_linear import TENSORS, LinearOperands, LinearRules, LoraMatmul, fused_linears
 from mm_moslora.kernels.lora.lora_math import autocasts
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW, RowShare
-
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""Largest block of logits, counted in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
-SMALLEST_CHUNK = 128
-"""Smallest block in positions; below it the matrix products lose speed."""
-CACHED_BYTES = 2 * 2**20
-"""Bytes of fp32 logits that a CPU takes through all passes of the softmax at once."""
 
 
 class LeanLayer(nn.Module):
@@ -358,135 +344,3 @@ def _norm_gradients(
         return None, None
     dweight = passes.rms_norm_weight_gradient(dy, x, inverse).to(weight.dtype) if needs_weight else None
     return passes.rms_norm_backward(dy, x, weight, inverse), dweight
-
-
-def token_loss_sum(
-    logits: Tensor, targets: Tensor, right: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
-    """Sum of the cross entropies, in fp32.
-
-    Args:
-        logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
-        targets: int64 ``[K]``.
-        right: see `head_loss_sum`.
-        weights: see `head_loss_sum`.
-    """
-    if right is not None and targets.numel():
-        values = logits.detach()
-        right += (values.gather(1, targets[:, None]) == values.amax(-1, keepdim=True)).sum()
-    if weights is not None:
-        return (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
-    return cross_entropy(logits.float(), targets, reduction="sum")
-
-
-class LossHead(nn.Linear):
-    """A language-model head that can compute the loss; `kernel_selection.use_loss_head` mixes it into a plain head."""
-
-    def forward(
-        self,
-        input: Tensor,
-        targets: Tensor | None = None,
-        right: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Logits ``[..., C]``; with targets ``[K]``, the sum of the cross entropies of ``input`` ``[K, D]`` instead.
-
-        The loss is part of the head's call: an engine that gathers weights per module (ZeRO-3) does it once, for any
-        number of chunks.
-        """
-        if targets is None:
-            return super().forward(input)
-        if torch.is_autocast_enabled(input.device.type):
-            return token_loss_sum(super().forward(input), targets, right, weights)
-        return cast(Tensor, _ChunkedLoss.apply(input, self.weight, targets, right, weights))
-
-
-def head_loss_sum(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    targets: Tensor,
-    right: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """Sum of the cross entropies of the head's logits, fp32 scalar.
-
-    Args:
-        model: its head is used.
-        hidden: ``[K, D]``.
-        targets: int64 ``[K]``.
-        right: int64 scalar to which the number of positions is added at which no token is more probable than the
-            target.
-        weights: fp32 ``[K]``, factors on the cross entropies; None: 1.
-    """
-    head: Any = model.get_output_embeddings()
-    if isinstance(head, LossHead):
-        return cast(Tensor, head(hidden, targets, right=right, weights=weights))
-    return token_loss_sum(head(hidden), targets, right, weights)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """The gradients of a chunk are computed with its loss: nothing of size ``K x C`` is kept or computed twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, right: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
-        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        count = hidden.shape[0]
-        most = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
-        rows = max(1, ceil(count / max(1, ceil(count / most))))  # equal blocks, no small one at the end
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, count, rows):
-            part = hidden[start : start + rows]
-            logits = part @ weight.t()
-            wanted = targets[start : start + rows, None]
-            factors = None if weights is None else weights[start : start + rows, None]
-            total += _loss_(logits, wanted, factors, right=right, pull=needs_hidden or needs_weight)
-            if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[start : start + rows])
-            if d_weight is not None:
-                d_weight.addmm_(logits.t().float(), part.float())
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(d_hidden, d_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        # In fp32: a loss scale (fp16) may overflow the narrow dtype where its product with a small gradient does not.
-        scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
-        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None, None
-
-
-def _loss_(logits: Tensor, wanted: Tensor, weights: Tensor | None, *, right: Tensor | None, pull: bool) -> Tensor:
-    """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
-
-    Args:
-        logits: ``[K, C]``, overwritten; with `pull` by their gradient.
-        wanted: targets, int64 ``[K, 1]``.
-        weights: fp32 ``[K, 1]``, or None; see `head_loss_sum`.
-        right: see `head_loss_sum`.
-        pull: whether the gradient is computed.
-    """
-    rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    factors = repeat(None) if weights is None else weights.split(rows)
-    for block, own, factor in zip(logits.split(rows), wanted.split(rows), factors, strict=False):
-        wide = block.float()
-        picked, top = wide.gather(1, own), wide.amax(-1, keepdim=True)
-        if right is not None:  # a tie counts as right; logits in bf16 tie more often than in fp32
-            right += (picked == top).sum()
-        norm = wide.sub_(top).exp_().sum(-1, keepdim=True)
-        losses = top + norm.log() - picked
-        total += losses.sum() if factor is None else (losses * factor).sum()
-        if not pull:
-            continue
-        wide.div_(norm).scatter_add_(1, own, torch.full_like(own, -1, dtype=wide.dtype))
-        if factor is not None:
-            wide.mul_(factor)
-        if wide is not block:
-            block.copy_(wide)
-    return total

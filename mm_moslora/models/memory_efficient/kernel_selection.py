@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
 from mm_moslora.kernels.native import NativeError, library
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.models.families import LEAN_LAYERS
-from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, LossHead
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
+from mm_moslora.models.memory_efficient.loss_head import LossHead, head_form
 from mm_moslora.models.transformers_patches import mix_in
 from mm_moslora.utils.errors import ConfigError
 
@@ -59,10 +60,15 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
 
 
 def use_loss_head(model: PreTrainedModel) -> bool:
-    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
-    head = model.get_output_embeddings()
+    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer.
+
+    Raises:
+        ModelError: see `head_form`.
+    """
+    head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
         mix_in(head, LossHead)
+    head.form = head_form(model)
     return isinstance(head, LossHead)
 
 

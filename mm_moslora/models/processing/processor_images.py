@@ -135,11 +135,26 @@ class ProcessorImageProcessing:
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
-        if self._family.one_by_one:
+        if self._one_by_one:
             tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
+
+    @functools.cached_property
+    def _one_by_one(self) -> bool:
+        """Whether pictures must be encoded one by one: also where the processor joins two of them to one tensor."""
+        if self._family.one_by_one or self._family.one_image_list:
+            return self._family.one_by_one
+        pictures = [Image.new("RGB", size) for size in _PROBED]
+        try:
+            apart, together = (
+                [len(self._call(call)[1]["pixel_values"]) for call in calls]
+                for calls in ([[picture] for picture in pictures], [pictures])
+            )
+        except (ModelError, KeyError):  # takes no two pictures, or no pixels
+            return False
+        return together[0] < sum(apart)
 
     def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
         """Several pictures of one sample, for a processor that does not tile them then (LLaVA-OneVision)."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,11 @@ from mm_moslora.serve.inference.continuous_batching import AnswerPart, Generatio
 from mm_moslora.serve.inference.prompt_preparation import Prepared
 from mm_moslora.serve.inference.request_images import Fetch
 from mm_moslora.utils.errors import suggestion
+
+logger = logging.getLogger(__name__)
+
+_NOTED = 64
+"""Names of fields that the log tells."""
 
 
 def create_app(
@@ -96,6 +102,8 @@ class _Chat:
         self._engine, self._limits, self._metrics, self._intake = engine, limits, metrics, intake
         self._busy = 0
         """Requests with a complete body and an unfinished answer."""
+        self._noted: set[str] = set()
+        """Fields that are not read, of which the log has a line."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -108,6 +116,7 @@ class _Chat:
             try:
                 chat = await self._intake.parsed(request, body)
                 _checked_name(self._engine, chat.model)
+                self._note(chat.unread)
                 self._metrics.images.inc(len(chat.pictures))
                 prepared = await self._intake.prepared(request, chat, reservation)
                 chat = replace(chat, messages=())
@@ -125,6 +134,11 @@ class _Chat:
         if self._busy >= self._limits.queue + self._limits.batch:
             raise busy(f"{self._busy} requests are under way")
 
+    def _note(self, unread: Sequence[str]) -> None:
+        if new := sorted({*unread} - self._noted)[: _NOTED - len(self._noted)]:
+            self._noted.update(new)
+            logger.warning("Requests have fields that are not read: %s.", ", ".join(new))
+
     async def _answer(self, request: Request, prepared: Prepared, reply: Reply, send: Send) -> bytes:
         """Generate an answer and send all but its end, which is returned; a cancelled call cancels its jobs."""
         events: asyncio.Queue[tuple[int, AnswerPart]] = asyncio.Queue()
@@ -136,8 +150,8 @@ class _Chat:
         jobs = [
             GenerationJob(
                 model=chat.model, input_ids=prepared.input_ids, images=prepared.images, sampling=chat.sampling,
-                stop=chat.stop, thinking=chat.thinking, calls=bool(chat.tools), choice=choice,
-                deliver=partial(deliver, choice),
+                stop=chat.stop, thinking=chat.thinking, calls=bool(chat.tools), opening=prepared.opening,
+                choice=choice, deliver=partial(deliver, choice),
                 deadline=time.monotonic() + self._limits.request_seconds,
             )
             for choice in range(chat.choices)
@@ -146,7 +160,11 @@ class _Chat:
         self._engine.submit(jobs)
         try:
             while not reply.finished:
-                chunk = reply.add(*_checked(await events.get(), request))
+                item = await events.get()
+                if reply.ended(item[0]):  # behind the one call that was asked for
+                    continue
+                chunk = reply.add(*_checked(item, request))
+                jobs[item[0]].cancelled = reply.ended(item[0])
                 if not started:  # until then a failure gets its own status
                     self._metrics.first_token.observe(time.monotonic() - jobs[0].submitted)
                 if chat.stream:

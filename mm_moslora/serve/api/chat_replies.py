@@ -70,11 +70,17 @@ class Reply:
         """Whether every answer has ended."""
         return all(choice.ending for choice in self._choices)
 
+    def ended(self, index: int) -> bool:
+        """Whether an answer has ended."""
+        return self._choices[index].ending is not None
+
     def add(self, index: int, part: AnswerPart) -> bytes:
         """Record an event of one answer; returns its events where the request asks for a stream."""
         choice = self._choices[index]
         thinking, text, calls = choice.add(part.text, last=part.ending is not None)
         choice.tokens, choice.ending = part.tokens, part.ending
+        if self.request.one_call and choice.calls:
+            choice.calls, calls, choice.ending = choice.calls[:1], calls[:1], "stop"
         ending = _reason(choice)
         if not self.request.stream:
             return b""

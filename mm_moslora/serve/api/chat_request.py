@@ -1,7 +1,7 @@
 """Parse and check a request body into a `ChatRequest`. Every error names the field that is wrong.
 
-Unknown fields are ignored, since clients send many. Fields that ask for an unsupported feature (log-probabilities,
-another output format) are refused, because the answer would not be what the client asked for.
+Unknown fields are ignored, since clients send many; the log names them. Fields that ask for an unsupported feature
+(log-probabilities, another output format) are refused, because the answer would not be what the client asked for.
 """
 
 from __future__ import annotations
@@ -10,19 +10,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm_moslora.data.chat.tool_records import OpenCalls, ToolError, offered_tools, read_calls
+from mm_moslora.data.chat.tool_records import OpenCalls, ToolError, read_calls
 from mm_moslora.models.decoding.token_sampling import Sampling
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.api.tool_options import wanted_tools
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction"), ()),
-    "web_search_options": (), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "web_search_options": (), "function_call": ("none", "auto"),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
 }  # fmt: skip
 """Unsupported fields, each with the values besides empty ones that do not change an answer."""
+_READ = frozenset({
+    *_HARMLESS, "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
+    "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "n", "tools", "tool_choice",
+    "parallel_tool_calls", "chat_template_kwargs",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+})  # fmt: skip
+"""Fields that are read, and those of OpenAI that change no answer."""
 
 
 @dataclass(kw_only=True)
@@ -56,11 +64,17 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     tools: str = ""
     """JSON text of the tools that may be called; empty without any."""
+    forced: bool = False
+    """Whether the one tool of `tools` must be called."""
+    one_call: bool = False
+    """Whether an answer ends with its first call."""
     thinking: bool | None = None
     """Ask the model to think before it answers, or to answer at once; None: as it was trained."""
     stream: bool = False
     include_usage: bool = False
     choices: int = 1
+    unread: tuple[str, ...] = ()
+    """Fields that are ignored."""
 
     @property
     def pictures(self) -> list[MessagePicture]:
@@ -102,6 +116,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
     for name, harmless in _HARMLESS.items():
         if body.get(name) and body[name] not in harmless:
             raise _unsupported(f"{name} is not supported by this server", name)
+    tools, forced = wanted_tools(body)
     options = _field(body, "stream_options", "an object", lambda value: isinstance(value, dict)) or {}
     longest = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     request = ChatRequest(
@@ -116,11 +131,14 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
             seed=_whole(body, "seed", -(2**63), 2**63 - 1),
         ),
         stop=_stop(body.get("stop"), limits),
-        tools=_tools(body.get("tools")) if body.get("tool_choice") != "none" else "",
+        tools=_text(tools, "tools", empty=True),
+        forced=forced,
+        one_call=_switch(body, "parallel_tool_calls") is False,
         thinking=_thinking(body),
         stream=_switch(body, "stream") or False,
         include_usage=_switch(options, "include_usage", "stream_options.") or False,
         choices=_whole(body, "n", 1, limits.choices) or 1,
+        unread=tuple(ascii(name)[1:-1][:60] for name in body if name not in _READ),
     )
     if (count := len(request.pictures)) > limits.images:
         raise ApiError(
@@ -153,13 +171,6 @@ def _messages(value: Any, limits: Limits) -> tuple[ChatMessage, ...]:
             param="messages",
         )  # fmt: skip
     return messages
-
-
-def _tools(value: Any) -> str:
-    try:
-        return _text(offered_tools([] if value is None else value), "tools", empty=True)
-    except ToolError as error:
-        raise ApiError(f"tools {error.what}; {error.remedy}.", param="tools") from None
 
 
 def _message(value: Any, where: str, limits: Limits, calls: OpenCalls) -> ChatMessage:

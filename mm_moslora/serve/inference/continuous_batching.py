@@ -63,6 +63,8 @@ class GenerationJob(Draw):
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
+    opening: Sequence[int] = ()
+    """Token ids at the end of `input_ids` with which the answer begins."""
     calls: bool = False
     """Whether the answer may call tools; see `ConversationEncoder.decode_answer`."""
     deliver: Callable[[AnswerPart], object]
@@ -143,7 +145,9 @@ class GenerationEngine:
             ApiError: the queue is full.
         """
         for job in jobs:
-            job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking, calls=job.calls)
+            job.text = TextStream(
+                self.models.encoder, job.stop, thinking=job.thinking, calls=job.calls, opening=job.opening
+            )
         with self._changed:
             if self._stopping:
                 raise stopping()

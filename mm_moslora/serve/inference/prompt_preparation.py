@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
@@ -32,6 +33,9 @@ class Prepared:
     """A request as model inputs."""
 
     input_ids: Tensor
+    """The prompt, and the `opening` of the answer."""
+    opening: list[int]
+    """Token ids with which every answer begins."""
     images: list[ProcessedImage]
     boxes: Callable[[str], list[FoundBox]]
     """Reads the boxes of an answer, in pixels of the last picture's file."""
@@ -82,6 +86,7 @@ def prepare(
     Raises:
         ApiError: a picture cannot be used, or the conversation is too long.
     """
+    opening = _opening(request, models)
     longest, tokens = _longest(models, limits), request.sampling.max_tokens
     visual = models.visual_tokens([file.size for file in files])
     if visual + tokens > longest:
@@ -104,10 +109,31 @@ def prepare(
             "The conversation does not fit the model's chat template (it cannot express one of the roles or texts).",
             param="messages", code="conversation_not_supported",
         ) from None  # fmt: skip
+    ids = torch.cat([ids, torch.tensor(opening, dtype=torch.long)])
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
     last = pictures[-1].size if pictures else None
-    return Prepared(input_ids=ids, images=images, boxes=lambda text: models.boxes(text, last) if last else [])
+    return Prepared(
+        input_ids=ids, opening=opening, images=images, boxes=lambda text: models.boxes(text, last) if last else []
+    )
+
+
+def _opening(request: ChatRequest, models: Models) -> list[int]:
+    """The beginning of an answer that must call the tool which is offered alone; empty without such a wish."""
+    if not request.forced:
+        return []
+    opening = None if request.thinking else models.opening_of_call(request.tools, thinking=request.thinking)
+    if opening is None:
+        why = (
+            "enable_thinking asks for thinking before it"
+            if request.thinking
+            else f"the chat template of {request.model} gives no beginning of an answer that calls this tool"
+        )
+        raise ApiError(
+            f"tool_choice forces a call, and {why}; use auto.",
+            param="tool_choice", code="unsupported_parameter",
+        )  # fmt: skip
+    return opening
 
 
 def _longest(models: Models, limits: Limits) -> int:

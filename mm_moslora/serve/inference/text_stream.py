@@ -19,6 +19,7 @@ class TextStream:
         stop: texts that end the answer. Neither they nor the text after them is returned.
         thinking: the form of the prompt; where the prompt opened a thinking block, the text begins with that.
         calls: see `ConversationEncoder.decode_answer`.
+        opening: token ids with which the answer begins already; its text comes with the first piece, and ends nothing.
     """
 
     def __init__(
@@ -28,14 +29,16 @@ class TextStream:
         *,
         thinking: bool | None = None,
         calls: bool = False,
+        opening: Sequence[int] = (),
     ) -> None:
         self._encoder, self._stop, self._calls = encoder, tuple(stop), calls
-        self._tokens: list[int] = []
+        self._tokens = list(opening)
         self._start = 0
         """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
-        self._end = 0
+        self._end = len(opening)
         """Tokens with text in `_pending` or already returned."""
         self._pending = encoder.opened(thinking)
+        self._opening = self._decode(self._end) if opening else ""
         self.stopped = False
         """Whether a stop string was found."""
 
@@ -52,8 +55,8 @@ class TextStream:
         """End the answer; returns the text that was held back."""
         if self.stopped:
             return ""
-        rest = self._pending + self._fresh()
-        self._pending, self._end = "", len(self._tokens)
+        rest = self._opening + self._pending + self._fresh()
+        self._opening, self._pending, self._end = "", "", len(self._tokens)
         return rest
 
     def _fresh(self) -> str:
@@ -67,14 +70,14 @@ class TextStream:
         return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=not self._calls))
 
     def _release(self, fresh: str) -> str:
-        text = self._pending + fresh
+        text, opening, self._opening = self._pending + fresh, self._opening, ""
         starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
         if starts:
             self.stopped, self._pending = True, ""
-            return text[: min(starts)]
+            return opening + text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._pending = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return opening + text[: len(text) - keep]
 
 
 class ThinkingSplit:

@@ -19,6 +19,7 @@ from transformers.utils.chat_parsing import ResponseParser, parse_response
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.conversation_shape import BREAK, PROBE_CALL, PROBE_TOOL
 from mm_moslora.data.chat.record_keys import REASONING
+from mm_moslora.serve.inference.python_calls import read_python_calls
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
@@ -26,6 +27,8 @@ _NAME = r"(?P<name>[\w.:/-]+)"
 _FUNCTION = PROBE_CALL["function"]
 _ARGUMENTS: dict[str, str] = _FUNCTION["arguments"]
 _OTHER_CALL = PROBE_CALL | {"function": {"name": "look-up", "arguments": {"town": "Rome 1", "days": 2}}}
+_QUOTED = """it's a "C:\\new", b='1') or [f(c=2)]"""
+_QUOTED_CALL = PROBE_CALL | {"function": {"name": "look-up", "arguments": {"town": _QUOTED, "days": 2}}}
 _OTHER_TOOL = {
     "type": "function",
     "function": {
@@ -49,12 +52,16 @@ def call_form(encoder: ConversationEncoder) -> dict[str, Any] | None:
     own: dict[str, Any] | None = getattr(encoder.tokenizer, "response_template", None)
     if own is not None:
         return own
-    given = [[PROBE_CALL], [PROBE_CALL] * 2, [_OTHER_CALL]]
-    one, two, other = texts = [_rendered(encoder, calls) for calls in given]
-    for field in _fields(one, two) if one and other else ():
-        form = {"start_anchor": "\n", "fields": {"tool_calls": field | {"repeats": True}, "content": {}}}
-        if all(_gives_back(form, text, calls) for text, calls in zip(texts, given, strict=True) if text):
-            return form
+    given = [[PROBE_CALL], [PROBE_CALL] * 2, [_OTHER_CALL], [_QUOTED_CALL]]
+    one, two, other, _ = texts = [_rendered(encoder, calls) for calls in given]
+    fields = list(_fields(one, two)) if one and other else []
+    forms = [{"start_anchor": "\n", "fields": {"tool_calls": f | {"repeats": True}, "content": {}}} for f in fields]
+    for count in (4, 3):  # of templates that do not escape texts, some forms read most calls
+        for form in forms:
+            if all(
+                _gives_back(form, text, calls) for text, calls in list(zip(texts, given, strict=True))[:count] if text
+            ):
+                return form
     return None
 
 
@@ -109,7 +116,7 @@ def _fields(one: str, two: str) -> Iterator[dict[str, Any]]:
         options = {"unquoted_keys": True, "string_delims": [[quote, quote]]}
         field = {"content": "json", "content_args": options, "transform": _CALL}
         yield _bounds(one, two, name, inner[1], head=head) | field
-    yield _python(one)
+    yield from _python(one)
     yield from _tags(one, two, name, places, keys)
 
 
@@ -129,13 +136,13 @@ def _tags(one: str, two: str, name: int, places: list[int], keys: list[str]) -> 
     }  # fmt: skip
 
 
-def _python(one: str) -> dict[str, Any]:
-    """Calls as in Python, `[name(key="value")]`."""
+def _python(one: str) -> Iterator[dict[str, Any]]:
+    """Calls as in Python, `[name(key="value")]`, with escaped texts, or as `read_python_calls` reads them."""
     start, stop = one.find("["), one.rfind("]") + 1
+    bounds = _bounds(one, "", start, stop, start=r"\[\w")
     each = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
-    return _bounds(one, "", start, stop, start=r"\[\w") | {
-        "content": "python-call-list", "transform": each, "transform_each": True,
-    }  # fmt: skip
+    yield bounds | {"content": "python-call-list", "transform": each, "transform_each": True}
+    yield bounds | {"content": "text"}
 
 
 def _bounds(one: str, two: str, begin: int, stop: int, *, head: str = "", start: str = "") -> dict[str, Any]:
@@ -186,7 +193,8 @@ def _object(text: str, start: int, stop: int) -> dict[str, Any]:
 
 
 def _flat(calls: list[Any]) -> list[dict[str, Any]]:
-    return [call for item in calls for call in (item if isinstance(item, list) else [item])]
+    read = (read_python_calls(item) if isinstance(item, str) else item for item in calls)
+    return [call for item in read for call in (item if isinstance(item, list) else [item])]
 
 
 class CallSplit:

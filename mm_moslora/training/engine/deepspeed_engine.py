@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +45,33 @@ class _Arriving:
         return values
 
 
+def _initialise(module: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    import deepspeed
+
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
 class DeepSpeedEngine(TrainingEngine):
-    """DeepSpeed ZeRO, any stage."""
+    """DeepSpeed ZeRO, any stage.
+
+    Args:
+        module: see `build_engine`.
+        groups: from `parameter_groups`.
+        optimizer: AdamW's settings.
+        config: from `deepspeed_config`.
+        initialise: makes the live engine with the optimiser, for a trainer of another library; None: DeepSpeed does.
+    """
 
     def __init__(
-        self, module: LossModule, groups: Sequence[ParameterGroup], optimizer: OptimizerSettings, config: dict[str, Any]
+        self,
+        module: LossModule,
+        groups: Sequence[ParameterGroup],
+        optimizer: OptimizerSettings,
+        config: dict[str, Any],
+        *,
+        initialise: Callable[[torch.optim.Optimizer], Any] | None = None,
     ) -> None:
         super().__init__(module, groups, KINDS[optimizer.name])
-        import deepspeed
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = optimizer.max_grad_norm
@@ -70,9 +90,7 @@ class DeepSpeedEngine(TrainingEngine):
         if self.stage < 3:  # stage 3 cuts them up in the dtype of the others
             precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         with deepspeed_patches.without_steps(stepping) if self.stage == 0 else nullcontext():
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=stepping, config=config, dist_init_required=False
-            )
+            self.engine = (initialise or partial(_initialise, module, config))(stepping)
         assert self.engine.device == self.device, f"DeepSpeed computes on {self.engine.device}, not on {self.device}"
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0

@@ -150,12 +150,12 @@ def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.
     buffers = list(module.buffers())
     values = distributed.from_main([buffer.cpu() for buffer in buffers] if distributed.is_main() else [])
     for buffer, value in zip(buffers, values, strict=True):
-        _allocate(buffer, device)
+        allocate(buffer, device)
         buffer.data = value.to(device)
 
     def arriving() -> Iterator[nn.Parameter]:
         for parameter in module.parameters():
-            _allocate(parameter, device)
+            allocate(parameter, device)
             if dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
             yield parameter
@@ -168,7 +168,7 @@ def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.
     first.convert_to_zero_parameters(parameters)  # takes one when the one before is cut up
 
 
-def _allocate(tensor: Tensor, device: torch.device) -> None:
+def allocate(tensor: Tensor, device: torch.device) -> None:
     """Give a tensor of the meta device memory on a device; it stays the same object."""
     if tensor.is_meta:
         empty = torch.empty_like(tensor, device=device)

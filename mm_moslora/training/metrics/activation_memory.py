@@ -6,42 +6,49 @@ Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters.layers.expert_parameters import adapted_stacks
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
-from mm_moslora.models.batching.packed_batch import has_mrope
 from mm_moslora.models.batching.padded_batch import picture_inputs
-from mm_moslora.models.families import vlm_family
+from mm_moslora.models.families import PICTURE_SHAPES
+from mm_moslora.models.memory_efficient.loss_head import forward_instead
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.transformers_patches import wrap_checkpointing
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
+from mm_moslora.training.metrics.meta_execution import (
+    FUSED_ATTENTION,
+    FusedAttention,
+    MetaAndHost,
+    kept_bytes,
+    without_autocast_on_meta,
+)
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
 from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
 
 NF4_BYTES = 0.516
 """Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
 PROBE = 256
-"""Number of tokens for which activations are counted."""
+"""Tokens for which activations are counted, and for twice as many: some recurrences take blocks of 64."""
 _DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 """Matrix products with weights; all other products belong to attention."""
-_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+_nothing = functools.partial(torch.zeros, device="meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,8 @@ class ActivationMemory:
     """Kept by one decoder layer for its backward pass."""
     products: int
     """Kept by all decoder layers for any number of tokens, in bytes: the products B M of the adapters."""
+    stacks: int
+    """Kept by one decoder layer for any number of tokens: its experts with their updates."""
     kept_elsewhere: float
     """Kept by embeddings and the last norm."""
     kept_per_image: float
@@ -75,7 +84,8 @@ class ActivationMemory:
     workspace_per_token: float
     workspace_per_image: float
     made_dense: int
-    """The largest quantised weight in the compute dtype, which exists during its matrix product."""
+    """The largest quantised weight in the compute dtype, which exists during its matrix product, or the gradients of
+    the adapted experts of a layer."""
     dequantised: float
     """Read and written to make every quantised weight dense once, in bytes."""
     vision_checkpointing: bool
@@ -120,13 +130,13 @@ def activation_memory(
     packed = sum(linears)
     each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
     config: Any = bones.model.config.get_text_config()
-    inner = config.intermediate_size
+    inner = getattr(config, "intermediate_size", None) or config.moe_intermediate_size
     elements: Counter[int] = Counter()
     for _, parameter, times in bones.each():
         elements[parameter.numel()] += times
     adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
     try:
-        least, most = (_kept_by_layer(bones, dtype, tokens) for tokens in (1, PROBE))
+        kept = _kept(bones, size)
         image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     except MoSLoRAError:
         raise
@@ -136,54 +146,65 @@ def activation_memory(
             f"The memory of a step cannot be counted: {what} computes nothing without weights "
             f"({type(error).__name__}: {reason_of(error)[:200]}). Find the largest train.micro_batch by a few steps."
         ) from error
-    per_layer = (most - least) / (PROBE - 1)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
-        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=per_layer,
-        products=round(bones.layers * (least - per_layer)),
+        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept.per_token,
+        products=kept.fixed, stacks=kept.stacks,
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
-        made_dense=max(linears, default=0) * size, dequantised=packed * (each + size),
-        is_lean=per_layer <= (10 * config.hidden_size + 2.5 * inner) * size,
+        made_dense=max(max(linears, default=0) * size, kept.stacks), dequantised=packed * (each + size),
+        is_lean=kept.per_token <= (10 * config.hidden_size + 2.5 * inner) * size,
         elements=dict(elements), largest_adapter=max(adapters, default=0),
-        counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost), model=bones.model,
+        counter=FlopCounter(bones.model, times=bones.times, picture=image.cost), model=bones.model,
     )  # fmt: skip
 
 
-def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of a computation; each storage counts once, weights do not."""
-    own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
-    storages: dict[int, Tensor] = {}
+def _kept_by_layers(bones: MetaModel, tokens: int) -> list[int]:
+    """Bytes that each decoder layer at hand keeps, in a forward pass of the decoder over so many tokens."""
+    kept: list[int] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            storages[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+    def measured(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result: list[Any] = []
+            hidden = hidden_states.detach().requires_grad_()
+            kept.append(kept_bytes(lambda: result.append(forward(hidden, *args, **kwargs)), layer))
+            return result[0]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    del result
-    return total
+        return run
+
+    with ExitStack() as stack, MetaAndHost(), FusedAttention(), without_autocast_on_meta():
+        for layer in bones.decoder_layers:
+            stack.enter_context(forward_instead(layer, measured(layer, layer.forward)))
+        ids = _nothing(1, tokens, dtype=torch.long)
+        segments = {} if needs_padding(bones.model) else segment_arguments((tokens,), ids.device)
+        cast(Any, bones.model.get_decoder())(input_ids=ids, use_cache=False, **segments)
+    return kept
 
 
-def _kept_by_layer(bones: MetaModel, dtype: torch.dtype, tokens: int) -> int:
-    decoder: Any = bones.model.get_decoder()
-    layer: Any = bones.decoder_layers[0]
-    text = bones.model.config.get_text_config()
-    with torch.device("meta"):
-        hidden = torch.zeros(1, tokens, text.hidden_size, dtype=dtype, requires_grad=True)
-        positions = torch.zeros(1, tokens, dtype=torch.long)
-        rope = positions.expand(3, 1, tokens) if has_mrope(bones.model) else positions
-        own = {"layer_type": text.layer_types[0]} if hasattr(decoder.rotary_emb, "layer_types") else {}
-        embeddings = decoder.rotary_emb(hidden, rope, **own)
-        arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
-        if not needs_padding(bones.model):
-            arguments |= segment_arguments((tokens,), hidden.device)
-        return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What decoder layers keep for the backward pass."""
+
+    per_token: float
+    """Bytes of a layer, mean of all."""
+    fixed: int
+    """Bytes of all layers for any number of tokens."""
+    stacks: int
+    """Bytes of the adapted experts of the layer with most, which are made in its forward pass."""
+
+
+def _kept(bones: MetaModel, size: int) -> _Kept:
+    fewer, more = (_kept_by_layers(bones, tokens) for tokens in (PROBE, 2 * PROBE))
+    slopes = [(most - least) / PROBE for least, most in zip(fewer, more, strict=True)]
+    stacks = [sum(weight.numel() * size for weight in adapted_stacks(layer)) for layer in bones.decoder_layers]
+    fixed = [max(0.0, least - PROBE * slope - own) for least, slope, own in zip(fewer, slopes, stacks, strict=True)]
+    return _Kept(
+        per_token=sum(map(operator.mul, slopes, bones.times)) / bones.layers,
+        fixed=round(sum(map(operator.mul, fixed, bones.times))), stacks=max(stacks),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +223,7 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
     size = torch.finfo(dtype).bits // 8
-    with _MetaAndHost(), _FusedAttention():
+    with MetaAndHost(), FusedAttention():
         look = _look(bones, tower, dtype)
         with torch.no_grad(), _widest(tower) as widest, _watched(tower) as measured:
             look()
@@ -223,7 +244,7 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
         pixels = tensors.pop("pixel_values")
-        if vlm_family(model.config.model_type).one_by_one:  # which encodes them
+        if PICTURE_SHAPES in tensors:  # they are encoded one by one already
             return lambda: picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         inputs = picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
@@ -262,7 +283,7 @@ def _tiles(spec: ImageSpec | None, tower: Any, measured: _MeasuredPass) -> tuple
 @contextmanager
 def _watched(tower: nn.Module) -> Iterator[_MeasuredPass]:
     """Input, output and FLOPs of a tower."""
-    counted = {_FUSED: lambda *shapes, out_shape=None, **_: sdpa_flop_count(*shapes[:3])}
+    counted = {FUSED_ATTENTION: lambda *shapes, out_shape=None, **_: sdpa_flop_count(*shapes[:3])}
     measured, stack = _MeasuredPass(counter=FlopCounterMode(display=False, custom_mapping=counted)), ExitStack()
 
     def before(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -296,39 +317,6 @@ def _largest_again(tower: Any) -> list[int]:
 
     wrap_checkpointing(tower, noting)
     return sizes
-
-
-_nothing = functools.partial(torch.zeros, device="meta")
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device with the memory of fused kernels; the plain operator would keep all
-    probabilities."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _FUSED(*args[:3], scale=(kwargs or {}).get("scale"))[0]
-
-
-class _MetaAndHost(TorchDispatchMode):
-    """Moves tensors with values to the meta device when an operator mixes them with meta tensors.
-
-    Tests of a mask return true, as for a picture without padded patches.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        arguments = (args, kwargs or {})
-        on_meta = {item.is_meta for item in tree_leaves(arguments) if isinstance(item, Tensor)}
-        if True in on_meta and func is torch.ops.aten._local_scalar_dense.default:
-            return True
-        if len(on_meta) == 2:
-            arguments = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, arguments)
-        return func(*arguments[0], **arguments[1])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import product
 
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerTraits
-from mm_moslora.models.memory_efficient.decoder_layers import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
 from mm_moslora.training.metrics.gpu_specs import PER_HOST
@@ -121,7 +121,7 @@ class StepMemory:
             adapters=trained * b * copies + whole,
             gradients=0 if off and stage > 1 else gradients,
             optimiser=(1 - off) * trained * (states + masters) / (self.world if stage else 1),
-            activations=tokens * per_token + images * size.kept_per_image + size.products,
+            activations=tokens * per_token + images * size.kept_per_image + size.products + whole_layers * size.stacks,
             workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
             buffers=self._buckets() + gathered,

@@ -26,6 +26,8 @@ from mm_moslora.utils.files import replace_json
 
 SHOWN = 12
 """Modules whose matrices are stored; further ones have their measures only."""
+RUN_ADAPTER = "default"
+"""Name of the adapter of a run in its model."""
 LARGEST = 64
 """Side above which a matrix's picture is downsampled."""
 
@@ -55,11 +57,13 @@ def _factors(
 ) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, dict[str, Tensor], Tensor]]]:
     """Path, layer, adapter, and its whole A, tensors of M and B: of a state, and of the layer where they are frozen.
 
+    Of the adapter of the run alone; a trainer of preferences has a frozen copy of the start beside it.
+
     Raises:
         AdapterError: the state lacks a factor that trains; the layer may hold a shard of it.
     """
     for path, layer in named_adapter_layers(model):
-        for name in layer.adapter_names():
+        for name in filter(layer.holds, [RUN_ADAPTER]):
             own = dict(zip("AB", layer.outer_factors(name), strict=True))
             A, B = (
                 _whole(state, factor, f"{path}.lora_{side}.{name}.weight", f"{path}.lora_embedding_{side}.{name}")

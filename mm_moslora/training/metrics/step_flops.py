@@ -94,10 +94,6 @@ class _Linears:
         """Multiply-adds per row, without mixers."""
         return self.frozen + self.trained + self.adapters
 
-    def times(self, factor: float) -> _Linears:
-        """This group, a number of times."""
-        return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
-
     def cost(self, tokens: float, *, passes_back: bool, again: float) -> float:
         """FLOPs of the base weights."""
         every = 2 + 2 * again + (2 if passes_back else 0)
@@ -126,27 +122,27 @@ class FlopCounter:
 
     Args:
         model: causal language model or VLM with the trainable parameters set; may be on the meta device.
-        layers: number of decoder layers to count, where the model holds only some of them; None: the model's number.
+        times: how many layers each decoder layer stands for, where the model holds only some of them; None: one.
         picture: FLOPs of one picture; None: computed from the configuration, for transformers' towers and one tile.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, layers: int | None = None, picture: PictureCost | None = None
+        self, model: PreTrainedModel, *, times: Sequence[int] | None = None, picture: PictureCost | None = None
     ) -> None:
         decoder: Any = model.get_decoder()
-        config = model.config.get_text_config()
+        config: Any = model.config.get_text_config()
         blocks = list(decoder.layers)
-        count = layers or len(blocks)
+        times = times or [1] * len(blocks)
         behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
         self.drops = drops_positions(model)
-        self.decoder = _count([module for layer in blocks for module in _with_paths(layer)]).times(count / len(blocks))
+        each = zip(map(_with_paths, blocks), times, strict=True)
+        self.decoder = _count([pair for linears, most in each for pair in linears * most])
         self.behind = _count([(path, m) for path, m in _with_paths(blocks[-1]) if path.rpartition(".")[2] in behind])
         head = model.get_output_embeddings()
         self.head, self.head_trains = head.weight.shape[-1] * head.weight.shape[0], head.weight.requires_grad
         if hasattr(head.weight, "ds_numel"):
             self.head = head.weight.ds_numel
-        heads = config.num_attention_heads
-        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * count
+        self.attention_width = _attention_width(blocks, times, config)
         self._count_vision(model, picture)
         needs = any(parameter.requires_grad for parameter in decoder.parameters())
         self.passes_back = needs or self.projector_trains or self.tower_trains
@@ -220,6 +216,16 @@ class FlopCounter:
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,
             vision=vision,
         )  # fmt: skip
+
+
+def _attention_width(layers: Sequence[nn.Module], times: Sequence[int], config: Any) -> int:
+    """Heads times their width, of all layers that compute attention, where their projections have the usual names."""
+    named = [getattr(getattr(layer, "self_attn", None), "o_proj", None) for layer in layers]
+    widths = [int(getattr(projection, "in_features", 0)) for projection in named]
+    if any(widths):
+        return sum(width * most for width, most in zip(widths, times, strict=True))
+    heads = config.num_attention_heads
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * sum(times))
 
 
 def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn.Module]]]:

@@ -18,6 +18,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, UnrenderedTools
 from mm_moslora.data.chat.records import Turn, parse_record
 from mm_moslora.data.chat.tool_records import read_calls
+from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.check.terminal_view import view_tokens
 from mm_moslora.data.images.record_picture import PictureRules
@@ -271,6 +272,8 @@ def test_a_conversation_that_is_too_long_ends_behind_a_call() -> None:
 def test_sets_and_checks_read_tools(tmp_path, cache) -> None:
     path = tmp_path / "data.jsonl"
     other = {"tools": [WEATHER]} | bad(1, tool_calls=[CALL | {"id": "a1", "arguments": {"city": "Oslo"}}])
+    unasked = {"function": {"name": "nope", "arguments": {}}}
+    other["messages"][1]["tool_calls"].append(unasked)
     path.write_text("\n".join(json.dumps(value) for value in (RECORD, other, bad(1, tool_calls="x"))))
     config = DataConfig(cache=str(tmp_path / "cache") if cache else None, max_bad_share=0.5)
     encoder = pickle.loads(pickle.dumps(ConversationEncoder(tokenizer("qwen2_5"))))
@@ -280,6 +283,9 @@ def test_sets_and_checks_read_tools(tmp_path, cache) -> None:
     report = check(sources, encoder, config=config, vision=False)
     assert (report.tools, report.answers, report.duplicates) == (2, 4, 0)
     assert dict(report.bad) == {"BAD_CALL": 1}
+    assert dict(report.not_offered) == {"nope": 1}
+    [finding] = [item for item in findings(report) if item.name == "tools"]
+    assert (finding.status, "nope (1)" in finding.detail) == ("warn", True)
     shown = view_tokens(data.encoded(0, data.record(0)), encoder.tokenizer)
     coloured = "".join(shown.plain[span.start : span.end] for span in shown.spans if "green" in str(span.style))
     assert coloured == "".join(LEARNED["qwen2_5"])

@@ -41,7 +41,7 @@ for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
 classes = SourceConfig(path="hf:me/classes", columns={"caption": "label"}, streaming=True)
 endless = open_endless(classes, "data.train.0", seed=0, shuffled=True)
 for _ in range(4):
-    record = endless.take()
+    record = endless.take()()
     print(json.dumps([2, record.turns[1].text, record.images[0].rgb().getpixel((0, 0))]))
 """
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mm_moslora_eval.protocol.task import Source, Task
+from mm_moslora_eval.run.request_preparation import Preparation
+from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.image_controls import Hasher
 from mm_moslora_eval.sources.llava_file import read
 from PIL import Image
 
@@ -44,3 +49,21 @@ def test_what_cannot_be_compared_is_a_problem(
 ) -> None:
     document = problem_of(tmp_path, answer, question, images, bbox=[[1, 2, 30, 40]])
     assert said in str(document.problem)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["[80, 100, 4000, 300]"], "[80, 100, 4000, 300] lies outside of its picture (800 x 400 pixels)"),
+        (["[-5, 0, 40, 40]"], "lies outside"), (["at [10, 10, 5, 20]"], "holds no box"), (["left"], "holds no box"),
+        (["[1, 1, 2, 2]", "[0, 0, 10, 900]"], "lies outside"), (["[-0.5, 0, 801, 400]"], None),
+    ],
+)  # fmt: skip
+def test_a_reference_that_no_answer_equals_is_a_problem(answers: list[str], said: str | None, tmp_path: Path) -> None:
+    Image.new("RGB", (800, 400)).save(tmp_path / "a.png")
+    document = Document(id="1", images=(tmp_path / "a.png",), question="Where?", answers=tuple(answers))
+    boxes = Task(name="t", source=Source(kind="llava", path="x"), extraction="boxes", metric="iou")
+    for task, expected in ((boxes, said), (replace(boxes, extraction="text", metric="exact"), None)):
+        (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="", hasher=Hasher()).items
+        assert (expected or "") in (item.problem or "")
+        assert (item.problem is None) == (expected is None)

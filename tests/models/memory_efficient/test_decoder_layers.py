@@ -15,8 +15,9 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
-from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, RotaryFactors, head_loss_sum
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, RotaryFactors
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import AdapterError, ConfigError
@@ -281,8 +282,8 @@ def test_an_unknown_family_is_left_alone() -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_right_tokens_are_counted_beside_the_loss(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.decoder_layers.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.decoder_layers.SMALLEST_CHUNK", 5)
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.SMALLEST_CHUNK", 5)
     model = adapted("llama")
     assert not chunked or use_loss_head(model)
     torch.manual_seed(0)
@@ -299,9 +300,9 @@ def test_right_tokens_are_counted_beside_the_loss(chunked: bool, monkeypatch: py
 def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(
     weighed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.decoder_layers.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.decoder_layers.SMALLEST_CHUNK", 5)
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.decoder_layers.CACHED_BYTES", 2 * 4 * 97)
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.SMALLEST_CHUNK", 5)
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CACHED_BYTES", 2 * 4 * 97)
     model = adapted("llama")
     model.lm_head.weight.requires_grad_(True)
     torch.manual_seed(0)

@@ -18,8 +18,8 @@ from triton_interpreter import complete_interpreter
 from mm_moslora.kernels import triton_trial
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 from mm_moslora.kernels.fused_ops.triton_ops import TRITON_OPS
-from mm_moslora.models.memory_efficient.decoder_layers import head_loss_sum
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import ConfigError
 

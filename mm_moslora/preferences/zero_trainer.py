@@ -1,0 +1,127 @@
+"""A Trainer whose DeepSpeed engine is that of training: its presets, its corrections, its states of optimisers.
+
+accelerate makes the live engine and calls it; `DeepSpeedEngine` prepares the model, and reads and writes the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from mm_moslora.adapters.folders.kept_start import restore_start
+from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.preferences.preference_setup import PreferenceRun
+from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder, read_manifest
+from mm_moslora.training.engine import LossModule, OptimizerSettings, largest_adapter
+from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
+from mm_moslora.training.engine.deepspeed_patches import clear_gradients
+from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
+from mm_moslora.training.engine.engine_base import MODEL
+from mm_moslora.training.parameter_groups import ParameterGroup, parameter_groups
+from mm_moslora.training.resume import load_optimizer
+from mm_moslora.utils import distributed
+
+
+def trained_groups(run: PreferenceRun) -> list[ParameterGroup]:
+    """What trains, by the names that states of optimisers have in checkpoints."""
+    return parameter_groups(nn.ModuleDict({MODEL.removesuffix("."): run.assembly.model}), run.recipe.optim)
+
+
+def deepspeed_arguments(run: PreferenceRun) -> dict[str, Any]:
+    """The arguments of a Trainer for `train.zero`; empty where adapters train data-parallel."""
+    train = run.recipe.train
+    if not run.sharded:
+        return {}
+    config = deepspeed_config(
+        train, run.precision, run.recipe.optim.max_grad_norm, largest_adapter=largest_adapter(trained_groups(run))
+    )
+    return {"deepspeed": config | {"train_micro_batch_size_per_gpu": train.micro_batch}}
+
+
+class ZeroTrainer(Trainer):
+    """What `train.zero` adds to a trainer; nothing where adapters train data-parallel."""
+
+    run: PreferenceRun
+    engine: DeepSpeedEngine | None = None
+    """Prepared by `train`."""
+    schedule: Callable[[torch.optim.Optimizer], LambdaLR]
+    stepping: torch.optim.Optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; it would warn that DeepSpeed has another accumulation, and take DeepSpeed's."""
+        super().create_accelerator_and_postprocess()
+        if self.run.sharded:
+            self.accelerator.gradient_accumulation_steps = self.run.accumulation
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of the run, which DeepSpeed takes over."""
+        self.optimizer = self.stepping
+        return self.stepping
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the run."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.schedule(self.stepping)
+        return self.lr_scheduler
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """The model and the batches, ready; and the state of a checkpoint in DeepSpeed's optimiser."""
+        prepare = super()._prepare_for_training
+        if not self.run.sharded:
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared: list[Any] = []
+
+        def initialise(optimizer: torch.optim.Optimizer) -> Any:
+            self.stepping = optimizer
+            prepared.extend(prepare(max_steps, train_dataloader, None))
+            return self.model_wrapped
+
+        optim = self.run.recipe.optim
+        settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+        # The trainer takes the steps; those of `DeepSpeedEngine` would need a `LossModule`.
+        module, config = cast(LossModule, self.run.peft_model), cast(dict[str, Any], self.args.deepspeed)
+        self.engine = DeepSpeedEngine(module, trained_groups(self.run), settings, config, initialise=initialise)
+        if resume_from_checkpoint is not None:
+            self._restore(self.engine, Path(resume_from_checkpoint))
+        return tuple(prepared)
+
+    def _restore(self, engine: DeepSpeedEngine, state: Path) -> None:
+        checkpoint = state.parents[1]
+        ranks = read_manifest(checkpoint, verify=False).world_size
+        load_optimizer(engine, [rank_folder(checkpoint, rank) for rank in range(ranks)])
+        restore_frozen_factors(self.run.peft_model, checkpoint / "adapter")
+        restore_start(self.run.peft_model, checkpoint / "adapter")
+        self._load_optimizer_and_scheduler(str(state))
+        assert self.lr_scheduler is not None
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.stepping.param_groups, rates, strict=True):  # a schedule sets them when it steps
+            group["lr"] = rate
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step."""
+        if self.engine is not None:
+            clear_gradients(self.engine.engine, self.engine.stage)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def whole_weights(self) -> AbstractContextManager[Any]:
+        """A context in which the model runs on every rank without the others."""
+        return nullcontext() if self.engine is None else self.engine.gathered()
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Full values of what trains by their names in the model; all ranks take part, and rank 0 gets them."""
+        if self.engine is not None:
+            return self.engine.trainable_state(keep=distributed.is_main())
+        model = self.run.assembly.model
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds."""
+        if self.engine is not None:
+            self.engine.close()

@@ -1,0 +1,45 @@
+"""What `eval plan` says of an evaluation before it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mm_moslora_eval.protocol.task_registry import get_task, with_changes
+from mm_moslora_eval.report.evaluation_plan import measured
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+
+from mm_moslora.cli.eval_verbs import eval_plan
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_fake import FakeModel
+
+
+def test_a_plan_counts_answers_tokens_hours_and_cost(
+    question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"llava:{question_file}"
+    settings = EvaluationSettings(rank=0, world_size=1, limit=6)
+    evaluate(FakeModel(delay=0.01), get_task(name), tmp_path / "run", modes=("own",), baselines=(), settings=settings)
+    changes = ("decoding.temperature=1", "decoding.samples=4", "decoding.max_new_tokens=100", "prompt.shots=1")
+    eval_plan(name, change=changes, measured=tmp_path / "run", price=(1.0, 10.0), picture_tokens=100, limit=5)
+    table, text = capsys.readouterr().out.split("\n\n")
+    task = with_changes(get_task(name), changes)
+    assert table.splitlines()[-1].split()[:4] == [task.id, "5", "20", "40"]  # a picture of the shot, one of its own
+    assert table.split()[-1] == "2,000"
+    prompt = int(table.split()[-2].replace(",", "")) + 40 * 100
+    assert f"about {prompt:,} tokens" in text
+    assert f"Cost: at most {(prompt + 10 * 2000) / 1e6:,.2f}" in text
+    seconds = measured(tmp_path / "run").seconds
+    assert seconds >= 0.01
+    assert f"Hours: {20 * seconds / 3600:.2f}" in text
+
+
+def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    eval_plan("mmstar", "mme@llava", limit=100)
+    said = capsys.readouterr().out
+    assert "Hours: unknown. Give --measured RUN" in said
+    assert "mmstar@llava: not counted but for its documents: " in said
+    assert "Cost" not in said
+    with pytest.raises(EvalError, match="holds no answers with their time"):
+        measured(tmp_path)
