@@ -23,6 +23,7 @@ from mm_moslora_eval.protocol.task_registry import all_tasks
 from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.named_parts import name_of
+from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
 PAGE = Path(__file__).parents[1] / "eval" / "README.md"
@@ -97,10 +98,11 @@ def _options(function: Callable[..., Any]) -> str:
 
 
 def tables() -> str:
-    """The three tables as Markdown."""
+    """The tables as Markdown."""
     kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
-        table.kind: {name: table.find(name) for name in table} for table in (EXTRACTORS, METRICS, AGGREGATIONS)
-    }  # fmt: skip
+        table.kind: {name: table.find(name) for name in table}
+        for table in (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES)
+    }
     kinds["metric"] = {**kinds["metric"], **GRADERS}
     used: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in all_tasks().values():

@@ -25,8 +25,12 @@ def code_hash(file: Path, *, named: str) -> str:
     Raises:
         EvalError: it cannot be read.
     """
+    return hashlib.sha256(_source(file, named=named)).hexdigest()
+
+
+def _source(file: Path, *, named: str) -> bytes:
     try:
-        return hashlib.sha256(read_bytes(file, most=MOST_TEXT_BYTES)).hexdigest()
+        return read_bytes(file, most=MOST_TEXT_BYTES)
     except FileError as error:
         raise EvalError(f"{named}: {error}") from error
 
@@ -43,14 +47,15 @@ def trusted_module(file: str, sha256: str) -> ModuleType:
             f"The task's rules are in {file}, which would be executed on this machine. Read it, and give "
             "--trust-task-code if you trust it."
         )
-    found = code_hash(Path(file), named=file)
+    source = _source(Path(file), named=file)
+    found = hashlib.sha256(source).hexdigest()
     if found != sha256:
         raise EvalError(
             f"{file} has changed since the task was read (SHA-256 {found[:12]}, expected {sha256[:12]}). Restore it, "
             "or score the answers by the task file as it is now (--protocol)."
         )
     try:
-        return python_module(Path(file), named=file)
+        return _executed(source, Path(file), named=file)
     except ConfigError as error:
         raise EvalError(str(error)) from error
 
@@ -63,11 +68,14 @@ def python_module(file: Path, *, named: str) -> ModuleType:
     """
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"{named} is no Python file. Name one that ends in .py.")
+    return _executed(_source(file, named=named), file, named=named)
+
+
+def _executed(source: bytes, file: Path, *, named: str) -> ModuleType:
     module = ModuleType(f"mm_moslora_own_{file.stem}")
     module.__file__ = str(file)
     try:
-        code = compile(read_bytes(file, most=MOST_TEXT_BYTES), str(file), "exec")
-        exec(code, vars(module))  # noqa: S102  (what the user asked for)
+        exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102  (what the user asked for)
     except (Exception, SystemExit) as error:  # whatever the file raises
         raise ConfigError(f"{named} cannot be executed: {type(error).__name__}: {error}") from error
     return module

@@ -93,7 +93,7 @@ def test_points_lie_in_boxes_polygons_and_masks(answer: str, hits: tuple[int, in
 
 @pytest.fixture(scope="module")
 def with_math() -> None:
-    pytest.importorskip("math_verify")
+    pytest.importorskip("math_verify", reason="math-verify is not installed (extra math)")
 
 
 @pytest.mark.usefixtures("with_math")
