@@ -263,8 +263,8 @@ def _write_video(path: Path, scene: Scene) -> None:
     """A short animation, whose shapes appear one after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [Scene(scene.colour, scene.shape, count, scene.word).draw() for count in range(1, scene.count + 1)]
-    with replacing(path) as place:
-        frames[0].save(place, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)
+    with replacing(path) as part, part.open("xb") as stream:
+        frames[0].save(stream, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)
 
 
 def _write_subtitles(path: Path, scene: Scene) -> None:
