@@ -24,6 +24,7 @@ from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
+from mm_moslora.adapters.sharing.sharing_forms import SHARINGS, Sharing
 from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
@@ -35,6 +36,7 @@ patch_peft()
 __all__ = [
     "MIXER_FORMS",
     "MIXER_INITS",
+    "SHARINGS",
     "AdaptedModule",
     "Layout",
     "Mixer",
@@ -45,6 +47,7 @@ __all__ = [
     "MoSLoRALayer",
     "MoSLoRALinear",
     "Samples",
+    "Sharing",
     "TakenAdapter",
     "adapted_modules",
     "add_method",

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import (
     FACTORS_A,
+    MIXER_PART,
     PREFIX,
     adapted_path,
+    is_factor,
     is_unresolved,
     option_path,
     parameter_at,
@@ -149,6 +151,25 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
+
+
+def trained_parameters(folder: str | Path) -> int:
+    """How many numbers of A, B and mixers train in an adapter; a factor that layers share counts once.
+
+    Args:
+        folder: any folder that `load_adapter` reads.
+
+    Raises:
+        AdapterError: see `load_adapter`.
+    """
+    content = read_folder(folder)
+    shared = content.config.shared_factors
+    copies = {f"{PREFIX}{path}.lora_{kind}.weight" for kind in shared for group in shared[kind] for path in group[1:]}
+    if content.config.factor_form == "svd":
+        copies = {name for name in content.tensors if is_factor(name) and MIXER_PART not in name}
+    if not content.config.mixer_trainable:
+        copies |= {name for name in content.tensors if MIXER_PART in name}
+    return sum(tensor.numel() for name, tensor in content.tensors.items() if is_factor(name) and name not in copies)
 
 
 def _mixers(content: AdapterFolder) -> dict[str, Tensor]:

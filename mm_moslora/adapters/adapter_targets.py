@@ -68,7 +68,7 @@ class AdaptedModule:
     mixer_trainable: bool
     """Whether M trains."""
     parameters: int
-    """Parameters of A, B and a trainable M."""
+    """Parameters of A, B and a trainable M; a factor that layers share counts in the first of them."""
 
 
 def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
@@ -360,14 +360,16 @@ def inject(
 
 def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:
     """The adapted modules, one row each: of one adapter, or of all (None) in the order of their names."""
-    rows = []
+    rows, counted = [], set[int]()
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names():
             if adapter_name not in (None, name):
                 continue
             mixer, mixed = layer.mixer_tensors(name).values(), name in layer.lora_mixer
             trains = mixed and cast(Mixer, layer.lora_mixer[name]).trainable
-            factors = (*layer.outer_factors(name), *(mixer if trains else ()))
+            every = (*layer.outer_factors(name), *(mixer if trains else ()))
+            factors = [factor for factor in every if id(factor) not in counted]
+            counted |= {id(factor) for factor in factors}
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from mm_moslora.utils.errors import AdapterError, suggestion
 
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 MIXER_INITS: tuple[str, ...] = get_args(MixerInit)
+Form = TypeVar("Form")
 NO_MIXER = "none"
 """In `mixer_pattern`: a module without a mixer, plain LoRA."""
 
@@ -366,18 +367,38 @@ def form_named(spec: str) -> MixerForm:
     Raises:
         AdapterError: no such form, or a size that it lacks or does not take.
     """
+    form, size = read_spec(spec, MIXER_FORMS, "mixer_form", table="MIXER_FORMS")
+    return form(spec, size)
+
+
+def read_spec(
+    spec: str, forms: Mapping[str, type[Form]], option: str, *, table: str, others: tuple[str, ...] = ()
+) -> tuple[type[Form], int]:
+    """The class that `name` or `name:SIZE` means, and the size, 0 without one.
+
+    Args:
+        spec: value of an option.
+        forms: classes by name; their `size_means` says whether they take a size.
+        option: its name, for messages.
+        table: the name of `forms`, to which a user's forms are added.
+        others: values of the option that are no form, for messages.
+
+    Raises:
+        AdapterError: no such name, or a size that it lacks or does not take.
+    """
     name, colon, size = spec.partition(":") if isinstance(spec, str) else (spec, "", "")
-    if name not in MIXER_FORMS:
+    if name not in forms:
+        names = (*others, *forms)
         raise AdapterError(
-            f"mixer_form is {spec!r}, expected one of {', '.join(MIXER_FORMS)}.{suggestion(str(name), MIXER_FORMS)} A "
-            "form of your own is known once the file that adds it to MIXER_FORMS is imported."
+            f"{option} is {spec!r}, expected one of {', '.join(names)}.{suggestion(str(name), names)} A "
+            f"form of your own is known once the file that adds it to {table} is imported."
         )
-    form = MIXER_FORMS[name]
+    form: Any = forms[name]
     if not form.size_means and colon:
-        raise AdapterError(f"mixer_form is {spec!r}, but {name} takes no size. Write {name!r}.")
+        raise AdapterError(f"{option} is {spec!r}, but {name} takes no size. Write {name!r}.")
     if form.size_means and not (size.isdecimal() and int(size)):
-        raise AdapterError(f"mixer_form is {spec!r}; {name} takes {form.size_means}. Write '{name}:4', for example.")
-    return form(spec, int(size or 0))
+        raise AdapterError(f"{option} is {spec!r}; {name} takes {form.size_means}. Write '{name}:4', for example.")
+    return form, int(size or 0)
 
 
 def attach_form(tensors: Iterable[Tensor], spec: str) -> None:

@@ -14,8 +14,8 @@
   fill a padded M (huggingface/peft#2177).
 - `hotswap_adapter_from_state_dict` refuses mixers of another rank before it changes anything: it copies tensor by
   tensor, and would fail halfway (huggingface/peft#2177).
-- `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init` and `mixer_form`: mixers that plain LoRA lacks would be set to zero
-  (huggingface/peft#2177).
+- `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`, `mixer_form` and `shared_factors`: mixers that plain LoRA lacks
+  would be set to zero, and factors that layers share would get the values of one of them (huggingface/peft#2177).
 
 `tests/adapters/test_tuner.py` fails when one of them has another signature or another caller; it reads no bodies.
 """
@@ -163,6 +163,6 @@ def patch_peft() -> None:
     intruders.reduce_intruder_dimension = reduce_intruder_dimension
     hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-    # It compares these keys of `to_dict` of both configurations; stock LoRA has neither.
+    # It compares these keys of `to_dict` of both configurations; stock LoRA has none.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
-    keys += [name for name in ("mixer_init", "mixer_form") if name not in keys]
+    keys += [name for name in ("mixer_init", "mixer_form", "shared_factors") if name not in keys]

@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import MIXER_PART, PREFIX, is_inner, mixers_in
-from mm_moslora.adapters.folders.folder_tensors import check_tensors
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, differing_copies
 from mm_moslora.adapters.folders.kept_start import set_starts
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import expected_shapes
@@ -160,6 +160,7 @@ def _combined_config(source: LoraConfig, rank: int, *, plain: bool) -> MoSLoRACo
     return dataclasses.replace(
         config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, init_lora_weights=True,
         mixer_form="dense", factor_form="free", mixer_pattern={}, mixer_init="identity", mixer_trainable=not plain,
+        share="none", shared_factors={},
     )  # fmt: skip
 
 
@@ -199,6 +200,11 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         )
     current: Any = model.peft_config[adapter_name]
     keys = ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout", *(["mixer_form"] if mixers else []))
+    if copies := differing_copies(current.shared_factors, tensors):
+        raise AdapterError(
+            f"Layers share {copies[0]} in the model, and {folder} holds another {copies[1]}. Load it as an adapter of "
+            "its own."
+        )
     for key in keys:
         if getattr(current, key) != getattr(content.config, key):
             raise AdapterError(

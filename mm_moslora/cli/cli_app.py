@@ -318,6 +318,29 @@ def quickstart(
     return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
 
 
+@adapters_app.command(name="ranks")
+def adapters_ranks(folder: Path, *, rank: int | None = None) -> int:
+    """Print the `adapter` of a recipe whose ranks a warm-up's singular values share out, with as many parameters.
+
+    Parameters
+    ----------
+    folder
+        Adapter folder of the warm-up, or a checkpoint or run with one; its modules have one rank.
+    rank
+        The rank of all modules that would take as many parameters; default: half the warm-up's.
+    """
+    adapter = adapter_folder(folder)
+    quiet_libraries()
+    import yaml
+
+    from mm_moslora.planning.rank_allocation import allocate_ranks
+
+    allocation = allocate_ranks(adapter, rank=rank)
+    print(f"# {allocation.parameters:,} parameters; rank {allocation.rank} everywhere: {allocation.budget:,}")
+    print(yaml.safe_dump({"adapter": allocation.settings()}, sort_keys=False), end="")
+    return 0
+
+
 @adapters_app.command(name="inspect")
 def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path | None = None) -> int:
     """Show what an adapter's update is made of, by module: ranks, pairs of subspaces, mixers, what moved.
@@ -333,12 +356,13 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
-    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, why_unknown
+    from mm_moslora.adapters.adapter_inspection import inspect_adapter, summary, trained_parameters, why_unknown
     from mm_moslora.reporting.lens_maps import draw_lens, measures_table
 
     reports = inspect_adapter(adapter, against=other)
     rows = [report.row() for report in reports]
     lines = [measures_table(rows), "", *(f"{name:28} {value:.4g}" for name, value in summary(reports).items())]
+    lines.append(f"{'trained parameters':28} {trained_parameters(adapter):,}")
     if why := why_unknown(reports, against_other=other is not None):
         lines.append(why)
     if picture is not None:

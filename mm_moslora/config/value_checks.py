@@ -32,8 +32,19 @@ def check_adam(betas: Sequence[float], eps: float) -> None:
 
 def check_mixer_rate(mixer_lr: float | None, mixer_factor: float) -> None:
     """Raise `ConfigError` unless at most one of `optim.mixer_lr` and `optim.mixer_factor` sets the mixers' rate."""
-    require(mixer_factor > 0, f"optim.mixer_factor is {mixer_factor}, expected more than 0.")
+    require(
+        0 < mixer_factor < math.inf, f"optim.mixer_factor is {mixer_factor}, expected a finite number of more than 0."
+    )
     require(
         mixer_lr is None or mixer_factor == 1,
         f"optim.mixer_lr {mixer_lr} and optim.mixer_factor {mixer_factor:g} both set the rate of the mixers. Set one.",
+    )
+
+
+def check_mixers_train(mixer_factor: float, *, train: bool) -> None:
+    """Raise `ConfigError` where `optim.mixer_factor` sets the rate of mixers and none trains."""
+    require(
+        mixer_factor == 1 or train,
+        f"optim.mixer_factor is {mixer_factor:g}, which is of the mixers, and none trains. Leave it out, or set "
+        "adapter.mixer_trainable.",
     )

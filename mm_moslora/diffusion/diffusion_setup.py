@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mm_moslora.adapters import add_moslora, load_adapter
+from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.data.images.record_picture import check_image
 from mm_moslora.diffusion.denoising_loss import DenoisingLoss
 from mm_moslora.diffusion.diffusion_export import adapter_parts
@@ -183,11 +184,7 @@ def make_optimizer(loss: DenoisingLoss, config: DiffusionOptimConfig) -> torch.o
         decay = config.mixer_weight_decay if is_mixer else config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(f"{label}/{decay}", {"params": [], "lr": lr, "weight_decay": decay, "name": label})
         group["params"].append(parameter)
-    if config.mixer_factor != 1.0 and not any("mixer" in group["name"] for group in groups.values()):
-        raise ConfigError(
-            f"optim.mixer_factor is {config.mixer_factor:g}, which is of the mixers, and none trains. Leave it out, or "
-            "set adapter.mixer_trainable."
-        )
+    check_mixers_train(config.mixer_factor, train=any("mixer" in group["name"] for group in groups.values()))
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw_8bit":
         import bitsandbytes

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
@@ -36,7 +37,7 @@ HUB_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model on the meta device with a decoder layer or two of each kind."""
+    """A model on the meta device with a decoder layer or two of each kind, or all where layers may share factors."""
 
     model: PreTrainedModel
     times: Sequence[int]
@@ -120,7 +121,7 @@ def build_meta_model(
     with _hub_or_cache(config):
         parts = load_parts(config, weights="shapes")
         model = parts.model
-        times = _keep_kinds(model, every=_by_number(config, adapter))
+        times = _keep_kinds(model, every=_by_number(config, adapter) or adapter.share != ALONE)
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)
             attach_adapters(parts, config, adapter)

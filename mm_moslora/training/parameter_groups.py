@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
+from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.models.vlm import part_of
 from mm_moslora.utils.errors import ConfigError
 
@@ -73,11 +74,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
             f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
             "Leave it out."
         )
-    if config.mixer_factor != 1.0 and not any("lora_mixer" in name for name in adapters):
-        raise ConfigError(
-            f"optim.mixer_factor is {config.mixer_factor:g}, which is of the mixers, and none trains. Leave it out, or "
-            "set adapter.mixer_trainable."
-        )
+    check_mixers_train(config.mixer_factor, train=any("lora_mixer" in name for name in adapters))
     return [
         ParameterGroup(
             name=label, peak_lr=lr, weight_decay=decay, matrices=matrices,

@@ -25,6 +25,7 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.data.chat.record_keys import READ, READ_OF_OBJECTIVE
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
@@ -83,6 +84,9 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
     check_names(recipe)
     refuse_without_effect(recipe.model)
     refuse_all_frozen(recipe.model)
+    adapter = recipe.adapter
+    mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
+    check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
     own = Path(recipe.train.zero)
     if own.suffix != ".json" or own.is_file():
         check_zero(recipe)
@@ -137,8 +141,8 @@ def _require_rewards(names: Sequence[str]) -> None:
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:
-    """Refuse a form of the mixer, a method of PEFT or an option of it, or a word for targets, that does not exist; see
-    `check_names`."""
+    """Refuse a form of mixers or of sharing, a method of PEFT or an option of it, or a word for targets, that does not
+    exist; see `check_names`."""
     targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
     is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()
     if is_word and targets not in words and (hint := suggestion(str(targets), words)):
@@ -146,7 +150,8 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    if adapter.peft or adapter.target_parameters or adapter.mixer_form not in usual_names.MIXER_FORMS:
+    usual = adapter.mixer_form in usual_names.MIXER_FORMS and adapter.share == "none"
+    if adapter.peft or adapter.target_parameters or not usual:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,21 @@ class LayerType:
     """PEFT has no DoRA for attention."""
     all_linear: bool = False
     compiles: bool = True
+    own_factors: bool = True
+    """Whether every layer has an A and a B of its own."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Of the adapter's configuration."""
 
 
 LAYERS = {
     "Linear": LayerType(make=lambda _: _Block(nn.Linear(8, 8)), shape=(4, 5, 8), all_linear=True),
+    "Linear, shared": LayerType(
+        make=lambda _: _Block(nn.Linear(8, 8)),
+        shape=(4, 5, 8),
+        all_linear=True,
+        own_factors=False,
+        options={"share": "layers:2"},
+    ),
     "Conv1D": LayerType(make=lambda _: _Block(Conv1D(8, 8)), shape=(4, 5, 8), all_linear=True),
     "Embedding": LayerType(make=lambda _: _EmbeddingBlock(), shape=(4, 5, 8)),
     "Conv2d-1x1": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 1)), shape=(4, 8, 3, 3)),

@@ -215,7 +215,10 @@ def test_an_adapter_for_another_base_is_refused(adapter: Path, language_folder: 
 def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
     shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
     assert run(["adapters", "inspect", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.count("q_proj") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("q_proj") == 2
+    numbers = load_file(adapter / "moslora.safetensors").values()
+    assert f"trained parameters           {sum(value.numel() for value in numbers):,}" in shown
     assert run(["adapters", "inspect", str(tmp_path)]) == 1
     assert "it is not an adapter folder" in capsys.readouterr().err
 

@@ -23,7 +23,10 @@ def formed(recipe: Recipe, **form: str) -> Recipe:
     return replace(recipe, adapter=adapter, train=replace(recipe.train, steps=2, rehearsal=False))
 
 
-FORMS = [{"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"}, {"factor_form": "svd"}, {"factor_form": "stella"}]
+FORMS = [
+    {"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"}, {"factor_form": "svd"}, {"factor_form": "stella"},
+    {"share": "layers:2"},
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         about |= {"judge_failed": True} if reason.failed else {}
         return unscored(task, scored, about=about, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
-    return summarise(task, scored, about=about, **settled)
+    return summarise(task, scored, about=about, each=each, **settled)
 
 
 def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -378,6 +378,7 @@ def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
 def summarise(
     task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
+    each: Sequence[Scored] | None = None,
 ) -> TaskResult:  # fmt: skip
     """Aggregate scored samples; fails unless every document of the data is scored exactly once.
 
@@ -390,6 +391,7 @@ def summarise(
         folder: see `TaskResult.folder`; empty for a baseline, where equal answers need no remark.
         errors: the error of each sample; None for samples that did not fail.
         likelihood: see `TaskResult.likelihood`.
+        each: every answer, for remarks on them; None: there is one to a document.
     """
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     result = unscored(
@@ -411,7 +413,8 @@ def summarise(
         answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
         completed |= {"score": answered.value, "stderr": answered.stderr}
     if folder:
-        remarks += [*answers_alike(done), *(wordy(done) if task.metric not in JUDGED else ())]
+        given = done if each is None else [one for one in with_scores(each) if not one.failed]
+        remarks += [*answers_alike(given), *(wordy(given) if task.metric not in JUDGED else ())]
     return replace(
         result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
         stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups, counts=counts,

@@ -24,6 +24,7 @@ class _DoraOnGpus(MoSLoRALayer):
     """
 
     dora_variant = DoraMixerVariant
+    shares_factors = True
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant; see the base class."""

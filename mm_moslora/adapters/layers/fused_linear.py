@@ -52,6 +52,7 @@ _SECOND_INPUTS = {"key_value_states", "encoder_hidden_states", "context", "laten
 class FusedLinear(MoSLoRALayer):
     """A linear layer that the fused kernel computes where PEFT's layer computes nothing more."""
 
+    shares_factors = True
     siblings: SiblingProjections | None = None
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None

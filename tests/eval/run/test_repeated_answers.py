@@ -174,6 +174,7 @@ def test_an_endpoint_gets_the_draw_and_stored_answers_may_hold_several(question_
     result = result_of(task, tmp_path / "replay", ReplayModel(stored))  # type: ignore[arg-type]
     assert [[one["text"] for one in row["repeated"]] for row in rows_of(tmp_path / "replay")] == [["yes", "no"]] * 12
     assert result.counts.failed == 0
+    assert not any("answers are 'yes'" in text for text in result.remarks)  # of all answers half are
 
 
 def test_reasoning_is_removed_by_the_protocols_markers_or_kept(question_file: Path, tmp_path: Path) -> None:

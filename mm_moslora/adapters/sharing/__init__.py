@@ -1,0 +1,1 @@
+"""Factors that several adapted layers share: which layers, and what they read."""
