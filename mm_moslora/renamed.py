@@ -61,6 +61,10 @@ NAMES = {
     _HARNESS + "protocol.task_prompt": {"Prompt": "TaskPrompt"},
     _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
     _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
+    _HARNESS + "run.llm_judge": {
+        "GRADERS": _HARNESS + "run.judging.answer_graders.GRADERS",
+        "judged": _HARNESS + "run.judging.judged_scores.judged",
+    },
     _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
     _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},
 }  # fmt: skip
@@ -72,7 +76,8 @@ def _missing(module: str, name: str) -> NoReturn:
     new = NAMES[module].get(name)
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    new = _PACKAGE + new if "." in new else f"{module}.{new}"
+    if not new.startswith(_HARNESS):
+        new = _PACKAGE + new if "." in new else f"{module}.{new}"
     # An AttributeError would lose its text: `from MODULE import NAME` replaces it.
     raise ImportError(f"{module}.{name} is {new} now; CHANGELOG.md has a table of what moved.", name=name)
 

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task_registry import all_tasks
-from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.named_parts import name_of
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
@@ -103,7 +104,7 @@ def tables() -> str:
         table.kind: {name: table.find(name) for name in table}
         for table in (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES)
     }
-    kinds["metric"] = {**kinds["metric"], **GRADERS}
+    kinds["metric"] = {**kinds["metric"], BY_PROMPT: grade_by_prompt, **{name: GRADERS.find(name) for name in GRADERS}}
     used: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in all_tasks().values():
         for kind in kinds:
@@ -114,7 +115,7 @@ def tables() -> str:
         for name, function in table.items():
             tasks = used[kind, name]
             more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
-            judge = " Needs a judge." if name in GRADERS else ""
+            judge = " Needs a judge." if name in (BY_PROMPT, *GRADERS) else ""
             if kind == "extraction" and name in JUDGE_EXTRACTIONS:
                 judge = " With `--judge` the judge finds the answer."
             text = f"{meaning(name, function)}{_options(function)}{judge}"

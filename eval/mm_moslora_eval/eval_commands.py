@@ -5,7 +5,6 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -13,18 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.reporting.verdicts import amount_text, between, resting_on, score_text
 from mm_moslora.utils.errors import DataError, EvalError, MoSLoRAError
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import aligned
+from mm_moslora_eval.report.result_tables import comparison_text
+from mm_moslora_eval.report.result_tables import table as table
 
 if TYPE_CHECKING:
+    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
-    from mm_moslora_eval.run.result_file import TaskResult
     from mm_moslora_eval.run.task_runner import EvaluationSettings
+    from mm_moslora_eval.scoring.task_result import TaskResult
     from mm_moslora_eval.sources.document import Document
     from mm_moslora_eval.sources.image_controls import ImageMode
 
@@ -222,16 +223,37 @@ def run_folder(path: Path) -> Path:
 
 
 def make_judge(
-    name: str | None, run: Path, *, budget: int | None, thinking_tokens: int, **patience: Any
+    name: str | None, run: Path, *, budget: int | None = None, service: ServiceSettings | None = None, **options: Any
 ) -> Judge | None:
-    """The judge that `--judge` names, its replies cached in the run folder; `patience` is that of `Endpoint.parse`."""
+    """The judge that `--judge` names, its replies cached in the run folder.
+
+    Args:
+        name: URL#MODEL, or a name of `open_model`; None or `none`: there is no judge.
+        run: the run folder.
+        budget: most tokens.
+        service: limits and patience with it.
+        options: of `Judge`.
+
+    Raises:
+        EvalError: the name has another form, or there is no such folder.
+    """
     if name is None or name == "none":
         return None
-    from mm_moslora_eval.backends.openai_endpoint import Endpoint
-    from mm_moslora_eval.run.llm_judge import Judge
+    from mm_moslora_eval.backends.open_model import SERVICES, check_name, open_model
+    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+    from mm_moslora_eval.run.llm_judge import WORKERS, ChatService, Judge
 
-    endpoint = Endpoint.parse(name.removeprefix("openai:"), **patience)
-    return Judge(endpoint, cache=run / "judge", budget_tokens=budget, thinking_tokens=thinking_tokens)
+    chosen = service or ServiceSettings()
+    asked: ChatService
+    if name.startswith(("http://", "https://", *(f"{kind}:" for kind in SERVICES))):
+        asked = chosen.endpoint(name)
+    else:
+        from mm_moslora_eval.backends.endpoints.local_chat import LocalChat
+
+        check_name(name)
+        batch_size = options.get("workers", WORKERS)
+        asked = LocalChat(partial(open_model, name, service=chosen), name=name, batch_size=batch_size)
+    return Judge(asked, cache=run / "judge", budget_tokens=budget, **options)
 
 
 class Bars:
@@ -312,6 +334,10 @@ def describe(name: str) -> str:
         f"extraction:  {task.extraction}",
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]
+    if (grading := task.grading) is not None:
+        replies = ", ".join(grading.replies) or f"a number from {' to '.join(map(str, grading.scale))}"
+        lines += [f"judge:       replies {replies}", *(f"  | {line}" for line in grading.prompt.splitlines())]
+        lines += [f"             without it the rule {grading.rule}"] if grading.rule else []
     lines += [f"code:        the {kind} is of {_origin(about)}" for kind, about in task.code.items()]
     lines += [f"tags:        {', '.join(task.tags)}"] if task.tags else []
     lines += [f"note:        {task.notes}"] if task.notes else []
@@ -377,81 +403,6 @@ def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
     pairs = paired_folders([Path(name) for name in a.split(",")], [Path(name) for name in b.split(",")])
     results = [compare_samples(left, right) for left, right in pairs]
     return [(result, comparison_text(result)) for result in results]
-
-
-def comparison_text(result: PairedComparison) -> str:
-    """A comparison as readable text."""
-    score, estimate = result.score, result.score.estimate
-    lines = [
-        f"{result.task}: A {score_text(score.a, score.unit)}, B {score_text(score.b, score.unit)}. "
-        f"{between(score.as_difference)}: {score.as_difference.points}, p {estimate.p_value:.3g}.",
-        f"A wins {score.wins}, B wins {score.losses}, equal {score.ties} of {score.questions}; sign test p "
-        f"{score.sign_p:.3g}.",
-        resting_on(estimate.n, estimate.clusters, estimate.groups)
-        + (
-            f" A true difference of {amount_text(estimate.detectable, score.unit)} is detected with 80 % power."
-            if estimate.stderr > 0
-            else " They all differ by the same amount; the interval bounds the share of other differences."
-            if estimate.clusters > 1
-            else ""
-        ),
-    ]
-    lines += [result.caution] if result.caution else []
-    lines += [result.nats.text] if result.nats is not None else []
-    if max(len(score.seeds_a), len(score.seeds_b)) > 1:
-        a, b = (", ".join(score_text(value, score.unit) for value in seeds) for seeds in (score.seeds_a, score.seeds_b))
-        lines.append(
-            f"Seeds: A {a}; B {b}. Every sample counts with its mean over the seeds; the spread between seeds is "
-            f"{amount_text(result.seed_spread, score.unit)}."
-        )
-    return "\n".join(lines)
-
-
-def table(results: Sequence[TaskResult]) -> str:
-    """The results as an aligned table, followed by remarks on the numbers."""
-    from mm_moslora_eval.report.evaluation_page import names_of
-
-    rows = []
-    names = names_of(results)
-    nats = any("nats" in result.likelihood for result in results)
-    for name, result in zip(names, results, strict=True):
-        counts, likelihood = result.counts, result.likelihood
-        cells = ["unscored", "-", "-"]
-        if not math.isnan(result.score):
-            cells = [f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"]
-        if nats:
-            has_nats = "nats" in likelihood
-            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if has_nats else "-")
-        numbers = (result.n, counts.failed, counts.not_inferable, counts.truncated)
-        rows.append((name, result.mode, *cells, *map(str, numbers)))
-    measures = ["score", "stderr", "95 %", *(["nats"] if nats else [])]
-    head = ("task", "images", *measures, "n", "failed", "not inferable", "truncated")
-    notes = []
-    for name, result in zip(names, results, strict=True):
-        unscored, odd = result.about.get("unscored"), _odd_count(result)
-        learned = result.about.get("learned_from")
-        source = f"learned from {learned}." if learned else ""
-        silent = f"no likelihood: {result.likelihood['none']}." if "none" in result.likelihood else ""
-        rests = _basis(result) if result.folder else ""
-        texts = (*result.remarks, unscored, odd, source, silent, rests)
-        notes += [f"{name}, {result.mode}: {text}" for text in texts if text]
-    return "\n".join([*aligned(head, rows), *notes])
-
-
-def _odd_count(result: TaskResult) -> str:
-    """A note if the data is not the whole benchmark, independent of --limit."""
-    rows, expected = result.about.get("data", {}).get("rows"), result.about.get("expected_count")
-    if expected is None or rows in (None, expected):
-        return ""
-    doubt = " (an unverified number)" if "expected_count" in result.about.get("unverified", ()) else ""
-    return f"the data holds {rows} documents, the full set has {expected}{doubt}."
-
-
-def _basis(result: TaskResult) -> str:
-    """A note where the interval rests on fewer pictures than documents."""
-    if not result.scored or result.clusters is None or result.groups is None or result.clusters == result.n:
-        return ""
-    return resting_on(result.n, result.clusters, result.groups)
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:

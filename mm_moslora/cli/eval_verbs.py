@@ -10,34 +10,25 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from mm_moslora.cli.eval_options import (
+    NO_LIMITS,
+    PLAIN_JUDGE,
+    Attempts,
+    JudgeBudget,
+    JudgeName,
+    JudgeOptions,
+    JudgeThinking,
+    ModelNames,
+    OtherPreprocessing,
+    ServiceOptions,
+    Timeout,
+    TrustCode,
+)
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
-
-ModelNames = Annotated[
-    tuple[str, ...],
-    Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),
-]
-Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
-Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
-JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
-JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
-OtherPreprocessing = Annotated[
-    bool,
-    Parameter(
-        negative="",
-        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
-    ),
-]
-TrustCode = Annotated[
-    bool,
-    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
-]
-JudgeName = Annotated[
-    str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
-]
 
 
 @eval_app.command(name="run")
@@ -49,7 +40,7 @@ def eval_run(
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
     baselines: tuple[Literal["majority", "question_majority"], ...] = (),
     train_answers: tuple[str, ...] = (),
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     limit: int | None = None,
     stratify: str | None = None,
     samples: tuple[str, ...] = (),
@@ -72,6 +63,8 @@ def eval_run(
     untuned: bool = False,
     track: bool = True,
     other_preprocessing: OtherPreprocessing = False,
+    limits: ServiceOptions = NO_LIMITS,
+    judging: JudgeOptions = PLAIN_JUDGE,
     trust_task_code: TrustCode = False,
 ) -> int:
     """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
@@ -94,7 +87,8 @@ def eval_run(
     train_answers
         Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size
-        Questions decoded together; for an endpoint, concurrent requests.
+        Questions decoded together; for a service, concurrent requests. auto: a local model's batches grow until memory
+        or throughput says stop.
     limit
         Evaluate only this many documents, from the first one on.
     stratify
@@ -144,7 +138,7 @@ def eval_run(
     if dry_run:
         print(eval_commands.dry_run(names, changes=change))
         return 0
-    from mm_moslora_eval.backends.open_model import check_name, name_with_files, open_model
+    from mm_moslora_eval.backends.open_model import check_name, is_local, name_with_files, open_model
 
     if merge and shard:
         raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
@@ -153,31 +147,37 @@ def eval_run(
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import EvaluationSettings
+    from mm_moslora_eval.run.wrapped_models.model_wrapping import opened_with, windows_of
 
     settings = EvaluationSettings(
-        batch_size=1 if reference else batch_size, limit=limit, stratify=stratify, samples=samples,
+        batch_size=1 if reference else windows_of(batch_size, name), limit=limit, stratify=stratify, samples=samples,
         seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
     patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
+    service = limits.settings(**patience)
     shared: dict[str, Any] = {
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
         "merge": merge,
         "changes": change,
         "judge": eval_commands.make_judge(
-            judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **patience
+            judge, output, budget=judge_budget, thinking_tokens=judge_thinking_tokens, **judging.of_judge(**patience)
         ),
     }
     before, bars = [], eval_commands.Bars(len(names) * (len(modes) + untuned))
     opened = partial(
-        open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing, **patience
-    )
+        open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing,
+        service=service,
+    )  # fmt: skip
+    wrapping: dict[str, Any] = {
+        "cache": limits.answer_cache, "automatic": batch_size == "auto" and not reference and is_local(name),
+    }  # fmt: skip
     if untuned:
-        start = partial(opened, untuned=True)
+        start = partial(opened_with, partial(opened, untuned=True), **wrapping)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
-        opened,
+        partial(opened_with, opened, **wrapping),
         names,
         output,
         modes=modes,
@@ -198,6 +198,7 @@ def eval_run(
 
 def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: ShardJobs) -> int:
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
+    from mm_moslora_eval.backends.open_model import is_local
     from mm_moslora_eval.run.answer_shards import DONE
     from mm_moslora_eval.run.answer_views import SHARDS
 
@@ -213,13 +214,14 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
         whole[output / SHARDS] = arguments | {"model": (name,), "output": output, "where": HERE, "merge": True}
     # A shard leaves to the merge what needs all answers.
     changed: dict[str, Any] = {
-        "merge": False, "judge": None, "judge_budget": None, "baselines": (), "train_answers": (),
+        "merge": False, "judge": None, "judge_budget": None, "judging": PLAIN_JUDGE, "baselines": (),
+        "train_answers": (),
     }  # fmt: skip
     shards = {
         folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **changed)]
         for folder, command in whole.items()
     }
-    local = not all(name.startswith(("openai:", "replay:")) for name in models)
+    local = any(map(is_local, models))
     ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
@@ -292,6 +294,7 @@ def eval_score(
     attempts: Attempts = 6,
     max_failed_share: float = 0.0,
     report: bool = True,
+    judging: JudgeOptions = PLAIN_JUDGE,
     trust_task_code: TrustCode = False,
 ) -> int:
     """Score stored answers again; needs no model and no data.
@@ -312,8 +315,9 @@ def eval_score(
     allow_code(trust_task_code)
     run = eval_commands.run_folder(answers)
     grader = eval_commands.make_judge(
-        judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens, timeout=timeout, attempts=attempts
-    )
+        judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens,
+        **judging.of_judge(timeout=timeout, attempts=attempts),
+    )  # fmt: skip
     results = eval_commands.score(answers, protocol=protocol, judge=grader)
     return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
 
@@ -403,21 +407,58 @@ def eval_compare(a: str, b: str, *, html: Path | None = None, trust_task_code: T
     return 0
 
 
+@eval_app.command(name="table")
+def eval_table(
+    *runs: Path, mode: Literal["own", "blind", "wrong"] = "own",
+    markdown: Annotated[bool, Parameter(negative="")] = False, html: Path | None = None,
+) -> int:  # fmt: skip
+    """One table of the scores of several models; a row has the same documents and rules for all.
+
+    Parameters
+    ----------
+    runs
+        Run folders, one for each model.
+    mode
+        Pictures that were shown.
+    markdown
+        Print it as Markdown.
+    html
+        Also write it as an HTML page.
+    """
+    from mm_moslora_eval.report.models_table import as_markdown, as_text, models_table
+
+    if not runs:
+        raise ConfigError("No run was given. Name the run folders of the models.")
+    table = models_table(runs, mode=mode)
+    print(as_markdown(table) if markdown else as_text(table))
+    if html is not None:
+        from mm_moslora_eval.report.evaluation_page import write_models
+
+        print(f"Page: {write_models(table, html)}")
+    return 0
+
+
 @eval_app.command(name="export")
 def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
-    """Write answers for an evaluation server or another harness.
+    """Write answers for an evaluation server or another harness, or the results of a run for others.
 
     Parameters
     ----------
     answers
-        A folder TASK@PROTOCOL/MODE of a run.
+        A folder TASK@PROTOCOL/MODE of a run; for model-index and lmms-eval the run folder.
     output
         The file.
     to
-        vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx.
+        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx. Results: model-index (YAML
+        of a model card on the hub) or lmms-eval (its results file).
     """
+    from mm_moslora_eval.report.shared_results import SHARED, write_shared
     from mm_moslora_eval.run.submissions import write_submission
 
+    if to in SHARED:
+        left = write_shared(answers, output, form=to)
+        print(f"{output}: written in the form {to}; {left} results have no score and are left out.")
+        return 0
     empty = write_submission(answers, output, form=to)
     print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
     return 0
@@ -425,7 +466,7 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
 
 @eval_app.command(name="miniature")
 def eval_miniature(folder: Path) -> int:
-    """Write small synthetic documents of 43 benchmarks in their original layouts, for offline trials.
+    """Write small synthetic documents of 45 benchmarks in their original layouts, for offline trials.
 
     Parameters
     ----------

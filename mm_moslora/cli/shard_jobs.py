@@ -7,7 +7,7 @@ import itertools
 import logging
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,10 +139,19 @@ def words_of(verb: Callable[..., Any], arguments: Mapping[str, Any], **changed: 
         value = changed.get(name, arguments[name])
         if parameter.kind is not parameter.KEYWORD_ONLY:
             words += map(str, value if parameter.kind is parameter.VAR_POSITIONAL else [value])
-        elif value != parameter.default:
-            option = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no-'}{option}")
-            else:
-                words += [f"--{option}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+        elif is_dataclass(value) and not isinstance(value, type):  # a group of options
+            for part in fields(value):
+                words += _option(part.name, getattr(value, part.name), default=getattr(parameter.default, part.name))
+        else:
+            words += _option(name, value, default=parameter.default)
     return words
+
+
+def _option(name: str, value: Any, *, default: Any) -> list[str]:
+    """An option with its value; none where it is the default."""
+    if value == default:
+        return []
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{option}"]
+    return [f"--{option}={item}" for item in (value if isinstance(value, tuple) else (value,))]

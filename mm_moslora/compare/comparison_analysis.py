@@ -59,7 +59,7 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     looks = state.looks if state is not None else None
     comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms}, looks)
     from mm_moslora_eval.run.provenance import environment
-    from mm_moslora_eval.run.result_file import strict_json
+    from mm_moslora_eval.scoring.task_result import strict_json
 
     results = strict_json(
         {

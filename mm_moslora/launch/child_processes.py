@@ -218,6 +218,24 @@ def kill_tree(process: int) -> None:
                 member.kill()
 
 
+def end_child(child: Child, *, seconds: float) -> None:
+    """Ask a child to end, and kill it with all its descendants where it has not after so long.
+
+    Args:
+        child: from `start_tied`; one that has ended is left alone.
+        seconds: the time that it gets.
+    """
+    if child.poll() is None:
+        terminate(child.pid)
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            kill_tree(child.pid)
+            child.wait()
+    if child.stdin is not None:
+        child.stdin.close()
+
+
 def run_and_hand_on(
     words: Sequence[str],
     *,

@@ -14,6 +14,7 @@ import yaml
 from tiny import make_records
 
 from mm_moslora import cli
+from mm_moslora.cli.eval_options import NO_LIMITS, ServiceOptions
 from mm_moslora.cli.eval_verbs import eval_run
 from mm_moslora.cli.shard_jobs import words_of
 from tests.eval.eval_data import write_questions
@@ -156,11 +157,13 @@ def test_the_words_of_a_command_give_its_arguments_again() -> None:
     arguments: dict[str, Any] = {}
 
     def verb(first: str, *more: str, limit: int | None = None, names: tuple[str, ...] = (), report: bool = True,
-             untuned: bool = False, output: Path = Path("x")) -> None:  # fmt: skip
+             untuned: bool = False, output: Path = Path("x"), limits: ServiceOptions = NO_LIMITS) -> None:  # fmt: skip
         arguments.update(locals())
 
-    verb("a", "--data.x", "1", limit=3, names=("b", "-c"), report=False, untuned=True)
+    limits = ServiceOptions(price="3/15", server_arguments="--dtype half", answer_cache=Path("kept"))
+    verb("a", "--data.x", "1", limit=3, names=("b", "-c"), report=False, untuned=True, limits=limits)
     assert words_of(verb, arguments, output=Path("y")) == [
         "a", "--data.x", "1", "--limit=3", "--names=b", "--names=-c", "--no-report", "--untuned", "--output=y",
+        "--price=3/15", "--server-arguments=--dtype half", "--answer-cache=kept",
     ]  # fmt: skip
     assert eval_run.__kwdefaults__["report"]

@@ -12,11 +12,13 @@ from typing import Any, cast
 
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, Usage
 from mm_moslora_eval.protocol.coded_prompts import WORDINGS
+from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
-from mm_moslora_eval.run import task_runner
-from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS, Judge
+from mm_moslora_eval.run import answer_log, task_runner
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
+from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
@@ -158,7 +160,11 @@ def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
 
 def _parts(task: Task) -> Iterator[Any]:
     yield EXTRACTORS[task.extraction]
-    yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
+    if task.metric == BY_PROMPT:
+        assert task.grading is not None
+        yield from (grade_by_prompt, METRICS[task.grading.rule or "exact"])
+    else:
+        yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
     yield AGGREGATIONS[task.aggregation]
     if task.extraction in JUDGE_EXTRACTIONS:
         find, then = JUDGE_EXTRACTIONS[task.extraction]
@@ -166,7 +172,7 @@ def _parts(task: Task) -> Iterator[Any]:
     if task.prompt.function is not None:
         yield WORDINGS[task.prompt.function]
     if task.decoding.kind != "generate":
-        yield task_runner._row
+        yield answer_log.answer_row
     if task.source.lm_eval_task is not None:
         yield hf_dataset._choices
 

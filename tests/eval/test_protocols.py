@@ -18,7 +18,7 @@ from mm_moslora_eval.metrics import box_iou, exact_match, vqa_accuracy
 from mm_moslora_eval.protocol.model_interface import Message, Request
 from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
-from mm_moslora_eval.run import llm_judge
+from mm_moslora_eval.run.judging.answer_graders import WORDING
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, score_answer
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
@@ -104,7 +104,7 @@ def test_differences_of_a_protocol_are_in_its_description_and_results(runs: Runs
     document = Document(id="1", question="q", answers=("a",), category="rec")
     run = runs("mmvet@vlmevalkit", [document], ["b"], judge=lambda *_: "0.5")
     assert run.result.about["differences"] == list(task.differences)
-    assert run.result.about["judge"]["wording"] == llm_judge.WORDING
+    assert run.result.about["judge"]["wording"] == WORDING
 
 
 def test_differences_from_lmms_eval_are_listed() -> None:

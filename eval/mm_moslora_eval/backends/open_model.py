@@ -1,4 +1,4 @@
-"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, `openai:URL#MODEL` or `replay:FILE`."""
+"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, vLLM, a service, stored answers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import digest
 
 if TYPE_CHECKING:
+    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-KINDS = ("hf", "openai", "replay")
+SERVICES = ("openai", "anthropic", "gemini")
+"""Kinds of models behind a provider's protocol."""
+KINDS = ("hf", "replay", "vllm", *SERVICES)
+_FORMS = "FOLDER, hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL or replay:FILE"
+
+
+def is_local(name: str) -> bool:
+    """Whether this process itself computes the answers."""
+    kind, separator, _ = name.partition(":")
+    return not separator or kind not in ("replay", "vllm", *SERVICES)
 
 
 def check_name(name: str) -> None:
@@ -29,14 +39,13 @@ def check_name(name: str) -> None:
         ModelError: the folder holds no model of mm_moslora.
     """
     if not name:
-        raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
+        raise EvalError(f"No model was given. Add --model {_FORMS}.")
     kind, separator, _ = name.partition(":")
     if separator and kind in KINDS:
         return
     if not Path(name).is_dir():
         raise EvalError(
-            f"--model {name!r} is not a folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
-            "openai:URL#MODEL, replay:FILE."
+            f"--model {name!r} is not a folder. FOLDER is that of a run, a checkpoint or an export; known: {_FORMS}."
         )
     find_checkpoint(Path(name))
 
@@ -47,9 +56,9 @@ def name_with_files(name: str) -> str:
     The manifest of a checkpoint holds the hashes of its files; of an export the names and sizes count.
     """
     kind, separator, rest = name.partition(":")
-    if not name or (separator and kind in ("hf", "openai")):
+    if not name or (separator and kind in ("hf", *SERVICES)):
         return name
-    path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(name))
+    path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(rest if kind == "vllm" else name))
     file = path / MANIFEST if path.is_dir() else path
     if file.is_file():
         with opened(file, most=None) as stream:
@@ -65,20 +74,19 @@ def open_model(
     reference: bool = False,
     untuned: bool = False,
     features: Path | None = None,
-    timeout: float = 300.0,
-    attempts: int = 6,
+    service: ServiceSettings | None = None,
     other_preprocessing: bool = False,
 ) -> Model:
     """Load a model.
 
     Args:
-        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
+        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `vllm:FOLDER`, `openai:URL#MODEL`,
+            `anthropic:MODEL`, `gemini:MODEL`, `replay:FILE`.
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
         features: folder of the vision tower's features of pictures, which are encoded once for all models with it.
-        timeout: seconds for one attempt at a request to an endpoint.
-        attempts: attempts at such a request.
+        service: limits, prices and patience with a service.
         other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
 
     Raises:
@@ -87,10 +95,15 @@ def open_model(
     """
     check_name(name)
     kind, separator, rest = name.partition(":")
-    if separator and kind == "openai":
-        from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
+    if separator and kind in (*SERVICES, "vllm"):
+        from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 
-        return EndpointModel(Endpoint.parse(rest, timeout=timeout, attempts=attempts), reference=reference)
+        chosen = service or ServiceSettings()
+        if kind == "vllm":
+            from mm_moslora_eval.backends.endpoints.vllm_server import VllmModel
+
+            return VllmModel(Path(rest), service=chosen, reference=reference)
+        return EndpointModel(chosen.endpoint(name), reference=reference)
     if separator and kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
 

@@ -144,6 +144,13 @@ FORMS: dict[str, Form] = {
             "category": "multi_scene_ocr", "l2-category": "scene_text", "split": lambda n: ("IC15", "zh_doc")[n % 2]
         },
     ),
+    "charxiv_descriptive": Form(
+        question="What is the word in the picture?", answer=lambda scene: scene.word, choices=(), extra={"qid": "1"}
+    ),
+    "charxiv_reasoning": Form(
+        question="Which word is written below the shapes?", answer=lambda scene: scene.word, choices=(),
+        extra={"inst_category": "1"},
+    ),
     "countbench": Form(
         question=_COUNT.question, answer=_COUNT.answer, choices=(), reference="{text}", extra={"text": "Some shapes."}
     ),

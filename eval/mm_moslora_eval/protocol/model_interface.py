@@ -116,6 +116,8 @@ class Answer:
     """`length` if `max_new_tokens` cut the answer off."""
     reference: OptionScore | None = None
     """Score of `Request.reference`; None where the backend gives none."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt, where a service counts them."""
     boxes: tuple[tuple[float, ...], ...] | None = None
     """Boxes (x1, y1, x2, y2) and points (x, y) in pixels of the last picture's file, where they are wanted; None where
     the backend does not read them."""

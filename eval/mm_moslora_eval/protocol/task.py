@@ -12,6 +12,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval import sources
 from mm_moslora_eval.metrics.question_groups import OptionMeasure
 from mm_moslora_eval.protocol.few_shots import with_pool
+from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.named_parts import NamedParts
@@ -140,7 +141,9 @@ class Task:
     extraction: str = "text"
     """A name in `answer_scoring.EXTRACTORS`, with options as `named_parts` writes them; so for the next ones."""
     metric: str = "exact"
-    """A name in `answer_scoring.METRICS`."""
+    """A name in `answer_scoring.METRICS` or `JUDGED`."""
+    grading: Grading | None = None
+    """With `metric: judge`: how a judge grades the answers."""
     over_samples: str = "mean"
     """A name in `repeated_answers.OVER_SAMPLES`: what several answers to a question come to."""
     thinking: AnswerReasoning = field(default_factory=AnswerReasoning)
@@ -189,16 +192,25 @@ class Task:
             AGGREGATIONS.check(self.aggregation)
             OVER_SAMPLES.check(self.over_samples)
             check_repeated(self.over_samples, self.aggregation, samples=self.decoding.samples)
+            if self.grading is not None and self.grading.rule:
+                METRICS.check(self.grading.rule)
         except EvalError as error:
             raise EvalError(f"Task {self.name!r}: {error}") from error
         if odd:
             raise EvalError(f"Task {self.name!r}: the tag {odd[0]!r} is none; use letters, digits, `_`, `-` and `.`.")
+        if (self.metric == BY_PROMPT) != (self.grading is not None):
+            raise EvalError(
+                f"Task {self.name!r}: metric is {self.metric!r} {'with' if self.grading else 'without'} a grading; "
+                f"metric: {BY_PROMPT} and grading (the judge's prompt, and the replies that count) belong together."
+            )
 
     @property
     def code(self) -> dict[str, dict[str, str]]:
         """Where those of its rules come from that are not of this package, by the key of the task."""
-        tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES)
-        return {table.kind: origin for table in tables if (origin := table.origin(getattr(self, table.kind)))}
+        metrics: NamedParts[Any] = JUDGED if self.metric in JUDGED else METRICS
+        tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, metrics, AGGREGATIONS, OVER_SAMPLES)
+        parts = self.extraction, self.metric, self.aggregation, self.over_samples
+        return {table.kind: origin for table, part in zip(tables, parts, strict=True) if (origin := table.origin(part))}
 
     def load_code(self) -> None:
         """Load the functions of its rules, so that none is missing when the answers are there.
@@ -207,8 +219,7 @@ class Task:
             EvalError: code of another package that does not load, or of a file that is not trusted.
         """
         EXTRACTORS[self.extraction], AGGREGATIONS[self.aggregation], OVER_SAMPLES[self.over_samples]
-        if self.metric not in JUDGED:
-            METRICS[self.metric]
+        (JUDGED if self.metric in JUDGED else METRICS)[self.metric]
 
     @property
     def id(self) -> str:
@@ -219,8 +230,9 @@ class Task:
         """Plain data, without the folder of the file, and without what earlier versions did not have."""
         data = asdict(self)
         del data["folder"]
-        for name, usual in (("over_samples", "mean"), ("thinking", asdict(AnswerReasoning())), ("changed", ())):
-            if data[name] == usual:
+        usual = (("grading", None), ("over_samples", "mean"), ("thinking", asdict(AnswerReasoning())), ("changed", ()))
+        for name, value in usual:
+            if data[name] == value:
                 del data[name]
         return data | {"decoding": self.decoding.to_dict()}
 

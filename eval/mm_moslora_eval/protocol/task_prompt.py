@@ -95,13 +95,13 @@ class TaskPrompt:
         fields = {**document.extra, "category": document.category or "", "hint": document.hint or ""}
         fields["question"] = self._question(document.question or self.default_question or "")
         fields["options"] = self.option_separator.join(
-            _fill(self.option, {"letter": letter, "text": text}) for letter, text in document.options.items()
+            fill(self.option, {"letter": letter, "text": text}) for letter, text in document.options.items()
         )
         fields["instruction"] = self._instruction(document)
         for name, fragment in self.fragments.items():
             used = _FIELD.findall(fragment)
-            fields[name] = _fill(fragment, fields) if all(fields.get(item) for item in used) else ""
-        return _fill(self.template, fields)
+            fields[name] = fill(fragment, fields) if all(fields.get(item) for item in used) else ""
+        return fill(self.template, fields)
 
     def messages(self, document: Document) -> tuple[Message, ...]:
         """The conversation that asks the document.
@@ -178,6 +178,18 @@ class TaskPrompt:
         return (*pictures, separator + text) if self.images == "first" else (text + separator, *pictures)
 
 
-def _fill(template: str, fields: Mapping[str, str]) -> str:
-    """Replace `{name}` in one pass, so that braces within the values stay as they are."""
+def fill(template: str, fields: Mapping[str, str], *, missing: str = "") -> str:
+    """Replace `{name}` in one pass, so that braces within the values stay as they are.
+
+    Args:
+        template: with the names.
+        fields: their values.
+        missing: what lacks a field without a value, which is then an error; empty: such a field is empty.
+
+    Raises:
+        EvalError: a field is missing.
+    """
+    names = set(_FIELD.findall(template)) if missing else set()
+    if unknown := sorted(names - fields.keys()):
+        raise EvalError(f"{{{unknown[0]}}} has no value ({missing}). Known: {', '.join(sorted(fields))}.")
     return _FIELD.sub(lambda match: fields.get(match.group(1), ""), template)

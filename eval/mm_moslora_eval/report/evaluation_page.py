@@ -25,10 +25,12 @@ from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
 from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_samples
-from mm_moslora_eval.run.result_file import RULES, TaskResult, read_results
+from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.score_remarks import beside
+from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.image_controls import open_image
 
 logger = logging.getLogger(__name__)
@@ -142,6 +144,16 @@ def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path
     return write_page(out, lambda: page)
 
 
+def write_models(table: Any, out: Path) -> Path:
+    """Write a `ModelsTable` as a page.
+
+    Raises:
+        ConfigError: `out` is a folder or a file of another program.
+    """
+    page = _render("models.html.j2", title="Scores of models", table=table)
+    return write_page(out, lambda: page)
+
+
 def _render(template: str, **context: Any) -> str:
     filters = {
         "score": format_score, "measured": _format_measured, "short": _short, "named": score_text,
@@ -207,6 +219,7 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
         "name": name,
         "anchor": re.sub(r"[^\w-]", "-", name),
         "about": first.about,
+        "beside": [*beside(first.about)],
         "rows": [_row(result) for result in results],
         "verdicts": verdicts,
         "remarks": remarks,

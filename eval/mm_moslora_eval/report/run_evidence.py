@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
 from mm_moslora.utils import files
@@ -22,13 +23,17 @@ from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
-from mm_moslora_eval.run.result_file import ABOUT, TaskResult, summarise
+from mm_moslora_eval.run.result_file import ABOUT, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import digest
+
+if TYPE_CHECKING:
+    from mm_moslora.tracking.tracker import SampleAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +82,8 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
                 subjects = {row["subject"] for row in rows}
                 _keep_samples(run, [result for result in results if _subject(result) in subjects], output)
             if rows:
-                _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
+                samples = _sample_tables(run, {row["subject"] for row in rows}) if newest else {}
+                _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step, samples=samples)
     except OSError as error:
         logger.warning("%s takes no scores (%s); they are in %s alone.", run, error.strerror, output)
 
@@ -342,7 +348,27 @@ def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | No
     return copy.relative_to(run).as_posix()
 
 
-def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int) -> None:
+def _sample_tables(run: Path, subjects: set[str]) -> dict[str, list[SampleAnswer]]:
+    """The kept samples of the subjects by task, as a tracker shows them."""
+    from mm_moslora.tracking.tracker import SampleAnswer
+
+    tables: dict[str, list[SampleAnswer]] = defaultdict(list)
+    for row in _stored_rows(run / "samples.json"):
+        if row.get("subject") in subjects:
+            image = run / row["image"] if row.get("image") else None
+            tables[row["task"]].append(
+                SampleAnswer(
+                    question=row["question"], expected=row["answer"], prediction=row["after"] or "",
+                    correct=row["after_correct"], image=image,
+                )
+            )  # fmt: skip
+    return tables
+
+
+def _tell_trackers(
+    run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int,
+    samples: Mapping[str, Sequence[SampleAnswer]],
+) -> None:  # fmt: skip
     from mm_moslora.tracking import build_trackers
     from mm_moslora.tracking.tracker import adapter_digest
     from mm_moslora.utils.run_paths import RUN_LOCK
@@ -360,4 +386,6 @@ def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapt
             return
         trackers.reopen(recipe.to_dict(), run)
         trackers.log_evaluation(rows, adapter=adapter_digest(adapter), step=step)
+        for task, answers in samples.items():
+            trackers.log_samples(f"eval/samples/{task}", answers, step)
         trackers.finish()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,10 @@ from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
+from mm_moslora_eval.metrics.question_groups import preferred_option
+from mm_moslora_eval.protocol.model_interface import Answer, OptionScore
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.request_preparation import Item
 from mm_moslora_eval.run.stored_types import StoredAnswer, check_row
 
 logger = logging.getLogger(__name__)
@@ -137,3 +142,44 @@ def _is_ended(path: Path, stack: ExitStack) -> bool:
     except OSError:
         return False
     return True
+
+
+def answer_row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
+    """What a row holds of a model's output.
+
+    Raises:
+        TypeError: the answer is no text.
+        ValueError: the log-likelihoods of the options name no answer.
+    """
+    if isinstance(result, Answer):
+        if not isinstance(result.text, str):  # a backend of another package
+            raise TypeError(f"the model answered with {result.text!r}, expected text")
+        row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+        row |= {} if result.boxes is None else {"boxes": result.boxes}
+        row |= {} if result.prompt_tokens is None else {"prompt_tokens": result.prompt_tokens}
+        return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
+    letters = list(item.document.options)
+    scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
+    _refuse_unordered(scores)
+    texts = list(item.document.options.values())
+    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
+    right = item.document.reference
+    reference = result[letters.index(right)] if right in letters else None
+    return {
+        "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
+        "reference": _reference(right, reference),
+    }  # fmt: skip
+
+
+def _refuse_unordered(scores: Mapping[str, float]) -> None:
+    """Refuse log-likelihoods without a largest: comparisons with NaN make an answer of the order of the options."""
+    wrong = [f"{letter}: {score}" for letter, score in scores.items() if math.isnan(score) or score == math.inf]
+    if wrong or (scores and max(scores.values()) == -math.inf):
+        what = ", ".join(wrong) or "all are -inf"
+        raise ValueError(f"the log-likelihoods of the options name no answer ({what}), expected finite numbers or -inf")
+
+
+def _reference(text: str, score: OptionScore | None) -> dict[str, Any] | None:
+    if score is None or not math.isfinite(score.logprob):
+        return None
+    return {"text": text, "logprob": round(score.logprob, 6), "tokens": score.tokens}

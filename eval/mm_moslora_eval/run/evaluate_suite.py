@@ -28,7 +28,7 @@ from mm_moslora_eval.run.answer_views import (
     scored_row,
 )
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
-from mm_moslora_eval.run.result_file import RULES, TaskResult, score_folder, write_results
+from mm_moslora_eval.run.result_file import score_folder, write_results
 from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
 from mm_moslora_eval.run.stored_types import StoredSample, check_row
 from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
@@ -37,6 +37,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 
@@ -225,6 +226,11 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
     for view, rows in zip(views, [*a, *b], strict=True):
         _check_same(views[0], first, view, rows)
         _check_rules(views[0], view)
+        if _judged(rows) != _judged(first):
+            raise EvalError(
+                f"Only one of {views[0]} and {view} was graded by a judge, so they are not comparable. Score both with "
+                "--judge, or both without."
+            )
     aggregation = _described(views[0]).get("task", {}).get("aggregation", "mean")
     grids = [[[nats_of(rows[name]) for name in first] for rows in side] for side in (a, b)]
     documents = _documents(views[0], first)
@@ -239,6 +245,10 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
         nats=likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()]),
         samples=tuple((shown[0][name], shown[1][name]) for name in score.changed),
     )
+
+
+def _judged(rows: dict[str, dict[str, Any]]) -> bool:
+    return any(row.get("judged") for row in rows.values())
 
 
 def _documents(source: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Document]:
@@ -300,7 +310,8 @@ def _check_rules(view_a: Path, view_b: Path) -> None:
     a, b = (_described(view).get("task") for view in (view_a, view_b))
     if not a or not b:
         return
-    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in ("version", *RULES) if a.get(rule) != b.get(rule)]
+    rules = ("version", *RULES, "grading")
+    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in rules if a.get(rule) != b.get(rule)]
     if odd:
         raise EvalError(
             f"{view_a} and {view_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "

@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -16,6 +16,7 @@ from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.answer_views import (
@@ -32,6 +33,8 @@ from mm_moslora_eval.run.answer_views import (
     read_view,
     write_samples,
 )
+from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
+from mm_moslora_eval.run.judging.task_judgement import judgement
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
@@ -40,8 +43,9 @@ from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.score_aggregation import check_ids
-from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, ungraded, wordy
+from mm_moslora_eval.scoring.score_remarks import answers_alike, disagreement, failures, thinking, ungraded, wordy
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json
 from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
@@ -49,113 +53,6 @@ if TYPE_CHECKING:
     from mm_moslora_eval.run.llm_judge import Judge
 
 logger = logging.getLogger(__name__)
-
-RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
-"""Parts of a task that turn answers into a score."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Counts of documents; `total` is the size of the data set (after `limit`)."""
-
-    total: int
-    scored: int
-    failed: int
-    """No answer; counted as wrong in the headline score."""
-    not_inferable: int
-    """Answered, but the extraction found nothing; counted as wrong."""
-    truncated: int
-    """Cut off by max_new_tokens."""
-    dropped: int = 0
-    """Rows that the protocol leaves out."""
-    thinking: int = 0
-    """Answers with `<think>` blocks, which are removed before extraction."""
-    unclosed_thinking: int = 0
-    """Of these, answers with a block without an end; also counted in `not_inferable`."""
-    ungraded: int = 0
-    """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
-    faults: int = 0
-    """Of these, answers on which the extraction or the metric failed."""
-
-    @property
-    def incomplete(self) -> int:
-        """Answers that are missing, or that the rules could not score."""
-        return self.failed + self.faults
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """One line of the table: a task under a protocol in one image mode, or a baseline."""
-
-    task: str
-    protocol: str
-    version: int
-    mode: str
-    """own, blind, wrong; majority or question_majority for baselines."""
-    n: int
-    score: float
-    stderr: float
-    low: float
-    high: float
-    stderr_kind: str
-    counts: Counts
-    completed: dict[str, float]
-    """n, score and stderr over the samples that were answered."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    likelihood: dict[str, Any] = field(default_factory=dict)
-    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
-    versions."""
-    clusters: int | None = None
-    """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
-    groups: int | None = None
-    """Equally large ones that would give as much certainty."""
-    categories: dict[str, dict[str, float]] = field(default_factory=dict)
-    """n, score, stderr, low, high per category, in the task's score."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """Protocol, data, selection, model, seed, first prompt, environment and date."""
-    folder: str = ""
-    """The view with the samples, relative to the run folder; empty for a baseline."""
-    remarks: tuple[str, ...] = ()
-    """Remarks for readers of the score: why samples failed, that all answers are the same."""
-
-    @property
-    def id(self) -> str:
-        """Task, protocol and mode."""
-        return f"{self.task}@{self.protocol}/{self.mode}"
-
-    @property
-    def subject(self) -> tuple[Any, ...]:
-        """The documents and rules of a score; only scores of the same subject are compared."""
-        # The name of the protocol does not identify the rules of an edited task file.
-        return (*self._measured, self.version, *(str(self.about.get(rule, "")) for rule in RULES))
-
-    @property
-    def _measured(self) -> tuple[Any, ...]:
-        checksum = self.about.get("selection", {}).get("sha256") or self.about.get("data", {}).get("sha256", "")
-        return (self.task, self.protocol, self.about.get("asked_as", self.protocol), checksum, self.n)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The key of a result within a run folder; a later result with the same key replaces the earlier one."""
-        return (*self._measured, self.mode)
-
-    @property
-    def scored(self) -> bool:
-        """Whether there is a score."""
-        return not math.isnan(self.score)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; nan becomes None."""
-        return strict_json(asdict(self))  # type: ignore[no-any-return]
-
-
-def strict_json(value: Any) -> Any:
-    """Plain data with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: strict_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
@@ -212,6 +109,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     given = [[answers[key] for key in own] for own in keys]
     in_order = [next((one for one in several if one["error"]), several[0]) for several in given]
     about = {key: described[key] for key in ABOUT if key in described}
+    about |= _spent(list(itertools.chain(*given)), described.get("prices"))
     about["date"] = max(
         (str(answer["time"]) for several in given for answer in several if answer.get("time")), default=None
     )
@@ -223,12 +121,10 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         for answer in several
     ]
     markers = task.thinking.all_markers(described.get("thinking_markers", ()))
-    each, reason = _scored(task, asked, judge, markers)
+    each, reason = _scored(task, asked, judge, markers=markers, view=view, about=about)
     ends = list(itertools.accumulate(map(len, given), initial=0))
     repeated = [each[start:end] for start, end in itertools.pairwise(ends)]
     scored = [combined(several, over_samples=task.over_samples) for several in repeated]
-    if judge is not None:
-        about["judge"] = judge.to_dict()
     settled: dict[str, Any] = {
         "mode": described["mode"], "folder": folder_of(view),
         "truncated": sum(any(answer["finish_reason"] == "length" for answer in several) for several in given),
@@ -245,6 +141,22 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         return unscored(task, scored, about=about, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, each=each, **settled)
+
+
+def _spent(answers: Sequence[dict[str, Any]], prices: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The tokens of answers of a service that counts them, and their cost at the prices of the run."""
+    counted = [answer for answer in answers if answer.get("prompt_tokens") is not None]
+    if not counted:
+        return {}
+    tokens: dict[str, Any] = {
+        "prompt": sum(answer["prompt_tokens"] for answer in counted),
+        "completion": sum(answer["tokens"] or 0 for answer in counted),
+    }
+    if prices is not None:
+        known = build_known(Prices, prices, source="prices")
+        tokens |= {"cost": known.cost(prompt=tokens["prompt"], completion=tokens["completion"])}
+        tokens |= {"prices": known.to_dict()}
+    return {"tokens": tokens}
 
 
 def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -264,7 +176,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
     """A view of the same answers under another protocol's rules; prompt and decoding stay the original ones."""
     rescored = replace(
         task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
-        aggregation=rules.aggregation, over_samples=rules.over_samples,
+        grading=rules.grading, aggregation=rules.aggregation, over_samples=rules.over_samples,
         thinking=rules.thinking, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
     described |= {"task": rescored.to_dict()}
@@ -273,6 +185,8 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
         make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
+    if graded := graded_text(rules):
+        replace_text(view / GRADED, graded)
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, rescored
 
@@ -306,9 +220,10 @@ class _Asked:
 
 
 def _scored(
-    task: Task, answers: Sequence[_Asked], judge: Judge | None, markers: tuple[Markers, ...]
-) -> tuple[list[Scored], _Unscored | None]:
-    """Answers with their scores, or the reason for missing scores."""
+    task: Task, answers: Sequence[_Asked], judge: Judge | None, *, markers: tuple[Markers, ...], view: Path,
+    about: dict[str, Any],
+) -> tuple[list[Scored], _Unscored | None]:  # fmt: skip
+    """Answers with their scores, or the reason for missing scores; `about` gets what is known of the judge."""
     plain = [
         Scored(
             document=one.document, text=one.text or "", parsed=one.text or "", score=math.nan, failed=one.text is None,
@@ -318,16 +233,13 @@ def _scored(
     ]  # fmt: skip
     if all(not one.document.answers for one in answers) and task.metric not in JUDGED:
         return plain, _Unscored("The data holds no reference answers.")
-    if task.metric in JUDGED and judge is None:
-        return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
-    if judge is not None:
-        from mm_moslora_eval.run.llm_judge import judged, reads
-
-        try:
-            if reads(task):
-                return judged(judge, task, plain), None
-        except EvalError as error:  # other tasks are still asked and scored
-            return plain, _Unscored(str(error), failed=True)
+    if judge is not None or task.metric in JUDGED:
+        outcome = judgement(judge, task, plain, view=view)
+        about |= outcome.about
+        if outcome.samples is not None:
+            return outcome.samples, None
+        if outcome.problem:  # other tasks are still asked and scored
+            return plain, _Unscored(outcome.problem, failed=outcome.failed)
     rules = {"extraction": task.extraction, "metric": task.metric}
     return [
         score_answer(one.document, one.text, cluster=one.cluster, markers=markers, **rules) for one in answers
@@ -335,8 +247,8 @@ def _scored(
 
 
 _PROTOCOL = (
-    "title", "prompt", "decoding", "extraction", "metric", "aggregation", "expected_count", "licence", "unverified",
-    "published", "notes", "differences",
+    "title", "prompt", "decoding", "extraction", "metric", "grading", "aggregation", "expected_count", "licence",
+    "unverified", "published", "notes", "differences",
 )  # fmt: skip
 """Parts of a task that a result repeats."""
 _SOMETIMES = ("over_samples", "thinking", "changed")
@@ -362,8 +274,8 @@ def unscored(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
-        completed={"n": len(samples) - failed}, about=described, folder=folder,
-        likelihood=likelihood or {}, remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
+        completed={"n": len(samples) - failed}, about=described, folder=folder, likelihood=likelihood or {},
+        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -404,6 +316,7 @@ def summarise(
         ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(done),
     )  # fmt: skip
     remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
+    remarks += disagreement(about.get("judge", {}))
     if not graded:
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)

@@ -61,12 +61,45 @@ class _Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Agreement:
+    file: str
+    n: int
+    agreed: int
+    share: float
+    low: float
+    high: float
+    least: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Judge:
     model: str
     calls: int
     prompt_tokens: int
     completion_tokens: int
     cached: int
+    agreement: _Agreement | None = None
+    shortened: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ByRules:
+    """The score of a judged task without a judge."""
+
+    extraction: str
+    metric: str
+    score: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Tokens of the answers, and their cost where prices were given."""
+
+    prompt: int
+    completion: int
+    cost: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +130,8 @@ class _About:
     data: _Documents | None = None
     decoding: _Decoding | None = None
     judge: _Judge | None = None
+    by_rules: _ByRules | None = None
+    tokens: _Tokens | None = None
     differences: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     published: tuple[dict[str, Any], ...] = ()
@@ -164,6 +199,7 @@ class StoredAnswer:
     error: str | None
     reference: dict[str, Any] | None = None
     boxes: tuple[tuple[float, ...], ...] | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,12 +33,12 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
 from mm_moslora.utils.text_format import whole_number
-from mm_moslora_eval.metrics.question_groups import preferred_option
-from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
+from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
+from mm_moslora_eval.run.answer_log import AnswerLog, Row, answer_row, line, merge, read_folder
 from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
+from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.sources.document import DataSet, Document
@@ -284,6 +283,8 @@ def _describe(
         for item, *others in work.documents
     ]
     replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
+    if graded := graded_text(task):
+        replace_text(view / GRADED, graded)
     first = next((item for item in work.items if item.problem is None), None)
     described = {
         "format": FORMAT,
@@ -299,6 +300,8 @@ def _describe(
     }
     if markers := getattr(model, "thinking_markers", ()):
         described["thinking_markers"] = [list(pair) for pair in markers]
+    if (prices := getattr(model, "prices", None)) is not None:
+        described["prices"] = prices
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -426,7 +429,7 @@ class _AnswerJob:
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            row = _row(items[index], result, self.task)
+            row = answer_row(items[index], result, self.task)
             yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
@@ -451,37 +454,3 @@ class _AnswerJob:
     def _report(self) -> None:
         if self.progress is not None:
             self.progress(self._done, len(self.items))
-
-
-def _row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
-    if isinstance(result, Answer):
-        if not isinstance(result.text, str):  # a backend of another package
-            raise TypeError(f"the model answered with {result.text!r}, expected text")
-        row = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-        row |= {} if result.boxes is None else {"boxes": result.boxes}
-        return row | {"reference": _reference(task.reference_of(item.document), result.reference)}
-    letters = list(item.document.options)
-    scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
-    _refuse_unordered(scores)
-    texts = list(item.document.options.values())
-    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
-    right = item.document.reference
-    reference = result[letters.index(right)] if right in letters else None
-    return {
-        "text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores,
-        "reference": _reference(right, reference),
-    }  # fmt: skip
-
-
-def _refuse_unordered(scores: Mapping[str, float]) -> None:
-    """Refuse log-likelihoods without a largest: comparisons with NaN make an answer of the order of the options."""
-    wrong = [f"{letter}: {score}" for letter, score in scores.items() if math.isnan(score) or score == math.inf]
-    if wrong or (scores and max(scores.values()) == -math.inf):
-        what = ", ".join(wrong) or "all are -inf"
-        raise ValueError(f"the log-likelihoods of the options name no answer ({what}), expected finite numbers or -inf")
-
-
-def _reference(text: str, score: OptionScore | None) -> dict[str, Any] | None:
-    if score is None or not math.isfinite(score.logprob):
-        return None
-    return {"text": text, "logprob": round(score.logprob, 6), "tokens": score.tokens}

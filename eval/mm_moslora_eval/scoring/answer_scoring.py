@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import (
@@ -181,10 +182,21 @@ METRICS: NamedParts[Metric] = NamedParts("metric", _METRICS | parts_named("METRI
 """Name -> function that scores a parsed answer, 0 to 1."""
 
 
-JUDGED = (
-    "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
+def without_judge(*_: Any) -> NoReturn:
+    """No function of this package scores such an answer."""
+    raise EvalError("Only a judge can grade these answers.")
+
+
+JUDGED: NamedParts[Callable[..., Any]] = NamedParts(
+    "grader",
+    dict.fromkeys(
+        ("judge", "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench",
+         "judge_llavabench_lmms_eval"),
+        without_judge,
+    ),
+    files=False,
 )  # fmt: skip
-"""Metrics that need a judge; without one a task is unscored."""
+"""Names of metrics that need a judge (`answer_graders.GRADERS`); without one a task is unscored."""
 
 
 def score_answer(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -89,10 +89,11 @@ class NamedParts(Mapping[str, F], Generic[F]):
     Args:
         kind: of `KINDS`, or another word, such as `grader`; the group of entry points is `mm_moslora_eval.KINDs`.
         shipped: this package's own functions.
+        files: whether a user's file may hold such a function.
     """
 
-    def __init__(self, kind: str, shipped: Mapping[str, F]) -> None:
-        self.kind, self._shipped = kind, dict(shipped)
+    def __init__(self, kind: str, shipped: Mapping[str, F], *, files: bool = True) -> None:
+        self.kind, self._shipped, self._files = kind, dict(shipped), files
         self._group = f"mm_moslora_eval.{kind.removesuffix('s')}s"
 
     def __getitem__(self, part: str) -> F:
@@ -116,7 +117,9 @@ class NamedParts(Mapping[str, F], Generic[F]):
         if not isinstance(part, str):
             return False
         name, options = _read(part)
-        return name in self._shipped or _FILE in options or name in self._points()
+        if _FILE in options:
+            return self._files
+        return name in self._shipped or name in self._points()
 
     def __hash__(self) -> int:
         return id(self)
@@ -124,7 +127,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    def check(self, part: str, *, also: Sequence[str] = ()) -> None:
+    def check(self, part: str, *, also: Collection[str] = ()) -> None:
         """Refuse a part that no task can have; the code of other packages and of files is not loaded.
 
         Args:

@@ -4,9 +4,11 @@ same, that answers contain the right word among others.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mm_moslora_eval.scoring.answer_scoring import score_leniently
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
@@ -47,6 +49,41 @@ def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
             f"{len(faults)} of {len(samples)} answers have no score, because the extraction or the metric failed on "
             f"them (the first: {_short(faults[0])}).{rest} Mend it, then score again (mm-moslora eval score)."
         )
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """How far a judge agrees with graded answers (`judge_check.check_judge`)."""
+    return (
+        f"The judge agrees with {found['agreed']} of {found['n']} graded answers of {found['file']} "
+        f"({found['share']:.0%}, 95 % {found['low']:.0%} to {found['high']:.0%})"
+    )
+
+
+def beside(about: Mapping[str, Any]) -> Iterator[str]:
+    """What stands beside a score: that of the rules where a judge graded, how far the judge is right, what it cost."""
+    if ruled := about.get("by_rules"):
+        score, low, high = (math.nan if ruled[name] is None else ruled[name] for name in ("score", "low", "high"))
+        yield (
+            f"{score:.4f} ({low:.4f} to {high:.4f}) without a judge, by the rules {ruled['extraction']} and "
+            f"{ruled['metric']}."
+        )
+    if spent := about.get("tokens"):
+        cost = f"; {spent['cost']:.4g} at the given prices" if spent.get("cost") is not None else ""
+        yield f"{spent['prompt']:,} tokens in, {spent['completion']:,} out{cost}."
+    if found := about.get("judge", {}).get("agreement"):
+        yield f"{agreement_text(found)}."
+
+
+def disagreement(judge: Mapping[str, Any]) -> Iterator[str]:
+    """A remark on a judge that agrees with too few graded answers, and on answers that it saw a part of."""
+    found = judge.get("agreement")
+    if found is not None and found["share"] < found["least"]:
+        yield (
+            f"{agreement_text(found)}, less than {found['least']:.0%} (--judge-agreement): its grades do not measure "
+            "the answers. Ask another judge."
+        )
+    if shortened := judge.get("shortened"):
+        yield f"{shortened} answers are so long that the judge was shown their beginning and end alone."
 
 
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:

@@ -115,6 +115,9 @@ def test_every_tracker_links_the_score_to_the_adapter(measured: Path) -> None:
     named = {part["summary"]["eval/adapter"]: part["history"] for part in parts if "eval/adapter" in part["summary"]}
     assert named.keys() == {last, middle}
     assert any(row.get("train/step") == 4 and "eval/test" in row for row in named[last])
+    kept, rows = json.loads((run / "samples.json").read_text()), "eval/samples/test/nrows"
+    assert [row[rows] for row in named[last] if rows in row] == [len(kept)]
+    assert not any(rows in row for row in named[middle]), "only the newest checkpoint's samples are kept"
 
 
 def test_the_folder_of_a_model_without_a_run_gets_no_scores(measured: Path, tmp_path: Path, records: Path) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
+from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task import Source, Task, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
-from mm_moslora_eval.run.llm_judge import GRADERS, MOST_UNREADABLE, Judge
+from mm_moslora_eval.run.judging.answer_graders import GRADERS
+from mm_moslora_eval.run.judging.judged_scores import MOST_UNREADABLE
+from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
@@ -175,7 +178,7 @@ def test_a_judge_that_thinks_has_room_for_it(tmp_path: Path) -> None:
 def old_cache(folder: Path, replies: dict[float, str], *, url: str, view: Path) -> None:
     """The cache of an earlier version: every reply, also those that could not be read."""
     from mm_moslora_eval.run.answer_views import documents_of
-    from mm_moslora_eval.run.llm_judge import _MMVET
+    from mm_moslora_eval.run.judging.answer_graders import _MMVET
     from mm_moslora_eval.sources.document import digest
 
     folder.mkdir()
@@ -291,7 +294,7 @@ def test_an_answer_that_a_judge_finds_is_read_by_the_same_rules(tmp_path: Path) 
 
 
 def test_every_judged_metric_has_a_grader() -> None:
-    assert set(JUDGED) == set(GRADERS)
+    assert set(JUDGED) == {BY_PROMPT, *GRADERS}
 
 
 def test_replies_of_servers_are_read_in_one_place() -> None:

@@ -19,10 +19,12 @@ from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
-from mm_moslora_eval.run.llm_judge import THINKING_TOKENS, WORDING, Judge
+from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
+from mm_moslora_eval.run.llm_judge import THINKING_TOKENS, Judge
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.submissions import FORMS, write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.sources.document import digest
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from tests.eval.eval_fake import FakeModel
@@ -87,7 +89,7 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
         assert result.about["judge"] | {"url": ""} == {
             "model": "j", "url": "", "wording": WORDING, "thinking_tokens": THINKING_TOKENS, "cached": 0,
             "unreadable": 2, "calls": 1 + 3 + 1, "retries": 0, "prompt_tokens": 50,
-            "completion_tokens": judge.endpoint.usage.completion_tokens,
+            "completion_tokens": judge.endpoint.usage.completion_tokens, "prompt_sha256": digest(prompt_of(task)[1]),
         }  # fmt: skip
         prompt = next(p["messages"][0]["content"] for p in server.payloads if "Q0?" in p["messages"][0]["content"])
         assert "a <AND> b" in prompt

@@ -1,0 +1,1 @@
+"""Parts of the client of chat services: forms of requests and replies, pictures, limits, threads."""

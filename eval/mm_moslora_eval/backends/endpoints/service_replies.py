@@ -1,0 +1,60 @@
+"""What a reply in OpenAI's form says, and counts of many."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Usage:
+    """Counts of an endpoint's calls and tokens; thread-safe."""
+
+    calls: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    left_out: set[str] = field(default_factory=set)
+    """Parameters that the model refuses, and that are not sent any more."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, reply: dict[str, Any], *, retries: int) -> None:
+        """Count one call."""
+        with self._lock:
+            self.calls += 1
+            self.retries += retries
+            self.prompt_tokens += tokens_of(reply, "prompt_tokens")
+            self.completion_tokens += tokens_of(reply, "completion_tokens")
+
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of an average call; 0 before the first."""
+        return (self.prompt_tokens + self.completion_tokens) // self.calls if self.calls else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts."""
+        names = ("calls", "retries", "prompt_tokens", "completion_tokens")
+        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return counts | ({"left_out": sorted(self.left_out)} if self.left_out else {})
+
+
+def tokens_of(reply: dict[str, Any], name: str) -> int:
+    """A count of a reply's `usage`; 0 if the server does not report it."""
+    used = reply.get("usage")
+    count = used.get(name) if isinstance(used, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+def reply_text(reply: dict[str, Any]) -> str:
+    """The text of a reply; its content is a text, a list of parts, of which those of type `text` are read, or null."""
+    content = reply["choices"][0]["message"].get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content or ""
+
+
+def is_cut_off(reply: dict[str, Any]) -> bool:
+    """Whether the reply ended because of `max_tokens`."""
+    return bool(reply["choices"][0].get("finish_reason") == "length")

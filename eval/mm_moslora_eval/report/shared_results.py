@@ -1,0 +1,134 @@
+"""Results of a run in the forms of others: the model-index of a model card on the hub, and lmms-eval's results file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.files import output_file, replace_text
+from mm_moslora.utils.redaction import redact_text
+from mm_moslora_eval.report.evaluation_page import names_of
+from mm_moslora_eval.run.answer_views import read_json
+from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.run.task_runner import RUN
+from mm_moslora_eval.scoring.task_result import TaskResult, strict_json
+
+_TASK_TYPE = "image-text-to-text"
+_OUTPUT_TYPES = {"generate": "generate_until"}
+
+
+def write_shared(run: Path, out: Path, *, form: str) -> int:
+    """Write the results of a run with its own pictures in one of `SHARED`.
+
+    Returns:
+        Number of results that have no score and are left out.
+
+    Raises:
+        EvalError: an unknown form, or no results with a score.
+        ConfigError: `out` is a folder, or a file that exists.
+    """
+    if form not in SHARED:
+        raise EvalError(f"No form {form!r}.{suggestion(form, SHARED)} Known: {', '.join(SHARED)}.")
+    results = [result for result in read_results(run) if result.mode == "own"]
+    scored = [result for result in results if result.scored]
+    if not scored:
+        raise EvalError(f"{run} holds no scored results of own pictures; expected a run folder with a results.json.")
+    model = redact_text(model_of(run), keep_hashes=True)
+    output_file(out).parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, SHARED[form](model, scored))
+    return len(results) - len(scored)
+
+
+def model_of(run: Path) -> str:
+    """The name of a run's model; the folder's name where its record is missing or damaged."""
+    try:
+        return str(read_json(run / RUN)["model"]["name"])
+    except (EvalError, KeyError, TypeError):
+        return run.name
+
+
+def _model_index(model: str, results: Sequence[TaskResult]) -> str:
+    """The front matter of a model card; several protocols of one set stand under it as metrics."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    rows = []
+    for name, result in zip(names_of(results), results, strict=True):
+        about, counts = result.about, result.counts
+        data, selection = about.get("data", {}), about.get("selection", {})
+        path = str(data.get("path", ""))
+        hub_id = path if path.count("/") == 1 and not Path(path).suffix else result.task
+        details = {
+            "protocol": result.protocol, "version": result.version, "stderr": result.stderr, "low": result.low,
+            "high": result.high, "documents": result.n, "failed": counts.failed,
+            "not_inferable": counts.not_inferable, "ungraded": counts.ungraded, "judge": _judge(about),
+        }  # fmt: skip
+        part = selection.get("name", "all")
+        rows.append(
+            EvalResult(
+                task_type=_TASK_TYPE, task_name=name, dataset_type=hub_id,
+                dataset_name=about.get("title") or result.task,
+                dataset_config=None if part == "all" else f"{part} of {selection.get('of')}",
+                dataset_revision=data.get("revision"), metric_type=str(about.get("metric", "score")),
+                metric_name=f"{about.get('aggregation', 'mean')} of {about.get('metric', 'score')} ({result.protocol})",
+                metric_value=result.score, metric_args=strict_json({k: v for k, v in details.items() if v is not None}),
+            )
+        )  # fmt: skip
+    index = eval_results_to_model_index(Path(model).name or model, rows)
+    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
+
+
+def _judge(about: Mapping[str, Any]) -> str | None:
+    judge = about.get("judge")
+    return (
+        None if judge is None or "wording" not in judge else f"{judge['model']}, prompt {judge['prompt_sha256'][:12]}"
+    )
+
+
+def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
+    """A results file as lmms-eval writes it, without samples."""
+    named = dict(zip(names_of(results), results, strict=True))
+    scores: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for name, result in named.items():
+        about = result.about
+        metric, decoding = str(about.get("metric", "score")), about.get("decoding", {})
+        scores[name] = {"alias": name, "samples": result.n, f"{metric},none": result.score}
+        scores[name] |= {f"{metric}_stderr,none": "N/A" if math.isnan(result.stderr) else result.stderr}
+        scores[name] |= {f"{key},none": value for key, value in result.metrics.items() if key != metric}
+        configs[name] = {
+            "task": name, "dataset_path": str(about.get("data", {}).get("path", "")),
+            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"), "num_fewshot": 0,
+            "metric_list": [{"metric": metric, "aggregation": about.get("aggregation"), "higher_is_better": True}],
+            "generation_kwargs": {
+                "max_new_tokens": decoding.get("max_new_tokens"), "num_beams": decoding.get("beams", 1),
+                "do_sample": False, "temperature": 0.0,
+            },
+            "metadata": {"version": result.version, "protocol": result.protocol},
+        }  # fmt: skip
+    content = {
+        "results": scores,
+        "group_subtasks": {name: [] for name in named},
+        "configs": configs,
+        "versions": {name: result.version for name, result in named.items()},
+        "n-shot": dict.fromkeys(named, 0),
+        "higher_is_better": {name: {configs[name]["metric_list"][0]["metric"]: True} for name in named},
+        "n-samples": {
+            name: {"original": result.about.get("data", {}).get("rows") or result.n, "effective": result.n}
+            for name, result in named.items()
+        },
+        "config": {"model": "mm_moslora", "model_args": f"pretrained={model}", "limit": None},
+        "model_name": model,
+        "date": max((str(result.about.get("date") or "") for result in results), default=""),
+    }
+    return json.dumps(strict_json(content), indent=2, ensure_ascii=False) + "\n"
+
+
+SHARED: dict[str, Callable[[str, Sequence[TaskResult]], str]] = {"model-index": _model_index, "lmms-eval": _lmms_eval}
+"""Name of a form -> the file of a model's results."""

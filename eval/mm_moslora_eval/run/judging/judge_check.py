@@ -1,0 +1,127 @@
+"""How far a judge agrees with answers that are graded already, by people or by the judge of a publication.
+
+A file of graded answers has a JSON object a line: `response` (or `text`, as in `samples.jsonl`), `grade` from 0 to 1,
+and the document: `question`, `answers` (or `answer`), `options`, `category`, `hint`, and further columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.untrusted_data import build_known, parse_lines
+from mm_moslora.utils.untrusted_files import read_text, read_text_below
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.judging.judged_scores import judged
+from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import Document
+
+GRADED = "graded.jsonl"
+"""Copy of a task's graded answers in a view, so that scoring needs no data."""
+SAME = 0.05
+"""Grades that differ by less are the same: half a step of MM-Vet's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GradedAnswer:
+    grade: float
+    response: str = ""
+    text: str = ""
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    answer: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    category: str | None = None
+    hint: str | None = None
+
+
+_KEYS = frozenset(_GradedAnswer.__dataclass_fields__)
+
+
+def read_graded(text: str, *, source: str) -> list[tuple[Scored, float]]:
+    """Graded answers with their grades.
+
+    Raises:
+        EvalError: a line is damaged, or has no answer or no grade from 0 to 1.
+    """
+    try:
+        rows = parse_lines(text)
+    except ValueError as error:
+        raise EvalError(f"{source} {error}") from error
+    graded = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            read = build_known(_GradedAnswer, row, source=f"{source}, line {number}")
+        except ConfigError as error:
+            raise EvalError(str(error)) from error
+        response = read.response or read.text
+        if not 0 <= read.grade <= 1 or not response:
+            raise EvalError(
+                f"{source}, line {number}: expected `response`, a text, and `grade`, 0 to 1; found a response of "
+                f"{len(response)} characters and grade {read.grade}."
+            )
+        document = Document(
+            id=str(number), question=read.question, options=read.options,
+            answers=read.answers or ((read.answer,) if read.answer else ()), category=read.category, hint=read.hint,
+            extra={key: str(value) for key, value in row.items() if key not in _KEYS},
+        )  # fmt: skip
+        graded.append((Scored(document=document, text=response, parsed="", score=math.nan), read.grade))
+    if not graded:
+        raise EvalError(f"{source} holds no graded answers, expected a JSON object a line.")
+    return graded
+
+
+def check_judge(judge: Judge, task: Task, view: Path) -> dict[str, Any] | None:
+    """The agreement of a judge with graded answers of `--judge-check`, or of the task; None without such answers.
+
+    An answer to which the judge gives no readable reply counts as one on which it disagrees.
+
+    Args:
+        judge: its replies are cached as those of any answer.
+        task: its grader is asked.
+        view: may hold the task's graded answers.
+
+    Raises:
+        EvalError: the file cannot be used, or the judge fails.
+    """
+    path = judge.graded or view / GRADED
+    text = read_text(path) if judge.graded is not None else read_text_below(view, GRADED)
+    if text is None:
+        return None
+    graded = read_graded(text, source=str(path))
+    found = judged(judge, task, [sample for sample, _ in graded])
+    off = [abs(sample.score - grade) for sample, (_, grade) in zip(found, graded, strict=True)]
+    same = [
+        Scored(document=sample.document, text="", parsed="", score=float(difference < SAME))
+        for sample, difference in zip(found, off, strict=True)
+    ]
+    share = aggregate("mean", same)
+    read = [difference for difference in off if not math.isnan(difference)]
+    return {
+        "file": path.name, "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), "n": len(same),
+        "agreed": round(sum(sample.score for sample in same)), "share": share.value, "low": share.low,
+        "high": share.high, "mean_difference": fmean(read) if read else None, "unreadable": len(off) - len(read),
+        "least": judge.least_agreement,
+    }  # fmt: skip
+
+
+def graded_text(task: Task) -> str:
+    """The text of the task's file of graded answers, checked; empty without one.
+
+    Raises:
+        EvalError: it cannot be used.
+        FileError: it is missing.
+    """
+    if task.grading is None or not task.grading.check:
+        return ""
+    path = Path(task.folder or ".") / task.grading.check
+    text = read_text(path)
+    read_graded(text, source=str(path))
+    return text

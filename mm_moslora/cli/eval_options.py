@@ -1,0 +1,104 @@
+"""Options of the verbs of `mm-moslora eval`, above all about services and judges."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+
+
+ModelNames = Annotated[
+    tuple[str, ...],
+    Parameter(
+        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL "
+        "or replay:FILE; several: given again."
+    ),
+]
+Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
+Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
+JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
+JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
+OtherPreprocessing = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
+]
+JudgeName = Annotated[
+    str | None,
+    Parameter(
+        help="URL#MODEL of an OpenAI-compatible judge, or a model as for --model; keys are read from the environment."
+    ),
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Limits and prices of a model behind a service, and answers that are there already."""
+
+    requests_per_minute: float | None = None
+    """Most requests to the model's service in a minute."""
+    tokens_per_minute: float | None = None
+    """Most tokens, of prompts and answers, in a minute."""
+    price: str | None = None
+    """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
+    server_arguments: str = ""
+    """Further arguments of the server of vllm:FOLDER, such as
+    --server-arguments='--tensor-parallel-size 4 --max-model-len 8192'."""
+    answer_cache: Path | None = None
+    """Folder of answers that runs share: what the same model was asked before is not asked again."""
+
+    def settings(self, **patience: Any) -> ServiceSettings:
+        """The settings of the client; `patience` is `timeout` and `attempts`."""
+        from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+
+        return ServiceSettings(
+            requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, price=self.price,
+            server_arguments=tuple(shlex.split(self.server_arguments)), **patience,
+        )  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """How a judge is checked, and its limits."""
+
+    judge_check: Path | None = None
+    """JSON Lines of graded answers; the results name the share on which the judge agrees. Default: those of the task,
+    if it has some."""
+    judge_agreement: float = 0.8
+    """Share below which the result warns of the judge."""
+    judge_batch_size: int = 4
+    """Answers graded at the same time."""
+    judge_requests_per_minute: float | None = None
+    """Most requests to the judge in a minute."""
+    judge_tokens_per_minute: float | None = None
+    """Most tokens, of prompts and replies, in a minute."""
+    judge_price: str | None = None
+    """IN/OUT: prices of a million tokens of the judge."""
+
+    def of_judge(self, **patience: Any) -> dict[str, Any]:
+        """Arguments of `eval_commands.make_judge`."""
+        limits = ServiceOptions(
+            requests_per_minute=self.judge_requests_per_minute, tokens_per_minute=self.judge_tokens_per_minute,
+            price=self.judge_price,
+        )  # fmt: skip
+        return {
+            "service": limits.settings(**patience), "graded": self.judge_check,
+            "least_agreement": self.judge_agreement, "workers": self.judge_batch_size,
+        }  # fmt: skip
+
+
+NO_LIMITS, PLAIN_JUDGE = ServiceOptions(), JudgeOptions()
