@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from mm_moslora.adapters import save_adapter
 from mm_moslora.config import AdapterConfig, ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.parameter_groups import parameter_groups

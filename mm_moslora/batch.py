@@ -81,7 +81,6 @@ class VideoSampling(Protocol):
 
     def sample(self, metadata: VideoMetadata, *, frames: int | None, fps: float | None) -> list[int]:
         """Numbers of the frames to show: about `frames`, or `fps` a second."""
-        ...
 
 
 class ImageProcessing(Protocol):
@@ -90,7 +89,6 @@ class ImageProcessing(Protocol):
     @property
     def videos(self) -> VideoSampling | None:
         """Chooses frames; None: a video is several pictures."""
-        ...
 
     boxes: BoxFormName | None
     """The form in which the model reads and writes boxes; None: not known, see `ModelConfig.boxes`."""
@@ -98,15 +96,12 @@ class ImageProcessing(Protocol):
     @property
     def fixed(self) -> bool:
         """Whether every picture takes as many tokens as any other."""
-        ...
 
     def process(self, images: Sequence[Any]) -> list[ProcessedImage]:
         """Prepare the RGB pictures (PIL images) and `Video`s of one conversation."""
-        ...
 
     def placeholders(self, sizes: Sequence[tuple[int, int] | VideoMetadata]) -> list[tuple[int, ...] | str]:
         """Placeholders of pictures with these widths and heights, and of videos, without decoding them."""
-        ...
 
     def frame(self, size: tuple[int, int]) -> PictureFrame:
         """What becomes of the pixels of a picture of this width and height.
@@ -114,7 +109,6 @@ class ImageProcessing(Protocol):
         Raises:
             ModelError: the processing crops or pads in a way that cannot be followed.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,23 @@ from typing import NoReturn
 _PACKAGE = "mm_moslora."
 _HARNESS = "mm_moslora_eval."
 MODULES = {
-    _PACKAGE + "data.sources.record_source": "data.chat.records",
+    _PACKAGE + "data.chat.judged_records": "data.preferences.judged_records",
+    _PACKAGE + "data.chat.preference_records": "data.preferences.preference_records",
+    _PACKAGE + "data.preference_set": "data.preferences.preference_set",
+    _PACKAGE + "data.sources.record_source": "data.sources.record_file",
+    _PACKAGE + "models.import_checkpoint": "models.importing.import_checkpoint",
+    _PACKAGE + "models.import_xtuner": "models.importing.import_xtuner",
+    **{
+        _PACKAGE + f"planning.{name}": f"planning.ranks.{name}"
+        for name in ("distributed_doctor", "link_speed", "rank_facts", "roll_call")
+    },
+    _PACKAGE + "reporting.comparison_charts": "reporting.comparison.comparison_charts",
+    _PACKAGE + "reporting.comparison_curves": "reporting.comparison.comparison_curves",
+    _PACKAGE + "reporting.comparison_page": "reporting.comparison.comparison_page",
     _PACKAGE + "serve.inference.token_sampling": "models.decoding.token_sampling",
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
+    _PACKAGE + "utils.heartbeat": "launch.heartbeat",
 }
 """Module of before -> module below `mm_moslora` that holds its names now."""
 NAMES = {
@@ -29,7 +42,16 @@ NAMES = {
     },
     _PACKAGE + "compare.comparison_plan": {"Settings": "ComparisonSettings"},
     _PACKAGE + "compare.comparison_run": {"Comparison": "ArmComparison"},
-    _PACKAGE + "data.chat.chat_template": {"Plan": "TemplatePlan", "Piece": "TextSpan"},
+    _PACKAGE + "data.chat.chat_template": {
+        "Plan": "TemplatePlan", "Piece": "data.chat.guarded_tokens.TextSpan",
+        "TextSpan": "data.chat.guarded_tokens.TextSpan", "Tokens": "data.chat.guarded_tokens.Tokens",
+    },
+    _PACKAGE + "data.chat.records": {
+        "RecordFile": "data.sources.record_file.RecordFile", "RecordSource": "data.sources.record_file.RecordSource",
+    },
+    _PACKAGE + "data.epoch_order": {
+        "pack": "data.sequence_packing.pack", "fill_rate": "data.sequence_packing.fill_rate",
+    },
     _PACKAGE + "data.training_set": {
         "encode_record": "data.record_examples.encode_record",
         "placeholders_of": "data.record_examples.placeholders_of",
@@ -40,8 +62,18 @@ NAMES = {
     _PACKAGE + "models.memory_efficient.decoder_layers": {
         name: f"models.memory_efficient.loss_head.{name}" for name in ("LossHead", "head_loss_sum", "token_loss_sum")
     },
+    _PACKAGE + "models.decoding.prefix_cache": {
+        "shared_prefix_attention": "models.decoding.shared_prefix.shared_prefix_attention",
+    },
+    _PACKAGE + "models.model_paths": {
+        "is_comparable": "models.weights_fingerprint.is_comparable", "is_same": "models.weights_fingerprint.is_same",
+    },
     _PACKAGE + "planning.doctor": {"Finding": "Diagnosis"},
+    _PACKAGE + "planning.recipe_data": {
+        "view_recipe": "planning.record_views.view_recipe", "view_page": "planning.record_views.view_page",
+    },
     _PACKAGE + "planning.run_plan": {"Plan": "RunPlan"},
+    _PACKAGE + "reporting.run_data": {"Score": "reporting.run_rows.Score"},
     _PACKAGE + "serve.inference.continuous_batching": {
         "Engine": "GenerationEngine", "Job": "GenerationJob", "Piece": "AnswerPart",
     },
@@ -55,6 +87,10 @@ NAMES = {
         "choose_checkpoint": "training.checkpointing.resume_choice.choose_checkpoint",
     },
     _PACKAGE + "training.run_setup": {"exclusive": "training.supervision.run_folder.exclusive"},
+    _PACKAGE + "utils.files": {
+        name: f"utils.folder_marks.{name}"
+        for name in ("PAGE_SIGN", "in_construction", "output_file", "refuse_full_folder", "refuse_strangers")
+    },
     _PACKAGE + "utils.file_locks": {"held": "lock_file"},
     _HARNESS + "backends.vlmevalkit_example": {"MoSLoRAModel": "VLMEvalKitModel"},
     _HARNESS + "eval_commands": {"compare": "compare_runs"},

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.reporting.comparison_charts import Measure, columns, differences_of, means_of
-from mm_moslora.reporting.comparison_page import draw, read_results
+from mm_moslora.reporting.comparison.comparison_charts import Measure, columns, differences_of, means_of
+from mm_moslora.reporting.comparison.comparison_page import draw, read_results
 from mm_moslora.utils.errors import ConfigError
 
 Results = Mapping[str, Any]

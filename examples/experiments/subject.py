@@ -197,7 +197,7 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
             outcomes[cell.name] = outcome
     from mm_moslora.compare.comparison_analysis import analyse
     from mm_moslora.compare.comparison_text import table
-    from mm_moslora.reporting.comparison_page import write_page
+    from mm_moslora.reporting.comparison.comparison_page import write_page
 
     about = SimpleNamespace(name=shared.name, to_yaml=lambda: yaml.safe_dump(_plain(plan), sort_keys=False))
     state: Any = SimpleNamespace(settings=settings, outcomes=outcomes, folder=out, recipe=about)

@@ -192,7 +192,7 @@ def _show(comparison: ArmComparison, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.comparison_analysis import analyse
     from mm_moslora.compare.comparison_text import table
     from mm_moslora.launch.launcher import EXIT_REQUEUE
-    from mm_moslora.reporting.comparison_page import write_page
+    from mm_moslora.reporting.comparison.comparison_page import write_page
 
     results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))
     print(table(results))

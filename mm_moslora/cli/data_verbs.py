@@ -152,7 +152,7 @@ def data_view(
     """
     resolved = load_recipe(recipe, override_items(overrides))
     quiet_libraries()
-    from mm_moslora.planning.recipe_data import view_page, view_recipe
+    from mm_moslora.planning.record_views import view_page, view_recipe
 
     if html is not None:
         print(view_page(resolved, html, start=start, count=count, records=records))

@@ -90,7 +90,7 @@ def doctor(
         return _report([first, *rest])
     keep_rank_log(os.environ)
     quiet_libraries()
-    from mm_moslora.planning.distributed_doctor import diagnose_ranks
+    from mm_moslora.planning.ranks.distributed_doctor import diagnose_ranks
     from mm_moslora.utils.distributed import is_main
 
     return _report(diagnose_ranks(resolved, limit=_RANKS_SECONDS if limit is None else limit), show=is_main())

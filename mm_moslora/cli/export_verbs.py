@@ -9,7 +9,7 @@ from mm_moslora.cli.eval_options import OtherPreprocessing
 from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.file_locks import new_folder
-from mm_moslora.utils.files import refuse_full_folder
+from mm_moslora.utils.folder_marks import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -225,7 +225,7 @@ def import_model(
     quiet_libraries()
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.export.export_huggingface import export_model
-    from mm_moslora.models.import_checkpoint import import_parts, whole_config
+    from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
 
     imported = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
     summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"

@@ -32,10 +32,11 @@ from mm_moslora.compare.comparison_plan import (
     measured,
     reported_cells,
     run_count,
+    short_names,
     tuning_cells,
     tuning_scores,
 )
-from mm_moslora.compare.comparison_run import ArmComparison, short_names
+from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.comparison_text import says
 from mm_moslora.compare.seed_statistics import TaskScores, arm_mean
 from mm_moslora.compare.sequential_looks import Judged, Looks, first_seeds, judge, read_state

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from mm_moslora.compare.arms import Arm
 from mm_moslora.config import Recipe
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.run_paths import file_and_folder
 
 FORMAT = 2
 TUNING_SEEDS = 1000
@@ -335,3 +337,18 @@ def describe(settings: ComparisonSettings) -> dict[str, Any]:
         "max_new_tokens": settings.max_new_tokens,
         "controls": settings.controls,
     }
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """A unique display name for each task: for a data file its file name, with as many folders as needed."""
+    files = {}
+    for task in tasks:
+        kind, _, rest = task.partition(":")
+        if file := {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind):
+            files[task] = Path(file).with_suffix("")
+    names = {task: files[task].name if task in files else task for task in tasks}
+    for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
+        taken = Counter(names.values())
+        names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
+    taken = Counter(names.values())
+    return {task: task if taken[name] > 1 else name for task, name in names.items()}

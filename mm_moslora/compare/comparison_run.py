@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from mm_moslora.compare.comparison_plan import (
     planned_for,
     reported_cells,
     run_count,
+    short_names,
     tuning_cells,
 )
 from mm_moslora.compare.holdout import with_holdout
@@ -40,8 +40,8 @@ from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
-from mm_moslora.utils.run_paths import file_and_folder
+from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_data import read_value
 
@@ -366,21 +366,6 @@ def _problem(run: CellRun, problem: str) -> str:
     """The reason why the first steps of an arm's run ended early."""
     outcome = comparison_cell.known_outcome(run.run_folder)
     return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
-
-
-def short_names(tasks: Sequence[str]) -> dict[str, str]:
-    """A unique display name for each task: for a data file its file name, with as many folders as needed."""
-    files = {}
-    for task in tasks:
-        kind, _, rest = task.partition(":")
-        if file := {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind):
-            files[task] = Path(file).with_suffix("")
-    names = {task: files[task].name if task in files else task for task in tasks}
-    for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
-        taken = Counter(names.values())
-        names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
-    taken = Counter(names.values())
-    return {task: task if taken[name] > 1 else name for task, name in names.items()}
 
 
 @contextmanager

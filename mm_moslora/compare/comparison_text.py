@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings, tuning_cells
-from mm_moslora.compare.comparison_run import short_names
+from mm_moslora.compare.comparison_plan import ALL, LOSS, ComparisonSettings, short_names, tuning_cells
 from mm_moslora.reporting.verdicts import (
     AGAINST,
     UNJUDGED,

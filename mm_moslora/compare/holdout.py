@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.chat.records import RecordFile, RecordSource
 from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.data.sources.record_file import RecordFile, RecordSource
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename, writing_in_place
 from mm_moslora.utils.untrusted_data import StrictJsonError

@@ -22,7 +22,6 @@ from mm_moslora.data.epoch_order import (
     MicroBatchLimit,
     deal,
     even_size,
-    pack,
     plan_epoch,
     plan_llava,
     plan_rows,
@@ -30,6 +29,7 @@ from mm_moslora.data.epoch_order import (
 )
 from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sequence_packing import pack
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.launch.child_processes import fork_context

@@ -14,22 +14,29 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import chain, groupby, takewhile
-from operator import eq
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora import __version__
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.preprocessing_differences import (
+    as_tensor,
+    differences,
+    differing_counts,
+    differing_ids,
+    differing_question,
+    differing_tensors,
+    differing_values,
+    tensor_summary,
+)
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
@@ -39,15 +46,10 @@ from mm_moslora.utils.untrusted_data import build_strictly, parse_json, read_val
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-TOLERANCE = 0.03
-"""Largest accepted difference of the statistics of pixels, whose spread is near 1. The two backends of pictures of
-transformers 5.24 differed by up to 0.017, at 28 pixels."""
 PROBE_SIZE = (1344, 1008)
 """Width and height of the picture: more pixels than most budgets allow, and no multiple of most patches."""
 COUNTED_SIZES = ((64, 48), (480, 640), (2048, 1536), (28, 28), (28, 84), (4096, 4096))
 """Pictures whose tokens are counted, so that limits show on both sides: usual budgets lie between the last ones."""
-_STRETCHES = 24
-"""Stretches of a tensor of pixels of which mean and standard deviation are compared."""
 _QUESTIONS = ("What is in the picture?\nAnswer with 1 word; caf\u00e9 \u4e2d\u6587 is none.", "Is it 3.14 metres wide?")
 _ANSWER = "Squares."
 _ALONE = "  Which of the two?\n\n"
@@ -61,13 +63,11 @@ _VIDEO = "video."
 """Before the names of a video processor's settings."""
 _FLAT = "{%- set messages = flat.messages -%}"
 """Ends what exports put before the chat template of a language model; it changes no prompt."""
-_SHOWN = 60
-"""Characters shown of a long value, from shortly before the first difference on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Summary:
-    """See `_summary`."""
+    """See `tensor_summary`."""
 
     shape: list[int]
     values: list[float]
@@ -94,17 +94,14 @@ class PreprocessingParts(EncoderParts, Protocol):
     @property
     def processor(self) -> Any:
         """None for a language model alone."""
-        ...
 
     @property
     def image_processing(self) -> ImageProcessing | None:
         """None for a language model alone."""
-        ...
 
     @property
     def stop_ids(self) -> Sequence[int]:
         """Tokens that end an answer; empty: unknown."""
-        ...
 
 
 def probe_picture() -> Image.Image:
@@ -176,7 +173,7 @@ def preprocessing_of(
         },
         "prompt": _runs(ids, texts),
         "tokens_per_picture": counts,
-        "tensors": {name: _summary(value) for item in pictures for name, value in sorted(item.tensors.items())},
+        "tensors": {name: tensor_summary(value) for item in pictures for name, value in sorted(item.tensors.items())},
         "question": _runs(alone, texts),
         "stop_ids": list(parts.stop_ids),
     }
@@ -235,14 +232,14 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
     if not stored:
         raise DataError(f"{path} has no {PREPROCESSING}: an earlier version wrote it. Export it again.")
     ids = inputs.get("input_ids")
-    tensors = {name: _summary(_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
+    tensors = {name: tensor_summary(as_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
     if ids is None and not tensors:
         raise DataError(
             f"The inputs are {', '.join(sorted(inputs)) or 'empty'}; expected some of "
             f"{', '.join(['input_ids', *sorted(stored['tensors'])])}."
         )
-    differing = [] if ids is None else _differing_ids(_tensor(ids).flatten().tolist(), stored["prompt"])
-    return [visible(line) for line in differing + _differing_tensors(tensors, stored["tensors"])]
+    differing = [] if ids is None else differing_ids(as_tensor(ids).flatten().tolist(), stored["prompt"])
+    return [visible(line) for line in differing + differing_tensors(tensors, stored["tensors"])]
 
 
 def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
@@ -261,7 +258,7 @@ def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted
     """
     if not (stored := stored_preprocessing(path)) or not (own := preprocessing_of(parts)):
         return False
-    notes = {key: _differing_values(own[key], stored[key]) for key in ("settings", "versions")}
+    notes = {key: differing_values(own[key], stored[key]) for key in ("settings", "versions")}
     return _refuse(path, differences(own, stored), notes, accepted=accepted)
 
 
@@ -299,7 +296,7 @@ def check_processor(
     own = {"tokens_per_picture": _tokens_per_picture(images), "stop_ids": list(stop_ids)}
     own["question"] = [[number, 1, ""] for number in tokenizer(alone, add_special_tokens=special)["input_ids"]]
     stored = stored_preprocessing(path)
-    differing = (compare(path, inputs) or _differing_question(own, stored)) + _differing_counts(own, stored)
+    differing = (compare(path, inputs) or differing_question(own, stored)) + differing_counts(own, stored)
     return _refuse(path, differing, {}, accepted=accepted)
 
 
@@ -338,32 +335,6 @@ def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequ
     return True
 
 
-def differences(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, for people: what the first has `here`, and the second `in training`."""
-    names = {number: token for number, _, token in own["prompt"]}
-    missing = [f"{name} is missing here" for name in sorted(stored["tensors"].keys() - own["tensors"].keys())]
-    return (
-        (_differing_ids(_ids(own["prompt"]), stored["prompt"], names) or _differing_question(own, stored))
-        + _differing_counts(own, stored)
-        + _differing_tensors(own["tensors"], stored["tensors"])
-        + missing
-    )
-
-
-def _differing_question(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    asked = _ids(own["question"]) if stored["question"] else []
-    return _differing_ids(asked, stored["question"], what="a question alone")
-
-
-def _differing_counts(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    counts, expected = (
-        {f"the number of tokens of a picture of {size}": count for size, count in item["tokens_per_picture"].items()}
-        | ({"the ids of tokens that end an answer": item["stop_ids"]} if item["stop_ids"] else {})
-        for item in (own, stored)
-    )
-    return _differing_values(counts, expected)
-
-
 def _tokens_per_picture(images: ImageProcessing | None) -> dict[str, int]:
     counts = [] if images is None else images.placeholders(COUNTED_SIZES)
     return {f"{width}x{height}": len(ids) for (width, height), ids in zip(COUNTED_SIZES, counts, strict=False)}
@@ -372,10 +343,6 @@ def _tokens_per_picture(images: ImageProcessing | None) -> dict[str, int]:
 def _runs(ids: Sequence[int], texts: Mapping[int, str]) -> list[list[Any]]:
     """Runs of one token as number, count and text."""
     return [[number, len(list(same)), texts[number]] for number, same in groupby(ids)]
-
-
-def _ids(runs: Sequence[Sequence[Any]]) -> list[int]:
-    return list(chain.from_iterable([number] * count for number, count, _ in runs))
 
 
 def _settings(parts: PreprocessingParts, encoder: ConversationEncoder) -> dict[str, Any]:
@@ -406,83 +373,3 @@ def _plain(value: Any) -> Any:
 
 def _without_unset(value: Any) -> Any:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-def _tensor(value: Any) -> Tensor:
-    """A tensor of an array, of nested lists, or of a list of tensors of one shape."""
-    if isinstance(value, list) and value and isinstance(value[0], Tensor | np.ndarray):
-        return torch.stack([torch.as_tensor(item) for item in value])
-    return torch.as_tensor(value)
-
-
-def _summary(value: Tensor) -> dict[str, Any]:
-    """Shape without leading ones, which programs differ in, and values: all of a few, statistics of many."""
-    shape = list(value.shape)
-    while shape and shape[0] == 1:
-        del shape[0]
-    flat = value.detach().flatten().double().cpu()
-    if len(flat) > 2 * _STRETCHES:
-        flat = torch.cat([torch.stack([part.mean(), part.std()]) for part in flat.tensor_split(_STRETCHES)])
-    return {"shape": shape, "values": [round(number, 4) for number in flat.tolist()]}
-
-
-def _differing_tensors(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    differing = []
-    for name in sorted(own.keys() & stored.keys()):
-        (shape, values), (old_shape, old_values) = (
-            (item[name]["shape"], item[name]["values"]) for item in (own, stored)
-        )
-        if shape != old_shape or len(values) != len(old_values):
-            differing.append(f"{name} has shape {shape} here, {old_shape} in training")
-            continue
-        far = max(range(len(values)), key=lambda index: abs(values[index] - old_values[index]), default=None)
-        if far is not None and not abs(values[far] - old_values[far]) <= TOLERANCE:
-            what = ("mean", "spread")[far % 2] if len(values) == 2 * _STRETCHES else "a value"
-            differing.append(f"{name}: {what} {values[far]:.4g} here, {old_values[far]:.4g} in training")
-    return differing
-
-
-def _differing_ids(
-    own: list[int],
-    runs: Sequence[Sequence[Any]],
-    names: Mapping[int, str] | None = None,
-    *,
-    what: str = "the prompt",
-) -> list[str]:
-    """The first difference of a prompt's tokens; see `_runs`."""
-    stored = _ids(runs)
-    if own == stored:
-        return []
-    first = _agreement(own, stored)
-    texts = {number: str(token) for number, _, token in runs} | dict(names or {})
-    shown = [_tokens(ids[max(0, first - 2) :], texts) for ids in (own, stored)]
-    lengths = f"{len(own)} tokens here, {len(stored)} in training"
-    return [f"{what} ({lengths}) has from token {first} on {shown[0]} here, {shown[1]} in training"]
-
-
-def _agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    return sum(takewhile(bool, map(eq, one, other)))
-
-
-def _tokens(ids: Sequence[int], texts: Mapping[int, str]) -> str:
-    """The next few different tokens, for people; of another program's tokens the texts may not be known."""
-    groups = [(number, len(list(same))) for number, same in groupby(ids)][:8]
-    words = [texts.get(number, f"[{number}]") + (f"*{count}" if count > 1 else "") for number, count in groups]
-    return repr("".join(words)) if words else "nothing"
-
-
-def _differing_values(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    keys = sorted(key for key in own.keys() & stored.keys() if own[key] != stored[key])
-    return [
-        f"{key} is {a} here, {b} in training" for key in keys for a, b in [_around(str(own[key]), str(stored[key]))]
-    ]
-
-
-def _around(one: str, other: str) -> tuple[str, str]:
-    """Two texts, long ones from shortly before their first difference on."""
-    if max(len(one), len(other)) <= _SHOWN:
-        return one, other
-    start = max(0, _agreement(one, other) - _SHOWN // 3)
-    lead = "..." if start else ""
-    return tuple(f"{lead}{text[start : start + _SHOWN]!r}" for text in (one, other))  # type: ignore[return-value]

@@ -17,15 +17,10 @@ from PIL import Image
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
 from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.boxes.record_objects import filler
-from mm_moslora.data.chat.conversation_encoder import (
-    ConversationEncoder,
-    Encoded,
-    TooLong,
-    UnlearnedThinking,
-    UnrenderedTools,
-)
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong, UnlearnedThinking, UnrenderedTools
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture
@@ -33,6 +28,7 @@ from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.token_cache import TokenCache
 from mm_moslora.utils.errors import DataError, reason_of
 

@@ -24,14 +24,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard, finished
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, is_built, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.files import building, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.untrusted_data import read_value
 
 logger = logging.getLogger(__name__)

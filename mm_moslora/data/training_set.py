@@ -13,7 +13,7 @@ from pathlib import Path
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.epoch_order import repeats_of
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import PictureRules

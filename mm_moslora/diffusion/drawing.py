@@ -22,7 +22,8 @@ from PIL import Image
 from mm_moslora.diffusion.pipeline_families import PipelineFamily
 from mm_moslora.diffusion.subject_pictures import picture_files
 from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES
-from mm_moslora.models.model_paths import cached_snapshot, fingerprint
+from mm_moslora.models.model_paths import cached_snapshot
+from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.reporting.drawing_grid import DRAWINGS
 from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import SampleAnswer

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe, PipelineConfig
 from mm_moslora.diffusion.tiny_pipelines import TINY_PIPELINES, tiny_pipeline
-from mm_moslora.models.model_paths import COMMITS, CONTENTS, cached_snapshot, fingerprint
+from mm_moslora.models.model_paths import COMMITS, CONTENTS, cached_snapshot
+from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError, reason_of, suggestion
 from mm_moslora.utils.package_requirements import install_extra, is_installed

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import Ended, child_environment, kill_tree, run_and_hand_on, terminate
+from mm_moslora.launch.heartbeat import is_running
 from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
 from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue, step_environment
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import discard, open_in_place, read_json, refuse_strangers, replace_json, replace_text
-from mm_moslora.utils.heartbeat import is_running
+from mm_moslora.utils.files import discard, open_in_place, read_json, replace_json, replace_text
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mm_moslora.launch.jobs import THREADS, Job
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import output_file, replace_text
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.folder_marks import output_file
 
 _HEAD = """\
 #!/bin/bash

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.data.chat.records import RecordSource
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.record_examples import RecordExamples
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.training_set import source_caches
 from mm_moslora.launch.shard import Shard
 from mm_moslora.models.precision import dtype_of, resolve_precision

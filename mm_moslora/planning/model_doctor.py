@@ -6,73 +6,32 @@ Every probe gives one finding. A finding is bad where training would be wrong or
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
-from mm_moslora.batch import Batch
-from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.models.assembly import Parts, load_parts, pretrained_parts
-from mm_moslora.models.batching.row_probe import rows_of
-from mm_moslora.models.export.export_huggingface import why_not_stock
-from mm_moslora.models.export.export_llava_checkpoint import why_not_original
-from mm_moslora.models.export.gguf_model import why_not_gguf
 from mm_moslora.models.language_model import refuse_head_extras
-from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
-from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.model_sizes import sizes_of
-from mm_moslora.models.pretrained_vlm import decoder_path, refuse_without_head
-from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vlm import (
-    LossModule,
-    VlmForConditionalGeneration,
-    is_multimodal,
-    needs_padding,
-    projectors,
-    supervised_hidden,
-)
+from mm_moslora.models.pretrained_vlm import refuse_without_head
 from mm_moslora.planning.doctor import Diagnosis, Status
-from mm_moslora.planning.probe_conversations import (
-    BLIND,
-    SIGHTED,
-    conversations_of,
-    decoded,
-    differs_at,
-    example_of,
-    first_difference,
-    pictures_of,
-    runs_of,
-    stock_inputs,
+from mm_moslora.planning.model_probes import (
+    FAMILY_PROBES,
+    PROBES,
+    PROBES_WITHOUT_TEMPLATE,
+    ModelFinding,
+    Probe,
+    adapter_of,
+    memory,
 )
-from mm_moslora.planning.run_plan import DataSize, plan
+from mm_moslora.planning.probe_conversations import BLIND, SIGHTED, stock_inputs
 from mm_moslora.planning.small_families import default_config, sees, small_family_model, stand_in_processor
-from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
-from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError, reason_of
-
-_EXACT = 1e-4
-"""Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
-_BOXED = (1000, 750)
-"""Width and height of a picture with boxes."""
-_ROUND = DataSize(samples=100_000, tokens=600)
-"""Size of the data for which memory is counted: the setting that is fastest depends little on it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFinding(Diagnosis):
-    """What a probe of a model found."""
-
-    brief: str = ""
-    """In a word or two, for the table of families; empty: the detail."""
-
-
-Probe = Callable[[Parts], Iterator[ModelFinding]]
+from mm_moslora.utils.errors import ConfigError, ModelError, reason_of
 
 
 def diagnose_model(name: str, *, revision: str | None = None, small: bool = False, gpus: str = "") -> list[Diagnosis]:
@@ -107,14 +66,11 @@ def diagnose_model(name: str, *, revision: str | None = None, small: bool = Fals
     owner = parts.template_processor
     # A processor that writes prompts itself gives nothing to compare with.
     failed: Status = "warn" if owner and not (owner.chat_template or parts.tokenizer.chat_template) else "bad"
-    recipe = Recipe(model=model, adapter=_adapter(parts))
-    probes: tuple[Probe, ...] = (_parts_found, _experts, _rows, _exports)
-    if without is None:
-        probes = (_parts_found, _experts, _rows, _labels, _prompts, _thinking, _boxes, _exports, _logits, _step)
+    recipe = Recipe(model=model, adapter=adapter_of(parts))
     findings: list[Diagnosis] = [without] if without else []
-    findings += _findings(parts, probes, failed=failed)
+    findings += _findings(parts, PROBES_WITHOUT_TEMPLATE if without else PROBES, failed=failed)
     if gpus:
-        findings += _findings(parts, (functools.partial(_memory, recipe=recipe, gpus=gpus),), failed="warn")
+        findings += _findings(parts, (functools.partial(memory, recipe=recipe, gpus=gpus),), failed="warn")
     return findings
 
 
@@ -144,7 +100,7 @@ def family_findings(kind: str) -> list[ModelFinding]:
     model = _small_model(config, processor, kind)
     refuse_without_head(model, kind)
     parts = pretrained_parts(processor, model=model, base={"vlm": kind, "vlm_revision": None})
-    return _findings(parts, (_rows, _labels, _logits, _step), failed="warn")
+    return _findings(parts, FAMILY_PROBES, failed="warn")
 
 
 def _findings(parts: Parts, probes: Sequence[Probe], *, failed: Status) -> list[ModelFinding]:
@@ -178,232 +134,3 @@ def _small_model(config: PreTrainedConfig, owner: Any, name: str) -> PreTrainedM
         raise ModelError(
             f"No small model of {name} can be built from its configuration: {reason_of(error)}."
         ) from error
-
-
-def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
-    model: Any = parts.model
-    tower = getattr(model.config, "vision_config", None)
-    between = ", ".join(path.rpartition(".")[2] for path in projectors(model))
-    seeing = f", tower {tower.model_type}, between them {between or 'nothing that a recipe can name'}" if tower else ""
-    if tower and parts.image_processing is not None:
-        whole = parts.image_processing.videos is not None
-        seeing += "; a video stays a video" if whole else "; a video becomes pictures"
-    detail = f"{type(model).__name__}: decoder {type(model.get_decoder()).__name__}{seeing}"
-    yield ModelFinding(name="class and parts", detail=detail)
-
-
-def _experts(parts: Parts) -> Iterator[ModelFinding]:
-    """Only of models that have some."""
-    adaptable = _adaptable(parts)
-    if adaptable.parameters:
-        yield ModelFinding(name="experts", detail=f"set adapter.target_parameters: {adaptable.parameters}")
-    for name, reason in adaptable.left_out.items():
-        yield ModelFinding(
-            name="experts", status="warn", detail=f"{name} cannot carry an adapter: {reason}",
-            remedy="They stay as they are." if adaptable.parameters else f"Set adapter.targets: {adaptable.targets}.",
-        )  # fmt: skip
-
-
-def _adaptable(parts: Parts) -> AdaptableTargets:
-    model = parts.model
-    return adaptable_targets(model, decoder_path(model) if is_multimodal(model) else "")
-
-
-def _adapter(parts: Parts) -> AdapterConfig:
-    adaptable = _adaptable(parts)
-    return AdapterConfig(targets=adaptable.targets, target_parameters=adaptable.parameters)
-
-
-def _rows(parts: Parts) -> Iterator[ModelFinding]:
-    model = parts.model
-    if needs_padding(model):
-        yield ModelFinding(
-            name="rows", brief="padded", detail="padded: each conversation is a row of its own, on transformers' layers"
-        )
-    else:
-        with torch.device("meta"):
-            layers = use_lean_layers(type(model)(model.config))
-        form = "lean" if layers else "transformers' own"
-        yield ModelFinding(
-            name="rows", brief=f"padding-free, {'lean' if layers else 'stock'} layers",
-            detail=f"padding-free: conversations stand in one row without padding; decoder layers are {form}",
-        )  # fmt: skip
-    finding = rows_of(model, "auto")
-    if finding.apart:
-        yield ModelFinding(
-            name="row probe", brief="apart", detail="changing one conversation of a row does not move the other"
-        )
-        return
-    what = "may see each other, since the probe failed" if finding.moved is None else "see each other"
-    reason = finding.fault if finding.moved is None else f"a change of one moves the other by {finding.moved:.1g}"
-    padded = needs_padding(model)
-    yield ModelFinding(
-        name="row probe", status="ok" if padded else "warn",
-        brief=f"no answer: {reason}" if finding.moved is None else f"mixed by {finding.moved:.1g}",
-        detail=f"in one row, conversations {what} ({reason}){'; training never puts two into one' if padded else ''}",
-        remedy="" if padded else "Set train.micro_batch to 1 and data.pack_tokens to 0; training refuses other values.",
-    )  # fmt: skip
-
-
-def _labels(parts: Parts) -> Iterator[ModelFinding]:
-    faults, shown = [], ""
-    for turns, size in conversations_of(parts):
-        example = example_of(parts, turns, size)
-        expected = stock_inputs(parts.template_processor or parts.tokenizer, turns, size)["input_ids"][0].tolist()
-        if (other := differs_at(parts, example, expected)) is not None:
-            faults.append(f"token {other} is not that of the processor")
-        runs = runs_of(example)
-        learned = [
-            str(parts.tokenizer.decode(run, skip_special_tokens=True)).strip() for run, supervised in runs if supervised
-        ]
-        answers = [turn.text for turn in turns if turn.role == "assistant"]
-        if learned != answers:
-            faults.append(f"{learned} is learned, expected {answers}")
-        texts = [(decoded(parts, run), supervised) for run, supervised in runs]
-        shown = "".join(f"[[{text}]]" if supervised else text for text, supervised in texts)
-    yield ModelFinding(
-        name="labels", status="bad" if faults else "ok", brief=f"wrong: {faults[0]}" if faults else "right",
-        detail=f"{'; '.join(faults) or 'answers alone are learned, marked by [[ ]]'}: {shown}",
-        remedy="Do not train it; report this with the command." if faults else "",
-    )  # fmt: skip
-
-
-def _prompts(parts: Parts) -> Iterator[ModelFinding]:
-    """Other programs ask by the template's generation prompt; this project asks as it trained."""
-    turns, size = conversations_of(parts)[0]
-    encoder, question = ConversationEncoder.of(parts), turns[:1]
-    asked = stock_inputs(parts.template_processor or parts.tokenizer, question, size)["input_ids"][0].tolist()
-    pictures = [item.placeholders for item in pictures_of(parts, question, size)]
-    trained = [
-        encoder.encode_prompt(question, pictures=pictures, thinking=form).tolist() for form in (None, True, False)
-    ]
-    places = [first_difference(asked, ids) for ids in trained]
-    if None in places:
-        yield ModelFinding(name="generation prompt", detail="answers are learned behind the template's own prompt")
-        return
-    at = max(place for place in places if place is not None)
-    theirs, ours = (decoded(parts, ids[max(0, at - 4) :]) for ids in (asked, trained[0]))
-    yield ModelFinding(
-        name="generation prompt", status="warn",
-        detail=f"the template's generation prompt ends with '{theirs}', and answers are learned behind '{ours}': this "
-        "project asks as it trained, other programs such as vLLM do not",
-        remedy="Correct the chat template.",
-    )  # fmt: skip
-
-
-def _thinking(parts: Parts) -> Iterator[ModelFinding]:
-    encoder = ConversationEncoder.of(parts)
-    thought = encoder.thought(("user", "assistant"))
-    if not encoder.knows_thinking:
-        detail = "the chat template knows no <think>; thinking in answers is learned as text"
-    elif thought is None:
-        detail = "the chat template drops <think> of answers, so thinking cannot be learned"
-    else:
-        switch = "two forms of prompts, to think or to answer at once" if encoder.has_switch else "one form of prompts"
-        detail = f"the chat template writes <think>, with {switch}"
-    yield ModelFinding(name="thinking", detail=detail)
-
-
-def _boxes(parts: Parts) -> Iterator[ModelFinding]:
-    processing = parts.image_processing
-    if processing is None:
-        return
-    if processing.boxes is None:
-        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
-        yield ModelFinding(name="boxes", detail=detail)
-        return
-    frame = processing.frame(_BOXED)
-    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
-    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
-    yield ModelFinding(name="boxes", detail=detail)
-
-
-def _logits(parts: Parts) -> Iterator[ModelFinding]:
-    """Compares, and leaves the model as training has it."""
-    model, owner = parts.model, parts.template_processor or parts.tokenizer
-    conversations = conversations_of(parts)
-    examples, expected = [example_of(parts, *conversation) for conversation in conversations], []
-    with torch.no_grad():
-        for conversation, example in zip(conversations, examples, strict=True):
-            given = stock_inputs(owner, *conversation)
-            if not example.pictures and given["input_ids"].shape[1] < example.length:  # ends of answers were added
-                given = {"input_ids": example.input_ids[None]}
-            logits = model(**given).logits[0, : example.length - 1]
-            expected.append(logits[example.supervised[1:]])
-    _as_trained(parts)
-    with torch.enable_grad():
-        head: Any = model.get_output_embeddings()
-        ours = form_of(head).logits(head(supervised_hidden(model, Batch.from_examples(examples))))
-    theirs = torch.cat(expected)
-    difference = float((ours.detach() - theirs).abs().max() / theirs.abs().max())
-    wrong = not difference <= _EXACT
-    yield ModelFinding(
-        name="logits", status="bad" if wrong else "ok", brief=f"differ by {difference:.0e}" if wrong else "equal",
-        detail=f"logits of a batch as it trains differ from the model's own by at most {difference:.1e} of the largest",
-        remedy=f"More than {_EXACT:.0e}: do not train it; report this with the command." if wrong else "",
-    )  # fmt: skip
-
-
-def _as_trained(parts: Parts) -> None:
-    """Put in adapters that change nothing yet, and the kernels of training; dropout is off."""
-    seen = parts.is_pretrained_vlm
-    model = ModelConfig(vlm="probe" if seen else None, language=None if seen else "probe", kernels="torch")
-    recipe = Recipe(model=model, adapter=_adapter(parts))
-    attach_adapters(parts, recipe.model, recipe.adapter)
-    for module in parts.model.train().modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    prepare_execution(parts.model, recipe, kernels_of(recipe, "fp32"), "fp32")
-
-
-def _step(parts: Parts) -> Iterator[ModelFinding]:
-    if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before failed
-        try:
-            _as_trained(parts)
-        except AdapterError:
-            yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
-            return
-    batch = Batch.from_examples([example_of(parts, *conversation) for conversation in conversations_of(parts)])
-    loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
-    loss.backward()
-    trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}
-    without = [name for name, weight in trained.items() if weight.grad is None or not weight.grad.isfinite().all()]
-    size, mixers = sum(weight.numel() for weight in trained.values()), [n for n in trained if "lora_mixer" in n]
-    experts = sum(trained[name].ndim > 2 for name in mixers)
-    layers = f"{len(mixers) - experts} layers{f', {experts} stacks of experts' if experts else ''}"
-    detail = f"MoSLoRA trains {size:,} values in {layers} of the language model"
-    yield ModelFinding(
-        name="a training step", status="bad" if without else "ok",
-        brief=f"no gradient for {len(without)} of {len(trained)}" if without else layers,
-        detail=f"{detail}, but {len(without)} of {len(trained)} factors get no finite gradient, such as {without[0]}"
-        if without else f"{detail}, and every factor gets a finite gradient",
-        remedy="Leave these layers out of adapter.targets." if without else "",
-    )  # fmt: skip
-
-
-def _exports(parts: Parts) -> Iterator[ModelFinding]:
-    model = parts.model
-    refused = {
-        "llava": why_not_stock(model) if isinstance(model, VlmForConditionalGeneration) else None,
-        "llava-original": why_not_original(model, str(parts.base.get("vision") or "")),
-        "gguf": why_not_gguf(parts),
-    }
-    ways = ["hf", "lora", *(name for name, reason in refused.items() if reason is None)]
-    reasons = "".join(f"; not {name}: {reason.split('. ')[0]}" for name, reason in refused.items() if reason)
-    yield ModelFinding(name="exports", detail=f"export --to {', '.join(ways)}{reasons}")
-
-
-def _memory(_: Parts, *, recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
-    best = (planned := plan(recipe, parse_gpus(gpus), _ROUND)).best
-    if best is None:
-        peak = planned.own.peak / 2**30
-        yield ModelFinding(
-            name="memory", status="warn", detail=f"no setting fits {gpus}; the recipe's own takes {peak:.0f} GiB",
-            remedy=planned.remedy or "Load it in 4 bits (model.quantisation: nf4).",
-        )  # fmt: skip
-        return
-    detail = f"{best.peak / 2**30:.1f} GiB per GPU of {gpus}, by {best.label}"
-    yield ModelFinding(name="memory", detail=detail)

@@ -11,7 +11,7 @@ from PIL import Image
 from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.vlm import is_multimodal
 

@@ -1,4 +1,4 @@
-"""`mm-moslora data check|stats|view`: a recipe's data as they are trained on, without loading the language model."""
+"""`mm-moslora data check|stats`: a recipe's data as they are trained on, without loading the language model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.panel import Panel
 from rich.text import Text
 
 from mm_moslora.batch import ImageProcessing
@@ -19,30 +18,22 @@ from mm_moslora.config.strict_reading import plain as as_plain
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import form_of, settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
-from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.report_file import plain_report, read_report
-from mm_moslora.data.check.terminal_view import (
-    legend,
-    view_findings,
-    view_matches,
-    view_record,
-    view_report,
-    view_statistics,
-)
-from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
+from mm_moslora.data.check.terminal_view import view_findings, view_matches, view_report, view_statistics
+from mm_moslora.data.epoch_order import repeats_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.data.record_examples import encode_record, placeholders_of, written
-from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sequence_packing import fill_rate, pack
 from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
 from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import PAGE_SIGN, output_file, read_json, replace_text
+from mm_moslora.utils.files import read_json, replace_text
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.untrusted_data import parse_object
 
@@ -50,17 +41,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
-    from mm_moslora.data.chat.records import RecordSource
 
 COUNTED = 1000
 """Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
 by 3 % of the standard deviation of single records."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
 _SIGN = "mm_moslora, a shard of a data check"
-
-
 BEGINNING = 1000
 """Records of a stream without an end that are looked at."""
 
@@ -343,83 +329,9 @@ def _plain(report: CheckReport, remarks: list[Finding]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
-    """Training records as renderables, with every token coloured by supervision.
-
-    Args:
-        recipe: resolved.
-        start: number of the first record over all of data.train, from 0.
-        count: number of records.
-        records: see `check_recipe`.
-
-    Raises:
-        DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.
-    """
-    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
-    return [legend(), *(_view_one(sample, parts) for sample in samples)]
-
-
-def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20, records: int = BEGINNING) -> Path:
-    """Write an HTML page of training records; see `view_recipe`.
-
-    Args:
-        recipe: resolved.
-        path: file of the page; must be writable.
-        start: number of the first record.
-        count: number of records.
-        records: see `check_recipe`.
-    """
-    output_file(path, sign=PAGE_SIGN)
-    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
-    text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}). Name another path for the page.") from error
-    return path
-
-
-def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
-    parts = parts_of(recipe)
-    files = open_sources(recipe.data.train, objective=recipe.objective, processing=parts.image_processing)
-    total = sum(len(file) for file in files)
-    if not 0 <= start < total or count < 1:
-        raise DataError(
-            f"start is {start} and count is {count}, but data.train has {total} records. "
-            f"Choose start from 0 to {total - 1} and a count of at least 1."
-        )
-    return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
-
-
 def parts_of(recipe: Recipe) -> DataParts:
     """Load them, with the form of thinking that the training data decide."""
     parts = load_parts(recipe.model, weights="none")
     files = open_sources(recipe.data.train, objective=recipe.objective)
     encoder, _ = settled(ConversationEncoder.of(parts), files, recipe.data.supervise)
     return DataParts(encoder, parts.image_processing)
-
-
-def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> RecordSample:
-    for file in files:
-        if number < len(file):
-            break
-        number -= len(file)
-    try:
-        record = file[number]
-        encoded = encode_record(
-            written(record, parts.image_processing),
-            parts.encoder,
-            config=recipe.data,
-            vision=parts.image_processing is not None,
-            pictures=placeholders_of(record, parts.image_processing),
-        )
-    except RecordError as error:
-        return RecordSample(None, None, error)
-    return RecordSample(record, encoded)
-
-
-def _view_one(sample: RecordSample, parts: DataParts) -> RenderableType:
-    if sample.record is None or sample.encoded is None:
-        return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
-    return view_record(sample.record, sample.encoded, parts.encoder)

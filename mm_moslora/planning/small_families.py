@@ -41,8 +41,6 @@ _WRITTEN = re.compile(r"<[^<>\s]+>")
 """Special tokens in a text."""
 _TOKENS = ("mm_tokens_per_image", "image_seq_length", "image_seq_len", "num_image_tokens")
 """Visual tokens of a picture, in configurations and processors."""
-_OUT = ("out_hidden_size", "text_hidden_size")
-"""Names that towers and projectors have for the decoder's width."""
 _GRID = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 """Settings of image processors and their names in the configurations of towers."""
 _PROCESSORS: dict[str, str] = cast(Any, processing_auto).PROCESSOR_MAPPING_NAMES

@@ -26,7 +26,7 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import GrpoConfig
 from mm_moslora.config.usual_names import REWARD_ENTRY_POINTS
 from mm_moslora.data.boxes.box_forms import read_boxes
-from mm_moslora.data.preference_set import Question
+from mm_moslora.data.preferences.preference_set import Question
 from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import sha256_of
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError, DataError
-from mm_moslora.utils.files import mark, read_json, refuse_strangers, replace_text
+from mm_moslora.utils.files import mark, read_json, replace_text
+from mm_moslora.utils.folder_marks import refuse_strangers
 
 YES_NO = ("yes", "no")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

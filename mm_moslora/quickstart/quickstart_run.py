@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -27,9 +24,17 @@ from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.instruction_data import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.quickstart_evaluation import evaluate_all, measured, subject_of, table
-from mm_moslora.quickstart.quickstart_notes import QUICKSTART, read_earlier, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.quickstart_notes import (
+    QUICKSTART,
+    StageClock,
+    read_earlier,
+    refuse_other,
+    refuse_other_recipe,
+    tuned_summary,
+)
 from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
-from mm_moslora.utils.files import MARK, building, is_built, mark, refuse_strangers, replace_json
+from mm_moslora.utils.files import building, mark, replace_json
+from mm_moslora.utils.folder_marks import MARK, is_built, refuse_strangers
 from mm_moslora.utils.hardware import hardware
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkpoints
 from mm_moslora.utils.text_format import format_seconds
@@ -153,7 +158,7 @@ def _quickstart(folder: Path, options: QuickstartOptions, stamps_deb: Path | Non
     """Run all stages; returns the closing text, None after a signal."""
     from mm_moslora.training.training_loop import train
 
-    clock = _Clock(folder)
+    clock = StageClock(folder)
     _say(f"Models and data are cached in {cache_folder('quickstart')}; missing ones are downloaded.")
     data, (align, tune) = _begin(folder, options, stamps_deb)
     ending.begun = True
@@ -219,32 +224,6 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
 
 def _say(text: str) -> None:
     logger.info("%s", text)
-
-
-class _Clock:
-    """Seconds per stage, summed over interruptions."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "timing.json"
-        self.seconds: dict[str, float] = (
-            read_earlier(self.path, dict, fits=lambda content: format_seconds(math.fsum(content.values()))) or {}
-        )
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = time.monotonic() - started
-            # A stage that only reads back its result must not replace the time that it took.
-            if spent > self.seconds.get(name, 0) / 4:
-                self.seconds[name] = self.seconds.get(name, 0) + spent
-                replace_json(self.path, self.seconds)
-
-    @property
-    def total(self) -> float:
-        return math.fsum(self.seconds.values())
 
 
 def _parts(encoder: Encoder) -> tuple[Path, str]:
@@ -356,12 +335,12 @@ def _export(folder: Path, *, model: str) -> dict[str, Any]:
 
 
 def _summarise(
-    folder: Path, data: DatasetFiles, options: QuickstartOptions, *, clock: _Clock, exported: dict[str, Any]
+    folder: Path, data: DatasetFiles, options: QuickstartOptions, *, clock: StageClock, exported: dict[str, Any]
 ) -> None:
     from mm_moslora.tracking.run_environment import environment
     from mm_moslora.training.supervision.run_summary import peak_memory_gib
 
-    tune = _tuned(folder)
+    tune = tuned_summary(folder)
     tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""
     adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
     replace_json(
@@ -387,16 +366,6 @@ def _summarise(
             ],
         },
     )
-
-
-def _tuned(folder: Path) -> dict[str, Any]:
-    """The summary of the tuned stage; where it is damaged, an earlier call's copy, or an empty one."""
-    for source in (folder / "tune", folder):
-        if summary := read_earlier(
-            source / "summary.json", dict, fits=lambda content: content["tokens_per_image"] + content["memory_gib"]
-        ):
-            return dict(summary)
-    return {}
 
 
 def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, str]]:

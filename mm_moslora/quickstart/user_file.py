@@ -15,11 +15,12 @@ from mm_moslora_eval.metrics.exact_match import relaxed
 from mm_moslora_eval.sources.llava_file import reference_of
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture, read_picture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, question_record
 from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
 from mm_moslora.utils.errors import DataError

@@ -20,7 +20,7 @@ from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, first_of
 from mm_moslora.quickstart.user_data import lines_of, read_own
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import new_folder
-from mm_moslora.utils.files import refuse_full_folder
+from mm_moslora.utils.folder_marks import refuse_full_folder
 
 PartsName = Literal["quickstart", "hub", "gguf"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.inline_images import thumbnail
-from mm_moslora.reporting.run_data import SampleRow
+from mm_moslora.reporting.run_rows import SampleRow
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora.utils.untrusted_files import read_text_below

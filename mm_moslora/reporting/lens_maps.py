@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import output_file, replacing
+from mm_moslora.utils.files import replacing
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.run_paths import writing
 
 MEASURES = {

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES as MEASURES_OF_MODULES
-from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, SampleRow, Stage
+from mm_moslora.reporting.run_data import RunData, Stage
+from mm_moslora.reporting.run_rows import EvaluationRow, MixerRecord, SampleRow
 from mm_moslora.reporting.svg_charts import Series, line_chart, smooth
 from mm_moslora.reporting.verdicts import best_of, judge_tuning
 from mm_moslora.utils.errors import ConfigError

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.folder_marks import PAGE_SIGN, output_file
 from mm_moslora.utils.text_format import visible
 
 OWN = "mm_moslora.reporting"

@@ -27,7 +27,7 @@ Secrets are removed here, so that neither a report nor a dashboard shows one.
     quarantine.jsonl   one line per record that could not be used, with its "reason"
     state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",
                        "host", "since", "ended", "stages": [names of subfolders, in order]}
-    heartbeat/         rank-00000.json per rank, see mm_moslora.utils.heartbeat
+    heartbeat/         rank-00000.json per rank, see mm_moslora.launch.heartbeat
     alerts.jsonl       {"time", "title", "text"} per line
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
@@ -49,12 +49,20 @@ from typing import Any
 
 import yaml
 
-from mm_moslora.reporting.lens_maps import MEASURES
+from mm_moslora.reporting.run_rows import (
+    EvaluationRow,
+    ForgettingRow,
+    MixerRecord,
+    SampleRow,
+    read_evaluation_row,
+    read_mixer,
+    read_sample_row,
+)
 from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
-from mm_moslora.reporting.verdicts import Difference, difference_of
+from mm_moslora.reporting.verdicts import difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
-from mm_moslora.utils.untrusted_data import LARGEST, build_known, parse_json, parse_lines, parse_yaml_value, read_value
+from mm_moslora.utils.untrusted_data import build_known, parse_json, parse_lines, parse_yaml_value, read_value
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
 
 _KINDS: dict[str, Any] = {
@@ -75,86 +83,6 @@ class Component:
     name: str = ""
     total: int = 0
     trainable: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A share of right answers, or another named score, with its 95 % interval."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationRow:
-    """One system on one task."""
-
-    name: str
-    label: str
-    task: str
-    score: Score
-    categories: dict[str, Score]
-    protocol: str = ""
-    subject: str = ""
-    """Identifies task, protocol and documents; empty where it is unknown."""
-    selection: str = "all"
-    """Selected documents of the data: all, `first 5`, `3 chosen`."""
-    remarks: tuple[str, ...] = ()
-    """Caveats of the score."""
-    learned_from: str = ""
-    """For answers without a model: the data that they were learned from."""
-    less: Difference | None = None
-    """The tuned model minus this row, question by question; None where it is unknown."""
-    pictures: bool = True
-    """For the tuned model: whether its questions show pictures."""
-    unit: str = ""
-    """Name of the score; empty for a share of right answers."""
-
-    @property
-    def measured_on(self) -> tuple[Any, ...]:
-        """Rows with different values are never compared."""
-        return (self.task, self.protocol, self.subject or self.score.n, self.unit)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRow:
-    """One held-out question with the answers before and after tuning."""
-
-    image: str | None = None
-    question: str = ""
-    answer: str = ""
-    before: str | None = None
-    after: str | None = None
-    before_correct: bool | None = None
-    after_correct: bool | None = None
-    options: dict[str, str] = field(default_factory=dict)
-    """Options of a multiple-choice question by letter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixerRecord:
-    """Measures of one adapted module, and its matrices where they were stored."""
-
-    path: str
-    rank: int | None
-    before: list[list[float]] | None
-    after: list[list[float]] | None
-    pairs: list[list[float]] | None
-    """Energies by pairs of directions of B and A."""
-    figures: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForgettingRow:
-    """A text or a task before the first step and at the end."""
-
-    what: str
-    before: float
-    after: float
-    difference: Difference
-    """After minus before, document by document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +146,9 @@ def load_run(folder: Path) -> RunData:
         folder=folder,
         summary={key: value for key, value in summary.items() if value is not None},
         stages=stages,
-        evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
-        samples=[s for item in _rows(folder / "samples.json", notes) if (s := _sample_row(item, notes))],
-        mixers=[m for item in _rows(mixers, notes) if (m := _mixer(item, notes))],
+        evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := read_evaluation_row(item, notes))],
+        samples=[s for item in _rows(folder / "samples.json", notes) if (s := read_sample_row(item, notes))],
+        mixers=[m for item in _rows(mixers, notes) if (m := read_mixer(item, notes))],
         forgetting=_forgetting(folders, notes),
         quarantine=_quarantine(folder, stages, notes),
         state=read_state(folder),
@@ -353,33 +281,6 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _score(item: Mapping[str, Any], source: str) -> Score:
-    values = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
-    return build_known(Score, values, source=source)
-
-
-def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | None:
-    name = str(item.get("name", "?"))
-    source = f"evaluation.json: row {name!r}"
-    try:
-        score = _score(item, source)
-        categories = {key: _score(value, f"{source}, {key}") for key, value in (item.get("categories") or {}).items()}
-        values = {"name": name, "label": name.replace("_", " "), "task": ""} | {k: v for k, v in item.items() if v}
-        values |= {"score": score, "categories": categories, "less": difference_of(item.get("less"))}
-        return build_known(EvaluationRow, values | {"pictures": item.get("pictures") is not False}, source=source)
-    except (ConfigError, AttributeError) as error:
-        notes.append(f"{source} was left out ({error}).")
-        return None
-
-
-def _sample_row(item: dict[str, Any], notes: list[str]) -> SampleRow | None:
-    try:
-        return build_known(SampleRow, item, source="samples.json")
-    except ConfigError as error:
-        notes.append(f"A sample was left out ({error}).")
-        return None
-
-
 def _forgetting(folders: list[Path], notes: list[str]) -> list[ForgettingRow]:
     path = next((file for source in folders if (file := source / "forgetting.json").is_file()), None)
     found = []
@@ -392,37 +293,6 @@ def _forgetting(folders: list[Path], notes: list[str]) -> list[ForgettingRow]:
         except (ConfigError, AttributeError) as error:
             notes.append(f"forgetting.json: a row was left out ({error}).")
     return found
-
-
-def _mixer(item: dict[str, Any], notes: list[str]) -> MixerRecord | None:
-    path = str(item.get("path", "?"))
-    try:
-        before, after, pairs = (_matrix(item.get(name)) for name in ("before", "after", "pairs"))
-    except (TypeError, ValueError) as error:
-        notes.append(f"mixers.json: {path!r} was left out ({error}).")
-        return None
-    # Releases without `norm_update` have other numbers under the names of the rest.
-    names = list(MEASURES) if "norm_update" in item else ["moved", "condition"]
-    figures = {name: float(item[name]) for name in names if _is_finite(item.get(name))}
-    rank = item.get("rank")
-    if not isinstance(rank, int):
-        rank = len(after) if after else None
-    return MixerRecord(path=path, rank=rank, before=before, after=after, pairs=pairs, figures=figures)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= LARGEST
-
-
-def _matrix(value: Any) -> list[list[float]] | None:
-    if value is None:
-        return None
-    rows = [[float(cell) for cell in row] for row in value]
-    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError("rows of different length, expected a matrix")
-    if not all(_is_finite(cell) for row in rows for cell in row):
-        raise ValueError("holds values that are not finite")
-    return rows
 
 
 def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str, int]:

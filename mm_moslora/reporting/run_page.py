@@ -15,7 +15,8 @@ from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, flatten, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_data import RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_rows import EvaluationRow, MixerRecord
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, forgetting_sentence, score_text
 from mm_moslora.utils.errors import ConfigError

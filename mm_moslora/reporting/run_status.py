@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.utils.heartbeat import FOLDER, Heartbeat, is_running, read_heartbeats
+from mm_moslora.launch.heartbeat import FOLDER, Heartbeat, is_running, read_heartbeats
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_data import parse_object

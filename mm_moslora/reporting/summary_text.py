@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mm_moslora.reporting.run_data import EvaluationRow, RunData, SampleRow
+from mm_moslora.reporting.run_data import RunData
+from mm_moslora.reporting.run_rows import EvaluationRow, SampleRow
 from mm_moslora.reporting.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text
 from mm_moslora.utils.text_format import format_seconds
 

@@ -20,7 +20,7 @@ from mm_moslora.batch import ProcessedImage, Video
 from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.tool_records import OpenCalls, read_calls
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES

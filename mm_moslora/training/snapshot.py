@@ -127,22 +127,18 @@ class SavedRun(Protocol):
     @property
     def recipe(self) -> Recipe:
         """Resolved."""
-        ...
 
     @property
     def assembly(self) -> Parts:
         """The model with its processor."""
-        ...
 
     @property
     def frozen_projector(self) -> dict[str, Tensor]:
         """See `Run.frozen_projector`."""
-        ...
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """See `Run.preprocessing`."""
-        ...
 
 
 def write_model(

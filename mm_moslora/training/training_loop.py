@@ -15,6 +15,7 @@ import torch
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe, require_sft
 from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.launch import heartbeat
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
@@ -37,7 +38,7 @@ from mm_moslora.training.supervision.run_summary import note_memory
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
-from mm_moslora.utils import distributed, files, heartbeat
+from mm_moslora.utils import distributed, files
 from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import DivergedError, TrainingError
 from mm_moslora.utils.hardware import keep_freed_memory, spare_cores

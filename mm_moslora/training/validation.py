@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.record_examples import written
 from mm_moslora.data.training_set import TrainingSet

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from mm_moslora.utils.files import MARK, building, discard, in_construction, open_in_place, refuse_full_folder
+from mm_moslora.utils.files import building, discard, open_in_place
+from mm_moslora.utils.folder_marks import MARK, in_construction, refuse_full_folder
 
 _descriptors: set[int] = set()
 """Descriptors of the files that this process has locked or waits to lock."""

@@ -14,9 +14,7 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,29 +23,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.folder_marks import MARK, is_built, is_regular, kinds_of, names_in, refuse_unmarked
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
-from mm_moslora.utils.untrusted_files import (
-    MOST_BYTES,
-    MOST_TEXT_BYTES,
-    FileError,
-    find_in_model,
-    opened,
-    read_bytes,
-    read_text_below,
-)
+from mm_moslora.utils.untrusted_files import MOST_BYTES, MOST_TEXT_BYTES, find_in_model, opened, read_bytes
 
 logger = logging.getLogger(__name__)
 
-MARK = ".mm_moslora"
-"""Mark file in a folder of this project, with one kind per line (`quickstart`, `comparison`, `temporary`, ...)."""
-PAGE_SIGN = re.compile(
-    rb'<!doctype html>\s*<html lang="en">\s*<head>\s*(<meta [^<>]*>\s*)*<meta name="generator" content="mm_moslora">'
-)
-"""Beginning of every HTML page of this project."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEPT_BYTES = 2**20
 """Maximum bytes that an `Appender` keeps in memory while the disk is full."""
-_HEAD_BYTES = 4096
 
 
 def sync(path: Path) -> None:
@@ -126,12 +110,8 @@ def open_in_place(path: Path | str, flags: int) -> int:
     return descriptor
 
 
-def _is_regular(path: Path) -> bool:
-    return stat.S_ISREG(os.lstat(path).st_mode)
-
-
 def _refuse_irregular(path: Path) -> None:
-    if not os.path.lexists(path) or _is_regular(path):
+    if not os.path.lexists(path) or is_regular(path):
         return
     what = f"a link to {os.readlink(path)}" if path.is_symlink() else "a folder, a pipe or a device"
     raise ConfigError(
@@ -147,7 +127,7 @@ def writing_in_place(path: Path, *, append: bool = False) -> TextIO:
         path: the file.
         append: whether its content is kept. If not, a new file takes its name, and hard links keep what they had.
     """
-    if not append and os.path.lexists(path) and _is_regular(path):
+    if not append and os.path.lexists(path) and is_regular(path):
         path.unlink()
     return open(path, "a" if append else "x", encoding="utf-8", newline="\n", opener=open_in_place)
 
@@ -300,98 +280,13 @@ def read_json(path: Path, kind: type = dict, *, below: Path | None = None, linke
 
 def mark(folder: Path, kind: str) -> None:
     """Mark an existing folder as this project's, so that it may be emptied or replaced later."""
-    if kind in _kinds(folder):
+    if kind in kinds_of(folder):
         return
     with writing_in_place(folder / MARK, append=True) as stream:
         stream.write(f"{kind}\n")
         stream.flush()
         os.fsync(stream.fileno())
     sync(folder)
-
-
-def _kinds(folder: Path) -> list[str]:
-    try:
-        return (read_text_below(folder, MARK, errors="replace") or "").splitlines()
-    except FileError:
-        return []
-
-
-def is_built(folder: Path) -> bool:
-    """Whether a folder exists and holds more than the project's mark, which an interrupted deletion leaves."""
-    return bool(_names(folder) - {MARK})
-
-
-def _names(folder: Path) -> set[str]:
-    try:
-        return {item.name for item in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-
-
-def in_construction(folder: Path) -> bool:
-    """Whether a folder is one that `building` has just made, with nothing in it yet."""
-    return _names(folder) == {MARK} and "temporary" in _kinds(folder) and folder.name.endswith(".partial")
-
-
-def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:
-    """Refuse a folder with files of another program under the names that are about to be written.
-
-    Args:
-        folder: may be missing.
-        names: files and folders to write.
-        kind: kind of the mark that shows that the existing files are this project's.
-        also: patterns of other files that show it, too.
-
-    Raises:
-        ConfigError: one of the names exists, and the folder has no such mark.
-    """
-    present = [name for name in names if os.path.lexists(folder / name)]
-    if not present or kind in _kinds(folder) or any(any(folder.glob(pattern)) for pattern in also):
-        return
-    raise ConfigError(
-        f"{folder} already holds {', '.join(present[:5])}, and nothing shows that a {kind} of mm_moslora wrote it, so "
-        f"it is left alone. Choose another folder. If a {kind} did write it, mark it: echo {kind} >> {folder / MARK}"
-    )
-
-
-def output_file(path: Path, *, sign: re.Pattern[bytes] | None = None) -> Path:
-    """Check an output file that a user named.
-
-    Args:
-        path: the file.
-        sign: how files begin that this project writes there; such files are replaced. None: no file is replaced.
-
-    Raises:
-        ConfigError: the path is a folder, a link, a pipe or a device, or a file that begins otherwise.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
-    if os.path.lexists(path):
-        head = b""
-        if sign is not None and _is_regular(path):
-            with opened(path, most=None) as stream:
-                head = stream.read(_HEAD_BYTES)
-        if sign is None or not sign.match(head):
-            raise ConfigError(f"{path} exists and is not replaced. Choose another name, or delete it first.")
-    return path
-
-
-def refuse_full_folder(folder: Path) -> None:
-    """Refuse a folder for new files that cannot be created, or that is not empty.
-
-    Raises:
-        ConfigError: it is not empty, or it cannot be created.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise ConfigError(f"{folder} cannot be made: {existing} is a file or a broken link. Choose a new folder.")
-    try:  # permissions do not suffice: root has them under /proc and on read-only file systems
-        with tempfile.TemporaryDirectory(prefix=".", dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made in {existing}: {error.strerror}. Choose a new folder.") from error
-    if is_built(folder):
-        raise ConfigError(f"{folder} is not empty. Choose a new folder, so that old files are not taken for new ones.")
 
 
 def remove(folder: Path, *, mark: str = MARK) -> None:
@@ -407,7 +302,7 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
     Raises:
         ConfigError: it is not empty and has no such file.
     """
-    _refuse_unmarked(folder, mark)
+    refuse_unmarked(folder, mark)
     if not os.path.lexists(folder):
         return
     with contextlib.suppress(OSError):  # an empty folder
@@ -424,17 +319,6 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
         if {item.name for item in folder.iterdir()} <= {mark}:
             (folder / mark).unlink(missing_ok=True)
             folder.rmdir()
-
-
-def _refuse_unmarked(folder: Path, mark: str) -> None:
-    """Refuse a path without the mark, unless it is a folder that is empty or holds only the project's mark."""
-    marked = not folder.is_symlink() and (folder / mark).is_file()
-    if not os.path.lexists(folder) or marked or (folder.is_dir() and not is_built(folder)):
-        return
-    raise ConfigError(
-        f"{folder} is in the way and is not deleted: it has no {mark}, so nothing shows that mm_moslora made it. "
-        "Move it away."
-    )
 
 
 @contextmanager
@@ -454,7 +338,7 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         ConfigError: a file or folder without a mark is in the way.
     """
     if replaces is not None:
-        _refuse_unmarked(folder, replaces)
+        refuse_unmarked(folder, replaces)
     part = folder.with_name(f".{folder.name}.partial")
     remove(part)
     part.mkdir(parents=True)
@@ -463,7 +347,7 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         yield part
         if replaces is not None:
             remove(folder, mark=replaces)
-        elif _names(folder) == {MARK}:
+        elif names_in(folder) == {MARK}:
             remove(folder)
         try:
             part.rename(folder)

@@ -29,7 +29,7 @@ from measuring import head, interleaved, ratio
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
+from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention, segment_attention
 from mm_moslora.kernels.attention.matmul_attention import products_are_faster
 from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.native import NativeError, library
@@ -113,7 +113,7 @@ def main() -> int:
         library()  # compiled before anything is timed
     except NativeError as error:
         raise SystemExit(f"This project's kernel cannot be measured: {error}.") from error
-    segment_attention.products_are_faster = lambda _: True  # measure all, whatever training would choose here
+    matmul_attention.products_are_faster = lambda _: True  # measure all, whatever training would choose here
     native_cpu_attention.multiplies_tiles = lambda: False
     rows = [measure(tokens, name, options.rounds) for name in DTYPES for tokens in options.lengths]
     if options.json:

@@ -44,7 +44,7 @@ from json_output import results_alone
 from measuring import Rows, head, interleaved, ratio, settings_of
 from torch import Tensor
 
-from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
+from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
@@ -56,7 +56,7 @@ KEPT = 1.05
 
 Question = tuple[ModuleType, str]
 KERNEL: Question = (native_cpu_attention, "runs_native")
-PRODUCTS: Question = (segment_attention, "products_are_faster")
+PRODUCTS: Question = (matmul_attention, "products_are_faster")
 CONTENDERS: dict[str, list[Question]] = {
     "all": [], "all again": [], "without attention": [KERNEL], "by torch alone": [KERNEL, PRODUCTS],
 }  # fmt: skip

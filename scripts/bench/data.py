@@ -42,7 +42,8 @@ from PIL import Image
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.epoch_order import fill_rate, pack, plan_llava
+from mm_moslora.data.epoch_order import plan_llava
+from mm_moslora.data.sequence_packing import fill_rate, pack
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 
@@ -85,7 +86,7 @@ def write_large(path: Path) -> None:
 OPEN_OURS = """
 import sys, time
 from pathlib import Path
-from mm_moslora.data.chat.records import RecordFile
+from mm_moslora.data.sources.record_file import RecordFile
 imported = time.process_time()
 file = RecordFile(Path(sys.argv[1]))
 file[0], file[len(file) - 1]

@@ -22,11 +22,11 @@ from measuring import head, interleaved, ratio
 from parent import end_with_parent
 from PIL import Image
 
+from mm_moslora.models.decoding.token_sampling import Sampling
 from mm_moslora.serve.api.chat_request import ChatMessage, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.served_models import Models, load_models
-from mm_moslora.serve.inference.token_sampling import Sampling
 
 
 def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[AnswerPart]) -> list[GenerationJob]:

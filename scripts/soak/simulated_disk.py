@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from mm_moslora.utils import files
+from mm_moslora.utils import files, folder_marks
 
 
 @dataclass
@@ -150,15 +150,15 @@ def recording(run: Path) -> Iterator[list[Operation]]:
         operations.append(("rename", (temporary, inside(path))))
         real_replace(path, text)
 
-    def remove(folder: Path, *, mark: str = files.MARK) -> None:
+    def remove(folder: Path, *, mark: str = folder_marks.MARK) -> None:
         gone = sorted(folder.rglob("*"), key=lambda path: -len(path.parts)) if folder.exists() else []
         operations.extend(("unlink", (inside(path),)) for path in gone if path != folder / mark)
         real_remove(folder, mark=mark)
         operations.extend(("unlink", (inside(path),)) for path in ([folder / mark, folder] if gone else []))
 
     def mark_folder(folder: Path, kind: str) -> None:
-        operations.append(("write", (inside(folder / files.MARK), f"{kind}\n".encode())))
-        operations.append(("sync", (inside(folder / files.MARK),)))
+        operations.append(("write", (inside(folder / folder_marks.MARK), f"{kind}\n".encode())))
+        operations.append(("sync", (inside(folder / folder_marks.MARK),)))
         real_mark(folder, kind)
 
     def mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:

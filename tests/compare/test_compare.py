@@ -19,7 +19,7 @@ from waiting import wait_until
 from mm_moslora import cli
 from mm_moslora.compare.comparison_cell import metrics, read_outcome
 from mm_moslora.compare.comparison_run import exclusive
-from mm_moslora.reporting.comparison_page import write_page
+from mm_moslora.reporting.comparison.comparison_page import write_page
 from mm_moslora.utils.errors import ConfigError
 from tests.compare.comparisons import command
 

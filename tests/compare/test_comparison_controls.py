@@ -25,7 +25,7 @@ from mm_moslora.compare.comparison_text import says as sentences
 from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.reporting.comparison_page import write_page
+from mm_moslora.reporting.comparison.comparison_page import write_page
 from mm_moslora.utils.errors import DataError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel

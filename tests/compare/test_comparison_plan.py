@@ -22,9 +22,10 @@ from mm_moslora.compare.comparison_plan import (
     recipe_hash,
     reported_cells,
     run_count,
+    short_names,
     tuning_cells,
 )
-from mm_moslora.compare.comparison_run import ArmComparison, short_names
+from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import Recipe
 from mm_moslora.models.trainable_parts import moslora_config

@@ -12,15 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.epoch_order import (
-    MicroBatchLimit,
-    deal,
-    fill_rate,
-    pack,
-    plan_epoch,
-    plan_llava,
-    records_of_epoch,
-)
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch, plan_llava, records_of_epoch
+from mm_moslora.data.sequence_packing import fill_rate, pack
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
 ORDERS = ["grouped", "random", "sequential"]

@@ -11,7 +11,7 @@ import signal
 import pytest
 from waiting import wait_until
 
-from mm_moslora.planning.distributed_doctor import diagnose_ranks
+from mm_moslora.planning.ranks.distributed_doctor import diagnose_ranks
 from mm_moslora.training.supervision import rank_agreement
 from mm_moslora.utils import distributed
 

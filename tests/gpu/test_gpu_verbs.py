@@ -80,7 +80,7 @@ def test_doctor_names_the_gpu(trained, capsys) -> None:
 
 def test_chat_says_what_transformers_says(trained, picture, device) -> None:
     """Greedy decoding by this project's cache against `generate` of transformers, in fp32."""
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.models.decoding.generation import Prompt, encode_images, generate
     from mm_moslora.models.load_model import load
     from mm_moslora.serve.terminal_chat import Chat
@@ -104,7 +104,7 @@ def test_chat_says_what_transformers_says(trained, picture, device) -> None:
 def test_the_demo_draws_attention(trained, picture, device) -> None:
     from PIL import Image
 
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
     from mm_moslora.serve.inference.served_models import load_models
 

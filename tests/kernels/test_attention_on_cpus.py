@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
-from mm_moslora.kernels.attention import segment_attention as segments_of_rows
+from mm_moslora.kernels.attention import cpu_segments, matmul_attention, native_cpu_attention
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
 from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
@@ -51,7 +50,7 @@ def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
     """Choose how attention is computed; what to tell it of the C++ kernel."""
 
     def choose(way: str) -> bool:
-        monkeypatch.setattr(segments_of_rows, "products_are_faster", lambda _: way == "products")
+        monkeypatch.setattr(matmul_attention, "products_are_faster", lambda _: way == "products")
         return way == "ours"
 
     return choose
@@ -252,16 +251,16 @@ def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatc
     """Their copies take memory, so a long row of short segments is computed a part at a time."""
     attending("products")
     lengths = (7, 8, 8, 7, 8, 8, 7, 8)
-    monkeypatch.setattr(segments_of_rows, "MOST_TOKENS", 24)
-    segments_of_rows._parts.cache_clear()
+    monkeypatch.setattr(cpu_segments, "MOST_TOKENS", 24)
+    cpu_segments._parts.cache_clear()
     try:
-        assert [len(part.positions) for part in segments_of_rows._parts(lengths, causal=True)] == [21, 24, 16]
+        assert [len(part.positions) for part in cpu_segments._parts(lengths, causal=True)] == [21, 24, 16]
         q, k, v, grad = tensors(4, 2, sum(lengths), torch.float32)
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, **segments(*lengths))
         output.backward(grad)
     finally:
-        segments_of_rows._parts.cache_clear()
+        cpu_segments._parts.cache_clear()
     for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
 

@@ -16,8 +16,8 @@ from mm_moslora.adapters import load_adapter
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_llava_checkpoint import export_original, original_state
-from mm_moslora.models.import_checkpoint import import_parts, whole_config
-from mm_moslora.models.import_xtuner import lora_settings, write_factors
+from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
+from mm_moslora.models.importing.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError, MoSLoRAError
 

@@ -28,7 +28,7 @@ from mm_moslora.config import (
     VisionConfig,
 )
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.collator import Collator
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator

@@ -19,7 +19,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.cli.export_verbs import export
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import load
 from mm_moslora.models.pretrained_vlm import outside_decoder

@@ -41,7 +41,7 @@ DOORS = {
     "mm_moslora/models/vision/timm_open_clip_tower.py": "model.vision of other libraries",
     # These get what a user named in the command.
     "mm_moslora/models/load_model.py": "an export, or the base that an adapter names, which is logged",
-    "mm_moslora/models/import_checkpoint.py": "a base of a foreign checkpoint, which is logged",
+    "mm_moslora/models/importing/import_checkpoint.py": "a base of a foreign checkpoint, which is logged",
     "eval/mm_moslora_eval/backends/transformers_model.py": "hf:",
     "eval/mm_moslora_eval/backends/open_model.py": "hands hf: on",
     "mm_moslora/data/sources/hf_tables.py": "data.train.path",
@@ -49,7 +49,7 @@ DOORS = {
     "mm_moslora/diffusion/subject_scores.py": "models of this project's choice, from the cache alone",
     # These read what lies in a folder that is at hand.
     "mm_moslora/models/export/export_huggingface.py": "what it has just written",
-    "mm_moslora/quickstart/model_assets.py": "what was built from verified packages",
+    "mm_moslora/quickstart/asset_conversion.py": "what was built from verified packages",
     "mm_moslora/adapters/methods/peft_methods.py": "an adapter, with a checked configuration",
     "mm_moslora/adapters/folder_format.py": "an adapter, for PEFT's own from_pretrained",
     "mm_moslora/adapters/moslora_config.py": "its configuration",
@@ -162,7 +162,7 @@ WEIGHTLESS = {
 """What `from_pretrained` of these reads holds no weights of a base, or what it reads is checked by PEFT."""
 CHECKS_ITSELF = {
     "mm_moslora/models/model_sizes.py": "the way in",
-    "mm_moslora/quickstart/model_assets.py": "what it has just converted, by the keys that transformers names",
+    "mm_moslora/quickstart/asset_conversion.py": "what it has just converted, by the keys that transformers names",
     "mm_moslora/diffusion/pipeline_families.py": "diffusers refuses missing weights",
     "mm_moslora/adapters/tuner.py": "configurations of adapters",
 }

@@ -16,7 +16,7 @@ from vlms import make_vlm
 
 from mm_moslora.cli.doctor_verb import doctor
 from mm_moslora.models.batching import packed_batch
-from mm_moslora.planning import family_table, model_doctor
+from mm_moslora.planning import family_table, model_probes
 from mm_moslora.planning.family_table import family_row
 from mm_moslora.planning.model_doctor import diagnose_model
 from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
@@ -142,7 +142,7 @@ def test_a_row_probe_without_numbers_is_no_answer(tmp_path: Path) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    finding = row_probe._probed(model.get_decoder(), "auto")
+    finding = row_probe._probed(model.get_decoder(), "auto", row_probe._moved)
     assert (finding.moved, finding.fault, finding.apart) == (None, "its hidden states are not finite", False)
 
 
@@ -154,14 +154,14 @@ def test_wrong_positions_are_found_by_the_logits(folder: Path, monkeypatch: pyte
 
 
 def test_a_supervised_question_is_found_by_the_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = model_doctor.example_of
+    real = model_probes.example_of
 
     def supervise_all(*given):
         example = real(*given)
         example.supervised[1:] = True
         return example
 
-    monkeypatch.setattr(model_doctor, "example_of", supervise_all)
+    monkeypatch.setattr(model_probes, "example_of", supervise_all)
     found = by_name(diagnose_model(str(folder), small=True))
     assert found["labels"].status == "bad"
     assert "is learned, expected ['A red square.']" in found["labels"].detail
@@ -229,7 +229,7 @@ def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*given, **more):
         raise AdapterError("no place for it")
 
-    monkeypatch.setattr(model_doctor, "attach_adapters", refuse)
+    monkeypatch.setattr(model_probes, "attach_adapters", refuse)
     assert family_row("qwen2_vl").text.endswith(
         "| fails: AdapterError: no place for it | not tried: there is no adapter to train |"
     )

@@ -8,8 +8,8 @@ import pytest
 
 from mm_moslora import cli
 from mm_moslora.planning import doctor
-from mm_moslora.planning.link_speed import judge_computing, judge_links, pairs_by_round
-from mm_moslora.planning.rank_facts import RankFacts, differences, network_faults
+from mm_moslora.planning.ranks.link_speed import judge_computing, judge_links, pairs_by_round
+from mm_moslora.planning.ranks.rank_facts import RankFacts, differences, network_faults
 from mm_moslora.training.supervision.rank_agreement import spans
 
 HOSTS = ["a"] * 4 + ["b"] * 4 + ["c"] * 2

@@ -14,7 +14,7 @@ from trials import commit
 
 from mm_moslora.quickstart import model_assets, quickstart_evaluation, quickstart_run
 from mm_moslora.quickstart.instruction_data import DatasetFiles
-from mm_moslora.quickstart.quickstart_notes import QUICKSTART
+from mm_moslora.quickstart.quickstart_notes import QUICKSTART, StageClock
 from mm_moslora.quickstart.quickstart_run import QuickstartOptions
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.utils.errors import ConfigError
@@ -123,7 +123,7 @@ def test_a_part_that_cannot_be_fetched_leaves_a_finished_run_finished(
 )
 def test_damaged_times_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (tmp_path / "timing.json").write_text(text, encoding="latin-1")
-    clock = quickstart_run._Clock(tmp_path)
+    clock = StageClock(tmp_path)
     with clock.stage("align"):
         pass
     assert clock.total < 60
@@ -146,7 +146,7 @@ def test_a_damaged_summary_of_the_tuned_stage_ends_no_finished_quickstart(
         summary.write_text('{"tokens_per_image": 9, "memory_gib": 1.5, "learned": 1}')
     (finished / "tune" / "summary.json").write_text(text)
     data = DatasetFiles.below(finished / "data", easy)
-    quickstart_run._summarise(finished, data, SMOKE, clock=quickstart_run._Clock(finished), exported={"stock": True})
+    quickstart_run._summarise(finished, data, SMOKE, clock=StageClock(finished), exported={"stock": True})
     said = json.loads(summary.read_text())
     assert said["description"].startswith("dinov2 + 9 visual tokens + Smol" if earlier else "dinov2 + Smol")
     assert said["memory_gib"] > 0

@@ -15,9 +15,9 @@ from browser import CHROMIUM, MISSING, browsing
 from comparison_results import NAMES, comparison_results
 from matplotlib.figure import Figure
 
-from mm_moslora.reporting.comparison_charts import Column, Measure, band_of
-from mm_moslora.reporting.comparison_curves import dodge
-from mm_moslora.reporting.comparison_page import draw, render, write_page
+from mm_moslora.reporting.comparison.comparison_charts import Column, Measure, band_of
+from mm_moslora.reporting.comparison.comparison_curves import dodge
+from mm_moslora.reporting.comparison.comparison_page import draw, render, write_page
 from mm_moslora.utils.errors import ConfigError
 
 HOSTILE = '<img src="x" onerror="alert(1)">@rank=</title></svg><script>alert(2)</script>{{ 7*7 }}'

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from mm_moslora.launch.heartbeat import process_start, read_heartbeats
 from mm_moslora.reporting import build_report, load_run
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.reporting.summary_text import standing
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.heartbeat import process_start, read_heartbeats
 
 ELSEWHERE = "node2"
 

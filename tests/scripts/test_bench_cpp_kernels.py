@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import cpp_kernels as bench
 import yardstick
 
-from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
+from mm_moslora.kernels.attention import cpu_segments, native_cpu_attention
 
 
 @needs_kernels
@@ -22,8 +22,8 @@ def test_a_contender_runs_without_what_it_leaves_out(monkeypatch: pytest.MonkeyP
     ran: list[str] = []
     for module, name in (
         (native_cpu_attention, "attend"),
-        (segment_attention, "attend"),
-        (segment_attention, "attend_by_kernel"),
+        (cpu_segments, "attend"),
+        (cpu_segments, "attend_by_kernel"),
     ):
         real = getattr(module, name)
 
@@ -39,5 +39,5 @@ def test_a_contender_runs_without_what_it_leaves_out(monkeypatch: pytest.MonkeyP
         found[name] = set(ran)
     assert found["all"] == found["all again"] == {"mm_moslora.kernels.attention.native_cpu_attention.attend"}
     assert "mm_moslora.kernels.attention.native_cpu_attention.attend" not in found["without attention"]
-    assert found["by torch alone"] == {"mm_moslora.kernels.attention.segment_attention.attend_by_kernel"}
+    assert found["by torch alone"] == {"mm_moslora.kernels.attention.cpu_segments.attend_by_kernel"}
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)

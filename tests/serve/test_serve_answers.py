@@ -17,7 +17,7 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     """The answer of `models.decoding.generation` to one prompt alone."""
     import torch
 
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.models.decoding.generation import Prompt, encode_images, generate
 
     ids = models.encoder.encode_prompt([Turn.asking(text, images=len(pictures))])
@@ -102,7 +102,7 @@ def test_stop_strings_end_the_answer_before_them(server: Any, models: Any) -> No
 
 
 def test_conversation_with_history_and_system_message(server: Any, models: Any) -> None:
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.models.decoding.generation import Prompt, generate
 
     messages = [

@@ -68,7 +68,7 @@ def test_both_answers_equal_those_of_chat_and_attention_covers_the_picture(
 
 def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     """Against weights computed by hand from one more forward pass."""
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.models.decoding.generation import Prompt, embed_prompt
     from mm_moslora.models.transformers_patches import attention_within
 

@@ -68,7 +68,7 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     """The answer of transformers' own `generate` to the same ids and pictures."""
 
     from mm_moslora.batch import join_images
-    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.data.chat.record_turns import Turn
     from mm_moslora.models.batching.padded_batch import padded_inputs
 
     ids, images = models.prompt([Turn.asking(text, images=len(pictures))], pictures)

@@ -10,7 +10,7 @@ import pytest
 from trials import hexed, with_train
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.sources.endless_sources import FileStream
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid

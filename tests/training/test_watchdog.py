@@ -21,12 +21,13 @@ from between import just_before
 from preloaded import Preloaded
 from waiting import wait_until
 
+from mm_moslora.launch import heartbeat
+from mm_moslora.launch.heartbeat import Heartbeat
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.utils import distributed, heartbeat
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.heartbeat import Heartbeat
 
 
 def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
@@ -189,7 +190,7 @@ BUSY = """
 import os, sys, threading, time
 from pathlib import Path
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.utils.heartbeat import Heartbeat
+from mm_moslora.launch.heartbeat import Heartbeat
 
 def deep(depth):
     return depth and deep(depth - 1)

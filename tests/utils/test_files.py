@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.utils import files
+from mm_moslora.utils import files, folder_marks
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 from mm_moslora.utils.file_locks import lock_file
 
@@ -111,25 +111,25 @@ WRITES = {
     "mm_moslora/models/export/export_huggingface.py:export_model": NEW,
     "mm_moslora/models/export/export_llava_checkpoint.py:export_original": NEW,
     "mm_moslora/models/export/model_card.py:write_card": NEW,
-    "mm_moslora/models/import_checkpoint.py:_save_language": NEW,
-    "mm_moslora/models/import_checkpoint.py:_save_vision": NEW,
-    "mm_moslora/models/import_checkpoint.py:_write_language": NEW,
-    "mm_moslora/models/import_checkpoint.py:_write_projector": NEW,
-    "mm_moslora/models/import_xtuner.py:write_factors": NEW,
+    "mm_moslora/models/importing/import_checkpoint.py:_save_language": NEW,
+    "mm_moslora/models/importing/import_checkpoint.py:_save_vision": NEW,
+    "mm_moslora/models/importing/import_checkpoint.py:_write_language": NEW,
+    "mm_moslora/models/importing/import_checkpoint.py:_write_projector": NEW,
+    "mm_moslora/models/importing/import_xtuner.py:write_factors": NEW,
     "mm_moslora/models/processing/llava_processor.py:save_processor": NEW,
     "mm_moslora/models/vision/feature_cache.py:write": ASIDE,
-    "mm_moslora/planning/distributed_doctor.py:_run_folder": "a random name that no other program knows",
+    "mm_moslora/planning/ranks/distributed_doctor.py:_run_folder": "a random name that no other program knows",
     "mm_moslora/preferences/trl_trainers.py:write": NEW,
     "mm_moslora/quickstart/asset_cache.py:unpack": NEW,
     "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": NEW,
-    "mm_moslora/quickstart/model_assets.py:_convert_dinov2": NEW,
-    "mm_moslora/quickstart/model_assets.py:_convert_efficientnet": NEW,
-    "mm_moslora/quickstart/model_assets.py:_convert_language_model": NEW,
-    "mm_moslora/quickstart/model_assets.py:_convert_open_clip": NEW,
+    "mm_moslora/quickstart/asset_conversion.py:convert_dinov2": NEW,
+    "mm_moslora/quickstart/asset_conversion.py:convert_efficientnet": NEW,
+    "mm_moslora/quickstart/asset_conversion.py:convert_language_model": NEW,
+    "mm_moslora/quickstart/asset_conversion.py:convert_open_clip": NEW,
     "mm_moslora/quickstart/quickstart_evaluation.py:_samples": ASIDE,
     "mm_moslora/quickstart/stamp_data.py:build_stamps": ASIDE,
     "mm_moslora/quickstart/user_recipe.py:initialise": NEW,
-    "mm_moslora/reporting/comparison_charts.py:draw_png": ASIDE,
+    "mm_moslora/reporting/comparison/comparison_charts.py:draw_png": ASIDE,
     "mm_moslora/reporting/lens_maps.py:_draw": ASIDE,
     "mm_moslora/training/snapshot.py:write": NEW,
     "mm_moslora/training/snapshot.py:write_model": NEW,
@@ -233,7 +233,7 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
     mine, run = tmp_path / "mine", tmp_path / "run"
     run.mkdir()
     mine.write_text("years\n")
-    for name in (files.MARK, "metrics.jsonl", "log.txt", "stacks.txt", "run.lock", "state.json"):
+    for name in (folder_marks.MARK, "metrics.jsonl", "log.txt", "stacks.txt", "run.lock", "state.json"):
         (run / name).hardlink_to(mine)
     files.mark(run, "run")
     files.Appender(run / "metrics.jsonl").add("a line")
@@ -244,7 +244,7 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
         files.write_owner(lock, "process 1")
     assert mine.read_text() == "years\n"
     assert (run / "metrics.jsonl").read_text() == "years\na line\n"
-    assert (run / files.MARK).read_text() == "years\nrun\n"
+    assert (run / folder_marks.MARK).read_text() == "years\nrun\n"
     assert (run / "stacks.txt").read_text() == ""
     with lock_file(tmp_path / "run.lock", wait=False) as lock:
         files.write_owner(lock, "a long owner")
@@ -254,11 +254,11 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
 
 def test_a_mark_is_not_written_through_a_link(tmp_path):
     paths = strangers(tmp_path)
-    (paths["folder"] / files.MARK).symlink_to(tmp_path / "mine")
+    (paths["folder"] / folder_marks.MARK).symlink_to(tmp_path / "mine")
     with pytest.raises(ConfigError, match="is a link to"):
         files.mark(paths["folder"], "run")
-    (paths["folder"] / files.MARK).unlink()
-    os.mkfifo(paths["folder"] / files.MARK)
+    (paths["folder"] / folder_marks.MARK).unlink()
+    os.mkfifo(paths["folder"] / folder_marks.MARK)
     with pytest.raises(ConfigError, match="a pipe"):
         files.mark(paths["folder"], "run")
     assert (tmp_path / "mine").read_text() == "years"
@@ -343,7 +343,7 @@ def test_the_mark_goes_last(tmp_path, monkeypatch):
     folder = marked(tmp_path / "ours")
     monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # the system refuses
     files.remove(folder)
-    assert (folder / files.MARK).is_file()
+    assert (folder / folder_marks.MARK).is_file()
     assert (folder / "inner" / "a").is_file()
     monkeypatch.undo()
     files.remove(folder)
@@ -352,36 +352,36 @@ def test_the_mark_goes_last(tmp_path, monkeypatch):
 
 def test_a_folder_is_built_aside_and_what_a_killed_process_left_is_cleared(tmp_path):
     marked(tmp_path / ".set.partial")
-    with files.building(tmp_path / "set", replaces=files.MARK) as part:
+    with files.building(tmp_path / "set", replaces=folder_marks.MARK) as part:
         assert not (tmp_path / "set").exists()
         (part / "a").write_text("1")
-    with pytest.raises(OSError, match="a"), files.building(tmp_path / "set", replaces=files.MARK) as part:
+    with pytest.raises(OSError, match="a"), files.building(tmp_path / "set", replaces=folder_marks.MARK) as part:
         (part / "absent" / "a").write_text("2")
     assert (tmp_path / "set" / "a").read_text() == "1"
-    with files.building(tmp_path / "set", replaces=files.MARK) as part:
+    with files.building(tmp_path / "set", replaces=folder_marks.MARK) as part:
         (part / "b").write_text("3")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [files.MARK, "b", "set"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [folder_marks.MARK, "b", "set"]
     with files.building(tmp_path / "set") as part:  # another host was faster
         (part / "c").write_text("4")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [files.MARK, "b", "set"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [folder_marks.MARK, "b", "set"]
 
 
-@pytest.mark.parametrize("replaces", [None, files.MARK, "ready.json"])
+@pytest.mark.parametrize("replaces", [None, folder_marks.MARK, "ready.json"])
 def test_a_folder_that_holds_nothing_but_the_mark_does_not_cost_what_was_built(replaces, tmp_path):
     """An interrupted deletion leaves it."""
     for nothing in (True, False):
         (tmp_path / "set").mkdir()
         if nothing:
             files.mark(tmp_path / "set", "temporary")
-        assert not files.is_built(tmp_path / "set")
+        assert not folder_marks.is_built(tmp_path / "set")
         with files.building(tmp_path / "set", replaces=replaces) as part:
             (part / "a").write_text("1")
         assert (tmp_path / "set" / "a").read_text() == "1"
-        assert files.is_built(tmp_path / "set")
+        assert folder_marks.is_built(tmp_path / "set")
         assert [path.name for path in tmp_path.iterdir()] == ["set"]
         files.mark(tmp_path / "set", "temporary")
         files.remove(tmp_path / "set")
-    assert not files.is_built(tmp_path / "set")
+    assert not folder_marks.is_built(tmp_path / "set")
 
 
 def test_a_link_to_an_empty_folder_is_not_replaced(tmp_path):
@@ -395,22 +395,22 @@ def test_a_link_to_an_empty_folder_is_not_replaced(tmp_path):
 def test_a_folder_of_the_user_is_refused_before_anything_is_built(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").touch()
-    with pytest.raises(ConfigError, match="Move it away"), files.building(tmp_path / "set", replaces=files.MARK):
+    with pytest.raises(ConfigError, match="Move it away"), files.building(tmp_path / "set", replaces=folder_marks.MARK):
         pytest.fail("this may take an hour")
 
 
 def test_names_of_a_run_in_a_folder_of_the_user_are_refused_with_the_way_out(tmp_path):
-    files.refuse_strangers(tmp_path / "new", ["config.yaml"], kind="run")
+    folder_marks.refuse_strangers(tmp_path / "new", ["config.yaml"], kind="run")
     (tmp_path / "notes.txt").touch()
-    files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+    folder_marks.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match=r"already holds config\.yaml.*echo run >> .*\.mm_moslora") as caught:
-        files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+        folder_marks.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
     files.mark(tmp_path, "evaluation")
     with pytest.raises(ConfigError, match="a run of mm_moslora"):
-        files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+        folder_marks.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
     assert os.system(str(caught.value).rpartition("mark it: ")[2]) == 0
-    files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+    folder_marks.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
 
 
 SIGN = '<meta name="generator" content="mm_moslora">'
@@ -418,26 +418,26 @@ SIGN = '<meta name="generator" content="mm_moslora">'
 
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
     page = tmp_path / "report.html"
-    assert files.output_file(page) == page
+    assert folder_marks.output_file(page) == page
     own = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n' + SIGN
     quotes = (f"Notes: {own}", own.replace("<meta charset", "<p>x</p><meta"))
     for text in ("", "<!doctype html><p>my own page</p>", *quotes):
         page.write_text(text)
         with pytest.raises(ConfigError, match=r"report\.html exists and is not replaced"):
-            files.output_file(page, sign=files.PAGE_SIGN)
+            folder_marks.output_file(page, sign=folder_marks.PAGE_SIGN)
     page.write_text(f"{own}\n</head>")
-    assert files.output_file(page, sign=files.PAGE_SIGN) == page
+    assert folder_marks.output_file(page, sign=folder_marks.PAGE_SIGN) == page
     with pytest.raises(ConfigError, match="is not replaced"):
-        files.output_file(page)
+        folder_marks.output_file(page)
     with pytest.raises(ConfigError, match="is a folder; expected the file"):
-        files.output_file(tmp_path)
+        folder_marks.output_file(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 def test_a_page_replaces_no_link_and_no_pipe(kind, tmp_path):
     path = strangers(tmp_path)[kind]
     with pytest.raises(ConfigError, match="exists and is not replaced"):
-        files.output_file(path, sign=files.PAGE_SIGN)
+        folder_marks.output_file(path, sign=folder_marks.PAGE_SIGN)
 
 
 def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):

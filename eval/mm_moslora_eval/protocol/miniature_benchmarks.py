@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from mm_moslora.utils.files import mark, refuse_strangers, replace_json, replace_text
+from mm_moslora.utils.files import mark, replace_json, replace_text
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents, write_tsv
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from mm_moslora.utils.errors import EvalError, suggestion
-from mm_moslora.utils.files import output_file, replace_text
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.report.evaluation_page import names_of
 from mm_moslora_eval.run.answer_views import read_json

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.reporting.verdicts import LIKELIHOOD, Difference
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import MARK, make_subfolder, mark, remove
+from mm_moslora.utils.files import make_subfolder, mark, remove
+from mm_moslora.utils.folder_marks import MARK
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders

@@ -13,7 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError, suggestion
-from mm_moslora.utils.files import output_file, replacing
+from mm_moslora.utils.files import replacing
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora_eval.metrics import vqa_accuracy
 from mm_moslora_eval.run.answer_log import line, read_folder
 from mm_moslora_eval.run.answer_views import answers_folder, documents_of, find_view

@@ -31,7 +31,8 @@ from typing import Any
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import make_subfolder, read_json, refuse_strangers, replace_text
+from mm_moslora.utils.files import make_subfolder, read_json, replace_text
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task

@@ -41,7 +41,8 @@ from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import config_to_dict, stock_config
 from mm_moslora.kernels.lora.lora_math import fold
 from mm_moslora.utils.errors import AdapterError, suggestion
-from mm_moslora.utils.files import output_file, replacing, staging
+from mm_moslora.utils.files import replacing, staging
+from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.run_paths import writing
 
 Layout = Literal["peft", "vllm", "diffusers", "kohya", "gguf"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mm_moslora.config import Thinking
-from mm_moslora.data.chat.chat_template import MARK, Slot, Template, TextSpan, remembered
+from mm_moslora.data.chat.chat_template import MARK, Slot, Template, remembered
+from mm_moslora.data.chat.guarded_tokens import TextSpan
 from mm_moslora.data.chat.record_keys import REASONING
 
 THINK, THINK_END = "<think>", "</think>"

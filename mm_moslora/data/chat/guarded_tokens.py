@@ -1,19 +1,32 @@
-"""A tokenizer for texts that spell special tokens: a copy in which these tokens have private names."""
+"""Token ids of scaffold and contents of a chat template.
+
+Special tokens are recognised in the scaffold, which is trusted, and never in contents, which come from users. Both are
+tokenised together, as one string, so that ordinary text gives exactly the tokenizer's ids for the whole. If a content
+spells a special token, a second tokenizer is used: a copy in which the special tokens have private names. The scaffold
+is rewritten with these names. Contents are not, so they cannot match them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.data.boxes.box_forms import SPECIAL
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
 
 PRIVATE = "\ue0f1\ue0f2{}\ue0f3"
 """The private name of a token, from its id."""
 PRIVATE_NAME = re.compile("\ue0f1\ue0f2([0-9]{1,9})\ue0f3")
+_ANCHORS = ("\n", "a", ".", "0", "\u4e2d")
+"""Texts before which the tokens of a continuation are found."""
+_SPECIAL = re.compile(f"{SPECIAL[0]}([^{SPECIAL[1]}]*){SPECIAL[1]}")
 
 
 class SpecialTextError(DataError):
@@ -66,3 +79,117 @@ class RenamedTokens:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text with private names, as the tokenizer itself numbers them."""
         return [self._ids.get(number, number) for number in self._copy.encode(text, add_special_tokens=False).ids]
+
+
+class TextSpan(NamedTuple):
+    """A stretch of text."""
+
+    text: str
+    trusted: bool
+    """Whether special tokens are recognised in it."""
+
+
+def marked_spans(turn: Turn, spans: Sequence[TextSpan]) -> list[TextSpan]:
+    """The spans of a turn, with the special tokens apart that this project itself wrote into its texts."""
+    if not turn.marked:
+        return list(spans)
+    return [
+        TextSpan(text, span.trusted or bool(number % 2))
+        for span in spans
+        for number, text in enumerate(_SPECIAL.split(span.text))
+        if text
+    ]
+
+
+class Tokens:
+    """Tokenises spans.
+
+    Args:
+        tokenizer: a fast tokenizer (a slow one works until untrusted text spells a special token).
+        structural: texts of the chat template. Added tokens that occur in them are guarded too, special or not, because
+            a user could forge a turn by typing them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, structural: Iterable[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        scaffold = "\n".join(structural)
+        added = {str(token): (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+        named = set(tokenizer.all_special_tokens)
+        self.guarded: dict[str, int] = {
+            text: number
+            for text, (number, special) in added.items()
+            if text.strip() and (special or text in named or text in scaffold)
+        }
+        """Text and id of every token that untrusted text must not be encoded as."""
+        longest_first = sorted(self.guarded, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._counted = set(self.guarded.values()) - {tokenizer.unk_token_id}  # unknown characters give unk, too
+
+    def text_of(self, number: int) -> str:
+        """The text of a guarded token; empty for any other id."""
+        text = self.tokenizer.convert_ids_to_tokens(number)
+        return text if isinstance(text, str) and text in self.guarded else ""
+
+    def first_special(self, text: str) -> re.Match[str] | None:
+        """The first guarded token that a text spells."""
+        return self._pattern.search(text)
+
+    def special_end(self, text: str) -> str:
+        """The guarded token at the end of a text; empty where there is none."""
+        *_, last = ["", *(match[0] for match in self._pattern.finditer(text) if match.end() == len(text))]
+        return last
+
+    def hidden(self, text: str) -> str:
+        """A text of a user that goes through the chat template: guarded tokens have private names; see `spans`."""
+        return self._pattern.sub(lambda match: PRIVATE.format(self.guarded[match[0]]), text)
+
+    def spans(self, text: str) -> list[TextSpan]:
+        """A stretch of scaffold as spans; guarded tokens under private names are text."""
+        pieces = PRIVATE_NAME.split(text)
+        return [
+            TextSpan(self.text_of(int(piece)) if index % 2 else piece, not index % 2)
+            for index, piece in enumerate(pieces)
+            if piece or len(pieces) == 1
+        ]
+
+    def encode(self, spans: Sequence[TextSpan]) -> list[int]:
+        """Token ids of consecutive spans.
+
+        Raises:
+            SpecialTextError: untrusted text spells a special token and the tokenizer is not a fast one.
+        """
+        text = "".join(span.text for span in spans)
+        if not text:
+            return []
+        wanted = [
+            self.guarded[match[0]] for span in spans if span.trusted for match in self._pattern.finditer(span.text)
+        ]
+        wanted = [number for number in wanted if number in self._counted]
+        if not any(not span.trusted and self._pattern.search(span.text) for span in spans):
+            ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+            if [number for number in ids if number in self._counted] == wanted:
+                return ids
+        text = "".join(
+            self._pattern.sub(lambda match: self._renamed.names[match[0]], span.text) if span.trusted else span.text
+            for span in spans
+        )
+        ids = self._renamed.encode(text)
+        if [number for number in ids if number in self._counted] != wanted:
+            raise SpecialTextError(
+                f"text {ascii(text)[:120]} spells special tokens in a way that cannot be kept apart; "
+                "remove them from the text"
+            )
+        return ids
+
+    @cached_property
+    def _renamed(self) -> RenamedTokens:
+        return RenamedTokens(self.tokenizer, self.guarded)
+
+    def encode_behind(self, spans: Sequence[TextSpan]) -> list[int]:
+        """Token ids of spans in the middle of a text, without the prefix that a tokenizer adds at its start."""
+        for anchor in _ANCHORS:
+            lead = self.encode([TextSpan(anchor, False)])
+            ids = self.encode([TextSpan(anchor, False), *spans])
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return self.encode(spans)

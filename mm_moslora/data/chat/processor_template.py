@@ -14,7 +14,7 @@ from typing import Any
 from mm_moslora.config.llava_chat_templates import without_note
 from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.utils.errors import ConfigError
 
 PREFIX_TEMPLATE = (

@@ -1,29 +1,21 @@
-"""Reads records: the bytes of a JSON list or a JSONL file, strictly, into one form of turns and pictures.
+"""Turns the value of a record, in any accepted form, into one form of turns and pictures (`record_turns`).
 
 Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
 (pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`, and documents, in
 which texts and pictures alternate; `record_forms` reads those besides conversations. A video becomes several frames,
 which are pictures like any other. Every fault has the form
 `CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
-
-A JSON file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
-A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
-an error. NaN and Infinity, which pandas writes into empty cells, are accepted as numbers. They make a record unusable
-only in a field that needs another type.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from mm_moslora.data.boxes.record_objects import Objects, check_objects, objects_of
+from mm_moslora.data.boxes.record_objects import check_objects, objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -52,6 +44,7 @@ from mm_moslora.data.chat.record_keys import (
     weight_of,
     weights_of_question,
 )
+from mm_moslora.data.chat.record_turns import Record, Role, Turn
 from mm_moslora.data.chat.tool_records import (
     CALLING,
     RESULTS,
@@ -66,14 +59,6 @@ from mm_moslora.data.images.record_picture import Picture, PictureRules, find_pi
 from mm_moslora.data.images.remote_files import find_remote
 from mm_moslora.data.images.video_clip import Clip, find_clip
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
-from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
-from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import sha256_of
-from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
-from mm_moslora.utils.untrusted_files import opened
-
-Role = Literal["system", "user", "assistant", "tool", "document"]
-T = TypeVar("T")
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -81,131 +66,6 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(RESULTS, "tool"),
 }  # fmt: skip
 _ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One turn of a conversation."""
-
-    role: Role
-    """The speaker."""
-    text: str
-    """The content; `<image>` in a user's text is replaced by the next image."""
-    offsets: tuple[int, ...] | None = None
-    """Offsets of the `<image>` that are images, and of the `<video>` that are videos, for a source that distinguishes
-    them from typed text; None: every `<image>` is an image."""
-    weight: float = 1.0
-    """Of the tokens of an answer in the loss; 0: it is context."""
-    asked: tuple[tuple[str, float | None], ...] = ()
-    """What keys of a turn that is no answer ask for; see `record_keys.weights_of_question`."""
-    tools: str = ""
-    """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
-    name of the call that a result answers."""
-    marked: bool = False
-    """Whether the characters `box_forms.SPECIAL` in the text enclose special tokens, which boxes have in some forms."""
-
-    def parts(self) -> list[str]:
-        """The texts before, between and after the images: one more than the number of images."""
-        if self.role not in ("user", "document"):
-            return [self.text]
-        if self.offsets is None:
-            return self.text.split(IMAGE)
-        starts = [0, *(offset + len(IMAGE) for offset in self.offsets)]
-        ends = [*self.offsets, len(self.text)]
-        return [self.text[start:end] for start, end in zip(starts, ends, strict=True)]
-
-    @property
-    def said(self) -> str:
-        """The text, and the JSON text of tools."""
-        return self.text + self.tools
-
-    @property
-    def images(self) -> int:
-        """Images and videos in this turn."""
-        return len(self.parts()) - 1
-
-    def filled(self, fill: Callable[[str], str]) -> Turn:
-        """The same turn with its texts changed, which hold special tokens afterwards; its images stay."""
-        first, *rest = map(fill, self.parts())
-        result, offsets = first, []
-        for mark, part in zip(self.marks, rest, strict=True):
-            offsets.append(len(result))
-            result += mark + part
-        own = tuple(offsets) if self.role == "user" else None
-        return replace(self, text=result, offsets=own, marked=True)
-
-    @property
-    def marks(self) -> list[str]:
-        """`<image>` or `<video>` for each of them; the two are of one length."""
-        if self.offsets is None:
-            return [IMAGE] * self.images
-        return [self.text[offset : offset + len(IMAGE)] for offset in self.offsets]
-
-    @classmethod
-    def asking(cls, text: str, *, images: int = 0) -> Turn:
-        """A question in which `<image>` is text, with images before it, each on a separate line."""
-        mark = f"{IMAGE}\n"
-        return cls(role="user", text=mark * images + text, offsets=tuple(len(mark) * i for i in range(images)))
-
-    def showing(self, shown: Sequence[int | None]) -> Turn:
-        """The same turn with each of its images replaced by this many consecutive images, or by one video (None)."""
-        first, *rest = self.parts()
-        result, offsets = first, []
-        for count, part in zip(shown, rest, strict=True):
-            offsets += [len(result) + len(IMAGE) * index for index in range(1 if count is None else count)]
-            result += (VIDEO if count is None else IMAGE * count) + part
-        return replace(self, text=result, offsets=tuple(offsets))
-
-    def preceded_by(self, text: str) -> Turn:
-        """The same turn with literal text before it."""
-        first, *rest = self.parts()
-        result, offsets = text + first, []
-        for mark, part in zip(self.marks, rest, strict=True):
-            offsets.append(len(result))
-            result += mark + part
-        return replace(self, text=result, offsets=tuple(offsets))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One conversation with the paths of its images."""
-
-    id: str
-    """The record's id, or its number."""
-    turns: tuple[Turn, ...]
-    """An optional system turn, then questions and answers in turn; or one document."""
-    images: tuple[Picture, ...] = ()
-    """In order of their placeholders."""
-    objects: Objects | None = None
-    """Boxes and points for the placeholders in the turns, which depend on the model; `record_examples` fills them."""
-    where: Where
-    """Source and number, for messages."""
-    ignored: tuple[str, ...] = ()
-    """Its keys, and those of its turns, that are not read."""
-
-    def learned(self, supervise: Literal["all", "last"]) -> tuple[Turn, ...]:
-        """The turns with their weights under `DataConfig.supervise`.
-
-        Raises:
-            RecordError: no answer is learned.
-        """
-        if supervise == "all":
-            return self.turns
-        *earlier, last = self.turns
-        if not last.weight:
-            what, remedy = "the last answer weighs 0, and data.supervise is last", "drop the record"
-            raise self.where.error(Code.BAD_WEIGHT, "conversations", what, remedy)
-        return *(replace(turn, weight=0.0) for turn in earlier), last
-
-    @property
-    def is_document(self) -> bool:
-        """Whether it is a text with pictures in places, all of which is learned, and no conversation."""
-        return self.turns[0].role == "document"
-
-    @property
-    def image_names(self) -> list[str]:
-        """Paths, members or URLs of the images."""
-        return [picture.name for picture in self.images]
 
 
 def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
@@ -474,121 +334,3 @@ def _check_image_count(turns: list[Turn], images: int, where: Where) -> None:
     if ignored:
         what += f"; the ones in turns {ignored} do not count"
     raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one {IMAGE} per image, in human turns")
-
-
-class RecordSource(ABC):
-    """Random access to the records of one source.
-
-    Args:
-        path: path of the source, for messages.
-        rules: rules for its pictures.
-    """
-
-    def __init__(self, path: Path, rules: PictureRules) -> None:
-        self.path, self.rules = path, rules
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def value(self, row: int) -> Any:
-        """The unchecked value of a row.
-
-        Raises:
-            StrictJsonError: it is not strict JSON.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash that changes with the source's texts; computing it may read them all."""
-
-    def content(self) -> str:
-        """A hash that copies elsewhere share; empty where none is known."""
-        return ""
-
-    def commit(self) -> str | None:
-        """The commit of a data set of the hub."""
-        return None
-
-    def where(self, row: int) -> Where:
-        """Source, line and number of a record, for messages."""
-        return Where(file=self.path, line=None, row=row)
-
-    def __getitem__(self, row: int) -> Record:
-        """Read and check one record.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
-        return self.parsed(row, parse_record)
-
-    def parsed(self, row: int, parse: Callable[[Any, Where, PictureRules], T]) -> T:
-        """Read one value, and check it by the function that knows its form; see `__getitem__`."""
-        where = self.where(row)
-        try:
-            value = self.value(row)
-        except StrictJsonError as fault:
-            code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
-            raise where.error(code, "-", str(fault), "repair or remove the record") from fault
-        return parse(value, where, self.rules)
-
-
-class RecordFile(RecordSource):
-    """The records of a JSON list or a JSONL file.
-
-    Args:
-        path: the file; in JSONL blank lines do not count. A byte order mark and CRLF are accepted.
-        rules: rules for its pictures; None: files below the file's folder.
-
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
-    """
-
-    def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
-        super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
-        require_file(path)
-        with opened(path, most=None) as stream:
-            head = stream.read(4096)
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-            raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
-        self._lines: array[int] | None = None
-        if head.removeprefix(BOM).lstrip()[:1] == b"[":
-            self._starts, self._ends = scan_list(path) or scan_list_carefully(path)
-        else:
-            self._starts, self._ends, self._lines = scan_lines(path)
-        if not self._starts:
-            raise DataError(f"{path} is empty: 0 records. Check the export that wrote it.")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def where(self, row: int) -> Where:
-        """See `RecordSource.where`; a JSONL file has lines."""
-        return Where(file=self.path, line=None if self._lines is None else self._lines[row], row=row)
-
-    def value(self, row: int) -> Any:
-        """The parsed value of a row."""
-        start, end = self._starts[row], self._ends[row]
-        if end - start > MAX_VALUE_BYTES:
-            raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
-        with opened(self.path, most=None) as stream:
-            stream.seek(start)
-            raw = stream.read(end - start)
-        return parse_json(raw, constants=True, surrogates=True)
-
-    def fingerprint(self) -> str:
-        """A hash of the file's bytes."""
-        with opened(self.path, most=None) as stream:
-            return sha256_of(stream)
-
-    content = fingerprint
-
-
-def require_file(path: Path) -> None:
-    """Refuse a path without a file.
-
-    Raises:
-        DataError: there is no file.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")

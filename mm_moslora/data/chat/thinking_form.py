@@ -10,8 +10,9 @@ from typing import Literal
 
 from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Record, RecordSource, Turn
+from mm_moslora.data.chat.record_turns import Record, Turn
 from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.record_file import RecordSource
 
 SAMPLED = 1000
 """Largest number of records that are sampled, evenly spaced; a share of one half is then known to 3 points."""

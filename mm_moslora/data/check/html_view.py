@@ -12,8 +12,9 @@ from html import escape
 from PIL import Image, ImageDraw
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.check.terminal_view import REPEATS
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.record_faults import RecordError

@@ -11,8 +11,9 @@ from functools import partial
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record, RecordSource
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.chat.tool_records import names_not_offered
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
@@ -21,6 +22,7 @@ from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import DataError

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
-from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.check.check_findings import Finding, findings, length_percentiles
 from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Match

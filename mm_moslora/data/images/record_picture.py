@@ -68,7 +68,6 @@ class Picture(Protocol):
     @property
     def name(self) -> str:
         """Path, member or URL; of a frame its video and number."""
-        ...
 
     def rgb(self) -> Image.Image:
         """The picture as 8-bit RGB.
@@ -76,7 +75,6 @@ class Picture(Protocol):
         Raises:
             ImageError: it cannot be read, fetched or decoded.
         """
-        ...
 
     def size(self) -> tuple[int, int] | None:
         """Width and height, upright, from the header alone; None for a picture that is not fetched yet.
@@ -84,7 +82,6 @@ class Picture(Protocol):
         Raises:
             ImageError: a fault in the header, as from `rgb`.
         """
-        ...
 
 
 @dataclass(frozen=True)

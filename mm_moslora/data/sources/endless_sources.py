@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.chat.records import Record, RecordSource, parse_record
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.record_faults import RecordError, Where
 from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, files_of_stream, open_source, rules_of
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.chat.records import RecordSource
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, read_picture
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, is_built
+from mm_moslora.utils.files import building
+from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below

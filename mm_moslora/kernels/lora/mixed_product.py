@@ -30,11 +30,9 @@ class Mixing(Protocol):
 
     def matrix(self) -> Tensor:
         """M ``[R, R]``, with a graph to the tensors that it is made of."""
-        ...
 
     def learning(self) -> list[Tensor]:
         """The tensors that it is made of and that train."""
-        ...
 
 
 def fold_right(B: Tensor, M: Tensor) -> Tensor:

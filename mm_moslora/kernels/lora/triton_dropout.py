@@ -18,7 +18,6 @@ from torch import Tensor
 
 MASKS_PER_KERNEL = 3
 """Masks that one kernel draws: query, key and value."""
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:

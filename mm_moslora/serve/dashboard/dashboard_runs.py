@@ -12,7 +12,8 @@ from typing import Any
 from mm_moslora.reporting.drawing_grid import drawn_samples
 from mm_moslora.reporting.lens_maps import heat_maps
 from mm_moslora.reporting.overlay_page import flat_recipe, is_number
-from mm_moslora.reporting.run_data import MARKS, EvaluationRow, RunData, is_run, load_run
+from mm_moslora.reporting.run_data import MARKS, RunData, is_run, load_run
+from mm_moslora.reporting.run_rows import EvaluationRow
 from mm_moslora.reporting.run_status import read_state, stage_folders
 from mm_moslora.reporting.summary_text import progress, sample_kind, tasks, top_of
 from mm_moslora.reporting.svg_charts import downsample

@@ -9,8 +9,9 @@ from typing import Any
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import model_of, recipe_of
-from mm_moslora.models.model_paths import difference, is_comparable, is_same, stored_fingerprints
+from mm_moslora.models.model_paths import stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
+from mm_moslora.models.weights_fingerprint import difference, is_comparable, is_same
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.serve.inference.tool_replies import CallSplit
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.untrusted_data import parse_json

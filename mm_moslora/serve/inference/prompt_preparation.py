@@ -18,7 +18,7 @@ from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.boxes.box_forms import FoundBox
 from mm_moslora.data.chat.conversation_encoder import UnrenderedTools
 from mm_moslora.data.chat.record_forms import IMAGE
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.tool_records import joined_calls
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture

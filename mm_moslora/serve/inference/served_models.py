@@ -26,7 +26,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.preprocessing_print import check_preprocessing
 from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids

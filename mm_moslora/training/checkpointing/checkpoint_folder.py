@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora import __version__
-from mm_moslora.utils import distributed, files
+from mm_moslora.utils import distributed, files, folder_marks
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 from mm_moslora.utils.run_paths import MANIFEST
 
@@ -130,7 +130,7 @@ class Saver:
         try:
             for leftover in [*self.run.glob(".tmp-checkpoint-*"), *self.run.glob(".trash-checkpoint-*")]:
                 # A complete one has a manifest in place of the mark.
-                files.remove(leftover, mark=files.MARK if (leftover / files.MARK).exists() else MANIFEST)
+                files.remove(leftover, mark=folder_marks.MARK if (leftover / folder_marks.MARK).exists() else MANIFEST)
             free = files.free_bytes(self.run)
             if free < needed:
                 return (
@@ -160,7 +160,7 @@ class Saver:
         if not distributed.is_main():
             return sorted(path for path in own.rglob("*") if path.is_file())
         others = self._temporary / "trainer"
-        mark = self._temporary / files.MARK
+        mark = self._temporary / folder_marks.MARK
         return sorted(
             path
             for path in self._temporary.rglob("*")
@@ -257,7 +257,7 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
         else:  # the same step of the same run: the existing checkpoint is equivalent
             files.remove(temporary)
             return
-    files.discard(temporary / files.MARK)
+    files.discard(temporary / folder_marks.MARK)
     files.rename(temporary, final)
     files.sync(final.parent)
     try:

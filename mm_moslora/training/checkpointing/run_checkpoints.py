@@ -17,7 +17,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import (
     parse_manifest,
     read_manifest,
 )
-from mm_moslora.utils import files
+from mm_moslora.utils import files, folder_marks
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
 
@@ -128,7 +128,7 @@ def _why_kept(folder: Path) -> str | None:
         manifest = parse_manifest(folder / MANIFEST)
     except CheckpointError as error:
         return str(error)
-    strangers = sorted(present - {MANIFEST, files.MARK, *manifest.files})
+    strangers = sorted(present - {MANIFEST, folder_marks.MARK, *manifest.files})
     return f"it holds files that are not in its manifest ({', '.join(strangers[:3])})" if strangers else None
 
 

@@ -12,9 +12,10 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
-from mm_moslora.data.chat.records import RecordSource, Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_files import read_text

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mm_moslora.utils.errors import CheckpointError, TrainingError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import refuse_strangers, write_owner
+from mm_moslora.utils.files import write_owner
+from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS, checkpoints, resume_folder
 from mm_moslora.utils.untrusted_files import read_text_below
 

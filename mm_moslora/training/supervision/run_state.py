@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.launch.heartbeat import process_start
 from mm_moslora.launch.launcher import STATE
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError
 from mm_moslora.utils.files import read_json, replace_json
-from mm_moslora.utils.heartbeat import process_start
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)

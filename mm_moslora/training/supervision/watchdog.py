@@ -26,12 +26,13 @@ from types import TracebackType
 
 import torch
 
+from mm_moslora.launch import heartbeat
 from mm_moslora.launch.child_processes import start
+from mm_moslora.launch.heartbeat import Heartbeat, means_lost
 from mm_moslora.training.supervision.run_state import record_failure
-from mm_moslora.utils import distributed, heartbeat
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
 from mm_moslora.utils.files import discard, make_subfolder, replacing, writing_in_place
-from mm_moslora.utils.heartbeat import Heartbeat, means_lost
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)

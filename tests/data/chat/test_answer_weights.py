@@ -13,7 +13,8 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data import token_cache
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
-from mm_moslora.data.chat.records import Turn, parse_record
+from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.record_check import check

@@ -10,10 +10,11 @@ from vlms import make_vlm
 
 from mm_moslora.config import DataConfig, ModelConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Record, RecordFile, Turn
+from mm_moslora.data.chat.record_turns import Record, Turn
 from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.record_examples import encode_record
 from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.record_file import RecordFile
 from mm_moslora.models.assembly import load_parts
 from tests.data.sets import chatml_encoder, make_set, picture
 

@@ -15,7 +15,8 @@ from tiny import make_tokenizer
 
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, notes_of, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import Turn, parse_record
+from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import ConfigError

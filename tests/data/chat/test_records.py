@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.chat import records
-from mm_moslora.data.chat.records import RecordFile, parse_record
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import LocalPicture, PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
-from mm_moslora.data.sources import json_scan
+from mm_moslora.data.sources import json_scan, record_file
+from mm_moslora.data.sources.record_file import RecordFile
 from mm_moslora.utils.errors import DataError
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -254,7 +254,7 @@ class TestFiles:
             assert [file.value(row) for row in range(len(file))] == values
 
     def test_a_record_beyond_the_limit_is_not_read(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(records, "MAX_VALUE_BYTES", 100)
+        monkeypatch.setattr(record_file, "MAX_VALUE_BYTES", 100)
         path = tmp_path / "d.jsonl"
         path.write_text(json.dumps({"id": "x" * 200}) + "\n" + json.dumps({"conversations": QA}))
         file = RecordFile(path)

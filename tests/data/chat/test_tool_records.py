@@ -16,7 +16,8 @@ from vlms import FAMILIES
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, UnrenderedTools
-from mm_moslora.data.chat.records import Turn, parse_record
+from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.chat.tool_records import read_calls
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.terminal_view import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from tests.data.conftest import Setup, turns

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.chat.records import RecordFile
 from mm_moslora.data.sources import json_scan
+from mm_moslora.data.sources.record_file import RecordFile
 
 texts = st.text(st.sampled_from('a"\\[]{},: \n\té🙂'), max_size=12)
 values = st.recursive(texts | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)

@@ -22,7 +22,7 @@ from mm_moslora_eval.sources.image_controls import Hasher
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
-from mm_moslora.compare.comparison_run import short_names
+from mm_moslora.compare.comparison_plan import short_names
 from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel

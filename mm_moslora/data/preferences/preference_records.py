@@ -21,7 +21,8 @@ from typing import Any
 
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.record_keys import OF_REJECTED, READ_OF_OBJECTIVE, REJECTED, content_of, given
-from mm_moslora.data.chat.records import Record, parse_record
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from mm_moslora.config import Recipe
 from mm_moslora.planning.doctor import Diagnosis, diagnose
-from mm_moslora.planning.link_speed import (
+from mm_moslora.planning.ranks.link_speed import (
     judge_computing,
     judge_links,
     measure_all_reduce,
@@ -18,8 +18,8 @@ from mm_moslora.planning.link_speed import (
     measure_links,
     pairs_by_round,
 )
-from mm_moslora.planning.rank_facts import RankFacts, differences, facts_of_this_rank
-from mm_moslora.planning.roll_call import RollCall
+from mm_moslora.planning.ranks.rank_facts import RankFacts, differences, facts_of_this_rank
+from mm_moslora.planning.ranks.roll_call import RollCall
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError

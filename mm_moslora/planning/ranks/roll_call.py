@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from mm_moslora.planning.rank_facts import RankFacts, named, network_faults
+from mm_moslora.planning.ranks.rank_facts import RankFacts, named, network_faults
 from mm_moslora.training.supervision.rank_agreement import spans
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError

@@ -13,10 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm_moslora.data.chat.preference_records import answer_turns, asked_turns, listed_turns, parse_pair, refuse_weights
 from mm_moslora.data.chat.record_keys import LABELS, READ, READ_OF_OBJECTIVE, REFERENCES, REJECTED, truth_of
-from mm_moslora.data.chat.records import Record, parse_record
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.preferences.preference_records import (
+    answer_turns,
+    asked_turns,
+    listed_turns,
+    parse_pair,
+    refuse_weights,
+)
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 
 _CONVERSATIONS = ("conversations", "messages")

@@ -10,8 +10,8 @@ from jinja2 import UndefinedError
 from markupsafe import Markup, escape
 
 from mm_moslora.reporting import page_templates, summary_text
-from mm_moslora.reporting.comparison_charts import columns, draw_png, forest, means_of, score_rows
-from mm_moslora.reporting.comparison_curves import RateChart, cost_charts, rate_charts
+from mm_moslora.reporting.comparison.comparison_charts import columns, draw_png, forest, means_of, score_rows
+from mm_moslora.reporting.comparison.comparison_curves import RateChart, cost_charts, rate_charts
 from mm_moslora.reporting.page_templates import printable, render_page
 from mm_moslora.reporting.svg_charts import format_number
 from mm_moslora.reporting.verdicts import AGAINST, difference_of

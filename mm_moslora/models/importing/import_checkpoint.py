@@ -34,7 +34,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.families import DECODERS
-from mm_moslora.models.import_xtuner import lora_settings, write_factors
+from mm_moslora.models.importing.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vision.vision_tower import load_vision

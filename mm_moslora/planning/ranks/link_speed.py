@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mm_moslora.planning.doctor import Diagnosis
-from mm_moslora.planning.rank_facts import RankFacts, named
+from mm_moslora.planning.ranks.rank_facts import RankFacts, named
 from mm_moslora.utils import distributed
 
 SLOW = 0.5

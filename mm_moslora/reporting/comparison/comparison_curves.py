@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mm_moslora.reporting.comparison_charts import means_of
+from mm_moslora.reporting.comparison.comparison_charts import means_of
 from mm_moslora.reporting.svg_charts import chart_style, format_number, new_axes, number_axis, to_svg
 
 LOG_RATIO = 4.0

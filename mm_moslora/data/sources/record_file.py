@@ -1,0 +1,145 @@
+"""Sources of records by number; the values of a JSON list or a JSONL file.
+
+A file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
+A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
+an error. NaN and Infinity, which pandas writes into empty cells, are accepted as numbers. They make a record unusable
+only in a field that needs another type.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.records import parse_record
+from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.record_faults import Code, Where
+from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
+from mm_moslora.utils.untrusted_files import opened
+
+T = TypeVar("T")
+
+
+class RecordSource(ABC):
+    """Random access to the records of one source.
+
+    Args:
+        path: path of the source, for messages.
+        rules: rules for its pictures.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules) -> None:
+        self.path, self.rules = path, rules
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def value(self, row: int) -> Any:
+        """The unchecked value of a row.
+
+        Raises:
+            StrictJsonError: it is not strict JSON.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes with the source's texts; computing it may read them all."""
+
+    def content(self) -> str:
+        """A hash that copies elsewhere share; empty where none is known."""
+        return ""
+
+    def commit(self) -> str | None:
+        """The commit of a data set of the hub."""
+        return None
+
+    def where(self, row: int) -> Where:
+        """Source, line and number of a record, for messages."""
+        return Where(file=self.path, line=None, row=row)
+
+    def __getitem__(self, row: int) -> Record:
+        """Read and check one record.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+        return self.parsed(row, parse_record)
+
+    def parsed(self, row: int, parse: Callable[[Any, Where, PictureRules], T]) -> T:
+        """Read one value, and check it by the function that knows its form; see `__getitem__`."""
+        where = self.where(row)
+        try:
+            value = self.value(row)
+        except StrictJsonError as fault:
+            code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
+            raise where.error(code, "-", str(fault), "repair or remove the record") from fault
+        return parse(value, where, self.rules)
+
+
+class RecordFile(RecordSource):
+    """The records of a JSON list or a JSONL file.
+
+    Args:
+        path: the file; in JSONL blank lines do not count. A byte order mark and CRLF are accepted.
+        rules: rules for its pictures; None: files below the file's folder.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
+        super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
+        require_file(path)
+        with opened(path, most=None) as stream:
+            head = stream.read(4096)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
+        self._lines: array[int] | None = None
+        if head.removeprefix(BOM).lstrip()[:1] == b"[":
+            self._starts, self._ends = scan_list(path) or scan_list_carefully(path)
+        else:
+            self._starts, self._ends, self._lines = scan_lines(path)
+        if not self._starts:
+            raise DataError(f"{path} is empty: 0 records. Check the export that wrote it.")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, row: int) -> Where:
+        """See `RecordSource.where`; a JSONL file has lines."""
+        return Where(file=self.path, line=None if self._lines is None else self._lines[row], row=row)
+
+    def value(self, row: int) -> Any:
+        """The parsed value of a row."""
+        start, end = self._starts[row], self._ends[row]
+        if end - start > MAX_VALUE_BYTES:
+            raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
+        with opened(self.path, most=None) as stream:
+            stream.seek(start)
+            raw = stream.read(end - start)
+        return parse_json(raw, constants=True, surrogates=True)
+
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes."""
+        with opened(self.path, most=None) as stream:
+            return sha256_of(stream)
+
+    content = fingerprint
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        DataError: there is no file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")

@@ -1,0 +1,1 @@
+"""Adapters and models of other programs, as run folders of this project."""

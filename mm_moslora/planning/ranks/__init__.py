@@ -1,0 +1,1 @@
+"""`doctor --distributed`: what the ranks, their hosts and the network between them lack."""
