@@ -185,7 +185,7 @@ def test_no_objects_are_the_empty_list_of_a_form_that_has_one(folder: Path, none
     question = "Find every <ref-object>." if isinstance(none, dict) and none["ref"] else "Find every cat."
     made = written(record(folder, none, "<objects>", question), processing("qwen3_vl"))
     assert [turn.text for turn in made.turns] == ["<image>\nFind every cat.", "[]"]
-    with pytest.raises(RecordError, match="BAD_BOX: .* the form internvl writes no list of none"):
+    with pytest.raises(RecordError, match=r"BAD_BOX: .* the form internvl writes no list of none"):
         written(record(folder, none, "<objects>", question), processing("internvl"))
     assert record(folder, [], "none").objects is None
 

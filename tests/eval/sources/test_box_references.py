@@ -22,7 +22,7 @@ def problem_of(folder: Path, answer: str, question: str = "Where?", images: Any 
     for name in ("a.png", "b.png"):
         Image.new("RGB", (800, 400)).save(folder / name)
     talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    given = objects["objects"] if "objects" in objects else {"ref": ["dog"], **objects}
+    given = objects.get("objects", {"ref": ["dog"], **objects})
     record = {"id": "1", "image": images, "conversations": talk, "objects": given}
     (folder / "t.jsonl").write_text(json.dumps(record) + "\n")
     (document,) = read(folder / "t.jsonl", rules=PictureRules(folder=folder.resolve()))
@@ -41,6 +41,7 @@ def test_references_are_cut_and_in_pixels_of_the_file(tmp_path: Path) -> None:
     assert [(document.answers, document.problem) for document in (shares, edge)] == [
         (("[80, 100, 400, 300]",), None), (("[0, 0, 2, 400]",), None),
     ]  # fmt: skip
+
 
 @pytest.mark.parametrize("objects", [[], None])
 def test_placeholders_without_objects_are_a_problem(objects: Any, tmp_path: Path) -> None:
