@@ -191,7 +191,7 @@ class Preparation:
         """The request for the model; creates the pictures of the mode `blind`.
 
         Raises:
-            DataError: the picture cannot be decoded (mode `blind`).
+            DataError: the picture cannot be decoded (mode `blind`), or measured (tasks of boxes).
         """
         pictures: list[Any] = [self._pictures[name] for name in item.image_ids[: item.shot_images]]
         for own, shown in zip(item.own_ids, item.image_ids[item.shot_images :], strict=True):
