@@ -206,8 +206,8 @@ def test_a_table_of_several_families_outlives_one_that_hangs_and_goes_on_where_i
     kinds, kept = ["gemma3", "llava", "qwen2_vl"], tmp_path / "rows.json"
     assert doctor(*kinds[:2], families=True, progress=kept, limit=9) == 0
     capsys.readouterr()
-    assert doctor(*kinds, families=True, progress=kept) == 1
-    assert asked == kinds
+    assert doctor(*kinds, families=True, progress=kept, limit=9) == 1
+    assert asked == [*kinds[:2], "llava", "qwen2_vl"]  # a process that was killed may have had bad luck
     shown = capsys.readouterr()
     assert shown.out.splitlines()[2:] == [
         "| `gemma3` | not tried: it took more than 9 s (--limit) | | | | |",
@@ -215,14 +215,28 @@ def test_a_table_of_several_families_outlives_one_that_hangs_and_goes_on_where_i
         "| `qwen2_vl` | padded | wrong: token 3 |",
     ]
     assert "2 of 3 families, about" in shown.err
-    assert doctor(*kinds, families=True, progress=kept) == 1  # also of a row that is kept
-    assert len(asked) == 3
-    kept.write_text(kept.read_text().replace(family_table.transformers.__version__, "4.0.0"))
-    assert doctor("qwen2_vl", families=True, progress=kept) == 1
-    assert asked[3:] == ["qwen2_vl"]
-    kept.write_text('{"rows": [{}]}')
-    with pytest.raises(ConfigError, match=r"--progress is .*rows\.json', which does not hold rows of this table"):
-        doctor(*kinds, families=True, progress=kept)
+    asked.clear()
+    assert doctor("qwen2_vl", families=True, progress=kept) == 1  # also of a row that is kept
+    assert doctor("gemma3", families=True, progress=kept) == 0
+    assert asked == ["gemma3"]  # more seconds may be enough
+    assert "more than 600 s" in capsys.readouterr().out
+    known = kept.read_text()
+    for name in ("transformers", "mm_moslora"):
+        current = read_json(kept)["versions"][name]
+        kept.write_text(known.replace(f'"{name}": "{current}"', f'"{name}": "0.0.1"'))
+        asked.clear()
+        assert doctor("qwen2_vl", families=True, progress=kept) == 1
+        assert asked == ["qwen2_vl"]
+    for damaged in ('{"rows": [{}]}', known.replace('"wrong": true', '"wrong": "no"')):
+        kept.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"--progress is .*rows\.json', which does not hold rows of this table"):
+            doctor(*kinds, families=True, progress=kept)
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), -5.0, 0.0])
+def test_a_time_limit_that_is_none_is_refused(limit: float) -> None:
+    with pytest.raises(ConfigError, match=r"--limit is (nan|inf|-5|0), expected seconds: a number above 0"):
+        doctor("llava", "gemma3", families=True, limit=limit)
 
 
 def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None:
