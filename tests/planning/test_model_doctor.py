@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_language
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import make_language, make_tokenizer
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from vlms import make_vlm
 
+from mm_moslora.adapters.experts.small_models import SIZES, small_config
 from mm_moslora.cli.doctor_verb import doctor
 from mm_moslora.models.batching import packed_batch
 from mm_moslora.planning import family_table, model_probes
@@ -65,6 +66,21 @@ def test_a_language_model_is_probed_without_pictures(tmp_path: Path) -> None:
     found = by_name(diagnose_model(str(tmp_path), small=True))
     assert {item.status for item in found.values()} == {"ok"}
     assert "of the largest" in found["logits"].detail
+
+
+def test_a_small_looped_decoder_loops_and_trains_right(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    config = AutoConfig.for_model("dory")
+    config.save_pretrained(tmp_path)
+    small = small_config(config, SIZES[0])
+    assert (small.n_input_layers, small.n_recurrent_layers, small.n_output_layers, small.num_hidden_layers) == (
+        1,
+        2,
+        1,
+        4,
+    )
+    found = by_name(diagnose_model(str(tmp_path), small=True))
+    assert {item.status for item in found.values()} == {"ok"}
 
 
 @pytest.mark.parametrize("small", [True, False])
