@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -68,6 +69,8 @@ def doctor(
         raise ConfigError("--model, --families, --distributed and a recipe ask for different checks. Give one of them.")
     if not model and (revision or random or gpus):
         raise ConfigError("--revision, --random and --gpus describe the model of --model, which is missing.")
+    if limit is not None and not 0 < limit < math.inf:
+        raise ConfigError(f"--limit is {limit:g}, expected seconds: a number above 0.")
     if progress is not None and not families:
         raise ConfigError("--progress keeps the rows of --families, which is missing.")
     if families:

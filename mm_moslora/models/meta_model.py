@@ -25,11 +25,12 @@ from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
-from mm_moslora.models.pretrained_vlm import PICTURE, side_of
+from mm_moslora.models.meta_execution import layer_calls
+from mm_moslora.models.pretrained_vlm import PICTURE, decoder_layers, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import needs_padding, part_of
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
 
 HUB_SECONDS = 5
 """How long the hub may take to answer before only its cache is read."""
@@ -42,6 +43,10 @@ class MetaModel:
     model: PreTrainedModel
     times: Sequence[int]
     """How many layers of the whole model each decoder layer at hand stands for."""
+    runs: Sequence[int]
+    """How often a forward pass of the whole model runs these."""
+    fault: Exception | None
+    """Why that is not known, and only parameters can be counted."""
     tokens_per_image: int
     image: ImageSpec | None
     """Of an assembled model's tower."""
@@ -60,7 +65,7 @@ class MetaModel:
     @property
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder layers at hand."""
-        return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
+        return decoder_layers(self.model)
 
     def each(self) -> Iterator[tuple[str, nn.Parameter, int]]:
         """Name, parameter, and how often the whole model has one of its size."""
@@ -88,13 +93,13 @@ class MetaModel:
 
     def quantisable(self) -> list[int]:
         """Sizes of the language model's linear weights but the head's, which loading in 4 or 8 bits packs."""
-        return [
-            module.weight.numel()
+        sizes = {
+            id(module): [module.weight.numel()] * times
             for layer, times in zip(self.decoder_layers, self.times, strict=True)
             for module in layer.modules()
             if isinstance(module, nn.Linear) and not module.weight.requires_grad
-            for _ in range(times)
-        ]
+        }
+        return list(itertools.chain.from_iterable(sizes.values()))
 
 
 def build_meta_model(
@@ -118,10 +123,25 @@ def build_meta_model(
     """
     refuse_without_effect(config)
     refuse_all_frozen(config)
+    try:
+        return _built(config, adapter, dtype=dtype, picture=picture)
+    except (MoSLoRAError, OSError):
+        raise
+    except Exception as error:  # whatever its classes raise
+        raise ModelError(
+            f"{config.vlm or config.language} cannot be built without weights ({type(error).__name__}: "
+            f"{reason_of(error)[:200]}), so nothing of it can be counted. Look for a field that its config.json lacks, "
+            "or run a few steps."
+        ) from error
+
+
+def _built(config: ModelConfig, adapter: AdapterConfig, *, dtype: torch.dtype, picture: tuple[int, int]) -> MetaModel:
     with _hub_or_cache(config):
         parts = load_parts(config, weights="shapes")
         model = parts.model
-        times = _keep_kinds(model, every=_by_number(config, adapter) or adapter.share != ALONE)
+        calls, fault = _runs(model)
+        each = _by_number(config, adapter) or adapter.share != ALONE or {*calls} != {1} or _share(model)
+        times = _keep_kinds(model, every=each)
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)
             attach_adapters(parts, config, adapter)
@@ -131,17 +151,33 @@ def build_meta_model(
         if config.lean_layers and config.quantisation != "int8":  # layers of int8 run in their stock form
             use_lean_layers(model, depth=sum(times))
     tokens, patches = parts.tokens_per_image, None
-    if parts.is_pretrained_vlm:
+    if seen is not None:
+        tokens = len(seen.placeholders)
+    elif parts.is_pretrained_vlm:
         tokens, patches = _tokens_by_size(model.config, picture)
     return MetaModel(
-        model=model.train(), times=times, tokens_per_image=tokens if seen is None else len(seen.placeholders),
-        image=parts.image, seen=seen, unseen=unseen, patches=patches,
+        model=model.train(), times=times, runs=calls if each else times, fault=fault,
+        tokens_per_image=tokens, image=parts.image, seen=seen, unseen=unseen, patches=patches,
     )  # fmt: skip
 
 
 def _by_number(config: ModelConfig, adapter: AdapterConfig) -> bool:
     """Whether a recipe may name layers by their numbers, so that layers of the same shapes are not alike."""
     return config.language_mode == "last_n" or bool(re.search(r"\d", f"{adapter.targets} {adapter.peft}"))
+
+
+def _runs(model: PreTrainedModel) -> tuple[list[int], Exception | None]:
+    """How often a forward pass runs each layer; once each, and what its class raised, where it does not compute."""
+    try:
+        return layer_calls(model), None
+    except Exception as error:
+        return [1] * len(decoder_layers(model)), error
+
+
+def _share(model: PreTrainedModel) -> bool:
+    """Whether a decoder layer has a parameter that also stands elsewhere."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return any(places[id(parameter)] > 1 for parameter in decoder_layers(model).parameters())
 
 
 def _keep_kinds(model: PreTrainedModel, *, every: bool) -> list[int]:
@@ -154,19 +190,22 @@ def _keep_kinds(model: PreTrainedModel, *, every: bool) -> list[int]:
     Returns:
         How many layers each one that is left stands for.
     """
-    decoder: Any = model.get_decoder()
+    layers = decoder_layers(model)
     if every:
-        return [1] * len(decoder.layers)
-    kinds = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in decoder.layers]
+        return [1] * len(layers)
+    kinds = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers]
     last = {kind: at for at, kind in enumerate(kinds)}
     times = {at: kinds.count(kind) for kind, at in last.items()}
     if 0 not in times:
         times |= {0: 1, last[kinds[0]]: times[last[kinds[0]]] - 1}
     kept = sorted(times)
-    decoder.layers = nn.ModuleList([decoder.layers[at] for at in kept])
-    for name, value in list(vars(decoder.config).items()):
+    for at in reversed(range(len(kinds))):
+        if at not in times:
+            del layers[at]
+    config = cast(Any, model.get_decoder()).config
+    for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == len(kinds):  # says something of every layer
-            setattr(decoder.config, name, type(value)(value[at] for at in kept))
+            setattr(config, name, type(value)(value[at] for at in kept))
     return [times[at] for at in kept]
 
 

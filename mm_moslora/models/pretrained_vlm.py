@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_moslora.adapters.experts.expert_targets import short_names, stacked_parameters
 from mm_moslora.models.families import TOWER_PATHS
@@ -142,6 +144,25 @@ def decoder_path(model: PreTrainedModel) -> str:
     """Path of a model's language model, without its head."""
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model's decoder, whatever its class calls them.
+
+    Raises:
+        ModelError: it has no list of them.
+    """
+    decoder = model.get_decoder()
+    own = getattr(decoder, "layers", None)
+    lists = [own, *(module for module in decoder.modules() if isinstance(module, nn.ModuleList))]
+    found = next((item for item in lists if isinstance(item, nn.ModuleList) and _checkpoints(item)), own)
+    if not isinstance(found, nn.ModuleList):
+        raise ModelError(f"{type(decoder).__name__} has no list of layers, so its work and memory cannot be counted.")
+    return found
+
+
+def _checkpoints(layers: nn.ModuleList) -> bool:
+    return any(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
 
 def side_of(tower: Any, key: str) -> int:

@@ -123,7 +123,7 @@ def _small_model(config: PreTrainedConfig, owner: Any, name: str) -> PreTrainedM
 
     def accept(model: PreTrainedModel) -> None:
         with torch.no_grad():
-            model(**inputs)
+            model(**inputs, use_cache=False)
 
     try:
         tokenizer = getattr(owner, "tokenizer", owner)

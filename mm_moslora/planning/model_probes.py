@@ -214,7 +214,7 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
             given = stock_inputs(owner, *conversation)
             if not example.pictures and given["input_ids"].shape[1] < example.length:  # ends of answers were added
                 given = {"input_ids": example.input_ids[None]}
-            logits = model(**given).logits[0, : example.length - 1]
+            logits = model(**given, use_cache=False).logits[0, : example.length - 1]
             expected.append(logits[example.supervised[1:]])
     _as_trained(parts)
     with torch.enable_grad():

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_language
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import make_language, make_tokenizer
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from vlms import make_vlm
 
+from mm_moslora.adapters.experts.small_models import SIZES, small_config
 from mm_moslora.cli.doctor_verb import doctor
 from mm_moslora.models.batching import packed_batch
 from mm_moslora.planning import family_table, model_probes
@@ -65,6 +66,21 @@ def test_a_language_model_is_probed_without_pictures(tmp_path: Path) -> None:
     found = by_name(diagnose_model(str(tmp_path), small=True))
     assert {item.status for item in found.values()} == {"ok"}
     assert "of the largest" in found["logits"].detail
+
+
+def test_a_small_looped_decoder_loops_and_trains_right(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    config = AutoConfig.for_model("dory")
+    config.save_pretrained(tmp_path)
+    small = small_config(config, SIZES[0])
+    assert (small.n_input_layers, small.n_recurrent_layers, small.n_output_layers, small.num_hidden_layers) == (
+        1,
+        2,
+        1,
+        4,
+    )
+    found = by_name(diagnose_model(str(tmp_path), small=True))
+    assert {item.status for item in found.values()} == {"ok"}
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -206,8 +222,8 @@ def test_a_table_of_several_families_outlives_one_that_hangs_and_goes_on_where_i
     kinds, kept = ["gemma3", "llava", "qwen2_vl"], tmp_path / "rows.json"
     assert doctor(*kinds[:2], families=True, progress=kept, limit=9) == 0
     capsys.readouterr()
-    assert doctor(*kinds, families=True, progress=kept) == 1
-    assert asked == kinds
+    assert doctor(*kinds, families=True, progress=kept, limit=9) == 1
+    assert asked == [*kinds[:2], "llava", "qwen2_vl"]  # a process that was killed may have had bad luck
     shown = capsys.readouterr()
     assert shown.out.splitlines()[2:] == [
         "| `gemma3` | not tried: it took more than 9 s (--limit) | | | | |",
@@ -215,14 +231,28 @@ def test_a_table_of_several_families_outlives_one_that_hangs_and_goes_on_where_i
         "| `qwen2_vl` | padded | wrong: token 3 |",
     ]
     assert "2 of 3 families, about" in shown.err
-    assert doctor(*kinds, families=True, progress=kept) == 1  # also of a row that is kept
-    assert len(asked) == 3
-    kept.write_text(kept.read_text().replace(family_table.transformers.__version__, "4.0.0"))
-    assert doctor("qwen2_vl", families=True, progress=kept) == 1
-    assert asked[3:] == ["qwen2_vl"]
-    kept.write_text('{"rows": [{}]}')
-    with pytest.raises(ConfigError, match=r"--progress is .*rows\.json', which does not hold rows of this table"):
-        doctor(*kinds, families=True, progress=kept)
+    asked.clear()
+    assert doctor("qwen2_vl", families=True, progress=kept) == 1  # also of a row that is kept
+    assert doctor("gemma3", families=True, progress=kept) == 0
+    assert asked == ["gemma3"]  # more seconds may be enough
+    assert "more than 600 s" in capsys.readouterr().out
+    known = kept.read_text()
+    for name in ("transformers", "mm_moslora"):
+        current = read_json(kept)["versions"][name]
+        kept.write_text(known.replace(f'"{name}": "{current}"', f'"{name}": "0.0.1"'))
+        asked.clear()
+        assert doctor("qwen2_vl", families=True, progress=kept) == 1
+        assert asked == ["qwen2_vl"]
+    for damaged in ('{"rows": [{}]}', known.replace('"wrong": true', '"wrong": "no"')):
+        kept.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"--progress is .*rows\.json', which does not hold rows of this table"):
+            doctor(*kinds, families=True, progress=kept)
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), -5.0, 0.0])
+def test_a_time_limit_that_is_none_is_refused(limit: float) -> None:
+    with pytest.raises(ConfigError, match=r"--limit is (nan|inf|-5|0), expected seconds: a number above 0"):
+        doctor("llava", "gemma3", families=True, limit=limit)
 
 
 def test_a_refused_adapter_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None:

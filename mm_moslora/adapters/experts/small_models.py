@@ -55,7 +55,8 @@ def small_config(original: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTra
     for name in ("quantization_config", "pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(config, name, 0 if name.endswith("id") else None)  # some classes refuse to have no token
-    layers = _layers(config)
+    sections = _sections(config)
+    layers = max(_layers(config), len(sections))
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == _depth(original):
             setattr(config, name, type(value)(value[:layers]))
@@ -64,6 +65,9 @@ def small_config(original: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTra
             if least is not None and value > least:
                 setattr(config, name, least)
     config.num_hidden_layers = layers
+    for name in sections:
+        longest = name == max(sections, key=lambda item: sections[item])
+        setattr(config, name, layers - len(sections) + 1 if longest else 1)
     forget_lost_layers(config)
     if "hidden_size" in sizes:
         _fit(config)
@@ -90,6 +94,16 @@ def _fit(config: Any) -> None:
 
 def _depth(config: Any) -> int:
     return int(config.num_hidden_layers)
+
+
+def _sections(config: Any) -> dict[str, int]:
+    """Fields that divide the layers into sections, of which one may be run several times, and how many each has."""
+    depth = _depth(config)
+    found = {
+        name: value for name, value in vars(config).items()
+        if name.endswith("_layers") and type(value) is int and 0 < value < depth
+    }  # fmt: skip
+    return found if sum(found.values()) == depth else {}
 
 
 def layer_kinds(config: Any) -> list[str]:

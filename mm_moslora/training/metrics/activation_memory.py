@@ -25,19 +25,19 @@ from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.families import PICTURE_SHAPES
 from mm_moslora.models.memory_efficient.loss_head import forward_instead
-from mm_moslora.models.meta_model import MetaModel, build_meta_model
-from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
-from mm_moslora.models.trainable_parts import checkpoint_layers
-from mm_moslora.models.transformers_patches import wrap_checkpointing
-from mm_moslora.models.vision.vision_tower import ImageSpec
-from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
-from mm_moslora.training.metrics.meta_execution import (
+from mm_moslora.models.meta_execution import (
     FUSED_ATTENTION,
     FusedAttention,
     MetaAndHost,
     kept_bytes,
     without_autocast_on_meta,
 )
+from mm_moslora.models.meta_model import MetaModel, build_meta_model
+from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
+from mm_moslora.models.trainable_parts import checkpoint_layers
+from mm_moslora.models.transformers_patches import wrap_checkpointing
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
 from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
 
@@ -64,6 +64,8 @@ class ActivationMemory:
     value_bytes: int
     """Bytes of a value in the compute dtype."""
     layers: int
+    runs: int
+    """Runs of decoder layers in a forward pass: more than layers where the class loops over some."""
     width: int
     vocabulary: int
     tokens_per_image: int
@@ -72,7 +74,7 @@ class ActivationMemory:
     unseen: str
     """Why tiles and tokens of a picture come from the configuration instead of the model's own processor."""
     kept_per_layer: float
-    """Kept by one decoder layer for its backward pass."""
+    """Kept by one run of a decoder layer for its backward pass."""
     products: int
     """Kept by all decoder layers for any number of tokens, in bytes: the products B M of the adapters."""
     stacks: int
@@ -122,22 +124,8 @@ def activation_memory(
         ModelError: its configuration cannot be read, or it does not compute without weights.
     """
     bones = build_meta_model(model, adapter, dtype=dtype, picture=picture)
-    parts = bones.parameters()
-    trainable = sum(mine for _, mine in parts.values())
-    frozen = sum(total for total, _ in parts.values()) - trainable
-    size = torch.finfo(dtype).bits // 8
-    linears = bones.quantisable() if model.quantisation != "none" else []
-    packed = sum(linears)
-    each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
-    config: Any = bones.model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or config.moe_intermediate_size
-    elements: Counter[int] = Counter()
-    for _, parameter, times in bones.each():
-        elements[parameter.numel()] += times
-    adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
     try:
-        kept = _kept(bones, size)
-        image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
+        return _measured(bones, model, vision_checkpointing=vision_checkpointing, dtype=dtype)
     except MoSLoRAError:
         raise
     except Exception as error:  # whatever its classes raise on the meta device
@@ -146,11 +134,32 @@ def activation_memory(
             f"The memory of a step cannot be counted: {what} computes nothing without weights "
             f"({type(error).__name__}: {reason_of(error)[:200]}). Find the largest train.micro_batch by a few steps."
         ) from error
+
+
+def _measured(
+    bones: MetaModel, model: ModelConfig, *, vision_checkpointing: bool, dtype: torch.dtype
+) -> ActivationMemory:
+    if bones.fault is not None:
+        raise bones.fault
+    parts = bones.parameters()
+    trainable = sum(mine for _, mine in parts.values())
+    frozen = sum(total for total, _ in parts.values()) - trainable
+    size = torch.finfo(dtype).bits // 8
+    linears = bones.quantisable() if model.quantisation != "none" else []
+    packed = sum(linears)
+    each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
+    config: Any = bones.model.config.get_text_config()
+    inner = _inner_width(config, bones)
+    elements: Counter[int] = Counter()
+    for _, parameter, times in bones.each():
+        elements[parameter.numel()] += times
+    adapters = (p.numel() for name, p, _ in bones.each() if is_adapter_parameter(name) and p.requires_grad)
+    kept, image = _kept(bones, size), _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
-        value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
-        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept.per_token,
-        products=kept.fixed, stacks=kept.stacks,
+        value_bytes=size, layers=bones.layers, runs=sum(bones.runs), width=config.hidden_size,
+        vocabulary=config.vocab_size, tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen,
+        kept_per_layer=kept.per_token, products=kept.fixed, stacks=kept.stacks,
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
@@ -158,26 +167,34 @@ def activation_memory(
         made_dense=max(max(linears, default=0) * size, kept.stacks), dequantised=packed * (each + size),
         is_lean=kept.per_token <= (10 * config.hidden_size + 2.5 * inner) * size,
         elements=dict(elements), largest_adapter=max(adapters, default=0),
-        counter=FlopCounter(bones.model, times=bones.times, picture=image.cost), model=bones.model,
+        counter=FlopCounter(bones.model, runs=bones.runs, picture=image.cost), model=bones.model,
     )  # fmt: skip
 
 
-def _kept_by_layers(bones: MetaModel, tokens: int) -> list[int]:
-    """Bytes that each decoder layer at hand keeps, in a forward pass of the decoder over so many tokens."""
-    kept: list[int] = []
+def _inner_width(config: Any, bones: MetaModel) -> int:
+    """Of the widest MLP; where the configuration states none, the longest side of a layer's matrices."""
+    stated = getattr(config, "intermediate_size", None) or getattr(config, "moe_intermediate_size", None)
+    if stated is None:
+        stated = [max(weight.shape) for weight in bones.decoder_layers.parameters() if weight.ndim == 2]
+    return int(max(stated) if isinstance(stated, list | tuple) else stated)
 
-    def measured(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+
+def _kept_by_layers(bones: MetaModel, tokens: int) -> list[int]:
+    """Bytes that each decoder layer at hand keeps in all its runs, in a pass of the decoder over so many tokens."""
+    kept = [0] * len(bones.decoder_layers)
+
+    def measured(at: int, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             result: list[Any] = []
             hidden = hidden_states.detach().requires_grad_()
-            kept.append(kept_bytes(lambda: result.append(forward(hidden, *args, **kwargs)), layer))
+            kept[at] += kept_bytes(lambda: result.append(forward(hidden, *args, **kwargs)), layer)
             return result[0]
 
         return run
 
     with ExitStack() as stack, MetaAndHost(), FusedAttention(), without_autocast_on_meta():
-        for layer in bones.decoder_layers:
-            stack.enter_context(forward_instead(layer, measured(layer, layer.forward)))
+        for at, layer in enumerate(bones.decoder_layers):
+            stack.enter_context(forward_instead(layer, measured(at, layer, layer.forward)))
         ids = _nothing(1, tokens, dtype=torch.long)
         segments = {} if needs_padding(bones.model) else segment_arguments((tokens,), ids.device)
         cast(Any, bones.model.get_decoder())(input_ids=ids, use_cache=False, **segments)
@@ -200,9 +217,11 @@ def _kept(bones: MetaModel, size: int) -> _Kept:
     fewer, more = (_kept_by_layers(bones, tokens) for tokens in (PROBE, 2 * PROBE))
     slopes = [(most - least) / PROBE for least, most in zip(fewer, more, strict=True)]
     stacks = [sum(weight.numel() * size for weight in adapted_stacks(layer)) for layer in bones.decoder_layers]
-    fixed = [max(0.0, least - PROBE * slope - own) for least, slope, own in zip(fewer, slopes, stacks, strict=True)]
+    again = map(operator.floordiv, bones.runs, bones.times)
+    every = zip(fewer, slopes, stacks, again, strict=True)
+    fixed = [max(0.0, least - PROBE * slope - runs * own) for least, slope, own, runs in every]
     return _Kept(
-        per_token=sum(map(operator.mul, slopes, bones.times)) / bones.layers,
+        per_token=sum(map(operator.mul, slopes, bones.times)) / sum(bones.runs),
         fixed=round(sum(map(operator.mul, fixed, bones.times))), stacks=max(stacks),
     )  # fmt: skip
 

@@ -108,10 +108,10 @@ class StepMemory:
         masters = 0 if b == 4 and zero else 4
         states = 0 if self._traits.paged else self._traits.state_bytes  # paged ones leave for what needs the room
         off = zero.optimizer_off if zero else 0.0
-        again = round(self.share_again * size.layers)
+        again = round(self.share_again * size.runs)
         inputs = min(2, again) if self.offload else again
         # The first layers are recomputed, one at a time, when those behind them are freed.
-        whole_layers = max(size.layers - again, min(1, again))
+        whole_layers = max(size.runs - again, min(1, again))
         per_token = inputs * size.width * b + whole_layers * size.kept_per_layer + size.kept_elsewhere
         rows = min(supervised, max(SMALLEST_CHUNK, self.logit_chunk // (4 * size.vocabulary)))
         frozen, copies, whole, gathered = self._weights()

@@ -25,12 +25,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_base_modules
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
-from mm_moslora.models.pretrained_vlm import tower_path
+from mm_moslora.models.pretrained_vlm import decoder_layers, tower_path
 from mm_moslora.models.vlm import is_multimodal, part_of, projectors
 from mm_moslora.training.metrics.vision_flops import TowerShape, VisionWork
 
@@ -122,17 +123,18 @@ class FlopCounter:
 
     Args:
         model: causal language model or VLM with the trainable parameters set; may be on the meta device.
-        times: how many layers each decoder layer stands for, where the model holds only some of them; None: one.
+        runs: how often a forward pass runs each decoder layer, and those it stands for where the model holds only some
+            of them; None: once.
         picture: FLOPs of one picture; None: computed from the configuration, for transformers' towers and one tile.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, times: Sequence[int] | None = None, picture: PictureCost | None = None
+        self, model: PreTrainedModel, *, runs: Sequence[int] | None = None, picture: PictureCost | None = None
     ) -> None:
         decoder: Any = model.get_decoder()
         config: Any = model.config.get_text_config()
-        blocks = list(decoder.layers)
-        times = times or [1] * len(blocks)
+        blocks = list(decoder_layers(model))
+        times = runs or [1] * len(blocks)
         behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
         self.drops = drops_positions(model)
         each = zip(map(_with_paths, blocks), times, strict=True)
@@ -236,20 +238,27 @@ def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn
     return [
         (path, (base, around.get(path, base)))
         for path, base in named_base_modules(module)
-        if isinstance(getattr(base, "in_features", None), int) and hasattr(base, "weight")
+        if isinstance(_sides(base)[0], int) and hasattr(base, "weight")
     ]
 
 
+def _sides(linear: Any) -> tuple[Any, Any]:
+    """Widths of a linear layer's input and output, also under ZeRO-3; of another module whatever it has."""
+    names = ("nx", "nf") if isinstance(linear, Conv1D) else ("in_features", "out_features")
+    return getattr(linear, names[0], None), getattr(linear, names[1], None)
+
+
 def _size(linear: Any) -> float:
-    """Number of weights of a layer, also under ZeRO-3."""
-    return float(linear.in_features * linear.out_features)
+    """Number of weights of a layer."""
+    width_in, width_out = _sides(linear)
+    return float(width_in * width_out)
 
 
 def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linears:
     frozen = trained = adapters = mixers = 0.0
     for _, (base, around) in linears:
         linear: Any = base
-        size = _size(base)
+        size, sides = _size(base), _sides(base)
         if isinstance(linear.weight, torch.Tensor) and linear.weight.requires_grad:
             trained += size
         else:
@@ -257,11 +266,11 @@ def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linea
         if isinstance(around, MoSLoRALayer):
             for name in around.adapter_names():
                 rank = around.r[name]
-                adapters += rank * (linear.in_features + linear.out_features)
+                adapters += rank * sum(sides)
                 if name in around.lora_mixer:
                     form = cast(Mixer, around.lora_mixer[name]).form
                     if form.fixed:
-                        mixers += form.products(rank) * linear.out_features
+                        mixers += form.products(rank) * sides[1]
                     else:  # M is applied to every token
                         adapters += form.products(rank)
         elif isinstance(around, BaseTunerLayer):  # an estimate: every trained weight of the method is one of a product

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, merge, one_product_per_step, use_kernel
 from mm_moslora.adapters.layers.base_weights import stop_repacking, weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
-from mm_moslora.training.metrics.meta_execution import kept_bytes
+from mm_moslora.models.meta_execution import kept_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

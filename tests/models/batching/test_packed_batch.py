@@ -26,11 +26,11 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.meta_execution import kept_bytes
 from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import needs_padding, part_of, supervised_hidden
 from mm_moslora.serve.terminal_chat import Chat
-from mm_moslora.training.metrics.meta_execution import kept_bytes
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError

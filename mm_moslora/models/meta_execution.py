@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from mm_moslora.models.pretrained_vlm import decoder_layers
+from mm_moslora.utils.errors import ModelError
 
 FUSED_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Keeps no probabilities, and runs on the meta device."""
@@ -108,3 +112,31 @@ def without_autocast_on_meta() -> Iterator[None]:
 
     with patch.object(torch, "autocast", switch):
         yield
+
+
+def layer_calls(model: PreTrainedModel) -> list[int]:
+    """How often a forward pass of a model runs each of its decoder layers: classes may loop over some of them.
+
+    Args:
+        model: on the meta device, as it was built.
+
+    Raises:
+        ModelError: it runs none, but reads their weights itself.
+    """
+    decoder, calls = model.get_decoder(), {id(layer): 0 for layer in decoder_layers(model)}
+
+    def count(layer: nn.Module, *_: object) -> None:
+        calls[id(layer)] += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in decoder_layers(model)]
+    trains = decoder.training
+    try:
+        with torch.no_grad(), MetaAndHost(), FusedAttention():
+            decoder.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False)
+    finally:
+        decoder.train(trains)
+        for handle in handles:
+            handle.remove()
+    if not any(calls.values()):
+        raise ModelError(f"{type(decoder).__name__} runs no layer of its own list, so its work cannot be counted.")
+    return [calls[id(layer)] for layer in decoder_layers(model)]
