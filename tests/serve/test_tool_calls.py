@@ -99,6 +99,11 @@ def test_a_text_ends_before_names_of_the_schema_alone(forms, value) -> None:
     assert split(forms["lfm2_2_5"][1], text) == ("", [("weather", {"city": value, "days": 2})])
 
 
+def test_arguments_beside_the_schema_are_read_as_they_stand(forms) -> None:
+    text = "<|tool_call_start|>[weather(start='a', to='b', days=2)]<|tool_call_end|>"
+    assert split(forms["lfm2_2_5"][1], text) == ("", [("weather", {"start": "a", "to": "b", "days": 2})])
+
+
 def test_calls_of_python_are_read_in_linear_time(forms) -> None:
     for text in (
         "[" + "1," * 20_000 + "b=1," * 20_000,

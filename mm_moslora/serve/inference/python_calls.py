@@ -59,7 +59,11 @@ def _arguments(text: str, call: re.Match[str], keys: Keys | None) -> tuple[dict[
         if (key := _KEY.match(text, place)) is None or key["key"] in arguments:
             raise ValueError(f"no argument of its own at character {place}")
         if text.startswith("'", key.end()):
-            end = _end_of_text(text, key.end(), call["name"], keys)
+            known = None if keys is None else keys.get(call["name"])
+            known = (
+                known if known and key["key"] in known else None
+            )  # else the schema does not tell what the model means
+            end = _end_of_text(text, key.end(), known, keys)
             arguments[key["key"]] = text[key.end() + 1 : end.start()]
         else:
             arguments[key["key"]], end = _value(text, key.end())
@@ -67,12 +71,11 @@ def _arguments(text: str, call: re.Match[str], keys: Keys | None) -> tuple[dict[
     return arguments, end
 
 
-def _end_of_text(text: str, start: int, tool: str, keys: Keys | None) -> re.Match[str]:
+def _end_of_text(text: str, start: int, known: Collection[str] | None, tools: Collection[str] | None) -> re.Match[str]:
     """The end of a text that begins with the quote at `start`, and what follows it."""
-    known = None if keys is None else keys.get(tool)
     for end in _TEXT_END.finditer(text, start + 1):
         key, call = end["key"], end["call"]
-        if (key is None or known is None or key in known) and (call is None or keys is None or call in keys):
+        if (key is None or known is None or key in known) and (call is None or tools is None or call in tools):
             return end
     raise ValueError(f"no end of the text at character {start}")
 
