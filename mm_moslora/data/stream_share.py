@@ -70,6 +70,23 @@ class StreamShare:
         """The stream goes to a place, on every rank; some may have told of more records before than others."""
         self._begun, self._round = self._begun + 1, 0
 
+    def of_main(self, value: Any) -> Any:
+        """What rank 0 has of a value that is known at the start, as JSON."""
+        key = f"{self._name}/start"
+        if self.rank == 0:
+            self._store.set(key, json.dumps(value))
+        self._wait(key, 0, threading.Event())
+        return parse_json(self._store.get(key), surrogates=True)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the other ranks why this one tells no more of its records."""
+        if not self._store.check([self._failure]):
+            self._store.set(self._failure, f"Rank {self.rank}: {error}")
+
+    @property
+    def _failure(self) -> str:
+        return f"{self._name}/{self._begun}/failure"
+
     def mine(self, number: int) -> bool:
         """Whether this rank measures the record with a number."""
         return number % self.world == self.rank
@@ -85,7 +102,7 @@ class StreamShare:
 
         Raises:
             StoppedError: it is not.
-            DataError: another rank tells nothing.
+            DataError: another rank has failed, or tells nothing.
         """
         self._round += 1
         own = {
@@ -110,6 +127,8 @@ class StreamShare:
         while not self._store.check([key]):
             if stop.wait(_WAIT):
                 raise StoppedError("The stream is not read any further.")
+            if self._store.check([self._failure]):
+                raise DataError(self._store.get(self._failure).decode())
             if time.monotonic() > ends:
                 raise DataError(
                     f"Rank {rank} has told nothing of its records of the stream for {self.patience:g} s. Its output "

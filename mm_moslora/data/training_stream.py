@@ -151,6 +151,8 @@ class TrainingStream(RecordExamples):
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
         self.contents = [source.contents() for source in self.sources]
+        if share is not None:
+            self._require_those_of_main(share)
         self.fingerprint = hashlib.sha256(repr([self.parts, *self.contents]).encode()).hexdigest()
         """A hash of the sources."""
         self._window: Window | None = None
@@ -171,7 +173,7 @@ class TrainingStream(RecordExamples):
     def at_hand(self) -> Window:
         """The window at hand."""
         if self._window is None:
-            self._window = self._read()
+            self._window = self._told()
         return self._window
 
     def read_ahead(self) -> None:
@@ -212,7 +214,7 @@ class TrainingStream(RecordExamples):
 
     def place(self, step: int) -> dict[str, Any]:
         """The place of a run behind an optimiser step, and what the sources hold, as JSON."""
-        place = next(place for place in reversed(self._beginnings) if place.step <= step)
+        place = next(place for place in reversed(tuple(self._beginnings)) if place.step <= step)
         return asdict(place) | {"contents": self.contents}
 
     def what_changed(self, stored: dict[str, Any]) -> str:
@@ -261,11 +263,17 @@ class TrainingStream(RecordExamples):
         return {
             "records": sum(self._coming.taken),
             "unusable": len(self.quarantine),
+            "empty_files": sum(len(source.empty) for source in self.sources),
             "with_pictures": sum(window.has_image),
             "tokens": sum(lengths),
             "tokens_per_record_median": lengths[len(lengths) // 2],
             "tokens_per_record_longest": lengths[-1],
         }
+
+    def _require_those_of_main(self, share: StreamShare) -> None:
+        """Refuse files that are others than those of rank 0, whose steps this rank could not plan."""
+        if faults := self.what_changed({"contents": share.of_main(self.contents)}):
+            raise DataError(f"Rank {share.rank} finds other training data than rank 0: {faults}. Give all the same.")
 
     def _first_records(self) -> list[Record]:
         """Some records from the beginning, which are read again later."""
@@ -294,6 +302,15 @@ class TrainingStream(RecordExamples):
             source.seek(at)
         self._coming, self._window, self._ahead = place, None, None
         self._beginnings = deque([place], maxlen=_BEGINNINGS)
+
+    def _told(self) -> Window:
+        """The next window, or an error, of which other ranks learn."""
+        try:
+            return self._read()
+        except Exception as error:
+            if self.share is not None and not isinstance(error, StoppedError):
+                self.share.fail(error)
+            raise
 
     def _read(self) -> Window:
         """Read the next window of the sources."""
@@ -347,6 +364,6 @@ class TrainingStream(RecordExamples):
 
     def _work(self, ahead: queue.Queue[Window | Exception]) -> None:
         try:
-            ahead.put(self._read())
+            ahead.put(self._told())
         except Exception as error:  # raised by `next_window`
             ahead.put(error)

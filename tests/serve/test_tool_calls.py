@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine
 from mm_moslora.serve.inference.forced_calls import opening_of_call
 from mm_moslora.serve.inference.prompt_preparation import refuse_unfit, turns_of
+from mm_moslora.serve.inference.python_calls import read_python_calls
 from mm_moslora.serve.inference.served_models import load_models
 from mm_moslora.serve.inference.text_stream import TextStream
 from mm_moslora.serve.inference.tool_replies import CallSplit, _rendered, call_form
@@ -90,6 +93,32 @@ def test_what_is_no_call_of_python_stays_text(forms, text) -> None:
     assert split(forms["lfm2_2_5"][1], text) == (text, [])
 
 
+@pytest.mark.parametrize("value", ["he said ', more='x", "f('a', sep=2), g('), h('"])
+def test_a_text_ends_before_names_of_the_schema_alone(forms, value) -> None:
+    text = f"<|tool_call_start|>[weather(city='{value}', days=2)]<|tool_call_end|>"
+    assert split(forms["lfm2_2_5"][1], text) == ("", [("weather", {"city": value, "days": 2})])
+
+
+def test_arguments_beside_the_schema_are_read_as_they_stand(forms) -> None:
+    text = "<|tool_call_start|>[weather(start='a', to='b', days=2)]<|tool_call_end|>"
+    assert split(forms["lfm2_2_5"][1], text) == ("", [("weather", {"start": "a", "to": "b", "days": 2})])
+
+
+def test_calls_of_python_are_read_in_linear_time(forms) -> None:
+    for text in (
+        "[" + "1," * 20_000 + "b=1," * 20_000,
+        "'" + ", b=(1" * 20_000,
+        "'" + "', city=" * 15_000,
+        "\\'" * 40_000,
+    ):
+        started = time.process_time()
+        with pytest.raises(ValueError, match="character"):
+            read_python_calls(f"[weather(days={text})]", {"weather": ["days"]})
+        assert time.process_time() - started < 1, text[:20]
+    with pytest.raises(ValueError, match="at most 200000"):
+        read_python_calls("[weather(days=" + " " * 200_000)
+
+
 def test_text_and_several_calls(forms) -> None:
     _, form = forms["qwen3"]
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -140,6 +169,8 @@ OTHER = {"type": "function", "function": {"name": "look-up", "parameters": {"typ
     (body(USER, tool_choice=True), "tool_choice", "expected \"none\""),
     (body(USER, parallel_tool_calls="no"), "parallel_tool_calls", "true or false"),
     (body(USER, tools=[OTHER, STRICT]), "tools[1].function.strict", "leave it out"),
+    (body(USER, tools=[OTHER, WEATHER | {"strict": True}]), "tools[1].strict", "leave it out"),
+    (body(USER, tools=[{"type": "web_search", "name": "web_search"}]), "tools", "has the type 'web_search'"),
     (body(USER, MESSAGES[2]), "messages[1].tool_call_id", "as no open call"),
     (body(USER, CALLING | {"tool_calls": "x"}, MESSAGES[2]), "messages[1].tool_calls", "is no JSON"),
     (body(USER, CALLING | {"tool_calls": [CALL | {"arguments": "{"}]}), "messages[1].tool_calls", "is no JSON"),
@@ -236,7 +267,14 @@ def run(tmp_path_factory, language_folder, vision_folder, records) -> Path:
     return folder / "run"
 
 
-def test_a_trained_model_calls_and_answers(run) -> None:
+def test_a_trained_model_calls_and_answers(run, monkeypatch) -> None:
+    added, loops = CallSplit.add, []
+
+    def noted(*args, **options):
+        loops.append(asyncio._get_running_loop())
+        return added(*args, **options)
+
+    monkeypatch.setattr(CallSplit, "add", noted)
     models = load_models(run)
     limits = Limits(context=2048, max_tokens=128, default_tokens=128, drain_seconds=1)
     with serving(GenerationEngine(models, limits), limits) as server:
@@ -266,6 +304,7 @@ def test_a_trained_model_calls_and_answers(run) -> None:
             client.chat.completions.create(**wanted, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
         forbidden = client.chat.completions.create(**body(USER, tool_choice="none")).choices[0]
         assert forbidden.message.tool_calls is None
+    assert {*loops} == {None}, "calls are read beside the event loop"
 
 
 def test_the_terminal_names_calls_and_takes_results(run, monkeypatch, capsys) -> None:

@@ -42,7 +42,7 @@ def offered_tools(value: Any) -> str:
     """The JSON text of tools in OpenAI's form; empty without any.
 
     Raises:
-        ToolError: they are no list of functions with names, or two have the same one.
+        ToolError: they are no list of functions with names, two have the same one, or one is of another type.
     """
     tools = _read(value, Code.BAD_TOOLS, _SCHEMA)
     if not isinstance(tools, list):
@@ -53,6 +53,9 @@ def offered_tools(value: Any) -> str:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name.strip():
             raise ToolError(Code.BAD_TOOLS, f"its tool {number} is no function with a name", _SCHEMA)
+        if not is_nothing(kind := tool.get("type")) and kind != "function":
+            what = f"its tool {number} has the type {ascii(kind)[:60]}, expected function"
+            raise ToolError(Code.BAD_TOOLS, what, _SCHEMA)
         if name in result:
             raise ToolError(Code.BAD_TOOLS, f"holds two tools with the name {ascii(name)[:60]}", "keep one of them")
         result[name] = tool if function is not tool else {"type": "function", "function": tool}

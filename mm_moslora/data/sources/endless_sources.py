@@ -6,9 +6,10 @@ A source tells its place as plain data, from which it goes on exactly.
 from __future__ import annotations
 
 import glob
+import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,16 +20,20 @@ from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.record_faults import RecordError, Where
 from mm_moslora.data.sources.open_sources import TABLE_SUFFIXES, files_of_stream, open_source, rules_of
-from mm_moslora.data.sources.record_file import RecordSource
+from mm_moslora.data.sources.record_file import EmptySourceError, FileStamp, RecordSource
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
 
+logger = logging.getLogger(__name__)
+
 Reads = Callable[[], Record]
 """Reads one record."""
 _OF_ROWS = (*TABLE_SUFFIXES, ".csv", ".json", ".jsonl")
 """Suffixes of files that hold the rows of a table."""
+_UNCHECKED = 256
+"""Rows of a table between two looks at its files, which a library opens."""
 _NAMED = 5
 """Changed files that a message names."""
 
@@ -45,6 +50,10 @@ class EndlessSource(ABC):
         self.config, self.key = config, key
         self.passes = self.row = 0
         """Passes over the source that are over, and records taken in this one."""
+        self.empty: set[str] = set()
+        """Files without a record that were passed over."""
+        self.stamps: Mapping[str, FileStamp] = {}
+        """Of local files, at the start."""
 
     @abstractmethod
     def contents(self) -> list[Any]:
@@ -102,8 +111,8 @@ class EndlessSource(ABC):
         except Exception as error:  # libraries raise many types
             raise DataError(
                 f"{self.key} ({self.config.path}) broke off {place or self._place()}: {type(error).__name__}: "
-                f"{str(error)[:300]}. Checkpoints are untouched. Bring the source back; the same command goes on from "
-                "the last one."
+                f"{str(error)[:400].rstrip('.')}. Checkpoints are untouched. Bring the source back; the same command "
+                "goes on from the last one."
             ) from error
 
 
@@ -132,13 +141,14 @@ class FileStream(EndlessSource):
         self._order: Sequence[int] = ()
         self._file = self._taken = 0  # the file in the order, and records of it that were taken
         self._opened: RecordSource | None = None
+        paths = [name for name, _ in files if Path(name).is_file()]
+        self.stamps = {name: FileStamp.of(Path(name)) for name in paths}
         self._begin()
 
     def contents(self) -> list[Any]:
         """See `EndlessSource.contents`; of what is no file a hash of its content."""
-        paths = [Path(name) for name, _ in self.files]
-        known = sizes_of_files(path for path in paths if path.is_file())
-        return known if len(known) == len(paths) else [opens().content() for _, opens in self.files]
+        known = sizes_of_files(self.stamps, self.config.path)
+        return known if len(known) == len(self.files) else [opens().content() for _, opens in self.files]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -162,13 +172,27 @@ class FileStream(EndlessSource):
     def _next(self) -> Reads | None:
         while self._file < len(self._order):
             if self._opened is None:
-                self._opened = self.files[self._order[self._file]][1]()
-                self._numbers = self._shuffled(len(self._opened), "rows") if self._rows else range(len(self._opened))
-            if self._taken < len(self._numbers):
+                self._opened = self._open(*self.files[self._order[self._file]])
+                count = 0 if self._opened is None else len(self._opened)
+                self._numbers = self._shuffled(count, "rows") if self._rows else range(count)
+            if self._opened is not None and self._taken < len(self._numbers):
                 self._taken, self.row = self._taken + 1, self.row + 1
                 return partial(self._opened.__getitem__, self._numbers[self._taken - 1])
             self._file, self._taken, self._opened = self._file + 1, 0, None
         return None
+
+    def _open(self, name: str, opens: Callable[[], RecordSource]) -> RecordSource | None:
+        """A file in the version of the start; None where it is empty."""
+        try:
+            opened = opens()
+        except EmptySourceError:
+            opened = None
+        if name in self.stamps:
+            self.stamps[name].require(Path(name), Path(name))
+        if opened is None and name not in self.empty:
+            self.empty.add(name)
+            logger.warning("%s: %s is empty and left out; empty files so far: %s", self.key, name, len(self.empty))
+        return opened
 
     def _where(self) -> str:
         return f", at {self.files[self._order[self._file]][0]}" if self._file < len(self._order) else ""
@@ -180,14 +204,22 @@ class TableStream(EndlessSource):
     def __init__(self, config: SourceConfig, key: str, processing: ImageProcessing | None) -> None:
         super().__init__(config, key)
         self._rules = rules_of(config, processing)
+        folder = Path(config.path)
+        found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(config.path))
+        self.stamps = {str(path): FileStamp.of(path) for path in sorted(found) if path.suffix in _OF_ROWS}
         self._begin()
 
     def contents(self) -> list[Any]:
         """See `EndlessSource.contents`; files of the hub are pinned by `revision`."""
-        config, folder = self.config, Path(self.config.path)
-        found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(config.path))
-        files = sizes_of_files(sorted(path for path in found if path.suffix in _OF_ROWS))
-        return [folder.name, config.subset, config.split, config.revision, sorted(config.columns.items()), *files]
+        config, files = self.config, sizes_of_files(self.stamps, self.config.path)
+        return [
+            Path(config.path).name,
+            config.subset,
+            config.split,
+            config.revision,
+            sorted(config.columns.items()),
+            *files,
+        ]
 
     def seek(self, place: dict[str, Any]) -> None:
         """See `EndlessSource.seek`."""
@@ -209,6 +241,9 @@ class TableStream(EndlessSource):
     def _next(self) -> Reads | None:
         from mm_moslora.data.sources.hf_tables import row_of_stream
 
+        if self.row % _UNCHECKED == 0:
+            for name, stamp in self.stamps.items():
+                stamp.require(Path(name), Path(name))
         if (row := next(self._iterator, None)) is None:
             return None
         self.row += 1
@@ -220,9 +255,12 @@ class TableStream(EndlessSource):
         return ""
 
 
-def sizes_of_files(paths: Iterable[Path]) -> list[tuple[str, int]]:
-    """Names and sizes of files, in their order."""
-    return [(path.name, path.stat().st_size) for path in paths]
+def sizes_of_files(stamps: Mapping[str, FileStamp], pattern: str) -> list[tuple[str, int]]:
+    """Names and sizes of the files of a folder or pattern, in their order; names from its part without wildcards on."""
+    parts = Path(pattern).parts
+    fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part) or "{" in part), len(parts) - 1)
+    root = Path(pattern) if Path(pattern).is_dir() else Path(*parts[:fixed])
+    return [(Path(name).relative_to(root).as_posix(), stamp.size) for name, stamp in stamps.items()]
 
 
 def what_changed(before: Sequence[Any], now: Sequence[Any]) -> str:

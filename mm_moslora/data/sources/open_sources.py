@@ -8,10 +8,11 @@ from __future__ import annotations
 import bisect
 import glob
 import hashlib
+import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,13 @@ from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.preferences.judged_records import SHOWN
 from mm_moslora.data.record_faults import Where
-from mm_moslora.data.sources.record_file import RecordFile, RecordSource, require_file
+from mm_moslora.data.sources.record_file import EmptySourceError, RecordFile, RecordSource, require_file
 from mm_moslora.utils.errors import DataError
 
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
+
+logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -87,7 +90,7 @@ def open_source(config: SourceConfig, *, processing: ImageProcessing | None = No
             "Set limit and limit_by: first, or name one of its files."
         )
     if config.streaming and (parts := files_of_stream(config)):
-        return FirstRecords(config, (open_source(part, processing=processing) for part in parts))
+        return FirstRecords(config, _with_records(parts, processing))
     kind, rules = _kind_of(config), rules_of(config, processing)
     if kind == "json":
         source: RecordSource = RecordFile(Path(config.path), rules)
@@ -100,6 +103,14 @@ def open_source(config: SourceConfig, *, processing: ImageProcessing | None = No
 
         source = TableSource(config, rules)
     return _held_apart(_limited(source, config), config)
+
+
+def _with_records(parts: Sequence[SourceConfig], processing: ImageProcessing | None) -> Iterator[RecordSource]:
+    for part in parts:
+        try:
+            yield open_source(part, processing=processing)
+        except EmptySourceError as error:
+            logger.warning("Left out: %s", error)
 
 
 def stream_files(config: SourceConfig) -> list[Path]:
@@ -264,6 +275,8 @@ class FirstRecords(RecordSource):
             self._starts.append(min(config.limit, self._starts[-1] + len(file)))
             if self._starts[-1] == config.limit:
                 break
+        if not self.files:
+            raise EmptySourceError(config.path)
         super().__init__(Path(config.path), self.files[0].rules)
 
     def __len__(self) -> int:

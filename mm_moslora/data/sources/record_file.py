@@ -8,11 +8,14 @@ only in a field that needs another type.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.records import parse_record
@@ -25,6 +28,49 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
 T = TypeVar("T")
+
+
+class EmptySourceError(DataError):
+    """A source without a record."""
+
+    def __init__(self, name: str | Path) -> None:
+        super().__init__(f"{name} is empty: 0 records. Check the export that wrote it.")
+
+
+class FileStamp(NamedTuple):
+    """What tells a version of a file from the next one, without reading it."""
+
+    size: int
+    """Bytes."""
+    written: int
+    """Time of its last change, ns."""
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileStamp:
+        """The stamp of a file, by its path or descriptor."""
+        status = os.stat(file)
+        return cls(status.st_size, status.st_mtime_ns)
+
+    def require(self, file: Path | int, path: Path) -> None:
+        """Refuse a file that has another stamp now.
+
+        Raises:
+            DataError: it has changed.
+        """
+        if (now := FileStamp.of(file)) != self:
+            what = f"{now.size} bytes instead of {self.size}" if now.size != self.size else "been written again"
+            raise DataError(
+                f"{path} has {what} since the run began, so that records would be seen twice or never. Bring back the "
+                "file as it was, and leave files alone while a run reads them."
+            )
+
+
+@contextmanager
+def reopened(path: Path, stamp: FileStamp) -> Iterator[BufferedReader]:
+    """A file that was read before, in the same version."""
+    with opened(path, most=None) as stream:
+        stamp.require(stream.fileno(), path)
+        yield stream
 
 
 class RecordSource(ABC):
@@ -99,6 +145,7 @@ class RecordFile(RecordSource):
         super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
         require_file(path)
         with opened(path, most=None) as stream:
+            self._stamp = FileStamp.of(stream.fileno())
             head = stream.read(4096)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
             raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
@@ -108,7 +155,7 @@ class RecordFile(RecordSource):
         else:
             self._starts, self._ends, self._lines = scan_lines(path)
         if not self._starts:
-            raise DataError(f"{path} is empty: 0 records. Check the export that wrote it.")
+            raise EmptySourceError(path)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -122,7 +169,7 @@ class RecordFile(RecordSource):
         start, end = self._starts[row], self._ends[row]
         if end - start > MAX_VALUE_BYTES:
             raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
-        with opened(self.path, most=None) as stream:
+        with reopened(self.path, self._stamp) as stream:
             stream.seek(start)
             raw = stream.read(end - start)
         return parse_json(raw, constants=True, surrogates=True)

@@ -20,7 +20,7 @@ from mm_moslora.data.images.record_picture import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
-from mm_moslora.data.sources.record_file import RecordSource
+from mm_moslora.data.sources.record_file import EmptySourceError, FileStamp, RecordSource, reopened
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
@@ -48,14 +48,16 @@ class TarSource(RecordSource):
     def __init__(self, pattern: str, rules: PictureRules) -> None:
         super().__init__(Path(pattern), rules)
         self.files = files_of(pattern)
+        self._stamps = [FileStamp.of(path) for path in self.files]
         self._keys: list[str] = []
         self._file, self._firsts = array("L"), array("Q")
         self._members: list[tuple[str, int, int]] = []
         for number, path in enumerate(self.files):
-            self._index(number, path)
+            if self._stamps[number].size:
+                self._index(number, path)
         self._firsts.append(len(self._members))
         if not self._keys:
-            raise DataError(f"{pattern} is empty: 0 records. Check the export that wrote it.")
+            raise EmptySourceError(pattern)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -66,22 +68,22 @@ class TarSource(RecordSource):
 
     def value(self, row: int) -> Any:
         """The record's object with references to its pictures."""
-        path = self.files[self._file[row]]
+        path, stamp = self.files[self._file[row]], self._stamps[self._file[row]]
         members = {
             kind: (start, size) for kind, start, size in self._members[self._firsts[row] : self._firsts[row + 1]]
         }
         shown = {
-            kind: StoredPicture(f"{path}:{self._keys[row]}.{kind}", partial(_bytes, path, *span))
+            kind: StoredPicture(f"{path}:{self._keys[row]}.{kind}", partial(_bytes, path, stamp, *span))
             for kind, span in members.items()
             if _shown_as(kind)
         }
         if "json" in members:
-            value = parse_json(_read(path, *members["json"]), constants=True, surrogates=True)
+            value = parse_json(_read(path, stamp, *members["json"]), constants=True, surrogates=True)
             if not isinstance(value, dict):
                 return value
             return self._with_shown(value, shown, self._keys[row])
         if "txt" in members:
-            caption = _read(path, *members["txt"]).decode("utf-8", errors="surrogateescape").strip()
+            caption = _read(path, stamp, *members["txt"]).decode("utf-8", errors="surrogateescape").strip()
             return {"id": self._keys[row], "caption": caption, **_named(shown)}
         raise StrictJsonError(f"has members {', '.join(sorted(members))[:200]}, but neither json nor txt")
 
@@ -152,14 +154,14 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
         raise DataError(f"{path}: member {name[:100]!a} breaks off at the end of the file. Copy the file again.")
 
 
-def _read(path: Path, start: int, size: int) -> bytes:
+def _read(path: Path, stamp: FileStamp, start: int, size: int) -> bytes:
     if size > MAX_VALUE_BYTES:
         raise StrictJsonError(f"takes {size} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
-    return _bytes(path, start, size)
+    return _bytes(path, stamp, start, size)
 
 
-def _bytes(path: Path, start: int, size: int) -> bytes:
-    with opened(path, most=None) as stream:
+def _bytes(path: Path, stamp: FileStamp, start: int, size: int) -> bytes:
+    with reopened(path, stamp) as stream:
         return os.pread(stream.fileno(), size, start)
 
 

@@ -163,7 +163,9 @@ class _Chat:
                 item = await events.get()
                 if reply.ended(item[0]):  # behind the one call that was asked for
                     continue
-                chunk = reply.add(*_checked(item, request))
+                part = _checked(item, request)
+                parses = reply.call_form is not None
+                chunk = await asyncio.to_thread(reply.add, *part) if parses else reply.add(*part)
                 jobs[item[0]].cancelled = reply.ended(item[0])
                 if not started:  # until then a failure gets its own status
                     self._metrics.first_token.observe(time.monotonic() - jobs[0].submitted)

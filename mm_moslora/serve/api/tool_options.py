@@ -24,8 +24,9 @@ def wanted_tools(body: Mapping[str, Any]) -> tuple[str, bool]:
         raise ApiError(f"tools {error.what}; {error.remedy}.", param="tools") from None
     tools = parse_json(text or "[]", surrogates=True)
     for number, tool in enumerate(tools):
-        if tool["function"].get("strict"):
-            param = f"tools[{number}].function.strict"
+        inner = tool["function"].get("strict")
+        if inner or tool.get("strict"):
+            param = f"tools[{number}]{'.function' if inner else ''}.strict"
             raise ApiError(
                 f"{param} is set, and calls are not checked against their schemas here; leave it out.",
                 param=param, code="unsupported_parameter",

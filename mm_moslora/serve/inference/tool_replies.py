@@ -19,7 +19,7 @@ from transformers.utils.chat_parsing import ResponseParser, parse_response
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.conversation_shape import BREAK, PROBE_CALL, PROBE_TOOL
 from mm_moslora.data.chat.record_keys import REASONING
-from mm_moslora.serve.inference.python_calls import read_python_calls
+from mm_moslora.serve.inference.python_calls import Keys, read_python_calls
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
@@ -192,9 +192,15 @@ def _object(text: str, start: int, stop: int) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flat(calls: list[Any]) -> list[dict[str, Any]]:
-    read = (read_python_calls(item) if isinstance(item, str) else item for item in calls)
+def _flat(calls: list[Any], keys: Keys | None = None) -> list[dict[str, Any]]:
+    read = (read_python_calls(item, keys) if isinstance(item, str) else item for item in calls)
     return [call for item in read for call in (item if isinstance(item, list) else [item])]
+
+
+def _keys(schema: Any) -> list[str] | None:
+    """The names of arguments of a schema; None where it allows others, or names none."""
+    named = schema.get("properties") if isinstance(schema, dict) and not schema.get("additionalProperties") else None
+    return list(named) if isinstance(named, dict) and named else None
 
 
 class CallSplit:
@@ -202,13 +208,14 @@ class CallSplit:
 
     Args:
         form: from `call_form`.
-        tools: JSON text of the tools; arguments get the types of their schemas.
+        tools: JSON text of the tools; arguments get the types of their schemas, and texts end before their names.
     """
 
     def __init__(self, form: dict[str, Any], tools: str) -> None:
         offered = parse_json(tools, surrogates=True)
         self._new_parser = partial(ResponseParser, form, prefix="", tools=offered)
         self._parser: ResponseParser = self._new_parser()
+        self._keys = {tool["function"]["name"]: _keys(tool["function"].get("parameters")) for tool in offered}
         self._held = ""
         """Text that is neither given as content nor part of a complete call."""
 
@@ -228,7 +235,7 @@ class CallSplit:
                         thinking += piece if event["field"] in REASONING else ""
                         content += piece if event["field"] == "content" else ""
                     elif event["type"] == "region_close" and event["field"] == "tool_calls":
-                        calls += [_checked(call) for call in _flat([event["value"]])]
+                        calls += [_checked(call) for call in _flat([event["value"]], self._keys)]
                         self._held = ""
             except (ValueError, KeyError, TypeError, RecursionError):  # calls behind it are read again
                 content, self._held, self._parser = content + self._held, "", self._new_parser()

@@ -184,6 +184,8 @@ def bad(index: int, **keys) -> dict:
     ({"tools": {"name": "weather"}, "messages": MESSAGES}, "BAD_TOOLS: .* field tools: is an object, expected a list"),
     ({"tools": "weather", "messages": MESSAGES}, "BAD_TOOLS: .* is no JSON"),
     ({"tools": [{"type": "function"}], "messages": MESSAGES}, "BAD_TOOLS: .* tool 0 is no function with a name"),
+    ({"tools": [WEATHER | {"type": "custom"}], "messages": MESSAGES}, "BAD_TOOLS: .* has the type 'custom', expected"),
+    ({"tools": [{"type": "search_1", "name": "w"}], "messages": MESSAGES}, "BAD_TOOLS: .*has the type 'search_1'"),
     ({"tools": [WEATHER, WEATHER], "messages": MESSAGES}, "BAD_TOOLS: .*two tools with the name 'weather'"),
     ({"tools": [{"name": "f", "parameters": float("nan")}], "messages": MESSAGES}, "BAD_TOOLS: .*is no JSON"),
     (bad(1, tool_calls="weather(Rome)"), r"BAD_CALL: .* field messages\[1\]: is no JSON"),
