@@ -297,7 +297,8 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = control.should_save = True
         if control.should_training_stop:
             control.should_log = True
-        self.progress.update(state.global_step, f"loss {self.last_loss:.4f}")
+        loss = "" if math.isnan(self.last_loss) else f"loss {self.last_loss:.4f}"  # the first log may be steps away
+        self.progress.update(state.global_step, loss)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the trainer's measures to the trackers.
