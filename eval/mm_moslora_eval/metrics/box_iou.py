@@ -40,6 +40,10 @@ def fault_of_reference(text: str, width: int, height: int) -> str | None:
         return f"the reference {text[:60]!r} holds no box [x1, y1, x2, y2] with an area"
     if min(box[:2]) < -1 or box[2] > width + 1 or box[3] > height + 1:
         return f"the reference {first_box(text)} lies outside of its picture ({width} x {height} pixels)"
+    if max(box) <= 1:
+        return (
+            f"the reference {first_box(text)} lies within one pixel of its picture ({width} x {height}), as shares do"
+        )
     return None
 
 
