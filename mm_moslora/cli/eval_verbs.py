@@ -466,7 +466,7 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
 
 @eval_app.command(name="miniature")
 def eval_miniature(folder: Path) -> int:
-    """Write small synthetic documents of seventeen benchmarks in their original layouts, for offline trials.
+    """Write small synthetic documents of 45 benchmarks in their original layouts, for offline trials.
 
     Parameters
     ----------

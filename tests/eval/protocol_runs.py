@@ -12,11 +12,12 @@ from typing import Any, cast
 
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, Usage
 from mm_moslora_eval.protocol.coded_prompts import WORDINGS
+from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run import answer_log, task_runner
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
@@ -159,7 +160,11 @@ def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
 
 def _parts(task: Task) -> Iterator[Any]:
     yield EXTRACTORS[task.extraction]
-    yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
+    if task.metric == BY_PROMPT:
+        assert task.grading is not None
+        yield from (grade_by_prompt, METRICS[task.grading.rule or "exact"])
+    else:
+        yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
     yield AGGREGATIONS[task.aggregation]
     if task.extraction in JUDGE_EXTRACTIONS:
         find, then = JUDGE_EXTRACTIONS[task.extraction]
@@ -198,12 +203,12 @@ def public_metrics() -> dict[str, Callable[..., Any]]:
     import mm_moslora_eval.metrics as package
 
     found: dict[str, Callable[..., Any]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             own = isinstance(value, types.FunctionType) and value.__module__ == module.__name__
             if not name.startswith("_") and (own or isinstance(value, partial)):
-                found[f"{info.name}.{name}"] = value
+                found[f"{info.name.rsplit('.', 1)[1]}.{name}"] = value
     return found
 
 

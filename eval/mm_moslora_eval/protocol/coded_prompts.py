@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mm_moslora_eval.metrics import commonsense
+from mm_moslora_eval.protocol.benchmark_prompts import BENCHMARK_WORDINGS
 from mm_moslora_eval.sources.document import Document
 
 _VALUES = {
@@ -72,5 +73,6 @@ WORDINGS: dict[str, Callable[[Document], str]] = {
         f"mathvista_{style}": partial(_mathvista, style=style)
         for style in ("format", "step_by_step", "solution", "reason_first", "direct")
     },
+    **BENCHMARK_WORDINGS,
 }
 """Name -> the user's text for a document."""

@@ -1,4 +1,4 @@
-"""Miniature documents: seventeen benchmarks in their original layouts, with synthetic pictures.
+"""Miniature documents: benchmarks in their original layouts, with synthetic pictures.
 
 They test that a task can be read, asked and scored; a score on them is no measure of a model. The task files are copies
 of the shipped ones without checksum and expected count.
@@ -6,84 +6,20 @@ of the shipped ones without checksum and expected count.
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from mm_moslora.utils.files import mark, replace_json, replace_text, writing_in_place
+from mm_moslora.utils.files import mark, replace_json, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.untrusted_data import parse_yaml
+from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents, write_tsv
+from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 from mm_moslora_eval.protocol.task_registry import task_folder
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 Row = dict[str, Any]
-
-COLOURS = {"red": (205, 50, 50), "green": (45, 150, 75), "blue": (50, 80, 200), "yellow": (230, 195, 50)}
-SHAPES = ("circle", "square", "triangle", "star")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One synthetic picture and its properties."""
-
-    colour: str
-    shape: str
-    count: int
-    word: str
-
-    def draw(self) -> Image:
-        """The picture: `count` shapes in a row above the word."""
-        from PIL import Image as Pillow
-        from PIL import ImageDraw, ImageFont
-
-        image = Pillow.new("RGB", (192, 144), (244, 242, 236))
-        pen = ImageDraw.Draw(image)
-        for number in range(self.count):
-            self._shape(pen, 24 + number * 56, 24)
-        pen.text((24, 104), self.word, fill=(20, 20, 20), font=ImageFont.load_default(size=24))
-        return image
-
-    def _shape(self, pen: Any, x: int, y: int) -> None:
-        fill, side = COLOURS[self.colour], 44
-        if self.shape == "circle":
-            pen.ellipse((x, y, x + side, y + side), fill=fill)
-        elif self.shape == "square":
-            pen.rectangle((x, y, x + side, y + side), fill=fill)
-        elif self.shape == "triangle":
-            pen.polygon([(x, y + side), (x + side, y + side), (x + side / 2, y)], fill=fill)
-        else:
-            points = [(22, 0), (28, 16), (44, 16), (31, 26), (36, 43), (22, 33), (8, 43), (13, 26), (0, 16), (16, 16)]
-            pen.polygon([(x + a, y + b) for a, b in points], fill=fill)
-
-    def png(self) -> bytes:
-        """The picture as a file."""
-        buffer = io.BytesIO()
-        self.draw().save(buffer, "PNG")
-        return buffer.getvalue()
-
-    @property
-    def encoded(self) -> str:
-        """The picture as a cell of a TSV."""
-        return base64.b64encode(self.png()).decode()
-
-
-SCENES = tuple(
-    Scene(colour, shape, 1 + number % 3, word)
-    for number, (colour, shape, word) in enumerate(
-        [
-            ("red", "circle", "STOP"), ("green", "square", "OPEN"), ("blue", "triangle", "EXIT"),
-            ("yellow", "star", "TAXI"), ("red", "square", "CAFE"), ("blue", "circle", "BANK"),
-        ]
-    )
-)  # fmt: skip
 
 
 def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[Path]:
@@ -100,16 +36,12 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
         ConfigError: other files with these names exist.
     """
     names = [f"{name}.yaml" for name in TASKS] + [f"{name}.tsv" for name in _TSV] + ["vqav2.parquet", "commonsense"]
+    names += [f"{name}_documents" for name in FORMS]
     refuse_strangers(folder, names, kind="miniature")
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "miniature")
     for name, rows in _TSV.items():
-        table = rows()
-        with writing_in_place(folder / f"{name}.tsv") as stream:
-            columns = list(dict.fromkeys(key for row in table for key in row))
-            writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_tsv(folder / f"{name}.tsv", rows())
     _write_vqav2(folder / "vqav2.parquet")
     boolq = folder / "commonsense" / "boolq"
     boolq.mkdir(parents=True, exist_ok=True)
@@ -119,6 +51,21 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
 
 def _write_task(folder: Path, name: str, cap: int | None) -> Path:
     data = parse_yaml((task_folder() / f"{name}.yaml").read_text(encoding="utf-8"), source=name)
+    if name in FORMS:
+        place_documents(folder / f"{name}_documents", data, FORMS[name])
+    else:
+        _take_one_layout(folder, name, data)
+    data |= {"expected_count": None, "title": f"{data['title']} (miniature)", "licence": "made here"}
+    for part in (data, *(changes for changes in (data.get("protocols") or {}).values() if changes)):
+        if cap is not None and "decoding" in part:
+            part["decoding"]["max_new_tokens"] = min(cap, part["decoding"].get("max_new_tokens", cap))
+    path = folder / f"{name}.yaml"
+    replace_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
+    return path
+
+
+def _take_one_layout(folder: Path, name: str, data: Row) -> None:
+    """Keep the protocols that read the task's own kind of file."""
     if "source" not in data:  # protocols with data of their own: take that of the first
         first, changes = next(iter(data["protocols"].items()))
         data["source"], data["protocols"] = changes.pop("source"), {first: changes}
@@ -126,19 +73,12 @@ def _write_task(folder: Path, name: str, cap: int | None) -> Path:
     data["source"] = {**data["source"], "md5": None, "path": local.get(name, data["source"]["path"])}
     if data["source"]["kind"] == "hf":
         data["source"]["path"] = str((folder / data["source"]["path"]).resolve())
-    data |= {"expected_count": None, "title": f"{data['title']} (miniature)", "licence": "made here"}
     for protocol, changes in list((data.get("protocols") or {}).items()):
         source = (changes or {}).get("source")
         if source and source["kind"] != data["source"]["kind"]:
             del data["protocols"][protocol]  # the same benchmark in another layout
         elif source:
             del changes["source"]
-    for part in (data, *(changes for changes in (data.get("protocols") or {}).values() if changes)):
-        if cap is not None and "decoding" in part:
-            part["decoding"]["max_new_tokens"] = min(cap, part["decoding"].get("max_new_tokens", cap))
-    path = folder / f"{name}.yaml"
-    replace_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
-    return path
 
 
 def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[int, Scene], Row]) -> list[Row]:
@@ -285,6 +225,6 @@ _TSV: Mapping[str, Callable[[], list[Row]]] = {
 TASKS = (
     "pope", "mme", "hallusionbench", "mmbench_en_dev", "seedbench_image", "ai2d", "scienceqa_img", "mmstar",
     "realworldqa", "textvqa_val", "docvqa_val", "chartqa_test", "ocrbench", "gqa_testdev", "mmvet", "vqav2_val",
-    "commonsense_boolq",
+    "commonsense_boolq", *FORMS,
 )  # fmt: skip
 """Benchmarks with miniature documents."""

@@ -11,6 +11,7 @@ from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
 from mm_moslora_eval.sources.document import DataSet, checked
+from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_file, picture_folder
 from mm_moslora_eval.sources.source_images import rules_of
@@ -43,7 +44,10 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
                 where=source.where,
             )
         )  # fmt: skip
-    documents = checked((document for document in read if document is not None), source=str(path))
+    kept = [document for document in read if document is not None]
+    if source.answer_is in BOX_FORMS:
+        kept = [with_reference_box(document, source.answer_is) for document in kept]
+    documents = checked(kept, source=str(path))
     return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from mm_moslora_eval.sources.dataset_identity import folder_checksum
 from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
+from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import frames_of_record
+from mm_moslora_eval.sources.texts_beside import texts_beside
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 _KEYS = ("id", "image", "video", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_BRACKETED = re.compile(r"\(([A-Za-z])\)")
+_BRACED = re.compile(r"\{([^{}]+)\}")
+_OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
 
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
@@ -50,8 +56,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         documents = checked(_choices(table, source), source=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     for field, columns in source.columns.items():
-        names = [part.strip() for part in columns.split(",")]
-        missing = [name for name in names if name not in table.column_names]
+        named = [name for part in columns.split(",") for name in _BRACED.findall(part) or [part.strip()]]
+        missing = [name for name in named if name not in table.column_names]
         if missing:
             raise EvalError(
                 f"{source.path} has no column {missing[0]!r} (for {field})."
@@ -75,15 +81,22 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
     from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
 
     datasets.disable_progress_bars()  # they would overwrite this package's own progress
-    options: dict[str, Any] = {"name": source.config, "split": source.split}
+    configs = source.config.split(",") if source.config else [None]
+
+    def read(name: str, **options: Any) -> Any:
+        tables = [
+            load_checked(name, name=config and config.strip(), split=source.split, **options) for config in configs
+        ]
+        return undecoded(tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables))
+
     try:
         if path is None:
-            table = load_checked(source.path, revision=source.revision, **options)
-            return undecoded(table), str(getattr(table, "_fingerprint", ""))
+            table = read(source.path, revision=source.revision)
+            return table, str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
             return undecoded(load_saved(path)), folder_checksum(path)
         if path.is_dir():
-            return undecoded(load_checked(str(path), **options)), folder_checksum(path)
+            return read(str(path)), folder_checksum(path)
         if path.is_file():
             kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
             if kind is None:
@@ -119,12 +132,22 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
             images: tuple[ImageLike, ...] = pictures.of(number)
             problem = None
             if not pictures.columns:
-                named = [value for name in names for value in _listed(row.get(name))]
+                named = [value for name in names for value in _listed(_file_name(row, name))]
                 images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
-            frames, fault = frames_of_record(row.get(columns.get("video", "video")), file=file, row=number, rules=rules)
+            videos = _file_name(row, columns.get("video", "video"))
+            frames, fault = frames_of_record(videos, file=file, row=number, rules=rules)
             images, problem = (*images, *frames), problem or fault
+            named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
+            texts, unread = texts_beside(named_texts, rules)
+            row, problem = row | texts, problem or unread
             read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
-            yield read.with_problem(problem)
+            read = read.with_problem(problem)
+            yield with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
+
+
+def _file_name(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, or a text such as `data/{videoID}.mp4` with columns in braces."""
+    return _BRACED.sub(lambda match: str(row.get(match[1], "")), column) if "{" in column else row.get(column)
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:
@@ -178,7 +201,7 @@ def document(
     def cell(name: str) -> Any:
         return row.get(columns.get(name, name))
 
-    options = _options(row, columns.get("options", "options"))
+    options = _options(row, columns.get("options", "options"), lettered=answer_is == "letter")
     identity = str(cell("id") if cell("id") is not None else default_id)
     used = {part.strip() for name in _KEYS for part in columns.get(name, name).split(",")}
     return Document(
@@ -207,19 +230,36 @@ def _flat(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
+def _options(row: Mapping[str, Any], names: str, *, lettered: bool) -> dict[str, str]:
+    """The options by their letters; `lettered`: they may begin with them, since the answer is a letter."""
     columns = [name.strip() for name in names.split(",")]
     if len(columns) > 1:
-        values: list[Any] = [row.get(name) for name in columns]
+        values: list[Any] = [None if row.get(name) == "N/A" else row.get(name) for name in columns]
     else:
         value = row.get(columns[0])
-        value = parse_list(value) if isinstance(value, str) else value
+        value = (parse_list(value) or _written_options(value)) if isinstance(value, str) else value
         values = list(value) if isinstance(value, list | tuple) else []
     return {
         letter: str(text)
-        for letter, text in zip(_LETTERS, values, strict=False)
+        for letter, text in zip(_LETTERS, _without_letters(values) if lettered else values, strict=False)
         if text is not None and str(text) != "nan"
     }
+
+
+def _written_options(text: str) -> list[str]:
+    """The options that a text writes as `(A) red (B) blue`, on one line or several, from A on; else none."""
+    marks = list(_BRACKETED.finditer(text))
+    if len(marks) < 2 or "".join(mark[1].upper() for mark in marks) != _LETTERS[: len(marks)]:
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return [text[mark.end() : end].strip().split("\n")[0].strip() for mark, end in zip(marks, ends, strict=True)]
+
+
+def _without_letters(values: Sequence[Any]) -> list[Any]:
+    """The texts of options; where each begins with its own letter, such as `(A) red` or `A. red`, without it."""
+    parts = [_OWN_LETTER.fullmatch(str(value)) for value in values]
+    own = [part[2] for part, letter in zip(parts, _LETTERS, strict=False) if part and part[1] == letter]
+    return own if len(own) == len(values) > 1 else list(values)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -234,6 +274,9 @@ def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: s
     text = str(value)
     if not text:
         return ()
+    bracketed = _BRACKETED.fullmatch(text.strip())
+    if bracketed and bracketed[1].upper() in options:
+        return (bracketed[1].upper(),)
     if not options or text in options or answer_is == "letter":
         return (text,)
     letters = list(options)

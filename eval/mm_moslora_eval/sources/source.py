@@ -32,18 +32,22 @@ class Source:
     split: str = "test"
     """hf: split."""
     config: str | None = None
-    """hf: configuration name."""
+    """hf: configuration name, or several with commas, whose rows are joined."""
     revision: str | None = None
     """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
-    answer_is: Literal["auto", "letter", "index", "text"] = "auto"
+    answer_is: Literal["auto", "letter", "index", "text", "box_xyxy", "box_xywh", "box_norm1"] = "auto"
     """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
-    option."""
+    option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; other rows count as dropped."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
+    that file it is empty."""
     columns: dict[str, str] = field(default_factory=dict)
-    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column."""
+    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column. An
+    image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`."""
 
     def __post_init__(self) -> None:
         if self.video_frames < 1 or (self.video_fps is not None and not self.video_fps > 0):

@@ -5,6 +5,8 @@ Pictures of a table are read when they are needed, because a benchmark's decoded
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
 _AT_ONCE = 4096
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}")
+"""The beginning of a picture as base64; names of files are shorter or have a period."""
 
 
 def rules_of(folder: Path, source: Source) -> PictureRules:
@@ -61,7 +65,7 @@ class Pictures:
 
     Args:
         table: a `datasets.Dataset` that decodes nothing.
-        names: candidates; columns with pictures or lists of pictures are used.
+        names: candidates; columns with pictures, lists of pictures or pictures as base64 are used.
         file: source of the table, for messages.
         rules: rules for pictures named by path.
         store: folders of fetched files; a path into one of them is accepted like bytes.
@@ -74,7 +78,9 @@ class Pictures:
 
         features = table.features
         self.columns = [
-            name for name in names if name in features and isinstance(_item(features[name]), datasets.Image)
+            name
+            for name in names
+            if name in features and (isinstance(_item(features[name]), datasets.Image) or _is_base64(table, name))
         ]
         self._file, self._rules, self._store = file, rules, store
         self._arrow = table.select_columns(self.columns).with_format("arrow") if self.columns else None
@@ -108,6 +114,8 @@ class Pictures:
         value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
         if isinstance(value, list):
             value = value[number]
+        if isinstance(value, str):
+            return base64.b64decode(value)
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         fetched = fetched_file(value.get("path"), self._store)
@@ -115,6 +123,12 @@ class Pictures:
             return fetched.read()
         picture = find_picture(value, number, Where(file=self._file, line=None, row=row), self._rules)
         return read_picture(picture.path) if isinstance(picture, LocalPicture) else picture.read()
+
+
+def _is_base64(table: Any, name: str) -> bool:
+    """Whether the first row has a picture as base64."""
+    value = table[0][name] if len(table) else None
+    return isinstance(value, str) and _BASE64.match(value) is not None
 
 
 def _item(feature: Any) -> Any:

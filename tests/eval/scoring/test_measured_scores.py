@@ -28,6 +28,8 @@ ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["image_path"]}',
     "weighted": 'weighted {"column": "category", "weights": {"existence": 2, "count": 1, "OCR": 1, "scene": 1}}',
+    "wemath": 'wemath {"problem": "image_path", "step": "category"}',
+    "consecutive": 'consecutive {"size": 1}',
 }
 PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 SUB_TASKS = ("existence", "count", "OCR", "scene")

@@ -24,6 +24,8 @@ Array = np.ndarray
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["picture"]}',
     "weighted": 'weighted {"column": "weight"}',
+    "wemath": 'wemath {"problem": "picture", "step": "split"}',
+    "consecutive": 'consecutive {"size": 10}',
 }
 PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 CATEGORIES = ("OCR", "count", "scene", "posters")
@@ -138,10 +140,16 @@ def by_weight(samples: list[Scored], weights: Array) -> Array:
     return mean(weights * np.array([float(sample.document.extra["weight"]) for sample in samples]), scores(samples))
 
 
+def steps_alone(samples: list[Scored], weights: Array) -> Array:
+    """Of problems without a last question half counts where all steps are right."""
+    return every_rotation(samples, weights) / 2
+
+
 NUMBERS: dict[str, Callable[[list[Scored], Array], Array]] = {
     "pope": f1, "pope_lmms_eval": f1, "pope_splits": f1_of_splits, "mme": mme, "macro": macro, "llavabench": rated,
     "circular": every_rotation, "caption": cider, "caption_plain": cider, "tree": macro,
     WITH_OPTIONS["all_within"]: every_rotation, WITH_OPTIONS["weighted"]: by_weight,
+    WITH_OPTIONS["wemath"]: steps_alone, WITH_OPTIONS["consecutive"]: every_rotation,
 }  # fmt: skip
 """What is no plain mean of the samples."""
 

@@ -412,7 +412,7 @@ def test_every_shipped_task_is_valid_and_described() -> None:
     assert len({task.name for task in tasks.values()}) >= 30
     for identifier, task in tasks.items():
         assert task.title, identifier
-        assert task.expected_count, identifier
+        assert task.expected_count or "expected_count" in task.unverified, identifier
     assert "pope" in eval_commands.list_tasks()
     assert "published:   85.9" in eval_commands.describe("pope@llava")
     assert "published" not in eval_commands.describe("pope@vlmevalkit")

@@ -1,0 +1,1 @@
+"""Metrics of single benchmarks, each after the benchmark's own evaluation code."""

@@ -1,0 +1,285 @@
+"""Miniature documents in the layouts that task files name: columns of a parquet file, or VLMEvalKit's TSV.
+
+A `Form` says what is asked and how a data set writes options and references. The columns come from the task file, so
+that one form serves all protocols of a task.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.files import replace_text, replacing, writing_in_place
+from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
+
+Row = dict[str, Any]
+_LETTERS = "ABCD"
+_FRAMES = 3
+
+
+def _lettered(choices: Sequence[str]) -> list[str]:
+    return [f"({letter}) {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
+
+
+def _written(choices: Sequence[str], form: str = "({letter}) {text}", between: str = "\n") -> str:
+    return between.join(form.format(letter=letter, text=text) for letter, text in zip(_LETTERS, choices, strict=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is asked about each scene, and how the data set writes it."""
+
+    question: str = "Which shape is shown?"
+    answer: Callable[[Scene], Any] = lambda scene: scene.shape
+    choices: Sequence[str] = SHAPES
+    """Empty for an open question."""
+    options: Callable[[Sequence[str]], Any] = list
+    """hf: the cell of the options."""
+    reference: str = "{letter}"
+    """hf: the cell of the answer, from its `letter` and `text`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns: a value, or a function of the number of the row."""
+    first: int = 0
+    """hf: number of the first document."""
+    base64: bool = False
+    """hf: pictures are text."""
+    rotations: int = 1
+    """Rows with turned options, as MMBench has them."""
+    video: bool = False
+    """hf: a video of the scene in place of its picture."""
+
+
+def _of_number(value: Any, number: int) -> Any:
+    return value(number) if callable(value) else value
+
+
+_COLOUR = Form(question="What colour is the shape?", answer=lambda scene: scene.colour, choices=tuple(COLOURS))
+_COUNT = Form(
+    question="How many shapes are there?", answer=lambda scene: str(scene.count), choices=(), reference="{text}"
+)
+_MMBENCH = Form(
+    question=_COLOUR.question, answer=_COLOUR.answer, choices=_COLOUR.choices, rotations=4,
+    extra={"hint": "nan", "category": "attribute_recognition", "l2-category": "perception"},
+)  # fmt: skip
+_MMMU_PRO = Form(
+    question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
+)
+
+FORMS: dict[str, Form] = {
+    "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
+    "mathvision_testmini": Form(
+        question=_COUNT.question, answer=_COUNT.answer, choices=(), reference="{text}", extra={"subject": "counting"}
+    ),
+    "mmmu_pro_standard": _MMMU_PRO,
+    "mmmu_pro_4": _MMMU_PRO,
+    "mmmu_pro_vision": _MMMU_PRO,
+    "blink_val": Form(
+        reference="({letter})",
+        extra={
+            "sub_task": lambda number: ("Art_Style", "Counting")[number % 2], "prompt": "Which shape is it? (A) to (D)"
+        },
+    ),
+    "videomme": Form(
+        options=lambda choices: [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=True)],
+        extra={"videoID": lambda number: f"v{number}", "domain": "Knowledge"}, video=True,
+    ),
+    "mlvu_dev": Form(
+        question=f"Which shape is shown?\n{_written(SHAPES)}", options=_written, video=True,
+        extra={"video_name": lambda n: f"{n}.mp4", "task_type": lambda n: ("count", "order")[n % 2]},
+    ),
+    "longvideobench_val": Form(
+        reference="{index}", video=True,
+        extra={"video_path": lambda number: f"{number}.mp4", "question_category": "S2E"},
+    ),
+    "vstar": Form(
+        question=f"Which shape is shown?\n{_written(SHAPES)}\nAnswer with the option's letter.",
+        options=_written, extra={"category": "direct_attributes"},
+    ),
+    "cv_bench": Form(
+        reference="({letter})",
+        extra={
+            "type": lambda number: ("2D", "3D")[number % 2],
+            "source": lambda number: ("ADE20K", "Omni3D", "COCO", "Omni3D")[number % 4], "task": "Count",
+            "prompt": f"Which shape is it? Select from the following choices.\n{_written(SHAPES)}",
+        },
+    ),
+    "mmvp": Form(
+        question="Is the shape warm or cold in colour?",
+        answer=lambda scene: "Warm" if scene.colour in ("red", "yellow") else "Cold", choices=("Warm", "Cold"),
+        options=lambda choices: " ".join(f"({letter}) {text}" for letter, text in zip("ab", choices, strict=True)),
+        reference="({lower})", first=1,
+    ),
+    "visulogic": Form(extra={"category": "Spatial Reasoning"}),
+    "naturalbench": Form(
+        question="Is the shape red?", answer=lambda scene: "Yes" if scene.colour == "red" else "No", choices=(),
+        reference="{text}", extra={"Question_Type": "yes_no", "type": "yes_no"},
+    ),
+    "mmbench_en_dev_v11": _MMBENCH,
+    "mmbench_cn_dev_v11": _MMBENCH,
+    "mme_realworld_en": Form(
+        options=_lettered, base64=True,
+        extra={"category": "Perception/OCR with Complex Context", "l2-category": "shapes"},
+    ),
+    "mme_realworld_cn": Form(
+        question="图中是什么形状？", options=_lettered, base64=True,
+        extra={"category": "Perception/Diagram and Table", "l2-category": "shapes"},
+    ),
+    "wemath_testmini": Form(
+        extra={
+            "ID": lambda number: f"p{number // 3}",
+            "key": lambda number: ("2steps_1", "2steps_2", "2steps_multi")[number % 3],
+            "requirement": "Answer with the letter.",
+        },
+    ),
+    "ccocr_languages": Form(
+        question="Read the text.", answer=lambda scene: scene.word, choices=(),
+        extra={"category": "multi_lan_ocr", "l2-category": "text", "split": lambda n: ("French", "Arabic")[n % 2]},
+    ),
+    "ccocr_scenes": Form(
+        question="Read the text.", answer=lambda scene: scene.word, choices=(),
+        extra={
+            "category": "multi_scene_ocr", "l2-category": "scene_text", "split": lambda n: ("IC15", "zh_doc")[n % 2]
+        },
+    ),
+    "charxiv_descriptive": Form(
+        question="What is the word in the picture?", answer=lambda scene: scene.word, choices=(), extra={"qid": "1"}
+    ),
+    "charxiv_reasoning": Form(
+        question="Which word is written below the shapes?", answer=lambda scene: scene.word, choices=(),
+        extra={"inst_category": "1"},
+    ),
+    "countbench": Form(
+        question=_COUNT.question, answer=_COUNT.answer, choices=(), reference="{text}", extra={"text": "Some shapes."}
+    ),
+    "pixmo_count": Form(
+        question="<image>How many shapes are there?", answer=_COUNT.answer, choices=(), reference="{text}"
+    ),
+    "refcoco": Form(
+        question="Please provide the bounding box coordinate of the region this sentence describes: <ref>word</ref>",
+        answer=lambda scene: "[0.1, 0.7, 0.9, 0.95]", choices=(),
+        extra={"category": lambda number: ("RefCOCO val", "RefCOCOg test")[number % 2]},
+    ),
+    "simplevqa": Form(
+        question="What word is written?", answer=lambda scene: scene.word, choices=(), reference="{text}", base64=True,
+    ),
+    "dynamath": Form(
+        question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
+        extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
+    ),
+}  # fmt: skip
+"""Task -> its documents."""
+
+
+def place_documents(folder: Path, data: Row, form: Form) -> None:
+    """Write the documents of a task in every layout that its protocols read, and let them read these.
+
+    Args:
+        folder: where the files go.
+        data: the task file, which is changed.
+        form: what is asked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = data["source"]
+    data["source"] = _place(folder, own, form)
+    for changes in (data.get("protocols") or {}).values():
+        if changes and "source" in changes:
+            changes["source"] = _place(folder, {**own, **changes["source"]}, form)
+
+
+def _place(folder: Path, source: Row, form: Form) -> Row:
+    if source["kind"] == "tsv":
+        path = folder / source["path"]
+        write_tsv(path, _tsv_rows(form))
+        return {**source, "path": str(path.resolve()), "md5": None}
+    path = folder / "documents.parquet"
+    rows = _write_parquet(path, source.get("columns") or {}, form)
+    for row, scene in zip(rows, SCENES, strict=True):
+        for name in (source.get("texts") or {}).values():
+            _write_subtitles(folder / name.format_map(row), scene)
+    shown = {"video_frames": _FRAMES} if form.video else {}
+    return {**source, "path": str(path.resolve()), "config": None, **shown}
+
+
+def write_tsv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as VLMEvalKit's files are written."""
+    with writing_in_place(path) as stream:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _tsv_rows(form: Form) -> list[Row]:
+    rows = []
+    for turn in range(form.rotations):
+        for number, scene in enumerate(SCENES):
+            turned = [*form.choices[turn:], *form.choices[:turn]]
+            letter, text = _right(form, scene, turned)
+            cells: Row = {
+                "index": number + turn * 1_000_000, "image": scene.encoded if turn == 0 else str(number),
+                "question": form.question, **dict(zip(_LETTERS, turned, strict=False)), "answer": letter or text,
+            }  # fmt: skip
+            rows.append(cells | {key: _of_number(value, number) for key, value in form.extra.items()})
+    return rows
+
+
+def _write_parquet(path: Path, columns: Mapping[str, str], form: Form) -> list[Row]:
+    """Write the rows, and return them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    pictures = [name.strip() for name in columns.get("image", "image").split(",")]
+    rows = []
+    for number, scene in enumerate(SCENES):
+        letter, text = _right(form, scene, form.choices)
+        picture: Any = scene.encoded if form.base64 else {"bytes": scene.png(), "path": None}
+        cells: Row = {columns.get("id", "id"): number + form.first}
+        if form.video:
+            cells |= {key: _of_number(value, number) for key, value in form.extra.items()}
+            _write_video(path.parent / _video_name(columns, cells), scene)
+        else:
+            cells |= dict.fromkeys(pictures) | {pictures[0]: picture}
+        names = [name.strip() for name in columns.get("options", "options").split(",")]
+        if len(names) > 1:
+            cells |= dict.fromkeys(names, "N/A") | dict(zip(names, form.choices, strict=False))
+        elif form.choices:
+            cells[names[0]] = form.options(form.choices)
+        index = _LETTERS.index(letter) if letter else 0
+        said = {"letter": letter, "lower": letter.lower(), "text": text, "index": index}
+        cells[columns.get("answer", "answer")] = form.reference.format_map(said)
+        cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
+        rows.append(cells | {key: _of_number(value, number) for key, value in form.extra.items()})
+    table = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
+    if not (form.base64 or form.video):
+        for name in pictures:
+            table = table.cast_column(name, datasets.Image())
+    table.to_parquet(str(path))
+    return rows
+
+
+def _video_name(columns: Mapping[str, str], cells: Row) -> str:
+    """The name of a row's video, as the task file makes it of the columns."""
+    column = columns.get("video", "video")
+    return column.format_map(cells) if "{" in column else str(cells[column])
+
+
+def _write_video(path: Path, scene: Scene) -> None:
+    """A short animation, whose shapes appear one after the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [Scene(scene.colour, scene.shape, count, scene.word).draw() for count in range(1, scene.count + 1)]
+    with replacing(path) as part, part.open("xb") as stream:
+        frames[0].save(stream, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)
+
+
+def _write_subtitles(path: Path, scene: Scene) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, f"1\n00:00:00,000 --> 00:00:01,000\n<i>{scene.word}</i>\n")
+
+
+def _right(form: Form, scene: Scene, choices: Sequence[str]) -> tuple[str, str]:
+    """The letter of the right option, or nothing, and its text."""
+    text = str(form.answer(scene))
+    return (_LETTERS[list(choices).index(text)] if choices else ""), text

@@ -1,0 +1,139 @@
+"""Golden values of single benchmarks: their readers of letters, their counts, and their scores of whole sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mm_moslora_eval.sources.document import Document
+
+from tests.eval.golden_answers import Check, Row, block, options, run_rows, step
+from tests.eval.protocol_runs import Runs
+
+PARTS = {"category": "all", "ID": "p", "key": "2steps_1", "qid": "1"}
+"""Columns that aggregations of these benchmarks need."""
+
+
+def _document(number: int, answer: str, row: Row, **extra: str) -> Document:
+    given = options(row) if row.get("options") else {}
+    shared = {key: value for key, value in PARTS.items() if key != "category"}
+    return Document(
+        id=str(number),
+        question="q",
+        options=given,
+        answers=(answer,),
+        category=PARTS["category"],
+        extra=shared | extra,
+    )
+
+
+def read_letters(name: str) -> Check:
+    """What a protocol reads in each answer."""
+
+    def check(rows: list[Row], runs: Runs) -> list[Any]:
+        return run_rows(name, rows, runs, lambda row, number: _document(number, "A", row)).parsed
+
+    return check
+
+
+def naturalbench_letters(rows: list[Row], runs: Runs) -> list[Any]:
+    def document(row: Row, number: int) -> Document:
+        return _document(number, "A", row, Question_Type=row["kind"])
+
+    return run_rows("naturalbench@lmms_eval", rows, runs, document).parsed
+
+
+mmmu_pro_stage = step("mmmu_pro_standard@vlmevalkit_cot", "letter_readers.mmmu_pro_vlmevalkit")
+latex_values = step("mathvision_test@official", "latex_value.latex_value")
+
+
+def latex_value(rows: list[Row], runs: Runs) -> list[Any]:
+    """To two decimals, as the source compares values."""
+    return [None if value is None else round(value, 2) for value in latex_values(rows, runs)]
+
+
+def mathvision(rows: list[Row], runs: Runs) -> list[Any]:
+    run = run_rows(
+        "mathvision_test@official", rows, runs, lambda row, number: _document(number, row["references"], row)
+    )
+    return [{"answer": text, "correct": bool(score)} for text, score in zip(run.parsed, run.scores, strict=True)]
+
+
+def _scores(name: str, rows: Sequence[Row], runs: Runs, *columns: str) -> list[Any]:
+    """Scores of open answers; the columns of a row are columns of its document."""
+
+    def document(row: Row, number: int) -> Document:
+        return _document(number, row["references"], row, **{own: row[key] for key, own in map(_pair, columns)})
+
+    return run_rows(name, rows, runs, document).scores
+
+
+def _pair(column: str) -> tuple[str, str]:
+    key, _, own = column.partition("=")
+    return key, own
+
+
+def countbench(rows: list[Row], runs: Runs) -> list[Any]:
+    each = {name: _scores(f"countbench@{name}", rows, runs) for name in ("lmms_eval", "vlmevalkit")}
+    return [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
+
+
+def pixmo_count(rows: list[Row], runs: Runs) -> list[Any]:
+    return _scores("pixmo_count@lmms_eval", rows, runs)
+
+
+def dynamath(rows: list[Row], runs: Runs) -> list[Any]:
+    """An answer in which nothing is read is wrong, and so is an empty one, which lies within every text there."""
+    found = _scores("dynamath@vlmevalkit", rows, runs, "kind=answer_type")
+    read = block("dynamath@vlmevalkit", "dynamath.short_answer")
+    unread = [
+        not read(row["prediction"], row["kind"]).strip() or '"short answer": ""' in row["prediction"] for row in rows
+    ]
+    return [row["expected"] if odd else bool(score) for row, score, odd in zip(rows, found, unread, strict=True)]
+
+
+def wemath(row: Row, runs: Runs) -> Any:
+    made = [
+        _document(number, "A", {"options": ["x", "y"]}, ID=name, key=key)
+        for number, (name, key, _) in enumerate(row["rows"])
+    ]
+    said = ["AB"[1 - right] for _, _, right in row["rows"]]
+    return {
+        kind: runs(f"wemath_testmini@vlmevalkit{more}", made, said).result.score
+        for kind, more in (("strict", ""), ("loose", "_loose"))
+    }
+
+
+def naturalbench_shares(row: Row, runs: Runs) -> Any:
+    said = [answer for group in row["said"] for answer in group]
+    made = [
+        _document(number, ("Yes", "No", "No", "Yes")[number % 4], {}, Question_Type="yes_no")
+        for number in range(len(said))
+    ]
+    result = runs("naturalbench@lmms_eval", made, [{1: "Yes", 0: "No", -1: "maybe"}[answer] for answer in said]).result
+    numbers = result.metrics
+    return {
+        "Q_Acc": numbers["question"],
+        "I_Acc": numbers["image"],
+        "Acc": numbers["vanilla"],
+        "G_Acc": result.score,
+    }
+
+
+def cv_bench(row: Row, runs: Runs) -> Any:
+    made = [
+        _document(number, "A", {"options": ["x", "y"]}, source=name, type="3D" if name == "Omni3D" else "2D")
+        for number, (name, _) in enumerate(row["rows"])
+    ]
+    return runs("cv_bench@official", made, ["AB"[1 - right] for _, right in row["rows"]]).result.score
+
+
+def ccocr(rows: list[Row], runs: Runs) -> list[Any]:
+    """To six digits, since the source adds small numbers against divisions by zero."""
+
+    def document(row: Row, number: int) -> Document:
+        made = _document(number, row["references"], {}, split=row["split"])
+        return replace(made, category=row["group"])
+
+    return [round(score, 6) for score in run_rows("ccocr_scenes@vlmevalkit", rows, runs, document).scores]

@@ -1,0 +1,125 @@
+"""How benchmarks write options, references and pictures: what `hf` and `tsv` sources make of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval.sources import load
+from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.source import Source
+from PIL import Image
+
+from mm_moslora.utils.errors import EvalError
+
+
+def png(width: int = 200, height: int = 100) -> bytes:
+    """A picture of noise, so that its text is as long as that of a photo."""
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read(folder: Path, rows: list[dict[str, Any]], **source: Any) -> tuple[Document, ...]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load(Source(kind="hf", path=str(path), **source)).documents
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "form", "texts", "letter"),
+    [
+        ("(a) Open (b) Closed", "(b)", "auto", ["Open", "Closed"], "B"),
+        ("Which?\n(A) red (or so)\n(B) blue\nAnswer.", "B", "auto", ["red (or so)", "blue"], "B"),
+        ("['x', 'y']", "(A)", "auto", ["x", "y"], "A"),
+        (["(A) red", "(B) blue"], "A", "letter", ["red", "blue"], "A"),
+        (["A. red", "B. blue"], "B", "letter", ["red", "blue"], "B"),
+        (["A. red", "B. blue"], "B. blue", "text", ["A. red", "B. blue"], "B"),  # the answer is one of these texts
+        (["A. red", "C. blue"], "A", "letter", ["A. red", "C. blue"], "A"),
+        ("The (A) and the (C) of it", "x", "auto", [], "x"),
+    ],
+)
+def test_options_and_references_as_benchmarks_write_them(
+    options: Any, answer: str, form: str, texts: list[str], letter: str, tmp_path: Path
+) -> None:
+    (document,) = read(tmp_path, [{"question": "q", "options": options, "answer": answer}], answer_is=form)
+    assert list(document.options.values()) == texts
+    assert document.answers == (letter,)
+
+
+def test_pictures_may_be_text(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "a", "bytes": base64.b64encode(png()).decode()} for _ in range(2)]
+    for row, document in zip(rows, read(tmp_path, rows, columns={"image": "bytes"}), strict=True):
+        (image,) = document.images
+        assert image.read() == base64.b64decode(row["bytes"])  # type: ignore[union-attr]
+
+
+def test_the_rows_of_several_configurations_are_joined(tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict({"question": [name], "answer": ["a"]}).to_parquet(
+            str(tmp_path / name / "test.parquet")
+        )
+    configs = [{"config_name": name, "data_files": [{"split": "test", "path": f"{name}/*"}]} for name in ("one", "two")]
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    documents = load(Source(kind="hf", path=str(tmp_path), config="one, two")).documents
+    assert [document.question for document in documents] == ["one", "two"]
+    with pytest.raises(EvalError, match="three"):
+        load(Source(kind="hf", path=str(tmp_path), config="one, three"))
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "box", "problem"),
+    [
+        ("box_norm1", "[0.1, 0.2, 0.5, 1]", "[20, 20, 100, 100]", None),
+        ("box_xywh", [10, 20, 30, 40], "[10, 20, 40, 60]", None),
+        ("box_xyxy", "(10, 20), (40, 60.5)", "[10, 20, 40, 60.5]", None),
+        ("box_xyxy", "[40, 20, 10, 60]", None, "no area"),
+        ("box_xyxy", "[1, 2, 3]", None, "expected four numbers"),
+        ("box_norm1", "nowhere", None, "expected four numbers"),
+    ],
+)
+def test_references_that_are_boxes_are_pixels(
+    form: str, answer: Any, box: str | None, problem: str | None, tmp_path: Path
+) -> None:
+    row = {"question": "q", "answer": answer, "image": base64.b64encode(png()).decode()}
+    (document,) = read(tmp_path, [row], answer_is=form)
+    assert document.problem is None if problem is None else problem in str(document.problem)
+    assert box is None or document.answers == (box,)
+
+
+def test_a_box_without_its_picture_is_a_problem(tmp_path: Path) -> None:
+    (document,) = read(tmp_path, [{"question": "q", "answer": "[0, 0, 1, 1]"}], answer_is="box_norm1")
+    assert "0 pictures, expected one" in str(document.problem)
+
+
+def test_names_of_files_are_made_of_columns_and_texts_may_lie_beside(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "v1.png").write_bytes(png())
+    times = "{}\r\n00:00:0{},000 --> 00:00:05,000\r\n<font color='white'>{}</font>\r\n\r\n"
+    said = times.format(1, 0, "Hello.") + times.format(2, 1, "Hello.") + times.format(3, 2, "12")
+    (tmp_path / "data" / "v1.srt").write_text(said)
+    rows = [{"question": "q", "answer": "a", "name": name} for name in ("v1", "v2", "../../etc/passwd")]
+    source = {"columns": {"image": "data/{name}.png"}, "texts": {"subtitles": "data/{name}.srt"}}
+    first, without, outside = read(tmp_path, rows, **source)
+    assert first.problem is None
+    assert len(first.images) == 1
+    assert first.extra["subtitles"] == "Hello.\n12"
+    assert str(without.images[0]).endswith("data/v2.png")  # missing: a failure when it is shown
+    assert without.extra["subtitles"] == ""
+    assert outside.problem is not None
+    assert not outside.extra.get("subtitles")
+    with pytest.raises(EvalError, match="no column 'names'"):
+        read(tmp_path, rows, columns={"image": "data/{names}.png"})
+
+
+def test_no_option_is_what_a_data_set_writes_for_it(tmp_path: Path) -> None:
+    row = {"question": "q", "o0": "red", "o1": "N/A", "o2": "N/A", "right": 0}
+    (document,) = read(tmp_path, [row], columns={"options": "o0, o1, o2", "answer": "right"}, answer_is="index")
+    assert (dict(document.options), document.answers) == ({"A": "red"}, ("A",))
