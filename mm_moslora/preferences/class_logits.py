@@ -41,10 +41,12 @@ def ask_class(model: PreTrainedModel) -> None:
 def logits_of_class(model: PreTrainedModel) -> Iterator[None]:
     """TRL's heads that are made within compute the logits that `ask_class` found."""
     form, config = form_of(model.get_output_embeddings()), vars(model.config.get_text_config())
-    own = {name: config[name] for name in ("logit_scale", "final_logit_softcapping") if name in config}
-    config.update(logit_scale=form.scale, final_logit_softcapping=form.cap)
+    new = {"logit_scale": form.scale, "final_logit_softcapping": form.cap}
+    own = {name: config[name] for name in new if name in config}
+    config.update(new)
     try:
         yield
     finally:
-        del config["logit_scale"], config["final_logit_softcapping"]
+        for name in new:
+            del config[name]
         config.update(own)

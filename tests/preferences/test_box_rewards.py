@@ -14,6 +14,7 @@ from PIL import Image
 
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.boxes.box_forms import FORMS, coordinates, write_region
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import REWARDS, Scorer, box_reader, document_of
@@ -110,9 +111,12 @@ def test_references_that_no_answer_can_equal_are_counted_before_training(vlm: Pa
     assert len(prepare(recipe_of(tmp_path, vlm, *lines, rewards=("exact",))).records.usable) == 5
 
 
-def test_references_that_are_no_boxes_of_the_picture_teach_nothing(vlm: Path, tmp_path: Path) -> None:
+def test_references_that_are_no_boxes_of_the_picture_teach_nothing(
+    vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = [line("1", {}, solution="left"), line("2", {}, solution="[0, 0, 900, 9]")]
-    run = prepare(recipe_of(tmp_path, vlm, *bad, rewards=("exact",)))
+    monkeypatch.setattr(LocalPicture, "size", lambda _: None)  # as of one that is not fetched yet
+    run = prepare(recipe_of(tmp_path, vlm, *bad))
     scorer, answers = Scorer("iou", REWARDS["iou"]), ["[0, 0, 5, 5]"] * 2
     questions = [run.records.load_item(number) for number in range(2)]
     readers = [*(box_reader(question, run.assembly.image_processing) for question in questions), str]

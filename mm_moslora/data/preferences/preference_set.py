@@ -356,6 +356,8 @@ class QuestionSet(AnswerSet[Question]):
             size = asked.record.images[-1].size()
         except ImageError:
             return None  # `AnswerSet._measure` names it
+        if size is None:  # not fetched yet; the reward finds it
+            return None
         return next(filter(None, (self.box_fault(text, *size) for text in asked.references)), None)
 
 
