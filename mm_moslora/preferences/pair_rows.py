@@ -32,6 +32,7 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
 from mm_moslora.models.vlm import needs_padding, supervised_hidden
+from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
@@ -164,7 +165,8 @@ class _RowHead(nn.Module):
         super().__init__()
         self.whole, self.config = [model], model.config  # in a list: no submodule
         self.pictures = StepFeatureCache()
-        add_fused_lm_head(cast(PreTrainedModel, self), outputs=FIELDS)
+        with logits_of_class(model):
+            add_fused_lm_head(cast(PreTrainedModel, self), outputs=FIELDS)
 
     def forward(self) -> None:
         """TRL's head replaces it."""

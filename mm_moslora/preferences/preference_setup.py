@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.preferences.class_logits import ask_class
 from mm_moslora.preferences.pair_rows import PairRows
-from mm_moslora.preferences.rewards import Reward, check_box_rewards, code_of, find_rewards
+from mm_moslora.preferences.rewards import Reward, check_box_rewards, code_of, fault_of_boxes, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
@@ -129,18 +131,22 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         assembly = load_parts(start, dtype=dtype_of(precision), device=device)
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
+        ask_class(assembly.model)
         rows = PairRows.of(assembly.model, recipe.data.pack_tokens) if recipe.data.pack_tokens else None
         for name, tensor in [*assembly.model.named_parameters(), *assembly.model.named_buffers()]:
             if ADAPTERS in name:  # on ranks that wait for the weights: TRL copies adapters
                 allocate(tensor, distributed.device())
     data = pinned(recipe.data, checkpoint)
-    records = _records(recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
+    kind: Any = SETS[recipe.objective]
+    if recipe.objective == "grpo":
+        kind = partial(kind, box_fault=fault_of_boxes(rewards, assembly.image_processing))
+    records = _records(kind, recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)
     with_boxes = records.with_boxes if isinstance(records, QuestionSet) else 0
     check_box_rewards(rewards, with_boxes, assembly.image_processing)
     held_out = None
     if data.held_out:
-        held_out = _records(recipe, assembly, data.held_out, "validation_quarantine.jsonl")
+        held_out = _records(kind, recipe, assembly, data.held_out, "validation_quarantine.jsonl")
     packed = 0 if rows is None else len(rows.epoch(cast(PreferenceSet, records), seed=recipe.train.seed, epoch=0))
     for key, answers in (("data.train", records), ("data.validation", held_out)):
         if answers is not None:
@@ -204,9 +210,15 @@ def _keep_fp32(model: nn.Module) -> None:
 
 
 def _records(
-    recipe: Recipe, assembly: Parts, sources: Sequence[SourceConfig], quarantine: str, *, settle: bool = False
+    kind: Callable[..., AnswerSet[Any]],
+    recipe: Recipe,
+    assembly: Parts,
+    sources: Sequence[SourceConfig],
+    quarantine: str,
+    *,
+    settle: bool = False,
 ) -> AnswerSet[Any]:
-    return SETS[recipe.objective](
+    return kind(
         sources, ConversationEncoder.of(assembly), assembly.image_processing, config=recipe.data, settle=settle,
         quarantine_path=Path(recipe.train.output) / quarantine,
         on_progress=Progress("read records", 0, unit="record").of,

@@ -130,6 +130,14 @@ def box_reader(question: Question, processing: ImageProcessing | None) -> Callab
     return read
 
 
+def fault_of_boxes(
+    rewards: Mapping[str, Reward], processing: ImageProcessing | None
+) -> Callable[[str, int, int], str | None] | None:
+    """What finds references that no reward of boxes can compare; None without such a reward."""
+    reading = any(isinstance(reward, BoxReward) for reward in rewards.values())
+    return fault_of_reference if reading and processing is not None and processing.boxes is not None else None
+
+
 def check_box_rewards(rewards: Mapping[str, Reward], with_boxes: int, processing: ImageProcessing | None) -> None:
     """Refuse rewards of boxes for a model whose form of boxes is not known, and references that are boxes without them.
 

@@ -24,6 +24,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.preferences.zero_trainer import ZeroTrainer, deepspeed_arguments, trained_groups
@@ -72,14 +73,15 @@ class RunTrainer(ZeroTrainer):
         if run.recipe.adapter.factor_form in ("stella", "orthonormal"):
             keep_orthonormal(run.peft_model, self.stepping)
         starts = [(parameter, parameter.data) for group in groups for parameter in group.parameters]
-        super().__init__(
-            model=run.peft_model,
-            args=args,
-            train_dataset=rows_of(run, held_out=False),
-            eval_dataset=None if run.held_out is None else rows_of(run, held_out=True),
-            processing_class=run.assembly.processor or run.assembly.tokenizer,
-            **more,
-        )
+        with logits_of_class(run.assembly.model):
+            super().__init__(
+                model=run.peft_model,
+                args=args,
+                train_dataset=rows_of(run, held_out=False),
+                eval_dataset=None if run.held_out is None else rows_of(run, held_out=True),
+                processing_class=run.assembly.processor or run.assembly.tokenizer,
+                **more,
+            )
         self.remove_callback(PrinterCallback)
         for parameter, value in starts:  # TRL casts adapters of a base in 4 or 8 bits to bf16
             if parameter.dtype != value.dtype:
@@ -295,7 +297,8 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = control.should_save = True
         if control.should_training_stop:
             control.should_log = True
-        self.progress.update(state.global_step, f"loss {self.last_loss:.4f}")
+        loss = "" if math.isnan(self.last_loss) else f"loss {self.last_loss:.4f}"  # the first log may be steps away
+        self.progress.update(state.global_step, loss)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Hand the trainer's measures to the trackers.

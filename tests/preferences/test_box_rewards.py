@@ -14,6 +14,7 @@ from PIL import Image
 
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.boxes.box_forms import FORMS, coordinates, write_region
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.preferences.preference_setup import PreferenceRun, prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import REWARDS, Scorer, box_reader, document_of
@@ -93,12 +94,31 @@ def test_a_run_learns_from_boxes_and_counts_bad_ones(vlm: Path, tmp_path: Path) 
     assert [(row["id"], row["code"]) for row in rows] == [(item["id"], "BAD_BOX") for item in bad]
 
 
-def test_references_that_are_no_boxes_of_the_picture_teach_nothing(vlm: Path, tmp_path: Path) -> None:
-    run = prepare(recipe_of(tmp_path, vlm, *(
-        line(text, {}, solution=text) for text in ("left", "[0, 0, 900, 9]", "[0.1, 0.1, 0.2, 0.2]")
-    )))  # fmt: skip
-    scorer, answers = Scorer("iou", REWARDS["iou"]), ["[0, 0, 5, 5]"] * 3
-    questions = [run.records.load_item(number) for number in range(3)]
+def test_references_that_no_answer_can_equal_are_counted_before_training(vlm: Path, tmp_path: Path) -> None:
+    bad = {
+        "text": "left", "outside": "[0, 0, 900, 9]", "shares": "[0.1, 0.2, 0.5, 0.6]", "numbers": [80, 100, 90, 110],
+        "second": ["[10, 20, 50, 60]", "[5, 5, 5, 5]"],
+    }  # fmt: skip
+    lines = [line(name, {}, solution=solution) for name, solution in bad.items()]
+    blind = {"prompt": [{"role": "user", "content": "Where?"}], "solution": "[10, 20, 50, 60]", "id": "blind"}
+    run = prepare(
+        recipe_of(tmp_path, vlm, line("good", {}, solution="[10, 20, 50, 60]"), blind, *lines, max_bad_share=1)
+    )
+    assert len(run.records.usable) == 1
+    rows = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["code"]) for row in rows] == [(name, "BAD_BOX") for name in ("blind", *bad)]
+    assert "lies within one pixel of its picture (160 x 120), as shares do" in str(rows[3])
+    assert len(prepare(recipe_of(tmp_path, vlm, *lines, rewards=("exact",))).records.usable) == 5
+
+
+def test_references_that_are_no_boxes_of_the_picture_teach_nothing(
+    vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = [line("1", {}, solution="left"), line("2", {}, solution="[0, 0, 900, 9]")]
+    monkeypatch.setattr(LocalPicture, "size", lambda _: None)  # as of one that is not fetched yet
+    run = prepare(recipe_of(tmp_path, vlm, *bad))
+    scorer, answers = Scorer("iou", REWARDS["iou"]), ["[0, 0, 5, 5]"] * 2
+    questions = [run.records.load_item(number) for number in range(2)]
     readers = [*(box_reader(question, run.assembly.image_processing) for question in questions), str]
     documents = [document_of(question) for question in (*questions, questions[1])]
     found = scorer.scores([*answers, "[0, 0, 5, 5]"], documents, readers)

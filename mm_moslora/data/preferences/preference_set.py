@@ -295,7 +295,11 @@ class QuestionSet(AnswerSet[Question]):
 
     objective = "grpo"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, box_fault: Callable[[str, int, int], str | None] | None = None, **options: Any
+    ) -> None:
+        self.box_fault = box_fault
+        """Why a reference is no box of a picture of this width and height; None: a reference need not be one."""
         self.with_boxes = 0
         """Usable questions whose reference holds a box."""
         super().__init__(*args, **options)
@@ -340,8 +344,23 @@ class QuestionSet(AnswerSet[Question]):
         if several or beside or (objects is not None and ALL in turns[-1].text):
             what = f"a reference holds {ALL}, or there are several boxes or references, and a reward compares one box"
             raise asked.record.where.error(Code.BAD_BOX, "objects", what, f"write one reference with {BOX}")
+        if self.box_fault is not None and not boxed and (fault := self._fault_of_boxes(asked)):
+            remedy = 'write "[x1, y1, x2, y2]" in pixels of the last picture'
+            raise asked.record.where.error(Code.BAD_BOX, "reference", f"cannot be compared ({fault})", remedy)
         super()._measure(index)
         self.with_boxes += boxed
+
+    def _fault_of_boxes(self, asked: AskedQuestion) -> str | None:
+        assert self.box_fault is not None
+        if not asked.record.images:
+            return "the question has no picture"
+        try:
+            size = asked.record.images[-1].size()
+        except ImageError:
+            return None  # `AnswerSet._measure` names it
+        if size is None:  # not fetched yet; the reward finds it
+            return None
+        return next(filter(None, (self.box_fault(text, *size) for text in asked.references)), None)
 
 
 SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]] = {

@@ -120,13 +120,15 @@ def _asked(model: PreTrainedModel) -> HeadForm | None:
     text: Any = model.config.get_text_config()
     head: Any = model.get_output_embeddings()
     rows = int(getattr(head, "out_features", None) or text.vocab_size)
-    hidden = given[None, :, None].repeat(1, 1, int(text.hidden_size))
+    width = int(text.hidden_size)
+    turns = (torch.arange(len(given))[:, None] + torch.arange(width)) % len(given)
+    hidden = given[turns][None]  # every place of the width has all values, each in another order
 
     def decoder(*_: Any, **__: Any) -> BaseModelOutput:
         return _Output(last_hidden_state=hidden)
 
     def product(values: Tensor, *_: Any, **__: Any) -> Tensor:
-        return values[..., :1].repeat(*[1] * (values.ndim - 1), rows)
+        return values[..., torch.arange(rows) % values.shape[-1]]
 
     with ExitStack() as stack:
         stack.enter_context(forward_instead(model.base_model, decoder))
@@ -135,6 +137,8 @@ def _asked(model: PreTrainedModel) -> HeadForm | None:
         output: Any = type(model).forward(model, input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
     logits = output.logits[0].double()
     words = logits.shape[-1] if logits.shape[-1] < rows else None
+    order = torch.arange(len(given))[:, None] - torch.arange(logits.shape[-1]) % width
+    logits = logits.gather(0, order % len(given))  # of `given` in every column
     found, first = logits[:, 0], _VALUES.index(_SMALL)
     scale = float(found[first]) / _SMALL
     ways = [

@@ -39,6 +39,15 @@ class Masked(t.LlamaForCausalLM):
         return output
 
 
+class Projected(t.LlamaForCausalLM):
+    """It multiplies the hidden states by a matrix before its head."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        output.logits = self.lm_head(output.last_hidden_state @ torch.eye(32).roll(1, 0))
+        return output
+
+
 class Strange(t.LlamaForCausalLM):
     """Its forward pass asks its decoder for something else."""
 
@@ -92,8 +101,10 @@ def test_loss_and_gradients_are_those_of_the_logits_of_the_class(kind: str, kern
 
 def test_a_form_that_training_lacks_is_refused_and_a_class_that_cannot_be_asked_is_named(caplog) -> None:
     known = models()
-    with pytest.raises(ModelError, match=r"Masked\.forward changes logits behind its head in another way"):
-        use_loss_head(known["masked"])
+    known["projected"] = Projected(known["plain"].config)
+    for kind in ("masked", "projected"):
+        with pytest.raises(ModelError, match=rf"{kind.title()}\.forward changes logits behind its head in another way"):
+            use_loss_head(known[kind])
     with caplog.at_level(logging.WARNING):
         assert head_form(known["strange"]) == PLAIN
     assert "Strange: what it does behind its head could not be asked" in caplog.text
