@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 
@@ -35,6 +35,7 @@ from mm_moslora.utils.errors import EvalError, ModelError, reason_of
 from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.local_model import draws_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
+from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.sources.image_controls import open_image
@@ -112,6 +113,9 @@ class TransformersModel:
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        own = None if encoder is None else ReasoningMarkers(encoder.template, self._tokenizer)
+        self._markers = own or ReasoningMarkers.of_processor(processor)
+        self.thinking_markers = self._markers.pairs
 
     @classmethod
     def from_pretrained(
@@ -161,9 +165,10 @@ class TransformersModel:
     @cached_property
     def fingerprint(self) -> str:
         """Hash over weights, configuration, template, tokenizer and image processing."""
-        return model_fingerprint(
+        own = model_fingerprint(
             self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
         )
+        return self._markers.fingerprint(own)
 
     @property
     def details(self) -> dict[str, str]:
@@ -270,7 +275,9 @@ class TransformersModel:
         stops = stop_token_ids(self.model, self._tokenizer.eos_token_id)
         end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
-        text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
+        text = self._markers.text(
+            tokens[: min(end, request.max_new_tokens)], partial(self._tokenizer.decode, skip_special_tokens=True)
+        )
         text = text if self._encoder is None else self._encoder.opened() + text
         for stop in request.stop:
             text, mark, _ = text.partition(stop)
