@@ -108,7 +108,7 @@ class VideoFrames:
         """It for the model's processor; for errors see `Clip.video`."""
         return self._shown(sampling).video()
 
-    def _shown(self, sampling: VideoSampling | None) -> Clip:
+    def _shown(self, sampling: Any) -> Clip:
         clip = self._clip
         return _kept(clip.source, clip.name, clip.count, clip.root, clip.fps, sampling)
 

@@ -18,6 +18,17 @@ from transformers.video_utils import load_video
 from video_files import write_frames, write_video
 from vlms import make_video_vlm
 
+from mm_moslora.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SourceConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from mm_moslora.training.training_loop import train
 from tests.eval.eval_fake import FakeModel
 
 BATCH = EvaluationSettings(batch_size=4, rank=0, world_size=1)
@@ -97,6 +108,24 @@ def test_frames_and_videos_are_other_answers_to_the_same_questions(folder: Path,
         for path in sorted((tmp_path / "run").rglob("answers*.jsonl"))
     ]
     assert len(set().union(*keys)) == 7 + 4  # the four videos that can be read are asked again
+
+
+def test_a_trained_run_gets_videos_as_its_training_did(folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = [{"id": "a", "video": "a.mp4", "question": "<video>\nwhat happens?", "answer": "no"}]
+    (data / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = Recipe(
+        model=ModelConfig(vlm=str(folder)), adapter=AdapterConfig(rank=4, alpha=8),
+        data=DataConfig(train=[SourceConfig(path=str(data / "rows.jsonl"), **SHOWN)]),
+        optim=OptimConfig(lr=1e-2), track=TrackConfig(trackers=[]),
+        train=TrainConfig(output=str(tmp_path / "run"), steps=1, global_batch=1, micro_batch=1, zero="none",
+                          precision="fp32"),
+    )  # fmt: skip
+    assert train(recipe).finished
+    model = open_model(str(tmp_path / "run"), precision="fp32")
+    (result,) = evaluate(model, task(data), tmp_path / "eval", modes=("own",), baselines=(), settings=BATCH)
+    samples = read_samples(tmp_path / "eval" / result.folder)
+    assert result.about["video"] == "native"
+    assert samples[1]["text"] == stock_answer(model, data / VIDEOS[1], "what happens 1?")
 
 
 def test_controls_show_other_and_grey_videos(folder: Path, data: Path, tmp_path: Path) -> None:
