@@ -28,6 +28,7 @@ from mm_moslora.models.decoding.token_sampling import Draw, Sampling
 from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
+from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
@@ -57,14 +58,17 @@ class LocalModel:
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference, store=store)
         self._ids: dict[str, list[int]] = {"": []}
+        self._markers = ReasoningMarkers(self.encoder.template, assembly.tokenizer)
+        self.thinking_markers = self._markers.pairs
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash over weights, configuration, template, tokenizer and image processing."""
         tokenizer = self.assembly.tokenizer
-        return model_fingerprint(
+        own = model_fingerprint(
             self.model, processor=self.assembly.processor, tokenizer=tokenizer, template=tokenizer.chat_template
         )
+        return self._markers.fingerprint(own)
 
     @property
     def details(self) -> dict[str, str]:
@@ -192,7 +196,7 @@ class LocalModel:
     def _answer(self, request: Request, tokens: list[int], reference: Sequence[ContinuationScore]) -> Answer:
         stopped = len(tokens) < request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
-        text = self.encoder.opened() + self.encoder.decode_answer(tokens)
+        text = self.encoder.opened() + self._markers.text(tokens, self.encoder.decode_answer)
         for stop in request.stop:
             text, mark, _ = text.partition(stop)
             stopped |= bool(mark)

@@ -121,7 +121,7 @@ def open_model(
             rest, dtype=dtype, reference=reference, other_preprocessing=other_preprocessing
         )
     from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-    from mm_moslora.data.preprocessing_print import check_preprocessing
+    from mm_moslora.data.preprocessing_print import check_preprocessing, trained_videos
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of, recipe_of
     from mm_moslora.models.vision.feature_cache import FeatureStore
@@ -148,8 +148,9 @@ def open_model(
 
         encoder = ConversationEncoder.of(assembly)
         return TransformersModel(
-            assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder, boxes=assembly.box_form
-        )
+            assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder,
+            boxes=assembly.box_form, whole_videos=trained_videos(folder).whole,
+        )  # fmt: skip
     from mm_moslora_eval.backends.local_model import LocalModel
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -21,9 +23,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mm_moslora.batch import VideoSampling
 from mm_moslora.config import BoxChoice
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preprocessing_print import check_processor
+from mm_moslora.data.preprocessing_print import check_processor, trained_videos
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.decoding.token_sampling import Draw, choose
 from mm_moslora.models.families import box_form_of
@@ -32,12 +35,15 @@ from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, ModelError, reason_of
+from mm_moslora.utils.run_paths import PREPROCESSING
 from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.local_model import draws_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
+from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.sources.image_controls import open_image
+from mm_moslora_eval.sources.source_videos import WholeVideo
 
 _GROWING = ("token_type_ids", "mm_token_type_ids")
 """Inputs with one entry per token, besides ids and mask."""
@@ -90,6 +96,7 @@ class TransformersModel:
         reference: always use batch size 1.
         encoder: of a trained model: prompts end as they did in training; None: as the chat template has it.
         boxes: the form of its boxes; auto: see `box_form_of`.
+        whole_videos: show a video as such where the processor takes one; False: the model was trained on its frames.
     """
 
     reads_boxes = True
@@ -103,8 +110,9 @@ class TransformersModel:
         reference: bool = False,
         encoder: ConversationEncoder | None = None,
         boxes: BoxChoice | None = "auto",
+        whole_videos: bool = True,
     ) -> None:
-        self._encoder, self._boxes = encoder, boxes
+        self._encoder, self._boxes, self._whole_videos = encoder, boxes, whole_videos
         self._thinks = encoder is not None and encoder.asks_to_think
         self.model, self.processor = model.eval(), processor
         self.name, self._reference = name, reference
@@ -112,6 +120,9 @@ class TransformersModel:
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        own = None if encoder is None else ReasoningMarkers(encoder.template, self._tokenizer)
+        self._markers = own or ReasoningMarkers.of_processor(processor)
+        self.thinking_markers = self._markers.pairs
 
     @classmethod
     def from_pretrained(
@@ -151,7 +162,13 @@ class TransformersModel:
         if check_processor(name, processor, images=images, stop_ids=stops, accepted=other_preprocessing):
             shown += ", other preprocessing"
         model.to(device or distributed.device())
-        return cls(model, processor, name=shown, reference=reference, boxes=trained_boxes(name))
+        whole = not (Path(name) / PREPROCESSING).is_file() or trained_videos(name).whole
+        return cls(model, processor, name=shown, reference=reference, boxes=trained_boxes(name), whole_videos=whole)
+
+    @property
+    def videos(self) -> VideoSampling | None:
+        """Chooses the frames of videos that the model takes as such; None: it takes their frames as pictures."""
+        return self._processing.videos if self._whole_videos and self.processor is not self._tokenizer else None
 
     @cached_property
     def _processing(self) -> ProcessorImageProcessing:
@@ -161,9 +178,10 @@ class TransformersModel:
     @cached_property
     def fingerprint(self) -> str:
         """Hash over weights, configuration, template, tokenizer and image processing."""
-        return model_fingerprint(
+        own = model_fingerprint(
             self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
         )
+        return self._markers.fingerprint(own)
 
     @property
     def details(self) -> dict[str, str]:
@@ -228,21 +246,31 @@ class TransformersModel:
 
     @staticmethod
     def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
-        """Request numbers, longest first; processors cannot mix prompts with and without pictures in a batch."""
-        for sees in (True, False):
-            order = [index for index in range(len(requests)) if bool(requests[index].images) == sees]
+        """Request numbers, longest first.
+
+        Processors cannot mix prompts with and without pictures in a batch; some pad shorter videos to more frames.
+        """
+        kinds = [_kind(request) for request in requests]
+        for kind in sorted(set(kinds), reverse=True):
+            order = [index for index, own in enumerate(kinds) if own == kind]
             order.sort(key=lambda index: -sum(len(message.text) for message in requests[index].messages))
             yield from (order[start : start + size] for start in range(0, len(order), size))
 
     def _inputs(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         texts = [self._text(request) for request in requests]
-        pictures = [[open_image(image) for image in request.images] for request in requests]
+        pictures = [
+            [open_image(image) for image in request.images if not isinstance(image, WholeVideo)] for request in requests
+        ]
+        videos = [image.video() for request in requests for image in request.images if isinstance(image, WholeVideo)]
         has_bos = self._tokenizer.bos_token is not None and texts[0].startswith(self._tokenizer.bos_token)
         arguments: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not has_bos}
         if any(pictures):
             if self.processor is self._tokenizer:
                 raise EvalError(f"The task shows pictures, but {self.name} is a language model. Choose a text task.")
             arguments["images"] = pictures
+        if videos:
+            arguments["videos"] = [np.stack([np.asarray(frame) for frame in video.frames]) for video in videos]
+            arguments |= {"video_metadata": [video.metadata for video in videos], "do_sample_frames": False}
         encoded = self.processor(text=texts, **arguments)
         device = next(self.model.parameters()).device
         return {
@@ -257,8 +285,11 @@ class TransformersModel:
                 raise EvalError(f"{self.name} has no chat template, so a picture has no place in its prompt.")
             return "\n".join(message.text for message in request.messages)
         messages = []
+        kinds = ("video" if isinstance(image, WholeVideo) else "image" for image in request.images)
         for message in request.messages:
-            parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
+            parts = [
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": next(kinds)} for p in message.parts
+            ]
             plain = self.processor is self._tokenizer
             messages.append({"role": message.role, "content": message.text if plain else parts})
         text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
@@ -270,7 +301,9 @@ class TransformersModel:
         stops = stop_token_ids(self.model, self._tokenizer.eos_token_id)
         end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
         stopped = end < min(len(tokens), request.max_new_tokens)
-        text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
+        text = self._markers.text(
+            tokens[: min(end, request.max_new_tokens)], partial(self._tokenizer.decode, skip_special_tokens=True)
+        )
         text = text if self._encoder is None else self._encoder.opened() + text
         for stop in request.stop:
             text, mark, _ = text.partition(stop)
@@ -309,3 +342,9 @@ class TransformersModel:
             ) if row else None
             for index, row in enumerate(ids)
         ]  # fmt: skip
+
+
+def _kind(request: Request) -> tuple[tuple[tuple[int, int, int], ...], bool]:
+    """The shapes of a request's videos, and whether it has pictures."""
+    videos = [image.shape for image in request.images if isinstance(image, WholeVideo)]
+    return tuple(videos), len(request.images) > len(videos)

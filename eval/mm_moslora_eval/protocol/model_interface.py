@@ -129,7 +129,9 @@ class Model(Protocol):
     """A backend that answers requests: a model of mm_moslora, a transformers model, a server, stored answers.
 
     A model that is asked to think before it answers has an attribute `thinking_tokens`, the new tokens that it needs.
-    One that gives `Answer.boxes` has an attribute `reads_boxes`, which is true.
+    One that gives `Answer.boxes` has an attribute `reads_boxes`, which is true. One whose chat template writes
+    texts around reasoning has an attribute `thinking_markers`, pairs of them. One
+    that takes videos as such (`WholeVideo` among its pictures) has an attribute `videos`, which chooses their frames.
     """
 
     @property

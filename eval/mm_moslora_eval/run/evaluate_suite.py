@@ -40,6 +40,7 @@ from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
+from mm_moslora_eval.sources.source_videos import with_whole_videos
 
 if TYPE_CHECKING:
     from mm_moslora_eval.run.llm_judge import Judge
@@ -94,7 +95,9 @@ def evaluate(
             )
             if settings.rank == 0 and settings.shard is None:
                 results.append(score_folder(view, judge=judge))
-                store_thumbnails(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
+                videos = getattr(model, "videos", None)
+                shown = (with_whole_videos(document, videos) for document in data.documents)
+                store_thumbnails(output, read_samples(view), shown, mode=mode, hasher=hasher)
                 _write(output, results[-1:])
         if settings.shard is not None:  # all shards together are scored
             return []

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
@@ -16,12 +16,20 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
 from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
+from mm_moslora_eval.sources.source_videos import about_videos, with_whole_videos
+
+if TYPE_CHECKING:
+    from mm_moslora.batch import VideoSampling
 
 FORMAT = 1
 """Version of keys and files; versions are never mixed."""
 
 _TOKENS_PER_IMAGE = 576  # LLaVA-1.5; affects only the order of work
 _CHARACTERS_PER_TOKEN = 4
+_MEAN = "mean:"
+"""Before the hash of a picture of which the mean colour is shown."""
+_Identified = tuple[tuple[str, ...], str | None]
+"""Hashes of a document's pictures, or why there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,8 @@ class Item:
     image_ids: tuple[str, ...]
     """Hashes of the pictures shown, of the shots first."""
     own_ids: tuple[str, ...]
-    """Hashes of the document's own pictures; they group samples in every image mode."""
+    """Hashes of the document's own pictures, of videos the frames; they group samples in every image mode, whatever
+    the model."""
     problem: str | None
     shot_images: int = 0
     """How many of the pictures shown are those of shots, which no image mode changes."""
@@ -68,6 +77,7 @@ class Preparation:
         pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
             selection; None: `documents` is the whole data set.
         shots: documents from which the task's prompt takes solved questions.
+        videos: of a model that takes videos as such; None: their frames are pictures.
 
     Raises:
         EvalError: there are not enough of them.
@@ -84,19 +94,24 @@ class Preparation:
         hasher: Hasher,
         pool: Sequence[Document] | None = None,
         shots: Sequence[Document] = (),
+        videos: VideoSampling | None = None,
     ) -> None:
-        self._task, self._mode, self._shots, self._hasher = task, mode, shots, hasher
+        self._task, self._mode, self._shots, self._hasher, self._videos = task, mode, shots, hasher, videos
         self._places = task.extraction in PLACES
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
-        identified = {document.id: self._identify(document, hasher) for document in shown}
-        beside = [ids for ids, problem in identified.values() if problem is None]
+        self._seen = {document.id: with_whole_videos(document, videos) for document in shown}
+        identified = {document.id: self._identify(document) for document in shown}
+        seen = {name: self._identify(document) for name, document in self._seen.items()}
+        beside = [ids for ids, problem in seen.values() if problem is None]
         names = [name for ids in beside for name in ids]
         self._other = derangement(names, seed=seed, apart=beside) if mode == "wrong" and names else {}
         self.items = tuple(
             item
             for index, document in enumerate(documents)
-            for item in self._answers(self._item(index, document, *identified[document.id], fingerprint))
+            for item in self._answers(
+                self._item(index, document, identified[document.id], seen[document.id], fingerprint)
+            )
         )
         keys = [item.key for item in self.items]
         assert len(set(keys)) == len(keys), "document ids are unique, so keys are"
@@ -107,18 +122,23 @@ class Preparation:
         count = self._task.decoding.samples
         return [self.items[start : start + count] for start in range(0, len(self.items), count)]
 
+    @property
+    def videos(self) -> dict[str, Any]:
+        """See `about_videos`."""
+        return about_videos(self._seen.values())
+
     def _answers(self, item: Item) -> list[Item]:
         """An item for every answer; the first one has the key of a question with one answer."""
         count = range(1, self._task.decoding.samples)
         return [item, *(replace(item, sample=number, key=digest([item.key, number])) for number in count)]
 
-    def _identify(self, document: Document, hasher: Hasher) -> tuple[tuple[str, ...], str | None]:
+    def _identify(self, document: Document) -> _Identified:
         if document.problem is not None:
             return (), document.problem
         names = []
         for image in document.images:
             try:
-                name = hasher(image)
+                name = self._hasher(image)
             except (DataError, OSError) as error:
                 return (), f"image cannot be read: {error}"
             self._pictures.setdefault(name, image)
@@ -126,25 +146,29 @@ class Preparation:
         return tuple(names), None
 
     def _item(
-        self, index: int, document: Document, own: tuple[str, ...], problem: str | None, fingerprint: str
+        self, index: int, document: Document, identified: _Identified, as_seen: _Identified, fingerprint: str
     ) -> Item:
         task = self._task
+        own, (seen, problem) = identified[0], as_seen
         messages: tuple[Message, ...] = ()
         before: tuple[str, ...] = ()
         if problem is None:
-            shots = shots_for(task.prompt, document, self._shots)
+            chosen = shots_for(task.prompt, document, self._shots)
+            shots = [with_whole_videos(shot, self._videos) for shot in chosen]
+            whole = self._seen[document.id]
             try:
-                messages = conversation(task.prompt, document, shots, reference=task.reference)
+                messages = conversation(task.prompt, whole, shots, reference=task.reference)
+                seen = tuple(seen[number] for number in task.prompt.image_order(whole))
                 own = tuple(own[number] for number in task.prompt.image_order(document))
                 before = tuple(name for shot in shots for name in self._pictures_of_shot(shot))
                 problem = self._fault_of_boxes(document, own)
             except EvalError as error:
                 problem = str(error)
-        shown = own
+        shown = seen
         if self._mode == "wrong":
-            shown = tuple(self._other[name] for name in own)
+            shown = tuple(self._other[name] for name in seen)
         elif self._mode == "blind":
-            shown = tuple(f"mean:{name}" for name in own)
+            shown = tuple(f"{_MEAN}{name}" for name in seen)
         said = [[message.role, message.text] for message in messages]
         decided = {
             "format": FORMAT,
@@ -171,7 +195,7 @@ class Preparation:
         )
 
     def _pictures_of_shot(self, shot: Document) -> list[str]:
-        names, problem = self._identify(shot, self._hasher)
+        names, problem = self._identify(shot)
         if problem is not None:
             raise EvalError(f"the shot {shot.id!r} cannot be shown: {problem}")
         return [names[number] for number in self._task.prompt.image_order(shot)]
@@ -194,8 +218,9 @@ class Preparation:
             DataError: the picture cannot be decoded (mode `blind`), or measured (tasks of boxes).
         """
         pictures: list[Any] = [self._pictures[name] for name in item.image_ids[: item.shot_images]]
-        for own, shown in zip(item.own_ids, item.image_ids[item.shot_images :], strict=True):
-            pictures.append(mean_image(self._pictures[own]) if self._mode == "blind" else self._pictures[shown])
+        for name in item.image_ids[item.shot_images :]:
+            own = self._pictures[name.removeprefix(_MEAN)]
+            pictures.append(mean_image(own) if self._mode == "blind" else own)
         return Request(
             id=item.document.id,
             messages=item.messages,

@@ -168,7 +168,7 @@ def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[di
 
 ABOUT = (
     "model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as", "asked_to_think",
-    "thinking_markers",
+    "thinking_markers", "video", "video_frames",
 )  # fmt: skip
 
 

@@ -237,7 +237,7 @@ def run_task(
     documents = select(data, settings)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
-        pool=data.documents, shots=data.shots,
+        pool=data.documents, shots=data.shots, videos=getattr(model, "videos", None),
     )  # fmt: skip
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
@@ -298,6 +298,7 @@ def _describe(
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
         "asked_to_think": _thinking_tokens(model) > 0,
+        **work.videos,
     }
     if markers := getattr(model, "thinking_markers", ()):
         described["thinking_markers"] = [list(pair) for pair in markers]

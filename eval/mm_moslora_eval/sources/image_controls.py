@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import ImageLike, StoredImage
+from mm_moslora_eval.sources.source_videos import WholeVideo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,11 +78,13 @@ def image_size(image: ImageLike) -> tuple[int, int]:
     return record_picture.check_image_bytes(image) if isinstance(image, bytes) else open_image(image).size
 
 
-def mean_image(image: ImageLike) -> Image:
-    """A picture of the same size filled with the mean colour of all pixels."""
+def mean_image(image: ImageLike) -> ImageLike:
+    """A picture of the same size filled with the mean colour of all pixels; of a video a video."""
     from PIL import Image as Pillow
     from PIL import ImageStat
 
+    if isinstance(image, WholeVideo):
+        return replace(image, blank=True)
     opened = open_image(image)
     colour = tuple(round(value) for value in ImageStat.Stat(opened).mean)
     return Pillow.new("RGB", opened.size, (colour[0], colour[1], colour[2]))

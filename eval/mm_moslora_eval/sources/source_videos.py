@@ -1,20 +1,28 @@
-"""Videos of documents as pictures: their frames, by number or by rate, through the door of training (`video_clip`)."""
+"""Videos of documents through the door of training (`video_clip`): frames as pictures, or a model's own videos."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
-from mm_moslora_eval.sources.document import ImageLike, StoredImage
+from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
 
 if TYPE_CHECKING:
+    from mm_moslora.batch import Video, VideoSampling
     from mm_moslora.data.images.record_picture import PictureRules
     from mm_moslora.data.images.video_clip import Clip
 
+TAG = "<image>"
+"""The place of a picture in a question."""
 _KEPT = 4
 """Videos whose frames are kept, while they are read one after the other."""
 
@@ -32,7 +40,6 @@ def frames_of_record(
     """
     from mm_moslora.data.images.video_clip import find_clip
     from mm_moslora.data.record_faults import RecordError, Where
-    from mm_moslora.utils.errors import DataError
 
     items = videos if isinstance(videos, list | tuple) else [] if videos in (None, "") else [videos]
     frames: list[ImageLike] = []
@@ -40,7 +47,9 @@ def frames_of_record(
         try:
             clip = find_clip(item, index, Where(file=file, line=None, row=row), rules)
             video = VideoFrames(clip)
-            frames += [StoredImage(video.read, row, "video", n, video.identity(n)) for n in range(video.count)]
+            frames += [
+                VideoFrame(video.read, row, "video", n, video.identity(n), video=video) for n in range(video.count)
+            ]
         except RecordError as error:
             return (), f"video {error.what}; {error.remedy}"
         except (DataError, OSError) as error:
@@ -55,6 +64,7 @@ class VideoFrames:
         self._clip = clip
         clip.metadata()  # a file without frames is a fault now
         self.count = len(clip.pictures())
+        self._whole: WholeVideo | None = None
         source = clip.source
         if isinstance(source, Path) and source.is_file():
             with opened(source, most=None) as stream:
@@ -68,15 +78,111 @@ class VideoFrames:
 
     def read(self, row: int, column: str, number: int) -> bytes:
         """A frame as a PNG file."""
-        clip = self._clip
-        shown = _kept(clip.source, clip.name, clip.count, clip.root, clip.fps)
         buffer = io.BytesIO()
-        shown.frames()[number].save(buffer, "PNG", compress_level=1)
+        self._shown(None).frames()[number].save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
+
+    def whole(self, sampling: VideoSampling) -> WholeVideo:
+        """It for a model that takes videos as such.
+
+        Raises:
+            DataError: see `Clip.video`.
+        """
+        if self._whole is not None and self._whole.sampling is sampling:
+            return self._whole
+        clip = replace(self._clip, sampling=sampling)
+        about = clip.metadata()
+        shown = about.frames_indices or ()
+        file = self._file
+        if not file:
+            digest = hashlib.sha256()
+            for frame in clip.video().frames:
+                digest.update(f"{frame.size} ".encode() + frame.tobytes())
+            file = digest.hexdigest()
+        identity = f"video {list(shown)} of {file}"
+        shape = (len(shown), about.width or 0, about.height or 0)
+        self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, shape=shape)
+        return self._whole
+
+    def video(self, sampling: VideoSampling) -> Video:
+        """It for the model's processor; for errors see `Clip.video`."""
+        return self._shown(sampling).video()
+
+    def _shown(self, sampling: Any) -> Clip:
+        clip = self._clip
+        return _kept(clip.source, clip.name, clip.count, clip.root, clip.fps, sampling)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrame(StoredImage):
+    """A frame of a video as a picture."""
+
+    video: VideoFrames | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeVideo(StoredImage):
+    """A video that a model takes as such; as a picture it is its first frame."""
+
+    frames: VideoFrames = field(kw_only=True)
+    sampling: VideoSampling = field(kw_only=True)
+    shape: tuple[int, int, int] = field(kw_only=True)
+    """Frames that are shown, width and height."""
+    blank: bool = field(default=False, kw_only=True)
+    """Every frame has the mean colour of all."""
+
+    def video(self) -> Video:
+        """It for the model's processor; for errors see `Clip.video`."""
+        from PIL import Image, ImageStat
+
+        video = self.frames.video(self.sampling)
+        if not self.blank:
+            return video
+        means = [ImageStat.Stat(frame).mean for frame in video.frames]
+        red, green, blue = (round(sum(values) / len(means)) for values in zip(*means, strict=True))
+        return replace(video, frames=[Image.new("RGB", video.frames[0].size, (red, green, blue))] * len(means))
+
+
+def with_whole_videos(document: Document, sampling: VideoSampling | None) -> Document:
+    """The document with each video as one picture; unchanged where other tags than theirs stand between its frames.
+
+    Args:
+        document: with videos as frames.
+        sampling: of a model that takes videos as such; None: it does not.
+    """
+    images: list[ImageLike] = []
+    question = document.question
+    if sampling is None or not any(isinstance(image, VideoFrame) for image in document.images):
+        return document
+    for video, group in groupby(document.images, lambda image: getattr(image, "video", None)):
+        frames = list(group)
+        if not isinstance(video, VideoFrames):
+            images += frames
+            continue
+        try:
+            images.append(video.whole(sampling))
+        except DataError as error:
+            return document.with_problem(f"the video cannot be read: {error}")
+        question = question.replace(TAG * len(frames), TAG, 1)
+    if document.question.count(TAG) == len(document.images) and question.count(TAG) != len(images):
+        return document
+    return replace(document, images=tuple(images), question=question)
+
+
+def about_videos(documents: Iterable[Document]) -> dict[str, Any]:
+    """How videos are shown, and the least and the most frames of one; empty without videos."""
+    images = [image for document in documents for image in document.images]
+    native = [image.shape[0] for image in images if isinstance(image, WholeVideo)]
+    pictures = {id(image.video): image.video.count for image in images if isinstance(image, VideoFrame) and image.video}
+    forms = [form for form, shown in (("native", native), ("frames", pictures)) if shown]
+    counts = [*native, *pictures.values()]
+    return {"video": " and ".join(forms), "video_frames": [min(counts), max(counts)]} if counts else {}
 
 
 @lru_cache(maxsize=_KEPT)
-def _kept(source: Any, name: str, count: int, root: Path | None, fps: float | None) -> Clip:
+def _kept(
+    source: Any, name: str, count: int, root: Path | None, fps: float | None, sampling: VideoSampling | None
+) -> Clip:
     from mm_moslora.data.images.video_clip import Clip
 
-    return Clip(source, name, count, root=root, fps=fps)
+    return Clip(source, name, count, root=root, fps=fps, sampling=sampling)
