@@ -406,8 +406,8 @@ def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
-    """0 if at most this share of the samples failed and no judge failed, else 3."""
-    if any(result.about.get("judge_failed") for result in results):
+    """0 if at most this share of the samples failed, and no judge and no aggregation failed, else 3."""
+    if any(result.about.get("judge_failed") or result.about.get("rules_failed") for result in results):
         return 3
     total = sum(result.counts.total for result in results)
     failed = sum(result.counts.incomplete for result in results)

@@ -18,7 +18,7 @@ from pathlib import Path
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.metrics.exact_match import holds_answer
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, score_answer
-from mm_moslora_eval.scoring.trusted_code import python_module
+from mm_moslora_eval.scoring.trusted_code import foreign_code, python_module
 from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import Document
 
@@ -89,7 +89,11 @@ def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
         elif name in REWARDS:
             rewards[name] = REWARDS[name]
         elif name in points:
-            rewards[name] = points[name].load()
+            try:
+                with foreign_code():
+                    rewards[name] = points[name].load()
+            except Exception as error:  # whatever another package raises
+                raise ConfigError(f"The reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         else:
             known = [*own, *REWARDS, *points]
             raise ConfigError(
@@ -185,10 +189,11 @@ class Scorer:
         for number, (text, document) in enumerate(zip(texts, documents, strict=True)):
             try:
                 shown = boxes[number](text) if isinstance(self.reward, BoxReward) else text
-                value = float(self.reward(shown, document))
+                with foreign_code():
+                    value = float(self.reward(shown, document))
                 if not abs(value) <= _LARGEST:
                     raise ValueError(f"it gave {value}, expected a finite number of at most {_LARGEST:g}")
-            except (Exception, SystemExit) as error:  # whatever a function of a user's own raises
+            except Exception as error:  # whatever a function of a user's own raises
                 first = first or f"question {document.id}, answer {text[:80]!r}: {type(error).__name__}: {error}"
                 value, failed = math.nan, failed + 1
             scores.append(value)

@@ -176,13 +176,18 @@ def test_an_answer_for_which_a_reward_fails_is_judged_by_no_other() -> None:
     def first(text: str, _: Document) -> float:
         return 1e300 if text == "large" else float(len(text))
 
+    class Panic(BaseException):
+        pass
+
     def second(text: str, _: Document) -> float:
+        if text == "panic":
+            raise Panic
         return 1 / (text != "bad")
 
     scorers, document = [Scorer("first", first), Scorer("second", second)], Document(id="d", question="q")
-    columns = scores_together(scorers, ["good", "bad", "large"], [document] * 3)
+    columns = scores_together(scorers, ["good", "bad", "large", "panic"], [document] * 4)
     assert [[value for value in column if not math.isnan(value)] for column in columns] == [[4.0], [1.0]]
-    assert [scorer.failed for scorer in scorers] == [1, 1]
+    assert [scorer.failed for scorer in scorers] == [1, 2]
     with pytest.raises(TrainingError, match="'first', 'second' failed so often that no answer"):
         scores_together(scorers, ["bad", "large"], [document] * 2)
 

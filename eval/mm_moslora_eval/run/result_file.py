@@ -42,7 +42,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
-from mm_moslora_eval.scoring.score_aggregation import check_ids
+from mm_moslora_eval.scoring.score_aggregation import AggregationError, check_ids
 from mm_moslora_eval.scoring.score_remarks import answers_alike, disagreement, failures, thinking, ungraded, wordy
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json
@@ -320,11 +320,20 @@ def summarise(
     if not graded:
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
-    headline = aggregate(task.aggregation, graded)
     completed: dict[str, float] = {"n": len(done)}
-    if done:
-        answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
-        completed |= {"score": answered.value, "stderr": answered.stderr}
+    try:
+        headline = aggregate(task.aggregation, graded)
+        if done:
+            answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
+            completed |= {"score": answered.value, "stderr": answered.stderr}
+    except AggregationError as error:
+        about = result.about | {"unscored": str(error), "rules_failed": True}
+        return replace(result, counts=counts, remarks=tuple(remarks), about=about)
+    categories = {}
+    try:
+        categories = by_category(task.aggregation, graded)
+    except AggregationError as error:
+        remarks.append(f"No score of a category: {error}")
     if folder:
         given = done if each is None else [one for one in with_scores(each) if not one.failed]
         remarks += [*answers_alike(given), *(wordy(given) if task.metric not in JUDGED else ())]
@@ -334,7 +343,7 @@ def summarise(
         completed=completed, metrics=dict(headline.metrics), remarks=tuple(remarks),
         categories={
             name: {"n": part.n, "score": part.value, "stderr": part.stderr, "low": part.low, "high": part.high}
-            for name, part in by_category(task.aggregation, graded).items()
+            for name, part in categories.items()
         },
     )  # fmt: skip
 

@@ -15,20 +15,20 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, CAPTIONS, POPE, splits_of
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, splits_of, summed
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed
 
 
 def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
     """The score of a set of samples, with the further numbers of the aggregation."""
-    summed = AGGREGATIONS[aggregation](samples)
-    return replace(estimate(summed.ratios, _clusters(samples, summed)), metrics=summed.metrics)
+    total = summed(aggregation, samples)
+    return replace(estimate(total.ratios, _clusters(samples, total)), metrics=total.metrics)
 
 
-def _clusters(samples: Samples, summed: Summed) -> list[Hashable]:
+def _clusters(samples: Samples, total: Summed) -> list[Hashable]:
     """The cluster of every sample: its pictures, with those of all samples that are right or wrong together."""
     clusters: list[Hashable] = [i if sample.cluster is None else sample.cluster for i, sample in enumerate(samples)]
-    if summed.units is None:
+    if total.units is None:
         return clusters
     linked: dict[Hashable, Hashable] = {}
 
@@ -37,7 +37,7 @@ def _clusters(samples: Samples, summed: Summed) -> list[Hashable]:
             name = linked[name]
         return name
 
-    for cluster, unit in zip(clusters, summed.units, strict=True):
+    for cluster, unit in zip(clusters, total.units, strict=True):
         a, b = first(("cluster", cluster)), first(("unit", unit))
         if a != b:
             linked[b] = a
@@ -55,7 +55,7 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
         own = splits_of(sample) if aggregation in POPE else [document.category]
         for name in {*own, document.extra.get("l2-category")} - {None, ""}:
             members_of[str(name)].append(index)
-    whole = AGGREGATIONS[aggregation](samples).ratios if aggregation in CAPTIONS else []
+    whole = summed(aggregation, samples).ratios if aggregation in CAPTIONS else []
     measured = {}
     for name, indices in sorted(members_of.items()):
         members = [samples[index] for index in indices]
@@ -65,8 +65,8 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
             for ratio in whole
         ]
-        summed = Summed(ratios=ratios) if ratios else AGGREGATIONS[aggregation](members)
-        measured[name] = estimate(summed.ratios, _clusters(members, summed))
+        total = Summed(ratios=ratios) if ratios else summed(aggregation, members)
+        measured[name] = estimate(total.ratios, _clusters(members, total))
     return measured
 
 
@@ -123,13 +123,13 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     first = [sample for sample in a[0] if sample.document.id not in without]
     by_id = [[{sample.document.id: sample for sample in samples} for samples in side] for side in (a, b)]
     runs = [[[run[sample.document.id] for sample in first] for run in side] for side in by_id]
-    summed = [[AGGREGATIONS[aggregation](samples) for samples in side] for side in runs]
-    sums = [[one.ratios for one in side] for side in summed]
+    totals = [[summed(aggregation, samples) for samples in side] for side in runs]
+    sums = [[one.ratios for one in side] for side in totals]
     left, right = ([ratio * (1 / len(side)) for ratios in side for ratio in ratios] for side in sums)
     scores = [[_by_question(aggregation, samples) for samples in side] for side in runs]
     x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
-        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), _clusters(first, summed[0][0])),
+        a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), _clusters(first, totals[0][0])),
         unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
@@ -139,7 +139,7 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
 def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:
     """The score of every question by itself: of captions CIDEr, of samples that count together the worst."""
     if aggregation in CAPTIONS:
-        (ratio,) = AGGREGATIONS[aggregation](samples).ratios
+        (ratio,) = summed(aggregation, samples).ratios
         return dict(zip((sample.document.id for sample in samples), ratio.top, strict=True))
     scores: dict[str, float] = {}
     for sample, name in zip(samples, units_of(aggregation, samples), strict=True):
@@ -149,7 +149,7 @@ def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:
 
 def units_of(aggregation: str, samples: Samples) -> list[str]:
     """The question of every sample: its own id, or the name that it shares with those that count together with it."""
-    return list(AGGREGATIONS[aggregation](samples).units or [sample.document.id for sample in samples])
+    return list(summed(aggregation, samples).units or [sample.document.id for sample in samples])
 
 
 def smallest_shown(questions: int) -> float:
@@ -162,5 +162,5 @@ def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
 
     For a mean these are the samples' own scores, for captions the CIDEr-D of each.
     """
-    ratios = AGGREGATIONS[aggregation](samples).ratios
+    ratios = summed(aggregation, samples).ratios
     return [float(value) for value in contributions(ratios)] if ratios else [0.0] * len(samples)

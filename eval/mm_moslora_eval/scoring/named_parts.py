@@ -15,14 +15,14 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from mm_moslora.utils.errors import ConfigError, EvalError, suggestion
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, read_value
-from mm_moslora_eval.scoring.trusted_code import code_hash, trusted_module
+from mm_moslora_eval.scoring.trusted_code import code_hash, foreign_code, trusted_module
 from mm_moslora_eval.sources.document import Document
 
 Extractor = Callable[[str, Document], str]
@@ -170,7 +170,8 @@ class NamedParts(Mapping[str, F], Generic[F]):
             return self._shipped[name]
         point = self._points()[name]
         try:
-            return point.load()  # type: ignore[no-any-return]
+            with foreign_code():
+                return point.load()  # type: ignore[no-any-return]
         except Exception as error:  # whatever another package raises
             raise EvalError(
                 f"The {self.kind} {name!r} of the entry point {point.value} cannot be loaded: "
@@ -181,13 +182,30 @@ class NamedParts(Mapping[str, F], Generic[F]):
         return {point.name: point for point in metadata.entry_points(group=self._group)}
 
 
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of others, which cannot end the program."""
+
+    @wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        with foreign_code():
+            return function(*arguments, **options)
+
+    return guarded
+
+
 @lru_cache(maxsize=512)
 def _prepared(parts: NamedParts[Any], part: str) -> Any:
     function = parts.find(part)
+    if parts.origin(part):
+        function = _guarded(function)
     given = {key: value for key, value in options_of(part).items() if key not in (_FILE, _HASH)}
-    parameters = inspect.signature(function).parameters.values()
-    keywords = {item.name: item for item in parameters if item.kind == item.KEYWORD_ONLY}
     where = f"The {parts.kind} {name_of(part)!r}"
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        hints = get_type_hints(function) if given else {}
+    except (NameError, TypeError, ValueError) as error:
+        raise EvalError(f"{where} has no parameters and types that can be read: {error}") from error
+    keywords = {item.name: item for item in parameters if item.kind == item.KEYWORD_ONLY}
     for name in given.keys() - keywords.keys():
         known = f"It has {', '.join(keywords)}." if keywords else "It has none."
         raise EvalError(f"{where} has no option {name!r}.{suggestion(name, keywords)} {known}")
@@ -196,7 +214,6 @@ def _prepared(parts: NamedParts[Any], part: str) -> Any:
         raise EvalError(f"{where} needs the option {missing[0]!r}: {{name: {name_of(part)}, {missing[0]}: ...}}.")
     if not given:
         return function
-    hints = get_type_hints(function)
     try:
         read = {
             name: read_value(hints.get(name, Any), value, source=where, where=name) for name, value in given.items()

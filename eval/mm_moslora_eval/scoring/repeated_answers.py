@@ -75,11 +75,17 @@ def combined(answers: Sequence[Scored], *, over_samples: str) -> Scored:
     """One sample of the answers to one question.
 
     A missing answer makes the sample a failed one, and one without a score makes it one without a score, until they are
-    there: a mean over fewer answers is another measure.
+    there: a mean over fewer answers is another measure. Rules that fail on them are its fault.
     """
     if len(answers) == 1:
         return answers[0]
     for odd in (lambda one: one.failed, lambda one: bool(one.fault), lambda one: math.isnan(one.score)):
         if found := next(filter(odd, answers), None):
             return found
-    return OVER_SAMPLES[over_samples](answers)
+    try:
+        found = OVER_SAMPLES[over_samples](answers)
+        if not isinstance(found, Scored) or not 0 <= found.score <= 1:
+            raise ValueError(f"it gave {found!r}, expected a sample with a score from 0 to 1")
+    except Exception as error:  # of rules of any package: the other questions are scored all the same
+        return replace(answers[0], score=math.nan, fault=f"over_samples: {type(error).__name__}: {error}")
+    return found

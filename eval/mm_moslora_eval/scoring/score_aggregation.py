@@ -16,7 +16,7 @@ from mm_moslora_eval.metrics import question_groups as groups
 from mm_moslora_eval.metrics.document_vqa import OCRBENCH_GROUPS
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
-from mm_moslora_eval.scoring.named_parts import NamedParts, options_of
+from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed
 from mm_moslora_eval.sources.document import Document
@@ -186,8 +186,8 @@ def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
         EvalError: `circular`, which reads the question from an id, with an id that is no integer; an aggregation whose
             options do not fit the data, such as a column that it has not.
     """
-    if options_of(aggregation):
-        AGGREGATIONS[aggregation]([Scored(document=one, text="", parsed="", score=0.0) for one in documents])
+    if options_of(aggregation) and not AGGREGATIONS.origin(aggregation):
+        summed(aggregation, [Scored(document=one, text="", parsed="", score=0.0) for one in documents])
     odd = [document.id for document in documents if not document.id.isdecimal()] if aggregation == "circular" else []
     if odd:
         raise EvalError(
@@ -304,6 +304,33 @@ _OWN: dict[str, Callable[..., Summed]] = {
 }
 AGGREGATIONS: NamedParts[Callable[[Samples], Summed]] = NamedParts("aggregation", _OWN | parts_named("AGGREGATIONS"))
 """Name -> function that sums up scored samples."""
+
+
+class AggregationError(EvalError):
+    """An aggregation failed on the samples that it was given."""
+
+
+def summed(aggregation: str, samples: Samples) -> Summed:
+    """The samples as a task sums them up.
+
+    Raises:
+        AggregationError: a function of others failed.
+        EvalError: options that do not fit the data.
+    """
+    function = AGGREGATIONS[aggregation]
+    if not AGGREGATIONS.origin(aggregation):
+        return function(samples)
+    try:
+        found = function(samples)
+        if not isinstance(found, Summed):
+            raise TypeError(f"it gave {found!r}, expected Summed")
+    except Exception as error:  # whatever a function of others raises
+        raise AggregationError(
+            f"The aggregation {name_of(aggregation)!r} failed on {len(samples)} samples: {type(error).__name__}: "
+            f"{error}. Mend it, then score again (mm-moslora eval score)."
+        ) from error
+    return found
+
 
 CAPTIONS = frozenset({"caption", "caption_plain"})
 """Aggregations of captions, which are neither right nor wrong."""

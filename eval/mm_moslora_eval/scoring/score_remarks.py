@@ -46,8 +46,9 @@ def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
         yield (f"{by_judge} of {len(samples)} answers have no grade, because the judge's replies cannot be read.{rest}")
     if faults:
         yield (
-            f"{len(faults)} of {len(samples)} answers have no score, because the extraction or the metric failed on "
-            f"them (the first: {_short(faults[0])}).{rest} Mend it, then score again (mm-moslora eval score)."
+            f"{len(faults)} of {len(samples)} answers have no score, because the extraction, the metric or "
+            f"another rule failed on them (the first: {_short(faults[0])}).{rest} Mend it, then score again "
+            "(mm-moslora eval score)."
         )
 
 

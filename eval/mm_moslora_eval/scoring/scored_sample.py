@@ -32,7 +32,7 @@ class Scored:
     markers: tuple[Markers, ...] = (THINK,)
     """Of reasoning in the text."""
     fault: str = ""
-    """The error of the extraction or the metric on this answer, whose score is then nan."""
+    """The error of the extraction, the metric or another rule on this answer, whose score is then nan."""
 
     @property
     def visible(self) -> Visible:

@@ -33,7 +33,7 @@ class Counts:
     ungraded: int = 0
     """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
     faults: int = 0
-    """Of these, answers on which the extraction or the metric failed."""
+    """Of these, answers on which the extraction, the metric or another rule failed."""
 
     @property
     def incomplete(self) -> int:

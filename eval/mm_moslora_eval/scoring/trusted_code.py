@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,25 @@ from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes
 
 _trusted = False
+
+
+class ForeignExitError(RuntimeError):
+    """Code of others asked to end the program."""
+
+
+@contextmanager
+def foreign_code() -> Iterator[None]:
+    """Run code of others: what it raises to end the program becomes an error like any other, except Ctrl-C.
+
+    Raises:
+        ForeignExitError: SystemExit, or another exception that is no `Exception`.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ForeignExitError(f"it raised {type(error).__name__}: {error}, which ends a program") from error
 
 
 def trust_task_code(yes: bool = True) -> None:
@@ -75,7 +96,8 @@ def _executed(source: bytes, file: Path, *, named: str) -> ModuleType:
     module = ModuleType(f"mm_moslora_own_{file.stem}")
     module.__file__ = str(file)
     try:
-        exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102  (what the user asked for)
-    except (Exception, SystemExit) as error:  # whatever the file raises
+        with foreign_code():
+            exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102  (what the user asked for)
+    except Exception as error:  # whatever the file raises
         raise ConfigError(f"{named} cannot be executed: {type(error).__name__}: {error}") from error
     return module

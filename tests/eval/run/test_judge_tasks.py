@@ -350,12 +350,16 @@ def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, m
     about = package / "other_graders-2.0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-graders\nVersion: 2.0\n")
-    (about / "entry_points.txt").write_text("[mm_moslora_eval.graders]\nlikes = other_graders:likes\n")
+    (about / "entry_points.txt").write_text(
+        "[mm_moslora_eval.graders]\nlikes = other_graders:likes\nends = other_graders:ends\n"
+    )
     (package / "other_graders.py").write_text(
-        "from mm_moslora_eval.run.judging.answer_graders import Grade\n\n\n"
+        "import sys\nfrom mm_moslora_eval.run.judging.answer_graders import Grade\n\n\n"
         "def likes(judge, document, answer, *, word: str = 'yes'):\n"
         "    graded = judge.ask(f'Q{document.id}? {answer}: {word}?', str.strip, max_tokens=4)\n"
         "    return None if graded is None else Grade(score=float(graded[0] == word), parsed=graded[1])\n\n\n"
+        "def ends(judge, document, answer):\n"
+        "    return likes(judge, document, answer) if document.id != '2' else sys.exit(0)\n\n\n"
         "likes.prompt = 'a prompt'\n"
     )
     monkeypatch.syspath_prepend(str(package))
@@ -369,3 +373,9 @@ def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, m
     assert result.score == 0.25
     assert result.about["judge"]["wording"] == "other-graders 2.0"
     assert result.about["code"] == {"grader": {"package": "other-graders", "version": "2.0"}}
+    path.write_text(text[: text.index("metric:")] + "metric: ends\n")
+    with serve(lambda payload: "yes") as server:
+        judge = judge_at(server.url, tmp_path)
+        (result,) = eval_commands.run(model, [str(path)], tmp_path / "ended", settings=ONE, judge=judge)
+    assert (result.score, result.counts.scored, result.counts.faults) == (1.0, 3, 1)
+    assert "it raised SystemExit: 0" in " ".join(result.remarks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.named_parts import part_text
+from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
 from mm_moslora_eval.sources.document import Document
@@ -217,3 +221,109 @@ def test_numbers_are_right_within_a_tolerance() -> None:
     spec = 'within {"relative": 0.05}'
     scores = [score_answer(document, text, extraction="last_number", metric=spec).score for text in ("210", "189", "x")]
     assert scores == [1.0, 0.0, 0.0]
+
+
+ENDS = """
+import sys
+from dataclasses import replace
+from mm_moslora_eval.scoring.score_aggregation import mean
+
+class Panic(BaseException):
+    pass
+
+def at(document, error, then):
+    if document.id == "q3":
+        raise error
+    return then
+
+def extract_exit(text, document): return at(document, SystemExit(0), text.strip())
+def metric_exit(parsed, document): return at(document, SystemExit(0), 1.0)
+def metric_panic(parsed, document): return at(document, Panic("of another language"), 1.0)
+def metric_stopped(parsed, document): return at(document, KeyboardInterrupt(), 1.0)
+def sums_exit(samples): sys.exit(0)
+def sums_none(samples): return None
+def sums_right(samples):
+    right = sum(one.score for one in samples)
+    return replace(mean(samples), metrics={"each": len(samples) / right})
+def sums_whole(samples):
+    assert len(samples) == 12
+    return mean(samples)
+def over_exit(answers): return at(answers[0].document, SystemExit(0), answers[0])
+def over_none(answers): return at(answers[0].document, SystemExit(0), None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "error"),
+    [
+        ("extraction", "extract_exit", "SystemExit"),
+        ("metric", "metric_exit", "SystemExit"),
+        ("metric", "metric_panic", "Panic"),
+    ],
+)
+def test_a_rule_that_would_end_the_program_fails_on_its_answer_alone(
+    question_file: Path, tmp_path: Path, trusted: None, part: str, name: str, error: str
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    file = task_file(question_file, f"{part}: {{file: {tmp_path / 'ends.py'}, name: {name}}}")
+    result = own_result(file, tmp_path / "run")
+    assert result.scored
+    assert (result.counts.scored, result.counts.faults) == (11, 1)
+    assert f"it raised {error}" in " ".join(result.remarks)
+
+
+def test_ctrl_c_within_a_rule_still_ends_the_run(question_file: Path, tmp_path: Path, trusted: None) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    file = task_file(question_file, f"metric: {{file: {tmp_path / 'ends.py'}, name: metric_stopped}}")
+    with pytest.raises(KeyboardInterrupt):
+        own_result(file, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("name", "error"), [("sums_exit", "it raised SystemExit: 0"), ("sums_none", "it gave None")])
+def test_an_aggregation_that_fails_leaves_its_task_without_a_score(
+    question_file: Path, tmp_path: Path, trusted: None, name: str, error: str
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: {name}}}"
+    result = own_result(task_file(question_file, rules), tmp_path / "run")
+    assert not result.scored
+    assert f"The aggregation '{name}' failed on 12 samples" in result.about["unscored"]
+    assert error in result.about["unscored"]
+    assert eval_commands.exit_code([result], max_failed_share=1.0) == 3
+
+
+def test_an_aggregation_of_ones_own_is_called_with_scored_answers_alone(
+    question_file: Path, tmp_path: Path, trusted: None
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    right = f"metric: {{file: {tmp_path / 'ends.py'}, name: metric_exit}}"
+    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: sums_right}}\n{right}"
+    result = own_result(task_file(question_file, rules), tmp_path / "run")
+    assert (result.score, result.metrics) == (1.0, {"each": 1.0})
+
+
+def test_an_aggregation_that_fails_on_categories_keeps_the_score(
+    question_file: Path, tmp_path: Path, trusted: None
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: sums_whole}}"
+    result = own_result(task_file(question_file, rules), tmp_path / "run")
+    assert result.scored
+    if any(row["category"] for row in rows_of(tmp_path / "run")):
+        assert not result.categories
+        assert "No score of a category" in " ".join(result.remarks)
+
+
+@pytest.mark.parametrize(("name", "error"), [("over_exit", "it raised SystemExit: 0"), ("over_none", "it gave None")])
+def test_over_samples_that_fail_are_the_fault_of_their_question(
+    tmp_path: Path, trusted: None, name: str, error: str
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    part = part_text("over_samples", {"name": name, "file": "ends.py"}, folder=tmp_path)
+    answers = [replace(scored(1.0, cluster="a"), document=Document(id="q2", question="?", answers=("a",)))] * 2
+    if name == "over_exit":
+        assert combined(answers, over_samples=part).score == 1.0
+        answers = [replace(one, document=replace(one.document, id="q3")) for one in answers]
+    found = combined(answers, over_samples=part)
+    assert math.isnan(found.score)
+    assert error in found.fault

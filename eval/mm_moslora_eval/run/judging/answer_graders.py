@@ -29,6 +29,8 @@ class Grade:
     """The reply, or the answer that a judge found."""
     numbers: tuple[float, ...] = ()
     """llavabench: the scores of the reference and of the model, 1 to 10."""
+    fault: str = ""
+    """The error of a grader of others on this answer, whose score is then nan."""
 
 
 WORDING = "mm_moslora 2"

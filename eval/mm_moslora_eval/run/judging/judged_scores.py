@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.judging.answer_graders import JUDGE_EXTRACTIONS, Grade, grader_of
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, Grade, grader_of
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate
@@ -45,7 +45,14 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
         # Counted where the replies come, so that no worker asks on while this thread waits for its turn.
         if len(unread) > most:
             return None
-        grade = grader(judge, samples[index].document, _shown(seen[index].text))
+        try:
+            grade = grader(judge, samples[index].document, _shown(seen[index].text))
+        except MoSLoRAError:
+            raise
+        except Exception as error:  # whatever a grader of another package raises
+            if not GRADERS.origin(task.metric):
+                raise
+            return Grade(score=math.nan, parsed="", fault=f"{type(error).__name__}: {error}")
         if grade is None:
             unread.append(index)
         return grade
@@ -61,7 +68,11 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
                 )
             final = grade or Grade(score=math.nan, parsed="")
             result[answered[number]] = replace(
-                result[answered[number]], score=final.score, parsed=final.parsed, numbers=final.numbers
+                result[answered[number]],
+                score=final.score,
+                parsed=final.parsed,
+                numbers=final.numbers,
+                fault=final.fault,
             )
     except EvalError:
         raise
