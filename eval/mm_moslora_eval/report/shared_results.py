@@ -18,10 +18,15 @@ from mm_moslora_eval.report.evaluation_page import names_of
 from mm_moslora_eval.run.answer_views import read_json
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.task_runner import RUN
-from mm_moslora_eval.scoring.task_result import TaskResult, strict_json
+from mm_moslora_eval.scoring.task_result import RULES, TaskResult, strict_json
 
 _TASK_TYPE = "image-text-to-text"
 _OUTPUT_TYPES = {"generate": "generate_until"}
+_DECIDES = (
+    "prompt", "decoding", *RULES, "grading", "changed", "code", "selection", "asked_as", "asked_to_think", "seed",
+    "video", "video_frames",
+)  # fmt: skip
+"""What `TaskResult.about` knows of how answers were asked for and scored; each form repeats it whole."""
 
 
 def write_shared(run: Path, out: Path, *, form: str) -> int:
@@ -69,6 +74,7 @@ def _model_index(model: str, results: Sequence[TaskResult]) -> str:
             "protocol": result.protocol, "version": result.version, "stderr": result.stderr, "low": result.low,
             "high": result.high, "documents": result.n, "failed": counts.failed,
             "not_inferable": counts.not_inferable, "ungraded": counts.ungraded, "judge": _judge(about),
+            **_decided(about),
         }  # fmt: skip
         part = selection.get("name", "all")
         rows.append(
@@ -77,12 +83,34 @@ def _model_index(model: str, results: Sequence[TaskResult]) -> str:
                 dataset_name=about.get("title") or result.task,
                 dataset_config=None if part == "all" else f"{part} of {selection.get('of')}",
                 dataset_revision=data.get("revision"), metric_type=str(about.get("metric", "score")),
-                metric_name=f"{about.get('aggregation', 'mean')} of {about.get('metric', 'score')} ({result.protocol})",
+                metric_name=_measure(result),
                 metric_value=result.score, metric_args=strict_json({k: v for k, v in details.items() if v is not None}),
             )
         )  # fmt: skip
     index = eval_results_to_model_index(Path(model).name or model, rows)
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
+
+
+def _decided(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: about[name] for name in _DECIDES if name in about}
+
+
+def _over_samples(about: Mapping[str, Any]) -> str | None:
+    """What sums up the answers to a question; None where each has one answer."""
+    samples = about.get("decoding", {}).get("samples", 1)
+    return f"{about.get('over_samples', 'mean')} over {samples} samples" if samples > 1 else None
+
+
+def _measure(result: TaskResult) -> str:
+    """The name of a score, with what makes it another one than the protocol's greedy answers give."""
+    about = result.about
+    shots, temperature = about.get("prompt", {}).get("shots", 0), about.get("decoding", {}).get("temperature", 0)
+    parts = [
+        result.protocol, shots and f"{shots} shots", temperature and f"temperature {temperature}",
+        _over_samples(about), about.get("changed") and f"changed: {'; '.join(about['changed'])}",
+    ]  # fmt: skip
+    name = f"{about.get('aggregation', 'mean')} of {about.get('metric', 'score')}"
+    return f"{name} ({', '.join(str(part) for part in parts if part)})"
 
 
 def _judge(about: Mapping[str, Any]) -> str | None:
@@ -97,34 +125,49 @@ def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
     named = dict(zip(names_of(results), results, strict=True))
     scores: dict[str, dict[str, Any]] = {}
     configs: dict[str, dict[str, Any]] = {}
+    shots: dict[str, int] = {}
+    limits: dict[str, int | None] = {}
     for name, result in named.items():
         about = result.about
         metric, decoding = str(about.get("metric", "score")), about.get("decoding", {})
-        scores[name] = {"alias": name, "samples": result.n, f"{metric},none": result.score}
-        scores[name] |= {f"{metric}_stderr,none": "N/A" if math.isnan(result.stderr) else result.stderr}
-        scores[name] |= {f"{key},none": value for key, value in result.metrics.items() if key != metric}
+        by, temperature = _over_samples(about) or "none", decoding.get("temperature", 0.0)
+        shots[name] = about.get("prompt", {}).get("shots", 0)
+        selection = about.get("selection", {})
+        limits[name] = None if selection.get("name", "all") == "all" else selection.get("n", result.n)
+        scores[name] = {"alias": name, "samples": result.n, f"{metric},{by}": result.score}
+        scores[name] |= {f"{metric}_stderr,{by}": "N/A" if math.isnan(result.stderr) else result.stderr}
+        scores[name] |= {f"{key},{by}": value for key, value in result.metrics.items() if key != metric}
         configs[name] = {
             "task": name, "dataset_path": str(about.get("data", {}).get("path", "")),
-            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"), "num_fewshot": 0,
+            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"), "num_fewshot": shots[name],
             "metric_list": [{"metric": metric, "aggregation": about.get("aggregation"), "higher_is_better": True}],
             "generation_kwargs": {
                 "max_new_tokens": decoding.get("max_new_tokens"), "num_beams": decoding.get("beams", 1),
-                "do_sample": False, "temperature": 0.0,
+                "do_sample": temperature > 0, "temperature": temperature, "top_p": decoding.get("top_p", 1.0),
+                "top_k": decoding.get("top_k", 0), "until": list(decoding.get("stop", ())),
             },
-            "metadata": {"version": result.version, "protocol": result.protocol},
+            "repeats": decoding.get("samples", 1),
+            "metadata": {
+                "version": result.version, "protocol": result.protocol, "judge": _judge(about), **_decided(about),
+            },
         }  # fmt: skip
+    common = next(iter(limits.values()))
     content = {
         "results": scores,
         "group_subtasks": {name: [] for name in named},
         "configs": configs,
         "versions": {name: result.version for name, result in named.items()},
-        "n-shot": dict.fromkeys(named, 0),
+        "n-shot": shots,
         "higher_is_better": {name: {configs[name]["metric_list"][0]["metric"]: True} for name in named},
         "n-samples": {
             name: {"original": result.about.get("data", {}).get("rows") or result.n, "effective": result.n}
             for name, result in named.items()
         },
-        "config": {"model": "mm_moslora", "model_args": f"pretrained={model}", "limit": None},
+        "config": {
+            "model": "mm_moslora",
+            "model_args": f"pretrained={model}",
+            "limit": common if len({common, *limits.values()}) == 1 else limits,
+        },
         "model_name": model,
         "date": max((str(result.about.get("date") or "") for result in results), default=""),
     }

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.protocol.grading import Grading
+from mm_moslora_eval.protocol.task import AnswerReasoning, Decoding
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
+from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import TaskResult, read_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -80,6 +85,69 @@ def test_the_file_has_the_keys_of_lmms_evals_results(question_file: Path, tmp_pa
     assert found["n-shot"]["questions"] == 0
     assert found["model_name"] == "fake"
     assert set(found) >= {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples"}
+
+
+def exported(run: Path, folder: Path) -> tuple[dict[str, Any], Any]:
+    """lmms-eval's file, and the only row of the model card."""
+    for form in ("model-index", "lmms-eval"):
+        assert cli.run(["eval", "export", str(run), str(folder / form), "--to", form]) == 0
+    (row,) = ModelCard(f"---\n{(folder / 'model-index').read_text()}---\n").data.eval_results
+    return json.loads((folder / "lmms-eval").read_text()), row
+
+
+def test_an_export_names_the_shots_the_draws_and_what_sums_them_up(question_file: Path, tmp_path: Path) -> None:
+    changes = [
+        "decoding.temperature=0.7", "decoding.samples=4", "decoding.top_p=0.9", "prompt.shots=2",
+        "over_samples={name: pass_at, k: 2}",
+    ]  # fmt: skip
+    task = with_changes(get_task(f"llava:{question_file}"), changes)
+    few = EvaluationSettings(batch_size=4, rank=0, world_size=1, limit=4)
+    evaluate(FakeModel(), task, tmp_path / "run", settings=few, modes=("own",), baselines=())
+    theirs, row = exported(tmp_path / "run", tmp_path)
+    ((name, config),) = theirs["configs"].items()
+    assert (config["num_fewshot"], theirs["n-shot"][name], config["repeats"]) == (2, 2, 4)
+    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    assert config["generation_kwargs"].items() >= drawn.items()
+    assert theirs["config"]["limit"] == 4
+    assert 'letter_or_exact,pass_at {"k": 2} over 4 samples' in theirs["results"][name]
+    assert not any(key.endswith(",none") for key in theirs["results"][name])
+    for word in ("2 shots", "temperature 0.7", 'pass_at {"k": 2} over 4 samples', "decoding.top_p=0.9"):
+        assert word in row.metric_name
+
+
+def other(value: Any) -> Any:
+    """A value of the same kind that no task has."""
+    if isinstance(value, bool):
+        return not value
+    return value + 0.5 if isinstance(value, float) else value + 3 if isinstance(value, int) else "changed"
+
+
+@pytest.mark.parametrize("group", ["prompt", "decoding", "thinking", "grading"])
+def test_every_key_that_decides_answers_is_in_every_form(question_file: Path, tmp_path: Path, group: str) -> None:
+    from mm_moslora_eval.run.result_file import write_results
+
+    result = measured(tmp_path / "run", question_file)[0]
+    kinds = {"prompt": TaskPrompt(), "decoding": Decoding(), "thinking": AnswerReasoning(),
+             "grading": Grading(prompt="{response}", replies={"yes": 1})}  # fmt: skip
+    keys = {key: other(value) for key, value in asdict(kinds[group]).items()}  # type: ignore[call-overload]
+    about = result.about | {group: keys, "changed": [f"{group}.x=1"]}
+    (tmp_path / "run" / "results.json").unlink()
+    write_results(tmp_path / "run", [replace(result, about=about)])
+    theirs, row = exported(tmp_path / "run", tmp_path)
+    ((_, config),) = theirs["configs"].items()
+    for held in (config["metadata"], row.metric_args):
+        assert held[group] == keys
+        assert held["changed"] == [f"{group}.x=1"]
+
+
+def test_runs_with_several_limits_name_each(question_file: Path, tmp_path: Path) -> None:
+    measured(tmp_path / "run", question_file)
+    few = EvaluationSettings(batch_size=4, rank=0, world_size=1, limit=4)
+    evaluate(FakeModel(fingerprint="fake"), get_task(f"llava:{question_file}"), tmp_path / "run", settings=few,
+             modes=("own",))  # fmt: skip
+    assert cli.run(["eval", "export", str(tmp_path / "run"), str(tmp_path / "r.json"), "--to", "lmms-eval"]) == 0
+    limits = json.loads((tmp_path / "r.json").read_text())["config"]["limit"]
+    assert limits == {"questions": None, "questions, first 4 of 12": 4}
 
 
 def test_an_export_replaces_no_file_and_needs_scores(
