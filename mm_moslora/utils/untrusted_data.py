@@ -345,6 +345,12 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
     if origin in (dict, Mapping):
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: {where} is {data!r}, expected a mapping.")
+        odd = [key for key in data if arguments[0] is str and not isinstance(key, str)]
+        if odd:
+            raise ConfigError(
+                f"{source}: {where} has the key {odd[0]!r}, expected a text. YAML reads yes, no, on, off and numbers "
+                'as other values: write them in quotes, such as "yes".'
+            )
         return {key: _build(arguments[1], item, source, f"{where}.{key}") for key, item in data.items()}
     return _build_scalar(kind, data, source, where)
 

@@ -6,7 +6,7 @@ import ast
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,15 @@ class _Row:
     score: float
     count: int = 0
     parts: tuple[str, ...] = ()
+    grades: dict[str, float] = field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
     "data",
     [{"score": "x"}, {"score": float("nan")}, {"score": "inf"}, {"score": True}, {"name": ["a"]}, {"count": 0.5},
      {"score": 16**298}, {"score": 1e308}, {"count": 1e308}, {"count": 10**5000}, {"score": -(10**400)},
-     {"count": True}, {"parts": "xy"}, {"parts": [1]}, {"score": None}],
+     {"count": True}, {"parts": "xy"}, {"parts": [1]}, {"score": None},
+     {"grades": {True: 1}}, {"grades": {0: 1}}, {"grades": {None: 1}}, {"grades": ["a"]}],
 )  # fmt: skip
 def test_a_value_of_another_type_is_no_value(data: dict[str, Any]) -> None:
     for build in (build_strictly, build_known):

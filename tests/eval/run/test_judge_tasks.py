@@ -184,6 +184,8 @@ def test_only_the_forms_of_the_task_file_are_grades(
         ("replies: {Correct: 1, incorrect: 0}", "max_tokens: 3", "either replies .* or scale"),
         ("incorrect: 0", "incorrect: -1", "expected grades from 0 to 1"),
         ("incorrect: 0", "CORRECT: 0", "differ in case alone"),
+        ("replies: {Correct: 1, incorrect: 0}", "replies: {yes: 1, no: 0}", "has the key True, .* in quotes"),
+        ("replies: {Correct: 1, incorrect: 0}", "replies: {1: 1, 0: 0}", "has the key 1, .* in quotes"),
         ("metric: judge", "metric: exact", "belong together"),
         ("rule: exact", "rule: exactly", "metric 'exactly' is not known"),
         ("rule: exact", "rules: exact", "rules"),
