@@ -139,14 +139,14 @@ def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
         scores[name] |= {f"{key},{by}": value for key, value in result.metrics.items() if key != metric}
         configs[name] = {
             "task": name, "dataset_path": str(about.get("data", {}).get("path", "")),
-            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"), "num_fewshot": shots[name],
+            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"),
+            "num_fewshot": shots[name], "repeats": decoding.get("samples", 1),
             "metric_list": [{"metric": metric, "aggregation": about.get("aggregation"), "higher_is_better": True}],
             "generation_kwargs": {
                 "max_new_tokens": decoding.get("max_new_tokens"), "num_beams": decoding.get("beams", 1),
                 "do_sample": temperature > 0, "temperature": temperature, "top_p": decoding.get("top_p", 1.0),
                 "top_k": decoding.get("top_k", 0), "until": list(decoding.get("stop", ())),
             },
-            "repeats": decoding.get("samples", 1),
             "metadata": {
                 "version": result.version, "protocol": result.protocol, "judge": _judge(about), **_decided(about),
             },

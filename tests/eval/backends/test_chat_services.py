@@ -126,6 +126,18 @@ def ask(model: EndpointModel, *requests: Request) -> list[Answer]:
     return [found[index] for index in range(len(found))]
 
 
+@pytest.mark.parametrize("count", [-5, 10**12, True, "7"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_count_that_can_be_none_is_not_summed(form: str, count: object) -> None:
+    said = REPLIES[form]()
+    used = said["usageMetadata" if form == "gemini" else "usage"]
+    used |= dict.fromkeys(used, count)
+    with provider(lambda _: (200, {}, said)) as server:
+        model = model_of(form, server.url)
+        ask(model)
+    assert (model.endpoint.usage.prompt_tokens, model.endpoint.usage.completion_tokens) == (0, 0)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_conversation_with_a_picture_in_the_providers_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MM_MOSLORA_API_KEY", *KEYS.values()):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.backends.endpoints.service_replies import count_of
 
 Payload = dict[str, Any]
 
@@ -108,7 +109,7 @@ def _anthropic_reply(said: Any) -> Payload | None:
     read = [used.get(name) for name in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")]
     return _as_openai(
         "".join(texts), cut_off=said.get("stop_reason") in ("max_tokens", "model_context_window_exceeded"),
-        prompt=sum(count for count in read if isinstance(count, int)), completion=used.get("output_tokens"),
+        prompt=sum(map(count_of, read)), completion=used.get("output_tokens"),
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _gemini_reply(said: Any) -> Payload | None:
     written = [used.get(name) for name in ("candidatesTokenCount", "thoughtsTokenCount")]
     return _as_openai(
         "".join(texts), cut_off=reason == "MAX_TOKENS", prompt=used.get("promptTokenCount"),
-        completion=sum(count for count in written if isinstance(count, int)),
+        completion=sum(map(count_of, written)),
     )  # fmt: skip
 
 

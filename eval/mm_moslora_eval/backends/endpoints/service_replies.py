@@ -39,11 +39,19 @@ class Usage:
         return counts | ({"left_out": sorted(self.left_out)} if self.left_out else {})
 
 
+_MOST_TOKENS = 10**9
+"""More than any model reads or writes at once."""
+
+
 def tokens_of(reply: dict[str, Any], name: str) -> int:
-    """A count of a reply's `usage`; 0 if the server does not report it."""
+    """A count of a reply's `usage`; 0 if the server reports none that can be one."""
     used = reply.get("usage")
-    count = used.get(name) if isinstance(used, dict) else None
-    return count if isinstance(count, int) else 0
+    return count_of(used.get(name)) if isinstance(used, dict) else 0
+
+
+def count_of(value: object) -> int:
+    """A count that a service reports; 0 if it is none."""
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
 
 
 def reply_text(reply: dict[str, Any]) -> str:

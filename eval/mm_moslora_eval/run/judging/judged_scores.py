@@ -14,6 +14,7 @@ from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTION
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.score_aggregation import AggregationError
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 MOST_UNREADABLE = 0.05
@@ -113,7 +114,10 @@ def score_by_rules(task: Task, samples: Sequence[Scored]) -> dict[str, Any] | No
     ]  # fmt: skip
     if not (read := with_scores(scored)):  # the rule failed on every answer
         return None
-    found = aggregate(task.aggregation, read)
+    try:
+        found = aggregate(task.aggregation, read)
+    except AggregationError:  # the score itself says so
+        return None
     return {
         "extraction": task.extraction, "metric": metric, "score": found.value, "stderr": found.stderr,
         "low": found.low, "high": found.high,
