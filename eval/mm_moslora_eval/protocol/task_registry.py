@@ -15,6 +15,7 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.named_parts import KINDS, part_text
+from mm_moslora_eval.scoring.trusted_code import foreign_code
 from mm_moslora_eval.sources.source import Source
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
@@ -75,8 +76,15 @@ def all_tasks() -> dict[str, Task]:
         for task in load_file(path):
             tasks[task.id] = task
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        for task in entry.load()():
-            tasks.setdefault(task.id, task)
+        try:
+            with foreign_code():
+                for task in entry.load()():
+                    tasks.setdefault(task.id, task)
+        except Exception as error:  # whatever another package raises
+            raise EvalError(
+                f"The tasks of the entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}. "
+                "Mend or uninstall that package."
+            ) from error
     return tasks
 
 

@@ -23,9 +23,16 @@ def mean(answers: Sequence[Scored]) -> Scored:
     return replace(answers[0], score=math.fsum(one.score for one in answers) / len(answers))
 
 
-def pass_at(answers: Sequence[Scored], *, k: int) -> Scored:
-    """The chance that one of `k` answers is right, without bias from all n answers (Chen et al. 2021)."""
-    count, right = len(answers), sum(one.score == 1.0 for one in answers)
+def pass_at(answers: Sequence[Scored], *, k: int, right_from: float | None = None) -> Scored:
+    """The chance that one of `k` answers is right, without bias from all n answers (Chen et al. 2021).
+
+    Raises:
+        ValueError: scores between 0 and 1, and no `right_from`, the least score of a right answer.
+    """
+    graded = [one.score for one in answers if one.score not in (0.0, 1.0)]
+    if graded and right_from is None:
+        raise ValueError(f"pass_at asks what is right, and the metric gave {graded[0]:.4g}; set its right_from")
+    count, right = len(answers), sum(one.score >= (1.0 if right_from is None else right_from) for one in answers)
     return replace(answers[0], score=1 - math.comb(count - right, k) / math.comb(count, k))
 
 
@@ -62,7 +69,7 @@ def check_repeated(over_samples: str, aggregation: str, *, samples: int) -> None
         EvalError: pass@k of fewer answers than k, or a mean where the aggregation needs one answer.
     """
     k = options_of(over_samples).get("k", 1)
-    if samples > 1 and not 1 <= k <= samples:
+    if not 1 <= k <= samples:
         raise EvalError(f"over_samples is {over_samples}, expected k from 1 to the {samples} of decoding.samples.")
     if samples > 1 and name_of(over_samples) != "majority" and name_of(aggregation) in _WHOLE:
         raise EvalError(
@@ -77,7 +84,7 @@ def combined(answers: Sequence[Scored], *, over_samples: str) -> Scored:
     A missing answer makes the sample a failed one, and one without a score makes it one without a score, until they are
     there: a mean over fewer answers is another measure. Rules that fail on them are its fault.
     """
-    if len(answers) == 1:
+    if len(answers) == 1 and over_samples == "mean":
         return answers[0]
     for odd in (lambda one: one.failed, lambda one: bool(one.fault), lambda one: math.isnan(one.score)):
         if found := next(filter(odd, answers), None):

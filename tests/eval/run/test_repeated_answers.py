@@ -66,6 +66,14 @@ def test_pass_at_k_is_the_share_of_choices_of_k_answers_with_a_right_one(right: 
         assert combined(given, over_samples=f'pass_at {{"k": {k}}}').score == pytest.approx(fmean(choices))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_pass_at_k_does_not_guess_which_graded_answer_is_right(count: int) -> None:
+    given = answers(*[("a", 0.9)] * count)
+    assert "the metric gave 0.9; set its right_from" in combined(given, over_samples='pass_at {"k": 1}').fault
+    assert combined(given, over_samples='pass_at {"k": 1, "right_from": 0.5}').score == 1.0
+    assert combined(given, over_samples='pass_at {"k": 1, "right_from": 0.95}').score == 0.0
+
+
 def test_the_majority_votes_by_extracted_answers_and_ties_have_a_rule() -> None:
     given = answers(("b", 0.0), ("a", 1.0), ("", 0.0), ("a", 1.0), ("b", 0.0), ("", 0.0), ("", 0.0))
     assert (combined(given, over_samples="majority").score, combined(given, over_samples="majority").parsed) == (0, "b")
@@ -146,6 +154,8 @@ def test_pass_at_more_answers_than_there_are_and_means_of_verdicts_are_refused()
             get_task("mmstar"),
             ["decoding.temperature=1", "decoding.samples=4", "over_samples={name: pass_at, k: 5}"],
         )
+    with pytest.raises(EvalError, match=r"expected k from 1 to the 1 of decoding.samples"):
+        with_changes(get_task("mmstar"), ["over_samples={name: pass_at, k: 9}"])
     changes = ["decoding.temperature=1", "decoding.samples=4"]
     with pytest.raises(EvalError, match="the aggregation circular needs one answer to each question"):
         with_changes(get_task("mmbench_en_dev"), changes)

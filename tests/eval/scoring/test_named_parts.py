@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.protocol.task_registry import ENTRY_POINTS, all_tasks, get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -327,3 +327,14 @@ def test_over_samples_that_fail_are_the_fault_of_their_question(
     found = combined(answers, over_samples=part)
     assert math.isnan(found.score)
     assert error in found.fault
+
+
+def test_a_package_whose_tasks_would_end_the_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "site" / "other_tasks-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-tasks\nVersion: 1.0\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nmine = other_tasks:tasks\n", encoding="utf-8")
+    (tmp_path / "site" / "other_tasks.py").write_text("def tasks():\n    raise SystemExit(0)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(EvalError, match=r"entry point other_tasks:tasks cannot be loaded: .* SystemExit: 0"):
+        all_tasks()
