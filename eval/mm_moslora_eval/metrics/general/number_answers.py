@@ -51,9 +51,15 @@ def _words(text: str) -> float:
 
 
 def within(answer: str, reference: str, *, relative: float = 0.0, absolute: float = 0.0) -> float:
-    """1 where the last number of an answer is the reference's, up to a tolerance of its amount or an absolute one."""
+    """1 where the last number of an answer is the reference's, up to a tolerance of its amount or an absolute one.
+
+    Raises:
+        ValueError: the reference holds no number.
+    """
     expected, found = numbers_in(reference), numbers_in(answer)
-    if not (expected and found):
+    if not expected:
+        raise ValueError(f"the reference {reference[:80]!r} holds no number")
+    if not found:
         return 0.0
     margin = max(relative * abs(expected[-1]), absolute)
     # A rounding error of the decimal form does not decide.
