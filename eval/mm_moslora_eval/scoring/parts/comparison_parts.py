@@ -53,7 +53,7 @@ def point_inside(parsed: str, document: Document) -> float:
 def mathematics(
     parsed: str, document: Document, *, seconds: float = SECONDS, endless: Literal["failed", "wrong"] = "failed"
 ) -> float:
-    """1 where `math-verify` finds the answer equal to a reference, in a process with a time limit of `seconds`.
+    """1 for the text of a reference, or where `math-verify` finds the answer equal to it within `seconds`.
 
     An answer that takes longer has no score and is counted, or with `endless: wrong` counts as wrong.
     """
