@@ -221,7 +221,8 @@ def test_the_first_number_of_an_answer_is_read_in_digits_or_words(answer: str, n
         ("zero point five", 0.5), ("2/3", 2 / 3), ("3 1/2", 3.5), ("1/2.5", 0.4), ("1.5x10^3", 1500),
         (r"$1.5 \times 10^{-3}$", 0.0015), ("1 000", 1000), ("12\u202f345", 12345), ("12 345", 345), ("3,5", 5),
         ("one two three", 3), ("2^5 = 32", 32), ("it is 3/4/2020", None), ("10^{-3}", None), ("4/0", None),
-        ("3½", None), ("three and a half", None), ("two thirds", None), ("2/3 million", None), ("1x10^999", None),
+        ("3½", None), ("three and a half", None), (r"$\frac{2}{3}$", None), (r"\boxed{7}", 7),
+        ("two thirds", None), ("2/3 million", None), ("1x10^999", None),
     ],
 )  # fmt: skip
 def test_a_number_is_read_whole_or_not_at_all(answer: str, number: float | None) -> None:

@@ -30,7 +30,7 @@ _DIGITS = (
 _POWER = r"\s?(?:[x\u00d7*\u00b7]|\\times|\\cdot)\s?10\^\{?(?P<power>[-+\u2212]?\d{1,3})\}?"
 _BEHIND = rf"(?:/(?P<below>\d+(?:\.\d+)?)|{_POWER}|(?P<scale>\s+hundred\b|{_SCALE})|%)?"
 _MORE = (
-    rf"\s?[/^]\s?(?:[({{]|[-\u2212]?\d)[\d({{}})^/.+\u2212-]*|\s?[\u00bc-\u00be\u2150-\u215e]|{_SCALE}"
+    rf"\}}\{{[^{{}}]*\}}|\s?[/^]\s?(?:[({{]|[-\u2212]?\d)[\d({{}})^/.+\u2212-]*|\s?[\u00bc-\u00be\u2150-\u215e]|{_SCALE}"
     r"|[\s-](?:and\s+a\s+)?(?:half|halves|thirds?|fourths?|fifths?|sixths?|eighths?|tenths?|hundredths?)\b"
 )
 _NUMBER = re.compile(
