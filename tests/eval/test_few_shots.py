@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.protocol.few_shots import shots_for
 from mm_moslora_eval.protocol.model_interface import Request
 from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import ImageMode
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
@@ -54,6 +57,25 @@ def test_shots_stand_before_the_question_with_their_pictures_and_never_hold_it(
     for request in requests.values():
         *before, own = zip([text for role, text in texts(request) if role == "user"], request.images, strict=True)
         assert own not in before
+
+
+def test_a_question_is_never_its_own_shot_under_other_options(tmp_path: Path) -> None:
+    """Its options in another order, as MMBench asks it again, and its picture with other options."""
+    image = picture(1)
+
+    def asks(name: str, options: str, answer: str, *, image: bytes, question: str = "Which colour?") -> Document:
+        letters = dict(zip("ABCD", options.split(), strict=False))
+        return Document(id=name, question=question, options=letters, answers=(answer,), images=(image,))
+
+    asked_first = asks("0", "red green blue", "A", image=image)
+    pool = [
+        asked_first, asks("1000000", "green blue red", "C", image=picture(1)), asks("7", "red grey", "A", image=image),
+        asks("8", "red green blue", "A", image=image, question="Which  colour?"),
+        asks("2", "green blue red", "A", image=picture(2)), asks("3", "red grey", "B", image=picture(3)),
+    ]  # fmt: skip
+    for order in ("first", "seeded"):
+        prompt = TaskPrompt(shots=2, shot_order=order)  # type: ignore[arg-type]
+        assert {shot.id for shot in shots_for(prompt, asked_first, pool)} == {"2", "3"}
 
 
 def test_seeded_shots_differ_between_questions_and_not_between_selections(question_file: Path, tmp_path: Path) -> None:

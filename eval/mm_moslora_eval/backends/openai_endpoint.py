@@ -28,7 +28,7 @@ from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
 from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, OPENAI, ChatForm, NoAnswerError
 from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
-from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, reply_text, tokens_of
+from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, is_text, reply_text, tokens_of
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.document import digest
 
@@ -349,6 +349,10 @@ class EndpointModel:
             payload["stop"] = list(request.stop)
         reply = self.endpoint.chat(payload)
         text = reply_text(reply)
+        # An answer that begins with a stop word is empty; the forms tell no other way to end with nothing said.
+        if not text.strip() and (is_cut_off(reply) or not (request.stop and is_text(reply))):
+            cause = "max_new_tokens were spent, perhaps in thinking" if is_cut_off(reply) else "it holds no text"
+            raise NoAnswerError(f"{self.endpoint.url}: the reply gave no answer ({cause})")
         for stop in request.stop if "stop" in self.endpoint.usage.left_out else ():
             text = text.partition(stop)[0]
         return Answer(

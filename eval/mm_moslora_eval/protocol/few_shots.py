@@ -69,11 +69,20 @@ def shots_for(prompt: TaskPrompt, document: Document, pool: Sequence[Document]) 
 
 
 def _same(other: Document, document: Document, *, own_data: bool) -> bool:
+    """Whether a question is that which is asked, as with its options in another order (MMBench's rotations)."""
     if own_data and other.id == document.id:
         return True
-    if (other.question, other.options) != (document.question, document.options):
+    if " ".join(other.question.split()) != " ".join(document.question.split()):
         return False
-    return other.answers == document.answers or (other.images == document.images != ())
+    if other.images == document.images != ():
+        return True
+    offered = sorted(other.options.values()) == sorted(document.options.values())
+    return offered and _answered(other) == _answered(document)
+
+
+def _answered(document: Document) -> set[str]:
+    """What the references say, not the letters that stand for it."""
+    return {document.options.get(answer, answer) for answer in document.answers}
 
 
 def conversation(

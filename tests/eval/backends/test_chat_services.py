@@ -9,17 +9,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.backends.endpoints.chat_forms import FORMS
+from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, NoAnswerError
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
-from mm_moslora_eval.protocol.model_interface import IMAGE, Answer, Message, OptionRequest, Request
+from mm_moslora_eval.protocol.model_interface import IMAGE, Answer, Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import read_results
@@ -202,6 +203,55 @@ def test_answers_that_are_cut_off_empty_or_refused(form: str) -> None:
         assert len(server.asked) == 1, "the same request would be refused again"
 
 
+SILENT: dict[str, list[dict[str, Any]]] = {
+    "openai": [
+        {"content": None, "refusal": "I can't."}, {"content": "", "refusal": "I can't."}, {"content": ""}, {},
+        {"content": None, "reasoning_content": "hm"}, {"content": [{"type": "image"}]}, {"content": " \n"},
+    ],
+    "anthropic": [claude(""), claude("", thinking=True, reason="max_tokens"), claude("", reason="refusal")],
+    "gemini": [gemini(""), gemini("", reason="MAX_TOKENS"), {"candidates": [{"finishReason": "STOP"}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_reply_without_a_text_is_a_failed_sample(form: str, question_file: Path, tmp_path: Path) -> None:
+    """The provider's word for a refusal, no word at all, or all tokens spent in thinking."""
+    silent = SILENT[form]
+    if form == "openai":
+        silent = [{"choices": [{"message": one, "finish_reason": "stop"}]} for one in silent]
+    for said in silent:
+        with (
+            provider(lambda _, said=said: (200, {}, said)) as server,  # type: ignore[misc]
+            pytest.raises(NoAnswerError, match=r"refused|gave no answer"),
+        ):
+            ask(model_of(form, server.url), TEXT)
+    with provider(lambda _: (200, {}, silent[0])) as server:
+        (result,) = evaluate(
+            model_of(form, server.url), get_task(f"llava:{question_file}"), tmp_path / "run", modes=("own",),
+            settings=EvaluationSettings(batch_size=2, rank=0, world_size=1, limit=2), baselines=(),
+        )  # fmt: skip
+    assert (result.counts.total, result.counts.failed) == (2, 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_that_begins_with_a_stop_word_is_an_empty_answer(form: str) -> None:
+    with provider(lambda _: (200, {}, REPLIES[form](""))) as server:
+        assert ask(model_of(form, server.url), QUESTION)[0].text == ""
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.9), (1.0, 1.0), (0, 1.0)])
+def test_claude_gets_temperature_or_top_p(temperature: float, top_p: float) -> None:
+    """Its newer models refuse both; 1 is the default of each."""
+    with provider(lambda _: (200, {}, claude())) as server:
+        ask(
+            model_of("anthropic", server.url),
+            replace(TEXT, draw=TokenDraw(temperature=temperature, top_p=top_p, top_k=0, seed=1)),
+        )
+    sent = {name: value for name, value in server.asked[0][2].items() if name in ("temperature", "top_p")}
+    own = {"temperature": temperature, "top_p": top_p}
+    assert sent == {name: value for name, value in own.items() if value != 1.0}
+
+
 @pytest.mark.parametrize("form", ["anthropic", "gemini"])
 def test_parameters_of_drawn_answers_reach_the_provider(form: str) -> None:
     drawn = {"max_tokens": 5, "temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 7}
@@ -210,7 +260,7 @@ def test_parameters_of_drawn_answers_reach_the_provider(form: str) -> None:
     body = server.asked[0][2]
     if form == "anthropic":
         assert {name: body[name] for name in drawn if name in body} == {
-            "max_tokens": 5, "temperature": 1.0, "top_p": 0.9, "top_k": 20,
+            "max_tokens": 5, "top_p": 0.9, "top_k": 20,
         }  # fmt: skip
     else:
         assert body["generationConfig"] == {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from itertools import product
 
 import pytest
-from mm_moslora_eval.metrics.general.math_answers import PROCESS
 from mm_moslora_eval.metrics.general.table_similarity import teds
+from mm_moslora_eval.metrics.general.timed_calls import PROCESS
 from mm_moslora_eval.metrics.metric_text import levenshtein
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.scored_sample import Scored
@@ -76,6 +77,53 @@ def test_the_structure_of_tables_is_compared_without_their_texts() -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        "<table>" + "<a>" * (LONG // 3), "<table>" + "<!--" * (LONG // 4), "<table>" + "<td a" * (LONG // 5),
+        "<table><td>" + "<a>" * (LONG // 8) + "</b>" * (LONG // 8), "<table>" + "<" * LONG, "<table>" + "&" * LONG,
+    ],
+    ids=["open", "comments", "halves", "unmatched", "less", "marks"],
+)  # fmt: skip
+def test_a_hostile_table_is_read_in_time(answer: str) -> None:
+    start = time.monotonic()
+    assert rated(answer, CELLS, metric="teds").score < 0.2
+    assert time.monotonic() - start < 20
+
+
+def test_the_end_of_a_text_without_end_tags_is_read() -> None:
+    whole = "<table><tr><td>a &amp; b</td></tr></table>"
+    assert teds("<table><tr><td>a & b", whole) == teds("<table><tr><td>a & b<!-- more", whole) == 1.0
+
+
+def test_tables_that_take_too_long_are_counted_and_the_next_answer_is_scored() -> None:
+    """A cell of its own for each pair, in the same process as the formulas."""
+    row = "".join(f"<td>{number}</td>" for number in range(40))
+    large = "<table>" + f"<tr>{row}</tr>" * 50 + "</table>"
+    sample = rated(large, large.replace("<td>1", "<td>x"), metric='teds {"seconds": 0.5}')
+    assert math.isnan(sample.score)
+    assert "took more than 0.5 seconds" in sample.fault
+    assert rated(CELLS, CELLS, metric='teds {"seconds": 5}').score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"),
+    [
+        ("within", "several"), ("teds", "| a |"), ("teds", "<table>" + "<tr><td>x</td></tr>" * 2000),
+        ("point_inside", "[200, 200, 50, 50]"), ("point_inside", '{"size": [10, 10], "counts": [0, 1]}'),
+        ("point_inside", '{"size": [10, 10], "counts": [-1, 200]}'), ("point_inside", "a box"),
+        ("point_inside", '{"size": [10, 10], "counts": [100]}'), ("mathematics", ""), ("mathematics", r"$\text{a}"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_cannot_be_read_is_counted(metric: str, reference: str) -> None:
+    """No answer could be right: the fault is not the model's."""
+    if metric == "mathematics":
+        pytest.importorskip("math_verify", reason="math-verify is not installed (extra math)")
+    sample = rated(f"[5, 5] or {CELLS}", reference, metric=metric)
+    assert math.isnan(sample.score)
+    assert "the reference" in sample.fault
+
+
+@pytest.mark.parametrize(
     ("answer", "hits"),
     [
         ("[25, 25]", (1, 1, 1)), ("I point at (5.5, 5.5).", (0, 0, 0)), ("[20, 20, 30, 30]", (1, 1, 1)),
@@ -101,22 +149,25 @@ def test_formulas_are_compared_by_their_value() -> None:
     assert rated(r"The answer is $\boxed{\frac{1}{2}}$.", "0.5", metric="mathematics").score == 1.0
     assert rated(r"$x = 2\sqrt{2}$", r"$\sqrt{8}$", metric="mathematics").score == 1.0
     assert rated("3", "0.5", "4", metric="mathematics").score == 0.0
+    assert [rated(word, word, metric="mathematics").score for word in ("north", "B", r"\text{a}")] == [1.0] * 3
+    assert rated("south", "north", metric="mathematics").score == 0.0
     assert rated("x" * LONG + r" so it is \boxed{7}", "7", metric="mathematics").score == 1.0
 
 
 @pytest.mark.usefixtures("with_math")
 def test_a_formula_that_never_ends_is_counted_and_the_next_answer_is_scored() -> None:
-    rated("1", "1", metric="mathematics")
-    endless, seconds = r"$\boxed{9^{9^{9^{9^9}}}}$", '"seconds": 1'
-    sample = rated(endless, "7", metric=f"mathematics {{{seconds}}}")
-    assert math.isnan(sample.score)
-    assert "took more than 1 seconds" in sample.fault or "ended" in sample.fault
+    """After a time-out the next answer has the same time, in a new process."""
+    endless = r"$\boxed{9^{9^{9^{9^9}}}}$"
+    for _ in range(2):
+        sample = rated(endless, "7", metric='mathematics {"seconds": 1}')
+        assert math.isnan(sample.score)
+        assert "took more than 1 seconds" in sample.fault or "ended" in sample.fault
     assert rated(r"\boxed{7}", "7", metric="mathematics").score == 1.0
-    assert rated(endless, "7", metric=f'mathematics {{{seconds}, "endless": "wrong"}}').score == 0.0
+    assert rated(endless, "7", metric='mathematics {"seconds": 1, "endless": "wrong"}').score == 0.0
     PROCESS.close()
 
 
 def test_without_the_package_its_metric_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     PROCESS.close()
-    monkeypatch.setattr("mm_moslora_eval.metrics.general.math_answers.is_installed", lambda _: False)
+    monkeypatch.setattr("mm_moslora_eval.scoring.parts.comparison_parts.is_installed", lambda _: False)
     assert "pip install 'math-verify" in rated("1", "1", metric="mathematics").fault

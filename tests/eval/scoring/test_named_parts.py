@@ -216,6 +216,33 @@ def test_the_first_number_of_an_answer_is_read_in_digits_or_words(answer: str, n
     assert EXTRACTORS["first_number"](answer, Document(id="1", question="?")) == number
 
 
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("two thousand", 2000), ("3 million", 3e6), ("one hundred and five thousand", 105_000), ("a dozen", 12),
+        ("one million two hundred thousand and five", 1_200_005), ("two dozen", 24), ("3 hundred", 300),
+        ("minus 5", -5), ("negative twenty-one", -21), ("10 minus 5", 5), ("10 - 5", 5), ("10-15", 15), ("x=-3", -3),
+        ("zero point five", 0.5), ("2/3", 2 / 3), ("3 1/2", 3.5), ("1/2.5", 0.4), ("1.5x10^3", 1500),
+        (r"$1.5 \times 10^{-3}$", 0.0015), ("1 000", 1000), ("12\u202f345", 12345), ("12 345", 345), ("3,5", 5),
+        ("one two three", 3), ("2^5 = 32", 32), ("it is 3/4/2020", None), ("10^{-3}", None), ("4/0", None),
+        ("3½", None), ("three and a half", None), (r"$\frac{2}{3}$", None), (r"\boxed{7}", 7),
+        ("two thirds", None), ("2/3 million", None), ("1x10^999", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_whole_or_not_at_all(answer: str, number: float | None) -> None:
+    """Never a part of it, which would be another number."""
+    found = EXTRACTORS["last_number"](answer, Document(id="1", question="?"))
+    assert (float(found) if found else None) == (number if number is None else pytest.approx(number))
+
+
+def test_the_last_number_of_a_long_answer_is_its_last() -> None:
+    document = Document(id="1", question="?", answers=("42",))
+    for first in ("I think ", "1: "):
+        answer = first + "word " * 200_000 + "The answer is 42"
+        assert score_answer(document, answer, extraction="text", metric="within").score == 1.0
+        assert EXTRACTORS["last_number"](answer, document) == "42"
+
+
 def test_numbers_are_right_within_a_tolerance() -> None:
     document = Document(id="1", question="?", answers=("200",))
     spec = 'within {"relative": 0.05}'

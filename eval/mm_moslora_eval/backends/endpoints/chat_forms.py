@@ -43,14 +43,13 @@ def _openai_reply(said: Any) -> Payload | None:
     choices = said.get("choices") if isinstance(said, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None
-    if isinstance(first, dict) and first.get("finish_reason") == "content_filter" and not _content(message):
-        raise NoAnswerError("the provider refused to answer (finish_reason: content_filter)")
+    if isinstance(first, dict) and isinstance(message, dict) and not message.get("content"):
+        if first.get("finish_reason") == "content_filter":
+            raise NoAnswerError("the provider refused to answer (finish_reason: content_filter)")
+        if message.get("refusal"):
+            raise NoAnswerError(f"the provider refused to answer ({str(message['refusal'])[:80]})")
     fits = isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
     return said if fits else None
-
-
-def _content(message: Any) -> Any:
-    return message.get("content") if isinstance(message, dict) else None
 
 
 def _object(value: Any) -> Payload:
@@ -93,8 +92,10 @@ def _anthropic_request(payload: Payload) -> Payload:
             messages.append({"role": message["role"], "content": parts})
     body: Payload = {"model": payload["model"], "max_tokens": payload["max_tokens"], "messages": messages}
     body |= {"system": system} if system else {}
-    body |= {"temperature": min(1.0, payload["temperature"])} if "temperature" in payload else {}  # its largest
-    body |= {name: payload[name] for name in ("top_p", "top_k") if name in payload}  # it takes no seed
+    # Newer models refuse `temperature` beside `top_p`: neither is sent at its default, 1, which is the largest, too.
+    drawn = {name: min(1.0, payload.get(name, 1.0)) for name in ("temperature", "top_p")}
+    body |= {name: value for name, value in drawn.items() if value < 1}
+    body |= {"top_k": payload["top_k"]} if "top_k" in payload else {}  # it takes no seed
     return body | ({"stop_sequences": payload["stop"]} if "stop" in payload else {})
 
 

@@ -63,6 +63,11 @@ def reply_text(reply: dict[str, Any]) -> str:
     return content or ""
 
 
+def is_text(reply: dict[str, Any]) -> bool:
+    """Whether the content is a text, even an empty one."""
+    return isinstance(reply["choices"][0]["message"].get("content"), str)
+
+
 def is_cut_off(reply: dict[str, Any]) -> bool:
     """Whether the reply ended because of `max_tokens`."""
     return bool(reply["choices"][0].get("finish_reason") == "length")

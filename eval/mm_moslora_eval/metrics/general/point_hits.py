@@ -31,20 +31,20 @@ def inside(answer: str, reference: str) -> float:
             "counts": [...]}` of run lengths down the columns, as COCO writes them, that begin with the outside.
 
     Raises:
-        ValueError: the reference has none of these forms.
+        ValueError: the reference has none of these forms, or no area.
     """
     try:
         area: Any = parse_json(reference)
     except StrictJsonError as error:
         raise ValueError(f"the reference {reference[:80]!r} {error}") from error
     point = first_point(answer)
-    if _is_numbers(area, 4):
+    if _is_numbers(area, 4) and area[0] < area[2] and area[1] < area[3]:
         return float(point is not None and area[0] <= point[0] <= area[2] and area[1] <= point[1] <= area[3])
     if isinstance(area, list) and len(area) >= 3 and all(_is_numbers(corner, 2) for corner in area):
         return float(point is not None and _in_polygon(point, area))
-    if isinstance(area, dict) and _is_numbers(area.get("size"), 2) and _is_numbers(area.get("counts")):
+    if isinstance(area, dict) and _is_mask(area.get("size"), area.get("counts")):
         return float(point is not None and _in_mask(point, area["size"], area["counts"]))
-    raise ValueError(f"the reference {reference[:80]!r} is neither a box nor a polygon nor a mask")
+    raise ValueError(f"the reference {reference[:80]!r} is neither a box nor a polygon nor a mask with an area")
 
 
 def _is_numbers(value: Any, count: int | None = None) -> bool:
@@ -53,6 +53,11 @@ def _is_numbers(value: Any, count: int | None = None) -> bool:
         and (count is None or len(value) == count)
         and all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
     )
+
+
+def _is_mask(size: Any, counts: Any) -> bool:
+    fits = _is_numbers(size, 2) and _is_numbers(counts) and min([*size, *counts]) >= 0
+    return fits and sum(counts[1::2]) > 0 and sum(counts) == size[0] * size[1]
 
 
 def _in_polygon(point: Point, corners: list[list[float]]) -> bool:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import unescape
 from html.parser import HTMLParser
 
 from mm_moslora_eval.metrics.metric_text import levenshtein
 
 MOST_NODES = 2500
 """Rows, cells and marks of a table that is compared; a larger one in an answer scores 0."""
+_MOST_TAGS = 4 * MOST_NODES
+"""Tags that are read, those that close nothing included."""
 _CELLS, _ROWS, _PARTS = {"td", "th"}, {"tr"}, {"thead", "tbody", "tfoot"}
 _VOID = {"br", "hr", "img", "input", "col", "wbr", "area", "base", "embed", "link", "meta", "source", "track"}
 
@@ -34,13 +37,31 @@ class _FirstTable(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.table: TableNode | None = None
         self.nodes = 0
+        self._tags = 0
         self._open: list[TableNode] = []
         self._inner: list[str] = []
         self._done = False
 
+    @property
+    def too_large(self) -> bool:
+        """Whether the table has too many elements, and was not read to its end."""
+        return self.nodes > MOST_NODES or self._tags > _MOST_TAGS
+
+    def read(self, text: str) -> None:
+        """Read a text; a tag or comment that never ends ends it (`close` would search on from each)."""
+        self.feed(text)
+        if not self.rawdata.startswith("<"):
+            self.handle_data(unescape(self.rawdata))
+
+    def _passed(self) -> bool:
+        """Whether a tag is passed over; it is counted."""
+        self._tags += 1
+        self._done = self._done or self.too_large
+        return self._done
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Open an element."""
-        if self._done or (not self._open and tag != "table"):
+        if self._done or (not self._open and tag != "table") or self._passed():
             return
         self._close_implied(tag)
         if not self._open:
@@ -65,6 +86,8 @@ class _FirstTable(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """Close an element, with those in it."""
+        if self._done or self._passed():
+            return
         if self._inner and tag in self._inner:
             while self._inner:
                 closed = self._inner.pop()
@@ -98,14 +121,13 @@ def _count(text: str | None) -> int:
 
 
 def table_in(text: str) -> tuple[TableNode | None, int]:
-    """The first HTML table of a text, None without one, and the number of elements in it."""
+    """The first HTML table of a text, None without one or for one of too many elements, and the number of elements."""
     start = text.lower().find("<table")
     if start < 0:
         return None, 0
     reader = _FirstTable()
-    reader.feed(text[start:])
-    reader.close()
-    return reader.table, reader.nodes
+    reader.read(text[start:])
+    return None if reader.too_large else reader.table, reader.nodes
 
 
 def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
@@ -120,9 +142,9 @@ def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
         ValueError: the reference is no table, or too large a one.
     """
     (expected, size), (found, nodes) = table_in(reference), table_in(answer)
-    if expected is None or size > MOST_NODES:
+    if expected is None:
         raise ValueError(f"the reference is no HTML table of at most {MOST_NODES} elements")
-    if found is None or nodes > MOST_NODES:
+    if found is None:
         return 0.0
     most = max(size, nodes)
     distance = _TreeDistance(found, expected, structure_only=structure_only).value

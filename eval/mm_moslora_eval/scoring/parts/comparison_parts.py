@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora_eval.metrics.exact_match import best
-from mm_moslora_eval.metrics.general.math_answers import PROCESS, SECONDS
 from mm_moslora_eval.metrics.general.point_hits import first_point, inside
-from mm_moslora_eval.metrics.general.table_similarity import teds as _teds
+from mm_moslora_eval.metrics.general.timed_calls import PROCESS, SECONDS
 from mm_moslora_eval.metrics.metric_text import levenshtein
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.sources.document import Document
+
+TABLE_SECONDS = 60.0
+"""Time for the tables of one answer; two of the largest size take most of it."""
 
 
 def points(text: str, document: Document) -> str:
@@ -30,9 +34,15 @@ def edit_similarity(parsed: str, document: Document, *, ignore_case: bool = Fals
     return best(similarity, parsed, document.answers)
 
 
-def teds(parsed: str, document: Document, *, structure_only: bool = False) -> float:
-    """TEDS of the first HTML table in the answer and that of the reference; `structure_only` is TEDS-S."""
-    return best(lambda a, b: _teds(a, b, structure_only=structure_only), parsed, document.answers)
+def teds(parsed: str, document: Document, *, structure_only: bool = False, seconds: float = TABLE_SECONDS) -> float:
+    """TEDS of the first HTML table in the answer and that of the reference; `structure_only` is TEDS-S.
+    An answer that takes longer than `seconds` has no score and is counted.
+    """
+
+    def similarity(answer: str, reference: str) -> float:
+        return PROCESS.value("teds", seconds=seconds, answer=answer, reference=reference, structure_only=structure_only)
+
+    return best(similarity, parsed, document.answers)
 
 
 def point_inside(parsed: str, document: Document) -> float:
@@ -43,12 +53,14 @@ def point_inside(parsed: str, document: Document) -> float:
 def mathematics(
     parsed: str, document: Document, *, seconds: float = SECONDS, endless: Literal["failed", "wrong"] = "failed"
 ) -> float:
-    """1 where `math-verify` finds the answer equal to a reference, in a process with a time limit of `seconds`.
+    """1 for the text of a reference, or where `math-verify` finds the answer equal to it within `seconds`.
 
     An answer that takes longer has no score and is counted, or with `endless: wrong` counts as wrong.
     """
+    if not is_installed("math_verify"):
+        raise EvalError(f"Mathematics is compared by math-verify: {install_extra('math')}.")
     try:
-        return float(PROCESS.equal(parsed, document.answers, seconds=seconds))
+        return PROCESS.value("mathematics", seconds=seconds, answer=parsed, references=document.answers)
     except TimeoutError:
         if endless == "wrong":
             return 0.0

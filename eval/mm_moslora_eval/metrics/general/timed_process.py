@@ -1,0 +1,44 @@
+"""The process of `timed_calls`: one JSON line in, one out."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora_eval.metrics.general.math_answers import equal
+from mm_moslora_eval.metrics.general.table_similarity import teds
+
+MOST_BYTES = 4 * 2**30
+"""Memory of the process."""
+COMPARISONS: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
+    "mathematics": (equal, {"answer": "$1$", "references": ["1"]}),
+    "teds": (teds, {"answer": "<table></table>", "reference": "<table></table>"}),
+}
+"""Name -> the function, and the arguments of a first call, which imports what it needs."""
+
+
+def compared(question: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one line; without arguments those of the first call are taken."""
+    compare, first = COMPARISONS[question.pop("comparison")]
+    try:
+        return {"value": float(compare(**(question or first)))}
+    except Exception as error:  # whatever an answer makes a library raise
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    out = sys.stdout
+    sys.stdout = sys.stderr  # nothing else may write into the replies
+    for line in sys.stdin.buffer:
+        out.write(json.dumps(compared(parse_object(line))) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
