@@ -47,10 +47,6 @@ def fault_of_reference(text: str, width: int, height: int) -> str | None:
         return f"the reference {first_box(text)} holds shares of the picture's sides; {remedy}"
     if min(box[:2]) < -1 or box[2] > width + 1 or box[3] > height + 1:
         return f"the reference {first_box(text)} lies outside of its picture ({width} x {height} pixels)"
-    if max(box) <= 1:
-        return (
-            f"the reference {first_box(text)} lies within one pixel of its picture ({width} x {height}), as shares do"
-        )
     return None
 
 
