@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from itertools import product
 
 import pytest
@@ -85,9 +84,8 @@ def test_the_structure_of_tables_is_compared_without_their_texts() -> None:
     ids=["open", "comments", "halves", "unmatched", "less", "marks"],
 )  # fmt: skip
 def test_a_hostile_table_is_read_in_time(answer: str) -> None:
-    start = time.monotonic()
-    assert rated(answer, CELLS, metric="teds").score < 0.2
-    assert time.monotonic() - start < 20
+    # A pair that takes longer has no score.
+    assert rated(answer, CELLS, metric='teds {"seconds": 20}').score < 0.2
 
 
 def test_the_end_of_a_text_without_end_tags_is_read() -> None:
