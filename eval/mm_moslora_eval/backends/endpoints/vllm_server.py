@@ -97,8 +97,8 @@ class VllmModel(EndpointModel):
     @cached_property
     def _version(self) -> str:
         address = replace(self.endpoint, url=self.endpoint.url.removesuffix("/v1"))
-        found = address.get("/version")
-        return str(found.get("version", ""))[:40] if isinstance(found, dict) else ""
+        reply = address.get("/version")
+        return str(reply.get("version", ""))[:40] if isinstance(reply, dict) else ""
 
     def close(self) -> None:
         """Stop the server."""
@@ -108,15 +108,15 @@ class VllmModel(EndpointModel):
 
     def _wait(self, seconds: float) -> None:
         """Wait until the server is ready."""
-        ends, told = time.monotonic() + seconds, time.monotonic()
+        ends, last_message = time.monotonic() + seconds, time.monotonic()
         while not _serves(self.endpoint):
             if self._server.poll() is not None:
                 raise EvalError(f"vLLM ended before it was ready (exit code {self._server.returncode}).{self._said()}")
             if time.monotonic() > ends:
                 raise EvalError(f"vLLM is not ready after {seconds:g} seconds.{self._said()}")
-            if time.monotonic() - told > 60:
+            if time.monotonic() - last_message > 60:
                 logger.info("vLLM is not ready yet.")
-                told = time.monotonic()
+                last_message = time.monotonic()
             time.sleep(_POLL_SECONDS)
 
     def _said(self) -> str:
@@ -129,8 +129,8 @@ class VllmModel(EndpointModel):
 
 def _program() -> str:
     named = os.environ.get(PROGRAM) or "vllm"
-    found = shutil.which(named)
-    if found is None:
+    program = shutil.which(named)
+    if program is None:
         raise EvalError(
             f"There is no program {named!r}. Install vLLM into an environment of its own, and name its program in "
             f"{PROGRAM}, such as /opt/vllm/bin/vllm."
@@ -140,7 +140,7 @@ def _program() -> str:
             "vllm:FOLDER is for one process, not for torchrun. vLLM divides the work itself: "
             "--server-arguments='--tensor-parallel-size N' or '--data-parallel-size N'."
         )
-    return found
+    return program
 
 
 def _check_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionRequest, OptionScore, Request
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, merge, read_folder
+from mm_moslora_eval.run.wrapped_models.wrapped_model import WrappedModel
 from mm_moslora_eval.sources.document import digest
 from mm_moslora_eval.sources.image_controls import Hasher
 
@@ -41,7 +42,7 @@ _FLUSHED_ROWS = 32
 _TRIES = 50
 
 
-class CachedModel:
+class CachedModel(WrappedModel):
     """A model whose answers are looked up before it is asked, and kept.
 
     Args:
@@ -60,19 +61,6 @@ class CachedModel:
         self._hash, self._open = Hasher(), ExitStack()
         self._log: AnswerLog | None = None
         self.found = self.asked = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)  # what only some models have, such as `thinking_tokens`
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._model.name
-
-    @property
-    def fingerprint(self) -> str:
-        """The model's fingerprint."""
-        return self._model.fingerprint
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `Model.generate`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionRequest, OptionScore, Request
+from mm_moslora_eval.run.wrapped_models.wrapped_model import WrappedModel
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _TOKENS_PER_IMAGE, _CHARACTERS_PER_TOKEN = 576, 4
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
-class AutomaticBatch:
+class AutomaticBatch(WrappedModel):
     """A model that is asked in batches of a size that is found while it answers.
 
     Args:
@@ -43,19 +44,6 @@ class AutomaticBatch:
         self._speeds: dict[int, float] = {}
         self._tried: set[int] = set()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)  # what only some models have, such as `thinking_tokens`
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._model.name
-
-    @property
-    def fingerprint(self) -> str:
-        """The model's fingerprint."""
-        return self._model.fingerprint
-
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `Model.generate`; `batch_size` is not used."""
         return self._in_batches(self._model.generate, requests)
@@ -65,10 +53,6 @@ class AutomaticBatch:
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
         """See `Model.loglikelihood`; `batch_size` is not used."""
         return self._in_batches(self._model.loglikelihood, requests)
-
-    def close(self) -> None:
-        """Free the model."""
-        self._model.close()
 
     def _in_batches(self, ask: Callable[..., Iterator[Any]], requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         left = list(range(len(requests)))
