@@ -145,7 +145,8 @@ def compare(
 
     settings = ComparisonSettings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds,
-        tasks=expanded(split(tasks)), validation=expanded(split(validation)) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
+        tasks=expanded(split(tasks)), validation=expanded(split(validation)) or (LOSS,), tuning_seeds=tune_seeds,
+        grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)

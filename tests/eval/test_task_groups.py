@@ -29,9 +29,8 @@ def test_tasks_are_chosen_by_group_by_tag_and_by_name_each_once() -> None:
 
 def test_a_group_of_ones_own_names_tasks_files_and_other_groups(tmp_path: Path) -> None:
     path = tmp_path / "groups.yaml"
-    path.write_text(
-        "mine: [mine.yaml, '@more']\ndata: ['llava:q.jsonl', '@other/groups.yaml:far', tsv:/q.tsv]\nmore: ['mme@llava', '@captions']\nround: ['@round']\n"
-    )
+    data = "data: ['llava:q.jsonl', '@other/groups.yaml:far', tsv:/q.tsv]\n"
+    path.write_text(f"{data}mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
     assert expanded([f"@{path}:mine"])[:2] == [str(tmp_path / "mine.yaml"), "mme@llava"]
     assert expanded([f"@{path}:mine"])[2:] == expanded(["@captions"])
     (tmp_path / "other").mkdir()
