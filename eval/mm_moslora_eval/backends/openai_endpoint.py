@@ -44,9 +44,14 @@ _ASIDE = 10.0
 _MOST_REPLY_BYTES = 2**26
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
-_UNSUPPORTED = re.compile(r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default", re.I)
-_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "top_p": "", "seed": "", "stop": ""}
-"""Parameters that some models refuse -> what they take in their place; empty: nothing."""
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default|cannot both be specified", re.I
+)
+_INSTEAD = {"max_tokens": "max_completion_tokens"} | dict.fromkeys(
+    ("top_p", "top_k", "temperature", "seed", "stop"), ""
+)
+"""Parameters that some models refuse -> what they take in their place; empty: nothing. Of two that a refusal names
+the first is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
