@@ -168,9 +168,9 @@ def _rows(
         whole = {**outer, **item, **added}
         fault = problem
         for column in source.parts:
-            match = source.form_of(column).fullmatch(str(whole.get(column)))
-            whole |= match.groupdict() if match else {}
-            if match is None:
+            parts = source.parts_of(column, whole.get(column))
+            whole |= parts or {}
+            if parts is None:
                 fault = fault or f"{column} is {whole.get(column)!r}, expected the form {source.parts[column]}"
         yield whole, fault
 

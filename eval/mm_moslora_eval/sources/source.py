@@ -8,6 +8,8 @@ from typing import Literal
 
 from mm_moslora.utils.errors import EvalError
 
+_NAME = re.compile(r"\{(\w+)\}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -76,16 +78,16 @@ class Source:
             if not self._names_of(form):
                 raise EvalError(f"source.parts: {form!r} of {column!r} has no {{name}}, or one twice or without a gap.")
 
-    def form_of(self, column: str) -> re.Pattern[str]:
-        """The form of a column in `parts` as a pattern with named groups."""
-        pieces = re.split(r"\{(\w+)\}", self.parts[column])
-        return re.compile(
-            "".join(f"(?P<{one}>.+?)" if number % 2 else re.escape(one) for number, one in enumerate(pieces)), re.S
-        )
+    def parts_of(self, column: str, value: object) -> dict[str, str] | None:
+        """The parts of a value by the form of its column; None where it has another form."""
+        pieces = enumerate(_NAME.split(self.parts[column]))
+        pattern = "".join(f"(?P<{piece}>.+?)" if number % 2 else re.escape(piece) for number, piece in pieces)
+        match = re.fullmatch(pattern, str(value), re.S)
+        return match.groupdict() if match else None
 
     @staticmethod
     def _names_of(form: str) -> list[str]:
         """The names in braces; none where two are the same, one is no name, or nothing stands between two."""
-        names = re.findall(r"\{(\w+)\}", form)
+        names = _NAME.findall(form)
         usable = len(set(names)) == len(names) and "}{" not in form and all(name.isidentifier() for name in names)
         return names if usable else []
