@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Visual instruction tuning in small, made so hard that weak adapters fall behind: whose thing is it?
 
-    python examples/experiments/visual_owners.py OUT
+    python examples/experiments/visual_owners.py OUT [--questions 320] [--seed 0]
 
 64 of Tux Paint's drawings and cut-out photos, eight of each of eight kinds, are drawn anew for every picture: larger or
 smaller, mirrored or not, turned, at another place, on another colour. Two things are asked:
@@ -118,13 +118,14 @@ def draw(thing: Thing, rng: random.Random) -> Image.Image:
     return picture
 
 
-def build(stamps: Path, models: dict[str, str], out: Path, *, seed: int = 0) -> tuple[Path, str]:
+def build(stamps: Path, models: dict[str, str], out: Path, *, questions: int = TEST, seed: int = 0) -> tuple[Path, str]:
     """Write pictures, questions, `align.yaml` and `recipe.yaml`.
 
     Args:
         stamps: folder of `model_assets.stamps`.
         models: recipe keys of the language model and the vision encoder.
         out: folder of the experiment.
+        questions: of a set, to measure.
         seed: draws the things, their owners and the pictures.
 
     Returns:
@@ -140,8 +141,8 @@ def build(stamps: Path, models: dict[str, str], out: Path, *, seed: int = 0) -> 
         for number in range(count):
             thing, name = things[number % len(things)], f"{part}-{number}"
             draw(thing, rng).save(images / f"{name}.png")
-            questions = rng.sample(asked, len(asked))
-            turns = [(f"{IMAGE_TOKEN}\n" * (n == 0) + text, thing.answers[text]) for n, text in enumerate(questions)]
+            order = rng.sample(asked, len(asked))
+            turns = [(f"{IMAGE_TOKEN}\n" * (n == 0) + text, thing.answers[text]) for n, text in enumerate(order)]
             said = [
                 {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
             ]
@@ -157,7 +158,7 @@ def build(stamps: Path, models: dict[str, str], out: Path, *, seed: int = 0) -> 
     for name, text in (("kind", KIND), ("owner", OWNER)):
         rows = [
             {"question_id": row["id"], "image": row["image"], "text": text, "answer": row["conversations"][1]["value"]}
-            for row in pictures(name, TEST, [text])
+            for row in pictures(name, questions, [text])
         ]
         _write(out / f"{name}.jsonl", rows)
 
@@ -200,14 +201,20 @@ def main() -> int:
     """Write the data and the recipes; print the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--questions", type=int, default=TEST, help=f"of a set, to measure (default: {TEST})")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws things, owners and pictures anew")
+    options = parser.parse_args()
+    if options.questions < 1:
+        parser.error(f"--questions {options.questions}: expected 1 or more")
+    out = options.out.resolve()
     from mm_moslora.quickstart import model_assets
 
     models = {
         "model.language": str(model_assets.language_model(print)),
         "model.vision.name": str(model_assets.dinov2(print)),
     }
-    recipe, tasks = build(model_assets.stamps(None, print), models, out)
+    stamps = model_assets.stamps(None, print)
+    recipe, tasks = build(stamps, models, out, questions=options.questions, seed=options.seed)
     print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(
         f"mm-moslora compare {recipe} --arms {ARMS} --lr 2e-3,4e-3,8e-3 --seeds 3 --tasks {tasks} "
