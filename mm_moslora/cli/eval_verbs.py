@@ -125,6 +125,8 @@ def eval_run(
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
     arguments = {key: value for key, value in locals().items() if key != "tasks"}
+    patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
+    service = limits.settings(**patience)  # wrong ones are refused before they stand in the scripts of jobs
     if len(model) > 1 and where.shards is None:
         where = replace(where, shards=1)
     if where.check(shard=shard, merge=merge, dry_run=dry_run):
@@ -154,8 +156,6 @@ def eval_run(
         seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
-    patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
-    service = limits.settings(**patience)
     shared: dict[str, Any] = {
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
