@@ -236,7 +236,7 @@ def eval_plan(
     max_new_tokens: int | None = None,
     change: tuple[str, ...] = (),
     measured: Path | None = None,
-    price: tuple[float, float] | None = None,
+    price: str | None = None,
     picture_tokens: int = 576,
     trust_task_code: TrustCode = False,
 ) -> int:
@@ -262,10 +262,11 @@ def eval_plan(
     measured
         Run folder of an earlier evaluation with this model, from which the hours come.
     price
-        Price of a million prompt tokens and of a million new tokens, such as: --price 0.15 0.6
+        IN/OUT, as for `run`: prices of a million prompt tokens and of a million new tokens, such as 0.15/0.6.
     picture_tokens
         Prompt tokens of a picture; not with the folder of a model, which counts them.
     """
+    from mm_moslora_eval.backends.endpoints.rate_limits import Prices
     from mm_moslora_eval.backends.open_model import KINDS, check_name
     from mm_moslora_eval.protocol.task_groups import with_protocol
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
@@ -276,6 +277,7 @@ def eval_plan(
     allow_code(trust_task_code)
     if model:
         check_name(model)
+    prices = None if price is None else Prices.parse(price)
     settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
     counter = None
     if model and model.partition(":")[0] not in KINDS:
@@ -287,7 +289,7 @@ def eval_plan(
     plans = [plan_task(task, settings, counter=counter) for task in opened]
     before = None if measured is None else measured_in(measured)
     of_picture = picture_tokens if counter is None else None
-    print(plan_text(plans, before=before, price=price, picture_tokens=of_picture, modes=len(modes)))
+    print(plan_text(plans, before=before, price=prices, picture_tokens=of_picture, modes=len(modes)))
     return 0
 
 
