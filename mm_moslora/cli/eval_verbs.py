@@ -298,6 +298,7 @@ def eval_score(
     answers: Path,
     *,
     protocol: str | None = None,
+    partial: Annotated[bool, Parameter(negative="")] = False,
     judge: JudgeName = None,
     judge_budget: JudgeBudget = None,
     judge_thinking_tokens: JudgeThinking = 2048,
@@ -316,6 +317,9 @@ def eval_score(
         A run folder, a task folder in it, or its answers.jsonl.
     protocol
         NAME@PROTOCOL that gives the extraction and the metric instead.
+    partial
+        Also score tasks of which only some documents have an answer; the others count as failed samples until the run
+        goes on.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -329,8 +333,12 @@ def eval_score(
         judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens,
         **judging.of_judge(timeout=timeout, attempts=attempts),
     )  # fmt: skip
-    results = eval_commands.score(answers, protocol=protocol, judge=grader)
-    return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
+    failures: list[Exception] = []
+    results = eval_commands.score(answers, protocol=protocol, judge=grader, partial=partial, failures=failures)
+    code = _eval_results(results, run, max_failed_share=max_failed_share, report=report) if results else 0
+    if failures:
+        raise failures[0]
+    return code
 
 
 def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, report: bool) -> int:
