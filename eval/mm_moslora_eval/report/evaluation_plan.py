@@ -35,6 +35,7 @@ class TaskPlan:
 
     name: str
     documents: int
+    """0: unknown, because the data are not at hand and the task file does not say."""
     answers: int
     pictures: int
     """Frames of videos included."""
@@ -158,7 +159,9 @@ def plan_text(
     for plan in plans:
         numbers = [plan.documents, *(modes * one for one in (plan.answers, plan.pictures, plan.prompt_tokens))]
         shown = [f"{number:,}" for number in (*numbers, modes * plan.most_new_tokens)]
-        rows.append((plan.name, *(shown if not plan.fault else [*shown[:2], "?", "?", shown[4]])))
+        if plan.fault:
+            shown[2:4] = "??"
+        rows.append((plan.name, *(shown if plan.documents else "?????")))
     answers = modes * sum(plan.answers for plan in plans)
     pictures = modes * sum(plan.pictures for plan in plans)
     prompts = modes * sum(plan.prompt_tokens for plan in plans) + pictures * (picture_tokens or 0)
@@ -175,6 +178,7 @@ def plan_text(
             f"Prompts: about {prompts:,} tokens, with {picture_tokens} for each of {pictures:,} pictures "
             f"(--picture-tokens) and {BYTES_PER_TOKEN} bytes of text for one. --model with a folder counts them."
         )
+    uncounted = sum(not plan.documents for plan in plans)
     if 0 < unknown < len(plans):
         lines[-1] += f" Those of {unknown} of {len(plans)} tasks are unknown."
     lines.append(_hours(answers, before))
@@ -183,6 +187,7 @@ def plan_text(
         cost = f"{'at most' if counted else 'about'} {known:,.2f}{'' if counted else ' with the longest answers'}"
         if unknown:
             cost = f"unknown, since prompts are; new tokens alone at most {price.cost(prompt=0, completion=new):,.2f}"
+            cost += f" but for {uncounted} tasks of which the number of documents is unknown" if uncounted else ""
         elif before is not None:
             likely = price.cost(prompt=prompts, completion=round(answers * before.tokens))
             cost += f", {likely:,.2f} with answers as long as in that run"

@@ -74,6 +74,10 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"Cost: unknown, since prompts are; new tokens alone at most {15e-6 * new:,.2f}, at 3/15 " in (
         capsys.readouterr().out
     )
+    eval_plan("mmstar", "pixmo_count", price="3/15")
+    said = capsys.readouterr().out
+    assert "pixmo_count@lmms_eval ? ? ? ? ?" in " ".join(said.split())
+    assert "but for 1 tasks of which the number of documents is unknown" in said
     with pytest.raises(EvalError, match="'3' is no price; expected IN/OUT"):
         eval_plan("mmstar", price="3")
     with pytest.raises(EvalError, match="holds no answers with their time"):
