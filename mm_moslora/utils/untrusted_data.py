@@ -61,8 +61,9 @@ class StrictJsonError(DataError):
 
 
 def parse_json(
-    text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False, surrogates: bool = False
-) -> Any:
+    text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False, surrogates: bool = False,
+    repeats: bool = False,
+) -> Any:  # fmt: skip
     """Parse one JSON value.
 
     Args:
@@ -70,6 +71,7 @@ def parse_json(
         max_depth: deepest nesting.
         constants: accept NaN and Infinity, which are not JSON, as numbers.
         surrogates: keep unpaired surrogates, for a caller that refuses them.
+        repeats: of a key written twice the last value counts, as in what a model answers.
 
     Raises:
         StrictJsonError: broken, too large, nested too deeply, a key written twice, a number that no float can hold, or
@@ -83,7 +85,7 @@ def parse_json(
     groups = text.count("[") + text.count("{")
     if groups + text.count(",") > MOST_ITEMS:
         raise StrictJsonError(f"holds more than {MOST_ITEMS} values", large=True)
-    hooks: dict[str, Any] = {"object_pairs_hook": _without_repeats}
+    hooks: dict[str, Any] = {"object_pairs_hook": dict if repeats else _without_repeats}
     if not constants:
         hooks["parse_constant"] = _no_constant
     if _SUSPICIOUS.search(text):  # Python's own parsing is twice as fast without these

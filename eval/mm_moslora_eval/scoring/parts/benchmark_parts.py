@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import multiple_choice, vqa_accuracy
-from mm_moslora_eval.metrics.benchmarks import ccocr, counts, dynamath, letter_readers, mathvision
+from mm_moslora_eval.metrics.benchmarks import counts, dynamath, letter_readers, mathvision
 from mm_moslora_eval.metrics.benchmarks.wemath import problem_value
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
@@ -88,16 +88,7 @@ def dynamath_score(parsed: str, document: Document) -> float:
     return best(lambda answer, reference: dynamath.score(answer, reference, kind), parsed, document.answers)
 
 
-def ccocr_text(parsed: str, document: Document) -> float:
-    """CC-OCR: F1 of the words, or of the characters by the sub-set in `split`, whatever their order."""
-    split, group = document.extra.get("split", ""), document.category or ""
-    return best(
-        lambda text, reference: ccocr.text_f1(text, reference, split=split, group=group), parsed, document.answers
-    )
-
-
 METRICS: dict[str, Metric] = {
-    "ccocr_text": ccocr_text,
     "mathvision": mathvision_score,
     "first_digits": first_digits,
     "exact_evalai": exact_evalai,
