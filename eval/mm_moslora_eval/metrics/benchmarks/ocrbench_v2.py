@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.utils.untrusted_data import parse_literal
 from mm_moslora_eval.metrics.benchmarks import parsed_pages, spotted_text
 from mm_moslora_eval.metrics.general.lexicons import Lexicon, lexicon
-from mm_moslora_eval.metrics.general.python_literals import literal, mapping_in
+from mm_moslora_eval.metrics.general.python_literals import mapping_in
 from mm_moslora_eval.metrics.general.text_overlap import bleu, f_measure, meteor
 from mm_moslora_eval.metrics.metric_text import levenshtein
 
@@ -46,11 +47,11 @@ class ReadingQuestion:
             ValueError: a list cannot be read.
         """
         rule, boxes, contents = (columns.get(name, "") for name in ("eval", "bbox", "content"))
-        answers = literal(reference)
+        answers = parse_literal(reference)
         return cls(
             kind=kind, text=text, answers=answers if isinstance(answers, list) else [answers],
-            rule="" if rule == _NO_RULE else rule, boxes=None if boxes in ("", _NO_BOX) else literal(boxes),
-            contents=() if contents in ("", _NO_TEXTS) else literal(contents),
+            rule="" if rule == _NO_RULE else rule, boxes=None if boxes in ("", _NO_BOX) else parse_literal(boxes),
+            contents=() if contents in ("", _NO_TEXTS) else parse_literal(contents),
         )  # fmt: skip
 
     @property
@@ -157,7 +158,7 @@ def placed(said: str, question: ReadingQuestion, _: Lexicons) -> float:
     found = mapping_in(said)
     text = asked_within(found["answer"], question) if "answer" in found else 0.0
     try:
-        box = spotted_text.overlap(literal(found["bbox"]), question.boxes) if "bbox" in found else 0.0
+        box = spotted_text.overlap(parse_literal(found["bbox"]), question.boxes) if "bbox" in found else 0.0
     except ValueError:
         box = 0.0
     return 0.5 * text + 0.5 * box

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm_moslora_eval.metrics.general.python_literals import fenced, literal, literal_or_json, mapping_in
+from mm_moslora.utils.untrusted_data import parse_literal
+from mm_moslora_eval.metrics.general.python_literals import fenced, literal_or_json, mapping_in
 from mm_moslora_eval.metrics.general.table_similarity import teds
 from mm_moslora_eval.metrics.general.tree_distance import tree_distance
 
@@ -68,7 +69,7 @@ def _dictionary(text: str) -> dict[Any, Any]:
     content = _ASSIGNED.sub("", max(fenced(text), key=len, default=text.strip()).strip(), count=1)
     content = _COMMENT.sub("", content)
     try:
-        value = literal(content[: content.rfind("}") + 1] or content)
+        value = parse_literal(content[: content.rfind("}") + 1] or content)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mm_moslora_eval.metrics.general.python_literals import literal
+from mm_moslora.utils.untrusted_data import parse_literal
 
 _BOX = re.compile(r"[(\[]\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*[)\]]")
 _BRACKETS = re.compile(r"[\[(]([^\[\]()]*)[\])]")
@@ -58,7 +58,7 @@ def spots_in(text: str) -> list[Spot]:
     """The boxes with texts of an answer, `[x1, y1, x2, y2, text]` each, once; a box without an area is none."""
     items = (item.split(",", 4) for item in (match[1].strip() for match in _BRACKETS.finditer(text)))
     try:
-        if (value := literal(text)) is not None:
+        if (value := parse_literal(text)) is not None:
             items = _listed(value)
     except ValueError:
         pass

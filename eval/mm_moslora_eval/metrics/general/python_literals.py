@@ -1,36 +1,16 @@
-"""Values and boxes that answers write as Python or JSON does; nothing is evaluated."""
+"""Values that answers write as Python or JSON does, and code blocks that hold them."""
 
 from __future__ import annotations
 
-import ast
 import re
-import warnings
 from typing import Any
 
-from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
+from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json, parse_literal
 
-MOST_CHARACTERS = 200_000
-"""Longest text that is read as one value."""
 _FENCE = re.compile(r"```(?:python|json)?\n", re.I)
 _RUN = re.compile(r"[\w\s]+")
 _SEPARATOR = re.compile(r"[\"']?\s*[:=]")
 _VALUE = re.compile(r"\s*[\"']?([^\n,\"'{}]+)[\"']?")
-
-
-def literal(text: str) -> Any:
-    """The value of a text that is a Python literal.
-
-    Raises:
-        ValueError: it is none, too long, or nested too deeply.
-    """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"{len(text)} characters are more than {MOST_CHARACTERS}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of an unknown escape in an answer
-            return ast.literal_eval(text)
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"no literal: {error}") from error
 
 
 def fenced(text: str) -> list[str]:
@@ -63,8 +43,8 @@ def literal_or_json(content: str) -> Any:
     except StrictJsonError:
         pass
     try:
-        return literal(content)
-    except ValueError:
+        return parse_literal(content)
+    except StrictJsonError:
         return None
 
 

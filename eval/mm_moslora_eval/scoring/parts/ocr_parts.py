@@ -30,7 +30,8 @@ EXTRACTORS: dict[str, Extractor] = {"unchanged": unchanged}
 
 def ocrbench_v2(parsed: str, document: Document, *, seconds: float = TABLE_SECONDS) -> float:
     """OCRBench v2: the score of the question's type: ANLS, F1, IoU, TEDS, BLEU with METEOR, and others.
-    An answer that takes longer than `seconds` has no score and is counted.
+    Pages need nltk, jieba and WordNet (extra `ocr`). An answer that takes longer than `seconds` has no score and is
+    counted.
     """
     columns = {name: document.extra.get(name, "") for name in ("eval", "bbox", "content")}
     asked = {"kind": document.category or "", "text": document.question, "reference": document.answers[0]}
