@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mm_moslora_eval.metrics.general.lexicons import Lexicon
 from mm_moslora_eval.sources.document import Document
 
 from tests.eval.golden_answers import Check, Row, block, options, run_rows, step
@@ -159,15 +158,25 @@ def ocrbench_v2_averages(row: Row, runs: Runs) -> Any:
     }
 
 
-def ocrbench_v2_pages(row: Row) -> Any:
-    """The words, stems and synonyms are those of the row, so that no other package is needed."""
-    stems, synonyms = row.get("stems", {}), row.get("synonyms", {})
-    lexicon = Lexicon(
-        stem=lambda word: stems.get(word, word),
-        synonyms=lambda word: synonyms.get(word, ()),
-        chinese=lambda text: row["words"][text],
-    )
-    return block("ocrbench_v2_en@official", "ocrbench_v2.page_parts")(row["prediction"], row["references"], lexicon)
+class GivenLexicon:
+    """The words, stems and synonyms of a row, so that no other package is needed."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+
+    def words(self, *texts: str) -> list[list[str]]:
+        return [self._row["words"][text] if "words" in self._row else text.split() for text in texts]
+
+    def stem(self, word: str) -> str:
+        return str(self._row.get("stems", {}).get(word, word))
+
+    def synonyms(self, word: str) -> list[str]:
+        return list(self._row.get("synonyms", {}).get(word, ()))
+
+
+def ocrbench_v2_pages(rows: list[Row], runs: Runs) -> list[Any]:
+    parts = block("ocrbench_v2_en@official", "ocrbench_v2.page_parts")
+    return [parts(row["prediction"], row["references"], GivenLexicon(row)) for row in rows]
 
 
 def _about(ours: float, theirs: float) -> float:

@@ -184,7 +184,7 @@ CHECKS: dict[str, Check] = {
     "ocrbench_lmms_eval": scores("ocrbench@lmms_eval", "document_vqa.ocrbench_lmms_eval", with_category),
     "ocrbench_v2_averages": whole(ocrbench_v2_averages),
     "ocrbench_v2_official": ocrbench_v2,
-    "ocrbench_v2_pages_official": each(ocrbench_v2_pages),
+    "ocrbench_v2_pages_official": ocrbench_v2_pages,
     "ocrbench_vlmevalkit": scores("ocrbench@vlmevalkit", "document_vqa.ocrbench_vlmevalkit", with_category),
     "pixmo_count_lmms_eval": pixmo_count,
     "prompts_lmms_eval": each(prompt_lmms_eval),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mm_moslora.utils.untrusted_data import parse_literal
@@ -56,7 +56,7 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def spots_in(text: str) -> list[Spot]:
     """The boxes with texts of an answer, `[x1, y1, x2, y2, text]` each, once; a box without an area is none."""
-    items = (item.split(",", 4) for item in (match[1].strip() for match in _BRACKETS.finditer(text)))
+    items: Iterable[Sequence[Any]] = (match[1].strip().split(",", 4) for match in _BRACKETS.finditer(text))
     try:
         if (value := parse_literal(text)) is not None:
             items = _listed(value)
@@ -71,7 +71,7 @@ def spots_in(text: str) -> list[Spot]:
     return [(box, _unquoted(said.replace("\r", ""))) for box, said in found]
 
 
-def _listed(value: Any) -> Iterator[Any]:
+def _listed(value: Any) -> Iterator[Sequence[Any]]:
     if isinstance(value, list | tuple):
         yield from (item for item in value if isinstance(item, list | tuple))
 
