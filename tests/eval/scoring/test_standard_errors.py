@@ -24,6 +24,8 @@ PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["picture"]}',
+    "attempts": 'attempts {"none": ["no"]}',
+    "detailed_mean": 'detailed_mean {"groups": {"pictures": ["picture"]}}',
     "weighted": 'weighted {"column": "weight"}',
     "wemath": 'wemath {"problem": "picture", "step": "split"}',
     "ccocr_fields_sets": 'ccocr_fields_sets {"column": "category"}',
