@@ -4,42 +4,61 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
-def levenshtein(first: Sequence[str], second: Sequence[str]) -> int:
-    """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other.
-
-    A column of the table is the bits of two integers (Myers 1999, Hyyrö 2003), so that long texts take little time.
-    """
+def levenshtein(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other."""
     if len(first) > len(second):
         first, second = second, first
-    if not first:
-        return len(second)
-    places = _places(second, set(first))
-    whole, last = (1 << len(second)) - 1, 1 << (len(second) - 1)
-    rising, falling, distance = whole, 0, len(second)
-    for item in first:
-        equal = places[item]
-        right = equal | falling
-        down = (((equal & rising) + rising) ^ rising) | equal
-        up = falling | (whole & ~(down | rising))
-        below = rising & down
-        distance += bool(up & last) - bool(below & last)
-        up, below = (up << 1 | 1) & whole, (below << 1) & whole
-        rising, falling = below | (whole & ~(right | up)), up & right
-    return distance
+    return EditPattern(second, wanted=set(first)).distance(first)
 
 
-def _places(items: Sequence[str], wanted: set[str]) -> dict[str, int]:
-    """For every wanted item an integer with a bit for each of its places."""
-    found = {item: bytearray(len(items) // 8 + 1) for item in wanted}
-    for index, item in enumerate(items):
-        if item in found:
-            found[item][index // 8] |= 1 << index % 8
-    return {item: int.from_bytes(bits, "little") for item, bits in found.items()}
+class EditPattern:
+    """A string that others are compared with.
+
+    A column of the table of edits is the bits of two integers (Myers 1999, Hyyrö 2003), so that long texts take little
+    time.
+
+    Args:
+        items: the string.
+        wanted: the items of the others; None: any.
+    """
+
+    def __init__(self, items: Sequence[Hashable], *, wanted: Collection[Hashable] | None = None) -> None:
+        self.size = len(items)
+        found = {item: bytearray(len(items) // 8 + 1) for item in (set(items) if wanted is None else wanted)}
+        for index, item in enumerate(items):
+            if item in found:
+                found[item][index // 8] |= 1 << index % 8
+        self._places = {item: int.from_bytes(bits, "little") for item, bits in found.items()}
+
+    def distance(self, text: Sequence[Hashable]) -> int:
+        """The Levenshtein distance of a whole text."""
+        last = self.size
+        for last in self._distances(text, anywhere=False):
+            pass
+        return last if self.size else len(text)
+
+    def ends(self, text: Sequence[Hashable]) -> Iterator[int]:
+        """For every place of a text the smallest distance of the parts that end there (Sellers 1980)."""
+        return self._distances(text, anywhere=True)
+
+    def _distances(self, text: Sequence[Hashable], *, anywhere: bool) -> Iterator[int]:
+        whole, last = (1 << self.size) - 1, 1 << self.size >> 1
+        rising, falling, distance, first = whole, 0, self.size, int(not anywhere)
+        for item in text:
+            equal = self._places.get(item, 0)
+            right = equal | falling
+            down = (((equal & rising) + rising) ^ rising) | equal
+            up = falling | (whole & ~(down | rising))
+            below = rising & down
+            distance += bool(up & last) - bool(below & last)
+            up, below = (up << 1 | first) & whole, (below << 1) & whole
+            rising, falling = below | (whole & ~(right | up)), up & right
+            yield distance
 
 
 def strip_each(text: str, characters: str) -> str:
