@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from html import unescape
 from html.parser import HTMLParser
 
@@ -33,8 +34,9 @@ class TableReader(HTMLParser):
         self._math: int | None = None
         self.cells: list[str] = []
         """The text of every `td` that holds nothing else."""
-        self.feed(text)
-        self.close()
+        with suppress(AssertionError):  # of earlier Python for declarations such as `<![x[`: the rest is not read
+            self.feed(text)
+            self.close()
         self._flush()
         while self._open:
             self._pop()

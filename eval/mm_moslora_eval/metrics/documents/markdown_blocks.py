@@ -74,7 +74,7 @@ def _without_pictures(text: str) -> str:
 
 
 def _prepared(text: str, *, old: bool) -> str:
-    text = _without_pictures(text)
+    text = _without_pictures(text.replace("\r\n", "\n").replace("\r", "\n"))
     for fence in ("markdown",) if old else ("markdown", "html", "latex"):
         text = re.sub(rf"^```{fence}\n?", "", text, flags=re.M)
     text = re.sub(r"```\n?$", "", text, flags=re.M)
@@ -86,35 +86,31 @@ def _prepared(text: str, *, old: bool) -> str:
     return text
 
 
-_MOST_SCANS = 200
-"""Openings without a closing after which no more tables are looked for; the source fails after some hundreds."""
+_MOST_SCANS, _MOST_MARKS = 200, 100_000
+"""How often tables are looked for behind an opening without a closing; the source fails after some hundreds."""
 
 
-def _nested(text: str, pattern: str, *, close: str, step: int, again: int) -> list[tuple[int, int]]:
-    """The outermost places between an opening and its closing, of which only the second has to be there.
+def _nested(text: str, opening: str, closing: str, *, again: int) -> list[tuple[int, int]]:
+    """The outermost places from an opening to its closing, of which one that misses the other counts for nothing.
 
-    Args:
-        text: the text.
-        pattern: matches an opening or a closing.
-        close: the beginning of a closing.
-        step: characters that both are taken to have.
-        again: characters that are passed over behind an opening without a closing.
+    As in the source a mark is as long as the closing is taken to be, and `again` characters are passed over behind an
+    opening without a closing.
     """
-    marks, place, search = [], 0, re.compile(pattern).search
-    while match := search(text, place):
-        marks.append((match.start(), match[0].startswith(close)))
-        place = match.start() + step
+    step, first, marks = len(closing) + closing.count("\\"), 0, 0
+    search = re.compile(f"{re.escape(opening)}|{re.escape(closing)}").search
     found: list[tuple[int, int]] = []
     for _ in range(_MOST_SCANS):
-        opened: list[int] = []
-        for start, closing in marks:
-            if not closing:
-                opened.append(start)
-            elif opened and (first := opened.pop()) is not None and not opened:
-                found.append((first, min(start + step, len(text))))
-        if not opened:
+        opened, place = list[int](), first
+        while match := search(text, place):
+            place, marks = match.start() + step, marks + 1
+            if match[0] == opening:
+                opened.append(match.start())
+            elif opened:
+                start = opened.pop()
+                found += [] if opened else [(start, min(place, len(text)))]
+        if not opened or marks > _MOST_MARKS:
             break
-        marks = [mark for mark in marks if mark[0] >= opened[0] + again]
+        first = opened[0] + again
     return found
 
 
@@ -123,13 +119,13 @@ def _latex_tables(text: str) -> list[tuple[int, int, str]]:
     while (start := text.find("\\begin{table}", start)) >= 0 and (end := text.find("\\end{table}", start)) >= 0:
         places.append((start, end + len("\\end{table}"), text[start : end + len("\\end{table}")]))
         start = places[-1][1]
-    text = _blanked(text, places)
-    inner = _nested(text, r"\\(?:begin|end)\{tabular\}", close="\\end", step=14, again=16)
+    text = _blanked(text, ((start, end) for start, end, _ in places))
+    inner = _nested(text, "\\begin{tabular}", "\\end{tabular}", again=16)
     return sorted(places + [(start, end, text[start:end]) for start, end in inner])
 
 
 def _html_tables(text: str) -> list[tuple[int, int, str]]:
-    places = _nested(text, "<table[^>]*>|</table>", close="</", step=len("</table>"), again=16)
+    places = _nested(text[: text.rfind(">") + 1], "<table", "</table>", again=16)
     return [(start, end, text[start:end]) for start, end in places]
 
 

@@ -56,8 +56,8 @@ def page_numbers(annotation: Item, answer: str, *, old: bool, match: str = "quic
     found: dict[str, list[Block]] = defaultdict(list)
     for block in markdown_blocks(answer[:MOST_CHARACTERS], old=old):
         found[FORMULA if block.kind == INLINE else block.kind].append(block)
-    tables, cells = _tables(truth["table"], found.pop(HTML, []), found.pop(LATEX, []))
-    texts, formulas = _old_pairs(truth, found, match) if old else _pairs(truth, found, cells)
+    tables, unused = _tables(truth["table"], found.pop(HTML, []), found.pop(LATEX, []))
+    texts, formulas = _old_pairs(truth, found, match) if old else _pairs(truth, found, unused)
     order = _order([pair for pair in texts if pair.kind not in IGNORED])
     if not old:
         formulas, others = _as_text(formulas)
@@ -134,11 +134,16 @@ def _old_pairs(truth: Mapping[str, list[Item]], found: Mapping[str, list[Block]]
 
 
 def _pairs(
-    truth: Mapping[str, list[Item]], found: Mapping[str, list[Block]], cells: Iterable[Block]
+    truth: Mapping[str, list[Item]], found: Mapping[str, list[Block]], tables: Iterable[Block]
 ) -> list[list[Pair]]:
     """Pairs of texts and of formulas, which v1.5 matches together, with the cells of tables that belong to none."""
     items = _sorted(item for kind in (*_TEXTS, FORMULA) for item in truth.get(kind, ()))
-    blocks = [block for some in found.values() for block in some] + list(cells)
+    blocks = [block for some in found.values() for block in some]
+    blocks += [
+        replace(table, kind=TEXT, text=re.sub(r"\$\\cdot\$", "", cell).strip())
+        for table in tables
+        for cell in TableReader(table.text).cells
+    ]
     blocks.sort(key=lambda block: (block.kind == INLINE, block.place))
     pairs = quick_match(
         [_truth(part, old=False) for item in items for part in _split_truth(item)],
@@ -197,7 +202,7 @@ def _order(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
 def _tables(
     items: Sequence[Item], html: Sequence[Block], latex: Sequence[Block]
 ) -> tuple[list[tuple[str, str]], list[Block]]:
-    """Tables of the annotation with those of the answer as they are compared, and the cells of others."""
+    """Tables of the annotation with those of the answer as they are compared, and those that belong to none."""
     if not items:
         return [], []
     written = "latex" if len(latex) > len(html) else "html"
@@ -217,12 +222,7 @@ def _tables(
     for pair in pairs:
         match = next((block for block in unused if block.text == pair.norm_found), None)
         unused = [block for block in unused if block is not match]
-    cells = [
-        replace(block, kind=TEXT, text=re.sub(r"\$\\cdot\$", "", cell).strip())
-        for block in unused
-        for cell in TableReader(block.text).cells
-    ]
-    return compared, cells
+    return compared, unused
 
 
 def _teds(truth: str, found: str, *, structure_only: bool) -> float:
