@@ -7,12 +7,13 @@ that one form serves all protocols of a task.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.files import replace_text, replacing, writing_in_place
+from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 
 Row = dict[str, Any]
@@ -67,6 +68,28 @@ _MMBENCH = Form(
 _MMMU_PRO = Form(
     question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
 )
+
+
+
+def _page(scene: Scene) -> str:
+    """The annotation of a scene as a page, in the form of OmniDocBench."""
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in
+                   (("shape", scene.shape), ("number", scene.count)))  # fmt: skip
+    parts: list[Row] = [
+        {"category_type": "title", "text": f"# {scene.word}"},
+        {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
+        {"category_type": "equation_isolated", "latex": f"$$n = {scene.count}$$"},
+        {"category_type": "table", "html": f"<table>{rows}</table>", "latex": ""},
+        {"category_type": "page_number", "text": "7"},
+    ]
+    items = [part | {"anno_id": number, "order": number, "ignore": False} for number, part in enumerate(parts, start=1)]
+    language = "english" if scene.count % 2 else "simplified_chinese"
+    about = {"language": language, "data_source": "book", "layout": "single_column"}
+    info = {"image_path": f"{scene.word}.png", "page_attribute": about}
+    return json.dumps({"layout_dets": items, "extra": {"relation": []}, "page_info": info})
+
+
+_PAGE = Form(question="", answer=_page, choices=())
 
 FORMS: dict[str, Form] = {
     "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
@@ -169,6 +192,8 @@ FORMS: dict[str, Form] = {
         question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
         extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
     ),
+    "omnidocbench_v10": _PAGE,
+    "omnidocbench_v15": _PAGE,
 }  # fmt: skip
 """Task -> its documents."""
 
@@ -194,6 +219,8 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / source["path"]
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
+    if source["kind"] == "annotations":
+        return {**source, "path": str(_write_annotations(folder, form).resolve())}
     path = folder / "documents.parquet"
     rows = _write_parquet(path, source.get("columns") or {}, form)
     for row, scene in zip(rows, SCENES, strict=True):
@@ -201,6 +228,17 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
             _write_subtitles(folder / name.format_map(row), scene)
     shown = {"video_frames": _FRAMES} if form.video else {}
     return {**source, "path": str(path.resolve()), "config": None, **shown}
+
+
+def _write_annotations(folder: Path, form: Form) -> Path:
+    """Write the annotations of OmniDocBench, with their pictures in `images`."""
+    path, pages = folder / "OmniDocBench.json", [json.loads(form.answer(scene)) for scene in SCENES]
+    (folder / "images").mkdir(exist_ok=True)
+    for page, scene in zip(pages, SCENES, strict=True):
+        with replacing(folder / "images" / page["page_info"]["image_path"]) as part:
+            part.write_bytes(scene.png())
+    replace_json(path, pages)
+    return path
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:

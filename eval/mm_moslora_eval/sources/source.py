@@ -12,7 +12,7 @@ from mm_moslora.utils.errors import EvalError
 class Source:
     """The source of a task's documents."""
 
-    kind: Literal["llava", "tsv", "hf"]
+    kind: Literal["llava", "tsv", "hf", "annotations"]
     path: str
     """A file (see `source_files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
     image_folder: str | None = None
@@ -45,9 +45,12 @@ class Source:
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""
+    without: tuple[str, ...] = ()
+    """annotations: keys, at any depth, without which an annotation is kept as the reference."""
     columns: dict[str, str] = field(default_factory=dict)
     """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column. An
-    image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`."""
+    image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`. annotations: id, image and
+    category -> the place of a value, such as `page_info.image_path`."""
 
     def __post_init__(self) -> None:
         if self.video_frames < 1 or (self.video_fps is not None and not self.video_fps > 0):

@@ -6,9 +6,11 @@ v1.0 and v1.5 of the benchmark differ in details, see `old`.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
@@ -229,9 +231,15 @@ def latex_text(formula: str) -> str:
     """
     if not is_installed("pylatexenc"):
         raise EvalError(f"Formulas within texts are compared in Unicode, by pylatexenc: {install_extra('documents')}.")
+    return str(_reader().latex_to_text(formula))
+
+
+@functools.cache
+def _reader() -> Any:
     from pylatexenc.latex2text import LatexNodes2Text
 
-    return str(LatexNodes2Text().latex_to_text(formula))
+    logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it tells of every formula that is not closed
+    return LatexNodes2Text()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -31,7 +31,11 @@ class TimedProcess:
         self._lock = threading.Lock()
 
     def value(self, comparison: str, *, seconds: float = SECONDS, **arguments: Any) -> float:
-        """The result of a comparison that `timed_process` knows.
+        """The result of a comparison, see `result`, that is a number."""
+        return float(self.result(comparison, seconds=seconds, **arguments))
+
+    def result(self, comparison: str, *, seconds: float = SECONDS, **arguments: Any) -> Any:
+        """The result of a comparison that `timed_process` knows, as plain data.
 
         Args:
             comparison: its name.
@@ -51,7 +55,7 @@ class TimedProcess:
                 raise
         if "error" in reply:
             raise RuntimeError(str(reply["error"]))
-        return float(str(reply["value"]))
+        return reply["value"]
 
     def _started(self, comparison: str) -> Child:
         child = self._child

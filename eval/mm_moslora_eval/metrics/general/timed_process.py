@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora_eval.metrics.documents.omnidocbench import page_numbers
 from mm_moslora_eval.metrics.general.math_answers import equal
 from mm_moslora_eval.metrics.general.table_similarity import teds
 
 MOST_BYTES = 4 * 2**30
 """Memory of the process."""
-COMPARISONS: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
+COMPARISONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "mathematics": (equal, {"answer": "$1$", "references": ["1"]}),
+    "omnidocbench": (page_numbers, {"annotation": {"layout_dets": []}, "answer": "", "old": False}),
     "teds": (teds, {"answer": "<table></table>", "reference": "<table></table>"}),
 }
 """Name -> the function, and the arguments of a first call, which imports what it needs."""
@@ -25,7 +27,7 @@ def compared(question: dict[str, Any]) -> dict[str, Any]:
     """The reply to one line; without arguments those of the first call are taken."""
     compare, first = COMPARISONS[question.pop("comparison")]
     try:
-        return {"value": float(compare(**(question or first)))}
+        return {"value": compare(**(question or first))}
     except Exception as error:  # whatever an answer makes a library raise
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
