@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def text(words: str, kind: str = "text_block") -> dict[str, Any]:
 TABLE = "<table><tr><td>a</td><td>b</td></tr></table>"
 FULL = page(
     text("# A title", "title"), text("One two three four five six."), text("Seven eight nine ten eleven."),
-    {"category_type": "table", "html": TABLE, "latex": ""}, {"category_type": "equation_isolated", "latex": "\\[x=1\\]"},
+    {"category_type": "table", "html": TABLE, "latex": "a & b"}, {"category_type": "equation_isolated", "latex": "\\[x=1\\]"},
     language="english", data_source="book", layout="single_column",
 )  # fmt: skip
 RIGHT = f"# A title\n\nOne two three four five six.\n\nSeven eight nine ten eleven.\n\n{TABLE}\n\n$$x=1$$"
@@ -93,7 +94,8 @@ def test_the_ways_of_version_1() -> None:
 def test_endless_answers_take_bounded_time(piece: str, monkeypatch: pytest.MonkeyPatch, *, old: bool) -> None:
     """A million characters of it; what is read of them is smaller here, so that the test is cheap."""
     monkeypatch.setattr("mm_moslora_eval.metrics.documents.omnidocbench.MOST_CHARACTERS", 20_000)
-    monkeypatch.setattr(markdown_blocks, "latex_text", lambda formula: formula)
+    monkeypatch.setattr(markdown_blocks, "is_installed", lambda name: True)
+    monkeypatch.setattr(markdown_blocks, "_reader", lambda: SimpleNamespace(latex_to_text=str))
     found = page_numbers(FULL, piece * (1_000_000 // len(piece)), old=old)
     assert found["text"][0] > 0 and found["teds"] == [0.0]
 

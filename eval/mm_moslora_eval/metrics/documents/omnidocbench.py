@@ -187,7 +187,8 @@ def _as_text(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
         if pair.found in (FORMULA, INLINE, ""):
             formulas.append(pair)
         else:
-            text = latex_text(pair.truth)
+            plain = letters_of(pair.truth) and not re.search(r"[\\{}^_%~&]", pair.truth)
+            text = pair.truth if plain else latex_text(pair.truth)
             others.append(replace(pair, truth=text, norm_truth=letters_of(text), kind="text_block"))
     return formulas, others
 
@@ -228,4 +229,4 @@ def _tables(
 def _teds(truth: str, found: str, *, structure_only: bool) -> float:
     if not truth or not found or not (spans_are_numbers(truth) and spans_are_numbers(found)):
         return 0.0
-    return teds(found, truth, structure_only=structure_only)
+    return teds(found, truth, structure_only=structure_only, signed=True)
