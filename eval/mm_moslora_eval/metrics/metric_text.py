@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
@@ -37,10 +38,9 @@ class EditPattern:
 
     def distance(self, text: Sequence[Hashable]) -> int:
         """The Levenshtein distance of a whole text."""
-        last = self.size
-        for last in self._distances(text, anywhere=False):
-            pass
-        return last if self.size else len(text)
+        if not self.size:
+            return len(text)
+        return next(iter(deque(self._distances(text, anywhere=False), maxlen=1)), self.size)
 
     def ends(self, text: Sequence[Hashable]) -> Iterator[int]:
         """For every place of a text the smallest distance of the parts that end there (Sellers 1980)."""

@@ -70,7 +70,6 @@ _MMMU_PRO = Form(
 )
 
 
-
 def _page(scene: Scene) -> str:
     """The annotation of a scene as a page, in the form of OmniDocBench."""
     rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in

@@ -1,4 +1,7 @@
-"""Readers of data files: LLaVA JSON and JSONL, VLMEvalKit TSV, annotated pictures in JSON, Hugging Face data sets. One `Document` per question."""
+"""Readers of data files: LLaVA JSON and JSONL, VLMEvalKit TSV, annotations in JSON, Hugging Face data sets.
+
+One `Document` per question.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ def read(path: Path, *, rules: PictureRules, source: Source) -> Iterator[Documen
     for row, record in records(path):
         image = _at(record, image_at)
         if not isinstance(image, str) or not image:
-            raise EvalError(f"{path}, record {row} has no name at {image_at!r}; found {', '.join(record) or 'nothing'}.")
+            raise EvalError(
+                f"{path}, record {row} has no name at {image_at!r}; found {', '.join(record) or 'nothing'}."
+            )
         images, problem = pictures_of_record([image], file=path, row=row, rules=rules)
         category = _at(record, source.columns.get("category", "category"))
         yield Document(

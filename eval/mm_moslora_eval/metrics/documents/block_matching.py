@@ -7,6 +7,7 @@ they are odd, too, since they decide scores.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ IGNORED = frozenset(
      "header", "footer", "page_footnote", "page_number", "equation_caption")
 )  # fmt: skip
 """Kinds of annotation that take part in the matching alone."""
-MOST_WORK = 10_000_000
-"""Characters of the answer times blocks of the annotation; a larger page is matched one to one."""
+MOST_WORK = 20_000_000
+"""Characters that a page's blocks may be compared with; a page that needs more is matched one to one."""
+_CALL = 50
+"""What a comparison adds to them."""
 _SAME, _APART = 0.25, 0.7
 _JOINED, _HELD = 0.6, 0.4
 
@@ -47,20 +50,38 @@ class Pair:
     """Of the answer's first block."""
 
 
-class _Costs:
-    """Edits between texts as a share of the longer one."""
+class _TooMuchError(Exception):
+    """More work than `MOST_WORK`."""
 
-    def __init__(self) -> None:
+
+class _Costs:
+    """Edits between texts as a share of the longer one.
+
+    Args:
+        most: characters that may be compared.
+    """
+
+    def __init__(self, most: float = MOST_WORK) -> None:
+        self._left = most
         self._patterns: dict[str, EditPattern] = {}
         self._known: dict[tuple[str, str], float] = {}
 
     def _pattern(self, text: str) -> EditPattern:
         return self._patterns.get(text) or self._patterns.setdefault(text, EditPattern(text))
 
+    def _distance(self, truth: str, found: str) -> int:
+        self._spend(found)
+        return self._pattern(truth).distance(found)
+
+    def _spend(self, text: str) -> None:
+        self._left -= len(text) + _CALL
+        if self._left < 0:
+            raise _TooMuchError
+
     def edits(self, truth: str, found: str) -> float:
         key = truth, found
         if key not in self._known:
-            self._known[key] = self._pattern(truth).distance(found) / (max(len(truth), len(found)) or 1)
+            self._known[key] = self._distance(truth, found) / (max(len(truth), len(found)) or 1)
         return self._known[key]
 
     def matrix(self, truth: Sequence[str], found: Sequence[str]) -> NDArray[np.float64]:
@@ -74,13 +95,17 @@ class _Costs:
         size = len(part)
         if not size or len(text) < size:
             return False
-        pattern = self._pattern(part)
+        self._spend(text)
 
         def within(edits: int) -> bool:
             return edits / size <= share if equal else edits / size < share
 
-        ends = ((edits, end) for end, edits in enumerate(pattern.ends(text), start=1) if within(edits) and end >= size)
-        return any(within(pattern.distance(text[end - size : end])) for _, end in sorted(ends))
+        ends = (
+            (edits, end)
+            for end, edits in enumerate(self._pattern(part).ends(text), start=1)
+            if within(edits) and end >= size
+        )
+        return any(within(self._distance(part, text[end - size : end])) for _, end in sorted(ends))
 
 
 def quick_match(truth: Sequence[Block], found: Sequence[Block], *, old: bool) -> list[Pair]:
@@ -99,15 +124,21 @@ def quick_match(truth: Sequence[Block], found: Sequence[Block], *, old: bool) ->
         return [sides.pair([index], []) for index in left]
     if len(left) == len(right) == 1:
         return [sides.pair([0], [0])]
-    if sum(len(block.norm) for block in sides.found) * len(left) > MOST_WORK:
+    try:
+        return _quick_pairs(sides, left, right, old=old)
+    except _TooMuchError:
         return simple_match(truth, found)
+
+
+def _quick_pairs(sides: _Sides, left: list[int], right: list[int], *, old: bool) -> list[Pair]:
     costs = _Costs()
     if not old:
         ignored = [index for index in left if sides.truth[index].kind in IGNORED]
-        left = [index for index in left if index not in set(ignored)]
+        left = [index for index in left if sides.truth[index].kind not in IGNORED]
         texts = [block.norm for block in sides.found]
         taken = np.argwhere(costs.matrix([sides.truth[index].norm for index in ignored], texts) < _SAME)
-        right = [index for index in right if index not in set(taken[:, 1].tolist())]
+        gone = set(taken[:, 1].tolist())
+        right = [index for index in right if index not in gone]
     lines = [sides.truth[index].norm for index in left], [sides.found[index].norm for index in right]
     pairs = _paired(*lines, costs, old=old)
     return [sides.pair([left[i] for i in some], [right[i] for i in others]) for some, others in pairs]
@@ -178,7 +209,9 @@ def _with_unpaired(
     if old:
         longest = [[max(len(truth[row]), len(found[index])) for index in left] for row in rows]
         table = np.rint(table * np.array(longest))
-    chosen = [(rows[i], left[j]) for i, j in zip(*(side.tolist() for side in linear_sum_assignment(table)), strict=True)]
+    chosen = [
+        (rows[i], left[j]) for i, j in zip(*(side.tolist() for side in linear_sum_assignment(table)), strict=True)
+    ]
     taken = {row for row, _ in chosen}
     return [*pairs, *(([row], [index]) for row, index in chosen), *(([row], []) for row in sorted(set(rows) - taken))]
 
@@ -187,10 +220,10 @@ def _joined_columns(truth: Sequence[str], found: Sequence[str], costs: _Costs) -
     """The answer's blocks, with neighbours joined that are within one block of the annotation."""
     near = costs.matrix(truth, found) < _SAME
     rows = [row for row in range(len(truth)) if not near[row].any()]
-    free = [index for index in range(len(found)) if not near[:, index].any()]
+    free = {index for index in range(len(found)) if not near[:, index].any()}
     best = []
     for row in rows if free else ():
-        runs = [_run(truth[row], found, start, set(free), costs) for start in free]
+        runs = [_run(truth[row], found, start, free, costs) for start in sorted(free)]
         edits = [costs.edits(truth[row], " ".join(found[run[0] : run[-1] + 1])) for run in runs]
         smallest = min(edits)
         best.append((runs[edits.index(smallest)], smallest))
@@ -261,12 +294,13 @@ def simple_match(truth: Sequence[Block], found: Sequence[Block]) -> list[Pair]:
     texts = [block.norm for block in sides.found]
     if not sides.truth:
         return [sides.pair([], range(len(texts)))] if texts else []
-    rows, columns = linear_sum_assignment(_Costs().matrix([block.norm for block in sides.truth], texts))
+    rows, columns = linear_sum_assignment(_Costs(math.inf).matrix([block.norm for block in sides.truth], texts))
     chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     pairs = [sides.pair([row], [chosen[row]] if row in chosen else []) for row in range(len(sides.truth))]
     # The source takes block 0 of the answer for none where it looks its kind and place up.
     pairs = [replace(one, found="", place=None) if chosen.get(row) == 0 else one for row, one in enumerate(pairs)]
-    rest = [index for index in range(len(texts)) if index not in set(chosen.values())]
+    paired = set(chosen.values())
+    rest = [index for index in range(len(texts)) if index not in paired]
     return [*pairs, sides.pair([], rest)] if rest else pairs
 
 

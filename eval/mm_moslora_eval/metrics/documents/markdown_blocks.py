@@ -253,10 +253,11 @@ def _unicode_formula(formula: str) -> str | None:
 
 
 _REMOVED = (
-    r"\mathbf \mathrm \mathnormal \mathit \mathbb \mathcal \mathscr \mathfrak \mathsf \mathtt \textbf \text \boldmath "
-    r"\boldsymbol \operatorname \bm \symbfit \mathbfcal \symbf \scriptscriptstyle \notag \setlength \coloneqq \space "
-    r"\thickspace \thinspace \medspace \nobreakspace \negmedspace \quad \qquad \enspace \substackw"
-).split()
+    r"\mathbf", r"\mathrm", r"\mathnormal", r"\mathit", r"\mathbb", r"\mathcal", r"\mathscr", r"\mathfrak", r"\mathsf",
+    r"\mathtt", r"\textbf", r"\text", r"\boldmath", r"\boldsymbol", r"\operatorname", r"\bm", r"\symbfit",
+    r"\mathbfcal", r"\symbf", r"\scriptscriptstyle", r"\notag", r"\setlength", r"\coloneqq", r"\space", r"\thickspace",
+    r"\thinspace", r"\medspace", r"\nobreakspace", r"\negmedspace", r"\quad", r"\qquad", r"\enspace", r"\substackw",
+)  # fmt: skip
 _ALSO_REMOVED = ("$$", "\\left", "\\right", "\\displaystyle", "\\text")
 
 

@@ -62,11 +62,11 @@ def page_numbers(annotation: Item, answer: str, *, old: bool, match: str = "quic
     if not old:
         formulas, others = _as_text(formulas)
         texts += others
-    compared = {
+    compared: dict[str, list[tuple[Sequence[Any], Sequence[Any]]]] = {
         "text": [(pair.norm_truth or pair.truth, pair.norm_found) for pair in texts if pair.kind not in IGNORED],
         "formula": [(pair.norm_truth or pair.truth, pair.norm_found) for pair in formulas],
         "order": [order],
-        "table": tables,
+        "table": [*tables],
     }
     numbers = {name: _edits(pairs) for name, pairs in compared.items()}
     numbers["teds"] = [_teds(*pair, structure_only=False) for pair in tables]
@@ -208,9 +208,7 @@ def _tables(
         return [], []
     written = "latex" if len(latex) > len(html) else "html"
     ordered = _sorted(items)
-    truth = [
-        Block(kind="table", text=str(item.get("html", "")), norm=str(item.get(written, ""))) for item in ordered
-    ]
+    truth = [Block(kind="table", text=str(item.get("html", "")), norm=str(item.get(written, ""))) for item in ordered]
     found = [replace(block, norm=block.text) for block in (latex if written == "latex" else html)]
     pairs = [pair for pair in simple_match(truth, found) if pair.kind]
     if written == "latex":

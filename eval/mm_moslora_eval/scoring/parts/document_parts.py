@@ -11,7 +11,6 @@ from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora_eval.metrics.documents.omnidocbench import page_numbers
 from mm_moslora_eval.metrics.general.timed_calls import PROCESS
 from mm_moslora_eval.scoring.estimates import Ratio
-from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Summed
 from mm_moslora_eval.sources.document import Document
 
@@ -133,6 +132,6 @@ def _equal_parts(ratios: Sequence[Ratio]) -> list[Ratio]:
     return [ratio * (1 / len(found)) for ratio in found]
 
 
-EXTRACTORS: dict[str, Extractor] = {"omnidocbench": omnidocbench_blocks}
-METRICS: dict[str, Metric] = {"omnidocbench": omnidocbench_page}
+EXTRACTORS: dict[str, Callable[..., str]] = {"omnidocbench": omnidocbench_blocks}
+METRICS: dict[str, Callable[..., float]] = {"omnidocbench": omnidocbench_page}
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"omnidocbench": omnidocbench}
