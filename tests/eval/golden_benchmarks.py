@@ -146,7 +146,7 @@ def omnidocbench(rows: list[Row], runs: Runs) -> list[Any]:
 
 def omnidocbench_formulas(rows: list[Row], runs: Runs) -> list[Any]:
     """The same of pages with formulas within texts."""
-    pytest.importorskip("pylatexenc")
+    pytest.importorskip("pylatexenc", reason="it writes formulas in Unicode")
     return omnidocbench(rows, runs)
 
 

@@ -166,6 +166,13 @@ def test_a_page_that_needs_pylatexenc_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert page_numbers(page(text("so $x$")), "so $x$", old=False)["text"] == [0, 3]
 
 
+def test_a_reference_that_is_no_page_is_named() -> None:
+    for reference in ("no page", json.dumps({"layout_dets": [{"category_type": "title"}]}), "{}"):
+        odd = Scored(document=Document(id="1", question="", answers=(reference,)), text="", parsed="", score=0.0)
+        with pytest.raises(EvalError, match="is no page of OmniDocBench"):
+            summed('omnidocbench {"version": "1.5"}', [odd])
+
+
 def test_both_versions_are_tasks() -> None:
     assert get_task("omnidocbench_v10").expected_count == 981
     assert get_task("omnidocbench_v15").expected_count == 1355
