@@ -13,7 +13,7 @@ from mm_moslora_eval.sources.document import Document
 from tests.eval.golden_answers import Check, Row, block, options, run_rows, step
 from tests.eval.protocol_runs import Runs
 
-PARTS = {"category": "all", "ID": "p", "key": "2steps_1", "qid": "1"}
+PARTS = {"category": "all", "ID": "p", "key": "2steps_1", "qid": "1", "question_type": "reasoning"}
 """Columns that aggregations of these benchmarks need."""
 
 
@@ -158,3 +158,54 @@ def ccocr(rows: list[Row], runs: Runs) -> list[Any]:
         return replace(made, category=row["group"])
 
     return [round(score, 6) for score in run_rows("ccocr_scenes@vlmevalkit", rows, runs, document).scores]
+
+
+def counting_letters(name: str) -> Check:
+    """The letters that count as the answer."""
+
+    def check(rows: list[Row], runs: Runs) -> list[Any]:
+        found = run_rows(name, rows, runs, lambda row, number: _document(number, "A", row)).parsed
+        known = [sorted(set(text.split(", ")) & options(row).keys()) for row, text in zip(rows, found, strict=True)]
+        return [", ".join(letters) for letters in known]
+
+    return check
+
+
+def mathvision_equal_vlmevalkit(rows: list[Row], runs: Runs) -> list[Any]:
+    """The source evaluates both sides as Python, where `a` and `b` are the other side, and roots and pi unknown."""
+    found = _scores("mathvision_test@vlmevalkit", rows, runs)
+    odd = [
+        {row["prediction"].strip().lower(), row["references"].lower()} & {"a", "b"}
+        or (score and any(sign in row["prediction"] + row["references"] for sign in ("sqrt", "pi", "^")))
+        for row, score in zip(rows, found, strict=True)
+    ]
+    return [row["expected"] if left else bool(score) for row, score, left in zip(rows, found, odd, strict=True)]
+
+
+def lvbench_accuracy(row: Row, runs: Runs) -> Any:
+    made = [
+        _document(number, letter, {"options": "ABCD"}, question_type=", ".join(types))
+        for number, (types, letter, _) in enumerate(row["rows"])
+    ]
+    result = runs("lvbench@official", made, [said for _, _, said in row["rows"]]).result
+    return {"acc": result.score, **result.metrics}
+
+
+def nlvr2(row: Row, runs: Runs) -> Any:
+    made = []
+    for name, label, _ in row["rows"]:
+        parts = dict(zip(("split", "set", "pair", "sentence_number"), name.split("-"), strict=True))
+        made.append(Document(id=name, question="q", answers=(label,), extra=parts))
+    result = runs("nlvr2_test@official", made, [said for _, _, said in row["rows"]]).result
+    return {"accuracy": result.score, "consistency": result.metrics["consistency"]}
+
+
+def simplevqa(row: Row, runs: Runs) -> Any:
+    verdicts = {"正确": "Correct.", "错误": "incorrect", "未尝试": "not attempted"}
+    made = [Document(id=str(number), question=f"q{number}#", answers=("a",)) for number in range(len(row["said"]))]
+
+    def judge(prompt: str, _: float) -> str:
+        return verdicts[row["said"][next(n for n in range(len(made)) if f"Question: q{n}#" in prompt)]]
+
+    result = runs("simplevqa@vlmevalkit", made, ["b"] * len(made), judge=judge).result
+    return {"correct": result.score, **{name: result.metrics[name] for name in row["expected"] if name != "correct"}}

@@ -30,11 +30,7 @@ class EditPattern:
 
     def __init__(self, items: Sequence[Hashable], *, wanted: Collection[Hashable] | None = None) -> None:
         self.size = len(items)
-        found = {item: bytearray(len(items) // 8 + 1) for item in (set(items) if wanted is None else wanted)}
-        for index, item in enumerate(items):
-            if item in found:
-                found[item][index // 8] |= 1 << index % 8
-        self._places = {item: int.from_bytes(bits, "little") for item, bits in found.items()}
+        self._places = bit_places(items, set(items) if wanted is None else wanted)
 
     def distance(self, text: Sequence[Hashable]) -> int:
         """The Levenshtein distance of a whole text."""
@@ -59,6 +55,15 @@ class EditPattern:
             up, below = (up << 1 | first) & whole, (below << 1) & whole
             rising, falling = below | (whole & ~(right | up)), up & right
             yield distance
+
+
+def bit_places(items: Sequence[Hashable], wanted: Collection[Hashable]) -> dict[Hashable, int]:
+    """For every wanted item an integer with a bit for each of its places."""
+    found = {item: bytearray(len(items) // 8 + 1) for item in wanted}
+    for index, item in enumerate(items):
+        if item in found:
+            found[item][index // 8] |= 1 << index % 8
+    return {item: int.from_bytes(bits, "little") for item, bits in found.items()}
 
 
 def strip_each(text: str, characters: str) -> str:

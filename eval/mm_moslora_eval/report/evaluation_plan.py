@@ -49,10 +49,11 @@ class Measured:
 
 
 def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
-    """The plan of a task whose data are at hand; else its documents as the task file has them, and the fault."""
+    """The plan of a task whose data are at hand, since nothing is fetched; else its documents as the task file has
+    them, and the fault."""
     decoding = task.within(settings.max_new_tokens).decoding
     try:
-        data = task.load()
+        data = task.load_cached()
         documents = select(data, settings)
     except MoSLoRAError as error:
         count = min(task.expected_count or 0, settings.limit or math.inf)

@@ -53,7 +53,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     kept = [document for document in read if document is not None]
     if source.answer_is in BOX_FORMS:
         kept = [with_reference_box(document, source.answer_is) for document in kept]
-    documents = checked(kept, source=str(path))
+    documents = checked(kept, source=str(path), pictures=source.pictures)
     return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
 
 

@@ -1,7 +1,8 @@
 """LLaVA files as documents.
 
 Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
-With `video` instead of `image` the frames of a video are shown, at `<video>` or before the text.
+With `video` instead of `image` the frames of a video are shown, at `<video>` or before the text, of a clip with
+`video_start` and `video_end`.
 Conversation files (the training format): each human/gpt pair is a separate document.
 """
 
@@ -22,6 +23,7 @@ from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import image_size
 from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import shown_of_record
+from mm_moslora_eval.sources.source_videos import END, START
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -49,7 +51,7 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
             yield None
             continue
         position = f"{path}, record {row}"
-        pictures = shown_of_record(record.get("image"), record.get("video"), file=path, row=row, rules=rules)
+        pictures = shown_of_record(record, file=path, row=row, rules=rules)
         if "conversations" in record:
             documents = [*_conversation(record, pictures, position, row)]
         else:
@@ -117,7 +119,10 @@ def _text(value: Any) -> str | None:
     return str(value) if value not in (None, "", "nan") else None
 
 
-_KNOWN = {"question_id", "id", "image", "video", "text", "question", "category", "answer", "answers", "options", "hint"}
+_KNOWN = {
+    "question_id", "id", "image", "video", START, END, "text", "question", "category", "answer", "answers", "options",
+    "hint",
+}  # fmt: skip
 
 
 def _question(record: Record, shown: RecordPictures, where: str) -> Document:

@@ -47,8 +47,14 @@ Choose = Callable[[VideoFacts], Sequence[int]]
 """The numbers of the frames to show."""
 
 
-def frame_indices(frames: int, count: int) -> list[int]:
-    """Numbers of the frames to take: `count` at even distances, the first and last frame included."""
+def frame_indices(frames: int, count: int, *, middles: bool = False) -> list[int]:
+    """Numbers of the frames to take: `count` at even distances, the first and last frame included.
+
+    With `middles` they are the middles of `count` equal parts, rounded as MVBench rounds them.
+    """
+    if middles:
+        part = (frames - 1) / count
+        return [int(part / 2 + round(part * index)) for index in range(count)]
     if count == 1:
         return [0]
     return [(2 * index * (frames - 1) + count - 1) // (2 * (count - 1)) for index in range(count)]

@@ -27,6 +27,8 @@ from tests.eval.eval_fake import FakeModel
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["image_path"]}',
+    "attempts": 'attempts {"none": ["no"]}',
+    "detailed_mean": 'detailed_mean {"groups": {"pictures": ["image_path"]}}',
     "weighted": 'weighted {"column": "category", "weights": {"existence": 2, "count": 1, "OCR": 1, "scene": 1}}',
     "wemath": 'wemath {"problem": "image_path", "step": "category"}',
     "consecutive": 'consecutive {"size": 1}',

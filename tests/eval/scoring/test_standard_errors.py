@@ -23,6 +23,8 @@ PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["picture"]}',
+    "attempts": 'attempts {"none": ["no"]}',
+    "detailed_mean": 'detailed_mean {"groups": {"pictures": ["picture"]}}',
     "weighted": 'weighted {"column": "weight"}',
     "wemath": 'wemath {"problem": "picture", "step": "split"}',
     "consecutive": 'consecutive {"size": 10}',

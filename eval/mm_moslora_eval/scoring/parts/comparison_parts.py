@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from mm_moslora.utils.errors import EvalError
@@ -67,7 +68,16 @@ def mathematics(
         raise
 
 
-EXTRACTORS: dict[str, Extractor] = {"points": points}
+_TRUTH = re.compile(r"\b(true|false)\b", re.I)
+
+
+def true_false(text: str, document: Document) -> str:
+    """`True` or `False`, whichever word is first in the answer."""
+    match = _TRUTH.search(text)
+    return match[1].capitalize() if match else ""
+
+
+EXTRACTORS: dict[str, Extractor] = {"points": points, "true_false": true_false}
 METRICS: dict[str, Metric] = {
     "edit_similarity": edit_similarity, "teds": teds, "point_inside": point_inside, "mathematics": mathematics,
 }  # fmt: skip
