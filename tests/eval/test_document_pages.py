@@ -102,7 +102,7 @@ def test_endless_answers_take_bounded_time(piece: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(markdown_blocks, "_reader", lambda: SimpleNamespace(latex_to_text=str))
     found = page_numbers(FULL, piece * (1_000_000 // len(piece)), old=old)
     assert found["text"][0] > 0
-    assert found["teds"] == [0.0]
+    assert found["teds"][0] < 0.01
 
 
 def test_scores_of_a_set(tmp_path: Path) -> None:

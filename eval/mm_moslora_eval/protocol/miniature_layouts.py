@@ -80,7 +80,7 @@ def _page(scene: Scene) -> str:
     parts: list[Row] = [
         {"category_type": "title", "text": f"# {scene.word}"},
         {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
-        {"category_type": "equation_isolated", "latex": f"$$n = {scene.count}$$"},
+        {"category_type": "equation_isolated", "latex": f"\\[n = {scene.count}\\]"},
         {"category_type": "table", "html": f"<table>{rows}</table>", "latex": "shape & number"},
         {"category_type": "page_number", "text": "7"},
     ]
