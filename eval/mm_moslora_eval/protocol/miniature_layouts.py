@@ -114,6 +114,27 @@ _MMMU_PRO = Form(
     question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
 )
 
+
+def _page(scene: Scene) -> str:
+    """The annotation of a scene as a page, in the form of OmniDocBench."""
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in
+                   (("shape", scene.shape), ("number", scene.count)))  # fmt: skip
+    parts: list[Row] = [
+        {"category_type": "title", "text": f"# {scene.word}"},
+        {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
+        {"category_type": "equation_isolated", "latex": f"\\[n = {scene.count}\\]"},
+        {"category_type": "table", "html": f"<table>{rows}</table>", "latex": "shape & number"},
+        {"category_type": "page_number", "text": "7"},
+    ]
+    items = [part | {"anno_id": number, "order": number, "ignore": False} for number, part in enumerate(parts, start=1)]
+    language = "english" if scene.count % 2 else "simplified_chinese"
+    about = {"language": language, "data_source": "book", "layout": "single_column"}
+    info = {"image_path": f"{scene.word}.png", "page_attribute": about}
+    return json.dumps({"layout_dets": items, "extra": {"relation": []}, "page_info": info})
+
+
+_PAGE = Form(question="", answer=_page, choices=())
+
 FORMS: dict[str, Form] = {
     "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
     "mathvision_testmini": Form(
@@ -257,6 +278,8 @@ FORMS: dict[str, Form] = {
         question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
         extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
     ),
+    "omnidocbench_v10": _PAGE,
+    "omnidocbench_v15": _PAGE,
 }  # fmt: skip
 """Task -> its documents."""
 
@@ -284,6 +307,8 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / source["path"]
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
+    if source["kind"] == "annotations":
+        return {**source, "path": str(_write_annotations(folder, form).resolve())}
     shown = {"video_frames": _FRAMES} if form.video else {}
     if files := source.get("files"):
         for number, (name, added) in enumerate(files.items()):
@@ -301,6 +326,17 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / "documents.parquet"
         _write_parquet(path, rows)
     return {**source, "path": str(path.resolve()), "config": None, **shown}
+
+
+def _write_annotations(folder: Path, form: Form) -> Path:
+    """Write the annotations of OmniDocBench, with their pictures in `images`."""
+    path, pages = folder / "OmniDocBench.json", [json.loads(form.answer(scene)) for scene in SCENES]
+    (folder / "images").mkdir(exist_ok=True)
+    for page, scene in zip(pages, SCENES, strict=True):
+        with replacing(folder / "images" / page["page_info"]["image_path"]) as part:
+            part.write_bytes(scene.png())
+    replace_json(path, pages)
+    return path
 
 
 def _nested(row: Row, source: Row) -> Row:

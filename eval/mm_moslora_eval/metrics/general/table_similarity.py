@@ -17,6 +17,8 @@ MOST_NODES = 2500
 _MOST_TAGS = 4 * MOST_NODES
 """Tags that are read, those that close nothing included."""
 _CELLS, _ROWS, _PARTS = {"td", "th"}, {"tr"}, {"thead", "tbody", "tfoot"}
+_PAGE = {"html", "head", "body"}
+"""Tags that mean nothing within a table."""
 _VOID = {"br", "hr", "img", "input", "col", "wbr", "area", "base", "embed", "link", "meta", "source", "track"}
 
 
@@ -63,7 +65,10 @@ class _FirstTable(HTMLParser):
         """Open an element."""
         if self._done or (not self._open and tag != "table") or self._passed():
             return
-        self._close_implied(tag)
+        if tag in _PAGE:
+            return
+        if "table" not in self._inner:
+            self._close_implied(tag)
         if not self._open:
             self.table = TableNode(tag)
             self._open.append(self.table)
@@ -130,13 +135,14 @@ def table_in(text: str) -> tuple[TableNode | None, int]:
     return None if reader.too_large else reader.table, reader.nodes
 
 
-def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
+def teds(answer: str, reference: str, *, structure_only: bool = False, signed: bool = False) -> float:
     """1 less the edits that turn one table into the other, as a share of the elements of the larger one.
 
     Args:
         answer: a text with an HTML table.
         reference: a text with an HTML table.
         structure_only: without the content of cells (TEDS-S).
+        signed: keep a value below 0, which tables of opposite forms have.
 
     Raises:
         ValueError: the reference is no table, or too large a one.
@@ -148,7 +154,7 @@ def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
         return 0.0
     most = max(size, nodes)
     distance = tree_distance(found, expected, change=_Changes(structure_only=structure_only))
-    return max(0.0, 1 - distance / most) if most else 1.0
+    return (1 - distance / most if signed else max(0.0, 1 - distance / most)) if most else 1.0
 
 
 class _Changes:

@@ -39,7 +39,11 @@ class TimedProcess:
         self._lock = threading.Lock()
 
     def value(self, compare: Callable[..., float], *, seconds: float = SECONDS, **arguments: Any) -> float:
-        """The result of a comparison that `timed_process` knows.
+        """The result of a comparison, see `result`, that is a number."""
+        return float(self.result(compare, seconds=seconds, **arguments))
+
+    def result(self, compare: Callable[..., Any], *, seconds: float = SECONDS, **arguments: Any) -> Any:
+        """The result of a comparison that `timed_process` knows, as plain data.
 
         Args:
             compare: the function, which is called by its name in the other process.
@@ -62,7 +66,7 @@ class TimedProcess:
         if "error" in reply:
             kind, _, message = str(reply["error"]).partition(": ")
             raise MissingRequirementError(message) if kind == _MISSING else RuntimeError(str(reply["error"]))
-        return float(str(reply["value"]))
+        return reply["value"]
 
     def _started(self, comparison: str) -> Child:
         child = self._child
