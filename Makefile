@@ -55,7 +55,8 @@ VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_be
   tests/data/sources/test_record_sources.py tests/data/sources/test_hf_tables.py tests/gpu tests/models/test_assembly.py tests/kernels/test_attention_varlen.py \
   tests/kernels/lora/test_triton_dropout.py tests/models/memory_efficient/test_kernel_selection.py \
   tests/models/vision/test_encoders.py tests/models/batching/test_packed_batch.py tests/models/test_pretrained_vlm.py \
-  tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_dependence.py
+  tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_dependence.py \
+  tests/eval/scoring/test_general_metrics.py
 VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
   --dist loadfile $(VERSIONED) $(ARGS)
 test-versions:
@@ -140,7 +141,7 @@ PYTHON312 ?= $(shell for name in python3.12 "$$(pyenv root 2>&1)"/versions/3.12*
 $(LOWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-	  --editable '.[test,serve,dashboards,quant,torchao,schedulefree,diffusion,trl,video]'
+	  --editable '.[test,serve,dashboards,quant,torchao,schedulefree,diffusion,trl,video,math]'
 	@touch $@
 
 $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev

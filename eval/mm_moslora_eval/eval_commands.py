@@ -21,6 +21,7 @@ from mm_moslora_eval.report.result_tables import table as table
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
+    from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
@@ -121,24 +122,27 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1, changes: Sequence[str] = ()) -> str:
     """The first prompts of tasks with the pictures in them, without a model."""
-    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 
     blocks = []
-    for name in tasks:
-        task = with_changes(get_task(name), changes)
+    for task in (with_changes(get_task(name), changes) for name in tasks):
         data = task.load()
-        for document in data.documents[:documents]:
-            head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
-            try:
-                shots = shots_for(task.prompt, document, data.shots)
-                messages = conversation(task.prompt, document, shots, reference=task.reference)
-                lines = [f"[{message.role}] {message.text}" for message in messages]
-            except EvalError as error:
-                lines = [f"cannot be asked: {error}"]
-            problem = [f"cannot be asked: {document.problem}"] if document.problem else []
-            blocks.append("\n".join([head, *lines, _pictures_of(document), *problem]))
+        blocks += [_prompt_of(task, document, data.shots) for document in data.documents[:documents]]
     return "\n".join(blocks)
+
+
+def _prompt_of(task: Task, document: Document, pool: Sequence[Document]) -> str:
+    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
+
+    head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
+    try:
+        shots = shots_for(task.prompt, document, pool)
+        messages = conversation(task.prompt, document, shots, reference=task.reference)
+        lines = [f"[{message.role}] {message.text}" for message in messages]
+    except EvalError as error:
+        lines = [f"cannot be asked: {error}"]
+    problem = [f"cannot be asked: {document.problem}"] if document.problem else []
+    return "\n".join([head, *lines, _pictures_of(document), *problem])
 
 
 def _pictures_of(document: Document) -> str:
@@ -316,7 +320,10 @@ def list_tasks(words: Sequence[str] = ()) -> str:
 
 
 def describe(name: str) -> str:
-    """Description of a task: source, prompt of the first document if the data is there, metric, published numbers."""
+    """Description of a task: source, prompt of the first document if the data is there, metric, published numbers.
+
+    Nothing is fetched.
+    """
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
@@ -345,7 +352,8 @@ def describe(name: str) -> str:
     lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
     lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
     try:
-        lines += ["", dry_run([name])]
+        data = task.load_cached()
+        lines += ["", _prompt_of(task, data.documents[0], data.shots)]
     except EvalError as error:
         lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)

@@ -193,7 +193,13 @@ def main() -> int:
     parser.add_argument("size", choices=("small", "full"))
     parser.add_argument("out", type=Path)
     parser.add_argument("source", type=Path, nargs="?", help="full: commonsense_170k.json")
+    parser.add_argument(
+        "--words", type=int, default=400,
+        help="small: test questions of `word`, 5,000 at most; another number draws all sets anew (default: 400)",
+    )  # fmt: skip
     options = parser.parse_args()
+    if not 1 <= options.words <= 5000:
+        parser.error(f"--words {options.words}: expected 1 to 5000")
     out = options.out.resolve()
     if options.size == "full":
         if options.source is None:
@@ -212,7 +218,7 @@ def main() -> int:
     from mm_moslora.quickstart import model_assets
 
     language, stamps = model_assets.language_model(print), model_assets.stamps(None, print)
-    build_small(read_stamps(stamps), read_words(), out, kinds=(100, 24, 300), definitions=(240, 76, 400))
+    build_small(read_stamps(stamps), read_words(), out, kinds=(100, 24, 300), definitions=(240, 76, options.words))
     recipe = write_recipe(
         "commonsense_small", out / "recipe.yaml",
         {

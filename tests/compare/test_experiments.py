@@ -41,6 +41,11 @@ def visual():
 
 
 @pytest.fixture(scope="module")
+def visual_owners():
+    yield from script("visual_owners")
+
+
+@pytest.fixture(scope="module")
 def subject():
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     yield from script("subject")
@@ -127,6 +132,40 @@ def test_the_visual_experiment_takes_two_sets_of_pictures_and_held_out_questions
     for part, other, asked in zip(learnt, validated, questions, strict=True):
         assert not part & other
         assert not (part | other) & {row["image"] for row in asked}
+
+
+def test_owners_are_learnt_from_pictures_that_are_not_asked_about(
+    visual_owners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, count in (("TRAIN", 48), ("VALIDATION", 16), ("ALIGN", 16)):
+        monkeypatch.setattr(visual_owners, name, count)
+    stamps = stamps_folder(tmp_path / "stamps", kinds=("animals", "symbols", "vehicles"))
+    models = {"model.language": "language", "model.vision.name": "vision"}
+    path, tasks = visual_owners.build(stamps, models, tmp_path / "out", questions=32)
+    recipe, aligned = load_recipe(path), load_recipe(path.with_name("align.yaml"))
+    assert recipe.model.projector.mode == "frozen", "what is learned about owners goes into the adapters"
+    assert recipe.model.projector.weights.startswith(aligned.train.output)
+    assert "Who owns this?" not in Path(aligned.data.train[0].path).read_text()
+
+    taught = [row["conversations"] for row in rows(Path(recipe.data.train[0].path))]
+    orders = {conversation[0]["value"] for conversation in taught}
+    assert orders == {"<image>\nWho owns this?", "<image>\nWhat kind of thing is this?"}
+    said = [{c[n]["value"].split("\n")[-1]: c[n + 1]["value"] for n in (0, 2)} for c in taught]
+    for task in tasks.split(","):
+        asked = rows(Path(task.removeprefix("llava:").split("@")[0]))
+        assert len(asked) == 32
+        for number, row in enumerate(asked):  # 16 things take turns in every part
+            assert row["answer"] == said[number % 16][row["text"]]
+    assert {answers["What kind of thing is this?"] for answers in said} == {"animal", "vehicle"}
+    assert sorted(answers["Who owns this?"] for answers in said[:16]) == sorted(visual_owners.OWNERS)
+    pictures = [file.read_bytes() for file in sorted((tmp_path / "out" / "images").iterdir())]
+    assert len(set(pictures)) == len(pictures) == 48 + 16 + 2 * 32 + 16
+
+    visual_owners.build(stamps, models, tmp_path / "again", questions=32)
+    assert [file.read_bytes() for file in sorted((tmp_path / "again" / "images").iterdir())] == pictures
+    visual_owners.build(stamps, models, tmp_path / "fresh", questions=40, seed=1)
+    fresh = {file.read_bytes() for file in (tmp_path / "fresh" / "images").iterdir()}
+    assert (len(fresh), fresh & set(pictures)) == (48 + 16 + 2 * 40 + 16, set())
 
 
 def stamps_folder(folder: Path, *, kinds: Sequence[str] = ("animals", "vehicles"), each: int = 30) -> Path:

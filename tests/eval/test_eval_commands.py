@@ -6,11 +6,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from huggingface_hub import constants
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.miniature_benchmarks import TASKS, make_miniature
 from mm_moslora_eval.protocol.miniature_layouts import FORMS
@@ -150,6 +153,25 @@ def test_lists_and_descriptions(arguments: list[str], capsys) -> None:
     out = capsys.readouterr().out
     assert ("pope" in out) == (arguments[0] == "list")
     assert ("The data cannot be read" in out) == (arguments[0] == "describe")
+
+
+def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's clients would try again for half a minute where there is none, and fetch gigabytes where there is."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hub:
+        url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        for place in (constants, datasets.config):
+            monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+        assert cli.run(["eval", "describe", "mathvision_test"]) == 0
+        assert "`mm-moslora eval check TASK` fetches it" in capsys.readouterr().out
+        assert cli.run(["eval", "plan", "mathvision_test", "blink_val", "--limit", "5"]) == 0
+        assert "mathvision_test@official: not counted but for its documents" in capsys.readouterr().out
+        hub.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_check_and_dry_run(miniature: Path, capsys) -> None:

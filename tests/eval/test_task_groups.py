@@ -29,9 +29,13 @@ def test_tasks_are_chosen_by_group_by_tag_and_by_name_each_once() -> None:
 
 def test_a_group_of_ones_own_names_tasks_files_and_other_groups(tmp_path: Path) -> None:
     path = tmp_path / "groups.yaml"
-    path.write_text("mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
+    data = "data: ['llava:q.jsonl', '@other/groups.yaml:far', tsv:/q.tsv]\n"
+    path.write_text(f"{data}mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
     assert expanded([f"@{path}:mine"])[:2] == [str(tmp_path / "mine.yaml"), "mme@llava"]
     assert expanded([f"@{path}:mine"])[2:] == expanded(["@captions"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "groups.yaml").write_text("far: [own.yaml@a]\n")
+    assert expanded([f"@{path}:data"]) == [f"llava:{tmp_path}/q.jsonl", f"{tmp_path}/other/own.yaml@a", "tsv:/q.tsv"]
     with pytest.raises(EvalError, match=r"There is no group @.*:nine\. Did you mean 'mine'"):
         expanded([f"@{path}:nine"])
     with pytest.raises(EvalError, match="holds itself"):

@@ -18,7 +18,7 @@ def levenshtein(first: Sequence[str], second: Sequence[str]) -> int:
         first, second = second, first
     if not first:
         return len(second)
-    places = _places(second, set(first))
+    places = bit_places(second, set(first))
     whole, last = (1 << len(second)) - 1, 1 << (len(second) - 1)
     rising, falling, distance = whole, 0, len(second)
     for item in first:
@@ -33,7 +33,7 @@ def levenshtein(first: Sequence[str], second: Sequence[str]) -> int:
     return distance
 
 
-def _places(items: Sequence[str], wanted: set[str]) -> dict[str, int]:
+def bit_places(items: Sequence[str], wanted: set[str]) -> dict[str, int]:
     """For every wanted item an integer with a bit for each of its places."""
     found = {item: bytearray(len(items) // 8 + 1) for item in wanted}
     for index, item in enumerate(items):

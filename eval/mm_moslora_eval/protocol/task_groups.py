@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mm_moslora.config.recipe_paths import rewritten_task
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.untrusted_data import parse_yaml, read_value
 from mm_moslora.utils.untrusted_files import read_text
-from mm_moslora_eval.protocol.task_registry import all_tasks, is_task_file, name_and_protocol, task_folder
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, is_task_file, name_and_protocol, task_folder
 
 SIGN = "@"
 """First character of a group's name."""
@@ -47,11 +49,12 @@ def _members(name: str, within: tuple[str, ...]) -> Iterator[str]:
         raise EvalError(f"The group {name} holds itself: {' > '.join((*within, name))}.")
     file, separator, group = name.removeprefix(SIGN).rpartition(":")
     groups = read_groups(_file(file, name)) if separator else shipped_groups()
+    folder = Path(file).parent
     for item in groups.get(group) or _tagged(name, group, groups, tags=not separator):
         if separator and item.startswith(SIGN) and item.removeprefix(SIGN) in groups:
             item = f"{SIGN}{file}:{item.removeprefix(SIGN)}"
-        elif separator and is_task_file(item):
-            item = str(Path(file).parent / item)
+        elif separator:
+            item = rewritten_task(item, folder, lambda path: str(folder / path))
         yield from _members(item, (*within, name))
 
 
@@ -90,3 +93,26 @@ def with_protocol(names: Sequence[str], protocol: str | None) -> list[str]:
         f"{task}@{protocol}" if protocol and not task.startswith(own_data) and not name_and_protocol(task)[1] else task
         for task in expanded(names)
     ]
+
+
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks of `validate.tasks`, those of groups included.
+
+    Raises:
+        EvalError: no such task or group, or two tasks with the same metric names.
+    """
+    every = expanded(names)
+    tasks = [get_task(name) for name in every]
+    for number, task in enumerate(tasks):
+        first = [other.name for other in tasks].index(task.name)
+        if first < number:
+            raise EvalError(
+                f"validate.tasks: {every[first]!r} and {every[number]!r} would both be measured as "
+                f"eval/{task.name}/... Keep one of them, or give its file another name."
+            )
+    return tasks
+
+
+def names_own_file(name: str) -> bool:
+    """Whether a name of a task or group is that of a user's own task file or file of groups."""
+    return ":" in name if name.startswith(SIGN) else is_task_file(name)

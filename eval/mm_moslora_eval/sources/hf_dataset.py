@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,23 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
 
+@contextmanager
+def from_cache() -> Iterator[None]:
+    """Read data sets of the hub from the caches of its libraries alone; the network is not touched."""
+    import datasets
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, offline in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = offline
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Table:
     """A table of `datasets`, and the columns that the task adds to its rows."""
@@ -132,7 +150,7 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
         cause = error.__cause__ or error
         raise EvalError(
             f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
-            "Give a local parquet file or folder, or a hub id while online."
+            "Give a local parquet file or folder, or a hub id; online, `mm-moslora eval check TASK` fetches it."
         ) from error
 
 

@@ -50,7 +50,8 @@ class Source:
     """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
     option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
-    """Only rows with these values, such as `split: validation`; other rows count as dropped."""
+    """Only rows with these values, such as `split: validation`; a `*` stands for any text (`category: "* en"`). Other
+    rows count as dropped."""
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""

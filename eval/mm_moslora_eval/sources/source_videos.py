@@ -19,6 +19,8 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
 
 if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
+
     from mm_moslora.batch import Video, VideoSampling
     from mm_moslora.data.images.record_picture import PictureRules
     from mm_moslora.data.images.video_clip import Clip, Excerpt
@@ -108,6 +110,11 @@ class VideoFrames:
         else:  # a folder of frames, or bytes
             self._file = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its frames, by the file's header."""
+        return self._clip.size()
+
     def identity(self, number: int) -> str:
         """A text that identifies a frame without decoding it; empty where its pixels must."""
         return f"frame {number} of {self.count}{self._part} of {self._file}" if self._file else ""
@@ -136,8 +143,7 @@ class VideoFrames:
                 digest.update(f"{frame.size} ".encode() + frame.tobytes())
             file = digest.hexdigest()
         identity = f"video {list(shown)}{self._part} of {file}"
-        shape = (len(shown), about.width or 0, about.height or 0)
-        self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, shape=shape)
+        self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, about=about)
         return self._whole
 
     def video(self, sampling: VideoSampling) -> Video:
@@ -163,10 +169,14 @@ class WholeVideo(StoredImage):
 
     frames: VideoFrames = field(kw_only=True)
     sampling: VideoSampling = field(kw_only=True)
-    shape: tuple[int, int, int] = field(kw_only=True)
-    """Frames that are shown, width and height."""
+    about: VideoMetadata = field(kw_only=True)
     blank: bool = field(default=False, kw_only=True)
     """Every frame has the mean colour of all."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames that are shown, width and height."""
+        return len(self.about.frames_indices or ()), self.about.width or 0, self.about.height or 0
 
     def video(self) -> Video:
         """It for the model's processor; for errors see `Clip.video`."""
