@@ -156,7 +156,10 @@ def _pictures_of(document: Document) -> str:
     return f"pictures: {', '.join(shown)}"
 
 
-def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
+def score(
+    path: Path, *, protocol: str | None = None, judge: Judge | None = None, partial: bool = False,
+    failures: list[Exception] | None = None,
+) -> list[TaskResult]:  # fmt: skip
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
     If a view cannot be scored, the others are scored all the same.
@@ -166,6 +169,8 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
         protocol: score the answers to this task with its extraction and metric (`NAME@PROTOCOL`); answers to other
             tasks are left alone.
         judge: grades free answers.
+        partial: also score views of which only some documents have an answer.
+        failures: gets what stopped the scoring of a view; None: the first is raised.
 
     Raises:
         EvalError: there is nothing to score, or documents have no answer.
@@ -183,16 +188,18 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
     if rules is not None:
         views = _views_of(rules.name, views, path)
     results: list[TaskResult] = []
-    failure: Exception | None = None
+    raised: list[Exception] = []
     for view in views:
         try:
-            result = score_folder(view, rules=rules, judge=judge)
+            result = score_folder(view, rules=rules, judge=judge, partial=partial)
             write_results(run_of(view), [result])
             results.append(result)
         except Exception as error:  # of any kind: raised once the others are scored
-            failure = failure or error
-    if failure is not None:
-        raise failure
+            raised.append(error)
+    if failures is not None:
+        failures += raised
+    elif raised:
+        raise raised[0]
     return results
 
 

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ _MOST_WAIT, _MOST_RETRY_AFTER = 60.0, 900.0
 _ASIDE = 10.0
 """Seconds for a question about the server itself."""
 _MOST_REPLY_BYTES = 2**26
+NOTHING_SAID = (OSError, http.client.HTTPException, ValueError, RuntimeError)
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
 _UNSUPPORTED = re.compile(
@@ -137,13 +139,19 @@ class Endpoint:
                 return reply
 
     def get(self, path: str) -> Any:
-        """What the server says at a path below the address, in seconds; None where it says nothing useful."""
-        try:
-            asked = urllib.request.Request(f"{self.url}{path}", headers=self._key_headers())  # noqa: S310
-            with _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response:
-                return parse_json(self._body(response))
-        except (OSError, http.client.HTTPException, ValueError, RuntimeError):
-            return None
+        """What the server says at a path below the address; None where it says nothing useful."""
+        with suppress(*NOTHING_SAID):
+            return self.ask(path)
+
+    def ask(self, path: str) -> Any:
+        """What the server says at a path below the address, in seconds.
+
+        Raises:
+            Exception: one of `NOTHING_SAID`.
+        """
+        asked = urllib.request.Request(f"{self.url}{path}", headers=self._key_headers())  # noqa: S310
+        with _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response:
+            return parse_json(self._body(response))
 
     def _key_headers(self) -> Mapping[str, str]:
         return self.form.headers(next((value for name in self.form.keys if (value := os.environ.get(name))), ""))

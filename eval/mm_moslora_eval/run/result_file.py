@@ -71,7 +71,9 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     return TaskResult(**{**data, **numbers, "counts": counts, "about": about, "remarks": remarks})
 
 
-def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
+def score_folder(
+    folder: Path, *, rules: Task | None = None, judge: Judge | None = None, partial: bool = False
+) -> TaskResult:
     """Score the answers of one view and write its `samples.jsonl`.
 
     A task that needs a judge stays unscored without one or if the judge fails. Then its score is nan,
@@ -82,6 +84,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
             then written to a further view.
         judge: grades free answers.
+        partial: where only some documents have an answer, the others count as failed samples.
 
     Raises:
         EvalError: files are missing or of another format, or documents have no answer yet.
@@ -99,11 +102,12 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     answers = read_folder(answers_folder(view))
     keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
     missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
-    if missing:
+    if missing and not (partial and len(missing) < len(rows)):
         raise EvalError(
             f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
-            "run the same evaluation again to continue."
+            "run the same evaluation again to continue, or score what is there: mm-moslora eval score RUN --partial."
         )
+    answers = dict.fromkeys(itertools.chain(*keys), _UNASKED) | answers
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
     given = [[answers[key] for key in own] for own in keys]
@@ -141,6 +145,9 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         return unscored(task, scored, about=about, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, each=each, **settled)
+
+
+_UNASKED = dict.fromkeys(("text", "finish_reason", "options", "seconds")) | {"tokens": 0, "error": "not asked yet"}
 
 
 def _spent(answers: Sequence[dict[str, Any]], prices: Mapping[str, Any] | None) -> dict[str, Any]:
