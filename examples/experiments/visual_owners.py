@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Visual instruction tuning in small, made so hard that weak adapters fall behind: whose thing is it?
 
-    python examples/experiments/visual_owners.py OUT [--questions 320] [--seed 0]
+    python examples/experiments/visual_owners.py OUT [--train 960] [--questions 320] [--seed 0]
 
 64 of Tux Paint's drawings and cut-out photos, eight of each of eight kinds, are drawn anew for every picture: larger or
 smaller, mirrored or not, turned, at another place, on another colour. Two things are asked:
@@ -118,13 +118,16 @@ def draw(thing: Thing, rng: random.Random) -> Image.Image:
     return picture
 
 
-def build(stamps: Path, models: dict[str, str], out: Path, *, questions: int = TEST, seed: int = 0) -> tuple[Path, str]:
+def build(
+    stamps: Path, models: dict[str, str], out: Path, *, train: int = TRAIN, questions: int = TEST, seed: int = 0
+) -> tuple[Path, str]:
     """Write pictures, questions, `align.yaml` and `recipe.yaml`.
 
     Args:
         stamps: folder of `model_assets.stamps`.
         models: recipe keys of the language model and the vision encoder.
         out: folder of the experiment.
+        train: pictures to train with.
         questions: of a set, to measure.
         seed: draws the things, their owners and the pictures.
 
@@ -151,7 +154,7 @@ def build(stamps: Path, models: dict[str, str], out: Path, *, questions: int = T
 
     for part, count, asked in (
         ("align", ALIGN, [SENTENCE]),
-        ("train", TRAIN, [KIND, OWNER]),
+        ("train", train, [KIND, OWNER]),
         ("validation", VALIDATION, [KIND, OWNER]),
     ):
         _write(out / f"{part}.jsonl", pictures(part, count, asked))
@@ -201,11 +204,13 @@ def main() -> int:
     """Write the data and the recipes; print the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=int, default=TRAIN, help=f"pictures to train with (default: {TRAIN})")
     parser.add_argument("--questions", type=int, default=TEST, help=f"of a set, to measure (default: {TEST})")
     parser.add_argument("--seed", type=int, default=0, help="another one draws things, owners and pictures anew")
     options = parser.parse_args()
-    if options.questions < 1:
-        parser.error(f"--questions {options.questions}: expected 1 or more")
+    for name in ("train", "questions"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
     out = options.out.resolve()
     from mm_moslora.quickstart import model_assets
 
@@ -214,7 +219,7 @@ def main() -> int:
         "model.vision.name": str(model_assets.dinov2(print)),
     }
     stamps = model_assets.stamps(None, print)
-    recipe, tasks = build(stamps, models, out, questions=options.questions, seed=options.seed)
+    recipe, tasks = build(stamps, models, out, train=options.train, questions=options.questions, seed=options.seed)
     print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(
         f"mm-moslora compare {recipe} --arms {ARMS} --lr 2e-3,4e-3,8e-3 --seeds 3 --tasks {tasks} "

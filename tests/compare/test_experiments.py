@@ -137,11 +137,11 @@ def test_the_visual_experiment_takes_two_sets_of_pictures_and_held_out_questions
 def test_owners_are_learnt_from_pictures_that_are_not_asked_about(
     visual_owners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for name, count in (("TRAIN", 48), ("VALIDATION", 16), ("ALIGN", 16)):
+    for name, count in (("VALIDATION", 16), ("ALIGN", 16)):
         monkeypatch.setattr(visual_owners, name, count)
     stamps = stamps_folder(tmp_path / "stamps", kinds=("animals", "symbols", "vehicles"))
     models = {"model.language": "language", "model.vision.name": "vision"}
-    path, tasks = visual_owners.build(stamps, models, tmp_path / "out", questions=32)
+    path, tasks = visual_owners.build(stamps, models, tmp_path / "out", train=48, questions=32)
     recipe, aligned = load_recipe(path), load_recipe(path.with_name("align.yaml"))
     assert recipe.model.projector.mode == "frozen", "what is learned about owners goes into the adapters"
     assert recipe.model.projector.weights.startswith(aligned.train.output)
@@ -161,11 +161,11 @@ def test_owners_are_learnt_from_pictures_that_are_not_asked_about(
     pictures = [file.read_bytes() for file in sorted((tmp_path / "out" / "images").iterdir())]
     assert len(set(pictures)) == len(pictures) == 48 + 16 + 2 * 32 + 16
 
-    visual_owners.build(stamps, models, tmp_path / "again", questions=32)
+    visual_owners.build(stamps, models, tmp_path / "again", train=48, questions=32)
     assert [file.read_bytes() for file in sorted((tmp_path / "again" / "images").iterdir())] == pictures
-    visual_owners.build(stamps, models, tmp_path / "fresh", questions=40, seed=1)
+    visual_owners.build(stamps, models, tmp_path / "fresh", train=64, questions=40, seed=1)
     fresh = {file.read_bytes() for file in (tmp_path / "fresh" / "images").iterdir()}
-    assert (len(fresh), fresh & set(pictures)) == (48 + 16 + 2 * 40 + 16, set())
+    assert (len(fresh), fresh & set(pictures)) == (64 + 16 + 2 * 40 + 16, set())
 
 
 def stamps_folder(folder: Path, *, kinds: Sequence[str] = ("animals", "vehicles"), each: int = 30) -> Path:

@@ -68,9 +68,72 @@ _MMBENCH = Form(
     question=_COLOUR.question, answer=_COLOUR.answer, choices=_COLOUR.choices, rotations=4,
     extra={"hint": "nan", "category": "attribute_recognition", "l2-category": "perception"},
 )  # fmt: skip
+_READ_EN = (
+    ("text recognition en", "What word is written?", lambda scene: [scene.word], "without eval"),
+    ("text counting en", "How many shapes are there?", lambda scene: [scene.count], "regression"),
+    ("text grounding en", "Where is the word, in shares of 1,000?", lambda scene: [100, 700, 900, 950], "without eval"),
+    (
+        "science QA en",
+        f"Which shape is shown?\n{_written(SHAPES)}",
+        lambda scene: [_LETTERS[SHAPES.index(scene.shape)]],
+        "multiple choice",
+    ),
+)
+_READ_CN = (
+    ("cognition VQA cn", "\u56fe\u4e2d\u5199\u7740\u4ec0\u4e48\uff1f", lambda scene: [scene.word], "without eval"),
+    (
+        "handwritten answer extraction cn",
+        "\u7b54\u6848\u662f\u4ec0\u4e48\uff1f",
+        lambda scene: [scene.word],
+        "without eval",
+    ),
+)
+_PARSED: tuple[tuple[str, Callable[[Scene], str]], ...] = (
+    ("doc", lambda scene: rf"\section{{{scene.word}}}"),
+    ("table", lambda scene: f"<table><tr><td>{scene.word}</td><td>{scene.count}</td></tr></table>"),
+    ("formula", lambda scene: rf"{scene.count} \times x"),
+    ("molecular", lambda scene: "C" * scene.count),
+)
+
+
+def _read(kinds: Sequence[tuple[str, str, Callable[[Scene], Any], str]]) -> Form:
+    """OCRBench v2: a type of question after the other, with lists as VLMEvalKit writes them."""
+    return Form(
+        answer=lambda scene: "", choices=(),
+        extra={
+            "category": lambda number: kinds[number % len(kinds)][0],
+            "question": lambda number: kinds[number % len(kinds)][1],
+            "answer": lambda number: repr(kinds[number % len(kinds)][2](SCENES[number])),
+            "eval": lambda number: kinds[number % len(kinds)][3],
+            "bbox": "without bbox", "content": "without content",
+        },
+    )  # fmt: skip
+
+
 _MMMU_PRO = Form(
     question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
 )
+
+
+def _page(scene: Scene) -> str:
+    """The annotation of a scene as a page, in the form of OmniDocBench."""
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in
+                   (("shape", scene.shape), ("number", scene.count)))  # fmt: skip
+    parts: list[Row] = [
+        {"category_type": "title", "text": f"# {scene.word}"},
+        {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
+        {"category_type": "equation_isolated", "latex": f"\\[n = {scene.count}\\]"},
+        {"category_type": "table", "html": f"<table>{rows}</table>", "latex": "shape & number"},
+        {"category_type": "page_number", "text": "7"},
+    ]
+    items = [part | {"anno_id": number, "order": number, "ignore": False} for number, part in enumerate(parts, start=1)]
+    language = "english" if scene.count % 2 else "simplified_chinese"
+    about = {"language": language, "data_source": "book", "layout": "single_column"}
+    info = {"image_path": f"{scene.word}.png", "page_attribute": about}
+    return json.dumps({"layout_dets": items, "extra": {"relation": []}, "page_info": info})
+
+
+_PAGE = Form(question="", answer=_page, choices=())
 
 FORMS: dict[str, Form] = {
     "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
@@ -171,6 +234,25 @@ FORMS: dict[str, Form] = {
             "category": "multi_scene_ocr", "l2-category": "scene_text", "split": lambda n: ("IC15", "zh_doc")[n % 2]
         },
     ),
+    "ccocr_fields": Form(
+        question='Fill in: {"word": "", "count": ""}', choices=(),
+        answer=lambda scene: json.dumps({"word": scene.word, "count": str(scene.count)}),
+        extra={
+            "category": "kie", "l2-category": "constrained_category", "image_name": lambda n: f"{n}.png",
+            "split": lambda n: ("CORD", "POIE")[n % 2],
+        },
+    ),
+    "ccocr_documents": Form(
+        question="Transcribe the picture.", answer=lambda scene: "", choices=(),
+        extra={
+            "category": "doc_parsing", "image_name": lambda n: f"{n}.png",
+            "l2-category": lambda n: _PARSED[n % len(_PARSED)][0],
+            "split": lambda n: f"{_PARSED[n % len(_PARSED)][0]}_photo_eng",
+            "answer": lambda n: _PARSED[n % len(_PARSED)][1](SCENES[n]),
+        },
+    ),
+    "ocrbench_v2_en": _read(_READ_EN),
+    "ocrbench_v2_cn": _read(_READ_CN),
     "charxiv_descriptive": Form(
         question="What is the word in the picture?", answer=lambda scene: scene.word, choices=(), extra={"qid": "1"}
     ),
@@ -196,6 +278,8 @@ FORMS: dict[str, Form] = {
         question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
         extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
     ),
+    "omnidocbench_v10": _PAGE,
+    "omnidocbench_v15": _PAGE,
 }  # fmt: skip
 """Task -> its documents."""
 
@@ -223,6 +307,8 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / source["path"]
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
+    if source["kind"] == "annotations":
+        return {**source, "path": str(_write_annotations(folder, form).resolve())}
     shown = {"video_frames": _FRAMES} if form.video else {}
     if files := source.get("files"):
         for number, (name, added) in enumerate(files.items()):
@@ -240,6 +326,17 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / "documents.parquet"
         _write_parquet(path, rows)
     return {**source, "path": str(path.resolve()), "config": None, **shown}
+
+
+def _write_annotations(folder: Path, form: Form) -> Path:
+    """Write the annotations of OmniDocBench, with their pictures in `images`."""
+    path, pages = folder / "OmniDocBench.json", [json.loads(form.answer(scene)) for scene in SCENES]
+    (folder / "images").mkdir(exist_ok=True)
+    for page, scene in zip(pages, SCENES, strict=True):
+        with replacing(folder / "images" / page["page_info"]["image_path"]) as part:
+            part.write_bytes(scene.png())
+    replace_json(path, pages)
+    return path
 
 
 def _nested(row: Row, source: Row) -> Row:

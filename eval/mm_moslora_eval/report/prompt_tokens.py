@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.video_utils import VideoMetadata
+
 from mm_moslora.batch import VideoSampling
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preprocessing_print import trained_videos
@@ -51,7 +53,7 @@ class PromptTokens:
         """Tokens of a bare text."""
         return len(self._tokenizer.encode(text))
 
-    def _size(self, image: ImageLike) -> object:
+    def _size(self, image: ImageLike) -> tuple[int, int] | VideoMetadata:
         if isinstance(image, WholeVideo):
             return image.about
         if self._images is not None and self._images.fixed:

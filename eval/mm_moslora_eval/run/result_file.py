@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError, MissingRequirementError
 from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
@@ -324,6 +324,14 @@ def summarise(
     )  # fmt: skip
     remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
     remarks += disagreement(about.get("judge", {}))
+    missing = [sample.fault for sample in scored if sample.fault.startswith(MissingRequirementError.__name__)]
+    if missing:  # a score over the other answers would pass for that of the benchmark
+        needed = missing[0].partition(": ")[2]
+        about = result.about | {
+            "unscored": f"{len(missing)} answers need what is not here. {needed}",
+            "rules_failed": True,
+        }
+        return replace(result, counts=counts, remarks=tuple(remarks), about=about)
     if not graded:
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)

@@ -119,8 +119,7 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
         return undecoded(load_checked(kind, data_files=str(file), split="train")), sha256
 
     def read_fetched(name: str) -> tuple[Any, str]:
-        options = {"data_files": name, "split": "train", "revision": source.revision}
-        table = undecoded(load_checked(source.path, **options))
+        table = undecoded(load_checked(source.path, data_files=name, split="train", revision=source.revision))
         return table, str(getattr(table, "_fingerprint", ""))
 
     try:
@@ -158,7 +157,7 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
 def _check_columns(tables: Sequence[_Table], source: Source) -> None:
     """Refuse names of columns that no table has."""
     known = dict.fromkeys(name for one in tables for name in (*one.table.column_names, *one.added))
-    first = next((row for one in tables for row in one.table), {})
+    first: Mapping[str, Any] = next((row for one in tables for row in one.table), {})
     known |= dict.fromkeys(name for row, _ in _rows(first, {}, source) for name in row)
     wanted = [
         (name, f"for {document_field}")

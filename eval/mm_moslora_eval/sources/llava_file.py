@@ -46,7 +46,7 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
     Raises:
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
     """
-    for row, record in _records(path):
+    for row, record in records(path):
         if not matches(record, where):
             yield None
             continue
@@ -71,7 +71,12 @@ def reference_of(answer: str) -> str:
     return _THINKING.sub("", answer)
 
 
-def _records(path: Path) -> Iterator[tuple[int, Record]]:
+def records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSON list or of JSON lines, with their numbers.
+
+    Raises:
+        EvalError: something that is no JSON object; names the row.
+    """
     try:
         text = read_text(path, most=MOST_BYTES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:

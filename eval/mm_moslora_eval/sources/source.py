@@ -15,7 +15,7 @@ _NAME = re.compile(r"\{(\w+)\}")
 class Source:
     """The source of a task's documents."""
 
-    kind: Literal["llava", "tsv", "hf"]
+    kind: Literal["llava", "tsv", "hf", "annotations"]
     path: str
     """A file (see `source_files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
     image_folder: str | None = None
@@ -50,13 +50,17 @@ class Source:
     """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
     option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
-    """Only rows with these values, such as `split: validation`; other rows count as dropped."""
+    """Only rows with these values, such as `split: validation`; a `*` stands for any text (`category: "* en"`). Other
+    rows count as dropped."""
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""
+    without: tuple[str, ...] = ()
+    """annotations: keys, at any depth, without which an annotation is kept as the reference."""
     columns: dict[str, str] = field(default_factory=dict)
     """hf: document field (id, image, video, video_start, video_end, question, options, answer, category, hint) -> the
-    data set's column. An image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`."""
+    data set's column. An image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`.
+    annotations: id, image and category -> the place of a value, such as `page_info.image_path`."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """hf: data files below `path` -> further columns that are the same in each of their rows, such as a sub-task and
     the folder of its videos. Empty: all data of `path`."""

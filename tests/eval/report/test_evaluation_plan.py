@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mm_moslora_eval.backends.local_model import turn_of
+from mm_moslora_eval.backends.local_model import LocalModel, turn_of
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 from mm_moslora_eval.report.evaluation_plan import measured
@@ -45,6 +45,7 @@ def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
 ) -> None:
     folder, name = export_tiny(tmp_path / "tiny", language_folder, vision_folder), f"llava:{question_file}"
     model = open_model(str(folder))
+    assert isinstance(model, LocalModel)
     work = Preparation(
         task := get_task(name), task.load().documents, mode="own", seed=0, fingerprint="", hasher=Hasher()
     )

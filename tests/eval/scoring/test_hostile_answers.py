@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def too_slow(name: str, read: Callable[[str], Scored]) -> list[str]:
 def test_every_extraction_reads_hostile_answers_in_time() -> None:
     found = []
     for name in rules(EXTRACTORS):
-        found += too_slow(name, lambda text, name=name: score_answer(CHOICE, text, extraction=name, metric="equal"))
+        found += too_slow(name, partial(score_answer, CHOICE, extraction=name, metric="equal"))
     assert not found
 
 
@@ -115,11 +116,7 @@ def test_every_metric_reads_hostile_answers_in_time() -> None:
     for name in rules(METRICS):
         if name.startswith("mathematics") and not is_installed("math_verify"):
             continue
-        question = open_question(name)
-        found += too_slow(
-            name,
-            lambda text, name=name, question=question: score_answer(question, text, extraction="text", metric=name),
-        )
+        found += too_slow(name, partial(score_answer, open_question(name), extraction="text", metric=name))
     assert not found
 
 

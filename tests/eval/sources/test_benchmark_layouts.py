@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_registry import load_file, task_folder
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.source import Source
 from PIL import Image
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora.utils.untrusted_files import FileError
+from tests.eval.eval_fake import FakeModel
 
 
 def png(width: int = 200, height: int = 100) -> bytes:
@@ -197,3 +206,34 @@ def test_a_document_without_one_of_its_pictures_is_a_problem(tmp_path: Path) -> 
     table.to_parquet(str(tmp_path / "t.parquet"))
     source = Source(kind="hf", path=str(tmp_path / "t.parquet"), columns={"image": "left, right"}, pictures=2)
     assert [document.problem for document in load(source).documents] == [None, "has 1 pictures, expected 2"]
+
+
+def shipped(name: str, folder: Path) -> Task:
+    """The first protocol of a shipped task on its miniature."""
+    data = parse_yaml((task_folder() / f"{name}.yaml").read_text(), source=name)
+    place_documents(folder, data, FORMS[name])
+    (folder / "task.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    return load_file(folder / "task.yaml")[0]
+
+
+def test_a_statement_without_a_picture_and_a_clip_without_its_video_are_counted(tmp_path: Path) -> None:
+    pairs, videos = shipped("nlvr2_test", tmp_path / "pairs"), shipped("mvbench", tmp_path / "videos")
+    (tmp_path / "pairs" / "test1-0-0-img1.png").unlink()
+    folders = tmp_path / "videos"
+    (folders / "star" / "Charades_v1_480" / "0.mp4").unlink()
+    (folders / "star" / "Charades_v1_480" / "1.mp4").write_bytes(b"no video")
+    for frame in (folders / "tvqa" / "frames_fps3_hq" / "18.mp4").iterdir():
+        frame.write_bytes(frame.read_bytes()[:100])
+    row = json.loads((folders / "json" / "object_interaction.json").read_text())
+    write(folders / "json" / "object_interaction.json", [row[0] | {"start": 60.0, "end": 70.0}])
+    settings = EvaluationSettings(batch_size=8, rank=0, world_size=1)
+    run = evaluate_tasks([pairs, videos], tmp_path / "run", settings)
+    assert [(result.n, result.counts.failed) for result in run] == [(6, 1), (20, 4)]
+    assert all(not result.about.get("unscored") for result in run)
+
+
+def evaluate_tasks(tasks: list[Task], folder: Path, settings: EvaluationSettings) -> list[TaskResult]:
+    model = FakeModel()
+    return [
+        evaluate(model, task, folder / task.name, modes=("own",), baselines=(), settings=settings)[0] for task in tasks
+    ]

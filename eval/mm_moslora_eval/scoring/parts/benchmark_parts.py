@@ -8,7 +8,7 @@ from string import ascii_uppercase
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import multiple_choice, vqa_accuracy
-from mm_moslora_eval.metrics.benchmarks import ccocr, counts, dynamath, letter_readers, mathvision, video_letters
+from mm_moslora_eval.metrics.benchmarks import counts, dynamath, letter_readers, mathvision, video_letters
 from mm_moslora_eval.metrics.benchmarks.wemath import problem_value
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
@@ -112,14 +112,6 @@ def dynamath_score(parsed: str, document: Document) -> float:
     return best(lambda answer, reference: dynamath.score(answer, reference, kind), parsed, document.answers)
 
 
-def ccocr_text(parsed: str, document: Document) -> float:
-    """CC-OCR: F1 of the words, or of the characters by the sub-set in `split`, whatever their order."""
-    split, group = document.extra.get("split", ""), document.category or ""
-    return best(
-        lambda text, reference: ccocr.text_f1(text, reference, split=split, group=group), parsed, document.answers
-    )
-
-
 def one_of_letters(parsed: str, document: Document) -> float:
     """The right letter is one of those that the extraction gives."""
     return float(bool(set(parsed.split(_BETWEEN)) & set(document.answers)))
@@ -133,7 +125,6 @@ def mathvision_vlmevalkit_score(parsed: str, document: Document) -> float:
 METRICS: dict[str, Metric] = {
     "one_of_letters": one_of_letters,
     "mathvision_vlmevalkit": mathvision_vlmevalkit_score,
-    "ccocr_text": ccocr_text,
     "mathvision": mathvision_score,
     "first_digits": first_digits,
     "exact_evalai": exact_evalai,
