@@ -48,7 +48,8 @@ _OWN = (
     "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs",
 )  # fmt: skip
 """Arguments after which the server would not stand where this process asks for it."""
-_Asked, _Said = TypeVar("_Asked"), TypeVar("_Said")
+_Asked = TypeVar("_Asked")
+_Said = TypeVar("_Said")
 
 
 class VllmModel(EndpointModel):
