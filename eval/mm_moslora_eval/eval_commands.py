@@ -21,6 +21,7 @@ from mm_moslora_eval.report.result_tables import table as table
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
+    from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.llm_judge import Judge
@@ -121,24 +122,27 @@ def training_answers(*names: str) -> Sequence[TrainingAnswer]:
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1, changes: Sequence[str] = ()) -> str:
     """The first prompts of tasks with the pictures in them, without a model."""
-    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 
     blocks = []
-    for name in tasks:
-        task = with_changes(get_task(name), changes)
+    for task in (with_changes(get_task(name), changes) for name in tasks):
         data = task.load()
-        for document in data.documents[:documents]:
-            head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
-            try:
-                shots = shots_for(task.prompt, document, data.shots)
-                messages = conversation(task.prompt, document, shots, reference=task.reference)
-                lines = [f"[{message.role}] {message.text}" for message in messages]
-            except EvalError as error:
-                lines = [f"cannot be asked: {error}"]
-            problem = [f"cannot be asked: {document.problem}"] if document.problem else []
-            blocks.append("\n".join([head, *lines, _pictures_of(document), *problem]))
+        blocks += [_prompt_of(task, document, data.shots) for document in data.documents[:documents]]
     return "\n".join(blocks)
+
+
+def _prompt_of(task: Task, document: Document, pool: Sequence[Document]) -> str:
+    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
+
+    head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
+    try:
+        shots = shots_for(task.prompt, document, pool)
+        messages = conversation(task.prompt, document, shots, reference=task.reference)
+        lines = [f"[{message.role}] {message.text}" for message in messages]
+    except EvalError as error:
+        lines = [f"cannot be asked: {error}"]
+    problem = [f"cannot be asked: {document.problem}"] if document.problem else []
+    return "\n".join([head, *lines, _pictures_of(document), *problem])
 
 
 def _pictures_of(document: Document) -> str:
@@ -152,7 +156,10 @@ def _pictures_of(document: Document) -> str:
     return f"pictures: {', '.join(shown)}"
 
 
-def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
+def score(
+    path: Path, *, protocol: str | None = None, judge: Judge | None = None, partial: bool = False,
+    failures: list[Exception] | None = None,
+) -> list[TaskResult]:  # fmt: skip
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
     If a view cannot be scored, the others are scored all the same.
@@ -162,6 +169,8 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
         protocol: score the answers to this task with its extraction and metric (`NAME@PROTOCOL`); answers to other
             tasks are left alone.
         judge: grades free answers.
+        partial: also score views of which only some documents have an answer.
+        failures: gets what stopped the scoring of a view; None: the first is raised.
 
     Raises:
         EvalError: there is nothing to score, or documents have no answer.
@@ -179,16 +188,18 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
     if rules is not None:
         views = _views_of(rules.name, views, path)
     results: list[TaskResult] = []
-    failure: Exception | None = None
+    raised: list[Exception] = []
     for view in views:
         try:
-            result = score_folder(view, rules=rules, judge=judge)
+            result = score_folder(view, rules=rules, judge=judge, partial=partial)
             write_results(run_of(view), [result])
             results.append(result)
         except Exception as error:  # of any kind: raised once the others are scored
-            failure = failure or error
-    if failure is not None:
-        raise failure
+            raised.append(error)
+    if failures is not None:
+        failures += raised
+    elif raised:
+        raise raised[0]
     return results
 
 
@@ -316,7 +327,10 @@ def list_tasks(words: Sequence[str] = ()) -> str:
 
 
 def describe(name: str) -> str:
-    """Description of a task: source, prompt of the first document if the data is there, metric, published numbers."""
+    """Description of a task: source, prompt of the first document if the data is there, metric, published numbers.
+
+    Nothing is fetched.
+    """
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
@@ -345,7 +359,8 @@ def describe(name: str) -> str:
     lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
     lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
     try:
-        lines += ["", dry_run([name])]
+        data = task.load_cached()
+        lines += ["", _prompt_of(task, data.documents[0], data.shots)]
     except EvalError as error:
         lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)

@@ -134,6 +134,8 @@ def compare(
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     require_sft(shared, "compare")
+    from mm_moslora_eval.protocol.task_groups import expanded
+
     from mm_moslora.compare.arms import parse_arms, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, ComparisonSettings
     from mm_moslora.compare.comparison_run import ARRAY, ArmComparison, RunBudget, exclusive
@@ -142,8 +144,9 @@ def compare(
     from mm_moslora.launch.ray_engine import open_engine
 
     settings = ComparisonSettings(
-        arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
-        validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, grow=grow, reference=reference, limit=limit,
+        arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds,
+        tasks=expanded(split(tasks)), validation=expanded(split(validation)) or (LOSS,), tuning_seeds=tune_seeds,
+        grow=grow, reference=reference, limit=limit,
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)

@@ -59,14 +59,24 @@ class ServiceOptions:
     --server-arguments='--tensor-parallel-size 4 --max-model-len 8192'."""
     answer_cache: Path | None = None
     """Folder of answers that runs share: what the same model was asked before is not asked again."""
+    expect_preprocessing: Path | None = None
+    """With openai:URL#MODEL of `mm-moslora serve`: the run, checkpoint or export whose preprocessing it must have."""
 
     def settings(self, **patience: Any) -> ServiceSettings:
-        """The settings of the client; `patience` is `timeout` and `attempts`."""
+        """The settings of the client; `patience` is `timeout` and `attempts`.
+
+        Raises:
+            EvalError: arguments that the server must not get.
+        """
+        from mm_moslora_eval.backends.endpoints.vllm_server import check_arguments
         from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 
+        arguments = tuple(shlex.split(self.server_arguments))
+        check_arguments(arguments)
         return ServiceSettings(
             requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, price=self.price,
-            server_arguments=tuple(shlex.split(self.server_arguments)), **patience,
+            server_arguments=arguments,
+            expect_preprocessing=self.expect_preprocessing, **patience,
         )  # fmt: skip
 
 

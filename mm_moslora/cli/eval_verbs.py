@@ -125,6 +125,8 @@ def eval_run(
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
     arguments = {key: value for key, value in locals().items() if key != "tasks"}
+    patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
+    service = limits.settings(**patience)  # wrong ones are refused before they stand in the scripts of jobs
     if len(model) > 1 and where.shards is None:
         where = replace(where, shards=1)
     if where.check(shard=shard, merge=merge, dry_run=dry_run):
@@ -154,8 +156,6 @@ def eval_run(
         seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
-    patience: dict[str, Any] = {"timeout": timeout, "attempts": attempts}
-    service = limits.settings(**patience)
     shared: dict[str, Any] = {
         "settings": settings,
         "named": name_with_files(name) if name and (shard or merge) else name,
@@ -236,7 +236,7 @@ def eval_plan(
     max_new_tokens: int | None = None,
     change: tuple[str, ...] = (),
     measured: Path | None = None,
-    price: tuple[float, float] | None = None,
+    price: str | None = None,
     picture_tokens: int = 576,
     trust_task_code: TrustCode = False,
 ) -> int:
@@ -247,7 +247,8 @@ def eval_plan(
     tasks
         As for `run`.
     model
-        As for `run`; its name is checked.
+        As for `run`; its name is checked. The tokens of prompts are counted by the tokenizer and the processor of a
+        folder; for other models they are estimated by the length of the texts.
     protocol
         Protocol of tasks that are given without one.
     modes
@@ -261,11 +262,12 @@ def eval_plan(
     measured
         Run folder of an earlier evaluation with this model, from which the hours come.
     price
-        Price of a million prompt tokens and of a million new tokens, such as: --price 0.15 0.6
+        IN/OUT, as for `run`: prices of a million prompt tokens and of a million new tokens, such as 0.15/0.6.
     picture_tokens
-        Prompt tokens of a picture.
+        Prompt tokens of a picture; not with the folder of a model, which counts them.
     """
-    from mm_moslora_eval.backends.open_model import check_name
+    from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+    from mm_moslora_eval.backends.open_model import KINDS, check_name
     from mm_moslora_eval.protocol.task_groups import with_protocol
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
     from mm_moslora_eval.report.evaluation_plan import measured as measured_in
@@ -275,10 +277,19 @@ def eval_plan(
     allow_code(trust_task_code)
     if model:
         check_name(model)
+    prices = None if price is None else Prices.parse(price)
     settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
-    plans = [plan_task(with_changes(get_task(name), change), settings) for name in with_protocol(tasks, protocol)]
+    counter = None
+    if model and model.partition(":")[0] not in KINDS:
+        quiet_libraries()
+        from mm_moslora_eval.report.prompt_tokens import PromptTokens
+
+        counter = PromptTokens(Path(model))
+    opened = (with_changes(get_task(name), change) for name in with_protocol(tasks, protocol))
+    plans = [plan_task(task, settings, counter=counter) for task in opened]
     before = None if measured is None else measured_in(measured)
-    print(plan_text(plans, before=before, price=price, picture_tokens=picture_tokens, modes=len(modes)))
+    of_picture = picture_tokens if counter is None else None
+    print(plan_text(plans, before=before, price=prices, picture_tokens=of_picture, modes=len(modes)))
     return 0
 
 
@@ -287,6 +298,7 @@ def eval_score(
     answers: Path,
     *,
     protocol: str | None = None,
+    partial: Annotated[bool, Parameter(negative="")] = False,
     judge: JudgeName = None,
     judge_budget: JudgeBudget = None,
     judge_thinking_tokens: JudgeThinking = 2048,
@@ -305,6 +317,9 @@ def eval_score(
         A run folder, a task folder in it, or its answers.jsonl.
     protocol
         NAME@PROTOCOL that gives the extraction and the metric instead.
+    partial
+        Also score tasks of which only some documents have an answer; the others count as failed samples until the run
+        goes on.
     max_failed_share
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
@@ -318,8 +333,12 @@ def eval_score(
         judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens,
         **judging.of_judge(timeout=timeout, attempts=attempts),
     )  # fmt: skip
-    results = eval_commands.score(answers, protocol=protocol, judge=grader)
-    return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
+    failures: list[Exception] = []
+    results = eval_commands.score(answers, protocol=protocol, judge=grader, partial=partial, failures=failures)
+    code = _eval_results(results, run, max_failed_share=max_failed_share, report=report) if results else 0
+    if failures:
+        raise failures[0]
+    return code
 
 
 def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, report: bool) -> int:

@@ -168,7 +168,7 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         MoSLoRAError: see `check_settings` and `check_recipe` of `mm_moslora.training.preflight`; or a task does not
             exist.
     """
-    from mm_moslora_eval.protocol.task_registry import is_task_file, tasks_of
+    from mm_moslora_eval.protocol.task_groups import names_own_file, tasks_of
 
     from mm_moslora.config import Recipe
     from mm_moslora.training.preflight import check_adapter_names, check_recipe, check_settings
@@ -177,7 +177,7 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         check_adapter_names(recipe.adapter)
         return
     every = recipe.validate.tasks
-    checked = [name for name in every if resume is not None or not is_task_file(name)]
+    checked = [name for name in every if resume is not None or not names_own_file(name)]
     tasks = [task.name for task in tasks_of(checked)]
     if resume is None:
         check_settings(recipe, tasks=tasks if checked == every else None)

@@ -111,12 +111,18 @@ def _with_paths_rewritten(key: str, value: str, start: Path, rewrite: Callable[[
     if key in _MODELS:
         return rewrite(value) if Path(value).exists() else value
     if fnmatchcase(key, _TASKS):
-        return _task(value, start, rewrite)
+        return rewritten_task(value, start, rewrite)
     return rewrite(value) if any(fnmatchcase(key, path) for path in _PATHS) else value
 
 
-def _task(value: str, start: Path, rewrite: Callable[[str], str]) -> str:
-    """A task: the name of a shipped task, a task file and protocol, or a data file and image folder."""
+def rewritten_task(value: str, start: Path, rewrite: Callable[[str], str]) -> str:
+    """A task or group with the paths in its name rewritten; the name of a shipped one holds none.
+
+    Args:
+        value: as for `mm-moslora eval run`, such as `FILE.yaml@PROTOCOL`, `llava:FILE@IMAGE_FOLDER`, `@FILE.yaml:NAME`.
+        start: where relative paths start.
+        rewrite: gives the other form of a relative path.
+    """
 
     def rewritten(name: str) -> str:
         return name if os.path.isabs(name) or name.startswith("~") else rewrite(name)
@@ -127,6 +133,9 @@ def _task(value: str, start: Path, rewrite: Callable[[str], str]) -> str:
     if kind == "llava":
         file, folder = file_and_folder(rest, start=start)
         return f"llava:{rewritten(file)}" + (f"@{rewritten(folder)}" if folder else "")
+    if value.startswith("@"):
+        file, separator, group = value.removeprefix("@").rpartition(":")
+        return f"@{rewritten(file)}:{group}" if separator else value
     match = _TASK_FILE.fullmatch(value)
     return value if match is None else f"{rewritten(match[1])}{match[2]}"
 

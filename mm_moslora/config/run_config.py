@@ -186,7 +186,8 @@ class ValidateConfig:
     sample_tokens: int = 64
     """Longest generated answer, tokens."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of the evaluation package; each gives metrics named `eval/TASK/METRIC`."""
+    """Tasks and groups of the evaluation package, as for `mm-moslora eval run`; each task gives metrics named
+    `eval/TASK/METRIC`."""
     task_limit: int = 64
     """Documents per task; 0: all."""
     forgetting: Literal["auto", "always", "never"] = "auto"

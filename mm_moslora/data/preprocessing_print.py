@@ -9,6 +9,7 @@ changes nothing, such as the name of a class in another release of transformers,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -214,6 +215,18 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}). Copy the folder again, or delete this file: pictures and prompts are "
             "then not compared with those of the training."
         ) from error
+
+
+def preprocessing_digest(path: str | Path) -> str:
+    """SHA-256 of what decides in the fingerprint of a run, a checkpoint or an export; empty where it has none.
+
+    Names of settings and versions are left out: they only explain a difference.
+
+    Raises:
+        ModelError: see `stored_preprocessing`.
+    """
+    decides = {key: value for key, value in stored_preprocessing(path).items() if key not in ("settings", "versions")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest() if decides else ""
 
 
 def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:

@@ -57,6 +57,10 @@ class EvalError(MoSLoRAError, ValueError):
     """A task, an answer file or a results folder is not acceptable."""
 
 
+class MissingRequirementError(EvalError):
+    """A rule of a task needs a package or data that are not on this machine."""
+
+
 def suggestion(name: str, names: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the closest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

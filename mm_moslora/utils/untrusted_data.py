@@ -15,6 +15,7 @@ its place, so callers need no checks of their own.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
@@ -39,6 +41,8 @@ MOST_NODES = 10**5
 """Most values of a YAML text, those that aliases repeat included."""
 MOST_YAML_CHARACTERS = 2**19
 """Longest YAML text. Python parses it at about 100 kB/s."""
+MOST_LITERAL_CHARACTERS = 200_000
+"""Longest Python literal."""
 MOST_DIGITS = 300
 """Digits of the longest whole number."""
 LARGEST = 10.0**MOST_DIGITS
@@ -61,8 +65,9 @@ class StrictJsonError(DataError):
 
 
 def parse_json(
-    text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False, surrogates: bool = False
-) -> Any:
+    text: str | bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False, surrogates: bool = False,
+    repeats: bool = False,
+) -> Any:  # fmt: skip
     """Parse one JSON value.
 
     Args:
@@ -70,6 +75,7 @@ def parse_json(
         max_depth: deepest nesting.
         constants: accept NaN and Infinity, which are not JSON, as numbers.
         surrogates: keep unpaired surrogates, for a caller that refuses them.
+        repeats: of a key written twice the last value counts, as in what a model answers.
 
     Raises:
         StrictJsonError: broken, too large, nested too deeply, a key written twice, a number that no float can hold, or
@@ -83,7 +89,7 @@ def parse_json(
     groups = text.count("[") + text.count("{")
     if groups + text.count(",") > MOST_ITEMS:
         raise StrictJsonError(f"holds more than {MOST_ITEMS} values", large=True)
-    hooks: dict[str, Any] = {"object_pairs_hook": _without_repeats}
+    hooks: dict[str, Any] = {"object_pairs_hook": dict if repeats else _without_repeats}
     if not constants:
         hooks["parse_constant"] = _no_constant
     if _SUSPICIOUS.search(text):  # Python's own parsing is twice as fast without these
@@ -134,6 +140,22 @@ def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]
                     f"is damaged: line {number} {error}", deep=error.deep, large=error.large
                 ) from None
     return rows
+
+
+def parse_literal(text: str) -> Any:
+    """The value of a text that is a Python literal, such as models answer; nothing is evaluated.
+
+    Raises:
+        StrictJsonError: it is none, too long, or nested too deeply.
+    """
+    if len(text) > MOST_LITERAL_CHARACTERS:
+        raise StrictJsonError(f"has more than {MOST_LITERAL_CHARACTERS} characters", large=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of an unknown escape
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise StrictJsonError(f"is no Python literal ({error})") from error
 
 
 def encodable(text: str) -> str:

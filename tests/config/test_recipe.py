@@ -192,7 +192,7 @@ data:
   train: [{path: train.jsonl, image_folder: images}, {path: "shards/*.tar"}, {path: "hf:org/set"}, {path: /abs/x.jsonl}]
   cache: cache
 train: {output: runs/it, zero: zero2}
-validate: {tasks: ["llava:q.jsonl@images", "pope@llava", "own.yaml@mine", "tsv:/abs/q.tsv"]}
+validate: {tasks: ["llava:q.jsonl@images", "pope@llava", "own.yaml@mine", "tsv:/abs/q.tsv", "@groups.yaml:a", "@paper"]}
 """
 
 
@@ -202,7 +202,7 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     for name in ("parts/lm", "images", "start", "shards"):
         (folder / name).mkdir(parents=True)
-    for name in ("train.jsonl", "q.jsonl", "own.yaml", "start/projector.safetensors"):
+    for name in ("train.jsonl", "q.jsonl", "own.yaml", "groups.yaml", "start/projector.safetensors"):
         (folder / name).touch()
     (folder / "recipe.yaml").write_text(RELATIVE)
     return folder
@@ -222,7 +222,7 @@ def test_paths_of_a_recipe_start_at_the_recipe(project: Path, monkeypatch: pytes
     assert (recipe.model.vision.name, recipe.model.vision.pretrained) == ("openai/clip", "openai")
     assert recipe.model.projector.weights == str(project / "start/projector.safetensors")
     tasks = [f"llava:{project / 'q.jsonl'}@{project / 'images'}", "pope@llava", f"{project / 'own.yaml'}@mine"]
-    assert recipe.validate.tasks == [*tasks, "tsv:/abs/q.tsv"]
+    assert recipe.validate.tasks == [*tasks, "tsv:/abs/q.tsv", f"@{project / 'groups.yaml'}:a", "@paper"]
     monkeypatch.chdir(project)
     assert load_recipe("recipe.yaml").train.output == "runs/it"
     monkeypatch.chdir(project.parent)

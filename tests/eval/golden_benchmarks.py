@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from mm_moslora_eval.sources.document import Document
 
 from tests.eval.golden_answers import Check, Row, block, options, run_rows, step
 from tests.eval.protocol_runs import Runs
 
-PARTS = {"category": "all", "ID": "p", "key": "2steps_1", "qid": "1"}
+PARTS = {"category": "all", "ID": "p", "key": "2steps_1", "qid": "1", "question_type": "reasoning"}
 """Columns that aggregations of these benchmarks need."""
 
 
@@ -129,6 +131,25 @@ def cv_bench(row: Row, runs: Runs) -> Any:
     return runs("cv_bench@official", made, ["AB"[1 - right] for _, right in row["rows"]]).result.score
 
 
+def omnidocbench(rows: list[Row], runs: Runs) -> list[Any]:
+    """What both versions compare of a page, in numbers."""
+
+    def document(row: Row, number: int) -> Document:
+        return Document(id=str(number), question="q", answers=(json.dumps(row["page"]),), category="english")
+
+    read = {
+        version: [json.loads(text) for text in run_rows(f"omnidocbench_{task}@official", rows, runs, document).parsed]
+        for version, task in (("1.0", "v10"), ("1.5", "v15"))
+    }
+    return [dict(zip(read, both, strict=True)) for both in zip(*read.values(), strict=True)]
+
+
+def omnidocbench_formulas(rows: list[Row], runs: Runs) -> list[Any]:
+    """The same of pages with formulas within texts."""
+    pytest.importorskip("pylatexenc", reason="it writes formulas in Unicode")
+    return omnidocbench(rows, runs)
+
+
 def ccocr(rows: list[Row], runs: Runs) -> list[Any]:
     """To six digits, since the source adds small numbers against divisions by zero."""
 
@@ -137,3 +158,126 @@ def ccocr(rows: list[Row], runs: Runs) -> list[Any]:
         return replace(made, category=row["group"])
 
     return [round(score, 6) for score in run_rows("ccocr_scenes@vlmevalkit", rows, runs, document).scores]
+
+
+def _reading(row: Row, number: int) -> Document:
+    extra = {name: row[name] for name in ("eval", "bbox", "content") if name in row}
+    made = {"question": row["question"], "answers": (row["references"],), "category": row["kind"]}
+    return Document(id=str(number), extra=extra, **made)
+
+
+def ocrbench_v2(rows: list[Row], runs: Runs) -> list[Any]:
+    """A blank answer scores 0, where the source finds the lines of a document in it."""
+    found = run_rows("ocrbench_v2_en@official", rows, runs, _reading).scores
+    return [score if row["prediction"].strip() else row["expected"] for row, score in zip(rows, found, strict=True)]
+
+
+def ocrbench_v2_averages(row: Row, runs: Runs) -> Any:
+    run = run_rows(f"ocrbench_v2_{row['language']}@official", row["rows"], runs, _reading)
+    return {"score": run.result.score} | {
+        name: run.result.metrics.get(name) for name in row["expected"] if name != "score"
+    }
+
+
+class GivenLexicon:
+    """The words, stems and synonyms of a row, so that no other package is needed."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+
+    def words(self, *texts: str) -> list[list[str]]:
+        return [self._row["words"][text] if "words" in self._row else text.split() for text in texts]
+
+    def stem(self, word: str) -> str:
+        return str(self._row.get("stems", {}).get(word, word))
+
+    def synonyms(self, word: str) -> list[str]:
+        return list(self._row.get("synonyms", {}).get(word, ()))
+
+
+def ocrbench_v2_pages(rows: list[Row], runs: Runs) -> list[Any]:
+    parts = block("ocrbench_v2_en@official", "ocrbench_v2.page_parts")
+    return [parts(row["prediction"], row["references"], GivenLexicon(row)) for row in rows]
+
+
+def _about(ours: float, theirs: float) -> float:
+    """The value of the source, where only the small numbers differ that it adds against divisions by zero."""
+    return theirs if abs(ours - theirs) < 2e-6 else ours
+
+
+def ccocr_fields(rows: list[Row], runs: Runs) -> list[Any]:
+    each = {
+        key: run_rows(
+            f"ccocr_fields@{name}", rows, runs, lambda row, number: _document(number, row["references"], row, split="s")
+        ).scores
+        for key, name in (("f1", "official"), ("tree", "vlmevalkit"))
+    }
+    return [
+        {key: _about(values[number], row["expected"][key]) for key, values in each.items()}
+        for number, row in enumerate(rows)
+    ]
+
+
+def ccocr_fields_sets(row: Row, runs: Runs) -> Any:
+    made = [_document(number, wanted, {}, split=split) for number, (split, _, wanted) in enumerate(row["rows"])]
+    return _about(
+        runs("ccocr_fields@official", made, [said for _, said, _ in row["rows"]]).result.score, row["expected"]
+    )
+
+
+def ccocr_documents(rows: list[Row], runs: Runs) -> list[Any]:
+    def document(row: Row, number: int) -> Document:
+        return _document(number, row["references"], {}, split="s", **{"l2-category": row["kind"]})
+
+    return run_rows("ccocr_documents@official", rows, runs, document).scores
+
+
+def counting_letters(name: str) -> Check:
+    """The letters that count as the answer."""
+
+    def check(rows: list[Row], runs: Runs) -> list[Any]:
+        found = run_rows(name, rows, runs, lambda row, number: _document(number, "A", row)).parsed
+        known = [sorted(set(text.split(", ")) & options(row).keys()) for row, text in zip(rows, found, strict=True)]
+        return [", ".join(letters) for letters in known]
+
+    return check
+
+
+def mathvision_equal_vlmevalkit(rows: list[Row], runs: Runs) -> list[Any]:
+    """The source evaluates both sides as Python, where `a` and `b` are the other side, and roots and pi unknown."""
+    found = _scores("mathvision_test@vlmevalkit", rows, runs)
+    odd = [
+        {row["prediction"].strip().lower(), row["references"].lower()} & {"a", "b"}
+        or (score and any(sign in row["prediction"] + row["references"] for sign in ("sqrt", "pi", "^")))
+        for row, score in zip(rows, found, strict=True)
+    ]
+    return [row["expected"] if left else bool(score) for row, score, left in zip(rows, found, odd, strict=True)]
+
+
+def lvbench_accuracy(row: Row, runs: Runs) -> Any:
+    made = [
+        _document(number, letter, {"options": "ABCD"}, question_type=", ".join(types))
+        for number, (types, letter, _) in enumerate(row["rows"])
+    ]
+    result = runs("lvbench@official", made, [said for _, _, said in row["rows"]]).result
+    return {"acc": result.score, **result.metrics}
+
+
+def nlvr2(row: Row, runs: Runs) -> Any:
+    made = []
+    for name, label, _ in row["rows"]:
+        parts = dict(zip(("split", "set", "pair", "sentence_number"), name.split("-"), strict=True))
+        made.append(Document(id=name, question="q", answers=(label,), extra=parts))
+    result = runs("nlvr2_test@official", made, [said for _, _, said in row["rows"]]).result
+    return {"accuracy": result.score, "consistency": result.metrics["consistency"]}
+
+
+def simplevqa(row: Row, runs: Runs) -> Any:
+    verdicts = {"正确": "Correct.", "错误": "incorrect", "未尝试": "not attempted"}
+    made = [Document(id=str(number), question=f"q{number}#", answers=("a",)) for number in range(len(row["said"]))]
+
+    def judge(prompt: str, _: float) -> str:
+        return verdicts[row["said"][next(n for n in range(len(made)) if f"Question: q{n}#" in prompt)]]
+
+    result = runs("simplevqa@vlmevalkit", made, ["b"] * len(made), judge=judge).result
+    return {"correct": result.score, **{name: result.metrics[name] for name in row["expected"] if name != "correct"}}

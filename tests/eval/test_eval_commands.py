@@ -6,11 +6,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from huggingface_hub import constants
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.miniature_benchmarks import TASKS, make_miniature
 from mm_moslora_eval.protocol.miniature_layouts import FORMS
@@ -85,10 +88,12 @@ def test_every_other_miniature_runs_with_a_checkpoint(tiny: Path, miniature: Pat
     results = {result.task: result for result in read_results(tmp_path)}
     assert results.keys() == asked
     assert all(result.n == result.counts.total > 0 and result.counts.failed == 0 for result in results.values())
-    judged = [result for name, result in results.items() if name.startswith("charxiv")]
+    judged = [result for name, result in results.items() if name.startswith(("charxiv", "simplevqa"))]
     assert all(result.about["unscored"] and 0 <= result.about["by_rules"]["score"] <= 1 for result in judged)
     assert all(0 <= result.score <= 1 for result in results.values() if result not in judged)
     assert results["mmvp"].metrics.keys() >= {"vanilla"}
+    assert results["nlvr2_test"].metrics.keys() >= {"consistency"}
+    assert results["lvbench"].metrics.keys() >= {"reasoning", "summarization"}
     assert results["naturalbench"].metrics.keys() >= {"vanilla", "question", "image"}
 
 
@@ -105,9 +110,12 @@ def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:
 def test_right_miniature_answers_get_the_full_score(miniature: Path, tmp_path: Path, capsys) -> None:
     """Every shipped protocol reads the right answer of every document as right."""
     for name in TASKS:
-        if name in ("mmvet", "refcoco") or name.startswith("charxiv"):  # judges, and boxes in a model's own form
+        # A judge, boxes in a model's own form, and pages, whose references are no answers.
+        if name in ("mmvet", "refcoco") or name.startswith("omnidocbench"):
             continue
         for task in load_file(miniature / f"{name}.yaml"):
+            if task.metric == "judge":
+                continue
             answers = {document.id: document.answers[0] for document in task.load().documents}
             stored = tmp_path / f"{task.id}.json"
             stored.write_text(json.dumps(answers))
@@ -146,6 +154,25 @@ def test_lists_and_descriptions(arguments: list[str], capsys) -> None:
     out = capsys.readouterr().out
     assert ("pope" in out) == (arguments[0] == "list")
     assert ("The data cannot be read" in out) == (arguments[0] == "describe")
+
+
+def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's clients would try again for half a minute where there is none, and fetch gigabytes where there is."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hub:
+        url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        for place in (constants, datasets.config):
+            monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+        assert cli.run(["eval", "describe", "mathvision_test"]) == 0
+        assert "`mm-moslora eval check TASK` fetches it" in capsys.readouterr().out
+        assert cli.run(["eval", "plan", "mathvision_test", "blink_val", "--limit", "5"]) == 0
+        assert "mathvision_test@official: not counted but for its documents" in capsys.readouterr().out
+        hub.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
+    assert not constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_check_and_dry_run(miniature: Path, capsys) -> None:

@@ -116,7 +116,7 @@ def test_a_changed_picture_or_answer_of_a_shot_is_another_answer(question_file: 
     (question_file.parent / "0.png").write_bytes(picture(77))
     assert len(asked(task, tmp_path / "run")) == 12  # q0 is a shot of the eleven others
     asked(shot(question_file), tmp_path / "plain")
-    with pytest.raises(EvalError, match="holds another run: its asked is"):
+    with pytest.raises(EvalError, match=r"holds another run: its prompt\.shots is 0, this one's is 1\. Choose"):
         asked(task, tmp_path / "plain")
 
 

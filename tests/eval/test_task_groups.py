@@ -9,7 +9,7 @@ from mm_moslora_eval.eval_commands import list_tasks
 from mm_moslora_eval.protocol.task_groups import SIGN, expanded, shipped_groups, with_protocol
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError
 
 
 def test_every_shipped_group_names_tasks_that_exist() -> None:
@@ -29,9 +29,13 @@ def test_tasks_are_chosen_by_group_by_tag_and_by_name_each_once() -> None:
 
 def test_a_group_of_ones_own_names_tasks_files_and_other_groups(tmp_path: Path) -> None:
     path = tmp_path / "groups.yaml"
-    path.write_text("mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
+    data = "data: ['llava:q.jsonl', '@other/groups.yaml:far', tsv:/q.tsv]\n"
+    path.write_text(f"{data}mine: [mine.yaml, '@more']\nmore: ['mme@llava', '@captions']\nround: ['@round']\n")
     assert expanded([f"@{path}:mine"])[:2] == [str(tmp_path / "mine.yaml"), "mme@llava"]
     assert expanded([f"@{path}:mine"])[2:] == expanded(["@captions"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "groups.yaml").write_text("far: [own.yaml@a]\n")
+    assert expanded([f"@{path}:data"]) == [f"llava:{tmp_path}/q.jsonl", f"{tmp_path}/other/own.yaml@a", "tsv:/q.tsv"]
     with pytest.raises(EvalError, match=r"There is no group @.*:nine\. Did you mean 'mine'"):
         expanded([f"@{path}:nine"])
     with pytest.raises(EvalError, match="holds itself"):
@@ -40,6 +44,33 @@ def test_a_group_of_ones_own_names_tasks_files_and_other_groups(tmp_path: Path) 
         expanded(["@absent.yaml:mine"])
     with pytest.raises(EvalError, match=r"There is no group @llava1\. Did you mean 'llava15'.*Groups and tags: "):
         expanded(["@llava1"])
+
+
+def test_a_protocol_holds_for_the_tasks_of_tags_too_and_a_task_counts_once() -> None:
+    tagged = with_protocol(["@tier_a"], "vlmevalkit")
+    assert "countbench@vlmevalkit" in tagged
+    assert {name.partition("@")[2] for name in tagged} == {"vlmevalkit"}
+    first = get_task("mmvp").id
+    assert with_protocol(["mmvp", first, "mmvp@vlmevalkit", "mmvp"], None) == ["mmvp", "mmvp@vlmevalkit"]
+    assert with_protocol([first, "mmvp"], None) == [first]
+    assert with_protocol(["mmvp", first], "vlmevalkit") == ["mmvp@vlmevalkit", first]
+
+
+def test_tags_of_ones_own_task_files_and_groups_with_faults(tmp_path: Path) -> None:
+    task = "name: {0}\ntags: [colour]\nsource: {{kind: llava, path: q.jsonl}}\nprotocols: {{a: {{}}, b: {{}}}}\n"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(task.format(name))
+    path = tmp_path / "groups.yaml"
+    path.write_text("mine: [one.yaml, two.yaml@b, absent.yaml, mme]\nempty: []\ntext: one.yaml\n")
+    assert expanded([f"@{path}:colour"]) == [f"{tmp_path}/one.yaml@a", f"{tmp_path}/two.yaml@b"]
+    assert with_protocol([f"@{path}:colour"], "b") == [f"{tmp_path}/one.yaml@b", f"{tmp_path}/two.yaml@b"]
+    assert get_task(expanded([f"@{path}:colour"])[1]).protocol == "b"
+    with pytest.raises(EvalError, match=r"The group 'empty' of .* holds no tasks"):
+        expanded([f"@{path}:empty"])
+    with pytest.raises(ConfigError, match="text"):
+        expanded([f"@{path}:text"])
+    with pytest.raises(EvalError, match=r"Did you mean 'colour'\? Groups and tags: colour, empty, mine, text"):
+        expanded([f"@{path}:color"])
 
 
 def test_the_list_shows_tags_and_groups() -> None:

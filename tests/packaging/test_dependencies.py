@@ -30,7 +30,7 @@ OPTIONAL = {
 }
 UNMEASURED = {
     "mlflow", "trackio", "pandas", "gradio", "liger-kernel", "lm-eval", "ray",
-    "mkdocs", "mkdocs-material", "mkdocstrings",
+    "mkdocs", "mkdocs-material", "mkdocstrings", "nltk", "jieba",
 }  # fmt: skip
 """Extras that the lowest environment leaves out: they contradict others there, or are as large as the rest."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from mm_moslora_eval.backends.open_model import open_model
+from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 from PIL import Image
 
 from mm_moslora.cli.serve_verbs import parse_adapters
+from mm_moslora.data.preprocessing_print import preprocessing_digest, stored_preprocessing
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.gradio_demo import Demo, messages_of
 from mm_moslora.serve.inference.adapter_compatibility import _flat
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.served_models import load_models, why_no_base
 from mm_moslora.serve.terminal_chat import Chat
-from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
+from mm_moslora.utils.errors import AdapterError, ConfigError, EvalError, ModelError
+from mm_moslora.utils.run_paths import PREPROCESSING
 from tests.serve.serve_tools import asking, data_url
 
 
@@ -60,7 +65,19 @@ def runs(
     return folders
 
 
-def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Path, Path], serve_with: Any) -> None:
+def open_expecting(name: str, folder: Path) -> None:
+    """Open a model with the preprocessing of a folder."""
+    open_model(name, service=ServiceSettings(expect_preprocessing=folder))
+
+
+def test_the_preprocessing_of_a_folder_is_expected_of_servers_alone(runs: tuple[Path, Path]) -> None:
+    with pytest.raises(EvalError, match="--expect-preprocessing is for openai:URL#MODEL"):
+        open_expecting(str(runs[0]), runs[0])
+
+
+def test_each_model_answers_as_when_loaded_alone_and_all_at_once(
+    runs: tuple[Path, Path], serve_with: Any, tmp_path: Path
+) -> None:
     picture = Image.new("RGB", (24, 24), (200, 60, 30))
     expected = {}
     for name, folder in zip(("tuned", "other"), runs, strict=True):
@@ -73,6 +90,18 @@ def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Pat
     with serve_with(engine=GenerationEngine(together, limits)) as server:
         client = server.client()
         assert [model.id for model in client.models.list()] == ["tuned", "other", "tuned-base"]
+        for name in ("tuned", "other"):
+            open_expecting(f"openai:{server.url}/v1#{name}", runs[0])
+        stored = stored_preprocessing(runs[0])
+        (tmp_path / PREPROCESSING).write_text(json.dumps(stored | {"versions": {}, "settings": {"a": 1}}))
+        open_expecting(f"openai:{server.url}/v1#tuned", tmp_path)  # names only explain
+        (tmp_path / PREPROCESSING).write_text(json.dumps(stored | {"stop_ids": [77]}))
+        own, other = preprocessing_digest(runs[0]), preprocessing_digest(tmp_path)
+        with pytest.raises(EvalError, match=f"its digest is {own}, expected {other}"):
+            open_expecting(f"openai:{server.url}/v1#tuned", tmp_path)
+        together.preprocessing = ""  # as of a server that was started with --other-preprocessing
+        with pytest.raises(EvalError, match="publishes no digest of its preprocessing, expected"):
+            open_expecting(f"openai:{server.url}/v1#tuned", runs[0])
 
         def ask(index: int) -> tuple[str, str]:
             name = list(together.variants)[index % 3]

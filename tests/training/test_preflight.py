@@ -32,6 +32,8 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "kernels": ("--model.kernels liger", "needs liger-kernel, which is not installed"),
     "template": ("--model.chat_template vicuna", "model.chat_template is 'vicuna', expected one of"),
     "task": ("--validate.tasks [popes]", "Did you mean 'pope'"),
+    "group": ("--validate.tasks.0 @llava1", "Did you mean 'llava15'"),
+    "group of a file": ("--validate.tasks.0 @HERE/gone.yaml:mine", "there is no file"),
     "best of nothing": ("--validate.best validation_loss --train.validate_every 2", "nothing is measured for it"),
     "best at the end": ("--validate.best validation_loss", "train.validate_every is 0"),
     "best of another task": (

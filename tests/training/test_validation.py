@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from between import just_before
-from mm_moslora_eval.protocol.task_registry import tasks_of
+from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.in_training import measure
 from mm_moslora_eval.run.task_runner import _AnswerJob
 from trials import colour_task
@@ -228,6 +228,10 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
         tasks_of(["pop"])
     with pytest.raises(EvalError, match="would both be measured as eval/pope/"):
         tasks_of(["pope", "pope@llava"])
+    with pytest.raises(EvalError, match="'mme@llava' and 'mme' would both be measured as eval/mme/"):
+        tasks_of(["@llava15", "mme"])
+    with pytest.raises(EvalError, match=r"no group @llava1\. Did you mean 'llava15'"):
+        tasks_of(["@llava1"])
     with pytest.raises(ConfigError, match=r"validate\.best names no metric"):
         ValidateConfig(patience=1)
 

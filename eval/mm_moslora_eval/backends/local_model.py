@@ -184,7 +184,7 @@ class LocalModel:
             yield indices, [self._prompt(requests[index], keys[index], features) for index in indices]
 
     def _prompt(self, request: Request, keys: tuple[str, ...], features: dict[str, Tensor]) -> Prompt:
-        ids = self.encoder.encode_prompt([_turn(message) for message in request.messages])
+        ids = self.encoder.encode_prompt([turn_of(message) for message in request.messages])
         shown = torch.cat([features[key] for key in keys]) if keys else None
         return Prompt(input_ids=ids, features=shown, group=None if self._reference else keys)
 
@@ -234,7 +234,7 @@ def _size(request: Request) -> int:
     return sum(len(message.text) for message in request.messages) + 1000 * len(request.images)
 
 
-def _turn(message: Message) -> Turn:
+def turn_of(message: Message) -> Turn:
     """The message with the offsets of its images, so that a typed `<image>` stays text."""
     offsets, text = [], ""
     for part in message.content:

@@ -95,7 +95,14 @@ def open_model(
     """
     check_name(name)
     kind, separator, rest = name.partition(":")
+    expected = service.expect_preprocessing if service else None
+    if expected is not None and not (separator and kind == "openai"):
+        raise EvalError(
+            f"--expect-preprocessing is for openai:URL#MODEL of `mm-moslora serve`, and the model is {name!r}. A "
+            "folder is compared with its training without it."
+        )
     if separator and kind in (*SERVICES, "vllm"):
+        from mm_moslora_eval.backends.endpoints.served_preprocessing import require_preprocessing
         from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 
         chosen = service or ServiceSettings()
@@ -103,7 +110,10 @@ def open_model(
             from mm_moslora_eval.backends.endpoints.vllm_server import VllmModel
 
             return VllmModel(Path(rest), service=chosen, reference=reference)
-        return EndpointModel(chosen.endpoint(name), reference=reference)
+        endpoint = chosen.endpoint(name)
+        if expected is not None:
+            require_preprocessing(endpoint, expected)
+        return EndpointModel(endpoint, reference=reference)
     if separator and kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
 

@@ -17,8 +17,10 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
@@ -42,11 +44,17 @@ _MOST_WAIT, _MOST_RETRY_AFTER = 60.0, 900.0
 _ASIDE = 10.0
 """Seconds for a question about the server itself."""
 _MOST_REPLY_BYTES = 2**26
+NOTHING_SAID = (OSError, http.client.HTTPException, ValueError, RuntimeError)
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
-_UNSUPPORTED = re.compile(r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default", re.I)
-_INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "", "top_p": "", "seed": "", "stop": ""}
-"""Parameters that some models refuse -> what they take in their place; empty: nothing."""
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|deprecated|unrecognized|unknown parameter|only the default|cannot both be specified", re.I
+)
+_INSTEAD = {"max_tokens": "max_completion_tokens"} | dict.fromkeys(
+    ("top_p", "top_k", "temperature", "seed", "stop"), ""
+)
+"""Parameters that some models refuse -> what they take in their place; empty: nothing. Of two that a refusal names
+the first is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +139,22 @@ class Endpoint:
                 return reply
 
     def get(self, path: str) -> Any:
-        """What the server says at a path below the address, in seconds; None where it says nothing useful."""
-        try:
-            with _OPENER.open(f"{self.url}{path}", timeout=min(self.timeout, _ASIDE)) as response:
-                return parse_json(self._body(response))
-        except (OSError, http.client.HTTPException, ValueError, RuntimeError):
-            return None
+        """What the server says at a path below the address; None where it says nothing useful."""
+        with suppress(*NOTHING_SAID):
+            return self.ask(path)
+
+    def ask(self, path: str) -> Any:
+        """What the server says at a path below the address, in seconds.
+
+        Raises:
+            Exception: one of `NOTHING_SAID`.
+        """
+        asked = urllib.request.Request(f"{self.url}{path}", headers=self._key_headers())  # noqa: S310
+        with _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response:
+            return parse_json(self._body(response))
+
+    def _key_headers(self) -> Mapping[str, str]:
+        return self.form.headers(next((value for name in self.form.keys if (value := os.environ.get(name))), ""))
 
     def _give_up(self, error: _TryAgainError, attempt: int) -> None:
         """Raise the failure of a request that is not tried again."""
@@ -160,8 +178,7 @@ class Endpoint:
             self.usage.left_out.add(name)
 
     def _post(self, body: bytes) -> dict[str, Any]:
-        key = next((value for name in self.form.keys if (value := os.environ.get(name))), "")
-        headers = {"Content-Type": "application/json", **self.form.headers(key)}
+        headers = {"Content-Type": "application/json", **self._key_headers()}
         request = urllib.request.Request(f"{self.url}{self.form.path(self.model)}", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
@@ -227,6 +244,8 @@ class ServiceSettings:
     """IN/OUT per million tokens; None: unknown."""
     server_arguments: tuple[str, ...] = ()
     """Further arguments of a server that is started here."""
+    expect_preprocessing: Path | None = None
+    """Folder whose preprocessing the server must publish."""
 
     def endpoint(self, name: str) -> Endpoint:
         """The service that `openai:URL#MODEL`, `anthropic:MODEL` or `gemini:MODEL` names; without a kind OpenAI's form.

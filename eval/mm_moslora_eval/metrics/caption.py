@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mm_moslora_eval.metrics.metric_text import bit_places
+
 _ORDERS = 4
 _SMALL, _TINY = 1e-9, 1e-15  # the COCO evaluation's guards against division by zero
 _ROUGE_BETA = 1.2
@@ -55,14 +57,13 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    row = [0] * (len(second) + 1)
-    for left in first:
-        diagonal = 0
-        for j, right in enumerate(second, start=1):
-            above = row[j]
-            row[j] = diagonal + 1 if left == right else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
+    """Length of the longest one; a row of the table is the bits of an integer (Crochemore et al. 2001)."""
+    places, whole = bit_places(second, set(first)), (1 << len(second)) - 1
+    row = whole
+    for item in first:
+        equal = row & places[item]
+        row = (row + equal | row - equal) & whole
+    return len(second) - row.bit_count()
 
 
 def rouge_l(caption: str, references: Sequence[str]) -> float:

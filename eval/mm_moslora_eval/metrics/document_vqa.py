@@ -61,14 +61,15 @@ def relaxed_vlmevalkit_2024_06(text: str, reference: str) -> float:
 
 
 HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+"""Full-width signs -> those of ASCII."""
 
 
 def _contains(text: str, references: Sequence[str], category: str, *, fold: bool) -> int:
     if category == HANDWRITTEN_MATHS:
         answer, gold = _without_space(text), [_without_space(reference) for reference in references]
     else:
-        table = _FULL_WIDTH if fold else {}
+        table = FULL_WIDTH if fold else {}
         answer, *gold = (item.translate(table).lower().strip().replace("\n", " ") for item in (text, *references))
     return int(any(reference in answer for reference in gold))
 

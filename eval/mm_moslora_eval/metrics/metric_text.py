@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
-def levenshtein(first: Sequence[str], second: Sequence[str]) -> int:
-    """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other.
-
-    A column of the table is the bits of two integers (Myers 1999, Hyyrö 2003), so that long texts take little time.
-    """
+def levenshtein(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other."""
     if len(first) > len(second):
         first, second = second, first
-    if not first:
-        return len(second)
-    places = _places(second, set(first))
-    whole, last = (1 << len(second)) - 1, 1 << (len(second) - 1)
-    rising, falling, distance = whole, 0, len(second)
-    for item in first:
-        equal = places[item]
-        right = equal | falling
-        down = (((equal & rising) + rising) ^ rising) | equal
-        up = falling | (whole & ~(down | rising))
-        below = rising & down
-        distance += bool(up & last) - bool(below & last)
-        up, below = (up << 1 | 1) & whole, (below << 1) & whole
-        rising, falling = below | (whole & ~(right | up)), up & right
-    return distance
+    return EditPattern(second, wanted=set(first)).distance(first)
 
 
-def _places(items: Sequence[str], wanted: set[str]) -> dict[str, int]:
+class EditPattern:
+    """A string that others are compared with.
+
+    A column of the table of edits is the bits of two integers (Myers 1999, Hyyrö 2003), so that long texts take little
+    time.
+
+    Args:
+        items: the string.
+        wanted: the items of the others; None: any.
+    """
+
+    def __init__(self, items: Sequence[Hashable], *, wanted: Collection[Hashable] | None = None) -> None:
+        self.size = len(items)
+        self._places = bit_places(items, set(items) if wanted is None else wanted)
+
+    def distance(self, text: Sequence[Hashable]) -> int:
+        """The Levenshtein distance of a whole text."""
+        if not self.size:
+            return len(text)
+        return next(iter(deque(self._distances(text, anywhere=False), maxlen=1)), self.size)
+
+    def ends(self, text: Sequence[Hashable]) -> Iterator[int]:
+        """For every place of a text the smallest distance of the parts that end there (Sellers 1980)."""
+        return self._distances(text, anywhere=True)
+
+    def _distances(self, text: Sequence[Hashable], *, anywhere: bool) -> Iterator[int]:
+        whole, last = (1 << self.size) - 1, 1 << self.size >> 1
+        rising, falling, distance, first = whole, 0, self.size, int(not anywhere)
+        for item in text:
+            equal = self._places.get(item, 0)
+            right = equal | falling
+            down = (((equal & rising) + rising) ^ rising) | equal
+            up = falling | (whole & ~(down | rising))
+            below = rising & down
+            distance += bool(up & last) - bool(below & last)
+            up, below = (up << 1 | first) & whole, (below << 1) & whole
+            rising, falling = below | (whole & ~(right | up)), up & right
+            yield distance
+
+
+def bit_places(items: Sequence[Hashable], wanted: Collection[Hashable]) -> dict[Hashable, int]:
     """For every wanted item an integer with a bit for each of its places."""
     found = {item: bytearray(len(items) // 8 + 1) for item in wanted}
     for index, item in enumerate(items):

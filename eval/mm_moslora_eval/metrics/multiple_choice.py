@@ -26,7 +26,10 @@ _VERBOSE_ANSWER = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 _LAST_TOKENS = 4
 
 
-_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))\s*A(?=\s+(?!(?:because|since|as|is|and|or)\b)[a-z])")
+_ARTICLE = re.compile(
+    # Begins before the whole space, so that a text of nothing but lines is searched once.
+    r"(?<!\s)(?:^\s*+|(?<=[.!?])\s++|[^\S\n]*+\n\s*+)A(?=\s+(?!(?:because|since|as|is|and|or)\b)[a-z])"
+)
 
 
 def extract_letter(text: str, options: Options) -> str:

@@ -69,12 +69,13 @@ _PIECE = rf"(?:(?:{_LETTER}\.)+{_LETTER}{_NOT_IN_WORD}\.?|(?:[dDoOlL]{_APOSTROPH
 _HYPHENATED = rf"(?:{_ABBREVIATION}(?=-)|{_LETTER}\.(?=-)|{_PIECE})(?:[-‐‑_]{_PIECE})*"
 _SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 
+# Comments and addresses have a greatest length: the rest of the text is not searched for their ends at every token.
 _RULES = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
-        ("tag", r"<!--.*?-->|<[/!?]?[A-Za-z][^<>]*>"),
+        ("tag", r"<!--.{0,250}?-->|<[/!?]?[A-Za-z][^<>]*>"),
         ("keep", r"https?://[^\s\"<>|()]+[^\s\"<>|().,;:!?{}'-]"),
-        ("keep", r"[A-Za-z0-9][\w.+-]*@[A-Za-z0-9](?:[\w.-]*\w)?"),
+        ("keep", r"[A-Za-z0-9][\w.+-]{0,99}@[A-Za-z0-9](?:[\w.-]*\w)?"),
         ("keep", r"@[A-Za-z_]\w*|#[A-Za-z]+"),
         ("entity", r"&(?:lt|gt|amp|quot|nbsp);"),
         ("keep", r"&#\d+;"),

@@ -7,17 +7,21 @@ that one form serves all protocols of a task.
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.files import replace_text, replacing, writing_in_place
+from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
+from mm_moslora_eval.sources.source import Source
 
 Row = dict[str, Any]
 _LETTERS = "ABCD"
 _FRAMES = 3
+_BRACED = re.compile(r"\{(\w+)\}")
 
 
 def _lettered(choices: Sequence[str]) -> list[str]:
@@ -64,9 +68,72 @@ _MMBENCH = Form(
     question=_COLOUR.question, answer=_COLOUR.answer, choices=_COLOUR.choices, rotations=4,
     extra={"hint": "nan", "category": "attribute_recognition", "l2-category": "perception"},
 )  # fmt: skip
+_READ_EN = (
+    ("text recognition en", "What word is written?", lambda scene: [scene.word], "without eval"),
+    ("text counting en", "How many shapes are there?", lambda scene: [scene.count], "regression"),
+    ("text grounding en", "Where is the word, in shares of 1,000?", lambda scene: [100, 700, 900, 950], "without eval"),
+    (
+        "science QA en",
+        f"Which shape is shown?\n{_written(SHAPES)}",
+        lambda scene: [_LETTERS[SHAPES.index(scene.shape)]],
+        "multiple choice",
+    ),
+)
+_READ_CN = (
+    ("cognition VQA cn", "\u56fe\u4e2d\u5199\u7740\u4ec0\u4e48\uff1f", lambda scene: [scene.word], "without eval"),
+    (
+        "handwritten answer extraction cn",
+        "\u7b54\u6848\u662f\u4ec0\u4e48\uff1f",
+        lambda scene: [scene.word],
+        "without eval",
+    ),
+)
+_PARSED: tuple[tuple[str, Callable[[Scene], str]], ...] = (
+    ("doc", lambda scene: rf"\section{{{scene.word}}}"),
+    ("table", lambda scene: f"<table><tr><td>{scene.word}</td><td>{scene.count}</td></tr></table>"),
+    ("formula", lambda scene: rf"{scene.count} \times x"),
+    ("molecular", lambda scene: "C" * scene.count),
+)
+
+
+def _read(kinds: Sequence[tuple[str, str, Callable[[Scene], Any], str]]) -> Form:
+    """OCRBench v2: a type of question after the other, with lists as VLMEvalKit writes them."""
+    return Form(
+        answer=lambda scene: "", choices=(),
+        extra={
+            "category": lambda number: kinds[number % len(kinds)][0],
+            "question": lambda number: kinds[number % len(kinds)][1],
+            "answer": lambda number: repr(kinds[number % len(kinds)][2](SCENES[number])),
+            "eval": lambda number: kinds[number % len(kinds)][3],
+            "bbox": "without bbox", "content": "without content",
+        },
+    )  # fmt: skip
+
+
 _MMMU_PRO = Form(
     question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
 )
+
+
+def _page(scene: Scene) -> str:
+    """The annotation of a scene as a page, in the form of OmniDocBench."""
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in
+                   (("shape", scene.shape), ("number", scene.count)))  # fmt: skip
+    parts: list[Row] = [
+        {"category_type": "title", "text": f"# {scene.word}"},
+        {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
+        {"category_type": "equation_isolated", "latex": f"\\[n = {scene.count}\\]"},
+        {"category_type": "table", "html": f"<table>{rows}</table>", "latex": "shape & number"},
+        {"category_type": "page_number", "text": "7"},
+    ]
+    items = [part | {"anno_id": number, "order": number, "ignore": False} for number, part in enumerate(parts, start=1)]
+    language = "english" if scene.count % 2 else "simplified_chinese"
+    about = {"language": language, "data_source": "book", "layout": "single_column"}
+    info = {"image_path": f"{scene.word}.png", "page_attribute": about}
+    return json.dumps({"layout_dets": items, "extra": {"relation": []}, "page_info": info})
+
+
+_PAGE = Form(question="", answer=_page, choices=())
 
 FORMS: dict[str, Form] = {
     "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
@@ -88,11 +155,34 @@ FORMS: dict[str, Form] = {
     ),
     "mlvu_dev": Form(
         question=f"Which shape is shown?\n{_written(SHAPES)}", options=_written, video=True,
-        extra={"video_name": lambda n: f"{n}.mp4", "task_type": lambda n: ("count", "order")[n % 2]},
+        extra={
+            "video_name": lambda n: f"{n}.mp4", "video": lambda n: f"{n}.mp4",
+            "task_type": lambda n: ("count", "order")[n % 2],
+        },
     ),
     "longvideobench_val": Form(
         reference="{index}", video=True,
         extra={"video_path": lambda number: f"{number}.mp4", "question_category": "S2E"},
+    ),
+    "lvbench": Form(
+        question=f"Which shape is shown?\n{_written(SHAPES)}", options=_written, video=True,
+        extra={
+            "key": lambda number: f"v{number}", "video_path": lambda number: f"{number}.mp4",
+            "question_type": lambda number: ["reasoning", "summarization"][: 1 + number % 2],
+            "time_reference": "00:00-00:01",
+        },
+    ),
+    "mvbench": Form(
+        reference="{text}", video=True,
+        extra={
+            "video": lambda number: f"{number}.mp4", "start": lambda number: (0.0, None)[number % 2],
+            "end": lambda number: (1.0, None)[number % 2],
+        },
+    ),
+    "nlvr2_test": Form(
+        question="Both pictures show a red shape.",
+        answer=lambda scene: str(scene.colour == "red"), choices=(), reference="{text}",
+        extra={"identifier": lambda number: f"test1-{number // 2}-{number % 2}-0"},
     ),
     "vstar": Form(
         question=f"Which shape is shown?\n{_written(SHAPES)}\nAnswer with the option's letter.",
@@ -144,6 +234,25 @@ FORMS: dict[str, Form] = {
             "category": "multi_scene_ocr", "l2-category": "scene_text", "split": lambda n: ("IC15", "zh_doc")[n % 2]
         },
     ),
+    "ccocr_fields": Form(
+        question='Fill in: {"word": "", "count": ""}', choices=(),
+        answer=lambda scene: json.dumps({"word": scene.word, "count": str(scene.count)}),
+        extra={
+            "category": "kie", "l2-category": "constrained_category", "image_name": lambda n: f"{n}.png",
+            "split": lambda n: ("CORD", "POIE")[n % 2],
+        },
+    ),
+    "ccocr_documents": Form(
+        question="Transcribe the picture.", answer=lambda scene: "", choices=(),
+        extra={
+            "category": "doc_parsing", "image_name": lambda n: f"{n}.png",
+            "l2-category": lambda n: _PARSED[n % len(_PARSED)][0],
+            "split": lambda n: f"{_PARSED[n % len(_PARSED)][0]}_photo_eng",
+            "answer": lambda n: _PARSED[n % len(_PARSED)][1](SCENES[n]),
+        },
+    ),
+    "ocrbench_v2_en": _read(_READ_EN),
+    "ocrbench_v2_cn": _read(_READ_CN),
     "charxiv_descriptive": Form(
         question="What is the word in the picture?", answer=lambda scene: scene.word, choices=(), extra={"qid": "1"}
     ),
@@ -169,6 +278,8 @@ FORMS: dict[str, Form] = {
         question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
         extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
     ),
+    "omnidocbench_v10": _PAGE,
+    "omnidocbench_v15": _PAGE,
 }  # fmt: skip
 """Task -> its documents."""
 
@@ -182,11 +293,13 @@ def place_documents(folder: Path, data: Row, form: Form) -> None:
         form: what is asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = data["source"]
-    data["source"] = _place(folder, own, form)
-    for changes in (data.get("protocols") or {}).values():
-        if changes and "source" in changes:
-            changes["source"] = _place(folder, {**own, **changes["source"]}, form)
+    own, protocols = data["source"], [changes for changes in (data.get("protocols") or {}).values() if changes]
+    for changes in protocols:
+        if other := changes.get("source"):
+            columns = {**(own.get("columns") or {}), **(other.get("columns") or {})}
+            changes["source"] = _place(folder, {**own, **other, "columns": columns}, form)
+    if not all("source" in changes for changes in protocols):
+        data["source"] = _place(folder, own, form)
 
 
 def _place(folder: Path, source: Row, form: Form) -> Row:
@@ -194,13 +307,45 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         path = folder / source["path"]
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
-    path = folder / "documents.parquet"
-    rows = _write_parquet(path, source.get("columns") or {}, form)
+    if source["kind"] == "annotations":
+        return {**source, "path": str(_write_annotations(folder, form).resolve())}
+    shown = {"video_frames": _FRAMES} if form.video else {}
+    if files := source.get("files"):
+        for number, (name, added) in enumerate(files.items()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_json(folder / name, [_row(folder, source, form, number, added=added)])
+        return {**source, "path": str(folder.resolve()), **shown}
+    rows = [_row(folder, source, form, number) for number in range(len(SCENES))]
     for row, scene in zip(rows, SCENES, strict=True):
         for name in (source.get("texts") or {}).values():
             _write_subtitles(folder / name.format_map(row), scene)
-    shown = {"video_frames": _FRAMES} if form.video else {}
+    if source["path"].endswith((".json", ".jsonl")):
+        path = folder / "documents.jsonl"
+        replace_text(path, "".join(json.dumps(_nested(row, source)) + "\n" for row in rows))
+    else:
+        path = folder / "documents.parquet"
+        _write_parquet(path, rows)
     return {**source, "path": str(path.resolve()), "config": None, **shown}
+
+
+def _write_annotations(folder: Path, form: Form) -> Path:
+    """Write the annotations of OmniDocBench, with their pictures in `images`."""
+    path, pages = folder / "OmniDocBench.json", [json.loads(form.answer(scene)) for scene in SCENES]
+    (folder / "images").mkdir(exist_ok=True)
+    for page, scene in zip(pages, SCENES, strict=True):
+        with replacing(folder / "images" / page["page_info"]["image_path"]) as part:
+            part.write_bytes(scene.png())
+    replace_json(path, pages)
+    return path
+
+
+def _nested(row: Row, source: Row) -> Row:
+    """A row as a data set stores it whose documents are in a list: what names the video stands outside of it."""
+    if not (each := source.get("each")):
+        return row
+    outer = _BRACED.findall(source["columns"]["video"])
+    inner = {key: value for key, value in row.items() if key not in outer}
+    return {**{key: row[key] for key in outer}, each: [inner]}
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:
@@ -226,50 +371,66 @@ def _tsv_rows(form: Form) -> list[Row]:
     return rows
 
 
-def _write_parquet(path: Path, columns: Mapping[str, str], form: Form) -> list[Row]:
-    """Write the rows, and return them."""
+def _row(folder: Path, source: Row, form: Form, number: int, *, added: Mapping[str, str] | None = None) -> Row:
+    """A row of a table; pictures and videos that it names are written.
+
+    Args:
+        folder: of the data.
+        source: of the task file.
+        form: what is asked.
+        number: of the row.
+        added: columns that the task file adds to it.
+    """
+    scene, columns = SCENES[number % len(SCENES)], source.get("columns") or {}
+    letter, text = _right(form, scene, form.choices)
+    extra = {key: _of_number(value, number) for key, value in form.extra.items()}
+    cells: Row = {columns.get("id", "id"): number + form.first}
+    known = {**cells, **extra, **(added or {})}
+    for column, pattern in (source.get("parts") or {}).items():
+        known |= Source(kind="hf", path="", parts={column: pattern}).parts_of(column, known[column]) or {}
+    pictures = [name.strip() for name in columns.get("image", "image").split(",")]
+    if form.video:
+        column = columns.get("video", "video")
+        _write_video(folder / (column if "{" in column else f"{{{column}}}").format_map(known), scene)
+    elif "{" in pictures[0]:
+        for name in pictures:
+            with replacing(folder / name.format_map(known)) as part, part.open("xb") as stream:
+                stream.write(scene.png())
+    else:
+        picture: Any = scene.encoded if form.base64 else {"bytes": scene.png(), "path": None}
+        cells |= dict.fromkeys(pictures) | dict.fromkeys(pictures[: source.get("pictures") or 1], picture)
+    names = [name.strip() for name in columns.get("options", "options").split(",")]
+    if len(names) > 1:
+        cells |= dict.fromkeys(names, "N/A") | dict(zip(names, form.choices, strict=False))
+    elif form.choices:
+        cells[names[0]] = form.options(form.choices)
+    index = _LETTERS.index(letter) if letter else 0
+    said = {"letter": letter, "lower": letter.lower(), "text": text, "index": index}
+    cells[columns.get("answer", "answer")] = form.reference.format_map(said)
+    cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
+    return cells | extra
+
+
+def _write_parquet(path: Path, rows: Sequence[Row]) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    pictures = [name.strip() for name in columns.get("image", "image").split(",")]
-    rows = []
-    for number, scene in enumerate(SCENES):
-        letter, text = _right(form, scene, form.choices)
-        picture: Any = scene.encoded if form.base64 else {"bytes": scene.png(), "path": None}
-        cells: Row = {columns.get("id", "id"): number + form.first}
-        if form.video:
-            cells |= {key: _of_number(value, number) for key, value in form.extra.items()}
-            _write_video(path.parent / _video_name(columns, cells), scene)
-        else:
-            cells |= dict.fromkeys(pictures) | {pictures[0]: picture}
-        names = [name.strip() for name in columns.get("options", "options").split(",")]
-        if len(names) > 1:
-            cells |= dict.fromkeys(names, "N/A") | dict(zip(names, form.choices, strict=False))
-        elif form.choices:
-            cells[names[0]] = form.options(form.choices)
-        index = _LETTERS.index(letter) if letter else 0
-        said = {"letter": letter, "lower": letter.lower(), "text": text, "index": index}
-        cells[columns.get("answer", "answer")] = form.reference.format_map(said)
-        cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
-        rows.append(cells | {key: _of_number(value, number) for key, value in form.extra.items()})
     table = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
-    if not (form.base64 or form.video):
-        for name in pictures:
-            table = table.cast_column(name, datasets.Image())
+    for name in [key for key, value in rows[0].items() if isinstance(value, dict)]:
+        table = table.cast_column(name, datasets.Image())
     table.to_parquet(str(path))
-    return rows
-
-
-def _video_name(columns: Mapping[str, str], cells: Row) -> str:
-    """The name of a row's video, as the task file makes it of the columns."""
-    column = columns.get("video", "video")
-    return column.format_map(cells) if "{" in column else str(cells[column])
 
 
 def _write_video(path: Path, scene: Scene) -> None:
-    """A short animation, whose shapes appear one after the other."""
+    """A short animation, or a folder of frames, whose shapes appear one after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [Scene(scene.colour, scene.shape, count, scene.word).draw() for count in range(1, scene.count + 1)]
+    if "frames" in str(path.parent.name):
+        path.mkdir(exist_ok=True)
+        for number, frame in enumerate([*frames, frames[-1]], start=1):
+            with replacing(path / f"{number:05d}.jpg") as part:
+                frame.save(part, "JPEG")
+        return
     with replacing(path) as part, part.open("xb") as stream:
         frames[0].save(stream, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)
 

@@ -21,6 +21,7 @@ from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.scoring.visible_text import THINK, Markers
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, digest
+from mm_moslora_eval.sources.hf_dataset import from_cache
 
 _NAME = re.compile(r"\w[\w.+-]*")
 THINKING_TOKENS = 2048
@@ -270,3 +271,14 @@ class Task:
         data = sources.load(self.source, beside=beside)
         check_ids(self.aggregation, data.documents)
         return with_pool(data, self.prompt, self.source, beside=beside)
+
+    def load_cached(self) -> DataSet:
+        """The documents, of data sets of the hub only those in its cache: the network is not touched.
+
+        Raises:
+            EvalError: see `load`; or the hub's data set is not in the cache.
+        """
+        if "hf" not in (self.source.kind, self.prompt.shots_from.get("kind")):
+            return self.load()
+        with from_cache():
+            return self.load()

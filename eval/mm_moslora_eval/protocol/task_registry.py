@@ -169,23 +169,6 @@ def name_and_protocol(name: str) -> tuple[str, str]:
     return (stem, protocol) if separator and not name.endswith(_TASK_FILES) else (name, "")
 
 
-def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks of `validate.tasks`.
-
-    Raises:
-        EvalError: no such task, or two tasks with the same metric names.
-    """
-    tasks = [get_task(name) for name in names]
-    for number, task in enumerate(tasks):
-        first = [other.name for other in tasks].index(task.name)
-        if first < number:
-            raise EvalError(
-                f"validate.tasks: {names[first]!r} and {names[number]!r} would both be measured as "
-                f"eval/{task.name}/... Keep one of them, or give its file another name."
-            )
-    return tasks
-
-
 def _from_data(kind: str, rest: str) -> Task:
     path, folder = file_and_folder(rest) if kind == "llava" else (rest, "")
     if not path:

@@ -7,16 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.text_format import aligned
+from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.answer_views import answers_folder, views_below
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
+from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.source_videos import WholeVideo, with_whole_videos
 
-CHARACTERS_PER_TOKEN = 4
+if TYPE_CHECKING:
+    from mm_moslora_eval.report.prompt_tokens import PromptTokens
+
+BYTES_PER_TOKEN = 4
+"""Of UTF-8: four Latin letters, one to two Chinese characters."""
 PICTURE_TOKENS = 576
 """Of LLaVA-1.5."""
 
@@ -29,12 +37,17 @@ class TaskPlan:
     documents: int
     answers: int
     pictures: int
+    """Frames of videos included."""
     prompt_tokens: int
-    """Of the texts of all answers, about."""
+    """Of all answers: of the texts alone, about, or counted with pictures by the model's own parts."""
     most_new_tokens: int
     """Of all answers, if each takes its whole budget; 0 where options are scored."""
+    unasked: int = 0
+    """Documents that cannot be asked; their tokens are not counted."""
+    reason: str = ""
+    """Of the first of them."""
     fault: str = ""
-    """Why its data cannot be read."""
+    """Why its data cannot be read; then pictures and prompts are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +61,67 @@ class Measured:
     answers: int
 
 
-def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
-    """The plan of a task whose data are at hand; else its documents as the task file has them, and the fault."""
+def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens | None = None) -> TaskPlan:
+    """The plan of a task whose data are at hand, since nothing is fetched; else its documents as the task file has
+    them, and the fault.
+
+    Args:
+        task: the protocol.
+        settings: which documents are asked.
+        counter: counts the tokens of prompts; None: by the length of their texts.
+    """
     decoding = task.within(settings.max_new_tokens).decoding
+    most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
     try:
-        data = task.load()
+        data = task.load_cached()
         documents = select(data, settings)
     except MoSLoRAError as error:
         count = min(task.expected_count or 0, settings.limit or math.inf)
         return TaskPlan(
             name=task.id, documents=int(count), answers=int(count) * decoding.samples, pictures=0, prompt_tokens=0,
-            most_new_tokens=0, fault=str(error),
+            most_new_tokens=int(count) * most, fault=str(error),
         )  # fmt: skip
-    characters = pictures = 0
+    tokens, pictures = 0.0, 0
+    problems: list[str] = []
     for document in documents:
-        if document.problem is not None:
-            continue
         try:
             shots = shots_for(task.prompt, document, data.shots)
-            messages = conversation(task.prompt, document, shots, reference=task.reference)
-        except EvalError:  # a counted failure of the run
+            counted, shown = _prompt_of(task, document, shots, counter)
+        except MoSLoRAError as error:  # a counted failure of the run
+            problems.append(str(error))
             continue
-        characters += sum(len(message.text) for message in messages)
-        pictures += sum(len(shown.images) for shown in (*shots, document))
-    answers, generates = len(documents) * decoding.samples, decoding.kind == "generate"
+        tokens += counted
+        pictures += shown
     return TaskPlan(
-        name=task.id, documents=len(documents), answers=answers, pictures=pictures * decoding.samples,
-        prompt_tokens=characters * decoding.samples // CHARACTERS_PER_TOKEN,
-        most_new_tokens=answers * decoding.max_new_tokens if generates else 0,
+        name=task.id, documents=len(documents), answers=len(documents) * decoding.samples,
+        pictures=pictures * decoding.samples, prompt_tokens=int(tokens * decoding.samples),
+        most_new_tokens=len(documents) * most, unasked=len(problems),
+        reason="".join(problems[:1]),
     )  # fmt: skip
+
+
+def _prompt_of(
+    task: Task, document: Document, shots: Sequence[Document], counter: PromptTokens | None
+) -> tuple[float, int]:
+    """Tokens and pictures of a prompt.
+
+    Raises:
+        MoSLoRAError: it cannot be asked.
+    """
+    if document.problem is not None:
+        raise EvalError(document.problem)
+    if counter is not None:
+        document, *shots = (with_whole_videos(one, counter.videos) for one in (document, *shots))
+        if document.problem is not None:
+            raise EvalError(document.problem)
+    messages = conversation(task.prompt, document, shots, reference=task.reference)
+    images = [one.images[number] for one in (*shots, document) for number in task.prompt.image_order(one)]
+    frames = sum(image.shape[0] if isinstance(image, WholeVideo) else 1 for image in images)
+    if counter is None:
+        return sum(len(message.text.encode("utf-8", "replace")) for message in messages) / BYTES_PER_TOKEN, frames
+    if task.decoding.kind == "continuation":
+        return counter.of_text(messages[-1].text), frames
+    return counter.of_prompt(messages, images), frames
 
 
 def measured(run: Path) -> Measured:
@@ -97,45 +142,59 @@ def measured(run: Path) -> Measured:
 
 
 def plan_text(
-    plans: Sequence[TaskPlan], *, before: Measured | None, price: tuple[float, float] | None, picture_tokens: int,
-    modes: int = 1,
+    plans: Sequence[TaskPlan], *, before: Measured | None, price: Prices | None,
+    picture_tokens: int | None, modes: int = 1,
 ) -> str:  # fmt: skip
     """The plan as a table, with what it rests on.
 
     Args:
         plans: of the tasks.
         before: an earlier run of this model; None: hours are unknown.
-        price: of a million prompt tokens and of a million new tokens; None: no cost.
-        picture_tokens: of one picture.
+        price: None: no cost.
+        picture_tokens: of one picture; None: the plans count them.
         modes: image modes, each of which asks everything.
     """
     rows = []
     for plan in plans:
-        numbers = (plan.documents, plan.answers, plan.pictures, plan.prompt_tokens, plan.most_new_tokens)
-        rows.append((plan.name, *(f"{number * (modes if index else 1):,}" for index, number in enumerate(numbers))))
+        numbers = [plan.documents, *(modes * one for one in (plan.answers, plan.pictures, plan.prompt_tokens))]
+        shown = [f"{number:,}" for number in (*numbers, modes * plan.most_new_tokens)]
+        rows.append((plan.name, *(shown if not plan.fault else [*shown[:2], "?", "?", shown[4]])))
     answers = modes * sum(plan.answers for plan in plans)
     pictures = modes * sum(plan.pictures for plan in plans)
-    text = modes * sum(plan.prompt_tokens for plan in plans)
+    prompts = modes * sum(plan.prompt_tokens for plan in plans) + pictures * (picture_tokens or 0)
     new = modes * sum(plan.most_new_tokens for plan in plans)
-    lines = aligned(("task", "documents", "answers", "pictures", "text tokens", "new tokens at most"), rows)
-    lines += ["", f"Prompts: about {text + pictures * picture_tokens:,} tokens, with {picture_tokens} for each of "]
-    lines[-1] += f"{pictures:,} pictures (--picture-tokens) and {CHARACTERS_PER_TOKEN} characters of text for one."
+    counted, unknown = picture_tokens is None, sum(bool(plan.fault) for plan in plans)
+    head = ("task", "documents", "answers", "pictures", f"{'prompt' if counted else 'text'} tokens")
+    lines = [*aligned((*head, "new tokens at most"), rows), ""]
+    if unknown == len(plans):
+        lines.append("Prompts: unknown.")
+    elif counted:
+        lines.append(f"Prompts: {prompts:,} tokens, counted by the model's tokenizer and processor, pictures included.")
+    else:
+        lines.append(
+            f"Prompts: about {prompts:,} tokens, with {picture_tokens} for each of {pictures:,} pictures "
+            f"(--picture-tokens) and {BYTES_PER_TOKEN} bytes of text for one. --model with a folder counts them."
+        )
+    if 0 < unknown < len(plans):
+        lines[-1] += f" Those of {unknown} of {len(plans)} tasks are unknown."
     lines.append(_hours(answers, before))
     if price is not None:
-        cost = (price[0] * (text + pictures * picture_tokens) + price[1] * new) / 1e6
-        likely = (
-            "" if before is None else f", {_likely(price, text + pictures * picture_tokens, answers, before):,.2f} "
-        )
-        likely += "with answers as long as in that run" if likely else ""
-        lines.append(f"Cost: at most {cost:,.2f}{likely}, at {price[0]:g} and {price[1]:g} for a million tokens.")
-    lines += [f"{plan.name}: not counted but for its documents: {plan.fault}" for plan in plans if plan.fault]
+        known = price.cost(prompt=prompts, completion=new)
+        cost = f"{'at most' if counted else 'about'} {known:,.2f}{'' if counted else ' with the longest answers'}"
+        if unknown:
+            cost = f"unknown, since prompts are; new tokens alone at most {price.cost(prompt=0, completion=new):,.2f}"
+        elif before is not None:
+            likely = price.cost(prompt=prompts, completion=round(answers * before.tokens))
+            cost += f", {likely:,.2f} with answers as long as in that run"
+        lines.append(f"Cost: {cost}, at {price.prompt:g}/{price.completion:g} for a million tokens, without a judge's.")
+    lines += [f"{plan.name}: its prompts are unknown: {plan.fault}" for plan in plans if plan.fault]
+    lines += [
+        f"{plan.name}: {plan.unasked:,} documents cannot be asked, and their prompts are not counted (first: "
+        f"{plan.reason})." for plan in plans if plan.unasked
+    ]  # fmt: skip
     if new:
         lines.append(f"A model that is asked to think gets at least {THINKING_TOKENS} new tokens for an answer.")
     return "\n".join(lines)
-
-
-def _likely(price: tuple[float, float], prompt: int, answers: int, before: Measured) -> float:
-    return (price[0] * prompt + price[1] * answers * before.tokens) / 1e6
 
 
 def _hours(answers: int, before: Measured | None) -> str:

@@ -15,7 +15,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import make_subfolder, mark, remove
 from mm_moslora.utils.folder_marks import MARK
 from mm_moslora_eval.backends.local_model import LocalModel
-from mm_moslora_eval.protocol.task_registry import tasks_of
+from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders
 from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference
@@ -40,7 +40,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
         one rank received a signal, or because it would take longer than `most_seconds`.
 
     Raises:
-        EvalError: see `task_registry.tasks_of`; or every sample fails.
+        EvalError: see `task_groups.tasks_of`; or every sample fails.
     """
     settings = EvaluationSettings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)

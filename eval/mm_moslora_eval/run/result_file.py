@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.errors import ConfigError, EvalError, MissingRequirementError
 from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
@@ -71,7 +71,9 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     return TaskResult(**{**data, **numbers, "counts": counts, "about": about, "remarks": remarks})
 
 
-def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
+def score_folder(
+    folder: Path, *, rules: Task | None = None, judge: Judge | None = None, partial: bool = False
+) -> TaskResult:
     """Score the answers of one view and write its `samples.jsonl`.
 
     A task that needs a judge stays unscored without one or if the judge fails. Then its score is nan,
@@ -82,6 +84,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
             then written to a further view.
         judge: grades free answers.
+        partial: where only some documents have an answer, the others count as failed samples.
 
     Raises:
         EvalError: files are missing or of another format, or documents have no answer yet.
@@ -99,11 +102,12 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
     answers = read_folder(answers_folder(view))
     keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
     missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
-    if missing:
+    if missing and not (partial and len(missing) < len(rows)):
         raise EvalError(
             f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
-            "run the same evaluation again to continue."
+            "run the same evaluation again to continue, or score what is there: mm-moslora eval score RUN --partial."
         )
+    answers = dict.fromkeys(itertools.chain(*keys), _UNASKED) | answers
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
     given = [[answers[key] for key in own] for own in keys]
@@ -141,6 +145,9 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
         return unscored(task, scored, about=about, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, each=each, **settled)
+
+
+_UNASKED = dict.fromkeys(("text", "finish_reason", "options", "seconds")) | {"tokens": 0, "error": "not asked yet"}
 
 
 def _spent(answers: Sequence[dict[str, Any]], prices: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -317,6 +324,14 @@ def summarise(
     )  # fmt: skip
     remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
     remarks += disagreement(about.get("judge", {}))
+    missing = [sample.fault for sample in scored if sample.fault.startswith(MissingRequirementError.__name__)]
+    if missing:  # a score over the other answers would pass for that of the benchmark
+        needed = missing[0].partition(": ")[2]
+        about = result.about | {
+            "unscored": f"{len(missing)} answers need what is not here. {needed}",
+            "rules_failed": True,
+        }
+        return replace(result, counts=counts, remarks=tuple(remarks), about=about)
     if not graded:
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)

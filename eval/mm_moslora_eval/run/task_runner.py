@@ -21,7 +21,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -171,8 +171,8 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
         yield
 
 
-def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
-    """Write the owner of a folder, or refuse a folder with another owner."""
+def _claim(path: Path, identity: dict[str, Any], *, what: str, differs: Callable[[], Sequence[str]] = tuple) -> None:
+    """Write the owner of a folder, or refuse a folder with another owner; `differs` tells more than two hashes do."""
     try:
         stored = read_json(path)
     except FileNotFoundError:
@@ -182,10 +182,31 @@ def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
         raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
     for key, value in identity.items():
         if _compared(stored.get(key)) != _compared(value):
-            raise EvalError(
-                f"{what} holds another run: its {key} is {stored.get(key)!r}, this one's is {value!r}. "
-                "Choose another output folder."
-            )
+            told = "; ".join(differs()) if key == "asked" else ""
+            told = told or f"its {key} is {stored.get(key)!r}, this one's is {value!r}"
+            raise EvalError(f"{what} holds another run: {told}. Choose another output folder.")
+
+
+def _differences(folder: Path, task: Task) -> list[str]:
+    """In what the prompt and the decoding of a folder's answers differ from those of a task."""
+    before: dict[str, Any] = {}
+    for path in folder.glob(f"*/{TASK}"):
+        with suppress(EvalError, KeyError):
+            before = _decisive(read_view(path.parent)["task"])
+    now = _decisive(json.loads(json.dumps(task.to_dict())))
+    return [
+        f"its {key} is {_short(before.get(key))}, this one's is {_short(now.get(key))}"
+        for key in dict.fromkeys([*before, *now]) if before and before.get(key) != now.get(key)
+    ]  # fmt: skip
+
+
+def _decisive(task: dict[str, Any]) -> dict[str, Any]:
+    parts = {f"{part}.{key}": value for part in ("prompt", "decoding") for key, value in task[part].items()}
+    return {key: value for key, value in parts.items() if key != "decoding.samples"} | {"version": task["version"]}
+
+
+def _short(value: Any) -> str:
+    return "the default" if value is None else repr(value)[:80]
 
 
 def _compared(value: Any) -> Any:
@@ -242,7 +263,9 @@ def run_task(
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
     identity = {"format": FORMAT, "task": task.id, "asked": task.request_hash}
-    _claim(mode_folder / "asked.json", identity, what=str(mode_folder))
+    _claim(
+        mode_folder / "asked.json", identity, what=str(mode_folder), differs=partial(_differences, mode_folder, task)
+    )
     share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
     items = work.items
     if settings.shard is not None:

@@ -1,4 +1,7 @@
-"""Readers of data files: LLaVA JSON and JSONL, VLMEvalKit TSV, Hugging Face data sets. One `Document` per question."""
+"""Readers of data files: LLaVA JSON and JSONL, VLMEvalKit TSV, annotations in JSON, Hugging Face data sets.
+
+One `Document` per question.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from pathlib import Path
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
-from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
-from mm_moslora_eval.sources.document import DataSet, checked
+from mm_moslora_eval.sources import annotation_file, hf_dataset, llava_file, vlmevalkit_tsv
+from mm_moslora_eval.sources.document import DataSet, Document, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_file, picture_folder
@@ -35,8 +38,11 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     sha256 = _checksum(path, source.md5)
     folder = picture_folder(source.image_folder, path, beside=beside)
     rules = rules_of(folder, source)
+    read: list[Document | None]
     if source.kind == "llava":
         read = list(llava_file.read(path, rules=rules, where=source.where))
+    elif source.kind == "annotations":
+        read = list(annotation_file.read(path, rules=rules, source=source))
     else:
         read = list(
             vlmevalkit_tsv.read(
@@ -47,7 +53,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     kept = [document for document in read if document is not None]
     if source.answer_is in BOX_FORMS:
         kept = [with_reference_box(document, source.answer_is) for document in kept]
-    documents = checked(kept, source=str(path))
+    documents = checked(kept, source=str(path), pictures=source.pictures)
     return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
 
 

@@ -124,15 +124,23 @@ class DataSet:
         return about | ({"shots": dict(self.shots_from)} if self.shots_from else {})
 
 
-def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:
-    """Check the whole set and mark documents with an answer that cannot be right.
+def checked(documents: Iterable[Document], *, source: str, pictures: int | None = None) -> tuple[Document, ...]:
+    """Check the whole set and mark documents with an answer that cannot be right, or with too few pictures.
+
+    Args:
+        documents: all of them.
+        source: for messages.
+        pictures: which each must have besides videos; None: any number.
 
     Raises:
         EvalError: no documents, or two with the same id.
     """
     read = tuple(documents)
     some = any(document.answers for document in read)  # a set without any reference is exported, not scored
-    result = tuple(document.with_problem(_answer_problem(document, needed=some)) for document in read)
+    result = tuple(
+        document.with_problem(_answer_problem(document, needed=some) or _picture_problem(document, pictures))
+        for document in read
+    )
     if not result:
         raise EvalError(f"{source} holds no documents; expected at least one row.")
     seen: set[str] = set()
@@ -141,6 +149,11 @@ def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ..
         shown = ", ".join(repr(name) for name in list(dict.fromkeys(repeated))[:5])
         raise EvalError(f"{source}: {len(repeated)} repeated ids ({shown}); give every row an id of its own.")
     return result
+
+
+def _picture_problem(document: Document, pictures: int | None) -> str | None:
+    count = sum(getattr(image, "video", None) is None for image in document.images)
+    return None if pictures in (None, count) else f"has {count} pictures, expected {pictures}"
 
 
 def _answer_problem(document: Document, *, needed: bool) -> str | None:

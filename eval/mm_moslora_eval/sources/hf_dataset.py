@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
 from mm_moslora.utils.files import sha256_of
-from mm_moslora.utils.untrusted_files import opened
+from mm_moslora.utils.untrusted_files import find_below, opened
 from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from mm_moslora_eval.sources.dataset_identity import folder_checksum
-from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
+from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked, digest
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
-from mm_moslora_eval.sources.source_videos import frames_of_record
+from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
 from mm_moslora_eval.sources.texts_beside import texts_beside
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
-_KEYS = ("id", "image", "video", "question", "options", "answer", "category", "hint")
+_KEYS = ("id", "image", "video", START, END, "question", "options", "answer", "category", "hint")
+_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _BRACKETED = re.compile(r"\(([A-Za-z])\)")
 _BRACED = re.compile(r"\{([^{}]+)\}")
@@ -50,32 +53,50 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     from mm_moslora.data.sources.hf_tables import hub_revision, hub_store
 
     local = find_data(source.path, beside=beside)
-    table, sha256 = _open(source, local)
-    revision = hub_revision(table)
+    tables, sha256 = _open(source, local)
+    revision = hub_revision(tables[0].table)
     if source.lm_eval_task is not None:
-        documents = checked(_choices(table, source), source=source.path)
+        documents = checked(_choices(tables[0].table, source), source=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
-    for field, columns in source.columns.items():
-        named = [name for part in columns.split(",") for name in _BRACED.findall(part) or [part.strip()]]
-        missing = [name for name in named if name not in table.column_names]
-        if missing:
-            raise EvalError(
-                f"{source.path} has no column {missing[0]!r} (for {field})."
-                f"{suggestion(missing[0], table.column_names)} "
-                f"Columns: {', '.join(table.column_names)}."
-            )
-    rows = len(table)
+    _check_columns(tables, source)
     if local is None and source.image_folder is None:  # from the hub: below the fetched files
         folder = hub_store(source.path)[0].resolve()
     else:
         folder = picture_folder(source.image_folder, local or Path(source.path), beside=beside)
     rules = rules_of(folder, source)
-    documents = checked(_documents(table, source, rules, of_hub=local is None), source=source.path)
-    dropped = rows - len(documents)
+    read = [*_documents(tables, source, rules, of_hub=local is None)]
+    kept = [document for document in read if document is not None]
+    documents = checked(kept, source=source.path, pictures=source.pictures)
+    dropped = read.count(None)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
 
-def _open(source: Source, path: Path | None) -> tuple[Any, str]:
+@contextmanager
+def from_cache() -> Iterator[None]:
+    """Read data sets of the hub from the caches of its libraries alone; the network is not touched."""
+    import datasets
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, offline in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = offline
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """A table of `datasets`, and the columns that the task adds to its rows."""
+
+    table: Any
+    added: Mapping[str, str] = field(default_factory=dict)
+
+
+def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
     import datasets
 
     from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
@@ -89,21 +110,39 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
         ]
         return undecoded(tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables))
 
+    def read_file(file: Path) -> tuple[Any, str]:
+        kind = _READERS.get(file.suffix)
+        if kind is None:
+            raise EvalError(f"{file} is neither parquet, JSON nor CSV.")
+        with opened(file, most=None) as stream:
+            sha256 = sha256_of(stream)
+        return undecoded(load_checked(kind, data_files=str(file), split="train")), sha256
+
+    def read_fetched(name: str) -> tuple[Any, str]:
+        table = undecoded(load_checked(source.path, data_files=name, split="train", revision=source.revision))
+        return table, str(getattr(table, "_fingerprint", ""))
+
     try:
+        if source.files:
+            links = source.follow_links
+            found = [
+                read_file(find_below(path, name, follow_links=links)) if path else read_fetched(name)
+                for name in source.files
+            ]
+            tables = [
+                _Table(table=one, added=more) for (one, _), more in zip(found, source.files.values(), strict=True)
+            ]
+            return tables, digest([sha256 for _, sha256 in found])
         if path is None:
             table = read(source.path, revision=source.revision)
-            return table, str(getattr(table, "_fingerprint", ""))
+            return [_Table(table=table)], str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
-            return undecoded(load_saved(path)), folder_checksum(path)
+            return [_Table(table=undecoded(load_saved(path)))], folder_checksum(path)
         if path.is_dir():
-            return read(str(path)), folder_checksum(path)
+            return [_Table(table=read(str(path)))], folder_checksum(path)
         if path.is_file():
-            kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
-            if kind is None:
-                raise EvalError(f"{path} is neither parquet, JSON nor CSV.")
-            with opened(path, most=None) as stream:
-                sha256 = sha256_of(stream)
-            return undecoded(load_checked(kind, data_files=str(path), split="train")), sha256
+            table, sha256 = read_file(path)
+            return [_Table(table=table)], sha256
         raise EvalError(f"{path} is neither a file nor a folder.")
     except MoSLoRAError:
         raise
@@ -111,38 +150,96 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
         cause = error.__cause__ or error
         raise EvalError(
             f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
-            "Give a local parquet file or folder, or a hub id while online."
+            "Give a local parquet file or folder, or a hub id; online, `mm-moslora eval check TASK` fetches it."
         ) from error
 
 
-def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool) -> Iterator[Document]:
-    columns = source.columns
-    for column in source.where:
-        if column not in table.column_names:
+def _check_columns(tables: Sequence[_Table], source: Source) -> None:
+    """Refuse names of columns that no table has."""
+    known = dict.fromkeys(name for one in tables for name in (*one.table.column_names, *one.added))
+    first: Mapping[str, Any] = next((row for one in tables for row in one.table), {})
+    known |= dict.fromkeys(name for row, _ in _rows(first, {}, source) for name in row)
+    wanted = [
+        (name, f"for {document_field}")
+        for document_field, columns in source.columns.items()
+        for part in columns.split(",")
+        for name in _BRACED.findall(part) or [part.strip()]
+    ]
+    wanted += [(name, "for source.where") for name in source.where]
+    for name, use in [*wanted, *((name, "for source.parts") for name in source.parts)]:
+        if name not in known:
             raise EvalError(
-                f"{source.path} has no column {column!r} (for source.where).{suggestion(column, table.column_names)}"
+                f"{source.path} has no column {name!r} ({use}).{suggestion(name, known)} Columns: {', '.join(known)}."
             )
+
+
+def _rows(
+    row: Mapping[str, Any], added: Mapping[str, str], source: Source
+) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The rows that a row of a table stands for, with the columns that the task adds, and the problem with each."""
+    items: Any = row.get(source.each) if source.each else [{}]
+    outer, problem = {key: value for key, value in row.items() if key != source.each}, None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        items, problem = [{}], f"the column {source.each!r} holds {str(items)[:60]!r}, expected a list of objects"
+    for item in items:
+        whole = {**outer, **item, **added}
+        fault = problem
+        for column in source.parts:
+            parts = source.parts_of(column, whole.get(column))
+            whole |= parts or {}
+            if parts is None:
+                fault = fault or f"{column} is {whole.get(column)!r}, expected the form {source.parts[column]}"
+        yield whole, fault
+
+
+def _documents(
+    tables: Sequence[_Table], source: Source, rules: PictureRules, *, of_hub: bool
+) -> Iterator[Document | None]:
+    """A document for each row; None for one that is left out on purpose."""
     from mm_moslora.data.sources.hf_tables import hub_store
 
-    names, file = [name.strip() for name in columns.get("image", "image").split(",")], Path(source.path)
-    pictures = Pictures(table, names, file=file, rules=rules, store=hub_store(source.path) if of_hub else ())
-    rows = table.remove_columns(pictures.columns)
-    for number, row in enumerate(rows):
-        if matches(row, source.where):
-            images: tuple[ImageLike, ...] = pictures.of(number)
-            problem = None
-            if not pictures.columns:
-                named = [value for name in names for value in _listed(_file_name(row, name))]
-                images, problem = pictures_of_record(named, file=file, row=number, rules=rules)
-            videos = _file_name(row, columns.get("video", "video"))
-            frames, fault = frames_of_record(videos, file=file, row=number, rules=rules)
-            images, problem = (*images, *frames), problem or fault
-            named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
-            texts, unread = texts_beside(named_texts, rules)
-            row, problem = row | texts, problem or unread
-            read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
-            read = read.with_problem(problem)
-            yield with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
+    names, file = [name.strip() for name in source.columns.get("image", "image").split(",")], Path(source.path)
+    store, number = hub_store(source.path) if of_hub else (), 0
+    for one in tables:
+        pictures = Pictures(one.table, names, file=file, rules=rules, store=store)
+        for place, row in enumerate(one.table.remove_columns(pictures.columns)):
+            for cells, fault in _rows(row, one.added, source):
+                images = pictures.of(place) if pictures.columns else None
+                asked = matches(cells, source.where)
+                yield _of_row(cells, fault, images, number=number, source=source, rules=rules) if asked else None
+                number += 1
+
+
+def _of_row(
+    row: Mapping[str, Any], problem: str | None, pictures: Sequence[ImageLike] | None, *, number: int, source: Source,
+    rules: PictureRules,
+) -> Document:  # fmt: skip
+    """The document of a row.
+
+    Args:
+        row: its columns.
+        problem: with it.
+        pictures: of the table; None: the row names them, if it has any.
+        number: of the document.
+        source: description of the data.
+        rules: where pictures and videos may lie.
+    """
+    columns, file = source.columns, Path(source.path)
+    if pictures is None:
+        names = columns.get("image", "image").split(",")
+        named = [value for name in names for value in _listed(_file_name(row, name.strip()))]
+        pictures, unread = pictures_of_record(named, file=file, row=number, rules=rules)
+        problem = problem or unread
+    videos = _file_name(row, columns.get("video", "video"))
+    frames, unshown = frames_of_record(
+        videos, lambda name: row.get(columns.get(name, name)), file=file, row=number, rules=rules
+    )
+    named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
+    texts, unreadable = texts_beside(named_texts, rules)
+    images = (*pictures, *frames)
+    read = document({**row, **texts}, columns, default_id=str(number), images=images, answer_is=source.answer_is)
+    read = read.with_problem(problem or unshown or unreadable)
+    return with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
 
 
 def _file_name(row: Mapping[str, Any], column: str) -> Any:

@@ -1,7 +1,8 @@
 """LLaVA files as documents.
 
 Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
-With `video` instead of `image` the frames of a video are shown, at `<video>` or before the text.
+With `video` instead of `image` the frames of a video are shown, at `<video>` or before the text, of a clip with
+`video_start` and `video_end`.
 Conversation files (the training format): each human/gpt pair is a separate document.
 """
 
@@ -22,6 +23,7 @@ from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import image_size
 from mm_moslora_eval.sources.source_files import matches
 from mm_moslora_eval.sources.source_images import shown_of_record
+from mm_moslora_eval.sources.source_videos import END, START
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -44,12 +46,12 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
     Raises:
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
     """
-    for row, record in _records(path):
+    for row, record in records(path):
         if not matches(record, where):
             yield None
             continue
         position = f"{path}, record {row}"
-        pictures = shown_of_record(record.get("image"), record.get("video"), file=path, row=row, rules=rules)
+        pictures = shown_of_record(record, file=path, row=row, rules=rules)
         if "conversations" in record:
             documents = [*_conversation(record, pictures, position, row)]
         else:
@@ -69,7 +71,12 @@ def reference_of(answer: str) -> str:
     return _THINKING.sub("", answer)
 
 
-def _records(path: Path) -> Iterator[tuple[int, Record]]:
+def records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSON list or of JSON lines, with their numbers.
+
+    Raises:
+        EvalError: something that is no JSON object; names the row.
+    """
     try:
         text = read_text(path, most=MOST_BYTES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,7 +119,10 @@ def _text(value: Any) -> str | None:
     return str(value) if value not in (None, "", "nan") else None
 
 
-_KNOWN = {"question_id", "id", "image", "video", "text", "question", "category", "answer", "answers", "options", "hint"}
+_KNOWN = {
+    "question_id", "id", "image", "video", START, END, "text", "question", "category", "answer", "answers", "options",
+    "hint",
+}  # fmt: skip
 
 
 def _question(record: Record, shown: RecordPictures, where: str) -> Document:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mm_moslora.utils.errors import EvalError
+
+_NAME = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The source of a task's documents."""
 
-    kind: Literal["llava", "tsv", "hf"]
+    kind: Literal["llava", "tsv", "hf", "annotations"]
     path: str
     """A file (see `source_files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
     image_folder: str | None = None
@@ -23,6 +26,12 @@ class Source:
     """Frames that are shown of a video (the key or column `video`), from its first to its last."""
     video_fps: float | None = None
     """Frames that are shown of a second instead."""
+    video_sampling: Literal["ends", "middles"] = "ends"
+    """Where frames lie that are shown as pictures: from the first to the last one, or in the middles of equal parts."""
+    video_folder_fps: float | None = None
+    """Frames a second of videos that are folders of frames, which clips of them and `video_fps` need."""
+    pictures: int | None = None
+    """Pictures of every document; one with another number of them is counted as failed."""
     drop_without_image: bool = False
     """tsv: leave out rows without a picture (counted)."""
     answer_lists: bool = True
@@ -41,17 +50,48 @@ class Source:
     """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
     option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
-    """Only rows with these values, such as `split: validation`; other rows count as dropped."""
+    """Only rows with these values, such as `split: validation`; a `*` stands for any text (`category: "* en"`). Other
+    rows count as dropped."""
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""
+    without: tuple[str, ...] = ()
+    """annotations: keys, at any depth, without which an annotation is kept as the reference."""
     columns: dict[str, str] = field(default_factory=dict)
-    """hf: document field (id, image, video, question, options, answer, category, hint) -> the data set's column. An
-    image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`."""
+    """hf: document field (id, image, video, video_start, video_end, question, options, answer, category, hint) -> the
+    data set's column. An image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`.
+    annotations: id, image and category -> the place of a value, such as `page_info.image_path`."""
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """hf: data files below `path` -> further columns that are the same in each of their rows, such as a sub-task and
+    the folder of its videos. Empty: all data of `path`."""
+    each: str = ""
+    """hf: column with a list of objects, each of which is a document with the columns of its row."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """hf: column -> its form, such as `{split}-{number}`; what stands in the braces becomes further columns."""
 
     def __post_init__(self) -> None:
-        if self.video_frames < 1 or (self.video_fps is not None and not self.video_fps > 0):
+        rates = [rate for rate in (self.video_fps, self.video_folder_fps) if rate is not None]
+        if self.video_frames < 1 or not all(rate > 0 for rate in rates):
             raise EvalError(
-                f"source.video_frames is {self.video_frames} and video_fps {self.video_fps}; expected 1 or more, and "
-                "frames a second above 0."
+                f"source.video_frames is {self.video_frames}, video_fps {self.video_fps} and video_folder_fps "
+                f"{self.video_folder_fps}; expected 1 or more, and frames a second above 0."
             )
+        if self.kind != "hf" and (self.files or self.each or self.parts):
+            raise EvalError("source.files, each and parts are for kind hf.")
+        for column, form in self.parts.items():
+            if not self._names_of(form):
+                raise EvalError(f"source.parts: {form!r} of {column!r} has no {{name}}, or one twice or without a gap.")
+
+    def parts_of(self, column: str, value: object) -> dict[str, str] | None:
+        """The parts of a value by the form of its column; None where it has another form."""
+        pieces = enumerate(_NAME.split(self.parts[column]))
+        pattern = "".join(f"(?P<{piece}>.+?)" if number % 2 else re.escape(piece) for number, piece in pieces)
+        match = re.fullmatch(pattern, str(value), re.S)
+        return match.groupdict() if match else None
+
+    @staticmethod
+    def _names_of(form: str) -> list[str]:
+        """The names in braces; none where two are the same, one is no name, or nothing stands between two."""
+        names = _NAME.findall(form)
+        usable = len(set(names)) == len(names) and "}{" not in form and all(name.isidentifier() for name in names)
+        return names if usable else []

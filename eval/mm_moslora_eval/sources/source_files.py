@@ -76,5 +76,10 @@ def _first(path: str, what: str, exists: Callable[[Path], bool], beside: Path | 
 
 
 def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:
-    """Whether a row has the wanted value in every named column."""
-    return all(str(row.get(column)) == wanted for column, wanted in (where or {}).items())
+    """Whether a row has the wanted value in every named column; a `*` in it stands for any text."""
+    return all(_fits(str(row.get(column)), wanted) for column, wanted in (where or {}).items())
+
+
+def _fits(value: str, wanted: str) -> bool:
+    start, star, end = wanted.partition("*")
+    return value == wanted or bool(star and value.startswith(start) and value[len(start) :].endswith(end))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,17 @@ def rules_of(folder: Path, source: Source) -> PictureRules:
     from mm_moslora.data.images.record_picture import PictureRules
 
     return PictureRules(
-        folder=folder, follow_links=source.follow_links, video_frames=source.video_frames, video_fps=source.video_fps
-    )
+        folder=folder, follow_links=source.follow_links, video_frames=source.video_frames, video_fps=source.video_fps,
+        video_folder_fps=source.video_folder_fps, video_middles=source.video_sampling == "middles",
+    )  # fmt: skip
 
 
 def shown_of_record(
-    images: Any, videos: Any, *, file: Path, row: int, rules: PictureRules
+    record: Mapping[str, Any], *, file: Path, row: int, rules: PictureRules
 ) -> tuple[tuple[ImageLike, ...], str | None]:
     """The pictures of a record and the frames of its videos after them, and the first problem."""
-    pictures, problem = pictures_of_record(images, file=file, row=row, rules=rules)
-    frames, other = frames_of_record(videos, file=file, row=row, rules=rules)
+    pictures, problem = pictures_of_record(record.get("image"), file=file, row=row, rules=rules)
+    frames, other = frames_of_record(record.get("video"), record.get, file=file, row=row, rules=rules)
     return ((), problem or other) if problem or other else (pictures + frames, None)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -17,23 +19,29 @@ from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
 
 if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
+
     from mm_moslora.batch import Video, VideoSampling
     from mm_moslora.data.images.record_picture import PictureRules
-    from mm_moslora.data.images.video_clip import Clip
+    from mm_moslora.data.images.video_clip import Clip, Excerpt
 
 TAG = "<image>"
 """The place of a picture in a question."""
+START, END = "video_start", "video_end"
+"""Fields of a record: where the clip of its videos begins and ends, in seconds or as `h:mm:ss`."""
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _KEPT = 4
 """Videos whose frames are kept, while they are read one after the other."""
 
 
 def frames_of_record(
-    videos: Any, *, file: Path, row: int, rules: PictureRules
+    videos: Any, cell: Callable[[str], Any], *, file: Path, row: int, rules: PictureRules
 ) -> tuple[tuple[ImageLike, ...], str | None]:
     """The frames of the videos that a record names, and the first problem.
 
     Args:
         videos: a name, a list of names, or None.
+        cell: gives the record's value of `video_start` and `video_end`.
         file: of the record, for messages.
         row: its number.
         rules: where videos may lie, and how many frames are shown.
@@ -43,9 +51,13 @@ def frames_of_record(
 
     items = videos if isinstance(videos, list | tuple) else [] if videos in (None, "") else [videos]
     frames: list[ImageLike] = []
+    try:
+        excerpt = _excerpt(cell(START), cell(END)) if items else None
+    except ValueError as error:
+        return (), str(error)
     for index, item in enumerate(items):
         try:
-            clip = find_clip(item, index, Where(file=file, line=None, row=row), rules)
+            clip = find_clip(item, index, Where(file=file, line=None, row=row), rules, excerpt=excerpt)
             video = VideoFrames(clip)
             frames += [
                 VideoFrame(video.read, row, "video", n, video.identity(n), video=video) for n in range(video.count)
@@ -57,11 +69,37 @@ def frames_of_record(
     return tuple(frames), None
 
 
+def _excerpt(start: Any, end: Any) -> Excerpt | None:
+    """The part of a video between two cells; None without either."""
+    from mm_moslora.data.images.video_clip import Excerpt
+
+    first, last = _seconds(start, START), _seconds(end, END)
+    if first is None and last is None:
+        return None
+    return Excerpt(first or 0.0, math.inf if last is None else last)
+
+
+def _seconds(value: Any, name: str) -> float | None:
+    text = "" if value is None else str(value).strip()
+    if text in ("", "nan", "NaN", "None"):
+        return None
+    clock = _CLOCK.fullmatch(text)
+    try:
+        seconds = (int(clock[1] or 0) * 60 + int(clock[2])) * 60 + float(clock[3]) if clock else float(text)
+    except (ValueError, OverflowError):
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"{name} is {text[:40]!r}, expected seconds, such as 12.5 or 1:02:03")
+    return seconds
+
+
 class VideoFrames:
     """The shown frames of a video, decoded when they are needed."""
 
     def __init__(self, clip: Clip) -> None:
         self._clip = clip
+        self._part = f" from {clip.excerpt.start} to {clip.excerpt.end} s" if clip.excerpt else ""
+        self._part += " in middles" if clip.middles else ""
         clip.metadata()  # a file without frames is a fault now
         self.count = len(clip.pictures())
         self._whole: WholeVideo | None = None
@@ -72,9 +110,14 @@ class VideoFrames:
         else:  # a folder of frames, or bytes
             self._file = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its frames, by the file's header."""
+        return self._clip.size()
+
     def identity(self, number: int) -> str:
         """A text that identifies a frame without decoding it; empty where its pixels must."""
-        return f"frame {number} of {self.count} of {self._file}" if self._file else ""
+        return f"frame {number} of {self.count}{self._part} of {self._file}" if self._file else ""
 
     def read(self, row: int, column: str, number: int) -> bytes:
         """A frame as a PNG file."""
@@ -90,7 +133,7 @@ class VideoFrames:
         """
         if self._whole is not None and self._whole.sampling is sampling:
             return self._whole
-        clip = replace(self._clip, sampling=sampling)
+        clip = self._shown(sampling)
         about = clip.metadata()
         shown = about.frames_indices or ()
         file = self._file
@@ -99,18 +142,18 @@ class VideoFrames:
             for frame in clip.video().frames:
                 digest.update(f"{frame.size} ".encode() + frame.tobytes())
             file = digest.hexdigest()
-        identity = f"video {list(shown)} of {file}"
-        shape = (len(shown), about.width or 0, about.height or 0)
-        self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, shape=shape)
+        identity = f"video {list(shown)}{self._part} of {file}"
+        self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, about=about)
         return self._whole
 
     def video(self, sampling: VideoSampling) -> Video:
         """It for the model's processor; for errors see `Clip.video`."""
         return self._shown(sampling).video()
 
-    def _shown(self, sampling: Any) -> Clip:
-        clip = self._clip
-        return _kept(clip.source, clip.name, clip.count, clip.root, clip.fps, sampling)
+    def _shown(self, sampling: VideoSampling | None) -> Clip:
+        """The clip with its frames, the same object for the same ones of several documents."""
+        own = {field.name: getattr(self._clip, field.name) for field in fields(self._clip) if field.name[0] != "_"}
+        return _kept(tuple((own | {"sampling": sampling}).items()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +169,14 @@ class WholeVideo(StoredImage):
 
     frames: VideoFrames = field(kw_only=True)
     sampling: VideoSampling = field(kw_only=True)
-    shape: tuple[int, int, int] = field(kw_only=True)
-    """Frames that are shown, width and height."""
+    about: VideoMetadata = field(kw_only=True)
     blank: bool = field(default=False, kw_only=True)
     """Every frame has the mean colour of all."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames that are shown, width and height."""
+        return len(self.about.frames_indices or ()), self.about.width or 0, self.about.height or 0
 
     def video(self) -> Video:
         """It for the model's processor; for errors see `Clip.video`."""
@@ -180,9 +227,7 @@ def about_videos(documents: Iterable[Document]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=_KEPT)
-def _kept(
-    source: Any, name: str, count: int, root: Path | None, fps: float | None, sampling: VideoSampling | None
-) -> Clip:
+def _kept(values: tuple[tuple[str, Any], ...]) -> Clip:
     from mm_moslora.data.images.video_clip import Clip
 
-    return Clip(source, name, count, root=root, fps=fps, sampling=sampling)
+    return Clip(**dict(values))

@@ -61,7 +61,7 @@ def read(
             yield None
             continue
         images, problem = _images(row, pictures, partial(pictures_of_record, file=path, row=number, rules=rules))
-        frames, fault = frames_of_record(_video(row), file=path, row=number, rules=rules)
+        frames, fault = frames_of_record(_video(row), row.get, file=path, row=number, rules=rules)
         images, problem = (*images, *frames), problem or fault
         if drop_without_image and not images and problem is None:
             yield None

@@ -7,6 +7,7 @@ container is refused any other file.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MAX_FRAMES = 2_000_000
 """More frames in one file are refused."""
 MAX_PIXELS = 256_000_000
 """Most pixels of all shown frames of one video together (768 MB)."""
+_MISSING_SHARE = 0.02
+"""A file that lacks more of the length that it declares, and more than two frames, is cut short."""
 MAX_DECODED = 64_000_000_000
 """Most pixels of all frames that are decoded to reach the shown ones: 31,000 frames of 1920 x 1080."""
 
@@ -47,8 +50,14 @@ Choose = Callable[[VideoFacts], Sequence[int]]
 """The numbers of the frames to show."""
 
 
-def frame_indices(frames: int, count: int) -> list[int]:
-    """Numbers of the frames to take: `count` at even distances, the first and last frame included."""
+def frame_indices(frames: int, count: int, *, middles: bool = False) -> list[int]:
+    """Numbers of the frames to take: `count` at even distances, the first and last frame included.
+
+    With `middles` they are the middles of `count` equal parts, rounded as MVBench rounds them.
+    """
+    if middles:
+        part = (frames - 1) / count
+        return [int(part / 2 + round(part * index)) for index in range(count)]
     if count == 1:
         return [0]
     return [(2 * index * (frames - 1) + count - 1) // (2 * (count - 1)) for index in range(count)]
@@ -164,20 +173,35 @@ def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:
 
 
 def _times(container: Any, track: Any, name: str) -> tuple[list[int], list[int]]:
-    """Times of all frames and of the key frames, in units of the stream."""
+    """Times of all frames and of the key frames, in units of the stream.
+
+    Raises:
+        ImageError: no frames, too many, or fewer than the file declares.
+    """
     times: set[int] = set()
     keys: list[int] = []
-    for packet in itertools.islice(container.demux(track), MAX_FRAMES + 1):
+    first, end = math.inf, -math.inf
+    # A file that declares one length for all of its streams may have longer sound than pictures.
+    streams = [track] if track.duration else [stream for stream in container.streams if stream.time_base]
+    for packet in itertools.islice(container.demux(streams), 4 * MAX_FRAMES):
         time = packet.dts if packet.pts is None else packet.pts
         if time is None or not packet.size or packet.is_corrupt:
+            continue
+        first = min(first, float(time * packet.time_base))
+        end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != track.index:
             continue
         times.add(time)
         if packet.is_keyframe:
             keys.append(time)
-    if len(times) > MAX_FRAMES:
-        raise ImageError(Code.VIDEO_TOO_LONG, name, f"has more than {MAX_FRAMES} frames", "cut it into parts")
+        if len(times) > MAX_FRAMES:
+            raise ImageError(Code.VIDEO_TOO_LONG, name, f"has more than {MAX_FRAMES} frames", "cut it into parts")
     if not times:
         raise ImageError(Code.VIDEO_DAMAGED, name, "has no frames with a time", "replace the file")
+    seconds = track.duration * track.time_base if track.duration else (container.duration or 0) / _pyav().time_base
+    if float(seconds) - (end - first) > max(_MISSING_SHARE * float(seconds), 2 / float(track.average_rate or 10)):
+        what = f"is cut short: it declares {float(seconds):.1f} seconds and holds {end - first:.1f}"
+        raise ImageError(Code.VIDEO_DAMAGED, name, what, "replace the file")
     return sorted(times), sorted(keys)
 
 

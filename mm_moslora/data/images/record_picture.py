@@ -58,6 +58,10 @@ class PictureRules:
     """Frames that are shown of a video."""
     video_fps: float | None = field(default=None, repr=False)
     """Frames a second that are shown instead."""
+    video_folder_fps: float | None = field(default=None, repr=False)
+    """Frames a second of folders of frames; None: unknown."""
+    video_middles: bool = field(default=False, repr=False)
+    """Show the middles of equal parts of a video, not frames from its first to its last."""
     videos: VideoSampling | None = field(default=None, repr=False)
     """Of a model that takes videos as such; None: a video becomes pictures."""
 

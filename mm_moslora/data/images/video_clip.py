@@ -7,6 +7,8 @@ Rules:
 - For others every frame is a picture. Of F frames the n at indices round(i (F - 1) / (n - 1)) are taken, which include
   the first and the last. A video with fewer than n frames repeats some. For n = 1 the first frame is taken. A rate r
   stands for n = max(1, floor(F min(1, r / fps))).
+- Of a clip that a record cuts out of a video (`Excerpt`) the same frames are taken as if it were a file of its own. Its
+  frames are those from round(start * fps) to round(end * fps), as far as the video has them.
 - Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`record_picture`).
 - The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
   in natural order of their names. FFmpeg reads everything else through PyAV (`pyav_decode`).
@@ -15,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import threading
@@ -67,6 +70,14 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _DIGITS = re.compile(r"(\d+)")
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """The clip of a video that is shown, in seconds from its beginning."""
+
+    start: float = 0.0
+    end: float = math.inf
+
+
 @dataclass(eq=False)
 class Clip:
     """A video of a record, of which some frames are shown.
@@ -87,6 +98,12 @@ class Clip:
     """Frames a second to show instead."""
     sampling: VideoSampling | None = field(default=None, repr=False)
     """Of a model that takes videos as such."""
+    excerpt: Excerpt | None = None
+    """None: the whole video."""
+    folder_fps: float | None = None
+    """Frames a second of a folder of frames, which does not say it; None: unknown."""
+    middles: bool = False
+    """Take the middles of equal parts instead of frames from the first to the last one."""
     _frames: list[Image.Image] | None = field(default=None, repr=False)
     _facts: VideoFacts | None = field(default=None, repr=False)
     _indices: list[int] = field(default_factory=list, repr=False)
@@ -163,7 +180,10 @@ class Clip:
             return self._facts, self._indices
 
     def _chosen(self, facts: VideoFacts) -> list[int]:
-        """The numbers of the frames to show; they and the facts are kept."""
+        """The numbers of the frames to show; their numbers within the clip, and its facts, are kept."""
+        first = 0
+        if self.excerpt is not None:
+            first, facts = self._within(self.excerpt, facts)
         if self.fps is not None and facts.fps is None:
             remedy = "set video_frames for its source instead of video_fps"
             raise ImageError(Code.VIDEO_FORMAT, self.name, "has no frame rate", remedy)
@@ -174,13 +194,27 @@ class Clip:
             count = self.count
             if self.fps is not None and facts.fps is not None:
                 count = max(1, int(facts.frames * min(1.0, self.fps / facts.fps)))
-            self._indices = frame_indices(facts.frames, count)
+            self._indices = frame_indices(facts.frames, count, middles=self.middles)
         if (shown := len(self._indices)) > MAX_VIDEO_FRAMES:
             remedy = "lower video_frames or video_fps of its source"
             what = f"gives {shown} frames, at most {MAX_VIDEO_FRAMES}"
             raise ImageError(Code.VIDEO_TOO_LONG, self.name, what, remedy)
         self._facts = facts
-        return self._indices
+        return [first + index for index in self._indices]
+
+    def _within(self, excerpt: Excerpt, facts: VideoFacts) -> tuple[int, VideoFacts]:
+        """The number of the first frame of a part of the file, and the facts of that part."""
+        if facts.fps is None:
+            remedy = "name its frames a second (video_folder_fps), or cut the clip out yourself"
+            raise ImageError(Code.VIDEO_FORMAT, self.name, "has no frame rate, which a clip needs", remedy)
+        start, end = (min(seconds * facts.fps, float(facts.frames)) for seconds in (excerpt.start, excerpt.end))
+        if not (start <= end and end >= 0 and round(start) < facts.frames):
+            until = "its end" if math.isinf(excerpt.end) else f"{excerpt.end:g} seconds"
+            what = f"has no clip from {excerpt.start:g} to {until}"
+            remedy = f"name seconds from 0 to {facts.frames / facts.fps:g}, its length, the first one first"
+            raise ImageError(Code.VIDEO_FORMAT, self.name, what, remedy)
+        first, last = max(0, round(start)), min(round(end), facts.frames - 1)
+        return first, replace(facts, frames=last - first + 1)
 
     def _is_folder(self) -> bool:
         return isinstance(self.source, Path) and self.source.is_dir()
@@ -189,7 +223,7 @@ class Clip:
         """The chosen frames; None: the first one."""
         if self._is_folder():
             files = self._files()
-            facts = VideoFacts(len(files), None, check_image(files[0]))
+            facts = VideoFacts(len(files), self.folder_fps, check_image(files[0]))
             shown = [files[index] for index in (choose(facts) if choose else [0])]
             pixels = sum(width * height for width, height in map(check_image, shown))
             check_shown(pixels, f"{len(shown)} frames of its pictures' sizes", self.name)
@@ -254,7 +288,7 @@ class Frame:
         return self.clip.size()
 
 
-def find_clip(value: Any, index: int, where: Where, rules: PictureRules) -> Clip:
+def find_clip(value: Any, index: int, where: Where, rules: PictureRules, *, excerpt: Excerpt | None = None) -> Clip:
     """The video that a record names.
 
     Args:
@@ -263,12 +297,16 @@ def find_clip(value: Any, index: int, where: Where, rules: PictureRules) -> Clip
         index: number of the video within the record.
         where: for messages.
         rules: rules for names.
+        excerpt: what is shown of it; None: all.
 
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
     """
     field_name, data = f"video[{index}]", content_of(value)
-    clip = partial(Clip, count=rules.video_frames, fps=rules.video_fps, sampling=rules.videos)
+    clip = partial(
+        Clip, count=rules.video_frames, fps=rules.video_fps, sampling=rules.videos, excerpt=excerpt,
+        folder_fps=rules.video_folder_fps, middles=rules.video_middles,
+    )  # fmt: skip
     if isinstance(data, StoredPicture):
         return clip(data.read, data.name)
     if isinstance(data, bytes):

@@ -57,7 +57,9 @@ def create_app(
 
     def described(name: str) -> dict[str, Any]:
         source = engine.models.variants[name].source
-        return {"id": name, "object": "model", "created": created, "owned_by": "mm_moslora", "root": source}
+        about = {"id": name, "object": "model", "created": created, "owned_by": "mm_moslora", "root": source}
+        digest = engine.models.preprocessing
+        return about | ({"preprocessing": digest} if digest else {})
 
     async def health(_: Request) -> Response:
         alive = engine.alive

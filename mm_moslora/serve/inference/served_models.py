@@ -27,7 +27,7 @@ from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.preprocessing_print import check_preprocessing
+from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_digest
 from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
@@ -63,8 +63,10 @@ class Variant:
 class Models:
     """One base and its variants (the default first); used by one thread at a time."""
 
-    def __init__(self, assembly: Parts, variants: Mapping[str, Variant]) -> None:
+    def __init__(self, assembly: Parts, variants: Mapping[str, Variant], *, preprocessing: str = "") -> None:
         self.assembly, self.variants = assembly, dict(variants)
+        self.preprocessing = preprocessing
+        """See `preprocessing_digest`; empty: unknown, or accepted although it differs from the training's."""
         self.encoder = ConversationEncoder.of(assembly)
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
         self.reads_alone = has_own_forward(assembly.model) or not Decoder(assembly.model).can_share
@@ -248,7 +250,7 @@ def load_models(
         raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
     alone = len(names) == 1
     assembly = load(path, merge=alone, dtype=dtype)
-    check_preprocessing(path, assembly, accepted=other_preprocessing)
+    differs = check_preprocessing(path, assembly, accepted=other_preprocessing)
     own, newline = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
     variants = {main: Variant(adapter=active, projector=own, newline=newline, source=path.name)}
@@ -264,7 +266,7 @@ def load_models(
             part.data = part.data.to(device)
         elif part is not None:
             part.to(device)  # type: ignore[arg-type]
-    return Models(assembly, variants)
+    return Models(assembly, variants, preprocessing="" if differs else preprocessing_digest(path))
 
 
 def why_no_base(path: Path) -> str | None:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -53,6 +54,11 @@ def parse(value: object, folder: Path, *, frames: int = 4, follow_links: bool = 
 
 def shown(path: Path, count: int) -> list[int]:
     return [number_of(image) for image in Clip(path, str(path), count).frames()]
+
+
+class FirstFrame:
+    def sample(self, metadata: Any, *, frames: int | None, fps: float | None) -> list[int]:
+        return [0]
 
 
 class TestFrames:
@@ -147,6 +153,24 @@ class TestBroken:
                 named += bool(error.what and error.remedy)
             assert time.thread_time() - began < 1
         assert named > 20
+
+    @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+    @pytest.mark.parametrize("left", [0.5, 0.9])
+    def test_a_file_that_declares_more_than_it_holds_is_refused_whatever_frames_are_chosen(
+        self, suffix: str, left: float, tmp_path: Path
+    ) -> None:
+        front = {"movflags": "faststart"} if suffix == "mp4" else {}
+        path = tmp_path / f"a.{suffix}"
+        write_video(path, 24, codec="mpeg4", size=(640, 480), options={"g": "1"}, container=front, sound=5)
+        assert [number_of(frame) for frame in Clip(path, "a", 2).frames()] == [0, 23]  # longer sound is no fault
+        data = path.read_bytes()
+        path.write_bytes(data[: int(left * len(data))])
+        clips = Clip(path, "a", 1), Clip(path, "a", 2, middles=True), Clip(path, "a", 1, sampling=FirstFrame())
+        for clip in clips:
+            for look in (clip.frames, clip.metadata):
+                with pytest.raises(ImageError, match=r"is cut short: it declares .* seconds and holds") as caught:
+                    look()
+                assert caught.value.code == Code.VIDEO_DAMAGED
 
     def test_too_long_and_too_large_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, moving = write_video(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")

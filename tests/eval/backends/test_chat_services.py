@@ -252,6 +252,36 @@ def test_claude_gets_temperature_or_top_p(temperature: float, top_p: float) -> N
     assert sent == {name: value for name, value in own.items() if value != 1.0}
 
 
+DRAWN = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+BOTH = "`temperature` and `top_p` cannot both be specified for this model. Please use only one."
+
+
+@pytest.mark.parametrize(
+    ("refusal", "left_out"),
+    [
+        (lambda body: BOTH if {"temperature", "top_p"} <= body.keys() else "", ["top_p"]),
+        (
+            lambda body: next((f"`{name}` is deprecated for this model." for name in DRAWN if name in body), ""),
+            [*DRAWN],
+        ),
+    ],
+    ids=["both", "each"],
+)
+def test_of_what_claude_refuses_one_is_sent_and_the_rest_is_named(
+    refusal: Callable[[dict[str, Any]], str], left_out: list[str]
+) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        said = refusal(body)
+        return (400, {}, {"type": "error", "error": {"message": said}}) if said else (200, {}, claude())
+
+    with provider(reply) as server:
+        model = model_of("anthropic", server.url)
+        assert ask(model, replace(TEXT, draw=TokenDraw(temperature=0.7, top_p=0.9, top_k=20, seed=1)))[0].text == "red"
+    sent = {name: value for name, value in server.asked[-1][2].items() if name in DRAWN}
+    assert sent == {name: value for name, value in DRAWN.items() if name not in left_out}
+    assert model.endpoint.usage.to_dict()["left_out"] == sorted(left_out)
+
+
 @pytest.mark.parametrize("form", ["anthropic", "gemini"])
 def test_parameters_of_drawn_answers_reach_the_provider(form: str) -> None:
     drawn = {"max_tokens": 5, "temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 7}

@@ -23,7 +23,7 @@ from mm_moslora.launch.child_processes import kill_tree
 from mm_moslora.utils.errors import EvalError
 
 PROGRAM = """#!{python}
-import json, os, signal, sys
+import json, os, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = sys.argv[1:]
@@ -32,6 +32,10 @@ if "--broken" in words:
     sys.exit("ValueError: no kernel for this device, token hf_0123456789abcdefghij")
 if "--silent" in words:
     signal.pause()
+left = int(words[words.index("--killed-after") + 1]) if "--killed-after" in words else 0
+if left:  # a worker that does not watch its parent
+    worker = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    open({log!r}, "a").write(json.dumps([worker.pid, []]) + "\\n")
 options = dict(zip(words[2::2], words[3::2]))
 name, folder = options["--served-model-name"], words[1]
 
@@ -39,7 +43,7 @@ name, folder = options["--served-model-name"], words[1]
 class Handler(BaseHTTPRequestHandler):
     def answer(self, said):
         data = json.dumps(said).encode()
-        self.send_response(200)
+        self.send_response(401 if os.environ.get("VLLM_API_KEY") else 200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -51,6 +55,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({{"object": "list", "data": [{{"id": name, "object": "model", "root": folder}}]}})
 
     def do_POST(self):
+        global left
+        if (left := left - 1) == 0:
+            print("CUDA out of memory", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == name
         message = {{"role": "assistant", "content": "yes", "reasoning_content": None, "tool_calls": []}}
@@ -98,8 +106,7 @@ def test_a_run_starts_the_server_asks_it_and_stops_it(
     command = ["eval", "run", f"llava:{question_file}", "--model", f"vllm:{export}", "--output", str(tmp_path / "run")]
     assert cli.run([*command, "--server-arguments=--tensor-parallel-size 2", "--batch-size", "4"]) == 0
     _, words = json.loads(started.read_text())
-    assert words[:4] == ["serve", str(export), "--host", "127.0.0.1"]
-    assert words[-2:] == ["--tensor-parallel-size", "2"]
+    assert words[:6] == ["serve", str(export), "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
     assert ended(started)
     (result,) = read_results(tmp_path / "run")
     assert result.counts.failed == 0
@@ -131,6 +138,48 @@ def test_a_server_that_does_not_start_says_why_and_nothing_stays(started: Path, 
     with pytest.raises(EvalError, match="not ready after 1 seconds"):
         VllmModel(export, service=ServiceSettings(server_arguments=("--silent", "1")), start_seconds=1)
     wait_until(lambda: ended(started), what="the silent server ends")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--port 1", "--ssl_certfile=a.pem", "--api-key sk-1", "--hf-token x", "--note hf_0123456789abcdefghij"],
+)
+def test_arguments_that_hide_the_server_and_secrets_are_refused_before_they_are_written(
+    arguments: str, started: Path, export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["mmvp", "--model", f"vllm:{export}", "--output", str(tmp_path / "run"), "--shards", "2", "--slurm"]
+    with pytest.raises(EvalError, match=r"leave it out|such as HF_TOKEN") as error:
+        cli.app(["eval", "run", *words, f"--server-arguments={arguments}"])
+    assert "hf_0123" not in str(error.value)
+    assert not started.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_is_another_or_asks_for_a_key_is_an_error_at_once(
+    started: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server.Endpoint, "ask", lambda *_: {"data": [{"id": "theirs"}]})
+    with pytest.raises(EvalError, match="serves 'theirs', expected 'mm-moslora-"):
+        VllmModel(export, service=ServiceSettings())
+    monkeypatch.undo()
+    monkeypatch.setenv(vllm_server.PROGRAM, str(started.with_name("bin") / "vllm"))
+    monkeypatch.setenv("VLLM_API_KEY", "one of their own")
+    with pytest.raises(EvalError, match=r"refuses this command \(HTTP 401\).*unset VLLM_API_KEY"):
+        VllmModel(export, service=ServiceSettings())
+
+
+def test_a_server_that_ends_during_the_run_says_how_and_leaves_no_workers(
+    started: Path, export: Path, question_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "run", f"llava:{question_file}", "--model", f"vllm:{export}", "--output", str(tmp_path / "run")]
+    command += ["--batch-size", "1", "--attempts", "1"]
+    assert cli.run([*command, "--server-arguments=--killed-after 5"]) == 1
+    said = capsys.readouterr().err
+    assert "vLLM ended while it was asked (exit code 137)" in said
+    assert "CUDA out of memory" in said
+    wait_until(lambda: ended(started), what="the worker ends")
+    (answers,) = (tmp_path / "run").rglob("answers*.jsonl")
+    assert len(answers.read_text().splitlines()) == 4
 
 
 def test_a_killed_command_leaves_no_server(started: Path, export: Path) -> None:

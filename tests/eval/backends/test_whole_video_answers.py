@@ -10,12 +10,15 @@ import torch
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
+from mm_moslora_eval.report.evaluation_plan import plan_task
+from mm_moslora_eval.report.prompt_tokens import PromptTokens
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
+from mm_moslora_eval.sources.source_videos import with_whole_videos
 from PIL import Image
 from transformers.video_utils import load_video
-from video_files import write_frames, write_video
+from video_files import number_of, write_frames, write_video
 from vlms import make_video_vlm
 
 from mm_moslora.config import (
@@ -94,6 +97,52 @@ def test_answers_are_those_of_the_models_own_processor(folder: Path, data: Path,
     alone = EvaluationSettings(batch_size=1, rank=0, world_size=1)
     (same,) = evaluate(model, task(data), tmp_path / "one", modes=("own",), baselines=(), settings=alone)
     assert [row["text"] for row in read_samples(tmp_path / "one" / same.folder)] == [row["text"] for row in samples]
+
+
+def test_a_plan_counts_the_tokens_that_the_model_is_given(folder: Path, data: Path, tmp_path: Path) -> None:
+    """Of pictures and of videos as such, without the weights and without decoding a frame."""
+    model, given = open_model(str(folder), precision="fp32"), []
+    inputs = model._inputs
+    model._inputs = lambda requests: given.append(inputs(requests)) or given[-1]
+    evaluate(model, task(data), tmp_path / "run", modes=("own",), baselines=(), settings=BATCH)
+    without = tmp_path / "without"
+    without.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (without / file.name).write_bytes(file.read_bytes())
+    plan = plan_task(task(data), BATCH, counter=PromptTokens(without))
+    # SmolVLM's template writes a space before each of the four videos, and the prompts of training do not.
+    spaces = 4 if "smolvlm" in folder.name else 0
+    assert 0 <= sum(int(item["attention_mask"].sum()) for item in given) - plan.prompt_tokens <= spaces
+    assert (plan.documents, plan.unasked) == (7, 1)
+    assert "video" in plan.reason
+    frames = plan_task(task(data), BATCH)
+    assert frames.pictures == 4 * 6 + 1
+    assert frames.prompt_tokens < 100
+
+
+def test_a_clip_is_what_a_file_with_its_frames_alone_would_be(folder: Path, data: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 20, size=(96, 64))
+    write_frames(tmp_path / "clip", 6)
+    rows = [
+        {"video": "a.mp4", "video_start": 0.5, "video_end": 1.5},
+        {"video": "clip", "video_start": 0.25, "video_end": 1.5},
+    ]
+    asked = [
+        {"question_id": str(n), "text": "<video>\nwhat happens?", "answer": "yes", **row} for n, row in enumerate(rows)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    source = Source(kind="llava", path=str(tmp_path / "questions.jsonl"), video_folder_fps=4.0, **SHOWN)
+    (model, seen) = open_model(f"hf:{folder}", precision="fp32"), []
+    for document in Task(name="clips", source=source).load().documents:
+        (image,) = with_whole_videos(document, model.videos).images
+        video = image.video()  # type: ignore[union-attr]
+        assert image.shape == (len(video.frames), *video.frames[0].size)  # type: ignore[union-attr]
+        seen.append(([number_of(frame) for frame in video.frames], video.metadata))
+    for (frames, about), start, total, rate in zip(seen, (5, 1), (11, 5), (10, 4), strict=True):
+        assert (about.total_num_frames, about.fps) == (total, rate)
+        assert about.frames_indices == [number - start for number in frames]
+        assert start <= min(frames) <= max(frames) < start + total
 
 
 def test_frames_and_videos_are_other_answers_to_the_same_questions(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -107,7 +107,9 @@ def test_more_answers_are_asked_for_later_and_another_temperature_is_another_run
     result_of(drawn(question_file, samples=4), tmp_path / "whole", whole)
     texts = [[[one["text"] for one in row["repeated"]] for row in rows_of(tmp_path / run)] for run in ("run", "whole")]
     assert texts[0] == texts[1]
-    with pytest.raises(EvalError, match="holds another run: its asked is"):
+    with pytest.raises(
+        EvalError, match=r"holds another run: its decoding\.temperature is 0\.8, this one's is 0\.9\. Choose"
+    ):
         result_of(with_changes(drawn(question_file), ["decoding.temperature=0.9"]), tmp_path / "run", Drawing())
 
 

@@ -29,6 +29,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES
 from waiting import wait_until
 
+from mm_moslora import cli
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.files import replace_text
@@ -299,8 +300,28 @@ def test_unfinished_answers_are_not_scored(question_file: Path, tmp_path: Path, 
     path = answers_of(tmp_path / "run")
     lines = path.read_text().split("\n")
     path.write_text("\n".join(lines[:5]) + "\n")
-    with pytest.raises(EvalError, match="7 of 12 documents have no answer"):
+    with pytest.raises(EvalError, match=r"7 of 12 documents have no answer.*--partial"):
         eval_commands.score(tmp_path / "run")
+
+
+def test_a_run_that_is_answered_in_part_is_scored_in_part_until_it_goes_on(
+    question_file: Path, tmp_path: Path, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=("own", "wrong"), baselines=(), settings=ONE)
+    path = answers_of(tmp_path / "run")
+    path.write_text("\n".join(path.read_text().split("\n")[:5]) + "\n")
+    (tmp_path / "run" / "results.json").unlink()
+    assert cli.run(["eval", "score", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert "7 of 12 documents have no answer yet" in said.err
+    assert "wrong" in said.out  # its score is printed all the same
+    assert cli.run(["eval", "score", str(tmp_path / "run"), "--partial"]) == 3
+    own, wrong = sorted(read_results(tmp_path / "run"), key=lambda result: result.mode)
+    assert (own.counts.failed, own.counts.scored, own.completed["n"], wrong.counts.failed) == (7, 5, 5, 0)
+    assert any("not asked yet" in remark for remark in own.remarks)
+    again = FakeModel()
+    (whole,) = evaluate(again, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert (whole.counts.failed, len(again.asked)) == (0, 7)
 
 
 def test_limit_can_grow_and_keeps_what_is_answered(question_file: Path, tmp_path: Path, model: FakeModel) -> None:

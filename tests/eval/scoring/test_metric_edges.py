@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from mm_moslora_eval.metrics import (
     caption,
@@ -15,6 +17,7 @@ from mm_moslora_eval.metrics import (
     vqa_accuracy,
     yes_no,
 )
+from mm_moslora_eval.metrics.benchmarks import video_letters
 
 CAPTIONS = {
     "A cat (black) sits.": "a cat -lrb- black -rrb- sits",
@@ -223,3 +226,34 @@ def test_yes_and_no_in_the_reference_implementations() -> None:
 )
 def test_an_answer_in_a_sentence_holds_the_right_word(text, references, options, right) -> None:
     assert exact_match.holds_answer(text, references, options) == right
+
+
+SHAPES = {"A": "a red circle.", "B": "a square", "C": "3"}
+
+
+@pytest.mark.parametrize(
+    ("read", "answer", "letters"),
+    [
+        (video_letters.mvbench_official, "A) a red circle.", ["A"]),
+        (video_letters.mvbench_official, "(b) a square\nbecause (C)", ["B"]),
+        (video_letters.mvbench_official, "(A)(B)", ["A", "B"]),
+        (video_letters.mvbench_official, "", []),  # its script finds nothing in every option
+        (video_letters.mvbench_official, "( A", []),  # and a bracket, too
+        (video_letters.mvbench_official, ")", []),
+        (video_letters.mvbench_vlmevalkit, "a square, so (C)", ["A", "C"]),
+        (video_letters.mvbench_vlmevalkit, "...", []),
+        (video_letters.mlvu_vlmevalkit, "(no) I take B", ["B"]),
+        (video_letters.mlvu_vlmevalkit, "B) or C)", ["B"]),
+        (video_letters.mlvu_vlmevalkit, ")", []),
+    ],
+)
+def test_letters_of_videos_that_count(read: Callable[..., list[str]], answer: str, letters: list[str]) -> None:
+    assert read(answer, SHAPES) == letters
+
+
+def test_long_answers_about_videos_are_read_at_once() -> None:
+    for answer in ("(" * 1_000_000, "a " * 500_000, "." * 1_000_000, ") (" * 300_000):
+        for read in (video_letters.mvbench_official, video_letters.mlvu_vlmevalkit, video_letters.mvbench_vlmevalkit):
+            read(answer, SHAPES)
+        video_letters.mvbench_lmms_eval(answer)
+        video_letters.lvbench_official(answer)

@@ -5,6 +5,7 @@ A draw of whole clusters is a weight per cluster, so each number is written here
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,8 +24,11 @@ PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["picture"]}',
+    "attempts": 'attempts {"none": ["no"]}',
+    "detailed_mean": 'detailed_mean {"groups": {"pictures": ["picture"]}}',
     "weighted": 'weighted {"column": "weight"}',
     "wemath": 'wemath {"problem": "picture", "step": "split"}',
+    "ccocr_fields_sets": 'ccocr_fields_sets {"column": "category"}',
     "consecutive": 'consecutive {"size": 10}',
 }
 PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
@@ -150,6 +154,7 @@ NUMBERS: dict[str, Callable[[list[Scored], Array], Array]] = {
     "circular": every_rotation, "caption": cider, "caption_plain": cider, "tree": macro,
     WITH_OPTIONS["all_within"]: every_rotation, WITH_OPTIONS["weighted"]: by_weight,
     WITH_OPTIONS["wemath"]: steps_alone, WITH_OPTIONS["consecutive"]: every_rotation,
+    WITH_OPTIONS["ccocr_fields_sets"]: macro,
 }  # fmt: skip
 """What is no plain mean of the samples."""
 
@@ -160,7 +165,18 @@ def prepared(name: str, seed: int) -> list[Scored]:
         samples = [replace(s, document=replace(s.document, category=s.document.extra["split"])) for s in samples]
     if name in ("caption", "caption_plain"):
         samples = [replace(sample, parsed=sample.text) for sample in samples]
-    return samples
+    return as_json(samples) if name.startswith("ccocr_fields") else samples
+
+
+def as_json(samples: list[Scored]) -> list[Scored]:
+    """The same with one field in answer and reference."""
+    return [
+        replace(
+            sample, parsed=json.dumps(sample.parsed),
+            document=replace(sample.document, answers=(json.dumps(sample.document.answers[0]),)),
+        )
+        for sample in samples
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PARTS)

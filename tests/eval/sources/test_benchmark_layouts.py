@@ -5,16 +5,27 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_registry import load_file, task_folder
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.source import Source
 from PIL import Image
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_data import parse_yaml
+from mm_moslora.utils.untrusted_files import FileError
+from tests.eval.eval_fake import FakeModel
 
 
 def png(width: int = 200, height: int = 100) -> bytes:
@@ -123,3 +134,106 @@ def test_no_option_is_what_a_data_set_writes_for_it(tmp_path: Path) -> None:
     row = {"question": "q", "o0": "red", "o1": "N/A", "o2": "N/A", "right": 0}
     (document,) = read(tmp_path, [row], columns={"options": "o0, o1, o2", "answer": "right"}, answer_is="index")
     assert (dict(document.options), document.answers) == ({"A": "red"}, ("A",))
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_files_of_a_folder_add_their_own_columns(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "a", "name": "1"}, {"question": "r", "answer": "b", "name": "2"}]
+    write(tmp_path / "set" / "json" / "one.json", rows)
+    write(tmp_path / "set" / "json" / "two.json", [{**rows[0], "start": 0.5}])
+    (tmp_path / "set" / "x").mkdir()
+    (tmp_path / "set" / "x" / "2.png").write_bytes(png())
+    files = {"json/one.json": {"kind": "One", "folder": "x"}, "json/two.json": {"kind": "Two", "folder": "y"}}
+    source = Source(
+        kind="hf", path=str(tmp_path / "set"), files=files, pictures=1,
+        columns={"image": "{folder}/{name}.png", "category": "kind", "video_start": "start"},
+    )  # fmt: skip
+    data = load(source)
+    assert [(document.id, document.category) for document in data.documents] == [
+        ("0", "One"),
+        ("1", "One"),
+        ("2", "Two"),
+    ]
+    assert data.documents[1].images == (tmp_path / "set" / "x" / "2.png",)
+    write(tmp_path / "set" / "json" / "two.json", [rows[1]])
+    with pytest.raises(EvalError, match=r"no column 'start' \(for video_start\)"):
+        load(source)
+    assert load(replace(source, columns={}, pictures=None, where={"kind": "Two"})).sha256 != data.sha256
+    with pytest.raises(FileError, match="leaves"):
+        load(replace(source, files={"../other.json": {}}))
+
+
+def test_documents_may_stand_in_a_list_of_their_row(tmp_path: Path) -> None:
+    rows = [
+        {"key": "v1", "qa": [{"uid": "1", "q": "a?", "answer": "x"}, {"uid": "2", "q": "b?", "answer": "y"}]},
+        {"key": "v2", "qa": [{"uid": "3", "q": "c?", "answer": "z"}]},
+    ]
+    documents = read(tmp_path, rows, each="qa", columns={"id": "uid", "question": "q"})
+    assert [(document.id, document.question, document.extra["key"]) for document in documents] == [
+        ("1", "a?", "v1"), ("2", "b?", "v1"), ("3", "c?", "v2")
+    ]  # fmt: skip
+    (empty,) = read(tmp_path, [{"key": "v1", "qa": "none", "answer": "x"}], each="qa")
+    assert "expected a list of objects" in (empty.problem or "")
+
+
+def test_parts_of_a_column_name_pictures_and_groups(tmp_path: Path) -> None:
+    rows = [{"name": name, "question": "q", "answer": "a"} for name in ("dev-12-0-1", "dev-3", None)]
+    right, *others = read(tmp_path, rows, parts={"name": "{split}-{set}-{pair}-{number}"}, columns={"id": "name"})
+    assert [right.column(name) for name in ("split", "set", "pair", "number")] == ["dev", "12", "0", "1"]
+    assert [document.problem for document in others] == [
+        f"name is {value!r}, expected the form {{split}}-{{set}}-{{pair}}-{{number}}" for value in ("dev-3", None)
+    ]
+    for form in ("plain", "{a}{b}", "{a}-{a}", "{1}"):
+        with pytest.raises(EvalError, match=r"has no \{name\}"):
+            Source(kind="hf", path="x", parts={"name": form})
+    with pytest.raises(EvalError, match="are for kind hf"):
+        Source(kind="tsv", path="x", each="qa")
+
+
+def test_a_document_without_one_of_its_pictures_is_a_problem(tmp_path: Path) -> None:
+    import datasets
+
+    picture = {"bytes": png(), "path": None}
+    table = datasets.Dataset.from_dict(
+        {"left": [picture, picture], "right": [picture, None], "question": ["q", "r"], "answer": ["a", "b"]}
+    )
+    for name in ("left", "right"):
+        table = table.cast_column(name, datasets.Image())
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    source = Source(kind="hf", path=str(tmp_path / "t.parquet"), columns={"image": "left, right"}, pictures=2)
+    assert [document.problem for document in load(source).documents] == [None, "has 1 pictures, expected 2"]
+
+
+def shipped(name: str, folder: Path) -> Task:
+    """The first protocol of a shipped task on its miniature."""
+    data = parse_yaml((task_folder() / f"{name}.yaml").read_text(), source=name)
+    place_documents(folder, data, FORMS[name])
+    (folder / "task.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    return load_file(folder / "task.yaml")[0]
+
+
+def test_a_statement_without_a_picture_and_a_clip_without_its_video_are_counted(tmp_path: Path) -> None:
+    pairs, videos = shipped("nlvr2_test", tmp_path / "pairs"), shipped("mvbench", tmp_path / "videos")
+    (tmp_path / "pairs" / "test1-0-0-img1.png").unlink()
+    folders = tmp_path / "videos"
+    (folders / "star" / "Charades_v1_480" / "0.mp4").unlink()
+    (folders / "star" / "Charades_v1_480" / "1.mp4").write_bytes(b"no video")
+    for frame in (folders / "tvqa" / "frames_fps3_hq" / "18.mp4").iterdir():
+        frame.write_bytes(frame.read_bytes()[:100])
+    row = json.loads((folders / "json" / "object_interaction.json").read_text())
+    write(folders / "json" / "object_interaction.json", [row[0] | {"start": 60.0, "end": 70.0}])
+    settings = EvaluationSettings(batch_size=8, rank=0, world_size=1)
+    run = evaluate_tasks([pairs, videos], tmp_path / "run", settings)
+    assert [(result.n, result.counts.failed) for result in run] == [(6, 1), (20, 4)]
+    assert all(not result.about.get("unscored") for result in run)
+
+
+def evaluate_tasks(tasks: list[Task], folder: Path, settings: EvaluationSettings) -> list[TaskResult]:
+    model = FakeModel()
+    return [
+        evaluate(model, task, folder / task.name, modes=("own",), baselines=(), settings=settings)[0] for task in tasks
+    ]

@@ -13,7 +13,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import StoredImage
 from mm_moslora_eval.sources.image_controls import open_image
-from video_files import write_video
+from video_files import number_of, write_frames, write_video
 
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.utils.errors import EvalError
@@ -95,3 +95,89 @@ def test_tables_name_videos_too(tmp_path: Path) -> None:
     ):
         documents = Task(name="t", source=source).load().documents
         assert [(len(document.images), document.problem) for document in documents] == [(2, None), (2, None)]
+
+
+CLIPS = [  # a.mp4 has 20 frames, 10 a second
+    ("a.mp4", 0.5, 1.2, [5, 9, 12]),
+    ("a.mp4", "0:01", "0:01.5", [10, 13, 15]),
+    ("a.mp4", 1.5, None, [15, 17, 19]),
+    ("a.mp4", None, 0.4, [0, 2, 4]),
+    ("a.mp4", -1, 99, [0, 10, 19]),  # as far as the video has it
+    ("a.mp4", 1, 1, [10, 10, 10]),
+    ("a.mp4", "", "nan", [0, 10, 19]),
+    ("folder", 1, 3, [2, 4, 6]),
+    ("a.mp4", 2, 3, "has no clip from 2 to 3 seconds"),
+    ("a.mp4", 1.5, 0.5, "has no clip from 1.5 to 0.5 seconds"),
+    ("a.mp4", -3, -1, "has no clip from -3 to -1 seconds"),
+    ("a.mp4", "soon", 1, "video_start is 'soon', expected seconds"),
+    ("a.mp4", 0, "inf", "video_end is 'inf', expected seconds"),
+    ("a.mp4", 1e300, None, "has no clip from 1e+300 to its end"),
+    ("none", 0, 1, "is a folder without pictures"),
+]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(folder / "a.mp4", 20)
+    write_frames(folder / "folder", 8)
+    write_frames(folder / "broken", 8)
+    (folder / "broken" / "frame_3.png").write_bytes(b"no picture")
+    (folder / "none").mkdir()
+    rows = [
+        {"question_id": str(n), "video": name, "text": "q", "answer": "yes", "video_start": start, "video_end": end}
+        for n, (name, start, end, _) in enumerate([*CLIPS, ("broken", 1, 3, ""), ("broken", 1.5, 2, "")])
+    ]
+    (folder / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def clips_task(folder: Path, **source: object) -> Task:
+    shown = {"video_frames": 3, "video_folder_fps": 2.0} | source
+    return Task(name="clips", source=Source(kind="llava", path=str(folder / "clips.jsonl"), **shown))  # type: ignore[arg-type]
+
+
+def numbers(images: tuple[object, ...]) -> list[int]:
+    return [number_of(open_image(image)) for image in images]  # type: ignore[arg-type]
+
+
+def test_clips_show_the_frames_between_their_seconds_and_others_are_counted_failures(
+    clips: Path, tmp_path: Path
+) -> None:
+    documents = clips_task(clips).load().documents
+    for (_, _, _, expected), document in zip(CLIPS, documents, strict=False):
+        if isinstance(expected, str):
+            assert expected in (document.problem or "")
+        else:
+            assert (document.problem, numbers(document.images)) == (None, expected)
+    wrong = sum(isinstance(expected, str) for *_, expected in CLIPS)
+    (result,) = evaluate(
+        FakeModel(), clips_task(clips), tmp_path, modes=("own",), baselines=(), settings=ONE
+    )  # a broken frame beside the clip does not matter, one within it does
+    assert (result.n, result.counts.failed) == (len(CLIPS) + 2, wrong + 1)
+
+
+def test_other_clips_of_a_video_are_other_pictures(clips: Path) -> None:
+    documents = clips_task(clips).load().documents
+    identities = [document.images[0].identity for document in documents[:7]]  # type: ignore[union-attr]
+    assert len(set(identities)) == 7
+    middles = clips_task(clips, video_sampling="middles").load().documents
+    assert numbers(middles[0].images) == [6, 8, 11]
+    assert middles[6].images[0].identity not in identities  # type: ignore[union-attr]
+
+
+def test_a_folder_of_frames_needs_its_rate_for_a_clip(clips: Path) -> None:
+    unknown = clips_task(clips, video_folder_fps=None).load().documents[7]
+    assert "has no frame rate, which a clip needs" in (unknown.problem or "")
+    with pytest.raises(EvalError, match="video_folder_fps 0"):
+        Source(kind="llava", path="x", video_folder_fps=0)
+
+
+def test_tables_name_the_columns_of_clips(clips: Path) -> None:
+    rows = [{"file": "a", "from": 0.5, "to": 1.2, "question": "q", "answer": "yes"}]
+    (clips / "table.json").write_text(json.dumps(rows))
+    columns = {"video": "{file}.mp4", "video_start": "from", "video_end": "to"}
+    source = Source(kind="hf", path=str(clips / "table.json"), columns=columns, video_frames=3)
+    (document,) = Task(name="t", source=source).load().documents
+    assert numbers(document.images) == [5, 9, 12]
+    assert not document.extra.keys() & {"from", "to"}

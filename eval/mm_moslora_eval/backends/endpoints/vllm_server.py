@@ -14,18 +14,23 @@ import shutil
 import socket
 import tempfile
 import time
+import urllib.error
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from mm_moslora.launch.child_processes import end_child, python_words, start_tied
+from mm_moslora.launch.child_processes import end_child, ended_within, python_words, start_tied
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import sha256_of
-from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.redaction import is_secret_name, redact_text, redacted_command
 from mm_moslora.utils.run_paths import MANIFEST
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora.utils.untrusted_files import opened
-from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel, ServiceSettings
+from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError
+from mm_moslora_eval.backends.openai_endpoint import NOTHING_SAID, Endpoint, EndpointModel, ServiceSettings
+from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,14 @@ START_SECONDS = 1800.0
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.25
 _TAIL = 2000
+_LAST_BREATH = 5.0
+"""Seconds in which a server whose connection broke ends, and its workers do."""
+_OWN = (
+    "--host", "--port", "--uds", "--headless", "--root-path", "--served-model-name", "--api-key", "--ssl-keyfile",
+    "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs",
+)  # fmt: skip
+"""Arguments after which the server would not stand where this process asks for it."""
+_Asked, _Said = TypeVar("_Asked"), TypeVar("_Said")
 
 
 class VllmModel(EndpointModel):
@@ -55,14 +68,15 @@ class VllmModel(EndpointModel):
         self, folder: Path, *, service: ServiceSettings, reference: bool = False, start_seconds: float = START_SECONDS
     ) -> None:
         self.folder, self._arguments = folder, service.server_arguments
+        check_arguments(self._arguments)
         program = _program()
         _check_folder(folder)
         served = f"mm-moslora-{secrets.token_hex(8)}"  # another server at this port has another name
         endpoint = service.endpoint(f"http://127.0.0.1:{_free_port()}/v1#{served}")
         super().__init__(endpoint, reference=reference)
         port = endpoint.url.rpartition(":")[2].removesuffix("/v1")
-        words = [program, "serve", str(folder.absolute()), "--host", "127.0.0.1", "--port", port]
-        words += ["--served-model-name", served, *self._arguments]
+        words = [program, "serve", str(folder.absolute()), *self._arguments]
+        words += ["--host", "127.0.0.1", "--port", port, "--served-model-name", served]  # the last ones count
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
         self._server = start_tied(
             python_words("-m", "mm_moslora.launch.tied_command", *words), {}, stdout=self._log, stderr=self._log
@@ -91,7 +105,7 @@ class VllmModel(EndpointModel):
     @property
     def details(self) -> dict[str, str]:
         """Details for the run's records."""
-        arguments = {"arguments": " ".join(self._arguments)} if self._arguments else {}
+        arguments = {"arguments": redacted_command(self._arguments)} if self._arguments else {}
         return {"server": f"vLLM {self._version}".strip(), **arguments, **super().details}
 
     @cached_property
@@ -115,16 +129,54 @@ class VllmModel(EndpointModel):
             if time.monotonic() > ends:
                 raise EvalError(f"vLLM is not ready after {seconds:g} seconds.{self._said()}")
             if time.monotonic() - last_message > 60:
-                logger.info("vLLM is not ready yet.")
+                logger.info("vLLM is not ready yet.%s", self._said(most=200))
                 last_message = time.monotonic()
             time.sleep(_POLL_SECONDS)
 
-    def _said(self) -> str:
+    def _answer(self, request: Request) -> Answer:
+        return self._asked(super()._answer, request)
+
+    def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:
+        return self._asked(super()._score, item)
+
+    def _asked(self, ask: Callable[[_Asked], _Said], request: _Asked) -> _Said:
+        """The answer to a request; where there is none because the server has ended, how it ended."""
+        try:
+            return ask(request)
+        except (EvalError, ServerError) as error:
+            if not ended_within(self._server, _LAST_BREATH):
+                raise
+            raise EvalError(
+                f"vLLM ended while it was asked (exit code {self._server.returncode}). Its answers are kept; the same "
+                f"command asks the rest.{self._said()}"
+            ) from error
+
+    def _said(self, most: int = _TAIL) -> str:
         """The end of the server's output."""
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - _TAIL))
-        text = redact_text(self._log.read().decode("utf-8", "replace")).strip()
+        log = self._log.fileno()  # whose offset is the server's, too
+        said = os.pread(log, most, max(0, os.fstat(log).st_size - most))
+        text = redact_text(said.decode("utf-8", "replace")).strip()
         return f" The end of its output:\n{text}" if text else " It printed nothing."
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments of the server that this process sets itself, and secrets, which other users would see.
+
+    Raises:
+        EvalError: there is one.
+    """
+    for word in arguments:
+        name = word.partition("=")[0].replace("_", "-")
+        if len(name) > 4 and any(own.startswith(name) for own in _OWN):  # argparse takes beginnings of names
+            raise EvalError(
+                f"--server-arguments has {name}, but the command chooses itself where its server listens, its model's "
+                "name, and that it needs no key: leave it out."
+            )
+        if (word.startswith("-") and is_secret_name(name.lstrip("-"))) or redact_text(word, keep_hashes=True) != word:
+            raise EvalError(
+                f"--server-arguments has a secret ({redact_text(name)}), which the list of processes would show. Set "
+                "it in the environment, which the server gets, such as HF_TOKEN."
+            )
 
 
 def _program() -> str:
@@ -158,8 +210,27 @@ def _free_port() -> int:
 
 
 def _serves(endpoint: Endpoint) -> bool:
-    """Whether the server is ready, and no other one."""
-    models = endpoint.get("/models")
+    """Whether the server is ready.
+
+    Raises:
+        EvalError: it refuses this process, or it is another one.
+    """
+    try:
+        models = endpoint.ask("/models")
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise EvalError(
+                f"vLLM's server refuses this command (HTTP {error.code}): it asks for a key. It serves this machine "
+                "alone, for this command: unset VLLM_API_KEY, and set no api-key in a --config."
+            ) from error
+        return False
+    except NOTHING_SAID:
+        return False
     rows = models.get("data") if isinstance(models, dict) else None
     named = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if named and endpoint.model not in named:
+        raise EvalError(
+            f"The server at {endpoint.url} serves {named[0]!r}, expected {endpoint.model!r}: another program has taken "
+            "its port. Start the command again."
+        )
     return endpoint.model in named

@@ -188,8 +188,9 @@ def mme_realworld(text: str) -> str:
 
 def mme_realworld_vlmevalkit(text: str) -> str:
     """VLMEvalKit for MME-RealWorld: the same within `<answer>...</answer>` where there is one."""
-    match = re.search(r"<answer>(.*?)</answer>", text, re.S)
-    return mme_realworld(match[1].strip().upper() if match else text)
+    _, _, after = text.partition("<answer>")
+    said, closed, _ = after.partition("</answer>")
+    return mme_realworld(said.strip().upper() if closed else text)
 
 
 def wemath_vlmevalkit(text: str) -> str:

@@ -25,6 +25,7 @@ _REMOVED = (
     r"\left", r"\right", r"^{\circ}", r"^\circ", "{m}^3", "m^3", "{units}", "units", "{km}", "km",
 )  # fmt: skip
 _REMOVED_AFTER = ("\n", r"\!")
+_MIXED = re.compile(r"(?<![\d.}])(\d+)\s*(\\[dt]?frac\{\d+\}\{\d+\})")
 _ROOT_WITHOUT_BRACES = re.compile(r"\\sqrt(?=[^{])(.)", re.S)
 
 
@@ -65,6 +66,15 @@ def mathvision_equal(answer: str, reference: str) -> bool:
         return True
     values = latex_value(first), latex_value(second)
     return None not in values and _rounded(values[0]) == _rounded(values[1])
+
+
+def equal_vlmevalkit(answer: str, reference: str) -> bool:
+    """VLMEvalKit's rule: equal in lower case, or in value up to 1e-6; a mixed number is a sum there."""
+    first, second = answer.lower().strip(), reference.lower().strip()
+    if first == second:
+        return True
+    one, other = (latex_value(_MIXED.sub(r"(\1+\2)", text)) for text in (first, second))
+    return one is not None and other is not None and abs(one - other) < 1e-6
 
 
 def _rounded(value: float | int | None) -> float | int:

@@ -1,15 +1,15 @@
 """TEDS: the similarity of two HTML tables by the edit distance of their trees.
 
-Sources: Zhong et al. 2019 (1911.10683) for the costs, Zhang and Shasha 1989 for the distance.
+Source: Zhong et al. 2019 (1911.10683).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import unescape
 from html.parser import HTMLParser
 
+from mm_moslora_eval.metrics.general.tree_distance import tree_distance
 from mm_moslora_eval.metrics.metric_text import levenshtein
 
 MOST_NODES = 2500
@@ -17,6 +17,8 @@ MOST_NODES = 2500
 _MOST_TAGS = 4 * MOST_NODES
 """Tags that are read, those that close nothing included."""
 _CELLS, _ROWS, _PARTS = {"td", "th"}, {"tr"}, {"thead", "tbody", "tfoot"}
+_PAGE = {"html", "head", "body"}
+"""Tags that mean nothing within a table."""
 _VOID = {"br", "hr", "img", "input", "col", "wbr", "area", "base", "embed", "link", "meta", "source", "track"}
 
 
@@ -63,7 +65,10 @@ class _FirstTable(HTMLParser):
         """Open an element."""
         if self._done or (not self._open and tag != "table") or self._passed():
             return
-        self._close_implied(tag)
+        if tag in _PAGE:
+            return
+        if "table" not in self._inner:
+            self._close_implied(tag)
         if not self._open:
             self.table = TableNode(tag)
             self._open.append(self.table)
@@ -130,13 +135,14 @@ def table_in(text: str) -> tuple[TableNode | None, int]:
     return None if reader.too_large else reader.table, reader.nodes
 
 
-def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
+def teds(answer: str, reference: str, *, structure_only: bool = False, signed: bool = False) -> float:
     """1 less the edits that turn one table into the other, as a share of the elements of the larger one.
 
     Args:
         answer: a text with an HTML table.
         reference: a text with an HTML table.
         structure_only: without the content of cells (TEDS-S).
+        signed: keep a value below 0, which tables of opposite forms have.
 
     Raises:
         ValueError: the reference is no table, or too large a one.
@@ -147,45 +153,18 @@ def teds(answer: str, reference: str, *, structure_only: bool = False) -> float:
     if found is None:
         return 0.0
     most = max(size, nodes)
-    distance = _TreeDistance(found, expected, structure_only=structure_only).value
-    return max(0.0, 1 - distance / most) if most else 1.0
+    distance = tree_distance(found, expected, change=_Changes(structure_only=structure_only))
+    return (1 - distance / most if signed else max(0.0, 1 - distance / most)) if most else 1.0
 
 
-class _TreeDistance:
-    """The edit distance of two trees: 1 for an element more or less, or of another kind or span."""
+class _Changes:
+    """The cost of a cell, row or mark in the place of another; pairs of texts are compared once."""
 
-    def __init__(self, a: TableNode, b: TableNode, *, structure_only: bool) -> None:
+    def __init__(self, *, structure_only: bool) -> None:
         self._structure_only = structure_only
         self._costs: dict[tuple[str, str], float] = {}
-        self._a, self._left_a = _postorder(a)
-        self._b, self._left_b = _postorder(b)
-        self._trees = [[0.0] * len(self._b) for _ in self._a]
-        for i in _key_roots(self._left_a):
-            for j in _key_roots(self._left_b):
-                self._compare(i, j)
-        self.value = self._trees[-1][-1]
 
-    def _compare(self, i: int, j: int) -> None:
-        """The distances of all pairs of subtrees that begin at the leftmost leaves of these two."""
-        first_a, first_b = self._left_a[i], self._left_b[j]
-        before = [float(column) for column in range(j - first_b + 2)]
-        rows = [before]
-        for x in range(first_a, i + 1):
-            row, left_x = [before[0] + 1.0], self._left_a[x]
-            trees, above = self._trees[x], rows[-1]
-            for y in range(first_b, j + 1):
-                column = y - first_b
-                best = min(above[column + 1], row[column]) + 1.0
-                if left_x == first_a and self._left_b[y] == first_b:
-                    best = min(best, above[column] + self._change(self._a[x], self._b[y]))
-                    trees[y] = best
-                else:
-                    best = min(best, rows[left_x - first_a][self._left_b[y] - first_b] + trees[y])
-                row.append(best)
-            rows.append(row)
-            before = row
-
-    def _change(self, a: TableNode, b: TableNode) -> float:
+    def __call__(self, a: TableNode, b: TableNode) -> float:
         if a.tag != b.tag or a.span != b.span:
             return 1.0
         if self._structure_only or not (a.content or b.content):
@@ -194,24 +173,3 @@ class _TreeDistance:
         if key not in self._costs:
             self._costs[key] = levenshtein(a.content, b.content) / max(len(a.content), len(b.content))
         return self._costs[key]
-
-
-def _postorder(root: TableNode) -> tuple[list[TableNode], list[int]]:
-    """The nodes, children first, and for each the index of its leftmost leaf."""
-    nodes: list[TableNode] = []
-    left: list[int] = []
-    waiting: list[tuple[TableNode, bool, int]] = [(root, False, 0)]
-    while waiting:
-        node, seen, first = waiting.pop()
-        if seen:
-            nodes.append(node)
-            left.append(first)
-        else:
-            waiting.append((node, True, len(nodes)))
-            waiting += [(child, False, 0) for child in reversed(node.children)]
-    return nodes, left
-
-
-def _key_roots(left: Sequence[int]) -> list[int]:
-    """The roots, and every node with a brother to its left."""
-    return sorted({first: index for index, first in enumerate(left)}.values())

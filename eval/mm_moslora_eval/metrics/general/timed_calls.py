@@ -9,10 +9,12 @@ import json
 import os
 import select
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from mm_moslora.launch.child_processes import PIPE, Child, child_environment, python_words, start
+from mm_moslora.utils.errors import MissingRequirementError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 
 SECONDS = 10.0
@@ -20,6 +22,12 @@ SECONDS = 10.0
 FIRST_SECONDS = 120.0
 """Time in which a process imports what a comparison needs, before its first answer."""
 _MOST_REPLY = 2**20
+_MISSING = MissingRequirementError.__name__
+
+
+def name_of(compare: Callable[..., float]) -> str:
+    """The name by which both processes know a comparison: `module.function`."""
+    return f"{compare.__module__.rpartition('.')[2]}.{compare.__name__}"
 
 
 class TimedProcess:
@@ -30,18 +38,24 @@ class TimedProcess:
         self._ready: set[str] = set()
         self._lock = threading.Lock()
 
-    def value(self, comparison: str, *, seconds: float = SECONDS, **arguments: Any) -> float:
-        """The result of a comparison that `timed_process` knows.
+    def value(self, compare: Callable[..., float], *, seconds: float = SECONDS, **arguments: Any) -> float:
+        """The result of a comparison, see `result`, that is a number."""
+        return float(self.result(compare, seconds=seconds, **arguments))
+
+    def result(self, compare: Callable[..., Any], *, seconds: float = SECONDS, **arguments: Any) -> Any:
+        """The result of a comparison that `timed_process` knows, as plain data.
 
         Args:
-            comparison: its name.
+            compare: the function, which is called by its name in the other process.
             seconds: time limit, the same for every answer: what the process imports is loaded before.
             arguments: its own.
 
         Raises:
             TimeoutError: it takes longer than the time limit.
+            MissingRequirementError: the process lacks a package or data.
             RuntimeError: the process ended, such as for lack of memory, or the comparison failed.
         """
+        comparison = name_of(compare)
         with self._lock:
             try:
                 child = self._started(comparison)
@@ -50,8 +64,9 @@ class TimedProcess:
                 self._end()
                 raise
         if "error" in reply:
-            raise RuntimeError(str(reply["error"]))
-        return float(str(reply["value"]))
+            kind, _, message = str(reply["error"]).partition(": ")
+            raise MissingRequirementError(message) if kind == _MISSING else RuntimeError(str(reply["error"]))
+        return reply["value"]
 
     def _started(self, comparison: str) -> Child:
         child = self._child

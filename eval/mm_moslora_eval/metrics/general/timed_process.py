@@ -9,23 +9,33 @@ from collections.abc import Callable
 from typing import Any
 
 from mm_moslora.utils.untrusted_data import parse_object
-from mm_moslora_eval.metrics.general.math_answers import equal
+from mm_moslora_eval.metrics.benchmarks import ccocr_fields, ocrbench_v2
+from mm_moslora_eval.metrics.documents import omnidocbench
+from mm_moslora_eval.metrics.general import math_answers
 from mm_moslora_eval.metrics.general.table_similarity import teds
+from mm_moslora_eval.metrics.general.timed_calls import name_of
 
 MOST_BYTES = 4 * 2**30
 """Memory of the process."""
-COMPARISONS: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
-    "mathematics": (equal, {"answer": "$1$", "references": ["1"]}),
-    "teds": (teds, {"answer": "<table></table>", "reference": "<table></table>"}),
-}
-"""Name -> the function, and the arguments of a first call, which imports what it needs."""
+_FIRST: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (math_answers.equal, {"answer": "$1$", "references": ["1"]}),
+    (teds, {"answer": "<table></table>", "reference": "<table></table>"}),
+    (omnidocbench.page_numbers, {"annotation": {"layout_dets": []}, "answer": "", "old": False}),
+    (ccocr_fields.tree_similarity, {"answer": "{}", "reference": '{"a": "b"}'}),
+    (
+        ocrbench_v2.score,
+        {"answer": "\u4e00", "kind": "full-page OCR cn", "text": "", "reference": "['\u4e00']", "columns": {}},
+    ),
+]
+"""The comparisons, with the arguments of a first call, which imports what it needs."""
+COMPARISONS = {name_of(compare): (compare, first) for compare, first in _FIRST}
 
 
 def compared(question: dict[str, Any]) -> dict[str, Any]:
     """The reply to one line; without arguments those of the first call are taken."""
     compare, first = COMPARISONS[question.pop("comparison")]
     try:
-        return {"value": float(compare(**(question or first)))}
+        return {"value": compare(**(question or first))}
     except Exception as error:  # whatever an answer makes a library raise
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 

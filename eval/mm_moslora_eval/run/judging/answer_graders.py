@@ -14,7 +14,7 @@ from mm_moslora_eval.metrics.metric_text import letters
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.llm_judge import Judge
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, mathvista_question, score_answer
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, mathvista_question, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document
 
@@ -109,6 +109,15 @@ def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str | N
     return _copied_answer(judge, document, answer)
 
 
+def _extract_mathvision(judge: Judge, document: Document, answer: str) -> str | None:
+    """MATH-Vision in VLMEvalKit: an answer with a letter, or that is the right one as a whole, is not sent."""
+    name = "mathvision_vlmevalkit"
+    read = EXTRACTORS[name](answer, document)
+    if not read or (not mathvista_question(document).choices and METRICS[name](read, document) < 1):
+        return _copied_answer(judge, document, answer)
+    return answer
+
+
 def _copied_answer(judge: Judge, document: Document, answer: str) -> str | None:
     """The answer that the judge copies out, empty if it finds none; None if its replies cannot be read."""
     named = zip(letters(len(choices := mathvista_question(document).choices)), choices, strict=True)
@@ -129,6 +138,7 @@ JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str | None],
         ),
         "text",
     ),
+    "mathvision_vlmevalkit": (_extract_mathvision, "mathvision_vlmevalkit"),
 }
 """Extraction of a task -> function with which a judge finds the answer, and the extraction that parses it."""
 

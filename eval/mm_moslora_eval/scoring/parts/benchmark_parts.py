@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from string import ascii_uppercase
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import multiple_choice, vqa_accuracy
-from mm_moslora_eval.metrics.benchmarks import ccocr, counts, dynamath, letter_readers, mathvision
+from mm_moslora_eval.metrics.benchmarks import counts, dynamath, letter_readers, mathvision, video_letters
 from mm_moslora_eval.metrics.benchmarks.wemath import problem_value
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
@@ -15,6 +16,10 @@ from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.scoring.parts.grouped_scores import values_of
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
+
+_BETWEEN = ", "
+"""Between several letters that count."""
 
 
 def _of_text(read: Callable[[str], str]) -> Extractor:
@@ -40,6 +45,19 @@ def dynamath_short(text: str, document: Document) -> str:
     return dynamath.short_answer(text, document.extra.get("answer_type", ""))
 
 
+def _letters(read: Callable[[str, Mapping[str, str]], list[str]]) -> Extractor:
+    return lambda text, document: _BETWEEN.join(read(text, document.options))
+
+
+def mathvision_vlmevalkit(text: str, document: Document) -> str:
+    """VLMEvalKit for MATH-Vision: the letter by its usual rule, to an open question the whole answer."""
+    # Its file has the choices in one cell and no option columns.
+    options = document.options or dict(
+        zip(ascii_uppercase, parse_list(document.extra.get("choices", "")), strict=False)
+    )
+    return multiple_choice.vlmevalkit(text, options) if options else text.strip()
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "mathvision": _of_text(mathvision.mathvision_answer),
     "mmmu_pro_official": _of_options(letter_readers.mmmu_pro_official),
@@ -57,6 +75,12 @@ EXTRACTORS: dict[str, Extractor] = {
     "count_lmms_eval": _of_text(counts.count_lmms_eval),
     "first_digits": _of_text(counts.first_digits),
     "dynamath_vlmevalkit": dynamath_short,
+    "mathvision_vlmevalkit": mathvision_vlmevalkit,
+    "mvbench_official": _letters(video_letters.mvbench_official),
+    "mvbench_vlmevalkit": _letters(video_letters.mvbench_vlmevalkit),
+    "mvbench_lmms_eval": _of_text(video_letters.mvbench_lmms_eval),
+    "mlvu_vlmevalkit": _letters(video_letters.mlvu_vlmevalkit),
+    "lvbench_official": _of_text(video_letters.lvbench_official),
 }
 
 
@@ -88,16 +112,19 @@ def dynamath_score(parsed: str, document: Document) -> float:
     return best(lambda answer, reference: dynamath.score(answer, reference, kind), parsed, document.answers)
 
 
-def ccocr_text(parsed: str, document: Document) -> float:
-    """CC-OCR: F1 of the words, or of the characters by the sub-set in `split`, whatever their order."""
-    split, group = document.extra.get("split", ""), document.category or ""
-    return best(
-        lambda text, reference: ccocr.text_f1(text, reference, split=split, group=group), parsed, document.answers
-    )
+def one_of_letters(parsed: str, document: Document) -> float:
+    """The right letter is one of those that the extraction gives."""
+    return float(bool(set(parsed.split(_BETWEEN)) & set(document.answers)))
+
+
+def mathvision_vlmevalkit_score(parsed: str, document: Document) -> float:
+    """VLMEvalKit for MATH-Vision: equal as texts, or in value to six decimals; nothing is evaluated as code."""
+    return best(lambda a, b: float(mathvision.equal_vlmevalkit(a, b)), parsed, document.answers)
 
 
 METRICS: dict[str, Metric] = {
-    "ccocr_text": ccocr_text,
+    "one_of_letters": one_of_letters,
+    "mathvision_vlmevalkit": mathvision_vlmevalkit_score,
     "mathvision": mathvision_score,
     "first_digits": first_digits,
     "exact_evalai": exact_evalai,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import MissingRequirementError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora_eval.metrics.exact_match import best
+from mm_moslora_eval.metrics.general import math_answers, table_similarity
 from mm_moslora_eval.metrics.general.point_hits import first_point, inside
 from mm_moslora_eval.metrics.general.timed_calls import PROCESS, SECONDS
 from mm_moslora_eval.metrics.metric_text import levenshtein
@@ -40,7 +42,9 @@ def teds(parsed: str, document: Document, *, structure_only: bool = False, secon
     """
 
     def similarity(answer: str, reference: str) -> float:
-        return PROCESS.value("teds", seconds=seconds, answer=answer, reference=reference, structure_only=structure_only)
+        return PROCESS.value(
+            table_similarity.teds, seconds=seconds, answer=answer, reference=reference, structure_only=structure_only
+        )
 
     return best(similarity, parsed, document.answers)
 
@@ -58,16 +62,25 @@ def mathematics(
     An answer that takes longer has no score and is counted, or with `endless: wrong` counts as wrong.
     """
     if not is_installed("math_verify"):
-        raise EvalError(f"Mathematics is compared by math-verify: {install_extra('math')}.")
+        raise MissingRequirementError(f"Mathematics is compared by math-verify: {install_extra('math')}.")
     try:
-        return PROCESS.value("mathematics", seconds=seconds, answer=parsed, references=document.answers)
+        return PROCESS.value(math_answers.equal, seconds=seconds, answer=parsed, references=document.answers)
     except TimeoutError:
         if endless == "wrong":
             return 0.0
         raise
 
 
-EXTRACTORS: dict[str, Extractor] = {"points": points}
+_TRUTH = re.compile(r"\b(true|false)\b", re.I)
+
+
+def true_false(text: str, document: Document) -> str:
+    """`True` or `False`, whichever word is first in the answer."""
+    match = _TRUTH.search(text)
+    return match[1].capitalize() if match else ""
+
+
+EXTRACTORS: dict[str, Extractor] = {"points": points, "true_false": true_false}
 METRICS: dict[str, Metric] = {
     "edit_similarity": edit_similarity, "teds": teds, "point_inside": point_inside, "mathematics": mathematics,
 }  # fmt: skip

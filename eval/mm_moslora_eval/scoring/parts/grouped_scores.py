@@ -56,6 +56,39 @@ def _ratio_of_groups(samples: Samples, keys: Sequence[tuple[str, ...]]) -> Ratio
     return Ratio(top=right, bottom=share)
 
 
+def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None, labels: str | None = None) -> Summed:
+    """The mean of the single answers, with further numbers beside it.
+
+    For every name in `groups` the share of groups (equal in all its columns) in which every answer is right, such as
+    the consistency of NLVR2. With `labels` the mean of each label in that column, which may hold several with commas.
+    """
+    metrics: Numbers = {}
+    for name, columns in (groups or {}).items():
+        keys = values_of(samples, columns, named=f"detailed_mean, groups.{name}")
+        metrics[name] = _ratio_of_groups(samples, keys).values()[0]
+    of_label: dict[str, list[float]] = defaultdict(list)
+    for sample, (cell,) in zip(
+        samples, values_of(samples, (labels,), named="detailed_mean") if labels else (), strict=False
+    ):
+        for label in dict.fromkeys(part.strip() for part in cell.split(",")):
+            of_label[label].append(sample.score)
+    metrics |= {label: _mean(scores) for label, scores in of_label.items()}
+    return Summed(ratios=[mean_of([sample.score for sample in samples])], metrics=metrics)
+
+
+def attempts(samples: Samples, *, none: tuple[str, ...]) -> Summed:
+    """The share of right answers; beside it those that a judge's replies in `none` call no attempt, the share that is
+    right among the other ones, and F1, the harmonic mean of both shares (SimpleVQA)."""
+    right, total = sum(sample.score == 1.0 for sample in samples), len(samples) or 1
+    without = {reply.casefold() for reply in none}
+    tried = sum(not sample.failed and sample.parsed.strip().rstrip(".").casefold() not in without for sample in samples)
+    shares = {"not_attempted": 1 - tried / total, "correct_given_attempted": right / tried if tried else 0.0}
+    given, of_all = shares["correct_given_attempted"], right / total
+    shares["f1"] = 2 * given * of_all / (given + of_all) if given + of_all else 0.0
+    known = all(sample.judged for sample in samples)
+    return Summed(ratios=[mean_of([sample.score for sample in samples])], metrics=shares if known else {})
+
+
 def tree(samples: Samples, *, levels: Columns = ("category",), weights: dict[str, float] | None = None) -> Summed:
     """The mean over the categories of `levels`, from the top down: every branch counts alike, or by its weight.
 
@@ -131,5 +164,7 @@ def _mean(scores: Sequence[float]) -> float:
     return mean_of(scores).values()[0]
 
 
-AGGREGATIONS: dict[str, Callable[..., Summed]] = {"all_within": all_within, "tree": tree, "weighted": weighted}
+AGGREGATIONS: dict[str, Callable[..., Summed]] = {
+    "all_within": all_within, "attempts": attempts, "detailed_mean": detailed_mean, "tree": tree, "weighted": weighted,
+}  # fmt: skip
 """Name -> function that sums up scored samples."""

@@ -1,0 +1,62 @@
+"""The tokens of prompts as a run, a checkpoint or an export reads them, counted without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.video_utils import VideoMetadata
+
+from mm_moslora.batch import VideoSampling
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.preprocessing_print import trained_videos
+from mm_moslora.models.load_model import load_unweighted
+from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.backends.local_model import turn_of
+from mm_moslora_eval.protocol.model_interface import Message
+from mm_moslora_eval.sources.document import ImageLike
+from mm_moslora_eval.sources.image_controls import image_size
+from mm_moslora_eval.sources.source_videos import VideoFrame, WholeVideo
+
+
+class PromptTokens:
+    """Counts prompts by a model's tokenizer and processor; pictures are measured, not decoded.
+
+    Args:
+        folder: a run, a checkpoint or an export.
+
+    Raises:
+        ModelError: there is no model in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        parts = load_unweighted(folder)
+        self._name, self._tokenizer = str(folder), parts.tokenizer
+        self._encoder, self._images = ConversationEncoder.of(parts), parts.image_processing
+        whole = self._images is not None and trained_videos(folder).whole
+        self.videos: VideoSampling | None = self._images.videos if self._images is not None and whole else None
+        """Chooses the frames of videos that the model takes as such; None: frames are pictures."""
+
+    def of_prompt(self, messages: Sequence[Message], images: Sequence[ImageLike]) -> int:
+        """Tokens of a prompt with its pictures and videos.
+
+        Raises:
+            EvalError: the model sees no pictures.
+            DataError: a picture cannot be measured, or the chat template cannot express the messages.
+        """
+        if images and self._images is None:
+            raise EvalError(f"the task shows pictures, but {self._name} is a language model")
+        shown = [] if self._images is None else self._images.placeholders([self._size(image) for image in images])
+        return len(self._encoder.encode_prompt([turn_of(message) for message in messages], pictures=shown))
+
+    def of_text(self, text: str) -> int:
+        """Tokens of a bare text."""
+        return len(self._tokenizer.encode(text))
+
+    def _size(self, image: ImageLike) -> tuple[int, int] | VideoMetadata:
+        if isinstance(image, WholeVideo):
+            return image.about
+        if self._images is not None and self._images.fixed:
+            return (1, 1)  # every picture takes as many
+        size = image.video.size if isinstance(image, VideoFrame) and image.video is not None else None
+        return size or image_size(image)
