@@ -30,8 +30,9 @@ from mm_moslora.cli import (
 )
 from mm_moslora.cli.data_verbs import data_app
 from mm_moslora.cli.diffusion_verbs import diffusion_app
-from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
+from mm_moslora.cli.evaluation.eval_app import eval_app
 from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.config import RECIPES_FOLDER, load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.slurm_job import leave_foreign_step

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
 from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.launch.shard import Shard

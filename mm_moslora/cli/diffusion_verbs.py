@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.config import override_items
 
 if TYPE_CHECKING:

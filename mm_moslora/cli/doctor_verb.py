@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.eval_verbs import quiet_libraries
 from mm_moslora.cli.launch_verbs import refuse_early
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from mm_moslora.cli.eval_options import OtherPreprocessing
-from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.cli.evaluation.eval_options import OtherPreprocessing
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.folder_marks import refuse_full_folder

@@ -14,7 +14,7 @@ from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import Hasher
 
-from mm_moslora.cli.eval_verbs import eval_plan
+from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny

@@ -28,7 +28,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_ta
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.sources.document import DataSet, Document
 
-from mm_moslora.cli.eval_verbs import eval_score
+from mm_moslora.cli.evaluation.eval_run_verbs import eval_score
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_server import serve
 from tests.eval.protocol_runs import GivenAnswers

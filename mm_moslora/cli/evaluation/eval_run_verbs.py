@@ -1,4 +1,4 @@
-"""The verbs of `mm-moslora eval`. Parsing and printing only; heavy imports happen inside the verbs."""
+"""The verbs of `mm-moslora eval` that ask models and score answers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from mm_moslora.cli.eval_options import (
+from mm_moslora.cli.evaluation.eval_options import (
     NO_LIMITS,
     PLAIN_JUDGE,
     Attempts,
@@ -23,15 +23,14 @@ from mm_moslora.cli.eval_options import (
     ServiceOptions,
     Timeout,
     TrustCode,
+    allow_code,
 )
+from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 
-eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 
-
-@eval_app.command(name="run")
 def eval_run(
     *tasks: str,
     model: ModelNames = (),
@@ -226,74 +225,6 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 
-@eval_app.command(name="plan")
-def eval_plan(
-    *tasks: str,
-    model: str = "",
-    protocol: str | None = None,
-    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
-    change: tuple[str, ...] = (),
-    measured: Path | None = None,
-    price: str | None = None,
-    picture_tokens: int = 576,
-    trust_task_code: TrustCode = False,
-) -> int:
-    """Count what an evaluation takes: documents, answers, tokens, hours and cost. No model is loaded or asked.
-
-    Parameters
-    ----------
-    tasks
-        As for `run`.
-    model
-        As for `run`; its name is checked. The tokens of prompts are counted by the tokenizer and the processor of a
-        folder; for other models they are estimated by the length of the texts.
-    protocol
-        Protocol of tasks that are given without one.
-    modes
-        Pictures shown, as for `run`.
-    limit
-        Only this many documents.
-    max_new_tokens
-        Longest answer; default: the task's.
-    change
-        KEY=VALUE, as for `run`.
-    measured
-        Run folder of an earlier evaluation with this model, from which the hours come.
-    price
-        IN/OUT, as for `run`: prices of a million prompt tokens and of a million new tokens, such as 0.15/0.6.
-    picture_tokens
-        Prompt tokens of a picture; not with the folder of a model, which counts them.
-    """
-    from mm_moslora_eval.backends.endpoints.rate_limits import Prices
-    from mm_moslora_eval.backends.open_model import KINDS, check_name
-    from mm_moslora_eval.protocol.task_groups import with_protocol
-    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
-    from mm_moslora_eval.report.evaluation_plan import measured as measured_in
-    from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
-    from mm_moslora_eval.run.task_runner import EvaluationSettings
-
-    allow_code(trust_task_code)
-    if model:
-        check_name(model)
-    prices = None if price is None else Prices.parse(price)
-    settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
-    counter = None
-    if model and model.partition(":")[0] not in KINDS:
-        quiet_libraries()
-        from mm_moslora_eval.report.prompt_tokens import PromptTokens
-
-        counter = PromptTokens(Path(model))
-    opened = (with_changes(get_task(name), change) for name in with_protocol(tasks, protocol))
-    plans = [plan_task(task, settings, counter=counter) for task in opened]
-    before = None if measured is None else measured_in(measured)
-    of_picture = picture_tokens if counter is None else None
-    print(plan_text(plans, before=before, price=prices, picture_tokens=of_picture, modes=len(modes)))
-    return 0
-
-
-@eval_app.command(name="score")
 def eval_score(
     answers: Path,
     *,
@@ -350,186 +281,3 @@ def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, rep
 
         print(f"Report: {write_report(run)}")
     return eval_commands.exit_code(results, max_failed_share=max_failed_share)
-
-
-@eval_app.command(name=["list", "--list"])
-def eval_list(*words: str) -> int:
-    """List all tasks, or only those with all the given words in their line.
-
-    Parameters
-    ----------
-    words
-        Such as: mmbench lmms_eval
-    """
-    from mm_moslora_eval import eval_commands
-
-    print(eval_commands.list_tasks(words))
-    return 0
-
-
-@eval_app.command(name=["describe", "--describe"])
-def eval_describe(task: str, *, trust_task_code: TrustCode = False) -> int:
-    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
-
-    Parameters
-    ----------
-    task
-        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
-    """
-    from mm_moslora_eval import eval_commands
-
-    allow_code(trust_task_code)
-    print(eval_commands.describe(task))
-    return 0
-
-
-@eval_app.command(name=["check", "--check"])
-def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
-    """Read the data of tasks, every picture included; exit code 1 when something is missing or damaged.
-
-    Parameters
-    ----------
-    tasks
-        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER], tsv:FILE, or a group (@NAME).
-    """
-    from mm_moslora_eval import eval_commands
-    from mm_moslora_eval.protocol.task_groups import with_protocol
-
-    allow_code(trust_task_code)
-    for task in with_protocol(tasks, None):
-        print(eval_commands.check(task))
-    return 0
-
-
-@eval_app.command(name="compare")
-def eval_compare(a: str, b: str, *, html: Path | None = None, trust_task_code: TrustCode = False) -> int:
-    """Compare two runs sample by sample: difference, interval, p-value, wins and losses, changed samples.
-
-    Parameters
-    ----------
-    a
-        A run or task folder; several seeds of one system separated by commas.
-    b
-        The other run or task folder; A - B is reported.
-    html
-        Also write the comparison as an HTML page.
-    """
-    from mm_moslora_eval import eval_commands
-
-    allow_code(trust_task_code)
-    comparisons = eval_commands.compare_runs(a, b)
-    print("\n\n".join(text for _, text in comparisons))
-    if html is not None:
-        from mm_moslora_eval.report.evaluation_page import write_comparison
-
-        print(f"Page: {write_comparison([item for item, _ in comparisons], html)}")
-    return 0
-
-
-@eval_app.command(name="table")
-def eval_table(
-    *runs: Path, mode: Literal["own", "blind", "wrong"] = "own",
-    markdown: Annotated[bool, Parameter(negative="")] = False, html: Path | None = None,
-) -> int:  # fmt: skip
-    """One table of the scores of several models; a row has the same documents and rules for all.
-
-    Parameters
-    ----------
-    runs
-        Run folders, one for each model.
-    mode
-        Pictures that were shown.
-    markdown
-        Print it as Markdown.
-    html
-        Also write it as an HTML page.
-    """
-    from mm_moslora_eval.report.models_table import as_markdown, as_text, models_table
-
-    if not runs:
-        raise ConfigError("No run was given. Name the run folders of the models.")
-    table = models_table(runs, mode=mode)
-    print(as_markdown(table) if markdown else as_text(table))
-    if html is not None:
-        from mm_moslora_eval.report.evaluation_page import write_models
-
-        print(f"Page: {write_models(table, html)}")
-    return 0
-
-
-@eval_app.command(name="export")
-def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
-    """Write answers for an evaluation server or another harness, or the results of a run for others.
-
-    Parameters
-    ----------
-    answers
-        A folder TASK@PROTOCOL/MODE of a run; for model-index and lmms-eval the run folder.
-    output
-        The file.
-    to
-        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx. Results: model-index (YAML
-        of a model card on the hub) or lmms-eval (its results file).
-    """
-    from mm_moslora_eval.report.shared_results import SHARED, write_shared
-    from mm_moslora_eval.run.submissions import write_submission
-
-    if to in SHARED:
-        left = write_shared(answers, output, form=to)
-        print(f"{output}: written in the form {to}; {left} results have no score and are left out.")
-        return 0
-    empty = write_submission(answers, output, form=to)
-    print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
-    return 0
-
-
-@eval_app.command(name="miniature")
-def eval_miniature(folder: Path) -> int:
-    """Write small synthetic documents of 45 benchmarks in their original layouts, for offline trials.
-
-    Parameters
-    ----------
-    folder
-        New folder. The paths of the task files are printed, for `mm-moslora eval run`.
-    """
-    from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
-
-    print(" ".join(str(path) for path in make_miniature(folder)))
-    return 0
-
-
-@eval_app.command(name="report")
-def eval_report(run: Path, *, output: Path | None = None) -> int:
-    """Write one self-contained page of an evaluation run.
-
-    Parameters
-    ----------
-    run
-        Run folder.
-    output
-        HTML file; default: report.html in the run folder.
-    """
-    from mm_moslora_eval.report.evaluation_page import write_report
-
-    print(write_report(run, output))
-    return 0
-
-
-def allow_code(trusted: bool) -> None:
-    """Let task files execute the Python files that they name, or not."""
-    from mm_moslora_eval.scoring.trusted_code import trust_task_code
-
-    trust_task_code(trusted)
-
-
-def quiet_libraries() -> None:
-    """Switch off the libraries' own progress bars and notices."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", module=r"(torch|transformers|peft|deepspeed|timm|open_clip|diffusers|accelerate)(\.|$)"
-    )

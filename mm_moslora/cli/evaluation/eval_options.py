@@ -112,3 +112,10 @@ class JudgeOptions:
 
 
 NO_LIMITS, PLAIN_JUDGE = ServiceOptions(), JudgeOptions()
+
+
+def allow_code(trusted: bool) -> None:
+    """Let task files execute the Python files that they name, or not."""
+    from mm_moslora_eval.scoring.trusted_code import trust_task_code
+
+    trust_task_code(trusted)

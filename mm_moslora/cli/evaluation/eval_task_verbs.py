@@ -1,0 +1,135 @@
+"""The verbs of `mm-moslora eval` that show, check and plan tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from mm_moslora.cli.evaluation.eval_options import TrustCode, allow_code
+from mm_moslora.cli.library_notices import quiet_libraries
+
+
+def eval_plan(
+    *tasks: str,
+    model: str = "",
+    protocol: str | None = None,
+    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    change: tuple[str, ...] = (),
+    measured: Path | None = None,
+    price: str | None = None,
+    picture_tokens: int = 576,
+    trust_task_code: TrustCode = False,
+) -> int:
+    """Count what an evaluation takes: documents, answers, tokens, hours and cost. No model is loaded or asked.
+
+    Parameters
+    ----------
+    tasks
+        As for `run`.
+    model
+        As for `run`; its name is checked. The tokens of prompts are counted by the tokenizer and the processor of a
+        folder; for other models they are estimated by the length of the texts.
+    protocol
+        Protocol of tasks that are given without one.
+    modes
+        Pictures shown, as for `run`.
+    limit
+        Only this many documents.
+    max_new_tokens
+        Longest answer; default: the task's.
+    change
+        KEY=VALUE, as for `run`.
+    measured
+        Run folder of an earlier evaluation with this model, from which the hours come.
+    price
+        IN/OUT, as for `run`: prices of a million prompt tokens and of a million new tokens, such as 0.15/0.6.
+    picture_tokens
+        Prompt tokens of a picture; not with the folder of a model, which counts them.
+    """
+    from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+    from mm_moslora_eval.backends.open_model import KINDS, check_name
+    from mm_moslora_eval.protocol.task_groups import with_protocol
+    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
+    from mm_moslora_eval.report.evaluation_plan import measured as measured_in
+    from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
+
+    allow_code(trust_task_code)
+    if model:
+        check_name(model)
+    prices = None if price is None else Prices.parse(price)
+    settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
+    counter = None
+    if model and model.partition(":")[0] not in KINDS:
+        quiet_libraries()
+        from mm_moslora_eval.report.prompt_tokens import PromptTokens
+
+        counter = PromptTokens(Path(model))
+    opened = (with_changes(get_task(name), change) for name in with_protocol(tasks, protocol))
+    plans = [plan_task(task, settings, counter=counter) for task in opened]
+    before = None if measured is None else measured_in(measured)
+    of_picture = picture_tokens if counter is None else None
+    print(plan_text(plans, before=before, price=prices, picture_tokens=of_picture, modes=len(modes)))
+    return 0
+
+
+def eval_list(*words: str) -> int:
+    """List all tasks, or only those with all the given words in their line.
+
+    Parameters
+    ----------
+    words
+        Such as: mmbench lmms_eval
+    """
+    from mm_moslora_eval import eval_commands
+
+    print(eval_commands.list_tasks(words))
+    return 0
+
+
+def eval_describe(task: str, *, trust_task_code: TrustCode = False) -> int:
+    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
+
+    Parameters
+    ----------
+    task
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+    """
+    from mm_moslora_eval import eval_commands
+
+    allow_code(trust_task_code)
+    print(eval_commands.describe(task))
+    return 0
+
+
+def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
+    """Read the data of tasks, every picture included; exit code 1 when something is missing or damaged.
+
+    Parameters
+    ----------
+    tasks
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER], tsv:FILE, or a group (@NAME).
+    """
+    from mm_moslora_eval import eval_commands
+    from mm_moslora_eval.protocol.task_groups import with_protocol
+
+    allow_code(trust_task_code)
+    for task in with_protocol(tasks, None):
+        print(eval_commands.check(task))
+    return 0
+
+
+def eval_miniature(folder: Path) -> int:
+    """Write small synthetic documents of the shipped benchmarks in their original layouts, for offline trials.
+
+    Parameters
+    ----------
+    folder
+        New folder. The paths of the task files are printed, for `mm-moslora eval run`.
+    """
+    from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
+
+    print(" ".join(str(path) for path in make_miniature(folder)))
+    return 0
