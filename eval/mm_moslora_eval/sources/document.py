@@ -136,7 +136,7 @@ def checked(documents: Iterable[Document], *, source: str, pictures: int | None 
         EvalError: no documents, or two with the same id.
     """
     read = tuple(documents)
-    some = any(document.answers for document in read)  # a set without any reference is exported, not scored
+    some = any(any(document.answers) for document in read)  # a set without any reference is exported, not scored
     result = tuple(
         document.with_problem(_answer_problem(document, needed=some) or _picture_problem(document, pictures))
         for document in read
@@ -157,7 +157,7 @@ def _picture_problem(document: Document, pictures: int | None) -> str | None:
 
 
 def _answer_problem(document: Document, *, needed: bool) -> str | None:
-    if needed and not document.answers:
+    if needed and not any(document.answers):
         return "no reference answer, though other documents have one"
     if document.options and document.answers and not set(document.answers) <= document.options.keys():
         return f"answer {document.answers[0]!r} is not one of the options {', '.join(document.options)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,69 @@ def test_a_number_that_may_be_an_index_or_a_text_is_an_error() -> None:
         answer_of("2")
     assert answer_of("1", options=("cat", "dog")).answers == ("B",)
     assert answer_of("dog", options=("cat", "dog")).answers == ("B",)
+
+
+LETTERS = ("C", "A", "B", "D")
+
+
+@pytest.mark.parametrize(
+    ("answer", "answer_is", "options", "letter"),
+    [
+        ("A", "text", LETTERS, "B"),
+        ("A", "letter", LETTERS, "A"),
+        ("(C)", "letter", LETTERS, "C"),
+        ("(a)", "text", ("(b)", "(a)"), "B"),
+        (["A", "C"], "text", LETTERS, "BA"),
+        ("1", "index", (None, "cat"), "B"),
+        ("A", "auto", ("A", "B"), "A"),
+    ],
+)
+def test_the_stated_form_of_an_answer_is_obeyed(
+    answer: Any, answer_is: str, options: tuple[str, ...], letter: str
+) -> None:
+    found = answer_of(answer, answer_is, options)
+    assert ("".join(found.answers), found.problem) == (letter, None)
+
+
+@pytest.mark.parametrize(("answer", "answer_is"), [("A", "text"), ("(A)", "text"), ("A", "index"), ("cat", "letter")])
+def test_an_answer_in_another_form_than_the_stated_one_is_a_counted_failure(answer: str, answer_is: str) -> None:
+    problem = answer_of(answer, answer_is, ("cat", "dog")).problem
+    assert problem == f"answer {answer!r} is not the {answer_is} of one of the options A, B"
+
+
+@pytest.mark.parametrize("answer", ["A", "(A)"])
+def test_a_letter_that_is_also_the_text_of_another_option_is_an_error(answer: str) -> None:
+    with pytest.raises(EvalError, match="option A as a letter and option B as a text"):
+        answer_of(answer, options=("x", answer))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("red, green", "the options are 'red, green', expected a list"),
+        ([str(number) for number in range(40)], "there are 40 options, at most 26"),
+        ([{"text": "red"}], "an option is .*, expected text"),
+        (7, "the options are 7, expected a list"),
+    ],
+)
+def test_options_that_cannot_be_read_are_a_counted_failure(options: Any, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"question_id": "1", "text": "q", "options": options, "answer": "A"})
+        + "\n"
+        + json.dumps({"question_id": "2", "text": "q", "options": "(a) red (b) green", "answer": "B"})
+    )
+    bad, good = get_task(f"llava:{tmp_path / 'q.jsonl'}").load().documents
+    assert re.search(problem, bad.problem or "")
+    assert (good.options, good.problem) == ({"A": "red", "B": "green"}, None)
+    table = hf_dataset.document({"question": "q", "options": options, "answer": "A"}, {})
+    assert table.problem == bad.problem
+
+
+def test_an_empty_reference_is_none(tmp_path: Path) -> None:
+    rows = [{"question_id": str(n), "text": "q", "answer": answer} for n, answer in enumerate(["", None, "yes"])]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = [document.problem for document in get_task(f"llava:{tmp_path / 'q.jsonl'}").load().documents]
+    assert problems == ["no reference answer, though other documents have one"] * 2 + [None]
 
 
 @pytest.mark.parametrize(
