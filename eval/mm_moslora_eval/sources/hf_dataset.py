@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLi
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
-from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
+from mm_moslora_eval.sources.source_images import Pictures, holds_pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
 from mm_moslora_eval.sources.texts_beside import texts_beside
 
@@ -52,7 +52,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     tables, sha256 = _open(source, local)
     revision = hub_revision(tables[0].table)
     if source.lm_eval_task is not None:
-        documents = checked(_choices(tables[0].table, source), source=source.path)
+        documents = checked(_choices(tables[0].table, source), source, path=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     _check_columns(tables, source)
     if local is None and source.image_folder is None:  # from the hub: below the fetched files
@@ -62,7 +62,9 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     rules = rules_of(folder, source)
     read = [*_documents(tables, source, rules, of_hub=local is None)]
     kept = [document for document in read if document is not None]
-    documents = checked(kept, source=source.path, pictures=source.pictures)
+    if not any(document.images or document.problem for document in kept):
+        _refuse_unread_pictures(tables, source)
+    documents = checked(kept, source, path=source.path)
     dropped = read.count(None)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
@@ -158,7 +160,7 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
     known |= dict.fromkeys(name for row, _ in _rows(first, {}, source) for name in row)
     wanted = [
         (name, f"for {document_field}")
-        for document_field, columns in source.columns.items()
+        for document_field, columns in ({name: name for name in source.has} | source.columns).items()
         for part in columns.split(",")
         for name in _BRACED.findall(part) or [part.strip()]
     ]
@@ -168,6 +170,16 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
             raise EvalError(
                 f"{source.path} has no column {name!r} ({use}).{suggestion(name, known)} Columns: {', '.join(known)}."
             )
+
+
+def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
+    """Refuse a table with pictures of which none is read."""
+    unread = [name for one in tables for name, feature in one.table.features.items() if holds_pictures(feature)]
+    if unread:
+        raise EvalError(
+            f"{source.path}: no document has a picture, but the column {unread[0]!r} holds pictures; name it, such as "
+            f"`columns: {{image: {unread[0]}}}`."
+        )
 
 
 def _rows(

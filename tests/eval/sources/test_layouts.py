@@ -16,10 +16,11 @@ from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.sources import hf_dataset
+from mm_moslora_eval.sources import hf_dataset, load
 from mm_moslora_eval.sources.document import Document, StoredImage
 from mm_moslora_eval.sources.image_controls import Hasher, mean_image, open_image
 from mm_moslora_eval.sources.source import Source
+from video_files import write_video
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from tests.eval.eval_data import picture
@@ -259,6 +260,65 @@ def test_options_that_cannot_be_read_are_a_counted_failure(options: Any, problem
     assert (good.options, good.problem) == ({"A": "red", "B": "green"}, None)
     table = hf_dataset.document({"question": "q", "options": options, "answer": "A"}, {})
     assert table.problem == bad.problem
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps({"question_id": str(n), **row}) + "\n" for n, row in enumerate(rows)))
+    return path
+
+
+QUESTION = {"text": "q", "answer": "A", "options": ["x", "y"]}
+
+
+@pytest.mark.parametrize("name", ["image", "video", "options"])
+def test_what_every_document_has_is_an_error_in_no_document_and_a_counted_failure_in_one(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    write_video(tmp_path / "a.mp4", frames=2)
+    whole = QUESTION | {"image": "a.png", "video": "a.mp4"}
+    without = {key: value for key, value in whole.items() if key != name}
+    path = lines(tmp_path / "q.jsonl", whole, without)
+    source = Source(kind="llava", path=str(path), has=("image", "options", "video"))
+    word = {"image": "picture"}.get(name, name)
+    assert [document.problem for document in load(source).documents] == [None, f"has no {word}"]
+    renamed = lines(tmp_path / "r.jsonl", *[{**without, f"my_{name}": str(whole[name])}] * 2)
+    with pytest.raises(EvalError, match=rf"no document has .*{word}.*further columns: my_{name}"):
+        load(dataclasses.replace(source, path=str(renamed)))
+
+
+def test_what_the_task_names_some_documents_must_have(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    mixed = lines(tmp_path / "q.jsonl", QUESTION | {"image": "a.png"}, QUESTION)
+    data = get_task(f"llava:{mixed}@{tmp_path}").load()  # some documents are text alone
+    assert [document.problem for document in data.documents] == [None, None]
+    renamed = lines(tmp_path / "r.jsonl", QUESTION | {"picture": "a.png"})
+    with pytest.raises(EvalError, match=r"no document has a picture or video.*further columns: picture"):
+        get_task(f"llava:{renamed}@{tmp_path}").load()
+    texts = lines(tmp_path / "o.json", {"question": "q", "answer": "A", "choices": ""})
+    with pytest.raises(EvalError, match="no document has options"):
+        load(Source(kind="hf", path=str(texts), columns={"options": "choices"}))
+
+
+def test_a_table_with_pictures_that_are_not_read_names_their_column(tmp_path: Path) -> None:
+    import datasets
+
+    row = {"picture": {"bytes": b"x", "path": None}, "question": "q", "answer": "a"}
+    datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "t.parquet"))
+    with pytest.raises(EvalError, match=r"columns: {image: picture}"):
+        load(Source(kind="hf", path=str(tmp_path / "t.parquet")))
+
+
+def test_questions_without_a_picture_leave_a_remark(tmp_path: Path) -> None:
+    one = EvaluationSettings(batch_size=4, rank=0, world_size=1)
+    task = get_task(f"llava:{lines(tmp_path / 'q.jsonl', QUESTION)}")
+    (result,) = evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), baselines=(), settings=one)
+    assert any("No question has a picture" in remark for remark in result.remarks)
+
+
+def test_every_shipped_benchmark_with_pictures_states_what_its_documents_have() -> None:
+    silent = {task.name for task in all_tasks().values() if not task.source.has}
+    assert all(name.startswith("commonsense_") for name in silent)
 
 
 def test_an_empty_reference_is_none(tmp_path: Path) -> None:
