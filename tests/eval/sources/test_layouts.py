@@ -12,6 +12,7 @@ import pytest
 from mm_moslora_eval.protocol.miniature_layouts import FORMS
 from mm_moslora_eval.protocol.model_interface import IMAGE
 from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
@@ -298,6 +299,15 @@ def test_what_the_task_names_some_documents_must_have(tmp_path: Path) -> None:
     texts = lines(tmp_path / "o.json", {"question": "q", "answer": "A", "choices": ""})
     with pytest.raises(EvalError, match="no document has options"):
         load(Source(kind="hf", path=str(texts), columns={"options": "choices"}))
+
+
+def test_a_prompt_with_options_needs_some(tmp_path: Path) -> None:
+    path = lines(tmp_path / "q.jsonl", {"text": "q", "answer": "A", "choices": ["x", "y"]})
+    task = Task(
+        name="t", source=Source(kind="llava", path=str(path)), prompt=TaskPrompt(template="{question}{options}")
+    )
+    with pytest.raises(EvalError, match=r"no document of .* has any"):
+        task.load()
 
 
 def test_a_table_with_pictures_that_are_not_read_names_their_column(tmp_path: Path) -> None:
