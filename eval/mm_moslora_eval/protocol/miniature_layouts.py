@@ -406,7 +406,8 @@ def _row(folder: Path, source: Row, form: Form, number: int, *, added: Mapping[s
         cells[names[0]] = form.options(form.choices)
     index = _LETTERS.index(letter) if letter else 0
     said = {"letter": letter, "lower": letter.lower(), "text": text, "index": index}
-    cells[columns.get("answer", "answer")] = form.reference.format_map(said)
+    reference = "{text}" if source.get("answer_is") == "text" else form.reference
+    cells[columns.get("answer", "answer")] = reference.format_map(said)
     cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
     return cells | extra
 

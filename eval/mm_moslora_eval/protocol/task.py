@@ -269,6 +269,11 @@ class Task:
         self.load_code()
         beside = Path(self.folder) if self.folder else None
         data = sources.load(self.source, beside=beside)
+        if "{options}" in self.prompt.template and not any(one.options or one.problem for one in data.documents):
+            raise EvalError(
+                f"Task {self.name!r}: prompt.template names {{options}}, but no document of {data.path} has any: the "
+                "column has another name or another form (source.columns.options)."
+            )
         check_ids(self.aggregation, data.documents)
         return with_pool(data, self.prompt, self.source, beside=beside)
 

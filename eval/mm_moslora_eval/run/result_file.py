@@ -364,6 +364,8 @@ def summarise(
 
 
 def _asked(task: Task, about: dict[str, Any]) -> Iterator[str]:
+    if task.source.kind != "hf" and about.get("data", {}).get("pictures") == 0:
+        yield "No question has a picture: check the names of the columns if the data have some"
     if about.get("asked_to_think"):
         yield (
             f"The model is asked to think before it answers, in at most {task.decoding.max_new_tokens} new tokens "

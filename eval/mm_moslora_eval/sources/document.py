@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.sources.source import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _STORED = ("id", "question", "options", "answers", "category", "hint", "extra", "problem")
 """Fields of a document that are stored: all but its images."""
+_WORDS = {"image": "a picture", "video": "a video", "options": "options", "image_folder": "a picture or video"}
 CONTEXT = "context_"
 """Prefix of the extra columns with a context per option (WinoGrande)."""
 
@@ -121,43 +123,59 @@ class DataSet:
         """The description of the data for result files."""
         about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
         about |= {"revision": self.revision} if self.revision else {}
+        about |= {} if any(document.images for document in self.documents) else {"pictures": 0}
         return about | ({"shots": dict(self.shots_from)} if self.shots_from else {})
 
 
-def checked(documents: Iterable[Document], *, source: str, pictures: int | None = None) -> tuple[Document, ...]:
-    """Check the whole set and mark documents with an answer that cannot be right, or with too few pictures.
+def checked(documents: Iterable[Document], stated: Source, *, path: str) -> tuple[Document, ...]:
+    """Check the whole set and mark documents with an answer that cannot be right, or without what they must have.
 
     Args:
         documents: all of them.
-        source: for messages.
-        pictures: which each must have besides videos; None: any number.
+        stated: what they must have.
+        path: for messages.
 
     Raises:
-        EvalError: no documents, or two with the same id.
+        EvalError: no documents, none with what some must have, or two with the same id.
     """
     read = tuple(documents)
-    some = any(document.answers for document in read)  # a set without any reference is exported, not scored
+    some = any(any(document.answers) for document in read)  # a set without any reference is exported, not scored
+    for name in sorted(stated.named):
+        if read and all(document.problem is None and not _has(document, name) for document in read):
+            columns = ", ".join(read[0].extra) or "none"
+            raise EvalError(
+                f"{path}: no document has {_WORDS[name]} (`{name}`). Its column has another name or another form; "
+                f"further columns: {columns}."
+            )
     result = tuple(
-        document.with_problem(_answer_problem(document, needed=some) or _picture_problem(document, pictures))
-        for document in read
+        document.with_problem(_answer_problem(document, needed=some) or _lack(document, stated)) for document in read
     )
     if not result:
-        raise EvalError(f"{source} holds no documents; expected at least one row.")
+        raise EvalError(f"{path} holds no documents; expected at least one row.")
     seen: set[str] = set()
     repeated = [document.id for document in result if document.id in seen or seen.add(document.id)]  # type: ignore[func-returns-value]
     if repeated:
         shown = ", ".join(repr(name) for name in list(dict.fromkeys(repeated))[:5])
-        raise EvalError(f"{source}: {len(repeated)} repeated ids ({shown}); give every row an id of its own.")
+        raise EvalError(f"{path}: {len(repeated)} repeated ids ({shown}); give every row an id of its own.")
     return result
 
 
-def _picture_problem(document: Document, pictures: int | None) -> str | None:
+def _has(document: Document, name: str) -> bool:
+    of_video = [getattr(image, "video", None) is not None for image in document.images]
+    if name == "image_folder":
+        return bool(of_video)
+    return bool(document.options) if name == "options" else any(of_video) if name == "video" else not all(of_video)
+
+
+def _lack(document: Document, stated: Source) -> str | None:
     count = sum(getattr(image, "video", None) is None for image in document.images)
-    return None if pictures in (None, count) else f"has {count} pictures, expected {pictures}"
+    if stated.pictures not in (None, count):
+        return f"has {count} pictures, expected {stated.pictures}"
+    return next((f"has no {_WORDS[name].split()[-1]}" for name in stated.has if not _has(document, name)), None)
 
 
 def _answer_problem(document: Document, *, needed: bool) -> str | None:
-    if needed and not document.answers:
+    if needed and not any(document.answers):
         return "no reference answer, though other documents have one"
     if document.options and document.answers and not set(document.answers) <= document.options.keys():
         return f"answer {document.answers[0]!r} is not one of the options {', '.join(document.options)}"

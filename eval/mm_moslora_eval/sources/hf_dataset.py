@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +13,21 @@ from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import find_below, opened
 from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
-from mm_moslora_eval.sources.dataset_identity import folder_checksum
+from mm_moslora_eval.sources.answer_options import LETTERS, answers_of, options_of
 from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked, digest
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
-from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
-from mm_moslora_eval.sources.source_images import Pictures, pictures_of_record, rules_of
+from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
+from mm_moslora_eval.sources.source_images import Pictures, holds_pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
 from mm_moslora_eval.sources.texts_beside import texts_beside
-from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
 _KEYS = ("id", "image", "video", START, END, "question", "options", "answer", "category", "hint")
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_BRACKETED = re.compile(r"\(([A-Za-z])\)")
 _BRACED = re.compile(r"\{([^{}]+)\}")
-_OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
 
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
@@ -56,7 +52,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     tables, sha256 = _open(source, local)
     revision = hub_revision(tables[0].table)
     if source.lm_eval_task is not None:
-        documents = checked(_choices(tables[0].table, source), source=source.path)
+        documents = checked(_choices(tables[0].table, source), source, path=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     _check_columns(tables, source)
     if local is None and source.image_folder is None:  # from the hub: below the fetched files
@@ -66,7 +62,9 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     rules = rules_of(folder, source)
     read = [*_documents(tables, source, rules, of_hub=local is None)]
     kept = [document for document in read if document is not None]
-    documents = checked(kept, source=source.path, pictures=source.pictures)
+    if not any(document.images or document.problem for document in kept):
+        _refuse_unread_pictures(tables, source)
+    documents = checked(kept, source, path=source.path)
     dropped = read.count(None)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
@@ -161,7 +159,7 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
     known |= dict.fromkeys(name for row, _ in _rows(first, {}, source) for name in row)
     wanted = [
         (name, f"for {document_field}")
-        for document_field, columns in source.columns.items()
+        for document_field, columns in ({name: name for name in source.has} | source.columns).items()
         for part in columns.split(",")
         for name in _BRACED.findall(part) or [part.strip()]
     ]
@@ -171,6 +169,16 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
             raise EvalError(
                 f"{source.path} has no column {name!r} ({use}).{suggestion(name, known)} Columns: {', '.join(known)}."
             )
+
+
+def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
+    """Refuse a table with pictures of which none is read."""
+    unread = [name for one in tables for name, feature in one.table.features.items() if holds_pictures(feature)]
+    if unread:
+        raise EvalError(
+            f"{source.path}: no document has a picture, but the column {unread[0]!r} holds pictures; name it, such as "
+            f"`columns: {{image: {unread[0]}}}`."
+        )
 
 
 def _rows(
@@ -238,7 +246,7 @@ def _of_row(
     texts, unreadable = texts_beside(named_texts, rules)
     images = (*pictures, *frames)
     read = document({**row, **texts}, columns, default_id=str(number), images=images, answer_is=source.answer_is)
-    read = read.with_problem(problem or unshown or unreadable)
+    read = replace(read, problem=problem or unshown or unreadable or read.problem)
     return with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
 
 
@@ -268,9 +276,9 @@ def _choices(table: Any, source: Source) -> Iterator[Document]:
         yield Document(
             id=str(number),
             question=contexts[0],
-            options={letter: text[1:] for letter, (_, text) in zip(_LETTERS, choice.requests, strict=False)},
-            answers=(_LETTERS[choice.gold],),
-            extra={} if shared else {f"{CONTEXT}{_LETTERS[i]}": text for i, text in enumerate(contexts)},
+            options={letter: text[1:] for letter, (_, text) in zip(LETTERS, choice.requests, strict=False)},
+            answers=(LETTERS[choice.gold],),
+            extra={} if shared else {f"{CONTEXT}{LETTERS[i]}": text for i, text in enumerate(contexts)},
         )
 
 
@@ -292,24 +300,26 @@ def document(
         answer_is: see `Source.answer_is`.
 
     Raises:
-        EvalError: an answer is a number that may be an index or the text of an option.
+        EvalError: see `answers_of`.
     """
 
     def cell(name: str) -> Any:
         return row.get(columns.get(name, name))
 
-    options = _options(row, columns.get("options", "options"), lettered=answer_is == "letter")
+    options, unread = _options(row, columns, lettered=answer_is == "letter")
     identity = str(cell("id") if cell("id") is not None else default_id)
+    answers, unknown = answers_of(cell("answer"), options, answer_is, where=identity)
     used = {part.strip() for name in _KEYS for part in columns.get(name, name).split(",")}
     return Document(
         id=identity,
         images=tuple(images),
         question=str(cell("question") or ""),
         options=options,
-        answers=_answers(cell("answer"), options, answer_is, where=identity),
+        answers=answers,
         category=_text(cell("category")),
         hint=_text(cell("hint")),
         extra={key: _flat(value) for key, value in row.items() if key not in used and _is_plain(value)},
+        problem=unread or unknown,
     )
 
 
@@ -327,63 +337,16 @@ def _flat(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _options(row: Mapping[str, Any], names: str, *, lettered: bool) -> dict[str, str]:
-    """The options by their letters; `lettered`: they may begin with them, since the answer is a letter."""
-    columns = [name.strip() for name in names.split(",")]
-    if len(columns) > 1:
-        values: list[Any] = [None if row.get(name) == "N/A" else row.get(name) for name in columns]
-    else:
-        value = row.get(columns[0])
-        value = (parse_list(value) or _written_options(value)) if isinstance(value, str) else value
-        values = list(value) if isinstance(value, list | tuple) else []
-    return {
-        letter: str(text)
-        for letter, text in zip(_LETTERS, _without_letters(values) if lettered else values, strict=False)
-        if text is not None and str(text) != "nan"
-    }
-
-
-def _written_options(text: str) -> list[str]:
-    """The options that a text writes as `(A) red (B) blue`, on one line or several, from A on; else none."""
-    marks = list(_BRACKETED.finditer(text))
-    if len(marks) < 2 or "".join(mark[1].upper() for mark in marks) != _LETTERS[: len(marks)]:
-        return []
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    return [text[mark.end() : end].strip().split("\n")[0].strip() for mark, end in zip(marks, ends, strict=True)]
-
-
-def _without_letters(values: Sequence[Any]) -> list[Any]:
-    """The texts of options; where each begins with its own letter, such as `(A) red` or `A. red`, without it."""
-    parts = [_OWN_LETTER.fullmatch(str(value)) for value in values]
-    own = [part[2] for part, letter in zip(parts, _LETTERS, strict=False) if part and part[1] == letter]
-    return own if len(own) == len(values) > 1 else list(values)
+def _options(
+    row: Mapping[str, Any], columns: Mapping[str, str], *, lettered: bool
+) -> tuple[dict[str, str], str | None]:
+    """The options of a row, from one column or several; see `options_of`."""
+    names = [name.strip() for name in columns.get("options", "options").split(",")]
+    if len(names) > 1:
+        return options_of([None if row.get(name) == "N/A" else row.get(name) for name in names], lettered=lettered)
+    optional = names[0] == columns.get("question", "question")
+    return options_of(row.get(names[0]), lettered=lettered, optional=optional)
 
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, list | tuple):
-        return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in value)
-    text = str(value)
-    if not text:
-        return ()
-    bracketed = _BRACKETED.fullmatch(text.strip())
-    if bracketed and bracketed[1].upper() in options:
-        return (bracketed[1].upper(),)
-    if not options or text in options or answer_is == "letter":
-        return (text,)
-    letters = list(options)
-    index = letters[int(text)] if text.isdecimal() and int(text) < len(letters) else None
-    same = [letter for letter, option in options.items() if option == text]
-    if answer_is == "auto" and isinstance(value, str) and index and same and index not in same:
-        raise EvalError(
-            f"Document {where!r}: answer {text!r} is option {index} as an index and option {same[0]} as a text. "
-            "Set source.answer_is to index or text."
-        )
-    if index and answer_is != "text":
-        return (index,)
-    return tuple(same) if same and answer_is != "index" else (text,)  # of equal options every letter is right

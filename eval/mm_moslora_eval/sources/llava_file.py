@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
+from mm_moslora_eval.sources.answer_options import options_of
 from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import image_size
 from mm_moslora_eval.sources.source_files import matches
@@ -131,20 +131,18 @@ def _question(record: Record, shown: RecordPictures, where: str) -> Document:
     if not isinstance(question, str) or not _is_plain(name):
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
     answers, odd = _answers(record["answers"] if record.get("answers") is not None else record.get("answer"))
-    options = record.get("options") or {}
-    if not isinstance(options, dict):
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
+    options, unread = options_of(record.get("options"))
     images, problem = shown
     return Document(
         id=str(name),
         images=images,
         question=question,
-        options={str(key): str(value) for key, value in options.items()},
+        options=options,
         answers=tuple(map(reference_of, answers)),
         category=_text(record.get("category")),
         hint=_text(record.get("hint")),
         extra={key: str(value) for key, value in record.items() if key not in _KNOWN},
-        problem=problem or odd,
+        problem=problem or odd or unread,
     )
 
 

@@ -32,6 +32,9 @@ class Source:
     """Frames a second of videos that are folders of frames, which clips of them and `video_fps` need."""
     pictures: int | None = None
     """Pictures of every document; one with another number of them is counted as failed."""
+    has: tuple[Literal["image", "video", "options"], ...] = ()
+    """What every document has: a column for it that is not there is an error, a document without it counted as failed.
+    What `columns` or `image_folder` name, some documents must have."""
     drop_without_image: bool = False
     """tsv: leave out rows without a picture (counted)."""
     answer_lists: bool = True
@@ -47,8 +50,8 @@ class Source:
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
     answer_is: Literal["auto", "letter", "index", "text", "box_xyxy", "box_xywh", "box_norm1"] = "auto"
-    """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
-    option. hf and tsv: a box, see `reference_boxes.BoxForm`."""
+    """hf: form of the answer to a question with options, and no other counts; auto: a number is an index from 0, text a
+    letter or an option, and what could be two of these is an error. hf, tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; a `*` stands for any text (`category: "* en"`). Other
     rows count as dropped."""
@@ -81,6 +84,12 @@ class Source:
         for column, form in self.parts.items():
             if not self._names_of(form):
                 raise EvalError(f"source.parts: {form!r} of {column!r} has no {{name}}, or one twice or without a gap.")
+
+    @property
+    def named(self) -> set[str]:
+        """What some documents must have, since the task says where it is."""
+        folder = {"image_folder"} if self.image_folder else set()
+        return {*self.has, *(self.columns.keys() & {"image", "video", "options"}), *folder}
 
     def parts_of(self, column: str, value: object) -> dict[str, str] | None:
         """The parts of a value by the form of its column; None where it has another form."""

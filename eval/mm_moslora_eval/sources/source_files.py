@@ -1,4 +1,4 @@
-"""Finds data files and picture folders relative to the task file, never to the working directory."""
+"""Finds data files and picture folders relative to the task file, not to the working directory; folders' checksums."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import beside as resolve_model_paths
+
+_DERIVED = "cache-"
+"""Prefix of the cache files that `datasets` writes into the folder of the data."""
 
 
 def find_file(path: str, *, beside: Path | None = None) -> Path:

@@ -132,6 +132,14 @@ def _is_base64(table: Any, name: str) -> bool:
     return isinstance(value, str) and _BASE64.match(value) is not None
 
 
+def holds_pictures(feature: Any) -> bool:
+    """Whether a column has pictures, or the objects in which tables store them."""
+    import datasets
+
+    item = _item(feature)
+    return isinstance(item, datasets.Image) or (isinstance(item, dict) and item.keys() == {"bytes", "path"})
+
+
 def _item(feature: Any) -> Any:
     """The element of a list feature, or the feature itself."""
     if isinstance(feature, list):

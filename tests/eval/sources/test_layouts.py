@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import pytest
 from mm_moslora_eval.protocol.miniature_layouts import FORMS
 from mm_moslora_eval.protocol.model_interface import IMAGE
 from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.sources import hf_dataset
+from mm_moslora_eval.sources import hf_dataset, load
 from mm_moslora_eval.sources.document import Document, StoredImage
 from mm_moslora_eval.sources.image_controls import Hasher, mean_image, open_image
 from mm_moslora_eval.sources.source import Source
+from video_files import write_video
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from tests.eval.eval_data import picture
@@ -201,6 +205,137 @@ def test_a_number_that_may_be_an_index_or_a_text_is_an_error() -> None:
         answer_of("2")
     assert answer_of("1", options=("cat", "dog")).answers == ("B",)
     assert answer_of("dog", options=("cat", "dog")).answers == ("B",)
+
+
+LETTERS = ("C", "A", "B", "D")
+
+
+@pytest.mark.parametrize(
+    ("answer", "answer_is", "options", "letter"),
+    [
+        ("A", "text", LETTERS, "B"),
+        ("A", "letter", LETTERS, "A"),
+        ("(C)", "letter", LETTERS, "C"),
+        ("(a)", "text", ("(b)", "(a)"), "B"),
+        (["A", "C"], "text", LETTERS, "BA"),
+        ("1", "index", (None, "cat"), "B"),
+        ("A", "auto", ("A", "B"), "A"),
+    ],
+)
+def test_the_stated_form_of_an_answer_is_obeyed(
+    answer: Any, answer_is: str, options: tuple[str, ...], letter: str
+) -> None:
+    found = answer_of(answer, answer_is, options)
+    assert ("".join(found.answers), found.problem) == (letter, None)
+
+
+@pytest.mark.parametrize(("answer", "answer_is"), [("A", "text"), ("(A)", "text"), ("A", "index"), ("cat", "letter")])
+def test_an_answer_in_another_form_than_the_stated_one_is_a_counted_failure(answer: str, answer_is: str) -> None:
+    problem = answer_of(answer, answer_is, ("cat", "dog")).problem
+    assert problem == f"answer {answer!r} is not the {answer_is} of one of the options A, B"
+
+
+@pytest.mark.parametrize("answer", ["A", "(A)"])
+def test_a_letter_that_is_also_the_text_of_another_option_is_an_error(answer: str) -> None:
+    with pytest.raises(EvalError, match="option A as a letter and option B as a text"):
+        answer_of(answer, options=("x", answer))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("red, green", "the options are 'red, green', expected a list"),
+        ([str(number) for number in range(40)], "there are 40 options, at most 26"),
+        ([{"text": "red"}], "an option is .*, expected text"),
+        (7, "the options are 7, expected a list"),
+    ],
+)
+def test_options_that_cannot_be_read_are_a_counted_failure(options: Any, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"question_id": "1", "text": "q", "options": options, "answer": "A"})
+        + "\n"
+        + json.dumps({"question_id": "2", "text": "q", "options": "(a) red (b) green", "answer": "B"})
+    )
+    bad, good = get_task(f"llava:{tmp_path / 'q.jsonl'}").load().documents
+    assert re.search(problem, bad.problem or "")
+    assert (good.options, good.problem) == ({"A": "red", "B": "green"}, None)
+    table = hf_dataset.document({"question": "q", "options": options, "answer": "A"}, {})
+    assert table.problem == bad.problem
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps({"question_id": str(n), **row}) + "\n" for n, row in enumerate(rows)))
+    return path
+
+
+QUESTION = {"text": "q", "answer": "A", "options": ["x", "y"]}
+
+
+@pytest.mark.parametrize("name", ["image", "video", "options"])
+def test_what_every_document_has_is_an_error_in_no_document_and_a_counted_failure_in_one(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    write_video(tmp_path / "a.mp4", frames=2)
+    whole = QUESTION | {"image": "a.png", "video": "a.mp4"}
+    without = {key: value for key, value in whole.items() if key != name}
+    path = lines(tmp_path / "q.jsonl", whole, without)
+    source = Source(kind="llava", path=str(path), has=("image", "options", "video"))
+    word = {"image": "picture"}.get(name, name)
+    assert [document.problem for document in load(source).documents] == [None, f"has no {word}"]
+    renamed = lines(tmp_path / "r.jsonl", *[{**without, f"my_{name}": str(whole[name])}] * 2)
+    with pytest.raises(EvalError, match=rf"no document has .*{word}.*further columns: my_{name}"):
+        load(dataclasses.replace(source, path=str(renamed)))
+
+
+def test_what_the_task_names_some_documents_must_have(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    mixed = lines(tmp_path / "q.jsonl", QUESTION | {"image": "a.png"}, QUESTION)
+    data = get_task(f"llava:{mixed}@{tmp_path}").load()  # some documents are text alone
+    assert [document.problem for document in data.documents] == [None, None]
+    renamed = lines(tmp_path / "r.jsonl", QUESTION | {"picture": "a.png"})
+    with pytest.raises(EvalError, match=r"no document has a picture or video.*further columns: picture"):
+        get_task(f"llava:{renamed}@{tmp_path}").load()
+    texts = lines(tmp_path / "o.json", {"question": "q", "answer": "A", "choices": ""})
+    with pytest.raises(EvalError, match="no document has options"):
+        load(Source(kind="hf", path=str(texts), columns={"options": "choices"}))
+
+
+def test_a_prompt_with_options_needs_some(tmp_path: Path) -> None:
+    path = lines(tmp_path / "q.jsonl", {"text": "q", "answer": "A", "choices": ["x", "y"]})
+    task = Task(
+        name="t", source=Source(kind="llava", path=str(path)), prompt=TaskPrompt(template="{question}{options}")
+    )
+    with pytest.raises(EvalError, match=r"no document of .* has any"):
+        task.load()
+
+
+def test_a_table_with_pictures_that_are_not_read_names_their_column(tmp_path: Path) -> None:
+    import datasets
+
+    row = {"picture": {"bytes": b"x", "path": None}, "question": "q", "answer": "a"}
+    datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "t.parquet"))
+    with pytest.raises(EvalError, match=r"columns: {image: picture}"):
+        load(Source(kind="hf", path=str(tmp_path / "t.parquet")))
+
+
+def test_questions_without_a_picture_leave_a_remark(tmp_path: Path) -> None:
+    one = EvaluationSettings(batch_size=4, rank=0, world_size=1)
+    task = get_task(f"llava:{lines(tmp_path / 'q.jsonl', QUESTION)}")
+    (result,) = evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), baselines=(), settings=one)
+    assert any("No question has a picture" in remark for remark in result.remarks)
+
+
+def test_every_shipped_benchmark_with_pictures_states_what_its_documents_have() -> None:
+    silent = {task.name for task in all_tasks().values() if not task.source.has}
+    assert all(name.startswith("commonsense_") for name in silent)
+
+
+def test_an_empty_reference_is_none(tmp_path: Path) -> None:
+    rows = [{"question_id": str(n), "text": "q", "answer": answer} for n, answer in enumerate(["", None, "yes"])]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = [document.problem for document in get_task(f"llava:{tmp_path / 'q.jsonl'}").load().documents]
+    assert problems == ["no reference answer, though other documents have one"] * 2 + [None]
 
 
 @pytest.mark.parametrize(
