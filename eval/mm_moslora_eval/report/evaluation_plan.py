@@ -54,7 +54,7 @@ def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
     decoding = task.within(settings.max_new_tokens).decoding
     try:
         data = task.load_cached()
-        documents = select(data, settings)
+        documents = select(data, settings, aggregation=task.aggregation)
     except MoSLoRAError as error:
         count = min(task.expected_count or 0, settings.limit or math.inf)
         return TaskPlan(

@@ -39,11 +39,19 @@ from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
-from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.score_aggregation import AggregationError, check_ids
-from mm_moslora_eval.scoring.score_remarks import answers_alike, disagreement, failures, thinking, ungraded, wordy
+from mm_moslora_eval.scoring.score_remarks import (
+    answers_alike,
+    disagreement,
+    failures,
+    parted,
+    thinking,
+    ungraded,
+    wordy,
+)
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json
 from mm_moslora_eval.scoring.visible_text import Markers
@@ -138,7 +146,7 @@ def score_folder(folder: Path, *, rules: Task | None = None, judge: Judge | None
 
         about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
         about |= {"judge_failed": True} if reason.failed else {}
-        return unscored(task, scored, about=about, **settled)
+        return unscored(task, scored, about=about, each=each, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, each=each, **settled)
 
@@ -258,6 +266,7 @@ _SOMETIMES = ("over_samples", "thinking", "changed")
 def unscored(
     task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
+    each: Sequence[Scored] | None = None,
 ) -> TaskResult:  # fmt: skip
     """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
@@ -272,18 +281,19 @@ def unscored(
         low=nan, high=nan, stderr_kind="none",
         counts=Counts(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
-            dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
+            dropped=about.get("data", {}).get("dropped", 0), **_thinking(each or samples),
         ),
         completed={"n": len(samples) - failed}, about=described, folder=folder, likelihood=likelihood or {},
-        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
+        remarks=(*_asked(task, about), *failures(errors), *thinking(each or samples)),
     )  # fmt: skip
 
 
 def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
-    answers = [sample.visible for sample in samples]
+    """The documents of which an answer thinks, and of which one does not end."""
+    answers = [(sample.document.id, sample.visible) for sample in samples]
     return {
-        "thinking": sum(answer.thought for answer in answers),
-        "unclosed_thinking": sum(answer.unclosed for answer in answers),
+        "thinking": len({name for name, answer in answers if answer.thought}),
+        "unclosed_thinking": len({name for name, answer in answers if answer.unclosed}),
     }
 
 
@@ -307,35 +317,46 @@ def summarise(
     """
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     result = unscored(
-        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood
-    )
+        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood,
+        each=each,
+    )  # fmt: skip
     graded = with_scores(scored)
     done = [sample for sample in graded if not sample.failed]
+    given = done if each is None else [one for one in with_scores(each) if not one.failed]
     counts = replace(
         result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
-        ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(done),
+        ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(given),
     )  # fmt: skip
-    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
-    remarks += disagreement(about.get("judge", {}))
+    remarks = [*_asked(task, about), *failures(errors), *thinking(given), *disagreement(about.get("judge", {}))]
     if not graded:
+        remarks += ungraded(scored)
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
-    completed: dict[str, float] = {"n": len(done)}
     try:
-        headline = aggregate(task.aggregation, graded)
-        if done:
-            answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
-            completed |= {"score": answered.value, "stderr": answered.stderr}
+        whole = whole_questions(task.aggregation, scored)
+        counts = replace(counts, left_out=len(graded) - len(whole))
+        remarks += ungraded(scored, left_out=counts.left_out)
+        remarks += parted(task.aggregation, whole, about.get("selection", {}))
+        if not whole:
+            reason = {"unscored": "No question has a score of each of its answers; score again when they have one."}
+            return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
+        headline = aggregate(task.aggregation, whole)
+        answered = whole_questions(
+            task.aggregation, [replace(one, score=math.nan) if one.failed else one for one in scored]
+        )
+        completed: dict[str, float] = {"n": len(answered)}
+        if answered:
+            found = headline if len(answered) == len(whole) else aggregate(task.aggregation, answered)
+            completed |= {"score": found.value, "stderr": found.stderr}
     except AggregationError as error:
         about = result.about | {"unscored": str(error), "rules_failed": True}
         return replace(result, counts=counts, remarks=tuple(remarks), about=about)
     categories = {}
     try:
-        categories = by_category(task.aggregation, graded)
+        categories = by_category(task.aggregation, whole)
     except AggregationError as error:
         remarks.append(f"No score of a category: {error}")
     if folder:
-        given = done if each is None else [one for one in with_scores(each) if not one.failed]
         remarks += [*answers_alike(given), *(wordy(given) if task.metric not in JUDGED else ())]
     return replace(
         result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,

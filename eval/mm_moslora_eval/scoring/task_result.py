@@ -21,19 +21,21 @@ class Counts:
     failed: int
     """No answer; counted as wrong in the headline score."""
     not_inferable: int
-    """Answered, but the extraction found nothing; counted as wrong."""
+    """Answered, but the extraction found nothing in any answer; counted as wrong."""
     truncated: int
     """Cut off by max_new_tokens."""
     dropped: int = 0
     """Rows that the protocol leaves out."""
     thinking: int = 0
-    """Answers with `<think>` blocks, which are removed before extraction."""
+    """Documents with a `<think>` block in an answer, which is removed before extraction."""
     unclosed_thinking: int = 0
-    """Of these, answers with a block without an end; also counted in `not_inferable`."""
+    """Of these, those with a block without an end, so that the answer cannot be read."""
     ungraded: int = 0
     """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
     faults: int = 0
     """Of these, answers on which the extraction, the metric or another rule failed."""
+    left_out: int = 0
+    """Scored, but left out of the score: another answer to the same question has none."""
 
     @property
     def incomplete(self) -> int:
@@ -58,7 +60,7 @@ class TaskResult:
     stderr_kind: str
     counts: Counts
     completed: dict[str, float]
-    """n, score and stderr over the samples that were answered."""
+    """n, score and stderr over the samples that were answered, with all that count together with them."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
     """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
