@@ -202,3 +202,21 @@ def test_reasoning_is_removed_by_the_protocols_markers_or_kept(question_file: Pa
     kept = result_of(with_changes(task, ["thinking.strip=false"]), tmp_path / "kept", Reasoning())
     assert kept.counts.thinking == 0
     assert rows_of(tmp_path / "kept")[1]["parsed"].startswith("[THINK]yes or no?")
+
+
+class Unreadable(FakeModel):
+    """Says nothing first, then the right word behind reasoning."""
+
+    def _answer(self, request: Request) -> Answer:
+        text = "<think>hm</think> yes" if request.sample else ""
+        return Answer(text=text, tokens=1, finish_reason="stop")
+
+
+def test_a_question_is_not_inferable_where_no_answer_can_be_read(question_file: Path, tmp_path: Path) -> None:
+    result = result_of(drawn(question_file, samples=3), tmp_path / "run", Unreadable())
+    assert (result.counts.not_inferable, result.counts.thinking) == (0, 12)
+    assert "24 of 36 answers contain <think> blocks" in "".join(result.remarks)
+    assert all(row["inferable"] and row["parsed"] == "yes" for row in rows_of(tmp_path / "run"))
+    once = result_of(drawn(question_file), tmp_path / "once", Unreadable())
+    assert (once.counts.not_inferable, once.counts.thinking) == (12, 0)
+    assert combined(answers(("", 0.0), ("", 0.0)), over_samples="mean").parsed == ""
