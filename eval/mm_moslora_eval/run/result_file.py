@@ -53,7 +53,7 @@ from mm_moslora_eval.scoring.score_remarks import (
     wordy,
 )
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
-from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json
+from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json, variant_of
 from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
@@ -188,9 +188,12 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         thinking=rules.thinking, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
     described |= {"task": rescored.to_dict()}
+    source, name = view, view.name.removesuffix(variant_of(task.to_dict()))
     if rules.protocol != task.protocol:
         described |= {"asked_as": described.get("asked_as", task.protocol)}
-        source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
+        name = f"{name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}"
+    view = view.with_name(f"{name}{variant_of(rescored.to_dict())}")
+    if view != source:
         make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     if graded := graded_text(rules):
@@ -403,8 +406,9 @@ def read_results(folder: Path) -> list[TaskResult]:
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
     """Merge results into the run's `results.json` (atomically).
 
-    A result replaces an older one with the same key (task, protocol, image mode, documents), unless the older one is
-    more complete: it has a score and the new one has none, or fewer of its samples failed.
+    A result replaces an older one with the same key (task, protocol, image mode, documents, number of answers and what
+    sums them up), unless the older one is more complete: it has a score and the new one has none, or fewer of its
+    samples failed.
 
     Returns:
         Results that did not replace the older one.

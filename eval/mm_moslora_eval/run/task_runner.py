@@ -44,6 +44,7 @@ from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.scoring.score_aggregation import documents_together
+from mm_moslora_eval.scoring.task_result import variant_of
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
 from mm_moslora_eval.sources.stratified_sample import stratified
@@ -271,7 +272,7 @@ def run_task(
     job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
     asked = [first for first, *_ in work.documents]
     selection = selection_of(asked, data, stratify=settings.stratify, aggregation=task.aggregation)
-    view = mode_folder / selection.folder
+    view = mode_folder / f"{selection.folder}{variant_of(task.to_dict())}"
     if settings.rank == 0:
         make_subfolder(view)
         more = bool(job.missing(items, retry=settings.retry_failed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,18 @@ from mm_moslora_eval.sources.document import digest
 
 RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
 """Parts of a task that turn answers into a score."""
+
+
+def variant_of(described: Mapping[str, Any]) -> str:
+    """The name of what makes a score another measurement of the same documents: the number of answers to a question,
+    what sums them up, and how reasoning is read; empty where these are the usual ones.
+
+    Args:
+        described: a task as plain data, or `TaskResult.about`.
+    """
+    samples = described.get("decoding", {}).get("samples", 1)
+    parts = [samples, described.get("over_samples"), described.get("thinking")]
+    return "" if parts == [1, None, None] else f"-{digest(parts)[:6]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +103,8 @@ class TaskResult:
         rules = [str(self.about.get(rule, "")) for rule in RULES]
         if "grading" in self.about:
             rules.append(digest(self.about["grading"]))
-        return (*self._measured, self.version, *rules)
+        variant = variant_of(self.about)
+        return (*self._measured, self.version, *rules, *([variant] if variant else ()))
 
     @property
     def _measured(self) -> tuple[Any, ...]:
@@ -100,7 +114,7 @@ class TaskResult:
     @property
     def key(self) -> tuple[Any, ...]:
         """The key of a result within a run folder; a later result with the same key replaces the earlier one."""
-        return (*self._measured, self.mode)
+        return (*self._measured, self.mode, variant_of(self.about))
 
     @property
     def scored(self) -> bool:

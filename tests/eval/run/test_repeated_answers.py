@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,8 +16,8 @@ from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
-from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, combined
 from mm_moslora_eval.scoring.scored_sample import Scored
@@ -101,11 +102,14 @@ def test_more_answers_are_asked_for_later_and_another_temperature_is_another_run
 ) -> None:
     two, four = Drawing(), Drawing()
     result_of(drawn(question_file, samples=2), tmp_path / "run", two)
-    result_of(drawn(question_file, samples=4), tmp_path / "run", four)
+    later = result_of(drawn(question_file, samples=4), tmp_path / "run", four)
     assert (len(two.asked), len(four.asked)) == (24, 24)
     whole = Drawing()
     result_of(drawn(question_file, samples=4), tmp_path / "whole", whole)
-    texts = [[[one["text"] for one in row["repeated"]] for row in rows_of(tmp_path / run)] for run in ("run", "whole")]
+    texts = [
+        [[one["text"] for one in row["repeated"]] for row in read_samples(tmp_path / run / later.folder)]
+        for run in ("run", "whole")
+    ]
     assert texts[0] == texts[1]
     with pytest.raises(EvalError, match="holds another run: its asked is"):
         result_of(with_changes(drawn(question_file), ["decoding.temperature=0.9"]), tmp_path / "run", Drawing())
@@ -220,3 +224,23 @@ def test_a_question_is_not_inferable_where_no_answer_can_be_read(question_file: 
     once = result_of(drawn(question_file), tmp_path / "once", Unreadable())
     assert (once.counts.not_inferable, once.counts.thinking) == (12, 0)
     assert combined(answers(("", 0.0), ("", 0.0)), over_samples="mean").parsed == ""
+
+
+def test_another_measurement_of_the_same_documents_stands_beside_the_first_one(
+    question_file: Path, tmp_path: Path
+) -> None:
+    pass_at = 'pass_at {"k": 2}'
+    tasks = [drawn(question_file, samples=4), drawn(question_file, samples=2)]
+    tasks += [replace(tasks[0], over_samples=pass_at), replace(tasks[0], over_samples="majority")]
+    made = [result_of(task, tmp_path / "run", Drawing()) for task in (*tasks, drawn(question_file))]
+    stored = read_results(tmp_path / "run")
+    assert [result.score for result in stored] == [result.score for result in made]
+    assert len({result.subject for result in stored}) == len({result.key for result in stored}) == 5
+    for result in stored:
+        rows = read_samples(tmp_path / "run" / result.folder)
+        assert fmean(row["score"] for row in rows) == pytest.approx(result.score)
+        assert score_folder(tmp_path / "run" / result.folder).key == result.key
+    again = result_of(tasks[2], tmp_path / "run", Drawing())
+    assert len(read_results(tmp_path / "run")) == 5
+    rescored = score_folder(tmp_path / "run" / again.folder, rules=tasks[3])
+    assert (rescored.folder, rescored.score) == (stored[3].folder, stored[3].score)
