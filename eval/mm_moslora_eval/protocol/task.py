@@ -20,7 +20,7 @@ from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeate
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.scoring.visible_text import THINK, Markers
 from mm_moslora_eval.sources import Source
-from mm_moslora_eval.sources.document import DataSet, Document, digest
+from mm_moslora_eval.sources.document import DataSet, Document, digest, first_id
 from mm_moslora_eval.sources.hf_dataset import from_cache
 
 _NAME = re.compile(r"\w[\w.+-]*")
@@ -275,6 +275,8 @@ class Task:
                 "column has another name or another form (source.columns.options)."
             )
         check_ids(self.aggregation, data.documents)
+        if (least := first_id(document.id for document in data.documents)) is not None:
+            data = replace(data, documents=tuple(replace(one, first_id=least) for one in data.documents))
         return with_pool(data, self.prompt, self.source, beside=beside)
 
     def load_cached(self) -> DataSet:

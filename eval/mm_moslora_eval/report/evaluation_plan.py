@@ -75,7 +75,7 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
     most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
     try:
         data = task.load_cached()
-        documents = select(data, settings)
+        documents = select(data, settings, aggregation=task.aggregation)
     except MoSLoRAError as error:
         count = min(task.expected_count or 0, settings.limit or math.inf)
         return TaskPlan(

@@ -90,7 +90,11 @@ def _missing(result: TaskResult) -> str:
     if not result.scored:
         return str(result.about.get("unscored", "no score"))
     counts = result.counts
-    parts = {"failed and count as wrong": counts.failed, "have no grade and are left out": counts.ungraded}
+    parts = {
+        "failed and count as wrong": counts.failed,
+        "have no grade and are left out": counts.ungraded,
+        "are left out with them": counts.left_out,
+    }
     return "; ".join(f"{count} of {counts.total} answers {text}" for text, count in parts.items() if count)
 
 

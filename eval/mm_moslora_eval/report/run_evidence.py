@@ -26,7 +26,7 @@ from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
-from mm_moslora_eval.scoring.measured_scores import difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import difference_of_scores, whole_questions
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
@@ -156,9 +156,10 @@ def lenient_result(folder: Path) -> tuple[TaskResult, list[Scored]] | None:
     if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
     described = read_view(view)
-    samples = score_leniently(with_scores(read_scored(view)))
+    samples = score_leniently(read_scored(view))
     about = {key: described[key] for key in ABOUT if key in described}
-    return summarise(task, samples, mode=LENIENT, about=about), samples
+    whole = whole_questions(task.aggregation, samples)
+    return (summarise(task, whole, mode=LENIENT, about=about), samples) if whole else None
 
 
 def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:

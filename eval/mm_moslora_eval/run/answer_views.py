@@ -25,7 +25,7 @@ from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
 from mm_moslora_eval.run.stored_types import StoredDocument, TaskSample, check_row, check_view
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
-from mm_moslora_eval.sources.document import DataSet, Document, digest
+from mm_moslora_eval.sources.document import DataSet, Document, digest, first_id
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
 SHARDS = "shards"
@@ -46,6 +46,8 @@ class DocumentSelection:
     """Documents of the data set."""
     sha256: str
     """Hash over the selected documents with their references and pictures."""
+    whole_for: str = ""
+    """The aggregation of which it holds all documents that count together; empty in results of earlier versions."""
 
     @property
     def folder(self) -> str:
@@ -58,14 +60,16 @@ class DocumentSelection:
         return "" if self.name == "all" else f"{self.name} of {self.of}"
 
 
-def selection_of(items: Sequence[Item], data: DataSet, *, stratify: str | None = None) -> DocumentSelection:
+def selection_of(
+    items: Sequence[Item], data: DataSet, *, aggregation: str, stratify: str | None = None
+) -> DocumentSelection:
     """The selection that the items make of their data set; `stratify` as for `stratified_sample.stratified`."""
     ids, all_ids = [item.document.id for item in items], [document.id for document in data.documents]
     by = None if stratify is None else f"{len(ids)} by " + re.sub(r"[^\w.-]", "_", stratify)
     plain = f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
     name = "all" if ids == all_ids else by or plain
     content = [[item.document.hash, list(item.own_ids)] for item in items]
-    return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content))
+    return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content), whole_for=aggregation)
 
 
 def views_below(folder: Path) -> list[Path]:
@@ -160,7 +164,8 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
     ids = {check_row(StoredDocument, row, source=f"{path}, line {n}").id for n, row in enumerate(rows, start=1)}
     if len(ids) < max(1, len(rows)):
         raise EvalError(f"{path} is damaged: it holds {len(rows)} documents with {len(ids)} ids.")
-    return rows
+    least = first_id(ids)  # of the view, where an earlier version did not store that of the data
+    return [{"first_id": least} | row for row in rows]
 
 
 def write_samples(

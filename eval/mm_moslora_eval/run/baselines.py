@@ -87,7 +87,7 @@ def baseline(
         "learned_from": learned_from(training),
         "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
         "data": data.to_dict(),
-        "selection": asdict(selection_of(items, data, stratify=stratify)),
+        "selection": asdict(selection_of(items, data, stratify=stratify, aggregation=task.aggregation)),
     }
     if own and with_scores(scored):
         about["own_less_this"] = difference_of_scores(task.aggregation, [own], [scored]).as_difference.to_dict()

@@ -101,7 +101,7 @@ def evaluate(
                 _write(output, results[-1:])
         if settings.shard is not None:  # all shards together are scored
             return []
-        documents = select(data, settings)
+        documents = select(data, settings, aggregation=task.aggregation)
         if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
             own_result = next((result for result in results if result.mode == "own" and result.scored), None)
             own = read_scored(output / own_result.folder) if own_result is not None and baselines else []

@@ -39,13 +39,21 @@ from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
-from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.score_aggregation import AggregationError, check_ids
-from mm_moslora_eval.scoring.score_remarks import answers_alike, disagreement, failures, thinking, ungraded, wordy
+from mm_moslora_eval.scoring.score_remarks import (
+    answers_alike,
+    disagreement,
+    failures,
+    parted,
+    thinking,
+    ungraded,
+    wordy,
+)
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
-from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json
+from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json, variant_of
 from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
@@ -142,7 +150,7 @@ def score_folder(
 
         about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
         about |= {"judge_failed": True} if reason.failed else {}
-        return unscored(task, scored, about=about, **settled)
+        return unscored(task, scored, about=about, each=each, **settled)
     write_samples(view, rows, in_order, scored, repeated=repeated)
     return summarise(task, scored, about=about, each=each, **settled)
 
@@ -187,9 +195,12 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         thinking=rules.thinking, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
     described |= {"task": rescored.to_dict()}
+    source, name = view, view.name.removesuffix(variant_of(task.to_dict()))
     if rules.protocol != task.protocol:
         described |= {"asked_as": described.get("asked_as", task.protocol)}
-        source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
+        name = f"{name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}"
+    view = view.with_name(f"{name}{variant_of(rescored.to_dict())}")
+    if view != source:
         make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
     if graded := graded_text(rules):
@@ -265,6 +276,7 @@ _SOMETIMES = ("over_samples", "thinking", "changed")
 def unscored(
     task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
+    each: Sequence[Scored] | None = None,
 ) -> TaskResult:  # fmt: skip
     """The result of a task that has answers but no score. See `summarise`."""
     failed = sum(sample.failed for sample in samples)
@@ -279,18 +291,19 @@ def unscored(
         low=nan, high=nan, stderr_kind="none",
         counts=Counts(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
-            dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
+            dropped=about.get("data", {}).get("dropped", 0), **_thinking(each or samples),
         ),
         completed={"n": len(samples) - failed}, about=described, folder=folder, likelihood=likelihood or {},
-        remarks=(*_asked(task, about), *failures(errors), *thinking(samples)),
+        remarks=(*_asked(task, about), *failures(errors), *thinking(each or samples)),
     )  # fmt: skip
 
 
 def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
-    answers = [sample.visible for sample in samples]
+    """The documents of which an answer thinks, and of which one does not end."""
+    answers = [(sample.document.id, sample.visible) for sample in samples]
     return {
-        "thinking": sum(answer.thought for answer in answers),
-        "unclosed_thinking": sum(answer.unclosed for answer in answers),
+        "thinking": len({name for name, answer in answers if answer.thought}),
+        "unclosed_thinking": len({name for name, answer in answers if answer.unclosed}),
     }
 
 
@@ -314,16 +327,17 @@ def summarise(
     """
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     result = unscored(
-        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood
-    )
+        task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood,
+        each=each,
+    )  # fmt: skip
     graded = with_scores(scored)
     done = [sample for sample in graded if not sample.failed]
+    given = done if each is None else [one for one in with_scores(each) if not one.failed]
     counts = replace(
         result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
-        ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(done),
+        ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(given),
     )  # fmt: skip
-    remarks = [*_asked(task, about), *failures(errors), *ungraded(scored), *thinking(done)]
-    remarks += disagreement(about.get("judge", {}))
+    remarks = [*_asked(task, about), *failures(errors), *thinking(given), *disagreement(about.get("judge", {}))]
     missing = [sample.fault for sample in scored if sample.fault.startswith(MissingRequirementError.__name__)]
     if missing:  # a score over the other answers would pass for that of the benchmark
         needed = missing[0].partition(": ")[2]
@@ -331,26 +345,37 @@ def summarise(
             "unscored": f"{len(missing)} answers need what is not here. {needed}",
             "rules_failed": True,
         }
+        remarks += ungraded(scored)
         return replace(result, counts=counts, remarks=tuple(remarks), about=about)
     if not graded:
+        remarks += ungraded(scored)
         reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
         return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
-    completed: dict[str, float] = {"n": len(done)}
     try:
-        headline = aggregate(task.aggregation, graded)
-        if done:
-            answered = headline if len(done) == len(graded) else aggregate(task.aggregation, done)
-            completed |= {"score": answered.value, "stderr": answered.stderr}
+        whole = whole_questions(task.aggregation, scored)
+        counts = replace(counts, left_out=len(graded) - len(whole))
+        remarks += ungraded(scored, left_out=counts.left_out)
+        remarks += parted(task.aggregation, whole, about.get("selection", {}))
+        if not whole:
+            reason = {"unscored": "No question has a score of each of its answers; score again when they have one."}
+            return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
+        headline = aggregate(task.aggregation, whole)
+        answered = whole_questions(
+            task.aggregation, [replace(one, score=math.nan) if one.failed else one for one in scored]
+        )
+        completed: dict[str, float] = {"n": len(answered)}
+        if answered:
+            found = headline if len(answered) == len(whole) else aggregate(task.aggregation, answered)
+            completed |= {"score": found.value, "stderr": found.stderr}
     except AggregationError as error:
         about = result.about | {"unscored": str(error), "rules_failed": True}
         return replace(result, counts=counts, remarks=tuple(remarks), about=about)
     categories = {}
     try:
-        categories = by_category(task.aggregation, graded)
+        categories = by_category(task.aggregation, whole)
     except AggregationError as error:
         remarks.append(f"No score of a category: {error}")
     if folder:
-        given = done if each is None else [one for one in with_scores(each) if not one.failed]
         remarks += [*answers_alike(given), *(wordy(given) if task.metric not in JUDGED else ())]
     return replace(
         result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
@@ -399,8 +424,9 @@ def read_results(folder: Path) -> list[TaskResult]:
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
     """Merge results into the run's `results.json` (atomically).
 
-    A result replaces an older one with the same key (task, protocol, image mode, documents), unless the older one is
-    more complete: it has a score and the new one has none, or fewer of its samples failed.
+    A result replaces an older one with the same key (task, protocol, image mode, documents, number of answers and what
+    sums them up), unless the older one is more complete: it has a score and the new one has none, or fewer of its
+    samples failed.
 
     Returns:
         Results that did not replace the older one.

@@ -220,6 +220,7 @@ class StoredDocument:
     paths: tuple[str | None, ...]
     cluster: str
     more_keys: tuple[str, ...] = ()
+    first_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

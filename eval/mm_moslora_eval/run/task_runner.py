@@ -20,11 +20,12 @@ import os
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection,
 from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.scoring.answer_scoring import PLACES
+from mm_moslora_eval.scoring.score_aggregation import documents_together
+from mm_moslora_eval.scoring.task_result import variant_of
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
 from mm_moslora_eval.sources.stratified_sample import stratified
@@ -67,11 +70,11 @@ class EvaluationSettings:
 
     batch_size: int = 8
     limit: int | None = None
-    """Ask only this many documents, from the first one on."""
+    """Ask only this many documents, from the first one on; those that count together are asked together."""
     stratify: str | None = None
     """With a limit: a sample with the shares that the values of this column have in the data, drawn by `seed`."""
     samples: tuple[str, ...] = ()
-    """Ask only documents with these ids."""
+    """Ask only documents with these ids, and those that count together with them."""
     seed: int = 0
     max_new_tokens: int | None = None
     """Longest answer; None: the task's, and at least `THINKING_TOKENS` where the model is asked to think."""
@@ -104,21 +107,40 @@ Settings = EvaluationSettings
 """The same class under the shorter name that scripts of users import."""
 
 
-def select(data: DataSet, settings: EvaluationSettings) -> tuple[Document, ...]:
-    """The documents that the settings select.
+def select(data: DataSet, settings: EvaluationSettings, *, aggregation: str = "mean") -> tuple[Document, ...]:
+    """The documents that the settings select, with all that the aggregation counts together with one of them.
+
+    A limit is at most so many documents, and at least those of one question; a stratified sample has about so many.
 
     Raises:
         EvalError: the data have no document with one of the ids.
     """
     documents = data.documents
+    if not settings.samples and settings.limit is None:
+        return documents
+    groups = {one.id: group for one, group in zip(documents, documents_together(aggregation, documents), strict=True)}
     if settings.samples:
         missing = set(settings.samples) - {document.id for document in documents}
         if missing:
             raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
-        documents = tuple(document for document in documents if document.id in set(settings.samples))
-    if settings.stratify is not None and settings.limit is not None:
-        return stratified(documents, settings.stratify, settings.limit, seed=settings.seed)
-    return documents[: settings.limit]
+        chosen = {groups[name] for name in settings.samples}
+        documents = tuple(document for document in documents if groups[document.id] in chosen)
+    if settings.limit is None:
+        return documents
+    sizes = Counter(groups[document.id] for document in documents)
+    if settings.stratify is not None:
+        firsts: dict[Hashable, Document] = {}
+        for document in documents:
+            firsts.setdefault(groups[document.id], document)
+        count = max(1, settings.limit * len(sizes) // len(documents))
+        drawn = stratified(tuple(firsts.values()), settings.stratify, count, seed=settings.seed)
+        chosen = {groups[document.id] for document in drawn}
+    else:
+        chosen = {
+            group for group, total in zip(sizes, accumulate(sizes.values()), strict=True) if total <= settings.limit
+        }
+        chosen = chosen or {groups[documents[0].id]}
+    return tuple(document for document in documents if groups[document.id] in chosen)
 
 
 @contextmanager
@@ -255,7 +277,7 @@ def run_task(
         )
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
-    documents = select(data, settings)
+    documents = select(data, settings, aggregation=task.aggregation)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
         pool=data.documents, shots=data.shots, videos=getattr(model, "videos", None),
@@ -271,8 +293,9 @@ def run_task(
     if settings.shard is not None:
         items = tuple(chain(*chain(*map(share, range(settings.world_size)))))
     job = _AnswerJob(model, task, work, items, mode_folder, settings, progress)
-    selection = selection_of([first for first, *_ in work.documents], data, stratify=settings.stratify)
-    view = mode_folder / selection.folder
+    asked = [first for first, *_ in work.documents]
+    selection = selection_of(asked, data, stratify=settings.stratify, aggregation=task.aggregation)
+    view = mode_folder / f"{selection.folder}{variant_of(task.to_dict())}"
     if settings.rank == 0:
         make_subfolder(view)
         more = bool(job.missing(items, retry=settings.retry_failed))
@@ -303,6 +326,7 @@ def _describe(
             "images": list(item.image_ids[item.shot_images :]),
             "paths": work.paths(item),
             "cluster": item.cluster,
+            "first_id": item.document.first_id,
         }
         for item, *others in work.documents
     ]

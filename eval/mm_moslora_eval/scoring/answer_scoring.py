@@ -257,7 +257,7 @@ def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
     lenient = []
     for sample in samples:
         visible, document = sample.visible, sample.document
-        if not sample.failed and not visible.unclosed and not sample.fault:
+        if not (sample.failed or visible.unclosed or math.isnan(sample.score)):
             right = exact_match.holds_answer(visible.text, document.answers, document.options)
             sample = replace(sample, score=max(sample.score, right))
         lenient.append(sample)

@@ -15,14 +15,26 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, splits_of, summed
-from mm_moslora_eval.scoring.scored_sample import Samples, Summed
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, splits_of, summed, together
+from mm_moslora_eval.scoring.scored_sample import Samples, Summed, connected
 
 
 def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
-    """The score of a set of samples, with the further numbers of the aggregation."""
+    """The score of a set of samples, see `whole_questions`, with the further numbers of the aggregation."""
+    samples = whole_questions(aggregation, samples)
     total = summed(aggregation, samples)
     return replace(estimate(total.ratios, _clusters(samples, total)), metrics=total.metrics)
+
+
+def whole_questions(aggregation: str, samples: Samples) -> Samples:
+    """The samples with a score, without those that count together with one that has none."""
+    without = [math.isnan(sample.score) for sample in samples]
+    if not any(without):
+        return samples
+    rated = [replace(sample, score=0.0) if gone else sample for sample, gone in zip(samples, without, strict=True)]
+    groups = together(aggregation, rated)
+    incomplete = {group for group, gone in zip(groups, without, strict=True) if gone}
+    return [sample for sample, group in zip(samples, groups, strict=True) if group not in incomplete]
 
 
 def _clusters(samples: Samples, total: Summed) -> list[Hashable]:
@@ -30,32 +42,23 @@ def _clusters(samples: Samples, total: Summed) -> list[Hashable]:
     clusters: list[Hashable] = [i if sample.cluster is None else sample.cluster for i, sample in enumerate(samples)]
     if total.units is None:
         return clusters
-    linked: dict[Hashable, Hashable] = {}
-
-    def first(name: Hashable) -> Hashable:
-        while name in linked:
-            name = linked[name]
-        return name
-
-    for cluster, unit in zip(clusters, total.units, strict=True):
-        a, b = first(("cluster", cluster)), first(("unit", unit))
-        if a != b:
-            linked[b] = a
-    return [first(("cluster", cluster)) for cluster in clusters]
+    return connected(clusters, total.units)
 
 
 def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
     """The task's score of each category and second-level category; for MME the sum of the sub-task.
 
-    Captions are weighed by the words of the whole set.
+    Captions are weighed by the words of the whole set. Answers that are right together are so over all categories.
     """
+    samples = whole_questions(aggregation, samples)
     members_of: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         document = sample.document
         own = splits_of(sample) if aggregation in POPE else [document.category]
         for name in {*own, document.extra.get("l2-category")} - {None, ""}:
             members_of[str(name)].append(index)
-    whole = summed(aggregation, samples).ratios if aggregation in CAPTIONS else []
+    whole = summed(aggregation, samples) if samples else Summed(ratios=[])
+    divided = aggregation in CAPTIONS or (whole.units is not None and len(whole.ratios) == 1)
     measured = {}
     for name, indices in sorted(members_of.items()):
         members = [samples[index] for index in indices]
@@ -63,9 +66,10 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
             members = [replace(one, document=replace(one.document, category=name)) for one in members]
         ratios = [
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
-            for ratio in whole
+            for ratio in (whole.ratios if divided else ())
         ]
-        total = Summed(ratios=ratios) if ratios else summed(aggregation, members)
+        units = None if whole.units is None else [whole.units[i] for i in indices]
+        total = Summed(ratios=ratios, units=units) if divided else summed(aggregation, members)
         measured[name] = estimate(total.ratios, _clusters(members, total))
     return measured
 
@@ -120,7 +124,8 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
         b: of another system, in any order.
     """
     without = {sample.document.id for samples in (*a, *b) for sample in samples if math.isnan(sample.score)}
-    first = [sample for sample in a[0] if sample.document.id not in without]
+    marked = [replace(one, score=math.nan) if one.document.id in without else one for one in a[0]]
+    first = whole_questions(aggregation, marked)
     by_id = [[{sample.document.id: sample for sample in samples} for samples in side] for side in (a, b)]
     runs = [[[run[sample.document.id] for sample in first] for run in side] for side in by_id]
     totals = [[summed(aggregation, samples) for samples in side] for side in runs]

@@ -82,7 +82,8 @@ def combined(answers: Sequence[Scored], *, over_samples: str) -> Scored:
     """One sample of the answers to one question.
 
     A missing answer makes the sample a failed one, and one without a score makes it one without a score, until they are
-    there: a mean over fewer answers is another measure. Rules that fail on them are its fault.
+    there: a mean over fewer answers is another measure. Rules that fail on them are its fault. The sample can be read
+    if one of the answers can.
     """
     if len(answers) == 1 and over_samples == "mean":
         return answers[0]
@@ -95,4 +96,7 @@ def combined(answers: Sequence[Scored], *, over_samples: str) -> Scored:
             raise ValueError(f"it gave {found!r}, expected a sample with a score from 0 to 1")
     except Exception as error:  # of rules of any package: the other questions are scored all the same
         return replace(answers[0], score=math.nan, fault=f"over_samples: {type(error).__name__}: {error}")
-    return found
+    if found.parsed.strip():
+        return found
+    shown = next((one for one in answers if one.parsed.strip()), found)
+    return replace(found, text=shown.text, parsed=shown.parsed)

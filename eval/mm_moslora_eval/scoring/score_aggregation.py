@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import caption, judge_scores, ptb_tokeniser, yes_no
@@ -120,7 +120,7 @@ def mme(samples: Samples) -> Summed:
         right = [one * sample.score for one, sample in zip(inside, samples, strict=True)]
         both = [part * all(pairs[key]) for part, key in zip(share, keys, strict=True)]
         ratios += [Ratio(top=right, bottom=inside) * 100.0, Ratio(top=both, bottom=share) * 100.0]
-    return Summed(ratios=ratios, metrics=metrics)
+    return Summed(ratios=ratios, metrics=metrics, together=keys)
 
 
 def _mme_pair(sample: Scored) -> str:
@@ -154,13 +154,15 @@ def hallusionbench_vlmevalkit(samples: Samples) -> Summed:
     whole = _hallusion(samples, ("subcategory",))
     shares = {name: _hallusion(some, ("subcategory",)).metrics for name, some in sorted(members.items()) if name}
     by_name = {f"{number}_{name}": share for name, item in shares.items() for number, share in item.items()}
-    return Summed(ratios=whole.ratios, metrics=whole.metrics | by_name)
+    return replace(whole, metrics=whole.metrics | by_name)
 
 
 def _hallusion(samples: Samples, within: Sequence[str]) -> Summed:
     right = [sample.score == 1.0 for sample in samples]
-    metrics = yes_no.hallusionbench([_hallusion_columns(sample) for sample in samples], right, within=within)
-    return Summed(ratios=[mean_of([float(hit) for hit in right])], metrics=metrics)
+    columns = [_hallusion_columns(sample) for sample in samples]
+    metrics = yes_no.hallusionbench(columns, right, within=within)
+    sets = [tuple(values[name] for name in (*within, "set_id")) for values in columns]
+    return Summed(ratios=[mean_of([float(hit) for hit in right])], metrics=metrics, together=sets)
 
 
 def circular(samples: Samples) -> Summed:
@@ -195,6 +197,26 @@ def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
             f"the question from the id: rotation k of question n is n + k x {groups.ROTATION:,}. Number the documents "
             "so, or choose another aggregation."
         )
+
+
+def together(aggregation: str, samples: Samples) -> list[Hashable]:
+    """Equal for samples that an aggregation counts together, such as the rotations of a question."""
+    own: list[Hashable] = [sample.document.id for sample in samples]
+    if not samples or name_of(aggregation) in READS_ANSWERS:
+        return own
+    found = summed(aggregation, samples)
+    return list(found.together or found.units or own)
+
+
+def documents_together(aggregation: str, documents: Sequence[Document]) -> list[Hashable]:
+    """The same of documents; each is alone to an aggregation of others that needs answers."""
+    samples = [Scored(document=one, text="", parsed="", score=0.0, cluster=one.id) for one in documents]
+    try:
+        return together(aggregation, samples)
+    except EvalError:
+        if not AGGREGATIONS.origin(aggregation):
+            raise
+        return [one.id for one in documents]
 
 
 def macro(samples: Samples) -> Summed:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mm_moslora_eval.scoring.answer_scoring import score_leniently
+from mm_moslora_eval.scoring.score_aggregation import together
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 FEWEST = 5
@@ -37,11 +38,13 @@ def failures(errors: Sequence[str | None]) -> Iterator[str]:
     yield f"{len(messages)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
 
 
-def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
-    """Remarks on answers that a judge could not grade, and on those on which the rules failed."""
+def ungraded(samples: Sequence[Scored], *, left_out: int = 0) -> Iterator[str]:
+    """Remarks on answers that a judge could not grade, on those on which the rules failed, and on those with them."""
     graded, faults = len(with_scores(samples)), [sample.fault for sample in samples if sample.fault]
     by_judge = len(samples) - graded - len(faults)
-    rest = f" The score is over the other {graded}." if graded else ""
+    rest = f" The score is over the other {graded - left_out}." if graded > left_out else ""
+    if left_out:
+        rest = f" {left_out} more are left out, because they count together with one of these.{rest}"
     if by_judge:
         yield (f"{by_judge} of {len(samples)} answers have no grade, because the judge's replies cannot be read.{rest}")
     if faults:
@@ -49,6 +52,18 @@ def ungraded(samples: Sequence[Scored]) -> Iterator[str]:
             f"{len(faults)} of {len(samples)} answers have no score, because the extraction, the metric or "
             f"another rule failed on them (the first: {_short(faults[0])}).{rest} Mend it, then score again "
             "(mm-moslora eval score)."
+        )
+
+
+def parted(aggregation: str, samples: Sequence[Scored], selection: Mapping[str, Any]) -> Iterator[str]:
+    """A remark on a selection that was not made for an aggregation that counts several answers together."""
+    if selection.get("name", "all") == "all" or selection.get("whole_for") == aggregation:
+        return
+    if len(set(together(aggregation, samples))) < len(samples):
+        yield (
+            f"The documents ({selection['name']}) were not selected for {aggregation}, which counts several answers "
+            "together: where a part of them was not asked, the others may count as right alone, and the score is too "
+            "high. Evaluate again in another folder."
         )
 
 

@@ -58,6 +58,31 @@ class Summed:
     """Further numbers, by name."""
     units: Sequence[str] | None = None
     """The question to which each sample belongs, where several samples are right or wrong together; None: its own."""
+    together: Sequence[Hashable] | None = None
+    """Equal for samples that a number of `metrics` counts together, too; None: as `units`."""
+
+
+def joined(*keys: Sequence[Hashable]) -> list[Hashable] | None:
+    """See `connected`; None without keys, or where they join all samples."""
+    groups = connected(*keys) if keys else []
+    return groups if len(set(groups)) > 1 else None
+
+
+def connected(first: Sequence[Hashable], *others: Sequence[Hashable]) -> list[Hashable]:
+    """The group of every sample: those that are equal in one of several keys are in one."""
+    linked: dict[Hashable, Hashable] = {}
+
+    def root(name: Hashable) -> Hashable:
+        while name in linked:
+            name = linked[name]
+        return name
+
+    for number, keys in enumerate(others, start=1):
+        for key, other in zip(first, keys, strict=True):
+            a, b = root((0, key)), root((number, other))
+            if a != b:
+                linked[b] = a
+    return [root((0, key)) for key in first]
 
 
 def with_scores(samples: Sequence[Scored]) -> list[Scored]:

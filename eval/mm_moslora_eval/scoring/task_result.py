@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,18 @@ from mm_moslora_eval.sources.document import digest
 
 RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
 """Parts of a task that turn answers into a score."""
+
+
+def variant_of(described: Mapping[str, Any]) -> str:
+    """The name of what makes a score another measurement of the same documents: the number of answers to a question,
+    what sums them up, and how reasoning is read; empty where these are the usual ones.
+
+    Args:
+        described: a task as plain data, or `TaskResult.about`.
+    """
+    samples = described.get("decoding", {}).get("samples", 1)
+    parts = [samples, described.get("over_samples"), described.get("thinking")]
+    return "" if parts == [1, None, None] else f"-{digest(parts)[:6]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +34,21 @@ class Counts:
     failed: int
     """No answer; counted as wrong in the headline score."""
     not_inferable: int
-    """Answered, but the extraction found nothing; counted as wrong."""
+    """Answered, but the extraction found nothing in any answer; counted as wrong."""
     truncated: int
     """Cut off by max_new_tokens."""
     dropped: int = 0
     """Rows that the protocol leaves out."""
     thinking: int = 0
-    """Answers with `<think>` blocks, which are removed before extraction."""
+    """Documents with a `<think>` block in an answer, which is removed before extraction."""
     unclosed_thinking: int = 0
-    """Of these, answers with a block without an end; also counted in `not_inferable`."""
+    """Of these, those with a block without an end, so that the answer cannot be read."""
     ungraded: int = 0
     """Answered, but no reply of the judge can be read, or the rules failed; left out of the score."""
     faults: int = 0
     """Of these, answers on which the extraction, the metric or another rule failed."""
+    left_out: int = 0
+    """Scored, but left out of the score: another answer to the same question has none."""
 
     @property
     def incomplete(self) -> int:
@@ -58,7 +73,7 @@ class TaskResult:
     stderr_kind: str
     counts: Counts
     completed: dict[str, float]
-    """n, score and stderr over the samples that were answered."""
+    """n, score and stderr over the samples that were answered, with all that count together with them."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
     """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
@@ -88,7 +103,8 @@ class TaskResult:
         rules = [str(self.about.get(rule, "")) for rule in RULES]
         if "grading" in self.about:
             rules.append(digest(self.about["grading"]))
-        return (*self._measured, self.version, *rules)
+        variant = variant_of(self.about)
+        return (*self._measured, self.version, *rules, *([variant] if variant else ()))
 
     @property
     def _measured(self) -> tuple[Any, ...]:
@@ -98,7 +114,7 @@ class TaskResult:
     @property
     def key(self) -> tuple[Any, ...]:
         """The key of a result within a run folder; a later result with the same key replaces the earlier one."""
-        return (*self._measured, self.mode)
+        return (*self._measured, self.mode, variant_of(self.about))
 
     @property
     def scored(self) -> bool:

@@ -72,6 +72,8 @@ class Document:
     """Further columns that a prompt or an aggregation names."""
     problem: str | None = None
     """The reason why the document cannot be asked; it is then counted as failed, never dropped."""
+    first_id: int | None = field(default=None, compare=False)
+    """The least id of its data set, from which ids count; None where they are no numbers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as plain data."""
@@ -81,7 +83,8 @@ class Document:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Document:
         """The inverse of `to_dict`; the document has no images."""
-        return cls(**{name: data[name] for name in _STORED} | {"answers": tuple(data["answers"])})
+        own = {name: data[name] for name in _STORED} | {"answers": tuple(data["answers"])}
+        return cls(**own, first_id=data.get("first_id"))
 
     @property
     def reference(self) -> str:
@@ -101,6 +104,12 @@ class Document:
     def with_problem(self, problem: str | None) -> Document:
         """The document marked with a problem; an earlier problem is kept."""
         return self if problem is None or self.problem is not None else replace(self, problem=problem)
+
+
+def first_id(ids: Iterable[str]) -> int | None:
+    """The least of the ids of a data set; None where one is no number."""
+    numbers = [int(name) if name.isdecimal() else None for name in ids]
+    return None if None in numbers else min((number for number in numbers if number is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

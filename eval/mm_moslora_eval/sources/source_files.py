@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import beside as resolve_model_paths
+from mm_moslora.utils.untrusted_files import opened
 
 _DERIVED = "cache-"
 """Prefix of the cache files that `datasets` writes into the folder of the data."""
@@ -86,3 +89,18 @@ def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:
 def _fits(value: str, wanted: str) -> bool:
     start, star, end = wanted.partition("*")
     return value == wanted or bool(star and value.startswith(start) and value[len(start) :].endswith(end))
+
+
+def folder_checksum(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files; equal for a copy in another place."""
+    whole = hashlib.sha256()
+    for directory, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(directory, name)
+            if name.startswith((".", _DERIVED)) or not path.is_file():
+                continue
+            with opened(path, most=None) as stream:
+                content = sha256_of(stream)
+            whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()

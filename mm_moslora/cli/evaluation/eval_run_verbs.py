@@ -93,7 +93,7 @@ def eval_run(
     stratify
         Column, such as category: with --limit, a sample with the shares of its values, drawn by --seed.
     samples
-        Evaluate only documents with these ids.
+        Evaluate only documents with these ids, and those that count together with them.
     seed
         Seed that chooses the wrong pictures, and the sample of --stratify.
     max_new_tokens

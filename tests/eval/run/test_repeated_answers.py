@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,8 +16,8 @@ from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
-from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, combined
 from mm_moslora_eval.scoring.scored_sample import Scored
@@ -101,11 +102,14 @@ def test_more_answers_are_asked_for_later_and_another_temperature_is_another_run
 ) -> None:
     two, four = Drawing(), Drawing()
     result_of(drawn(question_file, samples=2), tmp_path / "run", two)
-    result_of(drawn(question_file, samples=4), tmp_path / "run", four)
+    later = result_of(drawn(question_file, samples=4), tmp_path / "run", four)
     assert (len(two.asked), len(four.asked)) == (24, 24)
     whole = Drawing()
     result_of(drawn(question_file, samples=4), tmp_path / "whole", whole)
-    texts = [[[one["text"] for one in row["repeated"]] for row in rows_of(tmp_path / run)] for run in ("run", "whole")]
+    texts = [
+        [[one["text"] for one in row["repeated"]] for row in read_samples(tmp_path / run / later.folder)]
+        for run in ("run", "whole")
+    ]
     assert texts[0] == texts[1]
     with pytest.raises(
         EvalError, match=r"holds another run: its decoding\.temperature is 0\.8, this one's is 0\.9\. Choose"
@@ -204,3 +208,41 @@ def test_reasoning_is_removed_by_the_protocols_markers_or_kept(question_file: Pa
     kept = result_of(with_changes(task, ["thinking.strip=false"]), tmp_path / "kept", Reasoning())
     assert kept.counts.thinking == 0
     assert rows_of(tmp_path / "kept")[1]["parsed"].startswith("[THINK]yes or no?")
+
+
+class Unreadable(FakeModel):
+    """Says nothing first, then the right word behind reasoning."""
+
+    def _answer(self, request: Request) -> Answer:
+        text = "<think>hm</think> yes" if request.sample else ""
+        return Answer(text=text, tokens=1, finish_reason="stop")
+
+
+def test_a_question_is_not_inferable_where_no_answer_can_be_read(question_file: Path, tmp_path: Path) -> None:
+    result = result_of(drawn(question_file, samples=3), tmp_path / "run", Unreadable())
+    assert (result.counts.not_inferable, result.counts.thinking) == (0, 12)
+    assert "24 of 36 answers contain <think> blocks" in "".join(result.remarks)
+    assert all(row["inferable"] and row["parsed"] == "yes" for row in rows_of(tmp_path / "run"))
+    once = result_of(drawn(question_file), tmp_path / "once", Unreadable())
+    assert (once.counts.not_inferable, once.counts.thinking) == (12, 0)
+    assert combined(answers(("", 0.0), ("", 0.0)), over_samples="mean").parsed == ""
+
+
+def test_another_measurement_of_the_same_documents_stands_beside_the_first_one(
+    question_file: Path, tmp_path: Path
+) -> None:
+    pass_at = 'pass_at {"k": 2}'
+    tasks = [drawn(question_file, samples=4), drawn(question_file, samples=2)]
+    tasks += [replace(tasks[0], over_samples=pass_at), replace(tasks[0], over_samples="majority")]
+    made = [result_of(task, tmp_path / "run", Drawing()) for task in (*tasks, drawn(question_file))]
+    stored = read_results(tmp_path / "run")
+    assert [result.score for result in stored] == [result.score for result in made]
+    assert len({result.subject for result in stored}) == len({result.key for result in stored}) == 5
+    for result in stored:
+        rows = read_samples(tmp_path / "run" / result.folder)
+        assert fmean(row["score"] for row in rows) == pytest.approx(result.score)
+        assert score_folder(tmp_path / "run" / result.folder).key == result.key
+    again = result_of(tasks[2], tmp_path / "run", Drawing())
+    assert len(read_results(tmp_path / "run")) == 5
+    rescored = score_folder(tmp_path / "run" / again.folder, rules=tasks[3])
+    assert (rescored.folder, rescored.score) == (stored[3].folder, stored[3].score)

@@ -13,9 +13,9 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, Grade, grader_of
 from mm_moslora_eval.run.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer
-from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.measured_scores import aggregate, whole_questions
 from mm_moslora_eval.scoring.score_aggregation import AggregationError
-from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.scored_sample import Scored
 
 MOST_UNREADABLE = 0.05
 """Share of the graded answers without a readable reply, above which a task stays unscored."""
@@ -112,10 +112,10 @@ def score_by_rules(task: Task, samples: Sequence[Scored]) -> dict[str, Any] | No
         )
         for sample in samples
     ]  # fmt: skip
-    if not (read := with_scores(scored)):  # the rule failed on every answer
-        return None
     try:
-        found = aggregate(task.aggregation, read)
+        if not (whole := whole_questions(task.aggregation, scored)):  # the rule failed on every one
+            return None
+        found = aggregate(task.aggregation, whole)
     except AggregationError:  # the score itself says so
         return None
     return {

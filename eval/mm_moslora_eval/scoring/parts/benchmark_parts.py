@@ -169,9 +169,9 @@ def consecutive(
 ) -> Summed:
     """The share of groups of `size` documents with consecutive numbers (ids) in which every answer is right.
 
-    `first` is the number of the first document, by default the lowest one. `further` names smaller groups by the
-    places within a group, such as `{question: [[0, 1], [2, 3]]}`; their shares are given beside it, with `vanilla`, the
-    mean of the single answers.
+    `first` is the number of the first document, by default the least id of the data set. `further` names smaller groups
+    by the places within a group, such as `{question: [[0, 1], [2, 3]]}`; their shares are given beside it, with
+    `vanilla`, the mean of the single answers.
     """
     if size < 1:
         raise EvalError(f"consecutive: size is {size}, expected 1 or more.")
@@ -179,7 +179,8 @@ def consecutive(
     if odd:
         raise EvalError(f"consecutive: {len(odd)} ids are no numbers (first: {odd[0]!r}).")
     numbers = [int(sample.document.id) for sample in samples]
-    start = min(numbers, default=0) if first is None else first
+    known = [sample.document.first_id for sample in samples if sample.document.first_id is not None]
+    start = min(known or numbers, default=0) if first is None else first
     places = [divmod(number - start, size) for number in numbers]
     right = [sample.score == 1.0 for sample in samples]
     whole = _all_right([group for group, _ in places], right)

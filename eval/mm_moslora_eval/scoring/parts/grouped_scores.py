@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
-from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed
+from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed, joined
 
 Columns = tuple[str, ...]
 
@@ -39,11 +39,15 @@ def all_within(samples: Samples, *, columns: Columns, further: dict[str, Columns
     """
     keys = values_of(samples, columns, named="all_within")
     metrics = {"vanilla": _mean([sample.score for sample in samples]), "groups": float(len(set(keys)))}
-    for name, others in (further or {}).items():
-        within = values_of(samples, others, named=f"all_within, further.{name}")
-        metrics[name] = _ratio_of_groups(samples, within).values()[0]
-    units = [" / ".join(key) for key in keys]
-    return Summed(ratios=[_ratio_of_groups(samples, keys)], metrics=metrics, units=units)
+    others = {
+        name: values_of(samples, columns, named=f"all_within, further.{name}")
+        for name, columns in (further or {}).items()
+    }
+    metrics |= {name: _ratio_of_groups(samples, within).values()[0] for name, within in others.items()}
+    return Summed(
+        ratios=[_ratio_of_groups(samples, keys)], metrics=metrics, units=[" / ".join(key) for key in keys],
+        together=joined(keys, *others.values()),
+    )  # fmt: skip
 
 
 def _ratio_of_groups(samples: Samples, keys: Sequence[tuple[str, ...]]) -> Ratio:
@@ -62,10 +66,11 @@ def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None,
     For every name in `groups` the share of groups (equal in all its columns) in which every answer is right, such as
     the consistency of NLVR2. With `labels` the mean of each label in that column, which may hold several with commas.
     """
-    metrics: Numbers = {}
-    for name, columns in (groups or {}).items():
-        keys = values_of(samples, columns, named=f"detailed_mean, groups.{name}")
-        metrics[name] = _ratio_of_groups(samples, keys).values()[0]
+    keys = {
+        name: values_of(samples, columns, named=f"detailed_mean, groups.{name}")
+        for name, columns in (groups or {}).items()
+    }
+    metrics: Numbers = {name: _ratio_of_groups(samples, within).values()[0] for name, within in keys.items()}
     of_label: dict[str, list[float]] = defaultdict(list)
     for sample, (cell,) in zip(
         samples, values_of(samples, (labels,), named="detailed_mean") if labels else (), strict=False
@@ -73,7 +78,8 @@ def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None,
         for label in dict.fromkeys(part.strip() for part in cell.split(",")):
             of_label[label].append(sample.score)
     metrics |= {label: _mean(scores) for label, scores in of_label.items()}
-    return Summed(ratios=[mean_of([sample.score for sample in samples])], metrics=metrics)
+    ratios = [mean_of([sample.score for sample in samples])]
+    return Summed(ratios=ratios, metrics=metrics, together=joined(*keys.values()))
 
 
 def attempts(samples: Samples, *, none: tuple[str, ...]) -> Summed:
