@@ -30,8 +30,9 @@ MODULES = {
     _PACKAGE + "training.token_budget": "training.metrics.token_budget",
     _PACKAGE + "training.precision": "models.precision",
     _PACKAGE + "utils.heartbeat": "launch.heartbeat",
+    _HARNESS + "run.llm_judge": _HARNESS + "run.judging.llm_judge",
 }
-"""Module of before -> module below `mm_moslora` that holds its names now."""
+"""Module of before -> module that holds its names now, of the harness or below `mm_moslora`."""
 NAMES = {
     _PACKAGE + "adapters.adapter_inspection": {
         "draw": "reporting.lens_maps.draw_lens", "table": "reporting.lens_maps.measures_table",
@@ -97,14 +98,21 @@ NAMES = {
     _HARNESS + "protocol.task_prompt": {"Prompt": "TaskPrompt"},
     _HARNESS + "run.answer_views": {"Selection": "DocumentSelection"},
     _HARNESS + "run.evaluate_suite": {"Comparison": "PairedComparison", "evaluate_held": "evaluate"},
-    _HARNESS + "run.llm_judge": {
+    _HARNESS + "run.judging.llm_judge": {
         "GRADERS": _HARNESS + "run.judging.answer_graders.GRADERS",
         "judged": _HARNESS + "run.judging.judged_scores.judged",
     },
     _HARNESS + "run.stored_types": {"Sample": "StoredSample"},
+    _HARNESS + "run.task_runner": {
+        name: _HARNESS + f"run.run_claim.{name}" for name in ("claim_run", "hold_run", "open_run")
+    },
     _HARNESS + "scoring.estimates": {"Estimate": "ScoreEstimate"},
 }  # fmt: skip
 """Module -> name of before -> what replaces it: a name of the same module, or one below `mm_moslora`."""
+
+
+def _placed(name: str) -> str:
+    return name if name.startswith(_HARNESS) else _PACKAGE + name
 
 
 def _missing(module: str, name: str) -> NoReturn:
@@ -112,8 +120,7 @@ def _missing(module: str, name: str) -> NoReturn:
     new = NAMES[module].get(name)
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    if not new.startswith(_HARNESS):
-        new = _PACKAGE + new if "." in new else f"{module}.{new}"
+    new = _placed(new) if "." in new else f"{module}.{new}"
     # An AttributeError would lose its text: `from MODULE import NAME` replaces it.
     raise ImportError(f"{module}.{name} is {new} now; CHANGELOG.md has a table of what moved.", name=name)
 
@@ -125,7 +132,7 @@ class _Renames(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname in MODULES:
-            new = _PACKAGE + MODULES[fullname]
+            new = _placed(MODULES[fullname])
             raise ModuleNotFoundError(
                 f"{fullname} is {new} now; CHANGELOG.md has a table of what moved.", name=fullname
             )

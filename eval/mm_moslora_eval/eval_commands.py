@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
     from mm_moslora_eval.run.evaluate_suite import PairedComparison
-    from mm_moslora_eval.run.llm_judge import Judge
+    from mm_moslora_eval.run.judging.llm_judge import Judge
     from mm_moslora_eval.run.task_runner import EvaluationSettings
     from mm_moslora_eval.scoring.task_result import TaskResult
     from mm_moslora_eval.sources.document import Document
@@ -74,7 +74,8 @@ def run(
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.provenance import record
-    from mm_moslora_eval.run.task_runner import EvaluationSettings, claim_run, hold_run
+    from mm_moslora_eval.run.run_claim import claim_run, hold_run
+    from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
     checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
@@ -252,7 +253,7 @@ def make_judge(
         return None
     from mm_moslora_eval.backends.open_model import SERVICES, check_name, open_model
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
-    from mm_moslora_eval.run.llm_judge import WORKERS, ChatService, Judge
+    from mm_moslora_eval.run.judging.llm_judge import WORKERS, ChatService, Judge
 
     chosen = service or ServiceSettings()
     asked: ChatService

@@ -18,7 +18,8 @@ from mm_moslora_eval.report.run_evidence import NamedResult, ahead_by, before_tu
 from mm_moslora_eval.run.answer_views import read_scored
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
-from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings, claim_run
+from mm_moslora_eval.run.run_claim import RUN, claim_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.image_controls import MODES, ImageMode
 

@@ -16,9 +16,9 @@ from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
-from mm_moslora_eval.run import answer_log, task_runner
+from mm_moslora_eval.run import answer_log, run_claim, task_runner
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
@@ -103,7 +103,7 @@ class Runs:
         folder = self.folder()
         model = GivenAnswers({document.id: answer for document, answer in zip(documents, answers, strict=True)})
         data = DataSet(documents=tuple(documents), path="golden", sha256="0")
-        with task_runner.open_run(folder, model):
+        with run_claim.open_run(folder, model):
             place = task_runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
         asked = None if judge is None else Judge(scripted(judge), cache=folder / "judge")
         result = score_folder(place, judge=asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mm_moslora_eval.run.task_runner import open_run
+from mm_moslora_eval.run.run_claim import open_run
 from trials import commit
 
 from mm_moslora.quickstart import model_assets, quickstart_evaluation, quickstart_run

@@ -17,7 +17,7 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.report.evaluation_page import names_of
 from mm_moslora_eval.run.answer_views import read_json
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.task_runner import RUN
+from mm_moslora_eval.run.run_claim import RUN
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult, strict_json
 
 _TASK_TYPE = "image-text-to-text"

@@ -29,9 +29,10 @@ from mm_moslora_eval.run.answer_views import (
 )
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
 from mm_moslora_eval.run.result_file import score_folder, write_results
+from mm_moslora_eval.run.run_claim import open_run
 from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
 from mm_moslora_eval.run.stored_types import StoredSample, check_row
-from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task, select
+from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task, select
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
@@ -43,7 +44,7 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 from mm_moslora_eval.sources.source_videos import with_whole_videos
 
 if TYPE_CHECKING:
-    from mm_moslora_eval.run.llm_judge import Judge
+    from mm_moslora_eval.run.judging.llm_judge import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,13 @@ def evaluate(
         settings: batch size, limits, rank.
         progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
-        locked: the caller has opened the run folder (`task_runner.open_run`), over several tasks.
+        locked: the caller has opened the run folder (`run_claim.open_run`), over several tasks.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
 
     Raises:
-        EvalError: see `task_runner.run_task` and `task_runner.open_run`.
+        EvalError: see `task_runner.run_task` and `run_claim.open_run`.
     """
     settings = settings or EvaluationSettings()
     with nullcontext() if locked else open_run(output, model, rank=settings.rank):

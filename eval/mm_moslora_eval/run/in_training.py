@@ -17,7 +17,8 @@ from mm_moslora.utils.folder_marks import MARK
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders
-from mm_moslora_eval.run.task_runner import RUN, EvaluationSettings
+from mm_moslora_eval.run.run_claim import RUN
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference
 from mm_moslora_eval.sources.image_controls import ImageMode
 

@@ -58,7 +58,7 @@ from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:
-    from mm_moslora_eval.run.llm_judge import Judge
+    from mm_moslora_eval.run.judging.llm_judge import Judge
 
 logger = logging.getLogger(__name__)
 

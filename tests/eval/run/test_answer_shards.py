@@ -11,7 +11,8 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import read_samples
-from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run
+from mm_moslora_eval.run.run_claim import open_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora import cli
 from mm_moslora.launch.shard import Shard

@@ -24,7 +24,8 @@ from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
 from mm_moslora_eval.run.answer_views import view_below
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.task_runner import EvaluationSettings, hold_run
+from mm_moslora_eval.run.run_claim import hold_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora import cli as command_line
 from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError

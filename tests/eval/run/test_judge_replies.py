@@ -22,9 +22,10 @@ from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import GRADERS
 from mm_moslora_eval.run.judging.judged_scores import MOST_UNREADABLE
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, run_task
+from mm_moslora_eval.run.run_claim import open_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.sources.document import DataSet, Document
 

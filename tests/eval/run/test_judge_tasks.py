@@ -16,7 +16,7 @@ from mm_moslora_eval.protocol.task_registry import load_file
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.judging.judged_scores import LONGEST_ANSWER
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.measured_scores import aggregate

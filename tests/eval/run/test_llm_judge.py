@@ -20,7 +20,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
-from mm_moslora_eval.run.llm_judge import THINKING_TOKENS, Judge
+from mm_moslora_eval.run.judging.llm_judge import THINKING_TOKENS, Judge
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.submissions import FORMS, write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings

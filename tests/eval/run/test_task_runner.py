@@ -24,7 +24,8 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.task_runner import EvaluationSettings, open_run, select
+from mm_moslora_eval.run.run_claim import open_run
+from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES
 from waiting import wait_until

@@ -13,7 +13,7 @@ from mm_moslora_eval.metrics import judge_scores
 from mm_moslora_eval.metrics.metric_text import letters
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, mathvista_question, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document

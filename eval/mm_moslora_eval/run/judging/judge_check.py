@@ -18,7 +18,7 @@ from mm_moslora.utils.untrusted_data import build_known, parse_lines
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.judged_scores import judged
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.measured_scores import aggregate
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document

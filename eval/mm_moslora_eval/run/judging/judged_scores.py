@@ -11,7 +11,7 @@ from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, Grade, grader_of
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, whole_questions
 from mm_moslora_eval.scoring.score_aggregation import AggregationError

@@ -12,7 +12,7 @@ from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.answer_graders import needs_judge, prompt_of
 from mm_moslora_eval.run.judging.judge_check import check_judge
 from mm_moslora_eval.run.judging.judged_scores import judged, score_by_rules, shortened
-from mm_moslora_eval.run.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import digest
