@@ -409,7 +409,7 @@ def _row(folder: Path, source: Row, form: Form, number: int, *, added: Mapping[s
     reference = "{text}" if source.get("answer_is") == "text" else form.reference
     cells[columns.get("answer", "answer")] = reference.format_map(said)
     cells[columns.get("question", "question")] = form.question  # last: the options may stand in it
-    return cells | extra
+    return {key: value for key, value in (cells | extra).items() if key not in (added or {})}
 
 
 def _write_parquet(path: Path, rows: Sequence[Row]) -> None:

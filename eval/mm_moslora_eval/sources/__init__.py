@@ -53,13 +53,9 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     kept = [document for document in read if document is not None]
     if source.answer_is in BOX_FORMS:
         kept = [with_reference_box(document, source.answer_is) for document in kept]
-    if read and not kept:
-        raise EvalError(
-            f"{path}: all {len(read)} rows are left out: none suits source.where, or none has a picture "
-            "(drop_without_image), whose column is `image` or `image_path`."
-        )
-    documents = checked(kept, source, path=str(path))
-    return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
+    dropped = read.count(None)
+    documents = checked(kept, source, path=str(path), dropped=dropped)
+    return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=dropped)
 
 
 def _checksum(path: Path, expected_md5: str | None) -> str:

@@ -136,18 +136,24 @@ class DataSet:
         return about | ({"shots": dict(self.shots_from)} if self.shots_from else {})
 
 
-def checked(documents: Iterable[Document], stated: Source, *, path: str) -> tuple[Document, ...]:
+def checked(documents: Iterable[Document], stated: Source, *, path: str, dropped: int = 0) -> tuple[Document, ...]:
     """Check the whole set and mark documents with an answer that cannot be right, or without what they must have.
 
     Args:
         documents: all of them.
         stated: what they must have.
         path: for messages.
+        dropped: rows that are left out.
 
     Raises:
         EvalError: no documents, none with what some must have, or two with the same id.
     """
     read = tuple(documents)
+    if dropped and not read:
+        raise EvalError(
+            f"{path}: all {dropped} rows are left out: none suits source.where, none has a picture "
+            "(drop_without_image), whose column is `image` or `image_path`, or all lists of documents are empty."
+        )
     some = any(any(document.answers) for document in read)  # a set without any reference is exported, not scored
     for name in sorted(stated.named):
         if read and all(document.problem is None and not _has(document, name) for document in read):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +66,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     kept = [document for document in read if document is not None]
     if not any(document.images or document.problem for document in kept):
         _refuse_unread_pictures(tables, source)
-    documents = checked(kept, source, path=source.path)
     dropped = read.count(None)
+    documents = checked(kept, source, path=source.path, dropped=dropped)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
 
@@ -91,7 +93,23 @@ class _Table:
     """A table of `datasets`, and the columns that the task adds to its rows."""
 
     table: Any
+    name: str
+    """For messages."""
+    source: Source
     added: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def own(self) -> dict[str, None]:
+        """Names of its columns, and of the keys of the objects in its lists."""
+        names, each = dict.fromkeys(self.table.column_names), self.source.each
+        for row in self.table.select_columns([each]) if each in names else ():
+            names |= {key: None for item in _objects(row[each]) or () for key in item}
+        return names
+
+    @property
+    def names(self) -> dict[str, None]:
+        """Names of all columns of its rows."""
+        return {**self.own, **dict.fromkeys((*self.added, *self.source.names_of_parts))}
 
 
 def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
@@ -100,12 +118,16 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
     from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
 
     datasets.disable_progress_bars()  # they would overwrite this package's own progress
-    configs = source.config.split(",") if source.config else [None]
+    configs = [name.strip() for name in source.config.split(",")] if source.config else [None]
+
+    def whole(table: Any, name: str = source.path) -> _Table:
+        return _Table(table=table, name=name, source=source)
 
     def read(name: str, **options: Any) -> Any:
-        tables = [
-            load_checked(name, name=config and config.strip(), split=source.split, **options) for config in configs
-        ]
+        tables = [load_checked(name, name=config, split=source.split, **options) for config in configs]
+        if len(tables) > 1:  # what one lacks is empty in the joined table
+            parts = zip(tables, configs, strict=True)
+            _check_columns([whole(table, f"{source.path}, {config}") for table, config in parts], source)
         return undecoded(tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables))
 
     def read_file(file: Path) -> tuple[Any, str]:
@@ -128,19 +150,20 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
                 for name in source.files
             ]
             tables = [
-                _Table(table=one, added=more) for (one, _), more in zip(found, source.files.values(), strict=True)
+                _Table(table=one, name=f"{source.path}/{name}", source=source, added=more)
+                for (one, _), (name, more) in zip(found, source.files.items(), strict=True)
             ]
             return tables, digest([sha256 for _, sha256 in found])
         if path is None:
             table = read(source.path, revision=source.revision)
-            return [_Table(table=table)], str(getattr(table, "_fingerprint", ""))
+            return [whole(table)], str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
-            return [_Table(table=undecoded(load_saved(path)))], folder_checksum(path)
+            return [whole(undecoded(load_saved(path)))], folder_checksum(path)
         if path.is_dir():
-            return [_Table(table=read(str(path)))], folder_checksum(path)
+            return [whole(read(str(path)))], folder_checksum(path)
         if path.is_file():
             table, sha256 = read_file(path)
-            return [_Table(table=table)], sha256
+            return [whole(table)], sha256
         raise EvalError(f"{path} is neither a file nor a folder.")
     except MoSLoRAError:
         raise
@@ -153,22 +176,37 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
 
 
 def _check_columns(tables: Sequence[_Table], source: Source) -> None:
-    """Refuse names of columns that no table has."""
-    known = dict.fromkeys(name for one in tables for name in (*one.table.column_names, *one.added))
-    first: Mapping[str, Any] = next((row for one in tables for row in one.table), {})
-    known |= dict.fromkeys(name for row, _ in _rows(first, {}, source) for name in row)
+    """Refuse tables without a column that is named or that another one has, and further columns that they have already.
+
+    Columns of documents that no table has and that are not named are optional.
+    """
+    named = {name: name for name in source.has} | source.columns
+    some = {name: name for name in _KEYS if name not in named and any(name in one.names for one in tables)}
     wanted = [
         (name, f"for {document_field}")
-        for document_field, columns in ({name: name for name in source.has} | source.columns).items()
+        for document_field, columns in (named | some).items()
         for part in columns.split(",")
         for name in _BRACED.findall(part) or [part.strip()]
     ]
     wanted += [(name, "for source.where") for name in source.where]
-    for name, use in [*wanted, *((name, "for source.parts") for name in source.parts)]:
-        if name not in known:
+    wanted += [(name, "for source.parts") for name in source.parts]
+    wanted += [(source.each, "for source.each")] if source.each else []
+    for one, (name, use) in product(tables, wanted):
+        if name not in one.names:
+            none = f" If this file has none, say so in source.files: `{name}: ''`." if source.files else ""
             raise EvalError(
-                f"{source.path} has no column {name!r} ({use}).{suggestion(name, known)} Columns: {', '.join(known)}."
+                f"{one.name} has no column {name!r} ({use}).{suggestion(name, one.names)} "
+                f"Columns: {', '.join(one.names)}.{none}"
             )
+    for one in tables:
+        added = [name for name, text in one.added.items() if text]  # an empty one states that there is none
+        further = [*added, *source.names_of_parts, *source.texts]
+        for number, name in enumerate(further):
+            if name in one.own or name in further[:number]:
+                raise EvalError(
+                    f"{one.name} has a column {name!r} already, and source.files, parts or texts makes another one; "
+                    "take another name."
+                )
 
 
 def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
@@ -181,16 +219,21 @@ def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
         )
 
 
+def _objects(value: Any) -> list[dict[str, Any]] | None:
+    """The objects of a list; None where it is something else."""
+    return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else None
+
+
 def _rows(
     row: Mapping[str, Any], added: Mapping[str, str], source: Source
 ) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The rows that a row of a table stands for, with the columns that the task adds, and the problem with each."""
-    items: Any = row.get(source.each) if source.each else [{}]
+    items = _objects(row.get(source.each)) if source.each else [{}]
     outer, problem = {key: value for key, value in row.items() if key != source.each}, None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        items, problem = [{}], f"the column {source.each!r} holds {str(items)[:60]!r}, expected a list of objects"
-    for item in items:
-        whole = {**outer, **item, **added}
+    if items is None:
+        problem = f"the column {source.each!r} holds {str(row.get(source.each))[:60]!r}, expected a list of objects"
+    for item in [{}] if items is None else items:
+        whole = {**outer, **item, **{name: text or None for name, text in added.items()}}
         fault = problem
         for column in source.parts:
             parts = source.parts_of(column, whole.get(column))
@@ -203,24 +246,35 @@ def _rows(
 def _documents(
     tables: Sequence[_Table], source: Source, rules: PictureRules, *, of_hub: bool
 ) -> Iterator[Document | None]:
-    """A document for each row; None for one that is left out on purpose."""
+    """A document for each row; None for one that is left out on purpose, or has an empty list of documents.
+
+    A row without an id, where others have one, has its number with a word, which is the id of no other row.
+    """
     from mm_moslora.data.sources.hf_tables import hub_store
 
     names, file = [name.strip() for name in source.columns.get("image", "image").split(",")], Path(source.path)
     store, number = hub_store(source.path) if of_hub else (), 0
+    lacking = "row " if any(source.columns.get("id", "id") in one.names for one in tables) else ""
     for one in tables:
         pictures = Pictures(one.table, names, file=file, rules=rules, store=store)
         for place, row in enumerate(one.table.remove_columns(pictures.columns)):
-            for cells, fault in _rows(row, one.added, source):
+            rows = list(_rows(row, one.added, source))
+            yield from () if rows else (None,)
+            for cells, fault in rows:
                 images = pictures.of(place) if pictures.columns else None
+                identity = f"{lacking}{number}"
                 asked = matches(cells, source.where)
-                yield _of_row(cells, fault, images, number=number, source=source, rules=rules) if asked else None
+                yield (
+                    _of_row(cells, fault, images, number=number, source=source, rules=rules, default_id=identity)
+                    if asked
+                    else None
+                )
                 number += 1
 
 
 def _of_row(
     row: Mapping[str, Any], problem: str | None, pictures: Sequence[ImageLike] | None, *, number: int, source: Source,
-    rules: PictureRules,
+    rules: PictureRules, default_id: str,
 ) -> Document:  # fmt: skip
     """The document of a row.
 
@@ -231,6 +285,7 @@ def _of_row(
         number: of the document.
         source: description of the data.
         rules: where pictures and videos may lie.
+        default_id: its id, where it names none.
     """
     columns, file = source.columns, Path(source.path)
     if pictures is None:
@@ -245,7 +300,7 @@ def _of_row(
     named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
     texts, unreadable = texts_beside(named_texts, rules)
     images = (*pictures, *frames)
-    read = document({**row, **texts}, columns, default_id=str(number), images=images, answer_is=source.answer_is)
+    read = document({**row, **texts}, columns, default_id=default_id, images=images, answer_is=source.answer_is)
     read = replace(read, problem=problem or unshown or unreadable or read.problem)
     return with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
 

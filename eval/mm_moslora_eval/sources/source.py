@@ -53,8 +53,8 @@ class Source:
     """hf: form of the answer to a question with options, and no other counts; auto: a number is an index from 0, text a
     letter or an option, and what could be two of these is an error. hf, tsv: a box, see `reference_boxes.BoxForm`."""
     where: dict[str, str] = field(default_factory=dict)
-    """Only rows with these values, such as `split: validation`; a `*` stands for any text (`category: "* en"`). Other
-    rows count as dropped."""
+    """Only rows with these values, such as `split: validation`; each `*` stands for any text (`category: "* en"`).
+    Other rows count as dropped."""
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""
@@ -66,9 +66,10 @@ class Source:
     annotations: id, image and category -> the place of a value, such as `page_info.image_path`."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """hf: data files below `path` -> further columns that are the same in each of their rows, such as a sub-task and
-    the folder of its videos. Empty: all data of `path`."""
+    the folder of its videos; an empty one states that the file has no such column. Empty: all data of `path`."""
     each: str = ""
-    """hf: column with a list of objects, each of which is a document with the columns of its row."""
+    """hf: column with a list of objects, each of which is a document with the columns of its row, its own keys first. A
+    row with an empty list counts as dropped."""
     parts: dict[str, str] = field(default_factory=dict)
     """hf: column -> its form, such as `{split}-{number}`; what stands in the braces becomes further columns."""
 
@@ -79,11 +80,18 @@ class Source:
                 f"source.video_frames is {self.video_frames}, video_fps {self.video_fps} and video_folder_fps "
                 f"{self.video_folder_fps}; expected 1 or more, and frames a second above 0."
             )
+        if self.pictures is not None and self.pictures < 0:
+            raise EvalError(f"source.pictures is {self.pictures}, expected 0 or more.")
         if self.kind != "hf" and (self.files or self.each or self.parts):
             raise EvalError("source.files, each and parts are for kind hf.")
         for column, form in self.parts.items():
             if not self._names_of(form):
                 raise EvalError(f"source.parts: {form!r} of {column!r} has no {{name}}, or one twice or without a gap.")
+
+    @property
+    def names_of_parts(self) -> list[str]:
+        """The columns that `parts` makes."""
+        return [name for form in self.parts.values() for name in self._names_of(form)]
 
     @property
     def named(self) -> set[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,11 @@ def _first(path: str, what: str, exists: Callable[[Path], bool], beside: Path | 
 
 
 def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:
-    """Whether a row has the wanted value in every named column; a `*` in it stands for any text."""
-    return all(_fits(str(row.get(column)), wanted) for column, wanted in (where or {}).items())
-
-
-def _fits(value: str, wanted: str) -> bool:
-    start, star, end = wanted.partition("*")
-    return value == wanted or bool(star and value.startswith(start) and value[len(start) :].endswith(end))
+    """Whether a row has the wanted value in every named column; each `*` in it stands for any text."""
+    return all(
+        fnmatchcase(str(row.get(column)), re.sub(r"[?[]", r"[\g<0>]", wanted))
+        for column, wanted in (where or {}).items()
+    )
 
 
 def folder_checksum(folder: Path) -> str:

@@ -297,10 +297,12 @@ def undecoded(table: Any) -> Any:
 
 def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
     """A feature with all features of files, at any depth, changed."""
+    import pyarrow
+
     if isinstance(feature, dict):
         return {name: _replaced(item, change) for name, item in feature.items()}
-    if hasattr(feature, "decode"):
-        return change(feature)
+    if hasattr(feature, "decode"):  # a file, or an object as JSON, which is stored as text
+        return change(feature) if pyarrow.types.is_struct(feature()) else feature
     if dataclasses.is_dataclass(feature) and not isinstance(feature, type) and hasattr(feature, "feature"):
         return dataclasses.replace(feature, feature=_replaced(feature.feature, change))
     return feature

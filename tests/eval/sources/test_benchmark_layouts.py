@@ -72,17 +72,19 @@ def test_pictures_may_be_text(tmp_path: Path) -> None:
 def test_the_rows_of_several_configurations_are_joined(tmp_path: Path) -> None:
     import datasets
 
-    for name in ("one", "two"):
+    names = {"one": "question", "two": "question", "other": "query"}
+    for name, column in names.items():
         (tmp_path / name).mkdir()
-        datasets.Dataset.from_dict({"question": [name], "answer": ["a"]}).to_parquet(
-            str(tmp_path / name / "test.parquet")
-        )
-    configs = [{"config_name": name, "data_files": [{"split": "test", "path": f"{name}/*"}]} for name in ("one", "two")]
+        table = datasets.Dataset.from_dict({column: [name], "answer": ["a"]})
+        table.to_parquet(str(tmp_path / name / "test.parquet"))
+    configs = [{"config_name": name, "data_files": [{"split": "test", "path": f"{name}/*"}]} for name in names]
     (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
     documents = load(Source(kind="hf", path=str(tmp_path), config="one, two")).documents
     assert [document.question for document in documents] == ["one", "two"]
     with pytest.raises(EvalError, match="three"):
         load(Source(kind="hf", path=str(tmp_path), config="one, three"))
+    with pytest.raises(EvalError, match=r", other has no column 'question' \(for question\)"):
+        load(Source(kind="hf", path=str(tmp_path), config="one, other"))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,8 @@ def test_files_of_a_folder_add_their_own_columns(tmp_path: Path) -> None:
     write(tmp_path / "set" / "json" / "two.json", [{**rows[0], "start": 0.5}])
     (tmp_path / "set" / "x").mkdir()
     (tmp_path / "set" / "x" / "2.png").write_bytes(png())
-    files = {"json/one.json": {"kind": "One", "folder": "x"}, "json/two.json": {"kind": "Two", "folder": "y"}}
+    one, two = {"kind": "One", "folder": "x"}, {"kind": "Two", "folder": "y"}
+    files = {"json/one.json": one | {"start": ""}, "json/two.json": two}
     source = Source(
         kind="hf", path=str(tmp_path / "set"), files=files, pictures=1,
         columns={"image": "{folder}/{name}.png", "category": "kind", "video_start": "start"},
@@ -160,11 +163,69 @@ def test_files_of_a_folder_add_their_own_columns(tmp_path: Path) -> None:
     ]
     assert data.documents[1].images == (tmp_path / "set" / "x" / "2.png",)
     write(tmp_path / "set" / "json" / "two.json", [rows[1]])
-    with pytest.raises(EvalError, match=r"no column 'start' \(for video_start\)"):
+    with pytest.raises(EvalError, match=r"json/two.json has no column 'start' \(for video_start\).*`start: ''`"):
         load(source)
     assert load(replace(source, columns={}, pictures=None, where={"kind": "Two"})).sha256 != data.sha256
     with pytest.raises(FileError, match="leaves"):
         load(replace(source, files={"../other.json": {}}))
+
+
+@pytest.mark.parametrize("renamed", ["start", "candidates", "question", "answer"])
+def test_a_column_renamed_in_one_of_several_files_is_an_error(renamed: str, tmp_path: Path) -> None:
+    videos = shipped("mvbench", tmp_path)
+    assert not any(document.problem for document in videos.load().documents)
+    path = tmp_path / "json" / "action_sequence.json"
+    rows = json.loads(path.read_text())
+    write(path, [{("other" if key == renamed else key): value for key, value in row.items()} for row in rows])
+    with pytest.raises(EvalError, match=rf"action_sequence.json has no column '{renamed}'"):
+        videos.load()
+
+
+@pytest.mark.parametrize("made", [{"parts": {"name": "{question}-{n}"}}, {"texts": {"question": "{name}.txt"}}])
+def test_a_further_column_replaces_none_of_the_data(made: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"name": "1-2", "list": [{"question": "q", "answer": "a"}]}]
+    with pytest.raises(EvalError, match="has a column 'question' already"):
+        read(tmp_path, rows, each="list", **made)
+    with pytest.raises(EvalError, match="has a column 'n' already"):
+        read(tmp_path, rows, each="list", parts={"name": "{n}-{m}"}, texts={"n": "x.txt"})
+    with pytest.raises(EvalError, match="has a column 'name' already"):
+        load(Source(kind="hf", path=str(tmp_path), files={"rows.jsonl": {"name": "x"}}))
+
+
+def test_objects_with_keys_of_their_own_and_rows_without_objects(tmp_path: Path) -> None:
+    asked = [{"uid": str(number), "question": f"{number}?", "answer": "x"} for number in range(3)]
+    other = {"key": "v1", "qa": [asked[2] | {"note": "n"}]}
+    columns, full = {"id": "uid"}, {"key": "v0", "qa": asked[:2]}
+    for rows in ([full, other], [other, full], [{"key": "v2", "qa": []}, full, other]):
+        documents = read(tmp_path, rows, each="qa", columns=columns)
+        assert [(one.id, one.question) for one in sorted(documents, key=lambda one: one.id)] == [
+            ("0", "0?"), ("1", "1?"), ("2", "2?")
+        ]  # fmt: skip
+        assert {one.extra["key"]: one.extra.get("note") for one in documents} == {"v0": None, "v1": "n"}
+    path = tmp_path / "rows.jsonl"
+    data = load(Source(kind="hf", path=str(path), each="qa", columns=columns))
+    assert (len(data.documents), data.dropped) == (3, 1)
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"key": "v2", "qa": None}, full)))
+    fault, *right = load(Source(kind="hf", path=str(path), each="qa", columns=columns)).documents
+    assert (fault.id, [one.id for one in right]) == ("row 0", ["0", "1"])
+    assert "holds 'None', expected a list of objects" in (fault.problem or "")
+    with pytest.raises(EvalError, match=r"no column 'questions' \(for source.each\)"):
+        read(tmp_path, [full], each="questions")
+    with pytest.raises(EvalError, match="all 1 rows are left out"):
+        read(tmp_path, [{"question": "q", "qa": []}], each="qa")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [("*il*", True), ("f*l*m", True), ("*[1]?", True), ("film*x", False), ("f?lm*", False), ("*f*f*", False)],
+)
+def test_every_star_in_where_stands_for_any_text(wanted: str, fits: bool, tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "a", "type": kind} for kind in ("film\n[1]?m", "film[1]?", "cartoon")]
+    if fits:
+        assert len(read(tmp_path, rows, where={"type": wanted})) in (1, 2)
+    else:
+        with pytest.raises(EvalError, match=r"all 3 rows are left out: none suits source.where"):
+            read(tmp_path, rows, where={"type": wanted})
 
 
 def test_documents_may_stand_in_a_list_of_their_row(tmp_path: Path) -> None:
@@ -190,6 +251,8 @@ def test_parts_of_a_column_name_pictures_and_groups(tmp_path: Path) -> None:
     for form in ("plain", "{a}{b}", "{a}-{a}", "{1}"):
         with pytest.raises(EvalError, match=r"has no \{name\}"):
             Source(kind="hf", path="x", parts={"name": form})
+    with pytest.raises(EvalError, match=r"source.pictures is -1, expected 0 or more"):
+        Source(kind="tsv", path="x", pictures=-1)
     with pytest.raises(EvalError, match="are for kind hf"):
         Source(kind="tsv", path="x", each="qa")
 
