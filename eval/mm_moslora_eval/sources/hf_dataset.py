@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,13 +262,8 @@ def _documents(
             yield from () if rows else (None,)
             for cells, fault in rows:
                 images = pictures.of(place) if pictures.columns else None
-                identity = f"{lacking}{number}"
-                asked = matches(cells, source.where)
-                yield (
-                    _of_row(cells, fault, images, number=number, source=source, rules=rules, default_id=identity)
-                    if asked
-                    else None
-                )
+                read = partial(_of_row, default_id=f"{lacking}{number}", source=source, rules=rules)
+                yield read(cells, fault, images, number=number) if matches(cells, source.where) else None
                 number += 1
 
 

@@ -192,6 +192,11 @@ def test_a_further_column_replaces_none_of_the_data(made: dict[str, Any], tmp_pa
         load(Source(kind="hf", path=str(tmp_path), files={"rows.jsonl": {"name": "x"}}))
 
 
+def test_answers_of_several_types_are_what_the_file_says(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": answer} for answer in ("a", ["b", "c"], 4)]
+    assert [document.answers for document in read(tmp_path, rows)] == [("a",), ("b", "c"), ("4",)]
+
+
 def test_objects_with_keys_of_their_own_and_rows_without_objects(tmp_path: Path) -> None:
     asked = [{"uid": str(number), "question": f"{number}?", "answer": "x"} for number in range(3)]
     other = {"key": "v1", "qa": [asked[2] | {"note": "n"}]}
