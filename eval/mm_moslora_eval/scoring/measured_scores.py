@@ -15,7 +15,7 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, splits_of, summed, together
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, NoScoreError, splits_of, summed, together
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed, connected
 
 
@@ -49,6 +49,7 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
     """The task's score of each category and second-level category; for MME the sum of the sub-task.
 
     Captions are weighed by the words of the whole set. Answers that are right together are so over all categories.
+    A category without a part of the score, such as pages of another language, has none.
     """
     samples = whole_questions(aggregation, samples)
     members_of: dict[str, list[int]] = defaultdict(list)
@@ -69,7 +70,10 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
             for ratio in (whole.ratios if divided else ())
         ]
         units = None if whole.units is None else [whole.units[i] for i in indices]
-        total = Summed(ratios=ratios, units=units) if divided else summed(aggregation, members)
+        try:
+            total = Summed(ratios=ratios, units=units) if divided else summed(aggregation, members)
+        except NoScoreError:
+            continue
         measured[name] = estimate(total.ratios, _clusters(members, total))
     return measured
 

@@ -189,7 +189,7 @@ def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
             options do not fit the data, such as a column that it has not.
     """
     if options_of(aggregation) and not AGGREGATIONS.origin(aggregation):
-        summed(aggregation, [Scored(document=one, text="", parsed="", score=0.0) for one in documents])
+        _summed(aggregation, [Scored(document=one, text="", parsed="", score=0.0) for one in documents])
     odd = [document.id for document in documents if not document.id.isdecimal()] if aggregation == "circular" else []
     if odd:
         raise EvalError(
@@ -204,7 +204,7 @@ def together(aggregation: str, samples: Samples) -> list[Hashable]:
     own: list[Hashable] = [sample.document.id for sample in samples]
     if not samples or name_of(aggregation) in READS_ANSWERS:
         return own
-    found = summed(aggregation, samples)
+    found = _summed(aggregation, samples)
     return list(found.together or found.units or own)
 
 
@@ -332,13 +332,25 @@ class AggregationError(EvalError):
     """An aggregation failed on the samples that it was given."""
 
 
+class NoScoreError(AggregationError):
+    """None of the samples has a part that the score sums up."""
+
+
 def summed(aggregation: str, samples: Samples) -> Summed:
     """The samples as a task sums them up.
 
     Raises:
         AggregationError: a function of others failed.
+        NoScoreError: no sample has a part that the score sums up.
         EvalError: options that do not fit the data.
     """
+    found = _summed(aggregation, samples)
+    if samples and not found.ratios:
+        raise NoScoreError(f"The score of {name_of(aggregation)!r} has no part in any of {len(samples)} samples.")
+    return found
+
+
+def _summed(aggregation: str, samples: Samples) -> Summed:
     function = AGGREGATIONS[aggregation]
     if not AGGREGATIONS.origin(aggregation):
         return function(samples)

@@ -36,7 +36,7 @@ def _shortcuts(tree: ast.AST, place: str) -> Iterator[str]:
                 yield f"imports {names} of estimates"
             if module == "statistics" and "NormalDist" in names and place not in LOW_LEVEL:
                 yield "imports NormalDist"
-            if module.startswith("scipy") and place not in LOW_LEVEL:
+            if module.startswith("scipy") and place not in LOW_LEVEL and names != {"linear_sum_assignment"}:
                 yield "imports scipy"
         elif isinstance(node, ast.Import) and any(item.name.startswith("scipy") for item in node.names):
             yield "imports scipy"

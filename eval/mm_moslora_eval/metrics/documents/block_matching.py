@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from mm_moslora_eval.metrics.documents.markdown_blocks import FORMULA, Block
 from mm_moslora_eval.metrics.metric_text import EditPattern
@@ -30,6 +29,14 @@ _CALL = 50
 """What a comparison adds to them."""
 _SAME, _APART = 0.25, 0.7
 _JOINED, _HELD = 0.6, 0.4
+
+
+def _smallest_sum(costs: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of pairs with the smallest sum of costs."""
+    from scipy.optimize import linear_sum_assignment  # not for those who list tasks
+
+    rows, columns = linear_sum_assignment(costs)
+    return rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +184,7 @@ Indices = list[int]
 def _paired(truth: Sequence[str], found: Sequence[str], costs: _Costs, *, old: bool) -> list[tuple[Indices, Indices]]:
     columns = _joined_columns(truth, found, costs)
     texts = [" ".join(found[index] for index in column) for column in columns]
-    rows, chosen = linear_sum_assignment(matrix := costs.matrix(truth, texts))
+    rows, chosen = _smallest_sum(matrix := costs.matrix(truth, texts))
     members: dict[tuple[int, ...], Indices] = {}
     for row, column in zip(rows.tolist(), chosen.tolist(), strict=True):
         if not matrix[row, column] > _APART:
@@ -209,9 +216,7 @@ def _with_unpaired(
     if old:
         longest = [[max(len(truth[row]), len(found[index])) for index in left] for row in rows]
         table = np.rint(table * np.array(longest))
-    chosen = [
-        (rows[i], left[j]) for i, j in zip(*(side.tolist() for side in linear_sum_assignment(table)), strict=True)
-    ]
+    chosen = [(rows[i], left[j]) for i, j in zip(*(side.tolist() for side in _smallest_sum(table)), strict=True)]
     taken = {row for row, _ in chosen}
     return [*pairs, *(([row], [index]) for row, index in chosen), *(([row], []) for row in sorted(set(rows) - taken))]
 
@@ -294,7 +299,7 @@ def simple_match(truth: Sequence[Block], found: Sequence[Block]) -> list[Pair]:
     texts = [block.norm for block in sides.found]
     if not sides.truth:
         return [sides.pair([], range(len(texts)))] if texts else []
-    rows, columns = linear_sum_assignment(_Costs(math.inf).matrix([block.norm for block in sides.truth], texts))
+    rows, columns = _smallest_sum(_Costs(math.inf).matrix([block.norm for block in sides.truth], texts))
     chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     pairs = [sides.pair([row], [chosen[row]] if row in chosen else []) for row in range(len(sides.truth))]
     # The source takes block 0 of the answer for none where it looks its kind and place up.

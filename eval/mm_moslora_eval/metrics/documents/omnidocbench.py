@@ -108,9 +108,15 @@ def _sorted(items: Iterable[Item]) -> list[Item]:
     return sorted(items, key=lambda item: item.get("order") or 0)
 
 
+def _text(item: Item, key: str) -> str:
+    if item.get(key) is None:
+        raise ValueError(f"an element {item['category_type']!r} of the annotation has no {key}")
+    return str(item[key])
+
+
 def _truth(item: Item, *, old: bool) -> Block:
     formula = item["category_type"] == FORMULA
-    text = str(item["latex"] if formula else item["text"])
+    text = _text(item, "latex" if formula else "text")
     return Block(
         kind=item.get("fine_category_type") or item["category_type"], text=text, place=item.get("order") or 0,
         norm=formula_norm(text, old=old) if formula else text_norm(text),
@@ -164,7 +170,7 @@ def _lines(text: str) -> tuple[list[str], int]:
 
 
 def _split_truth(item: Item) -> list[Item]:
-    lines = _lines(str(item["latex"]))[0] if item["category_type"] == FORMULA else []
+    lines = _lines(_text(item, "latex"))[0] if item["category_type"] == FORMULA else []
     order = float(item.get("order") or 0)
     numbered = enumerate(lines, start=1)
     return [{**item, "latex": f"\\[{line}\\]", "order": round(order + n / 10, 1)} for n, line in numbered] or [item]
@@ -208,7 +214,9 @@ def _tables(
         return [], []
     written = "latex" if len(latex) > len(html) else "html"
     ordered = _sorted(items)
-    truth = [Block(kind="table", text=str(item.get("html", "")), norm=str(item.get(written, ""))) for item in ordered]
+    truth = [
+        Block(kind="table", text=str(item.get("html") or ""), norm=str(item.get(written) or "")) for item in ordered
+    ]
     found = [replace(block, norm=block.text) for block in (latex if written == "latex" else html)]
     pairs = [pair for pair in simple_match(truth, found) if pair.kind]
     if written == "latex":

