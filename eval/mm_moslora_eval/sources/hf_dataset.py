@@ -191,8 +191,11 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
     wanted += [(name, "for source.where") for name in source.where]
     wanted += [(name, "for source.parts") for name in source.parts]
     wanted += [(source.each, "for source.each")] if source.each else []
+    lists = [columns.split(",")[1:] for columns in named.values()] if not source.files else []
+    optional = {name.strip() for names in lists for name in names}  # a configuration may have fewer pictures or options
+    known = {name for one in tables for name in one.names if name in optional}
     for one, (name, use) in product(tables, wanted):
-        if name not in one.names:
+        if name not in one.names and name not in known:
             none = f" If this file has none, say so in source.files: `{name}: ''`." if source.files else ""
             raise EvalError(
                 f"{one.name} has no column {name!r} ({use}).{suggestion(name, one.names)} "

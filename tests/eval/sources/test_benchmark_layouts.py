@@ -85,6 +85,9 @@ def test_the_rows_of_several_configurations_are_joined(tmp_path: Path) -> None:
         load(Source(kind="hf", path=str(tmp_path), config="one, three"))
     with pytest.raises(EvalError, match=r", other has no column 'question' \(for question\)"):
         load(Source(kind="hf", path=str(tmp_path), config="one, other"))
+    several = {"options": "answer, query", "question": "answer"}  # one of them has fewer columns of options
+    first, last = load(Source(kind="hf", path=str(tmp_path), config="one, other", columns=several)).documents
+    assert (len(first.options), len(last.options)) == (1, 2)
 
 
 @pytest.mark.parametrize(
