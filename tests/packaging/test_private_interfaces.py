@@ -68,12 +68,20 @@ def _members(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
     return set(_definitions(classes[name])).union(*(_members(base, others) for base in bases))
 
 
+def _inherited(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
+    """What the bases of a class among these classes define."""
+    others = {other: node for other, node in classes.items() if other != name}
+    bases = classes[name].bases if name in classes else ()
+    names = (ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in bases)
+    return set().union(*(_members(base, others) for base in names))
+
+
 def foreign_privates(tree: ast.Module, project: dict[str, ast.ClassDef]) -> Iterator[str]:
     """Private names of libraries that a module imports, reads, sets or calls.
 
     An attribute of `self` is a library's where neither the class nor its bases in the project define it, one of
-    `super()` where this module defines it once, as the override, and one of anything else where this module does not
-    define it.
+    `super()` where this module defines it once, as the override, and no base in the project does, and one of anything
+    else where this module does not define it.
 
     Args:
         tree: of the module.
@@ -104,7 +112,7 @@ def foreign_privates(tree: ast.Module, project: dict[str, ast.ClassDef]) -> Iter
             case ast.Name(id="self" | "cls"):
                 defined = name in (_members(inside, classes) if inside else own)
             case ast.Call(func=ast.Name(id="super")):
-                defined = own[name] > 1
+                defined = own[name] > 1 or (bool(inside) and name in _inherited(str(inside), classes))
             case _:
                 defined = name in own and _root(value) not in imported
         if not defined:

@@ -420,6 +420,8 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
         picture = data_url(Image.new("RGB", (9, 9), "blue"))
         server.post(asking("what?", picture))
         server.post(asking("and now?", picture))
+        # An answer leaves before its job ends.
+        wait_until(lambda: "mm_moslora_running 0.0" in server.get("/metrics").text)
         page = server.get("/metrics").text
     for line in (
         'mm_moslora_requests_total{route="/v1/chat/completions",status="200"} 3.0',

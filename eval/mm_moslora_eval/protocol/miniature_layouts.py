@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
+from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 from mm_moslora_eval.sources.source import Source
 
@@ -330,11 +331,11 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
 
 def _write_annotations(folder: Path, form: Form) -> Path:
     """Write the annotations of OmniDocBench, with their pictures in `images`."""
-    path, pages = folder / "OmniDocBench.json", [json.loads(form.answer(scene)) for scene in SCENES]
+    path, pages = folder / "OmniDocBench.json", [parse_json(form.answer(scene)) for scene in SCENES]
     (folder / "images").mkdir(exist_ok=True)
     for page, scene in zip(pages, SCENES, strict=True):
-        with replacing(folder / "images" / page["page_info"]["image_path"]) as part:
-            part.write_bytes(scene.png())
+        with replacing(folder / "images" / page["page_info"]["image_path"]) as part, part.open("xb") as stream:
+            stream.write(scene.png())
     replace_json(path, pages)
     return path
 
@@ -429,8 +430,8 @@ def _write_video(path: Path, scene: Scene) -> None:
     if "frames" in str(path.parent.name):
         path.mkdir(exist_ok=True)
         for number, frame in enumerate([*frames, frames[-1]], start=1):
-            with replacing(path / f"{number:05d}.jpg") as part:
-                frame.save(part, "JPEG")
+            with replacing(path / f"{number:05d}.jpg") as part, part.open("xb") as stream:
+                frame.save(stream, "JPEG")
         return
     with replacing(path) as part, part.open("xb") as stream:
         frames[0].save(stream, "GIF", save_all=True, append_images=[*frames[1:], frames[-1]], duration=500)

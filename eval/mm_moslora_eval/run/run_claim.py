@@ -13,6 +13,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
+from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
@@ -99,7 +100,7 @@ def protocol_differences(folder: Path, task: Task) -> list[str]:
     for path in folder.glob(f"*/{TASK}"):
         with suppress(EvalError, KeyError):
             before = _decisive(read_view(path.parent)["task"])
-    now = _decisive(json.loads(json.dumps(task.to_dict())))
+    now = _decisive(parse_json(json.dumps(task.to_dict())))
     return [
         f"its {key} is {_short(before.get(key))}, this one's is {_short(now.get(key))}"
         for key in dict.fromkeys([*before, *now]) if before and before.get(key) != now.get(key)

@@ -14,7 +14,6 @@ import shutil
 import socket
 import tempfile
 import time
-import urllib.error
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -218,14 +217,13 @@ def _serves(endpoint: Endpoint) -> bool:
     """
     try:
         models = endpoint.ask("/models")
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
+    except NOTHING_SAID as error:
+        code = getattr(error, "code", None)
+        if code in (401, 403):
             raise EvalError(
-                f"vLLM's server refuses this command (HTTP {error.code}): it asks for a key. It serves this machine "
+                f"vLLM's server refuses this command (HTTP {code}): it asks for a key. It serves this machine "
                 "alone, for this command: unset VLLM_API_KEY, and set no api-key in a --config."
             ) from error
-        return False
-    except NOTHING_SAID:
         return False
     rows = models.get("data") if isinstance(models, dict) else None
     named = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
