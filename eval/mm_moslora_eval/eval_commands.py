@@ -5,6 +5,7 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -319,11 +320,14 @@ def list_tasks(words: Sequence[str] = ()) -> str:
         count, tags = str(task.expected_count or "?"), ", ".join(task.tags)
         rows.append((task.name, task.protocol, count, name_of(task.metric), tags, task.title))
     groups = [(f"{SIGN}{name}", ", ".join(items)) for name, items in shipped_groups().items()]
-    tables = (("task", "protocol", "documents", "metric", "tags", "title"), rows), (("group", "tasks"), groups)
+
+    def kept(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        return [line for line in lines if all(word.lower() in " ".join(line).lower() for word in words)]
+
     shown = []
-    for head, lines in tables:
-        kept = [line for line in lines if all(word.lower() in " ".join(line).lower() for word in words)]
-        shown += ["\n".join(aligned(head, kept))] if kept else []
+    if found := kept(rows):
+        shown.append("\n".join(aligned(("task", "protocol", "documents", "metric", "tags", "title"), found)))
+    shown += [textwrap.fill(f"{name}: {tasks}", 110, subsequent_indent="  ") for name, tasks in kept(groups)]
     return "\n\n".join(shown) or f"No task and no group has all of these words: {', '.join(words)}."
 
 

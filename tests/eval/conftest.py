@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
 
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
@@ -17,6 +18,15 @@ from tests.eval.eval_fake import FakeModel
 @pytest.fixture
 def model() -> FakeModel:
     return FakeModel()
+
+
+@pytest.fixture
+def trusted() -> Iterator[None]:
+    """Files of Python that tasks name are executed."""
+    trust_task_code()
+    yield
+    trust_task_code(False)
+    trusted_module.cache_clear()
 
 
 @pytest.fixture

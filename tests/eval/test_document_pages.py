@@ -13,7 +13,7 @@ from mm_moslora_eval.metrics.documents import markdown_blocks
 from mm_moslora_eval.metrics.documents.omnidocbench import page_numbers
 from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
-from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.run.result_file import read_results, summarise
 from mm_moslora_eval.scoring.score_aggregation import summed
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources import Source, load
@@ -142,6 +142,13 @@ def test_pages_of_other_languages_alone_have_no_score(tmp_path: Path) -> None:
     both = runs("omnidocbench_v10@official", documents, ["Nur ein Text.", RIGHT]).result
     assert both.score == 1
     assert set(both.categories) == {"english"}
+    read = Scored(
+        document=documents[0], text="", parsed=json.dumps(page_numbers(mixed, "Nur ein Text.", old=True)), score=1.0
+    )
+    gone = Scored(document=documents[1], text="", parsed="", score=0.0, failed=True)
+    part = summarise(get_task("omnidocbench_v10"), [read, gone], mode="own", about={})
+    assert part.score == 0
+    assert part.completed == {"n": 1}
 
 
 @pytest.mark.parametrize("fault", [{"order": "one"}, {"text": None}, {"anno_id": []}])

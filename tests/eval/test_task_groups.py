@@ -75,4 +75,5 @@ def test_tags_of_ones_own_task_files_and_groups_with_faults(tmp_path: Path) -> N
 
 def test_the_list_shows_tags_and_groups() -> None:
     assert "classic, captions" in list_tasks(["coco_caption"])
-    assert list_tasks(["@nanovlm"]).splitlines()[-1].startswith("@nanovlm")
+    assert list_tasks(["@nanovlm"]).startswith("@nanovlm: ")
+    assert max(map(len, list_tasks(["@report2026"]).splitlines())) <= 110

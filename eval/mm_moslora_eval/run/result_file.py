@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -42,7 +43,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
-from mm_moslora_eval.scoring.score_aggregation import AggregationError, check_ids
+from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids
 from mm_moslora_eval.scoring.score_remarks import (
     answers_alike,
     disagreement,
@@ -365,8 +366,9 @@ def summarise(
         )
         completed: dict[str, float] = {"n": len(answered)}
         if answered:
-            found = headline if len(answered) == len(whole) else aggregate(task.aggregation, answered)
-            completed |= {"score": found.value, "stderr": found.stderr}
+            with suppress(NoScoreError):  # only questions that failed have a part of the score
+                found = headline if len(answered) == len(whole) else aggregate(task.aggregation, answered)
+                completed |= {"score": found.value, "stderr": found.stderr}
     except AggregationError as error:
         about = result.about | {"unscored": str(error), "rules_failed": True}
         return replace(result, counts=counts, remarks=tuple(remarks), about=about)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from mm_moslora_eval.run.result_file import TaskResult, read_results, score_fold
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
-from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
 from mm_moslora_eval.sources.document import DataSet, Document
 
 from tests.eval.eval_fake import FakeModel
@@ -64,14 +62,6 @@ def result_of(
     given = EvaluationSettings(batch_size=8, rank=0, world_size=1, **settings)
     (result,) = evaluate(model, task, output, modes=("own",), baselines=(), settings=given)
     return result
-
-
-@pytest.fixture
-def trusted() -> Iterator[None]:
-    trust_task_code()
-    yield
-    trust_task_code(False)
-    trusted_module.cache_clear()
 
 
 def documents_of(spec: str, count: int = 24) -> tuple[Document, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mm_moslora_eval.scoring.measured_scores import aggregate
 from mm_moslora_eval.scoring.named_parts import part_text
 from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.scored_sample import Scored
-from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
+from mm_moslora_eval.scoring.trusted_code import trusted_module
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
@@ -33,14 +32,6 @@ def within_one(parsed, document, *, margin: float = 1.0):
         raise RuntimeError("a question without a number")
     return abs(len(parsed) - len(document.answers[0])) <= margin
 """
-
-
-@pytest.fixture
-def trusted() -> Iterator[None]:
-    trust_task_code()
-    yield
-    trust_task_code(False)
-    trusted_module.cache_clear()
 
 
 def task_file(questions: Path, rules: str) -> str:
