@@ -30,7 +30,8 @@ def require_preprocessing(endpoint: Endpoint, folder: Path) -> None:
     if not isinstance(found, str):
         raise EvalError(
             f"{where} publishes no digest of its preprocessing, expected {expected} of {folder}. `mm-moslora serve` "
-            "does, unless it was started with --other-preprocessing; compare another server as docs/serving.md shows."
+            "does, unless it was started with --other-preprocessing. Compare another server by `compare` of "
+            "`mm_moslora.data.preprocessing_print`."
         )
     if found != expected:
         raise EvalError(
