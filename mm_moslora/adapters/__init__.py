@@ -5,10 +5,12 @@ from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
+from mm_moslora.adapters.folders.modality_folder import take_modality
 from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step, use_kernel
+from mm_moslora.adapters.layers.modality_mixers import mark_visual
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, reads_data
 from mm_moslora.adapters.methods.peft_methods import (
@@ -67,6 +69,7 @@ __all__ = [
     "link_siblings",
     "load_adapter",
     "load_method",
+    "mark_visual",
     "merge",
     "method_config",
     "method_named",
@@ -80,6 +83,7 @@ __all__ = [
     "spare_mixers_from_decay",
     "take_adapter",
     "take_method",
+    "take_modality",
     "use_kernel",
     "what_fails",
     "why_not_merged",

@@ -342,6 +342,27 @@ def adapters_ranks(folder: Path, *, rank: int | None = None) -> int:
     return 0
 
 
+@adapters_app.command(name="modality")
+def adapters_modality(folder: Path, *, keep: Literal["text", "visual"], output: Path) -> int:
+    """Write the text's or the pictures' mixers of an adapter by modality as dense ones, which merge and export.
+
+    Parameters
+    ----------
+    folder
+        Adapter folder of `mixer_form: by_modality`, or a checkpoint or run with one.
+    keep
+        Whose mixers every token then goes through.
+    output
+        The new adapter folder.
+    """
+    adapter = adapter_folder(folder)
+    quiet_libraries()
+    from mm_moslora.adapters import take_modality
+
+    print(f"{take_modality(adapter, output, keep)}: the {keep} mixers of {folder}, mixer_form dense")
+    return 0
+
+
 @adapters_app.command(name="inspect")
 def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path | None = None) -> int:
     """Show what an adapter's update is made of, by module: ranks, pairs of subspaces, mixers, what moved.

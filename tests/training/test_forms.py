@@ -46,11 +46,12 @@ def test_other_forms_train_and_hand_over_a_merged_model(recipe: Recipe, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["gated", "by_modality"])
 def test_a_mixer_that_depends_on_its_input_trains_and_is_used_unmerged(
-    recipe: Recipe, tmp_path: Path, capsys, monkeypatch
+    recipe: Recipe, tmp_path: Path, capsys, monkeypatch, form: str
 ):
     monkeypatch.setitem(MIXER_FORMS, "gated", Gated)
-    recipe = formed(recipe, mixer_form="gated")
+    recipe = formed(recipe, mixer_form=form)
     train(recipe, stop_at=1)
     assert train(recipe).step == 2
     assembly = load(recipe.train.output)
@@ -59,7 +60,7 @@ def test_a_mixer_that_depends_on_its_input_trains_and_is_used_unmerged(
     assert any("lora_mixer" in name for name, _ in assembly.model.named_parameters())
     capsys.readouterr()
     assert run(["merge", recipe.train.output, str(tmp_path / "merged")]) == 1
-    assert "'gated' depends on the layer's input" in capsys.readouterr().err
+    assert f"{form!r} depends on the layer's input" in capsys.readouterr().err
 
 
 @pytest.mark.slow

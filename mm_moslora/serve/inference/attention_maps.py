@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mm_moslora.adapters import mark_visual
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt
 from mm_moslora.models.transformers_patches import attention_within
@@ -53,7 +54,8 @@ def attention_maps(
     ids = torch.cat([input_ids, torch.tensor(list(answer))])
     with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, images)))
-        weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
+        marked = mark_visual(embedded[None], ids.eq(models.assembly.image_token_id or -1)[None])
+        weights = model.base_model(inputs_embeds=marked, output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
     attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0).cpu()
     maps = attention[ids == models.assembly.image_token_id].view(len(images), side, side)

@@ -1,4 +1,4 @@
-"""Factors that layers share, on two ranks and cut up by ZeRO: the numbers of plain torch and of a resumed run."""
+"""Shared factors, and mixers by modality, on two ranks and cut up by ZeRO: the numbers of plain torch, also resumed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mm_moslora.adapters.folder_format import OWN_WEIGHTS
 
 pytestmark = pytest.mark.slow
 SHARES = {"inputs": "zero2", "layers": "zero3", "dora": "zero3"}
+KINDS = SHARES | {"modality": "zero3"}
 
 
 @pytest.fixture(scope="module")
@@ -23,32 +24,33 @@ def runs(parts, ranks, tmp_path_factory) -> Path:
 
     def recipe(name: str, kind: str, zero: str) -> str:
         made = make_recipe(parts, folder / f"{kind}-{name}", zero, micro_batch=2, gradient_checkpointing=True)
-        share = "layers:2" if kind == "layers" else "inputs"
+        share = {"layers": "layers:2", "modality": "none"}.get(kind, "inputs")
+        form = "by_modality" if kind == "modality" else "dense"
         # DoRA computes by modules, each of which ZeRO-3 fetches weights for.
-        adapter = replace(made.adapter, mixer_init="orthogonal", share=share, use_dora=kind == "dora")
+        adapter = replace(made.adapter, mixer_init="orthogonal", mixer_form=form, share=share, use_dora=kind == "dora")
         return write(replace(made, adapter=adapter, optim=replace(made.optim, mixer_factor=4.0)))
 
     ranks.run(
         [
-            *(recipe("straight", *item) for item in SHARES.items()),
-            *(f"{recipe('halves', *item)}@{HALF}" for item in SHARES.items()),
+            *(recipe("straight", *item) for item in KINDS.items()),
+            *(f"{recipe('halves', *item)}@{HALF}" for item in KINDS.items()),
         ]
     )
-    ranks.run([recipe("halves", *item) for item in SHARES.items()])
-    ranks.run([recipe("plain", kind, "none") for kind in SHARES], ranks=1)
+    ranks.run([recipe("halves", *item) for item in KINDS.items()])
+    ranks.run([recipe("plain", kind, "none") for kind in KINDS], ranks=1)
     return folder
 
 
-@pytest.mark.parametrize("kind", SHARES)
-def test_shared_factors_give_the_numbers_of_plain_torch(kind, runs):
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_give_the_numbers_of_plain_torch(kind, runs):
     plain = runs / f"{kind}-plain"
     assert losses(runs / f"{kind}-straight") == pytest.approx(losses(plain), rel=1e-5)
     norms = [[line["grad_norm"] for line in metrics(run)] for run in (runs / f"{kind}-straight", plain)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", SHARES)
-def test_a_resumed_run_with_shared_factors_continues_exactly(kind, runs):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_continues_exactly(kind, runs):
     assert hexed(runs / f"{kind}-halves") == hexed(runs / f"{kind}-straight")
     assert weights(runs / f"{kind}-halves", STEPS) == weights(runs / f"{kind}-straight", STEPS)
 
