@@ -98,7 +98,7 @@ class TokenModalities:
         embeddings, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
         self._visual = getattr(embeddings, "visual_tokens", None)
         if embeddings is None and ids is not None:
-            self._visual = torch.isin(ids, torch.tensor(self.placeholders).to(ids.device, non_blocking=True))
+            self._visual = torch.stack([ids == number for number in self.placeholders]).any(dim=0)
 
     def among(self, z: Tensor) -> Tensor:
         """bool ``[..., 1]`` for subspace coordinates ``[..., R]`` of all tokens of the input.
