@@ -151,6 +151,9 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
     for name, paths in paths_of.items():
         if not paths:
             raise AdapterError(f"Adapter {name!r} sits in no module that carries MoSLoRA, and cannot be added up.")
+        for mixer in (cast(Mixer, layers[path].lora_mixer[name]) for path in paths if name in layers[path].lora_mixer):
+            if not mixer.form.fixed:
+                mixer.matrix()  # says why it has none
     return {path: layers[path] for path in sorted(set().union(*paths_of.values()))}
 
 

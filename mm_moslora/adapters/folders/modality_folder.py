@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from mm_moslora.adapters.folder_format import MIXER_PART
+from torch import Tensor
+
+from mm_moslora.adapters.folder_format import MIXER_PART, OWN_CONFIG, START_PART, STOCK_CONFIG
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import write_folder
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -41,12 +44,22 @@ def take_modality(folder: str | Path, out: str | Path, modality: Modality) -> Pa
             f"{folder} has mixer_form {content.config.mixer_form!r}, which is one for all tokens, expected "
             "'by_modality'. Use it as it is."
         )
-    end, tensors = f"{MIXER_PART}{modality}", {}
-    for name, tensor in content.tensors.items():
-        if name.endswith(end):
-            tensors[f"{name.removesuffix(modality)}weight"] = tensor
-        elif MIXER_PART not in name:
-            tensors[name] = tensor
-    output_file(target / "adapter_config.json")
-    write_folder(target, replace(content.config, mixer_form="dense"), tensors, base=content.base)
+    for name in (STOCK_CONFIG, OWN_CONFIG):
+        output_file(target / name)
+    write_folder(
+        target, replace(content.config, mixer_form="dense"), _kept(content.tensors, MIXER_PART, modality),
+        base=content.base, start=_kept(content.start, START_PART, modality),
+    )  # fmt: skip
     return target
+
+
+def _kept(tensors: Mapping[str, Tensor], part: str, modality: Modality) -> dict[str, Tensor]:
+    """Tensors without those of the other modality's mixers, and with these under the name of a dense one."""
+    kept = {}
+    for name, tensor in tensors.items():
+        start, found, end = name.rpartition(part)
+        if not found or end not in get_args(Modality):
+            kept[name] = tensor
+        elif end == modality:
+            kept[f"{start}{found}weight"] = tensor
+    return kept

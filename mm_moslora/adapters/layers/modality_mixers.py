@@ -3,12 +3,13 @@
 The update of a layer is ``s B M_v A`` for the tokens that pictures and videos became, and ``s B M_t A`` for all others;
 A and B are one pair of subspaces for both. Each of the two folds, their pair does not: `take_modality` takes one out.
 
-Only the model's input tells which tokens are visual. A hook before the model's body notes it: by ``input_ids``, or by
-what `mark_visual` attached to ``inputs_embeds``. Layers read it when they mix, also when checkpointed layers run again.
+Only the model's input tells which tokens are visual. Hooks of its body and its decoder note it: by ``input_ids``, or by
+what `mark_visual` attached to ``inputs_embeds``. Layers read it when they mix, and when checkpointing runs them again.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, init_mixer
 from mm_moslora.utils.errors import AdapterError
 
+_PASSES = 16
+"""Forward passes before one backward pass whose inputs are known to layers that run again."""
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -65,18 +68,26 @@ MIXER_FORMS["by_modality"] = ByModality
 
 
 def mark_visual(embeddings: Tensor, visual: Tensor) -> Tensor:
-    """Attach to a model's ``inputs_embeds`` which of them are visual; returns them.
+    """Attach to a model's ``inputs_embeds`` which of them are visual; returns them. A cast or a slice loses it.
 
     Args:
         embeddings: ``[B, T, D]``.
         visual: bool ``[B, T]``.
+
+    Raises:
+        AdapterError: another shape or dtype.
     """
+    if visual.shape != embeddings.shape[:-1] or visual.dtype != torch.bool:
+        raise AdapterError(
+            f"The marks of visual tokens are {visual.dtype} {list(visual.shape)}, expected bool "
+            f"{list(embeddings.shape[:-1])}: one for each embedding."
+        )
     embeddings.visual_tokens = visual  # type: ignore[attr-defined]
     return embeddings
 
 
 class TokenModalities:
-    """Which tokens of a model's present input are visual."""
+    """Which tokens of a model's input are visual, while its body or its decoder runs and when layers run again."""
 
     def __init__(self, config: Any) -> None:
         """Know a model.
@@ -85,7 +96,10 @@ class TokenModalities:
             config: of the model.
         """
         self._config = config
-        self._visual: Tensor | None = None
+        self._depth = 0
+        self._now: Tensor | None = None
+        self._learned: deque[Tensor] = deque(maxlen=_PASSES)
+        self._run_again = False
 
     @property
     def placeholders(self) -> list[int]:
@@ -93,31 +107,70 @@ class TokenModalities:
         numbers = (getattr(self._config, name, None) for name in _PLACEHOLDERS)
         return sorted({number for number in numbers if isinstance(number, int)})
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at the input of the model's body, before it runs."""
+    def watch(self, module: nn.Module) -> None:
+        """Look at the inputs of a module that holds all layers; within another that is watched, they are known."""
+        module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        module.register_forward_hook(self._end, always_call=True)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise AdapterError(
+                "mixer_form 'by_modality' does not run under torch's DataParallel, whose threads share what is known "
+                "of the input. Launch a process for each GPU (mm-moslora launch, torchrun)."
+            )
+        self._depth += 1
+        if self._depth > 1:
+            return
         embeddings, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids", args[0] if args else None)
-        self._visual = getattr(embeddings, "visual_tokens", None)
+        self._now = getattr(embeddings, "visual_tokens", None)
         if embeddings is None and ids is not None:
-            self._visual = torch.stack([ids == number for number in self.placeholders]).any(dim=0)
+            self._now = torch.stack([ids == number for number in self.placeholders]).any(dim=0)
+        if self._now is not None and torch.is_grad_enabled():
+            if self._run_again:  # the backward pass of what was learned is over
+                self._learned.clear()
+            self._learned.append(self._now)
+            self._run_again = False
+
+    def _end(self, *_: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._now = None
 
     def among(self, z: Tensor) -> Tensor:
         """bool ``[..., 1]`` for subspace coordinates ``[..., R]`` of all tokens of the input.
 
         Raises:
-            AdapterError: the input does not say it, or the layer sees other tokens than those of the input.
+            AdapterError: the input does not say it, the layer sees other tokens than those of the input, or it runs
+                again for a backward pass and passes of several inputs could be meant.
         """
-        if self._visual is None:
+        rows = z.shape[:-1].numel()
+        visual = self._now if self._depth else self._of_checkpointed_layer(rows)
+        if visual is None:
             raise AdapterError(
                 "mixer_form 'by_modality' mixes visual tokens otherwise than text, and the model got embeddings that "
-                "do not say which are visual: beam search and rows that are cut over ranks do not. Use neither, or "
-                "attach them (mm_moslora.adapters.mark_visual)."
+                "do not say which are visual: those of a beam search, and of rows that are cut over ranks, do not. "
+                "Use neither; give input_ids, or embeddings as mm_moslora.adapters.mark_visual returns them."
             )
-        if (found := z.shape[:-1].numel()) != self._visual.numel():
+        if rows != visual.numel():
             raise AdapterError(
-                f"mixer_form 'by_modality': a layer got {found} tokens, the model {self._visual.numel()}. "
-                "It goes on layers that see every token of the input: no experts, and no layers outside the decoder."
+                f"mixer_form 'by_modality': a layer got {rows} tokens, the model {visual.numel()}. It goes on layers "
+                "that see every token of the input: no experts, no layers outside the decoder, no adapter_names."
             )
-        return self._visual.to(z.device, non_blocking=True).view(*z.shape[:-1], 1)
+        return visual.to(z.device, non_blocking=True).view(*z.shape[:-1], 1)
+
+    def _of_checkpointed_layer(self, rows: int) -> Tensor | None:
+        """The input of the pass whose backward pass runs a layer again; None: none was noted."""
+        if not torch.is_grad_enabled():
+            return None
+        self._run_again = True
+        fitting = [visual for visual in self._learned if visual.numel() == rows]
+        if any(not torch.equal(visual.flatten(), fitting[0].flatten()) for visual in fitting[1:]):
+            raise AdapterError(
+                f"mixer_form 'by_modality': {len(fitting)} forward passes with {rows} tokens each came before this "
+                "backward pass, and gradient checkpointing does not say which of them a layer runs again for. Call "
+                "backward after each, or turn gradient checkpointing off."
+            )
+        return fitting[0] if fitting else None
 
 
 def watch_visual_tokens(model: nn.Module) -> None:
@@ -140,17 +193,20 @@ def watch_visual_tokens(model: nn.Module) -> None:
             f"mixer_form is 'by_modality', and {type(model).__name__} has no token in the place of a picture "
             "(image_token_id in its configuration). Use it with a vision-language model, or choose another form."
         )
-    inside = set(model.get_decoder().modules())  # type: ignore[operator]
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    words = set(model.get_input_embeddings().modules())  # type: ignore[operator]
+    inside = set(decoder.modules()) - words
     if outside := next((path for path, mixer in mixers.items() if mixer not in inside), None):
         raise AdapterError(
-            f"mixer_form is 'by_modality', and {outside.partition('.lora_mixer')[0]} is outside of the decoder, where "
-            "tokens are not text and pictures. Adapt the language model alone."
+            f"mixer_form is 'by_modality', and {outside.partition('.lora_mixer')[0]} is no layer of the decoder: it "
+            "does not see text beside pictures. Adapt the layers of the language model alone."
         )
     for mixer in new:
         mixer.visual_tokens = tokens
     if known is None:
         body: nn.Module = model.base_model  # type: ignore[assignment]
-        body.register_forward_pre_hook(tokens.note, with_kwargs=True)
+        for module in {body, decoder}:
+            tokens.watch(module)
 
 
 def _by_modality(module: nn.Module) -> bool:

@@ -54,11 +54,12 @@ def attention_maps(
     ids = torch.cat([input_ids, torch.tensor(list(answer))])
     with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, images)))
-        marked = mark_visual(embedded[None], ids.eq(models.assembly.image_token_id or -1)[None])
+        visual = torch.isin(ids, torch.tensor([models.assembly.image_token_id]))
+        marked = mark_visual(embedded[None], visual[None])
         weights = model.base_model(inputs_embeds=marked, output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
     attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0).cpu()
-    maps = attention[ids == models.assembly.image_token_id].view(len(images), side, side)
+    maps = attention[visual].view(len(images), side, side)
     return [heat / heat.max().clamp_min(1e-12) for heat in maps]
 
 

@@ -14,6 +14,7 @@ from mm_moslora.adapters import (
     MoSLoRAConfig,
     MoSLoRALinear,
     add_moslora,
+    add_weighted_adapter,
     export_adapter,
     load_adapter,
     mark_visual,
@@ -29,6 +30,7 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.decoding.generation import generate, generate_beams, score_options
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import llama, llava, llava_inputs, train_a_bit
 from tests.builders.tiny import supervised_logits
@@ -93,15 +95,78 @@ def test_both_mixers_begin_as_the_dense_form_does_and_nothing_changes() -> None:
 
 def test_gradients_of_checkpointed_layers_are_those_of_others() -> None:
     found = []
-    for checkpointed in (False, True):
+    for again in (False, True):
         model = adapted().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
+        if again:
+            checkpointed(model)
         model(**llava_inputs()).logits.square().mean().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if "lora_mixer" in name})
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-7) for name in found[0])
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def test_a_checkpointed_layer_never_takes_the_input_of_another_pass() -> None:
+    sighted, text = llava_inputs(), {"input_ids": torch.tensor([[5, 7, 8, 9, 10, 11, 12, 13]])}
+    longer = {"input_ids": torch.tensor([[5, 7, 8, 9, 10, 11, 12, 13, 14]])}
+
+    def gradients(model: nn.Module, *passes: dict[str, Tensor], between: dict[str, Tensor] | None = None) -> Tensor:
+        model.zero_grad()
+        total = sum(model(**inputs).logits.square().mean() for inputs in passes)
+        if between is not None:
+            with torch.no_grad():
+                model(**between)
+        total.backward()
+        return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_mixer" in name])
+
+    plain, again = adapted().train(), checkpointed(adapted())
+    for passes in ((sighted,), (text,), (sighted, longer), (longer, sighted), (sighted, sighted)):
+        torch.testing.assert_close(gradients(again, *passes), gradients(plain, *passes), atol=1e-6, rtol=1e-4)
+    expected = gradients(plain, sighted)
+    torch.testing.assert_close(gradients(again, sighted, between=text), expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(AdapterError, match="2 forward passes with 8 tokens each came before this backward pass"):
+        gradients(again, sighted, text)
+    torch.testing.assert_close(gradients(again, sighted), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_an_input_counts_for_its_own_pass_alone() -> None:
+    model = adapted()
+    decoder, embeddings = model.get_decoder(), torch.randn(1, 8, 32)
+    with torch.no_grad():
+        model(**llava_inputs())
+        with pytest.raises(AdapterError, match="do not say which are visual"):
+            decoder(inputs_embeds=embeddings)
+        with pytest.raises(AdapterError, match="do not say which are visual"):
+            decoder.forward(inputs_embeds=embeddings)
+        ids = torch.tensor([[5, 7, 8]])
+        found = decoder(input_ids=ids).last_hidden_state
+        assert torch.equal(found, model.get_base_model().model(input_ids=ids).last_hidden_state)
+    with pytest.raises(AdapterError, match=r"torch\.int64 \[8, 1\], expected bool \[1, 8\]"):
+        mark_visual(embeddings, torch.ones(8, 1, dtype=torch.long))
+
+
+def test_such_adapters_are_not_added_up_and_nothing_is_left() -> None:
+    model = adapted()
+    with pytest.raises(AdapterError, match="'by_modality' depends on the layer's input"):
+        add_weighted_adapter(model, ["default"], [1.0], "sum")
+    assert set(model.peft_config) == {"default"}
+
+
+@pytest.mark.parametrize("kind", ["assembled", "qwen2_vl"])
+def test_a_plan_counts_what_is_kept(kind: str, tmp_path: Path, language_folder: Path, vision_folder: Path) -> None:
+    settings = ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder)))
+    if kind != "assembled":
+        settings = ModelConfig(vlm=str(make_vlm(tmp_path, kind)))
+    dense, own = (
+        activation_memory(settings, AdapterConfig(rank=4, alpha=8, mixer_form=form))
+        for form in ("dense", "by_modality")
+    )
+    assert own.kept_per_layer >= dense.kept_per_layer > 0
 
 
 def test_a_step_without_pictures_gives_the_visual_mixers_gradients_of_zero() -> None:
@@ -200,7 +265,7 @@ def test_the_mixer_of_a_visual_token_decides_the_answer_of_the_assembled_model(a
 
 
 def test_beams_are_refused(assembly) -> None:
-    with pytest.raises(AdapterError, match="do not say which are visual: beam search"):
+    with pytest.raises(AdapterError, match="do not say which are visual: those of a beam search"):
         generate_beams(assembly.model, prompts(assembly)[:1], beams=2, max_new_tokens=2, stop_ids=[])
 
 
@@ -233,7 +298,8 @@ def test_one_modality_is_a_plain_adapter(modality: str, tmp_path: Path, capsys) 
     ("model", "options", "message"),
     [
         (llama, {"targets": ["q_proj"]}, "LlamaForCausalLM has no token in the place of a picture"),
-        (llava, {"targets": ["q_proj"]}, "vision_tower.*q_proj is outside of the decoder"),
+        (llava, {"targets": ["q_proj"]}, "vision_tower.*q_proj is no layer of the decoder"),
+        (llava, {"component": DECODER, "targets": ["embed_tokens"]}, "embed_tokens is no layer of the decoder"),
     ],
 )
 def test_models_and_places_without_visual_tokens_are_refused(model, options: dict, message: str) -> None:
@@ -247,7 +313,9 @@ def test_a_layer_that_sees_other_tokens_is_refused() -> None:
     model = adapted()
     with torch.no_grad():
         model(**llava_inputs())
+        handle = layer_of(model).register_forward_pre_hook(lambda _, args: (args[0][:, :3],))
         with pytest.raises(AdapterError, match="a layer got 3 tokens, the model 8"):
-            layer_of(model)(torch.zeros(1, 3, 32))
+            model(**llava_inputs())
+        handle.remove()
         with pytest.raises(AdapterError, match="do not say which are visual"):
             model(inputs_embeds=torch.zeros(1, 3, 32))
