@@ -132,7 +132,7 @@ class TokenModalities:
             self._run_again = False
 
     def _end(self, *_: Any) -> None:
-        self._depth -= 1
+        self._depth = max(0, self._depth - 1)  # it is called, too, where `_begin` has refused the pass
         if not self._depth:
             self._now = None
 
