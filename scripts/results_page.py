@@ -110,9 +110,9 @@ def _difference(measure: Measure, digits: int) -> list[str]:
 
 def _runs(arm: Results, tasks: Sequence[str]) -> list[str]:
     scores = [means_of(arm, task)[0] for task in tasks]
-    cost = arm["cost"]
+    cost, chosen = arm["cost"], arm.get("chosen") or arm["name"]
     return [
-        _code(arm["name"]), "–" if arm["rate"] is None else f"{arm['rate']:g}{' (edge)' if arm['edge'] else ''}",
+        _code(chosen), "–" if arm["rate"] is None else f"{arm['rate']:g}{' (edge)' if arm['edge'] else ''}",
         *(score.text for score in scores),
         ", ".join(f"{seed:.1f}" for score in scores[:1] for seed in score.seeds),
         *(["–"] * 3 if cost is None else

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from adapters.adapter_models import IDS
-from adapters.test_adapter_ecosystem import adapted
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,6 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from mm_moslora.adapters import merge, save_adapter
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS
+from tests.adapters.test_adapter_ecosystem import adapted
 
 
 def both_kinds(folder: str) -> None:

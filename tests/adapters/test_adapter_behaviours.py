@@ -12,8 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import folded, train_a_bit
-from adapters.behaviour_models import LAYERS, inputs, network
 from peft.utils.hotswap import hotswap_adapter
 from preloaded import Preloaded
 from safetensors.torch import load_file
@@ -30,6 +28,8 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import folded, train_a_bit
+from tests.adapters.behaviour_models import LAYERS, inputs, network
 
 ROOT = Path(__file__).parents[2]
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
@@ -477,7 +477,7 @@ def test_rslora_and_patterns(kind: str) -> None:
 
 def test_trainable_token_indices(tmp_path: Path) -> None:
     """`trainable_token_indices` next to adapters"""
-    from adapters.adapter_models import llama, logits
+    from tests.adapters.adapter_models import llama, logits
 
     config = _config(trainable_token_indices={"embed_tokens": [1, 2]})
     model = add_moslora(llama(), config, targets=["q_proj"])

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from accelerate import disk_offload
-from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 from peft import optimizers
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from preloaded import Preloaded
@@ -38,6 +37,7 @@ from mm_moslora.adapters import (
     use_kernel,
 )
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 
 SIBLINGS = ["q_proj", "k_proj", "v_proj"]
 

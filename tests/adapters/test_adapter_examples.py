@@ -11,10 +11,10 @@ import open_clip
 import peft
 import pytest
 import torch
-from adapters.adapter_models import train_a_bit
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
 from mm_moslora.utils.errors import ConfigError
+from tests.adapters.adapter_models import train_a_bit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.adapter_models import llama, train_a_bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -39,6 +38,7 @@ from mm_moslora.reporting import lens_maps
 from mm_moslora.reporting.lens_maps import draw_lens, heat_maps, measures_table, module_names
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
+from tests.adapters.adapter_models import llama, train_a_bit
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 import transformers as t
-from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import nn
 
 from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, hot_swap, load_adapter, merge, save_adapter
 from mm_moslora.adapters.adapter_targets import resolve_targets
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, llama, logits, train_a_bit
 
 NAMES = ["q_proj", "v_proj"]
 

@@ -8,12 +8,12 @@ import warnings
 import peft
 import pytest
 import torch
-from adapters.adapter_models import gpt2, llama, llava, llava_inputs, logits, train_a_bit
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_method, add_moslora, resolve_targets
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import gpt2, llama, llava, llava_inputs, logits, train_a_bit
 
 LANGUAGE, VISION = "model.language_model", "model.vision_tower"
 

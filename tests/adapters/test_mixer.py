@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters.adapter_models import two_subspaces
 
 from mm_moslora.adapters import MoSLoRAConfig, butterfly, delta_weight, fold, init_mixer
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import two_subspaces
 
 
 def test_orthogonal_keeps_lengths() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
+from tests.adapters.adapter_models import IDS, llama, logits, train_a_bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 

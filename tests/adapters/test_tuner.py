@@ -10,7 +10,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel, intruders
 from peft.tuners.tuners_utils import BaseTuner
@@ -22,6 +21,7 @@ from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora, load_a
 from mm_moslora.adapters.folders.kept_start import starts_of
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 
 TARGETS = ["q_proj", "v_proj"]
 

@@ -13,13 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters.adapter_models import llama
 from torch import Tensor
 
 from mm_moslora import adapters
 from mm_moslora.models.importing.import_checkpoint import import_parts
 from mm_moslora.models.load_model import load
 from mm_moslora.utils.errors import MoSLoRAError
+from tests.adapters.adapter_models import llama
 
 CHECKOUT = Path(__file__).parents[2]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters.experts.test_experts import MODELS, NAMES, base, mixtral, qwen3_moe
 from torch import Tensor, nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe as code
 
@@ -12,6 +11,7 @@ from mm_moslora.adapters import MoSLoRAConfig, add_moslora, resolve_targets
 from mm_moslora.adapters.experts import expert_probe
 from mm_moslora.adapters.experts.expert_targets import resolve_parameters
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.experts.test_experts import MODELS, NAMES, base, mixtral, qwen3_moe
 
 
 @pytest.fixture(autouse=True)

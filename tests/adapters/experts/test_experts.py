@@ -14,7 +14,6 @@ import peft
 import pytest
 import torch
 import transformers
-from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 from preloaded import Preloaded
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from mm_moslora.adapters.experts.expert_targets import layers_read_as_experts
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

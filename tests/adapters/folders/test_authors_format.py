@@ -11,12 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import llama, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters import MoSLoRAConfig, load_adapter, plain_pipeline_weights
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import llama, logits
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANK, ALPHA = 4, 6

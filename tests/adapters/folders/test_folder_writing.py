@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from adapters.adapter_models import llama
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, save_adapter
 from mm_moslora.adapters.adapter_inspection import inspect_adapter
 from mm_moslora.reporting.lens_maps import draw_lens
 from mm_moslora.utils.errors import AdapterError, ConfigError
+from tests.adapters.adapter_models import llama
 
 
 def _model():

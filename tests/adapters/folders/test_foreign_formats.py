@@ -11,8 +11,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters.adapter_models import folded, llama, llava, logits, train_a_bit
-from adapters.behaviour_models import inputs, network
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.folders.export_adapter import largest_difference
 from mm_moslora.utils.errors import AdapterError, ConfigError
+from tests.adapters.adapter_models import folded, llama, llava, logits, train_a_bit
+from tests.adapters.behaviour_models import inputs, network
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapters.adapter_models import llama, logits
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters import load_adapter
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import llama, logits
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 RANK, ALPHA = 4, 6

@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import pytest
-from adapters.adapter_models import llama
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
@@ -20,6 +19,7 @@ from mm_moslora.adapters.methods.peft_methods import method_config, method_named
 from mm_moslora.config import AdapterConfig
 from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.utils.errors import AdapterError, MoSLoRAError
+from tests.adapters.adapter_models import llama
 
 
 def _folder(folder: Path, **options: Any) -> Path:

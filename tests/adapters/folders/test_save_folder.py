@@ -12,7 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
 from preloaded import Preloaded
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,6 +33,7 @@ from mm_moslora.adapters.folder_format import PREFIX
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
+from tests.adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
 
 TARGETS = ["q_proj", "down_proj"]
 FILES = {"adapter_config.json", "adapter_model.safetensors", "moslora.json", "moslora.safetensors"}

@@ -7,11 +7,11 @@ import copy
 import peft
 import pytest
 import torch
-from adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit, two_subspaces
 from torch import Tensor, nn
 
 from mm_moslora.adapters import MIXER_INITS, MoSLoRAConfig, MoSLoRALinear, add_moslora, merge, use_kernel
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit, two_subspaces
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 PLAIN = {"mixer_init": "identity", "mixer_trainable": False}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from mm_moslora.kernels.lora.mixed_product import combine
 from mm_moslora.kernels.lora.seeded_dropout import KeptBits, kept_bits
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, llama, logits, train_a_bit
 
 
 def _model(**changes):

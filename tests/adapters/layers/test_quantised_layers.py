@@ -7,7 +7,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import folded, train_a_bit
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -22,6 +21,7 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.layers.base_weights import quantisation, stop_repacking
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import folded, train_a_bit
 
 KINDS = ["4bit", "8bit", "int8"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.adapter_models import IDS, llama, train_a_bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, link_siblings, use_kernel
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
+from tests.adapters.adapter_models import IDS, llama, train_a_bit
 
 WITHOUT = {r"layers\.0\..*": "none", "k_proj": "none", "up_proj": "none"}
 """Modules without a mixer: a layer, and one of each family of the other."""

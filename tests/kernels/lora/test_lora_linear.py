@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters.adapter_models import IDS, llama, train_a_bit
 from torch import Tensor
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, fused_linear, reference_linear, use_kernel
 from mm_moslora.utils.errors import AdapterError
+from tests.adapters.adapter_models import IDS, llama, train_a_bit
 
 
 def _inputs(dtype: torch.dtype, *, bias: bool, mixer: bool, factors: torch.dtype | None = None) -> list[Tensor | None]:
