@@ -113,7 +113,7 @@ class TokenModalities:
         module.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module, "_is_replica", False):
+        if next(module.parameters(), None) is None:  # its replicas have tensors instead
             raise AdapterError(
                 "mixer_form 'by_modality' does not run under torch's DataParallel, whose threads share what is known "
                 "of the input. Launch a process for each GPU (mm-moslora launch, torchrun)."

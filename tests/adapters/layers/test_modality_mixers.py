@@ -150,6 +150,16 @@ def test_an_input_counts_for_its_own_pass_alone() -> None:
         mark_visual(embeddings, torch.ones(8, 1, dtype=torch.long))
 
 
+def test_replicas_of_dataparallel_are_refused() -> None:
+    replica = copy.deepcopy(adapted().get_base_model())
+    for module in replica.modules():  # as torch makes them: tensors in the place of parameters
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    with pytest.raises(AdapterError, match="does not run under torch's DataParallel"):
+        replica(**llava_inputs())
+
+
 def test_such_adapters_are_not_added_up_and_nothing_is_left() -> None:
     model = adapted()
     with pytest.raises(AdapterError, match="'by_modality' depends on the layer's input"):
