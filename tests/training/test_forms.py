@@ -58,6 +58,13 @@ def test_a_mixer_that_depends_on_its_input_trains_and_is_used_unmerged(
     assert assembly.peft_model is not None
     assert sum("lora_mixer" in name for name, _ in assembly.model.named_buffers()) == 0
     assert any("lora_mixer" in name for name, _ in assembly.model.named_parameters())
+    images = Path(recipe.data.train[0].image_folder or Path(recipe.data.train[0].path).parent)
+    shown = next(images.rglob("*.png"))
+    asked = [{"question_id": str(n), "text": "what is it?", "answer": "red", "image": shown.name} for n in range(2)]
+    asked.append({"question_id": "text", "text": "say red", "answer": "red"})
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
+    task, out = f"llava:{tmp_path / 'asked.jsonl'}@{shown.parent}", str(tmp_path / "eval")
+    assert run(["eval", "run", task, "--model", recipe.train.output, "--output", out, "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
     assert run(["merge", recipe.train.output, str(tmp_path / "merged")]) == 1
     assert f"{form!r} depends on the layer's input" in capsys.readouterr().err
