@@ -111,7 +111,7 @@ def test_the_demo_draws_attention(trained, picture, device) -> None:
     models = load_models(trained, name="tiny")
     assert next(models.assembly.model.parameters()).device.type == device.type
     ids, seen = models.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
-    (found,) = attention_maps(models, "tiny", input_ids=ids, seen=seen, answer=[5, 6]) or []
+    (found,) = attention_maps(models, "tiny", input_ids=ids, images=seen, answer=[5, 6]) or []
     drawn = overlay(seen[0].tensors["pixel_values"][0], found, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     assert drawn.size == (448, 448)
 
