@@ -78,6 +78,21 @@ def test_successive_layers_of_one_kind_share_A_and_B() -> None:
     assert sum(row.parameters for row in adapted_modules(model)) == trained(model)
 
 
+def test_a_unet_shares_within_blocks_of_one_width() -> None:
+    blocks = nn.ModuleDict()  # the paths of a UNet: two attentions in each block, blocks of 32 and of 64
+    for number, width in (("0", 32), ("1", 64)):
+        pair = nn.ModuleList(nn.ModuleDict({"to_q": nn.Linear(width, width)}) for _ in range(3))
+        blocks[number] = nn.ModuleDict({"attentions": pair})
+    alone = nn.ModuleList(nn.ModuleDict({"proj_in": nn.Linear(width, 8)}) for width in (8, 16))
+    unet = nn.ModuleDict({"up_blocks": blocks, "mid": nn.ModuleDict({"to_q": nn.Linear(32, 32)})})
+    paths = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    assert SHARINGS["layers"]("layers:2", 2).groups(unet, paths) == [
+        *([f"up_blocks.{block}.attentions.{n}.to_q" for n in pair] for block in (0, 1) for pair in ((0, 1), (2,))),
+    ]
+    unequal = ["0.proj_in", "1.proj_in"]  # nothing to count by: one group, which is refused for its widths
+    assert SHARINGS["layers"]("layers:2", 2).groups(alone, unequal) == [unequal]
+
+
 def test_a_pass_shows_what_layers_read_whatever_their_names() -> None:
     both = add_moslora(
         llava(), MoSLoRAConfig(r=4, share="inputs"), component=["model.language_model", "model.vision_tower"]

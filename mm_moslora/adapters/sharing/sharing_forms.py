@@ -9,7 +9,7 @@ mixer of its own. Nothing else changes: each layer's update is ``s B M A``, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -76,18 +76,32 @@ class SuccessiveLayers(Sharing):
     size_means = "how many successive layers of the model share"
 
     def groups(self, model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
-        """By the number in a path that counts the model's layers, the first one."""
+        """By the number in a path that counts layers of equal widths: the first one, in a UNet one within its blocks."""
         if self.size < 2:
             raise AdapterError(f"share is {self.spec!r}: one layer alone shares nothing. Give at least 2.")
-        kinds: dict[tuple[str, str], list[str]] = {}
+        kinds: dict[str, list[str]] = {}
         for path in paths:
+            kinds.setdefault(".".join("*" if part.isdigit() else part for part in path.split(".")), []).append(path)
+        groups: list[list[str]] = []
+        for kind, layers in kinds.items():
+            ways = [self._counted(layers, at) for at, part in enumerate(kind.split(".")) if part == "*"]
+            equal = (way for way in ways if all(len({_widths(model, path) for path in group}) == 1 for group in way))
+            groups += next(equal, ways[0] if ways else [])
+        return groups
+
+    def _counted(self, layers: Sequence[str], at: int) -> list[list[str]]:
+        """SIZE after SIZE of the layers whose paths are the same but for part `at`."""
+        lists: dict[tuple[str, ...], list[str]] = {}
+        for path in layers:
             parts = path.split(".")
-            at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-            if at is not None:
-                kinds.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :])), []).append(path)
-        return [
-            layers[start : start + self.size] for layers in kinds.values() for start in range(0, len(layers), self.size)
-        ]
+            lists.setdefault((*parts[:at], *parts[at + 1 :]), []).append(path)
+        return [one[start : start + self.size] for one in lists.values() for start in range(0, len(one), self.size)]
+
+
+def _widths(model: nn.Module, path: str) -> tuple[int, int]:
+    """Input and output width of an adapted layer, or of a linear layer."""
+    layer: Any = model.get_submodule(path)
+    return layer.in_features, layer.out_features
 
 
 SHARINGS: dict[str, type[Sharing]] = {"inputs": SameInputs, "layers": SuccessiveLayers}
