@@ -76,7 +76,7 @@ class SuccessiveLayers(Sharing):
     size_means = "how many successive layers of the model share"
 
     def groups(self, model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
-        """By the number in a path that counts layers of equal widths: the first one, in a UNet one within its blocks."""
+        """By the first number in a path that counts layers of equal widths; in a UNet it counts within a block."""
         if self.size < 2:
             raise AdapterError(f"share is {self.spec!r}: one layer alone shares nothing. Give at least 2.")
         kinds: dict[str, list[str]] = {}
