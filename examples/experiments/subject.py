@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The subject-driven experiment (section 4.3 of arXiv 2406.11909) in small: real pictures, a diffusion model made here.
 
-    python examples/experiments/subject.py OUT [--arms ARMS] [--seeds N] [--limit-minutes M]
+    python examples/experiments/subject.py OUT [--arms ARMS] [--lr RATES] [--seeds N] [--limit-minutes M]
 
 A UNet from a config learns 16 x 16 pictures of Tux Paint's stamps, conditioned on their category. Then each arm
 teaches it one subject (a picture under small shifts and mirrored) with prior preservation, for several subjects;
@@ -138,6 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", default=Plan.arms, help="as for mm-moslora compare; more may be added later")
+    parser.add_argument("--lr", default=",".join(map(str, Plan.rates)), help="rates to choose from; one is not chosen")
     parser.add_argument("--seeds", type=int, default=Plan.seeds, help="reported runs of an arm")
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
@@ -145,7 +146,7 @@ def main() -> int:
     from mm_moslora.quickstart import model_assets
 
     stamps, encoder = model_assets.stamps(None, print), model_assets.efficientnet_timm(print)
-    plan = Plan(arms=options.arms, seeds=options.seeds)
+    plan = Plan(arms=options.arms, rates=tuple(map(float, options.lr.split(","))), seeds=options.seeds)
     return run(plan, stamps, encoder, options.out, limit_minutes=options.limit_minutes)
 
 
@@ -201,7 +202,9 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
 
     about = SimpleNamespace(name=shared.name, to_yaml=lambda: yaml.safe_dump(_plain(plan), sort_keys=False))
     state: Any = SimpleNamespace(settings=settings, outcomes=outcomes, folder=out, recipe=about)
-    command = ["python", "examples/experiments/subject.py", str(out), "--arms", plan.arms, "--seeds", str(plan.seeds)]
+    rates = ",".join(map(str, plan.rates))
+    command = ["python", "examples/experiments/subject.py", str(out), "--arms", plan.arms, "--lr", rates]
+    command += ["--seeds", str(plan.seeds)]
     print(table(analyse(state, command=shlex.join(command))))
     print(f"Page: {write_page(out / 'results.json', out / 'report.html')}")
     return 0 if finished else 75
