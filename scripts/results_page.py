@@ -132,7 +132,7 @@ def _plain(sentence: str) -> str:
 
 def _without_places(command: str) -> str:
     """The command without folders of the machine."""
-    return re.sub(r"/\S*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
+    return re.sub(r"/[^\s,:@]*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
 
 
 def replaced(text: str, name: str, body: str) -> str:

@@ -195,8 +195,9 @@ def main() -> int:
     parser.add_argument("source", type=Path, nargs="?", help="full: commonsense_170k.json")
     parser.add_argument(
         "--words", type=int, default=400,
-        help="small: test questions of `word`, 5,000 at most; another number draws all sets anew (default: 400)",
+        help="small: test questions of `word`, 5,000 at most (default: 400)",
     )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="small: another one draws all sets anew (default: 0)")
     options = parser.parse_args()
     if not 1 <= options.words <= 5000:
         parser.error(f"--words {options.words}: expected 1 to 5000")
@@ -218,7 +219,14 @@ def main() -> int:
     from mm_moslora.quickstart import model_assets
 
     language, stamps = model_assets.language_model(print), model_assets.stamps(None, print)
-    build_small(read_stamps(stamps), read_words(), out, kinds=(100, 24, 300), definitions=(240, 76, options.words))
+    build_small(
+        read_stamps(stamps),
+        read_words(),
+        out,
+        kinds=(100, 24, 300),
+        definitions=(240, 76, options.words),
+        seed=options.seed,
+    )
     recipe = write_recipe(
         "commonsense_small", out / "recipe.yaml",
         {

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
+from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named, is_drawn
 from mm_moslora.adapters.sharing.sharing_forms import ALONE, sharing_named
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -130,6 +130,10 @@ class AdapterOptions(LoraConfig):
         kind = self.mixer_for(module_path)
         return self.factor_form == "mixed" or kind == NO_MIXER or (not self.mixer_trainable and kind == "identity")
 
+    def has_own_mixer(self, module_path: str) -> bool:
+        """Whether one module's mixer tells it from others with the same A and B: it trains, or its start is drawn."""
+        return not self.is_plain(module_path) and (self.mixer_trainable or is_drawn(self.mixer_for(module_path)))
+
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """The same options without the mixer, as stock PEFT's `LoraConfig`.
 
@@ -224,10 +228,10 @@ class AdapterOptions(LoraConfig):
                 f"{name} is {getattr(self, name)!r} ({why}), which does not go with factors that layers share "
                 f"({where}). Leave one of them out."
             )
-        if "B" in factors and self.is_plain(""):
+        if "B" in factors and not self.has_own_mixer(""):
             raise AdapterError(
-                f"{where}: layers with one A and one B differ in their mixers alone, and without a mixer all get the "
-                "same update. Set mixer_trainable, or share inputs."
+                f"{where}: layers with one A and one B differ in their mixers alone, and without a mixer, or with one "
+                "that is fixed, all get the same update. Set mixer_trainable, or share inputs."
             )
 
     def _check_kinds(self) -> None:

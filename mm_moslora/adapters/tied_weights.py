@@ -90,10 +90,10 @@ def _check_groups(
                 problem = "is in two places" if path in seen else "is no adapted linear layer"
                 raise AdapterError(f"{where} {', '.join(group[:3])} would be one, but {path} {problem}.")
             seen.add(path)
-            if factor == "B" and config.is_plain(path):
+            if factor == "B" and not config.has_own_mixer(path):
                 raise AdapterError(
-                    f"{where} {', '.join(group[:3])} would be one, but {path} has no mixer (mixer_pattern), and would "
-                    "differ from the others in nothing. Give it one, or exclude it."
+                    f"{where} {', '.join(group[:3])} would be one, but {path} has no mixer of its own (mixer_pattern), "
+                    "and would differ from the others in nothing. Give it one, or exclude it."
                 )
         shapes = {path: (layers[path].r[adapter_name], layers[path].widths[factor == "B"]) for path in group}
         devices = {path: getattr(layers[path].get_base_layer().weight, "device", None) for path in group}

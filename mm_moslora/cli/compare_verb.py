@@ -136,7 +136,7 @@ def compare(
     require_sft(shared, "compare")
     from mm_moslora_eval.protocol.task_groups import expanded
 
-    from mm_moslora.compare.arms import parse_arms, size_lines, split
+    from mm_moslora.compare.arms import parse_arms, reset_line, size_lines, split
     from mm_moslora.compare.comparison_plan import LOSS, ComparisonSettings
     from mm_moslora.compare.comparison_run import ARRAY, ArmComparison, RunBudget, exclusive
     from mm_moslora.compare.comparison_text import plan_lines
@@ -150,7 +150,7 @@ def compare(
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
-    print("\n".join([*plan_lines(settings), *sizes]), flush=True)
+    print("\n".join([*plan_lines(settings), *reset_line(shared), *sizes]), flush=True)
     with exclusive(output):
         nothing_runs = slurm or only_report
         engine = open_engine("" if nothing_runs else ray, parallel=parallel)

@@ -26,6 +26,7 @@ from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import adapter_config, method_config
+from mm_moslora.training.preflight import check_mixer_factor
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError, reason_of, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
@@ -97,6 +98,9 @@ _RESET = {
 }
 """Defaults that every arm resets, whatever the recipe holds, so that two arms differ only in what their names set."""
 
+RUN_KEYS = ("optim.lr", "train.seed", "train.output", "track.name")
+"""What the comparison sets in every run's recipe, whatever the arm."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -160,16 +164,32 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")
     arms = [_parse(name) for name in names]
     ways = [way for arm in arms for way in arm.ways]
-    for key in ("name", "slug"):
-        values = [getattr(way, key) for way in ways]
-        twice = sorted({value for value in values if values.count(value) > 1})
-        if twice:
-            raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
-    for way in ways:
+    for number, way in enumerate(ways):
+        if same := next((o for o in ways[:number] if o.slug == way.slug or o.changes == way.changes), None):
+            also = "" if same.name == way.name else f", once as {same.name!r}"
+            raise ConfigError(f"Arm {way.name!r} is given twice{also}. Name every arm once.")
         applied = way.apply(recipe)
-        if applied.model.language_mode == "adapter":
-            adapter_config(applied.adapter)
+        try:
+            check_mixer_factor(applied)
+            if applied.model.language_mode == "adapter":
+                adapter_config(applied.adapter)
+        except MoSLoRAError as error:
+            raise type(error)(f"Arm {way.name!r}: {error}") from error
     return arms
+
+
+def reset_line(recipe: Recipe) -> list[str]:
+    """A line that names what the recipe sets and every arm resets; none where there is nothing."""
+    lost = []
+    for key, default in _RESET.items():
+        section, _, name = key.partition(".")
+        if (value := getattr(getattr(recipe, section), name)) != default:
+            lost.append(f"{key}={value} (to {default})")
+    if not lost:
+        return []
+    return [
+        f"every arm resets what the recipe says of {', '.join(lost)}; name it in an arm: ARM@{lost[0].split(' ')[0]}"
+    ]
 
 
 def split(text: str) -> list[str]:
@@ -234,6 +254,15 @@ def _parse_way(text: str) -> Arm:
             method[key] = parse_scalar(value)
             continue
         full = f"adapter.{key}" if "." not in key else key
+        if full in RUN_KEYS:
+            raise ConfigError(
+                f"Arm {text!r}: {full} is set by the comparison for every run, so it cannot be an arm's (--lr and "
+                "--seeds are its rates and seeds). Leave it out."
+            )
+        if full in keys:
+            raise ConfigError(f"Arm {text!r}: {full} is given twice. Give every key once.")
+        if full.startswith("adapter.") and own.get("model.language_mode") == "full":
+            raise ConfigError(f"Arm {text!r}: {name} trains every weight and has no adapter. Leave {full} out.")
         if "." not in key and key not in _KEYS:
             names = [*options, *_KEYS]
             raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, names)}")
@@ -278,6 +307,8 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
             said = [f"trainable parameters not counted ({limits[0]})", *limits[1:]]
         else:
             count = f"{trained:,} trainable parameters"
+            if arm.alternatives:
+                count += f" ({arm.ways[0].name})"
             if own and arm.name != reference:
                 count += f", {trained / own:.3g} times those of {reference}"
             said = [count, *limits]

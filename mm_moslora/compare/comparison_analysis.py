@@ -128,6 +128,7 @@ def _arm(
         "changes": dict(way.changes),
         "chosen": way.name,
         "alternatives": [_alternative(settings, outcomes, other) for other in arm.alternatives],
+        "last_value": _last_value(arm, way),
         "rate": rate,
         "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
         "grid": grid,
@@ -160,6 +161,15 @@ def _alternative(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], 
     rate = best_rate(settings, scores or {})
     value = scores[rate] if scores and rate is not None else None
     return {"name": way.name, "over": scores is not None, "rate": rate, "value": value}
+
+
+def _last_value(arm: Arm, chosen: Arm) -> str:
+    """The chosen value as `key=value` where it is the smallest or largest of three or more on offer; else empty."""
+    for key, value in chosen.changes.items():
+        values = {way.changes[key] for way in arm.alternatives if isinstance(way.changes[key], int | float)}
+        if len(values) > 2 and value in (min(values), max(values)):
+            return f"{key}={value:g}"
+    return ""
 
 
 def _curve(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:

@@ -120,8 +120,11 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
             f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr or "
             "raise --grow."
         )
-    if close := _uncertain_rate(arm, results["settings"]["tuning_seeds"]):
-        lines.append(close)
+    if arm.get("last_value"):
+        lines.append(
+            f"{arm['name']} was best at {arm['last_value']}, the last value on offer; the best may lie beyond."
+        )
+    lines += _uncertain(arm, results["settings"]["tuning_seeds"])
     if arm["rate"] is None:
         tried = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
         done = tried and all(alternative["over"] for alternative in arm.get("alternatives", ()))
@@ -143,26 +146,31 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
     return lines
 
 
-def _uncertain_rate(arm: Mapping[str, Any], seeds: int) -> str | None:
-    """A sentence where another rate was nearer to the chosen one than the arm's runs lie apart."""
-    tried = {
-        rate: fmean(point["value"] for point in points)
+def _uncertain(arm: Mapping[str, Any], seeds: int) -> list[str]:
+    """Sentences where another rate, or another value, was nearer to the chosen one than means of runs lie apart."""
+    rates = {
+        f"{rate:g}": fmean(point["value"] for point in points)
         for rate in arm["grid"]
         if (points := [p for p in arm["curve"] if p["rate"] == rate]) and all(p["status"] == "ok" for p in points)
     }
+    values = {each["name"]: each["value"] for each in arm.get("alternatives", ()) if each["value"] is not None}
     spread = arm.get("spread")
-    if arm["rate"] not in tried or len(tried) < 2 or not spread:
-        return None
-    best = tried.pop(arm["rate"])
-    other = min(tried, key=lambda rate: abs(tried[rate] - best))
-    gap = abs(tried[other] - best)
-    if gap >= spread / math.sqrt(seeds):
-        return None
-    return (
-        f"{arm['name']}: the rates {arm['rate']:g} and {other:g} differ by {gap:.2g} in what chose between them, and "
-        f"runs of one rate by {spread:.2g} (standard deviation). The intervals take the choice as known; raise "
-        "--tune-seeds."
-    )
+    if arm["rate"] is None or not spread:
+        return []
+    lines = []
+    for kind, tried, chosen in (("rates", rates, f"{arm['rate']:g}"), ("values", values, str(arm.get("chosen")))):
+        others = {name: value for name, value in tried.items() if name != chosen}
+        if chosen not in tried or not others:
+            continue
+        other = min(others, key=lambda name: abs(others[name] - tried[chosen]))
+        gap = abs(others[other] - tried[chosen])
+        if gap < spread * math.sqrt(2 / seeds):
+            lines.append(
+                f"{arm['name']}: the {kind} {chosen} and {other} differ by {gap:.2g} in what chose between them, and "
+                f"runs of one rate by {spread:.2g} (standard deviation). The intervals take the choice as known; raise "
+                "--tune-seeds."
+            )
+    return lines
 
 
 def table(results: Mapping[str, Any]) -> str:

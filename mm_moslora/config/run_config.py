@@ -24,9 +24,10 @@ class OptimConfig:
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
     mixer_lr: float | None = None
-    """Peak learning rate of the mixers; None: mixer_factor times lr."""
+    """Peak learning rate of the mixers; None: mixer_factor times that of A."""
     mixer_factor: float = 1.0
-    """Learning rate of the mixers divided by that of A. Follows lr through a grid of rates, as mixer_lr does not."""
+    """Learning rate of the mixers divided by that of A (lr; in the encoder vision_lr), which it follows through a grid
+    of rates, as mixer_lr does not."""
     projector_lr: float | None = None
     """Peak learning rate of the projector; None: lr."""
     vision_lr: float | None = None

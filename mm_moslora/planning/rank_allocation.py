@@ -57,16 +57,19 @@ def allocate_ranks(folder: str | Path, *, rank: int | None = None) -> RankAlloca
         rank: the one rank, below that of the folder; None: half of it.
 
     Raises:
-        AdapterError: see `load_adapter`; an adapter with experts, shared factors or ranks by module, or a rank that is
-            not below its own.
+        AdapterError: see `load_adapter`; an adapter with experts, shared factors, frozen factors, or ranks or alphas by
+            module; a rank that is not below its own; ranks that the form of its mixers does not take.
     """
     content = read_folder(folder)
     config: AdapterOptions = content.config
-    for option in ("target_parameters", "shared_factors", "rank_pattern"):
+    for option in ("target_parameters", "shared_factors", "rank_pattern", "alpha_pattern"):
         if getattr(config, option):
             raise AdapterError(
-                f"{folder} has {option}. Ranks are shared out over modules that have one rank and factors of their own."
+                f"{folder} has {option}. Ranks are shared out over modules that have one rank, one alpha and factors "
+                "of their own."
             )
+    if config.factor_form == "svd":
+        raise AdapterError(f"{folder} has factor_form svd: its A and B do not train, so ranks of them cost nothing.")
     target = config.r // 2 if rank is None else rank
     if not 1 <= target < config.r:
         raise AdapterError(
@@ -86,8 +89,14 @@ def allocate_ranks(folder: str | Path, *, rank: int | None = None) -> RankAlloca
 
     budget = sum(size(path, target) for path in values)
     ranks = _shared_out(values, size, budget)
-    for own in ranks.values():
-        form.check(own)
+    try:
+        for own in ranks.values():
+            form.check(own)
+    except AdapterError as error:
+        raise AdapterError(
+            f"Modules would get ranks that mixer_form {config.mixer_form!r} does not take: {error} Warm up with dense "
+            "mixers."
+        ) from error
     power = 0.5 if config.use_rslora else 1.0
     return RankAllocation(
         rank=target, alpha=config.lora_alpha * (target / config.r) ** power, power=power, ranks=ranks, budget=budget,

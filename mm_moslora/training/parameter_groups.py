@@ -23,8 +23,8 @@ class ParameterGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     name: str
-    """adapter, mixer, projector, vision or language; biases and norms get the suffix `/no_decay`, and what
-    Muon leaves to AdamW gets `/adamw`."""
+    """adapter, mixer, projector, vision, vision mixer or language; biases and norms get the suffix `/no_decay`, and
+    what Muon leaves to AdamW gets `/adamw`."""
     peak_lr: float
     """Learning rate at the end of the warm-up."""
     weight_decay: float
@@ -111,9 +111,6 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     shape = getattr(parameter, "ds_shape", parameter.shape)
     is_bias = "bias" in name.rpartition(".")[2].split("_")  # experts have several, ``[E, D]``
     decay = config.weight_decay if len(shape) > 1 and not is_bias else 0.0
-    if "lora_mixer" in name:
-        # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
-        return "mixer", _or(config.mixer_lr, config.lr * config.mixer_factor), config.mixer_weight_decay
     part = part_of(name)
     if part == "projector" and not is_adapter_parameter(name):
         label, lr = "projector", _or(config.projector_lr, config.lr)
@@ -121,6 +118,10 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
         label, lr = "vision", _or(config.vision_lr, config.lr)
     else:
         label, lr = "adapter" if is_adapter_parameter(name) else "language", config.lr
+    if "lora_mixer" in name:
+        # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
+        label = "mixer" if label == "adapter" else f"{label} mixer"
+        return label, _or(config.mixer_lr, lr * config.mixer_factor), config.mixer_weight_decay
     if "lora_B" in name and config.lora_plus_ratio != 1.0:
         label, lr = f"{label} B", lr * config.lora_plus_ratio
     return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay

@@ -84,13 +84,22 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
     check_names(recipe)
     refuse_without_effect(recipe.model)
     refuse_all_frozen(recipe.model)
-    adapter = recipe.adapter
-    mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
-    check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
+    check_mixer_factor(recipe)
     own = Path(recipe.train.zero)
     if own.suffix != ".json" or own.is_file():
         check_zero(recipe)
     _check_measuring(recipe, tasks)
+
+
+def check_mixer_factor(recipe: Recipe) -> None:
+    """Refuse a rate of the mixers where none trains.
+
+    Raises:
+        ConfigError: `optim.mixer_factor` is set, and the recipe has no mixer, or a frozen one.
+    """
+    adapter = recipe.adapter
+    mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
+    check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
 
 
 def check_names(recipe: Recipe) -> None:

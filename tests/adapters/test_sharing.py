@@ -284,7 +284,14 @@ REFUSED = {
     "one layer": ({"share": "layers:1"}, "one layer alone shares nothing"),
     "one target": ({"share": "inputs", "target_modules": ["q_proj"]}, "nothing to share"),
     "no mixer": ({"share": "layers:2"} | LORA, "all get the same update"),
-    "no mixer somewhere": ({"share": "layers:2", "mixer_pattern": {"layers.1.*q_proj": "none"}}, "has no mixer"),
+    "a fixed mixer": (
+        {"share": "layers:2", "mixer_init": "butterfly", "mixer_trainable": False},
+        "or with one that is fixed, all get the same update",
+    ),
+    "no mixer somewhere": (
+        {"share": "layers:2", "mixer_pattern": {"layers.1.*q_proj": "none"}},
+        "has no mixer of its own",
+    ),
     "two ranks": ({"share": "inputs", "rank_pattern": {"v_proj": 2}}, r"rank and width \(4, 32\) and \(2, 32\)"),
     "places of factors": ({"share": "inputs", "factor_form": "stella"}, "it places A and B of every layer"),
     "a start by layer": ({"share": "inputs", "init_lora_weights": "olora"} | LORA, "a start of each layer"),

@@ -20,7 +20,13 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
 from mm_moslora.compare.comparison_controls import TaskAnswers, above_controls
-from mm_moslora.compare.comparison_plan import ComparisonSettings, Outcome, choose_rates, reported_cells
+from mm_moslora.compare.comparison_plan import (
+    ComparisonSettings,
+    Outcome,
+    choose_rates,
+    reported_cells,
+    tuning_cells,
+)
 from mm_moslora.compare.comparison_text import says as sentences
 from mm_moslora.compare.comparison_text import table
 from mm_moslora.compare.seed_statistics import TaskScores
@@ -368,9 +374,9 @@ def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("gap", "seeds", "told"), [(0.01, 1, True), (0.2, 1, False), (0.04, 1, True), (0.04, 3, False)]
+    ("gap", "seeds", "told"), [(0.01, 1, True), (0.2, 1, False), (0.06, 1, True), (0.04, 3, True), (0.05, 3, False)]
 )
-def test_a_rate_that_one_run_could_have_chosen_otherwise_is_named(gap: float, seeds: int, told: bool) -> None:
+def test_a_choice_that_runs_could_have_made_otherwise_is_named(gap: float, seeds: int, told: bool) -> None:
     results = comparison_results(["lora", "moslora:orthogonal"])
     results["settings"]["tuning_seeds"] = seeds
     arm = results["arms"][1]
@@ -382,3 +388,25 @@ def test_a_rate_that_one_run_could_have_chosen_otherwise_is_named(gap: float, se
     lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
     assert len(lines) == told
     assert not lines or lines[0].startswith(f"moslora:orthogonal: the rates {first:g} and {second:g} differ by {gap:g}")
+    best, other = (f"moslora:orthogonal@optim.mixer_factor={value}" for value in (6, 24))
+    arm |= {"curve": [], "chosen": best, "last_value": ""}
+    arm["alternatives"] = [
+        {"name": name, "over": True, "rate": first, "value": value} for name, value in ((best, 0.5), (other, 0.5 + gap))
+    ]
+    lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
+    assert len(lines) == told
+    assert not lines or lines[0].startswith(f"moslora:orthogonal: the values {best} and {other} differ by {gap:g}")
+
+
+@pytest.mark.parametrize(("best", "said"), [(1, "optim.mixer_factor=1"), (6, ""), (24, "optim.mixer_factor=24")])
+def test_a_value_at_the_end_of_those_on_offer_is_named(best: int, said: str, tmp_path: Path) -> None:
+    arms = parse_arms("lora,moslora:orthogonal@optim.mixer_factor=1,6,24", RECIPE)
+    settings = ComparisonSettings(arms=arms, rates=[1e-4], seeds=1, tasks=["kind"])
+    outcomes = {
+        cell.name: Outcome(status="ok", validation={"loss": abs(cell.arm.apply(RECIPE).optim.mixer_factor - best)})
+        for cell in tuning_cells(settings, {})
+    }
+    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
+    assert results["arms"][1]["last_value"] == said
+    (line,) = [line for line in results["remarks"] if "last value on offer" in line] or [""]
+    assert said in line

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.arms import parse_arms, reset_line
 from mm_moslora.compare.comparison_cell import write_outcome
 from mm_moslora.compare.comparison_plan import (
     ComparisonSettings,
@@ -29,7 +29,7 @@ from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import Recipe
 from mm_moslora.models.trainable_parts import moslora_config
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 from tests.compare.comparisons import RECIPE, settings
 
 
@@ -98,6 +98,32 @@ def test_values_combine_and_none_is_run_twice() -> None:
         parse_arms("moslora:orthogonal@rank=4,8,moslora:orthogonal@rank=8,lora", RECIPE)
     with pytest.raises(ConfigError, match=r"mixer_factor is -1"):
         parse_arms("lora,moslora@optim.mixer_factor=1,-1", RECIPE)
+
+
+REFUSED = {
+    "lora,lora@optim.lr=5e-2": "optim.lr is set by the comparison for every run",
+    "lora,moslora@train.seed=1,2": "train.seed is set by the comparison",
+    "lora,moslora@optim.mixer_factor=1,1.0": "is given twice, once as 'moslora:orthogonal@optim.mixer_factor=1'",
+    "lora,moslora@optim.mixer_factor=1,6@optim.mixer_factor=2": "optim.mixer_factor is given twice",
+    "lora,dora@optim.mixer_factor=6,24": "Arm 'dora@optim.mixer_factor=6': .* none trains",
+    "lora,peft:HIRA@optim.mixer_factor=6": "none trains",
+    "lora,full@share=inputs": "full trains every weight and has no adapter. Leave adapter.share out",
+    "lora,moslora@share=layers:1": "one layer alone shares nothing",
+    "lora,tsm@share=layers:2": "all get the same update",
+}
+
+
+@pytest.mark.parametrize("arms", REFUSED)
+def test_what_an_arm_cannot_change_is_refused_before_any_run(arms: str) -> None:
+    with pytest.raises(MoSLoRAError, match=REFUSED[arms]):
+        parse_arms(arms, RECIPE)
+
+
+def test_what_arms_reset_is_said() -> None:
+    assert reset_line(RECIPE) == []
+    changed = dataclasses.replace(RECIPE, optim=dataclasses.replace(RECIPE.optim, mixer_factor=6.0))
+    (line,) = reset_line(changed)
+    assert "optim.mixer_factor=6.0 (to 1.0); name it in an arm: ARM@optim.mixer_factor=6.0" in line
 
 
 def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):

@@ -28,14 +28,15 @@ TILES = {"llava_next": 5, "llava_onevision": 5, "smolvlm": 5, "idefics3": 5, "in
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, tmp_path) -> None:
     model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
-    optim = {"lr": 1e-4, "vision_lr": 2e-4, "projector_lr": 3e-4, "lora_plus_ratio": 4.0}
+    optim = {"lr": 1e-4, "vision_lr": 2e-4, "projector_lr": 3e-4, "lora_plus_ratio": 4.0, "mixer_factor": 3}
     recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}, "optim": optim})
     assembly = load_parts(recipe.model)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     real = {row.name: (row.total, row.trainable) for row in component_table(assembly)}
 
     rates = {group.name: group.peak_lr for group in parameter_groups(assembly.model, recipe.optim)}
-    assert rates == {"adapter": 1e-4, "adapter B": 4e-4, "mixer": 1e-4, "vision": 2e-4, "vision B": 8e-4}
+    of_the_tower = {"vision": 2e-4, "vision B": 8e-4, "vision mixer": pytest.approx(6e-4)}
+    assert rates == {"adapter": 1e-4, "adapter B": 4e-4, "mixer": pytest.approx(3e-4), **of_the_tower}
 
     found = plan(recipe, parse_gpus("8xA100-80G"), DataSize(samples=1000, tokens=300))
     parts = dict(found.activation_memory.parts)

@@ -55,3 +55,14 @@ def test_what_has_no_ranks_to_share_out_is_refused(warm: Path, tmp_path: Path) -
     save_adapter(add_moslora(llama(), MoSLoRAConfig(r=8, share="inputs")), tmp_path)
     with pytest.raises(AdapterError, match="has shared_factors"):
         allocate_ranks(tmp_path)
+    refused = {
+        "has alpha_pattern": {"alpha_pattern": {"q_proj": 3}},
+        "its A and B do not train": {"factor_form": "svd"},
+        "that mixer_form 'block_diagonal:2' does not take: .* Warm up with dense": {"mixer_form": "block_diagonal:2"},
+    }
+    for number, (message, options) in enumerate(refused.items()):
+        model = add_moslora(llama(), MoSLoRAConfig(r=8, **options))
+        train_a_bit(model)
+        save_adapter(model, tmp_path / f"{number}")
+        with pytest.raises(AdapterError, match=message):
+            allocate_ranks(tmp_path / f"{number}", rank=3)

@@ -25,6 +25,7 @@ def write(page: Path, *runs: Path | str) -> subprocess.CompletedProcess[str]:
 def run_of(folder: Path, names: tuple[str, ...]) -> Path:
     results = comparison_results(names, points=0.03)
     results["comparisons"][-1] |= {"low": math.nan, "high": math.nan}
+    results["command"] = "mm-moslora compare --tasks llava:/w/runs/a.jsonl,llava:/w/runs/b.jsonl@/w/runs/c"
     results["says"] = ["A sentence with <b>markup</b>\nand a line break."]
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results))
@@ -38,6 +39,7 @@ def test_two_comparisons_share_a_table_and_a_picture(tmp_path: Path) -> None:
     found = write(page, f"Rank 16={runs[0]}", runs[1])
     assert found.returncode == 0, found.stderr
     text = page.read_text()
+    assert "--tasks llava:runs/a.jsonl,llava:runs/b.jsonl@runs/c" in text
     assert text.startswith("# Title\n\nIntroduction.\n\n<!-- results:begin -->\n| arm | score | points less")
     assert text.endswith("<!-- details:end -->\n\nReading.\n")
     top, details = text.split("<!-- results:end -->")

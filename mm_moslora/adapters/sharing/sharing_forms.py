@@ -75,10 +75,14 @@ class SuccessiveLayers(Sharing):
     factors = ("A", "B")
     size_means = "how many successive layers of the model share"
 
+    def __init__(self, spec: str, size: int) -> None:
+        """Refuse groups of one."""
+        super().__init__(spec, size)
+        if size < 2:
+            raise AdapterError(f"share is {spec!r}: one layer alone shares nothing. Give at least 2.")
+
     def groups(self, model: nn.Module, paths: Sequence[str]) -> list[list[str]]:
         """By the first number in a path that counts layers of equal widths; in a UNet it counts within a block."""
-        if self.size < 2:
-            raise AdapterError(f"share is {self.spec!r}: one layer alone shares nothing. Give at least 2.")
         kinds: dict[str, list[str]] = {}
         for path in paths:
             kinds.setdefault(".".join("*" if part.isdigit() else part for part in path.split(".")), []).append(path)
