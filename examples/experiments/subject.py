@@ -133,12 +133,20 @@ class Plan:
     rank: int = 4
 
 
+def rates_of(text: str) -> tuple[float, ...]:
+    """Learning rates above 0, separated by commas."""
+    rates = tuple(map(float, text.split(",")))
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0, such as 1e-3,3e-3")
+    return rates
+
+
 def main() -> int:
     """Run or continue; write results.json and report.html."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", default=Plan.arms, help="as for mm-moslora compare; more may be added later")
-    parser.add_argument("--lr", default=",".join(map(str, Plan.rates)), help="rates to choose from; one is not chosen")
+    parser.add_argument("--lr", type=rates_of, default=Plan.rates, help="rates to choose from, with commas")
     parser.add_argument("--seeds", type=int, default=Plan.seeds, help="reported runs of an arm")
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
@@ -146,7 +154,7 @@ def main() -> int:
     from mm_moslora.quickstart import model_assets
 
     stamps, encoder = model_assets.stamps(None, print), model_assets.efficientnet_timm(print)
-    plan = Plan(arms=options.arms, rates=tuple(map(float, options.lr.split(","))), seeds=options.seeds)
+    plan = Plan(arms=options.arms, rates=options.lr, seeds=options.seeds)
     return run(plan, stamps, encoder, options.out, limit_minutes=options.limit_minutes)
 
 

@@ -188,7 +188,7 @@ def reset_line(recipe: Recipe) -> list[str]:
     if not lost:
         return []
     return [
-        f"every arm resets what the recipe says of {', '.join(lost)}; name it in an arm: ARM@{lost[0].split(' ')[0]}"
+        f"every arm resets what the recipe says of {', '.join(lost)}; to keep it, name it in the arm: ARM@key=value"
     ]
 
 

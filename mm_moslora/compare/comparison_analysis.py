@@ -128,7 +128,7 @@ def _arm(
         "changes": dict(way.changes),
         "chosen": way.name,
         "alternatives": [_alternative(settings, outcomes, other) for other in arm.alternatives],
-        "last_value": _last_value(arm, way),
+        "last_value": "" if rate is None else _last_value(arm, way),
         "rate": rate,
         "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
         "grid": grid,

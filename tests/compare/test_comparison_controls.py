@@ -410,3 +410,6 @@ def test_a_value_at_the_end_of_those_on_offer_is_named(best: int, said: str, tmp
     assert results["arms"][1]["last_value"] == said
     (line,) = [line for line in results["remarks"] if "last value on offer" in line] or [""]
     assert said in line
+    outcomes.popitem()
+    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
+    assert results["arms"][1]["last_value"] == "", "nothing is chosen yet"

@@ -123,7 +123,7 @@ def test_what_arms_reset_is_said() -> None:
     assert reset_line(RECIPE) == []
     changed = dataclasses.replace(RECIPE, optim=dataclasses.replace(RECIPE.optim, mixer_factor=6.0))
     (line,) = reset_line(changed)
-    assert "optim.mixer_factor=6.0 (to 1.0); name it in an arm: ARM@optim.mixer_factor=6.0" in line
+    assert "optim.mixer_factor=6.0 (to 1.0); to keep it, name it in the arm: ARM@key=value" in line
 
 
 def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
