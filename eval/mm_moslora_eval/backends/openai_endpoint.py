@@ -172,10 +172,9 @@ class Endpoint:
         return payload
 
     def _leave_out(self, name: str) -> None:
-        if name not in self.usage.left_out:
+        if self.usage.leave_out(name):
             instead = f"{_INSTEAD[name]} is sent" if _INSTEAD[name] else "its own default counts"
             logger.warning("%s refuses %s; %s from here on.", self.model, name, instead)
-            self.usage.left_out.add(name)
 
     def _post(self, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", **self._key_headers()}

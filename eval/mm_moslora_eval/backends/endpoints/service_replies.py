@@ -15,7 +15,7 @@ class Usage:
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    left_out: set[str] = field(default_factory=set)
+    left_out: frozenset[str] = frozenset()
     """Parameters that the model refuses, and that are not sent any more."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -26,6 +26,13 @@ class Usage:
             self.retries += retries
             self.prompt_tokens += tokens_of(reply, "prompt_tokens")
             self.completion_tokens += tokens_of(reply, "completion_tokens")
+
+    def leave_out(self, name: str) -> bool:
+        """Note a parameter that the model refuses; whether it is the first to note it, of several parallel requests."""
+        with self._lock:
+            is_new = name not in self.left_out
+            self.left_out |= {name}
+            return is_new
 
     @property
     def mean_tokens(self) -> int:
