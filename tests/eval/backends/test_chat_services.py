@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import email.utils
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.backends import openai_endpoint
 from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, NoAnswerError
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
 from mm_moslora_eval.backends.open_model import open_model
@@ -334,6 +336,29 @@ def test_a_server_that_wants_hours_ends_the_request() -> None:
     ):
         ask(model_of("openai", server.url, attempts=5))
     assert len(server.asked) == 1
+
+
+def test_a_refused_parameter_is_named_once_by_requests_at_one_time(caplog: pytest.LogCaptureFixture) -> None:
+    together = threading.Barrier(2)
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if "temperature" in body:
+            return 400, {}, {"error": "temperature is not supported here"}
+        return 200, {}, openai("red")
+
+    def wait_for_another(record: logging.LogRecord) -> bool:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(1)  # a second message would be on its way before the first is written
+        return True
+
+    logger = logging.getLogger(openai_endpoint.__name__)
+    logger.addFilter(wait_for_another)
+    try:
+        with provider(reply) as server:
+            ask(model_of("openai", server.url), QUESTION, QUESTION)
+    finally:
+        logger.removeFilter(wait_for_another)
+    assert caplog.text.count("refuses temperature") == 1
 
 
 def test_parameters_that_a_model_refuses_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
