@@ -27,7 +27,7 @@ from mm_moslora.config.strict_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import adapter_config, method_config
 from mm_moslora.training.preflight import check_mixer_factor
-from mm_moslora.utils.errors import ConfigError, MoSLoRAError, reason_of, suggestion
+from mm_moslora.utils.errors import AdapterError, ConfigError, MoSLoRAError, reason_of, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
 PEFT = "peft:"
@@ -297,8 +297,11 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
         arms: the comparison's.
         recipe: the recipe that all arms share.
         reference: name of the reference arm.
+
+    Raises:
+        AdapterError: the model does not take the adapter of an arm, so every run of it would fail.
     """
-    sizes = {arm.name: _size(arm.apply(recipe)) for arm in arms}
+    sizes = {arm.name: _size(arm, arm.apply(recipe)) for arm in arms}
     own, _ = sizes[reference]
     lines = []
     for arm in arms:
@@ -316,12 +319,15 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
     return lines
 
 
-def _size(recipe: Recipe) -> tuple[int | None, list[str]]:
+def _size(arm: Arm, recipe: Recipe) -> tuple[int | None, list[str]]:
     """Trainable parameters, None where they cannot be counted; and what an arm cannot do, the reason for None first."""
     trained, limits, bias = None, [], False
     try:
         meta = build_meta_model(recipe.model, recipe.adapter)
     except (MoSLoRAError, OSError, ValueError) as error:
+        # Some of PEFT's methods cannot be built without weights.
+        if isinstance(error, AdapterError) and not recipe.adapter.peft:
+            raise AdapterError(f"Arm {arm.name!r}: {error}") from error
         limits.append(reason_of(error))
     else:
         trained = sum(mine for _, mine in meta.parameters().values())

@@ -18,7 +18,7 @@ from mm_moslora.compare.comparison_plan import (
 from mm_moslora.config import ModelConfig, Recipe
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
-ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
+ARMS = f"full,full@optim.max_grad_norm=0.5,peft:VBLORA,{DIVERGING}"
 RECIPE = Recipe(model=ModelConfig(language="none"))
 
 

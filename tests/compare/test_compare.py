@@ -64,7 +64,7 @@ def test_a_comparison_tunes_runs_seeds_and_reports_the_arm_that_fails(finished: 
     assert broken["rate"] is diverging["rate"] is None
     how = {failure["arm"]: (failure["status"], failure["reason"]) for failure in results["failures"]}
     assert how[broken["name"]][0] == "failed"
-    assert "matches no module" in how[broken["name"]][1]
+    assert "must be divisible" in how[broken["name"]][1]
     assert how[diverging["name"]][0] == "diverged"
     assert "2 steps in a row had a loss or gradient that is not finite" in how[diverging["name"]][1]
     (row,) = results["comparisons"]
@@ -209,6 +209,7 @@ def test_a_folder_with_other_files_is_refused_for_a_comparison(tmp_path: Path):
         (["--arms", "lora,lora"], "given twice"),
         (["--arms", "lora,lora@rnak=4"], "Did you mean 'rank'"),
         (["--arms", "lora,moslora:kaiming@mixer_init=zeros"], "expected one of"),
+        (["--arms", "full,lora@targets=[nope]"], "Target 'nope' matches no module"),
         (["--lr", "fast"], "expected numbers"),
         (["--lr", "1e-4,-1"], "expected positive numbers"),
         (["--lr", "1e-4,1e-4"], "twice"),
@@ -267,7 +268,7 @@ def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, reco
 
 @pytest.mark.slow
 def test_the_last_output_of_a_run_is_in_its_log(finished: Path):
-    place = finished / "runs" / "lora-targets=-nope_lr0.01_tune0"
+    place = finished / "runs" / "peft-VBLORA_lr0.01_tune0"
     assert read_outcome(place).status == "failed"
     assert (place / "log.txt").is_file()
     good = next(finished.glob("runs/full_*_seed0"))
@@ -288,7 +289,7 @@ def test_the_page_loads_nothing_and_shows_every_part(finished: Path, tmp_path: P
     assert "CONSOLE" not in found.stderr, found.stderr
     for text in ("Score: points against", "nats against", "by learning rate", "by trained parameters", "by seconds of"):
         assert text in found.stdout
-    for text in ("full@optim.max_grad_norm=0.5", "matches no module", "Most frequent answer", "mm-moslora"):
+    for text in ("full@optim.max_grad_norm=0.5", "must be divisible", "Most frequent answer", "mm-moslora"):
         assert text in found.stdout
     assert not re.findall(r'(?:src|href)="(?!data:|#)', found.stdout)
 

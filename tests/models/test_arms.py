@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines, split
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
-from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.errors import AdapterError, MoSLoRAError
 
 SMALL = {
     "C3A": "@block_size=16", "FOURIERFT": "@n_frequency=64", "ROAD": "@group_size=16", "VBLORA": "@vector_length=16",
@@ -195,9 +196,7 @@ def test_a_tied_head_is_merged_alone(base: t.LlamaForCausalLM, name: str) -> Non
 def test_the_plan_says_what_trains_in_each_arm_and_what_it_cannot_do(base: t.LlamaForCausalLM, tmp_path: Any) -> None:
     base.config.save_pretrained(tmp_path)
     shared = replace(recipe(), model=ModelConfig(language=str(tmp_path)))
-    arms = parse_arms(
-        "lora,peft:LORA@r=8,peft:LILY,peft:BEFT,peft:WAVEFT@n_frequency=64,full,lora@targets=[nope]", shared
-    )
+    arms = parse_arms("lora,peft:LORA@r=8,peft:LILY,peft:BEFT,peft:WAVEFT@n_frequency=64,full,peft:VBLORA", shared)
     lines = size_lines(arms, shared, "lora")
     assert "lora: plain LoRA: the mixer is the frozen identity; 1,280 trainable parameters" in lines[0]
     assert "2,560 trainable parameters, 2 times those of lora" in lines[1]
@@ -207,7 +206,23 @@ def test_the_plan_says_what_trains_in_each_arm_and_what_it_cannot_do(base: t.Lla
     assert "trainable parameters" in lines[4]
     assert "cannot be merged" not in lines[4]
     assert f"{sum(p.numel() for p in base.model.parameters()) + base.lm_head.weight.numel():,} trainable" in lines[5]
-    assert "not counted (Target 'nope' matches no module" in lines[6]
+    assert "not counted (PEFT's VBLORA does not fit this model: `in_features` 32 must be divisible" in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lora@targets=[nope]", "Target 'nope' matches no module"),
+        ("moslora:orthogonal@mixer_form=by_modality", "has no token in the place of a picture"),
+    ],
+)
+def test_an_arm_that_the_model_does_not_take_is_refused_before_the_first_run(
+    base: t.LlamaForCausalLM, tmp_path: Any, name: str, reason: str
+) -> None:
+    base.config.save_pretrained(tmp_path)
+    shared = replace(recipe(), model=ModelConfig(language=str(tmp_path)))
+    with pytest.raises(AdapterError, match=rf"Arm '{re.escape(name)}': .*{reason}"):
+        size_lines(parse_arms(f"lora,{name}", shared), shared, "lora")
 
 
 def test_the_plan_counts_a_factor_that_layers_share_once(base: t.LlamaForCausalLM, tmp_path: Any) -> None:
