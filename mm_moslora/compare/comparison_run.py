@@ -87,7 +87,7 @@ class ArmComparison:
         """Documents of all test tasks, once checked."""
         self.run_seconds = math.nan
         """Mean seconds of a missing run, once probed."""
-        self._cost_logged = False
+        self._cost_logged, self._at_once = False, 1
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs.
@@ -216,6 +216,7 @@ class ArmComparison:
         """
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
+        self._at_once = engine.width(budget.cards)
         runs: dict[str, CellRun] = {}
         deadline = time.monotonic() + 60 * (math.inf if budget.max_minutes is None else budget.max_minutes)
 
@@ -299,7 +300,8 @@ class ArmComparison:
         names = short_names([*self.settings.tasks, *self.settings.validation]) | {LOSS: "held-out loss"}
         shown = ", ".join(f"{names[task]} {score:.4f}" for task, score in scores.items())
         seconds = self.seconds_left()
-        left = "all done" if seconds == 0 else f"about {format_seconds(seconds)} of runs left"
+        at_once = max(1, min(self._at_once, count - over))
+        left = "all done" if seconds == 0 else f"about {format_seconds(seconds / at_once)} left"
         return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {left}"
 
     def seconds_left(self) -> float:

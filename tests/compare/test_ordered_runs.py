@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -211,6 +212,20 @@ def test_runs_that_are_killed_three_times_are_in_the_table_and_the_others_go_on(
     assert comparison.run(RunBudget(), ProcessEngine(parallel=2))
     assert Counter(outcome.status for outcome in comparison.outcomes.values()) == {"ok": 2, "failed": 2}
     assert "ended by signal 9" in comparison.outcomes["lora_lr0.0001_seed0"].reason
+
+
+@pytest.mark.parametrize(
+    ("parallel", "left"), [(1, ["30 min", "20 min", "10 min"]), (2, ["15 min", "10 min", "10 min"])]
+)
+def test_the_time_left_counts_runs_at_one_time_once(
+    tmp_path: Path, monkeypatch, caplog, parallel: int, left: list[str]
+):
+    other_runs(monkeypatch, "last")
+    comparison = ArmComparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    with caplog.at_level("INFO"):
+        assert comparison.run(RunBudget(), ProcessEngine(parallel=parallel))
+    assert re.findall(r"about (\d+ min) .*left$", caplog.text, re.M) == left
+    assert "all done" in caplog.text
 
 
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
