@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from preloaded import Preloaded
 from tiny import make_language, make_records, make_vision
@@ -25,6 +26,8 @@ from tiny import make_language, make_records, make_vision
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")  # tests share the machine: an example may take any time
 gc.disable()  # until the tests are imported: what is imported stays
 
 LONGEST = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Quarantine:
         self._numbers: set[int] = set()
         self._lines: list[str] | None = []
         self._late = None if path is None else Appender(path)
+        self._adding = threading.Lock()
         self.first: RecordError | None = None
         """The first bad record."""
 
@@ -58,17 +60,18 @@ class Quarantine:
         dropped = error.code is Code.TOO_LONG and self.config.too_long == "drop"
         if self.config.on_bad == "error" and not dropped:
             raise error
-        if index in self._numbers:
-            return
-        self._numbers.add(index)
-        self.first = self.first or error
-        self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
-        line = _line(index, error)
-        if self._lines is not None:
-            self._lines.append(line)
-            return
-        if self._late is not None and write:
-            self._late.add(line)  # one write, so that lines of ranks do not mix
+        with self._adding:  # a stream's reader and its batches find faults in threads of their own
+            if index in self._numbers:
+                return
+            self._numbers.add(index)
+            self.first = self.first or error
+            self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
+            line = _line(index, error)
+            if self._lines is not None:
+                self._lines.append(line)
+                return
+            if self._late is not None and write:
+                self._late.add(line)  # one write, so that lines of ranks do not mix
         self._check_share()
 
     def close(self) -> None:

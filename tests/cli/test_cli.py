@@ -208,7 +208,7 @@ __main__.main()"""
     assert process.stdout is not None
     assert process.stdout.readline() == "ends\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=120) == ("", "")
     assert process.returncode == 130
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_a_full_disk_stops_no_run_for_a_bad_record(tmp_path: Path, caplog: pytes
     (tmp_path / "gone").mkdir()
     quarantine.add(2, error)
     assert [json.loads(line)["record"] for line in file.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_bad_records_that_threads_find_at_one_time_are_each_counted_and_written_once(tmp_path: Path) -> None:
+    file, count = tmp_path / "quarantine.jsonl", 3000
+    error = Where(file=Path("a.jsonl"), line=1, row=0).error(Code.IMAGE_MISSING, "image", "is missing", "restore it")
+    quarantine = Quarantine(file, count, DataConfig(max_bad_share=1.0))
+    quarantine.close()
+    numbers = iter(range(count))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: quarantine.add(number, error), numbers))
+    assert quarantine.codes == {"IMAGE_MISSING": count}
+    assert sorted(json.loads(line)["record"] for line in file.read_text().splitlines()) == [*range(count)]
 
 
 class TestDamageFoundLate:

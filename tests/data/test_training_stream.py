@@ -105,7 +105,7 @@ def test_ranks_measure_shares_and_learn_the_rest_from_each_other(
     store = dist.HashStore()
 
     def of_rank(rank: int) -> tuple[list[list[str]], list[int], TrainingStream]:
-        share = StreamShare(rank=rank, world=2, store=store, name="s", patience=20)
+        share = StreamShare(rank=rank, world=2, store=store, name="s", patience=120)
         stream = stream_of(shards, share=share, quarantine=tmp_path / f"{rank}.jsonl", **options)
         window = stream.at_hand
         known = [entry.number for entry in window._entries if entry.known is not None]
@@ -249,7 +249,7 @@ def test_a_tar_that_is_written_again_gives_no_bytes_of_other_places(tmp_path: Pa
 
 def test_ranks_end_together_where_one_finds_another_file(shards: Path) -> None:
     store = dist.HashStore()
-    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=20) for rank in range(2)]
+    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=120) for rank in range(2)]
     one, two = (stream_of(shards, share=share) for share in shares)
     one.sources[0].take()  # rank 0 has opened a file
     one.sources[0].seek(one._coming.sources[0])
@@ -259,9 +259,9 @@ def test_ranks_end_together_where_one_finds_another_file(shards: Path) -> None:
             pool.submit(lambda rank, stream: steps_of(loader_of(stream, rank=rank, world=2), 9), *pair)
             for pair in enumerate((one, two))
         ]
-        faults = [str(future.exception(timeout=20)) for future in asked]
+        faults = [str(future.exception(timeout=120)) for future in asked]
     assert all("0.jsonl has" in fault and "bytes instead of" in fault for fault in faults), faults
-    late = StreamShare(rank=1, world=2, store=dist.HashStore(), name="s", patience=20)
+    late = StreamShare(rank=1, world=2, store=dist.HashStore(), name="s", patience=120)
     late._store.set("s/start", json.dumps(one.contents))
     with pytest.raises(DataError, match=r"Rank 1 finds other training data than rank 0: .*0\.jsonl has"):
         stream_of(shards, share=late)
@@ -269,7 +269,7 @@ def test_ranks_end_together_where_one_finds_another_file(shards: Path) -> None:
 
 def test_a_rank_learns_why_another_has_failed() -> None:
     store = dist.HashStore()
-    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=20) for rank in range(2)]
+    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=120) for rank in range(2)]
     shares[0].fail(DataError("0.jsonl is gone"))
     with pytest.raises(DataError, match=r"Rank 0: 0\.jsonl is gone"):
         shares[1].gathered({}, threading.Event())

@@ -121,7 +121,7 @@ def test_torchrun_started_by_hand_has_a_code_of_its_own_and_the_folder_says_what
             beat = run / "heartbeat" / "rank-00001.json"
             wait_until(lambda: has_stepped(run) if stepped else beat.exists(), log.read_text, process=process)
             process.terminate()
-            assert process.wait(timeout=60) == 1
+            assert process.wait(timeout=240) == 1
         return str(json.loads((run / "state.json").read_text())["state"])
 
     assert told(stepped=False) == "running"  # of a process that is gone: ended while it loaded

@@ -28,7 +28,7 @@ def examine(kind: str) -> int:
         if second:
             return 0
     if kind == "hangs":
-        limit = 1.5
+        limit = 5.0
         if second:
             distributed.join = lambda **_: os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "interface" and second:
@@ -40,7 +40,7 @@ def examine(kind: str) -> int:
 
 
 def test_ranks_report_what_differs_and_how_fast_their_links_are(ranks):
-    group = ranks.run(["test_distributed_doctor:examine", "differ"], limit=60)
+    group = ranks.run(["test_distributed_doctor:examine", "differ"])
     findings = {name: (status, detail) for name, status, detail in json.loads(group.output(0).splitlines()[-1])}
     host = os.uname().nodename
     status, detail = findings["transformers of the ranks"]
@@ -65,10 +65,10 @@ def test_ranks_report_what_differs_and_how_fast_their_links_are(ranks):
 )
 def test_one_message_names_the_rank(kind, said, ranks):
     group = ranks.start(["test_distributed_doctor:examine", kind])
-    wait_until(lambda: "error: " in group.output(0), lambda: group.outputs, seconds=30)
+    wait_until(lambda: "error: " in group.output(0), lambda: group.outputs)
     if kind == "hangs":
         os.kill(group.pids[1], signal.SIGKILL)
-    ranks.finish(group, limit=30)
+    ranks.finish(group)
     assert group.codes == [1, {"missing": 0, "hangs": -signal.SIGKILL, "interface": 1}[kind]]
     errors = [line for line in group.output(0).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, group.outputs

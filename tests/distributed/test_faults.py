@@ -59,13 +59,13 @@ def test_cards_with_and_without_a_known_peak_run_together(parts, ranks, tmp_path
 def test_the_time_that_a_slow_rank_costs_is_a_metric(parts, ranks, tmp_path):
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=4)
     started = time.monotonic()
-    ranks.run(["faults:slow_between_steps", "1", "0.7", write(recipe)])
+    ranks.run(["faults:slow_between_steps", "1", "2", write(recipe)])
     longest = time.monotonic() - started
     lines = metrics(tmp_path / "run")[1:]
     assert len(lines) == 3
     for line in lines:
-        assert line["wall_seconds"] > max(0.7, line["step_seconds"] + 0.35)  # half: a busy machine slows the other, too
-        assert line["work_seconds"] > max(0.7, line["work_seconds_min"] + 0.35)
+        assert line["wall_seconds"] > max(2, line["step_seconds"] + 1)  # half: a busy machine slows the other, too
+        assert line["work_seconds"] > max(2, line["work_seconds_min"] + 1)
         assert line["slowest_rank"] == 1
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["wall_seconds"])
         assert line["samples_per_second"] == pytest.approx(recipe.train.global_batch / line["wall_seconds"])
@@ -151,7 +151,7 @@ def test_a_rank_that_cannot_join_says_where_it_tried_and_what_to_look_at(parts, 
 
 def hang(how, parts, ranks, tmp_path):
     """A run in which rank 1 hangs at step 2, when rank 0 has said so."""
-    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.1)
     group = ranks.start(["faults:at_step", how, "1", "2", write(recipe)])
     wait_until(lambda: "No progress for" in group.output(0), lambda: group.outputs)
     return group
@@ -171,7 +171,7 @@ def test_a_rank_that_is_stopped_is_named_and_says_so_when_it_is_woken(parts, ran
     group = hang("SIGSTOP", parts, ranks, tmp_path)
     time.sleep(watchdog._STANDSTILL)
     os.kill(group.pids[1], signal.SIGCONT)
-    ranks.finish(group, limit=60)
+    ranks.finish(group)
     check_named(group, tmp_path / "run")
     assert "is silent for" in group.output(0)
     assert f"rank 1 (process {group.pids[1]} on" in group.output(1)
@@ -181,7 +181,7 @@ def test_a_rank_that_is_stopped_is_named_and_says_so_when_it_is_woken(parts, ran
 
 
 def test_a_rank_that_hangs_is_named_with_stacks_in_time(parts, ranks, tmp_path):
-    group = ranks.finish(hang("sleep", parts, ranks, tmp_path), limit=60)
+    group = ranks.finish(hang("sleep", parts, ranks, tmp_path))
     check_named(group, tmp_path / "run")
     assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
     assert "in lost_in_thought" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
@@ -239,7 +239,7 @@ def test_the_projector_is_fitted_by_one_rank_for_all(parts, ranks, tmp_path):
     ranks.run(["faults:fit_on_main_alone", "works", *both])
     for stage in ("zero2", "zero3"):
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
-    group = ranks.finish(ranks.start(["faults:fit_on_main_alone", "fails", failing]), limit=60)
+    group = ranks.finish(ranks.start(["faults:fit_on_main_alone", "fails", failing]))
     assert group.codes == [1, 1]
     assert "Fitting the projector failed on other ranks: rank 0: RuntimeError: no room" in group.output(1)
 

@@ -30,7 +30,7 @@ CHANGES = {
 
 def together(ranks: Ranks, *recipes: Recipe) -> Group:
     words = [write(recipe, f"{recipe.name}-{number}") for number, recipe in enumerate(recipes)]
-    return ranks.finish(ranks.start(["faults:each_its_own", *words]), limit=60)
+    return ranks.finish(ranks.start(["faults:each_its_own", *words]))
 
 
 def refused(group: Group, run: Path, *said: str) -> None:
@@ -61,7 +61,7 @@ def test_another_file_of_engine_settings_at_another_place_is_named(parts, ranks,
 
 def test_another_version_of_a_package_is_named(parts, ranks, tmp_path):
     recipe = make_recipe(parts, tmp_path / "run", "zero2")
-    group = ranks.finish(ranks.start(["faults:other_version", write(recipe)]), limit=60)
+    group = ranks.finish(ranks.start(["faults:other_version", write(recipe)]))
     refused(group, tmp_path / "run", "peft is ", "'0.1.0' on rank 1")
 
 

@@ -36,7 +36,7 @@ def launched(python: Preloaded, log: Path, *words: str) -> Iterator[subprocess.P
         yield process
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=240)
 
 
 def said(log: Path) -> str:
@@ -68,7 +68,7 @@ def test_ranks_that_are_told_to_stop_while_they_load_end_and_ask_to_be_started_a
     with somebody_builds(tmp_path / "cache"), launched(python, tmp_path / "log", write(recipe)) as process:
         wait_until(lambda: all(beat.exists() for beat in beats), lambda: said(tmp_path / "log"), process=process)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) == 75, said(tmp_path / "log")
+        assert process.wait(timeout=240) == 75, said(tmp_path / "log")
     assert "Stopped by a signal without saving." in said(tmp_path / "log")
     assert not any(Path(f"/proc/{json.loads(beat.read_text())['pid']}/exe").exists() for beat in beats)
     assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -15,6 +15,7 @@ import pytest
 import slurm
 from between import somebody_builds
 from preloaded import SECONDS_PER_STEP, Preloaded
+from ranks import free_port
 from slurm import Cluster
 from trials import hexed, make_recipe, weights, write
 from waiting import stays
@@ -333,7 +334,7 @@ def test_ranks_that_srun_itself_starts_save_when_their_step_is_signalled(cluster
     recipe = write(make_recipe(parts, run, "zero2", steps=FOREVER))
     (tmp_path / "rank.sh").write_text(
         "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID\n"
-        f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={slurm.free_ports(1)[0]}\n"
+        f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}\n"
         f'exec "$PYTHON" -P -m mm_moslora train {recipe}\n'
     )
     words = own(batch, "--nodes=2", "--ntasks=2", "--cpus-per-task=1")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm import free_ports
+from ranks import free_port
 from waiting import wait_until
 
 from mm_moslora.launch import ray_engine
@@ -146,7 +146,7 @@ def test_odd_addresses_and_errors_are_one_line() -> None:
 def test_an_address_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match="nothing answers there"):
-        RayEngine(f"127.0.0.1:{free_ports(1)[0]}")
+        RayEngine(f"127.0.0.1:{free_port()}")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/nonexistent")
     with pytest.raises(ConfigError, match="--ray nowhere: no Ray cluster answers there"):

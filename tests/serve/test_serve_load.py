@@ -107,7 +107,7 @@ def test_a_client_that_leaves_frees_its_place(serve_with: Any, slow_engine: Any,
 
 
 def test_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
-    with serve_with(header_seconds=1, body_seconds=0.5) as server:  # 10 and 30 s by themselves
+    with serve_with(header_seconds=2, body_seconds=2) as server:  # 10 and 30 s by themselves
         with server.socket() as connection:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
             started = time.monotonic()
@@ -407,10 +407,10 @@ def test_health_fails_when_the_engine_has_ended(serve_with: Any) -> None:
 
 
 def test_an_answer_is_cut_when_its_time_is_over(serve_with: Any, slow_engine: Any) -> None:
-    with serve_with(engine=slow_engine(0.3), request_seconds=2, max_tokens=400) as server:
+    with serve_with(engine=slow_engine(0.3), request_seconds=5, max_tokens=400) as server:
         reply = server.post(asking("hello", max_tokens=300, temperature=2, seed=4)).json()
         assert reply["choices"][0]["finish_reason"] == "length"
-        assert 1 <= reply["usage"]["completion_tokens"] < 20
+        assert 1 <= reply["usage"]["completion_tokens"] < 40
 
 
 def test_metrics_count_what_happened(serve_with: Any) -> None:

@@ -90,7 +90,7 @@ class Ranks:
         self.process.stdin.write(
             json.dumps(
                 {
-                    "ranks": ranks, "port": _free_port(), "log": str(log), "arguments": arguments,
+                    "ranks": ranks, "port": free_port(), "log": str(log), "arguments": arguments,
                     "hosts": [{"namespace": h.namespace, "address": h.address, "interface": h.interface} for h in hosts]
                     if hosts else None,
                 }
@@ -132,13 +132,18 @@ class Ranks:
         return json.loads(line)
 
 
-def _free_port() -> int:
+_GIVEN: set[int] = set()
+
+
+def free_port() -> int:
     """One that nobody is given before rank 0 listens there: Linux hands out those from 32768 by itself."""
     while True:
         port = random.SystemRandom().randrange(10_000, 20_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
-            return port
+            if port not in _GIVEN:
+                _GIVEN.add(port)
+                return port
 
 
 def train_recipes(arguments: list[str]) -> int:

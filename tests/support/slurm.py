@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ranks import free_port
 from waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
@@ -39,9 +40,7 @@ class Cluster:
         for number in (1, 2):
             self._start("slurmd", "-D", "-N", f"127.0.0.{number}")
         try:
-            wait_until(
-                lambda: self.ask("sinfo", "-h", "-p", "low", "-o", "%t %D") == "idle 2", "idle nodes", seconds=60
-            )
+            wait_until(lambda: self.ask("sinfo", "-h", "-p", "low", "-o", "%t %D") == "idle 2", "idle nodes")
         except AssertionError:
             self.__exit__()
             raise
@@ -96,7 +95,7 @@ class Cluster:
             self.daemons.append(subprocess.Popen(words, env=self.environment, stdout=output, stderr=output))
 
     def _configuration(self) -> str:
-        controller, *ports = free_ports(3)
+        controller, *ports = (free_port() for _ in range(3))
         here, place = socket.gethostname(), self.folder
         return f"""ClusterName=test
 SlurmctldHost={here}(127.0.0.1)
@@ -128,15 +127,3 @@ NodeName={NODES} NodeHostname={here} NodeAddr=127.0.0.1 Port={",".join(map(str, 
 PartitionName=low Nodes={NODES} Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes={NODES} PriorityTier=10
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from between import just_before
 from preloaded import Preloaded
+from ranks import free_port
 from waiting import wait_until
 
 from mm_moslora.launch import heartbeat
@@ -166,7 +166,7 @@ cli_app.main()
 )
 def test_a_rank_that_failed_ends_although_the_others_do_not_leave_the_group(how, code, told, python) -> None:
     program = sys.executable if how == "bug" else python.ours  # the first ends as an interpreter does
-    port = str(random.randrange(20_000, 30_000))
+    port = str(free_port())
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     main, other = (
         subprocess.Popen(
@@ -176,7 +176,7 @@ def test_a_rank_that_failed_ends_although_the_others_do_not_leave_the_group(how,
         for rank in "01"
     )  # fmt: skip
     try:
-        out, err = other.communicate(timeout=50)
+        out, err = other.communicate(timeout=200)
     finally:
         for process in (main, other):
             process.kill()

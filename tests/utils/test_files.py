@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from between import just_before
 
 from mm_moslora.utils import files, folder_marks
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
@@ -336,6 +338,13 @@ def test_a_link_to_a_marked_folder_is_not_followed(tmp_path):
     (inside / "link").symlink_to(target)
     files.remove(inside)
     assert (target / "inner" / "a").read_text() == "x"
+
+
+def test_a_folder_that_another_thread_deletes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    folder = marked(tmp_path / "ours")
+    just_before(monkeypatch, Path, "iterdir", lambda: shutil.rmtree(folder), when=lambda path: path == folder)
+    files.remove(folder)
+    assert not folder.exists()
 
 
 def test_the_mark_goes_last(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mm_moslora.utils.errors import ConfigError, EvalError, MissingRequirementError
+from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
@@ -433,18 +434,19 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
     Returns:
         Results that did not replace the older one.
     """
-    merged = {result.key: result for result in read_results(folder)}
-    behind = [
-        result
-        for result in results
-        if (older := merged.get(result.key)) is not None
-        and ((older.scored and not result.scored) or result.counts.incomplete > older.counts.incomplete)
-    ]
-    merged |= {result.key: result for result in results if result not in behind}
-    data = {
-        "format": FORMAT,
-        "scored": {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": environment()},
-        "results": [result.to_dict() for result in merged.values()],
-    }
-    replace_text(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    with lock_file(folder / ".results.lock", wait=True):  # another process may score the same run
+        merged = {result.key: result for result in read_results(folder)}
+        behind = [
+            result
+            for result in results
+            if (older := merged.get(result.key)) is not None
+            and ((older.scored and not result.scored) or result.counts.incomplete > older.counts.incomplete)
+        ]
+        merged |= {result.key: result for result in results if result not in behind}
+        data = {
+            "format": FORMAT,
+            "scored": {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": environment()},
+            "results": [result.to_dict() for result in merged.values()],
+        }
+        replace_text(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     return behind

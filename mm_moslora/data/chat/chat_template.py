@@ -258,8 +258,10 @@ class Template:
         mark = MARK.format("answer")
         return self.render((*roles, "assistant"), [*contents, mark]).partition(mark)[0]
 
-    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        """The messages for the template."""
+    def _messages(
+        self, roles: Sequence[str], contents: Sequence[str], *, as_text: bool | None = None
+    ) -> list[dict[str, Any]]:
+        """The messages for the template; `as_text` is for the arguments of calls, None: as the template takes them."""
         texts, messages = iter(contents), []
         for shape in roles:
             role, data = role_of(shape), data_of(shape)
@@ -269,7 +271,8 @@ class Template:
             else:
                 message["content"] = self.content(kinds_of(shape), texts)
             if role == "assistant" and data:
-                message["tool_calls"] = with_text_arguments(data) if self.arguments_are_text else data
+                as_text = self.arguments_are_text if as_text is None else as_text
+                message["tool_calls"] = with_text_arguments(data) if as_text else data
             messages.append(message)
         return messages
 
@@ -292,10 +295,9 @@ class Template:
     def arguments_are_text(self) -> bool:
         """Whether the template takes the arguments of calls as JSON text only: it joins them to texts (DeepSeek)."""
         shape = ("user", f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}")
-        self.__dict__["arguments_are_text"] = False  # while it is asked
         try:
-            return "'probe_key'" in self.render(shape, ["a", ""])
-        except ConfigError:
+            return "'probe_key'" in self.rendered(self._messages(shape, ["a", ""], as_text=False))
+        except Exception:  # templates may raise any exception
             return True
 
     def generation_prompt(self) -> str:

@@ -110,7 +110,7 @@ class FeatureStore:
         self.counts = StoreCounts()
         self._writers = writers
         self._limit = limit_gib * 2**30
-        self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors"))) if self._limit else 0
+        self._size = 0
         self._full = False
 
     @classmethod
@@ -161,14 +161,17 @@ class FeatureStore:
         except (OSError, SafetensorError) as error:
             self._stop(f"writing fails: {error}")
             return
-        self._size += size * self._writers  # as if every writer adds as much: their files are not counted again
+        self._size += size * self._writers  # as if every writer adds as much, until they are counted
         self.counts.written += 1
 
     def _has_room(self, size: int) -> bool:
+        # Looked up once in 64 pictures: at 4.7 MB each they are 0.3 GB, less than what stays free.
+        looks = self.counts.written % 64 == 0
+        if looks and self._limit:  # other runs may write, too
+            self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors")))
         if self._limit and self._size + size > self._limit:
             self._stop(f"it has reached its limit of {self._limit / 2**30:g} GiB")
-        # Looked up once in 64 pictures: at 4.7 MB each they are 0.3 GB, less than what stays free.
-        elif self.counts.written % 64 == 0 and shutil.disk_usage(self.folder).free < size + _KEPT_FREE:
+        elif looks and shutil.disk_usage(self.folder).free < size + _KEPT_FREE:
             self._stop("less than 1 GiB is free on its disk")
         return not self._full
 

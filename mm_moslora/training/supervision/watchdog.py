@@ -149,8 +149,9 @@ class Watchdog:
         while not self._stop.wait(self.interval):
             self._note_standstill()
             self._say()
-            waited = time.monotonic() - self._since
-            if waited > self._limit:
+            with self._lock:
+                waited, limit = time.monotonic() - self._since, self._limit
+            if waited > limit:
                 self._give_up(
                     f"No progress for {waited:.0f} s at step {self._step} ({self._phase}).",
                     hint=" The limits are train.step_timeout_minutes and train.timeout_minutes.",

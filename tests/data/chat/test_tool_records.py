@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from vlms import FAMILIES
 
 from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, UnrenderedTools
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.records import parse_record
@@ -211,6 +212,19 @@ def test_each_bad_input_is_one_named_fault(value, fault) -> None:
 def test_a_template_that_does_not_write_tools_is_named(name) -> None:
     with pytest.raises(UnrenderedTools, match=r"leaves out (tools|calls of tools) .*; name another template"):
         ConversationEncoder(tokenizer(name)).encode(parsed(RECORD).turns)
+
+
+def test_no_thread_sees_how_calls_are_written_before_it_is_known(monkeypatch) -> None:
+    template, seen = Template(tokenizer("deepseekv3")), []
+    inner = template.rendered
+
+    def rendered(*messages, **settings) -> str:
+        seen.append(vars(template).get("arguments_are_text", "not yet"))
+        return inner(*messages, **settings)
+
+    monkeypatch.setattr(template, "rendered", rendered)
+    assert template.arguments_are_text
+    assert seen == ["not yet"]
 
 
 def test_a_template_that_drops_results_or_texts_beside_calls_is_named() -> None:

@@ -326,7 +326,7 @@ def test_retry_after_is_waited_for_and_holds_back_all_requests(named: str, monke
         model = model_of("anthropic", server.url)
         ask(model)
         ask(model)
-    assert [wait for wait in waits if wait > 100] == pytest.approx([120, 120, 120], abs=2)
+    assert [wait for wait in waits if wait > 100] == pytest.approx([120, 120, 120], abs=15)
 
 
 def test_a_server_that_wants_hours_ends_the_request() -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from between import just_before
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 from mm_moslora_eval.protocol.model_interface import Answer
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
+from mm_moslora_eval.run import result_file
 from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
 from mm_moslora_eval.run.answer_views import view_below
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
@@ -80,6 +82,22 @@ def test_the_report_names_the_search_of_the_protocol(beams: int, words: str, tmp
     )
     eval_commands.run(FakeModel(), [str(tmp_path / "t.yaml")], tmp_path / "run", settings=ONE)
     assert f"generate, {words}, at most 8 new tokens" in write_report(tmp_path / "run").read_text()
+
+
+def test_two_processes_that_score_one_run_keep_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
+    one, other = eval_commands.run(FakeModel(), [f"llava:{data}"], run, modes=("own", "wrong"), settings=ONE)
+    (run / "results.json").unlink()
+    later = threading.Thread(target=result_file.write_results, args=(run, [other]))
+
+    def meanwhile() -> None:
+        later.start()
+        later.join(0.5)  # it waits for the lock; without one it has written by now
+
+    just_before(monkeypatch, result_file, "replace_text", meanwhile, when=lambda *_: True)
+    result_file.write_results(run, [one])
+    later.join()
+    assert {result.key for result in read_results(run)} == {one.key, other.key}
 
 
 def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

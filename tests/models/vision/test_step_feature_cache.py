@@ -144,9 +144,20 @@ def test_beyond_the_limit_nothing_is_added_and_it_is_logged(assembly, tmp_path, 
 
 def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path):
     FeatureStore(tmp_path, "tower").write("ab", torch.zeros(64, 64))
-    size = FeatureStore(tmp_path, "tower", limit_gib=1)._size
     (tmp_path / "tower" / "ab" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    assert FeatureStore(tmp_path, "tower", limit_gib=1)._size == size > 64 * 64 * 4
+    made = FeatureStore(tmp_path, "tower", limit_gib=1)
+    made.write("cd", torch.zeros(64, 64))
+    assert made.counts.written == 1
+    assert made._size > 2 * 64 * 64 * 4
+
+
+def test_what_another_run_writes_counts_towards_the_limit(tmp_path):
+    one, other = (FeatureStore(tmp_path, "tower", limit_gib=96 * 64 * 64 * 4 / 2**30) for _ in range(2))
+    for made in (one, other):
+        for number in range(64):
+            made.write(f"{id(made)}-{number:02}", torch.zeros(64, 64))
+    assert 24 < other.counts.written < 40
+    assert len([*tmp_path.glob("*/*/*.safetensors")]) <= 96
 
 
 def _fill(folder, key, value, repeats):

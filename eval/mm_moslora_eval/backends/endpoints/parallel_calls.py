@@ -41,39 +41,52 @@ def in_parallel(
     taking, stopped = threading.Lock(), threading.Event()
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
 
+    row = 0
+
     def work() -> None:
+        nonlocal row
         while True:
             with taking:
                 taken = None if stopped.is_set() else next(left, None)
             if taken is None:
                 return
+            result: Any = None
+            failure: BaseException | None = None
             try:
-                done.put((taken[0], call(taken[1]), None))
+                result = call(taken[1])
             except BaseException as error:  # handed to the caller
-                if isinstance(error, EvalError):
+                failure = error
+            with taking:  # here, not where results are read: whoever reads may take its time
+                row = 0 if failure is None else row + isinstance(failure, fatal)
+                if failure is not None and row == _HOPELESS_ROW:
+                    failure = _hopeless(failure)
+                if isinstance(failure, EvalError):
                     stopped.set()
-                done.put((taken[0], None, error))
+                done.put((taken[0], result, failure))
 
     for _ in range(min(max(1, workers), len(items))):
         threading.Thread(target=work, name="endpoint", daemon=True).start()
-    failure: Exception | None = None
-    row = 0
+    last: Exception | None = None
     try:
         for _ in items:
             number, result, error = done.get()
             if error is None:
-                row = 0
                 yield number, result
             elif isinstance(error, EvalError) or not isinstance(error, Exception):
                 raise error
             else:
-                failure, row = error, row + isinstance(error, fatal)
-                if row == _HOPELESS_ROW:
-                    raise EvalError(
-                        f"{row} requests in a row failed, so nothing more is asked. The last one: {error}. What was "
-                        "answered is kept: mend the server (or change --timeout and --attempts), then run this again."
-                    ) from error
+                last = error
     finally:
         stopped.set()
-    if failure is not None:
-        raise failure
+    if last is not None:
+        raise last
+
+
+def _hopeless(last: BaseException) -> EvalError:
+    """What a row of failures ends with."""
+    error = EvalError(
+        f"{_HOPELESS_ROW} requests in a row failed, so nothing more is asked. The last one: {last}. What was answered "
+        "is kept: mend the server (or change --timeout and --attempts), then run this again."
+    )
+    error.__cause__ = last
+    return error

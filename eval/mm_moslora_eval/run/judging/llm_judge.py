@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -71,7 +71,8 @@ class Judge:
     Args:
         endpoint: what answers its prompts.
         cache: folder of the replies.
-        budget_tokens: most tokens (prompt and completion) used by this process; None: no limit.
+        budget_tokens: tokens (prompt and completion) of this process from which nothing more is asked, so that requests
+            under way may exceed it; None: no limit.
         thinking_tokens: tokens of a reply besides those of its own form, for judges that think first.
         graded: file of graded answers, see `judge_check`; None: that of the task.
         least_agreement: share of them with which the judge must agree.
@@ -95,6 +96,7 @@ class Judge:
         self.cached = self.unreadable = 0
         self.last_unreadable = ""
         self._counting = threading.Lock()
+        self._asking: dict[Path, threading.Lock] = {}
         make_subfolder(cache)
 
     def ask(self, prompt: str, read: Callable[[str], _T | None], *, max_tokens: int) -> tuple[_T, str] | None:
@@ -118,19 +120,31 @@ class Judge:
             {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
             for temperature in (_TEMPERATURES[:1] if getattr(self.endpoint, "greedy", False) else _TEMPERATURES)
         ]
-        endpoint = {"url": self.endpoint.url, "model": self.endpoint.model}
-        cache_files = [self._cache / f"{digest(endpoint | {'request': request})}.json" for request in requests]
+        server = {"url": self.endpoint.url, "model": self.endpoint.model}
+        cache_files = [self._cache / f"{digest(server | {'request': request})}.json" for request in requests]
+        with self._counting:
+            asking = self._asking.setdefault(cache_files[0], threading.Lock())
+        with asking:  # of equal prompts at one time one is asked, and the others find its reply
+            return self._cached(cache_files, read) or self._asked(requests, cache_files, read)
+
+    def _cached(self, cache_files: Sequence[Path], read: Callable[[str], _T | None]) -> tuple[_T, str] | None:
         for cache_file in cache_files:
             value = _read(_cached_reply(cache_file), read)
             if value is not None:
                 with self._counting:
                     self.cached += 1
                 return value
+        return None
+
+    def _asked(
+        self, requests: Sequence[dict[str, Any]], cache_files: Sequence[Path], read: Callable[[str], _T | None]
+    ) -> tuple[_T, str] | None:
+        server = {"url": redact_text(self.endpoint.url), "model": self.endpoint.model}
         for cache_file, request in zip(cache_files, requests, strict=True):
             text = self._request(request)
             value = _read(text, read)
             if value is not None:
-                stored = endpoint | {"url": redact_text(self.endpoint.url), "request": request, "reply": text}
+                stored = server | {"request": request, "reply": text}
                 replace_text(cache_file, json.dumps(stored, indent=2) + "\n")  # half a surrogate pair is no UTF-8
                 return value
             with self._counting:
