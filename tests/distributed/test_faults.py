@@ -121,7 +121,7 @@ def test_the_end_of_a_run_whose_main_rank_was_killed_is_recorded_by_the_other(pa
 def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tmp_path):
     recipe = make_recipe(parts, tmp_path / "run", "zero2")
     group = ranks.start(["faults:while_starting", str(rank), place, "train", write(recipe)])
-    ranks.finish(group, limit=120)
+    ranks.finish(group)
     said = group.output(1 - rank)
     assert group.codes[rank] == -signal.SIGKILL
     assert group.codes[1 - rank] in (1, watchdog.EXIT_HANG), said
@@ -141,7 +141,7 @@ def test_a_rank_that_cannot_join_says_where_it_tried_and_what_to_look_at(parts, 
     recipe = make_recipe(parts, tmp_path / "run", "zero2")
     place = "torch.distributed.distributed_c10d:_new_process_group_helper"  # rank 0 listens by then
     group = ranks.start(["faults:while_starting", "0", place, "train", write(recipe)])
-    ranks.finish(group, limit=120)
+    ranks.finish(group)
     assert group.codes == [-signal.SIGKILL, 1], group.outputs
     assert re.search(
         r"Rank 1 of 2 could not join the others at 127\.0\.0\.1:\d+, where rank 0 listens", group.output(1)

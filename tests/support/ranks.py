@@ -107,8 +107,9 @@ class Ranks:
 
         while not select.select([self.process.stdout], [], [], 0.2)[0]:
             if time.monotonic() > deadline:
+                outputs = group.outputs  # what they say once others are killed would mislead
                 self._abandon(group)
-                raise AssertionError(f"The ranks took more than {limit} s.\n{group.outputs}")
+                raise AssertionError(f"The ranks took more than {limit} s.\n{outputs}")
         group.statuses = {int(pid): status for pid, status in self._read()["statuses"].items()}
         self.unfinished = None
         return group
