@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import gc
 import logging
 import sys
@@ -18,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hypothesis
 import pytest
 from preloaded import Preloaded
 from tiny import make_language, make_records, make_vision
@@ -26,8 +26,14 @@ from tiny import make_language, make_records, make_vision
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
-hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("suite")  # tests share the machine: an example may take any time
+with contextlib.suppress(ModuleNotFoundError):  # a GPU machine may lack it
+    import hypothesis
+
+    # Tests share the machine: an example may take any time.
+    hypothesis.settings.register_profile(
+        "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("suite")
 gc.disable()  # until the tests are imported: what is imported stays
 
 LONGEST = (
