@@ -301,7 +301,9 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
     Raises:
         AdapterError: the model does not take the adapter of an arm, so every run of it would fail.
     """
-    sizes = {arm.name: _size(arm, arm.apply(recipe)) for arm in arms}
+    sizes = {}
+    for arm in arms:
+        sizes[arm.name], *_ = [_size(way, way.apply(recipe)) for way in arm.ways]
     own, _ = sizes[reference]
     lines = []
     for arm in arms:

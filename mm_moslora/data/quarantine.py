@@ -72,7 +72,7 @@ class Quarantine:
                 return
             if self._late is not None and write:
                 self._late.add(line)  # one write, so that lines of ranks do not mix
-        self._check_share()
+            self._check_share()
 
     def close(self) -> None:
         """Write the bad records found so far; called when the data set is built.

@@ -308,13 +308,14 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
     with contextlib.suppress(OSError):  # an empty folder
         folder.rmdir()
         return
-    with contextlib.suppress(OSError):  # another thread or process may be deleting it, too
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another thread or process may delete it, too
         for item in folder.iterdir():
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item, ignore_errors=True)
             elif item.name != mark:
                 with contextlib.suppress(OSError):
                     item.unlink()
+    with contextlib.suppress(OSError):
         sync(folder)  # before the mark is deleted: files that a power loss restores must still be marked
         if {item.name for item in folder.iterdir()} <= {mark}:
             (folder / mark).unlink(missing_ok=True)

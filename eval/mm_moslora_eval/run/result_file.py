@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -424,6 +424,14 @@ def read_results(folder: Path) -> list[TaskResult]:
     return results
 
 
+def _alone(folder: Path) -> AbstractContextManager[object]:
+    """Hold the run's results, which another process may score, too; nothing is held where locks cannot be had."""
+    try:
+        return lock_file(folder / ".results.lock", wait=True)
+    except (OSError, ConfigError):
+        return nullcontext()
+
+
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
     """Merge results into the run's `results.json` (atomically).
 
@@ -434,7 +442,7 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
     Returns:
         Results that did not replace the older one.
     """
-    with lock_file(folder / ".results.lock", wait=True):  # another process may score the same run
+    with _alone(folder):
         merged = {result.key: result for result in read_results(folder)}
         behind = [
             result

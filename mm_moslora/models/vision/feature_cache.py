@@ -100,7 +100,8 @@ class FeatureStore:
     Args:
         folder: of all towers.
         tower: from `tower_hash`.
-        limit_gib: size of this tower's folder beyond which nothing is added; 0: no limit but the disk's.
+        limit_gib: size of this tower's folder beyond which nothing is added; 0: no limit but the disk's. Of runs at one
+            time each may exceed it by what it writes between two looks: 64 pictures, or a sixteenth of the files.
         writers: number of processes that add to it at the same time.
     """
 
@@ -110,7 +111,7 @@ class FeatureStore:
         self.counts = StoreCounts()
         self._writers = writers
         self._limit = limit_gib * 2**30
-        self._size = 0
+        self._size = self._next_look = 0
         self._full = False
 
     @classmethod
@@ -167,8 +168,9 @@ class FeatureStore:
     def _has_room(self, size: int) -> bool:
         # Looked up once in 64 pictures: at 4.7 MB each they are 0.3 GB, less than what stays free.
         looks = self.counts.written % 64 == 0
-        if looks and self._limit:  # other runs may write, too
-            self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors")))
+        if self._limit and self.counts.written >= self._next_look:  # other runs may write, too
+            sizes = [*map(_size_of, self.folder.glob("*/*.safetensors"))]
+            self._size, self._next_look = sum(sizes), self.counts.written + max(64, len(sizes) // 16)
         if self._limit and self._size + size > self._limit:
             self._stop(f"it has reached its limit of {self._limit / 2**30:g} GiB")
         elif looks and shutil.disk_usage(self.folder).free < size + _KEPT_FREE:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 from between import just_before
@@ -98,6 +101,15 @@ def test_two_processes_that_score_one_run_keep_both_results(tmp_path: Path, monk
     result_file.write_results(run, [one])
     later.join()
     assert {result.key for result in read_results(run)} == {one.key, other.key}
+
+
+def test_results_are_written_where_no_lock_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
+    _, (result,) = asked(run, data)
+    (run / "results.json").unlink()
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    result_file.write_results(run, [result])
+    assert [item.key for item in read_results(run)] == [result.key]
 
 
 def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import GRADERS
 from mm_moslora_eval.run.judging.judged_scores import MOST_UNREADABLE
-from mm_moslora_eval.run.judging.llm_judge import Judge
+from mm_moslora_eval.run.judging.llm_judge import BudgetError, Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.run_claim import open_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task
@@ -327,6 +327,14 @@ def test_a_judge_that_is_down_is_not_asked_to_the_end(fault: Any, tmp_path: Path
     assert eval_commands.exit_code([result]) == 3
     with serve(lambda _: "0.5") as server:
         assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == 0.5
+
+
+def test_what_ends_the_grading_is_told_also_after_failures() -> None:
+    def ask(number: int) -> None:
+        raise RuntimeError("no") if number < 3 else BudgetError("the budget")
+
+    with pytest.raises(BudgetError, match="^the budget$"):
+        list(in_parallel(ask, range(9), workers=1, fatal=Exception))
 
 
 def test_of_equal_prompts_at_one_time_one_is_asked(tmp_path: Path) -> None:

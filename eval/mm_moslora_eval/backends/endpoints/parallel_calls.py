@@ -58,7 +58,7 @@ def in_parallel(
                 failure = error
             with taking:  # here, not where results are read: whoever reads may take its time
                 row = 0 if failure is None else row + isinstance(failure, fatal)
-                if failure is not None and row == _HOPELESS_ROW:
+                if failure is not None and row == _HOPELESS_ROW and not isinstance(failure, EvalError):
                     failure = _hopeless(failure)
                 if isinstance(failure, EvalError):
                     stopped.set()

@@ -2,7 +2,7 @@
 
 A reply is data from a service: it counts only if it can be read in the form that the prompt asks for. Such replies are
 cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens are counted,
-and grading stops before the budget is exceeded.
+and nothing more is asked once the budget is used up.
 """
 
 from __future__ import annotations
