@@ -333,7 +333,7 @@ def test_what_ends_the_grading_is_told_also_after_failures() -> None:
     def ask(number: int) -> None:
         raise RuntimeError("no") if number < 3 else BudgetError("the budget")
 
-    with pytest.raises(BudgetError, match="^the budget$"):
+    with pytest.raises(BudgetError, match=r"^the budget$"):
         list(in_parallel(ask, range(9), workers=1, fatal=Exception))
 
 
