@@ -163,10 +163,9 @@ def _built(config: ModelConfig, adapter: AdapterConfig, *, dtype: torch.dtype, p
 
 def _by_number(config: ModelConfig, adapter: AdapterConfig) -> bool:
     """Whether a recipe may name layers by their numbers, so that layers of the same shapes are not alike."""
-    patterns = (adapter.rank_pattern, adapter.alpha_pattern, adapter.mixer_pattern)
-    named = [adapter.targets, adapter.target_parameters, adapter.peft, *map(list, patterns)]
-    whole = config.language_mode == "last_n" or adapter.weights is not None
-    return whole or bool(re.search(r"\d", str(named)))
+    patterns = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.mixer_pattern]
+    named = re.search(r"\d", f"{adapter.targets} {adapter.target_parameters} {adapter.peft} {patterns}")
+    return config.language_mode == "last_n" or adapter.weights is not None or bool(named)
 
 
 def _runs(model: PreTrainedModel) -> tuple[list[int], Exception | None]:
