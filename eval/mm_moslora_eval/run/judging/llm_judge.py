@@ -125,9 +125,9 @@ class Judge:
         with self._counting:
             asking = self._asking.setdefault(cache_files[0], threading.Lock())
         with asking:  # of equal prompts at one time one is asked, and the others find its reply
-            return self._cached(cache_files, read) or self._asked(requests, cache_files, read)
+            return self._from_cache(cache_files, read) or self._from_service(requests, cache_files, read)
 
-    def _cached(self, cache_files: Sequence[Path], read: Callable[[str], _T | None]) -> tuple[_T, str] | None:
+    def _from_cache(self, cache_files: Sequence[Path], read: Callable[[str], _T | None]) -> tuple[_T, str] | None:
         for cache_file in cache_files:
             value = _read(_cached_reply(cache_file), read)
             if value is not None:
@@ -136,7 +136,7 @@ class Judge:
                 return value
         return None
 
-    def _asked(
+    def _from_service(
         self, requests: Sequence[dict[str, Any]], cache_files: Sequence[Path], read: Callable[[str], _T | None]
     ) -> tuple[_T, str] | None:
         server = {"url": redact_text(self.endpoint.url), "model": self.endpoint.model}
