@@ -14,9 +14,10 @@ import signal
 import socket
 import time
 from contextlib import chdir
+from pathlib import Path
 from typing import Any
 
-from mm_moslora.launch.child_processes import kill_tree, terminate
+from mm_moslora.launch.child_processes import kill_tree, output_of, python_words, terminate
 from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Job, JobEngine, ProcessEngine, close, start_process
 from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.utils.errors import ConfigError, reason_of
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
 """Seconds between two polls of a process, to reach the cluster, and until a network file system shows an output."""
+_CONNECT, _CONNECTED = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=40)", 120.0
+"""A program that connects to a cluster and ends, and its limit in seconds: Ray itself tries for a quarter of an hour
+where a cluster is gone whose address is left, and cannot be interrupted."""
 _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
@@ -62,12 +66,18 @@ class RayEngine:
             raise ConfigError(f"--ray needs Ray: {install_extra('ray')}") from error
         _require_listener(address)
         try:
-            with chdir("/"):  # Ray puts the working folder first on its workers' module path
+            root = Path("/")  # Ray puts the working folder first on its workers' module path
+            tried = output_of(python_words("-c", _CONNECT, address), seconds=_CONNECTED, cwd=root)
+            if tried.returncode:
+                raise ConnectionError((tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1])
+            with chdir(root):
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            late = isinstance(error, TimeoutError)
+            why = f"not within {_CONNECTED:g} seconds" if late else reason_of(error)
             raise ConfigError(
-                f"--ray {address}: no Ray cluster answers there ({reason_of(error)}). Start one with `ray "
-                "start --head`, and this command on one of its nodes."
+                f"--ray {address}: no Ray cluster answers there ({why}). Start one with `ray "
+                "start --head` and this command on one of its nodes, or give HOST:PORT of one that runs."
             ) from error
         self._ray = ray
         self._task = ray.remote(_run_on_node)

@@ -88,6 +88,7 @@ def test_a_lost_node_a_failing_job_and_a_stop(cluster, tmp_path: Path, monkeypat
 
     stopped = job(tmp_path, "saves", "stopped")
     ready = tmp_path / "stopped" / "ready"
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # else the latest cluster of the machine, maybe another test's
     assert ends([stopped, job(tmp_path, "works", "queued")], RayEngine("auto"), stop=ready.exists) == ({}, {})
     assert (tmp_path / "stopped" / "saved").exists(), "it was not asked to save"
     assert not (tmp_path / "queued" / "starts").exists()
@@ -151,6 +152,10 @@ def test_an_address_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_TMPDIR", "/nonexistent")
     with pytest.raises(ConfigError, match="--ray nowhere: no Ray cluster answers there"):
         RayEngine("nowhere")
+    monkeypatch.setattr(ray_engine, "_CONNECTED", 5.0)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")  # as a lost cluster leaves it
+    with pytest.raises(ConfigError, match=r"--ray auto: no Ray cluster answers there \(not within 5 seconds\)"):
+        RayEngine("auto")
     assert time.monotonic() - began < 60
 
 
