@@ -248,6 +248,9 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
                     f"{path} names the data file {ascii(str(file))[:200]}, which is not one of its own files. Correct "
                     "`data_files` in its README.md, or do not use it."
                 )
+        if Path(path).is_dir():  # else its rows are stored, and found again, under its name and its README's text alone
+            files = {str(split): [*map(glob.escape, own)] for split, own in (builder.config.data_files or {}).items()}
+            options["data_files"] = files or None
     return datasets.load_dataset(path, streaming=streaming, **options)
 
 
@@ -362,8 +365,10 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
 
     assert config.limit is not None, "checked by SourceConfig"
     arguments = _arguments(config, name)
-    files = [Path(item) for item in next(iter(arguments.get("data_files", {"": []}).values()))]
-    state = [(item.stat().st_size, item.stat().st_mtime_ns) for item in files]
+    files = map(Path, next(iter(arguments["data_files"].values()))) if "data_files" in arguments else (
+        item for item in Path(config.path).rglob("*") if item.is_file()
+    )  # fmt: skip
+    state = sorted((str(item), item.stat().st_size, item.stat().st_mtime_ns) for item in files)
     key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,25 @@ class TestTables:
             monkeypatch.setattr(datasets, "load_dataset", None)
             assert len(open_source(SourceConfig(path=str(path), **options))) == 4
 
+    @pytest.mark.parametrize("options", [{}, {"streaming": True, "limit": 1, "limit_by": "first"}])
+    def test_a_folder_whose_readme_lists_files_is_known_by_them(self, tmp_path: Path, monkeypatch, options) -> None:
+        """Not by its name and README, by which `datasets` stores its rows."""
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        readme = "---\nconfigs:\n- config_name: a\n  data_files: '*.csv'\n  sep: ';'\n---\n"
+        fingerprints = []
+        for place, answer in (("p", "first"), ("p", "changed"), ("q", "first")):
+            folder = tmp_path / place / "folder"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(readme)
+            (folder / "some[1].csv").write_text(f"question;answer\nq;{answer}\n")
+            source = open_source(SourceConfig(path=str(folder), **options))
+            assert source[0].turns[1].text == answer
+            fingerprints.append(source.fingerprint())
+        assert fingerprints[0] != fingerprints[1]
+
     def test_content_parts_and_lists_of_images(self, tmp_path: Path) -> None:
         import datasets
 
