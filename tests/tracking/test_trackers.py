@@ -10,12 +10,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from waiting import wait_until
 
 from mm_moslora.config import TrackConfig
 from mm_moslora.tracking import JsonlTracker, SampleAnswer, Trackers, build_trackers, read_metrics
@@ -177,6 +179,8 @@ def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Pat
             tracker.log({"loss": float(step), "validation_loss": 0.5, "lr/mixer": 1e-4}, step)
         tracker.log_samples("answers", [sample], 6)
         tracker.finish()
+        ended = int(time.time())  # readers order the files of one second by process and count, as texts
+        wait_until(lambda ended=ended: int(time.time()) > ended)
     reader = EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
