@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache, partial, wraps
 from importlib import metadata
@@ -178,8 +179,14 @@ class NamedParts(Mapping[str, F], Generic[F]):
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _points(self) -> dict[str, metadata.EntryPoint]:
-        return {point.name: point for point in metadata.entry_points(group=self._group)}
+    def _points(self) -> Mapping[str, metadata.EntryPoint]:
+        return _points_of(self._group, tuple(sys.path))
+
+
+@lru_cache(maxsize=64)
+def _points_of(group: str, path: tuple[str, ...]) -> Mapping[str, metadata.EntryPoint]:
+    """Entry points of the packages on the path: a search opens a file of each of them."""
+    return {point.name: point for point in metadata.entry_points(group=group)}
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
