@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,23 @@ def render_page(
         styles: names of the style sheets.
         show: see `printable`.
     """
-    environment = Environment(
-        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: printable(value, show),
-    )  # fmt: skip
-    environment.filters.update(filters)
+    environment = _environment(package, tuple(filters.items()), show)
     style, script = "".join(asset(name, package) for name in styles), asset("report.js", package)
     return environment.get_template(template).render(
         style=Markup(style), script=Markup(script),  # noqa: S704  (shipped with the package)
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), **context,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _environment(package: str, filters: tuple[tuple[str, Any], ...], show: Callable[[str], str]) -> Environment:
+    """It keeps the templates that it has compiled."""
+    environment = Environment(
+        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: printable(value, show),
+    )  # fmt: skip
+    environment.filters.update(filters)
+    return environment
 
 
 def write_page(out: Path, page: Callable[[], str]) -> Path:

@@ -159,10 +159,11 @@ def _render(template: str, **context: Any) -> str:
         "score": format_score, "measured": _format_measured, "short": _short, "named": score_text,
         "amount": amount_text,
     }  # fmt: skip
-    return render_page(
-        template, context, filters=filters, package="mm_moslora_eval.report",
-        show=lambda text: redact_text(visible(text), keep_hashes=True),
-    )  # fmt: skip
+    return render_page(template, context, filters=filters, package="mm_moslora_eval.report", show=_shown)
+
+
+def _shown(text: str) -> str:
+    return redact_text(visible(text), keep_hashes=True)
 
 
 def _short(text: str | None) -> str:
