@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and processes of the tests have it from here; it goes with this one
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+):  # workers and processes of the tests have it from here; it goes with this one
     PREPARED = tempfile.TemporaryDirectory(prefix="prepared-")
     os.environ["HF_DATASETS_CACHE"] = PREPARED.name
 

@@ -198,12 +198,7 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
         MoSLoRAError: the run failed; its outcome says so, too.
     """
     run = CellRun.read(folder, name)
-    try:
-        lock = lock_file(run.run_folder / ".cell.lock", wait=False)
-    except BlockingIOError:
-        logger.info("Another process runs %s; waiting for its end.", name)
-        lock = lock_file(run.run_folder / ".cell.lock", wait=True)
-    with lock, chdir(run.start):
+    with lock_file(run.run_folder / ".cell.lock", wait=True), chdir(run.start):
         earlier = read_outcome(run.run_folder)
         if earlier is not None and earlier.status != "failed":
             require_same_recipe(run.run_folder, earlier, run.recipe)

@@ -29,9 +29,12 @@ logger = logging.getLogger(__name__)
 
 _PAUSE, _SECONDS, _SEEN_LATE = 0.2, 10.0, 90.0
 """Seconds between two polls of a process, to reach the cluster, and until a network file system shows an output."""
-_CONNECT, _CONNECTED = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=40)", 120.0
-"""A program that connects to a cluster and ends, and its limit in seconds: Ray itself tries for a quarter of an hour
-where a cluster is gone whose address is left, and cannot be interrupted."""
+_CONNECT, _CONNECTED = (
+    "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level=40);"
+    "print(ray.get_runtime_context().gcs_address)"
+), 120.0  # fmt: skip
+"""A program that connects to a cluster and prints its address, and its limit in seconds: Ray itself tries for a
+quarter of an hour where a cluster is gone whose address is left, and cannot be interrupted."""
 _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 """Ray kills its workers when this process is gone, but not their jobs then, which see it and save (`start_tied`)."""
 
@@ -70,8 +73,9 @@ class RayEngine:
             tried = output_of(python_words("-c", _CONNECT, address), seconds=_CONNECTED, cwd=root)
             if tried.returncode:
                 raise ConnectionError((tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1])
+            found = address if "://" in address else tried.stdout.split()[-1]  # `auto` may lead elsewhere by now
             with chdir(root):
-                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
+                ray.init(found, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _OUTLIVES})
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             late = isinstance(error, TimeoutError)
             why = f"not within {_CONNECTED:g} seconds" if late else reason_of(error)

@@ -126,7 +126,7 @@ def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
         )
         return [
             *python_words("-m", "deepspeed.launcher.runner", python=topology.python),
-            "--master_port", str(_free_port()), "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
+            "--master_port", str(_master_port()), "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
         ]  # fmt: skip
     rank = python_words("-u", "-m", "mm_moslora", *arguments, python=topology.python)
     # torchrun would start `python -m` without -P, and a container may drop PYTHONSAFEPATH.
@@ -155,10 +155,13 @@ def _local_processes(topology: Topology) -> int:
     return topology.nproc or max(1, accelerators())
 
 
-def _free_port() -> int:
-    """$MASTER_PORT, or a port below the ephemeral ones of Linux, so that it stays free until rank 0 listens there."""
-    if port := whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT):
-        return port
+def _master_port() -> int:
+    """$MASTER_PORT, or a free one."""
+    return whole_number(os.environ, "MASTER_PORT", 0, least=1, most=LARGEST_PORT) or free_port()
+
+
+def free_port() -> int:
+    """A port of this machine below the ephemeral ones of Linux, so that it stays free until somebody listens there."""
     while True:
         port = random.randrange(15000, 32768)
         with socket.socket() as probe:

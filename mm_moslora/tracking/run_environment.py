@@ -81,7 +81,9 @@ def _hash(text: str) -> str | None:
 def _is_changed() -> bool | None:
     """Whether files of the checkout differ from its commit; None where git does not answer."""
     try:
-        done = output_of(["git", "-C", CHECKOUT, "status", "--porcelain", "--untracked-files=no"], seconds=10)
+        done = output_of(  # a lock of the index would refuse a commit meanwhile
+            ["git", "--no-optional-locks", "-C", CHECKOUT, "status", "--porcelain", "--untracked-files=no"], seconds=10
+        )
     except OSError:
         return None
     return bool(done.stdout.strip()) if done.returncode == 0 else None

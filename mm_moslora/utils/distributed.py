@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,10 +28,14 @@ from mm_moslora.utils.errors import DistributedError
 from mm_moslora.utils.hardware import let_segments_grow
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKEND = "MM_MOSLORA_BACKEND"
 """Environment variable: another backend of torch.distributed, such as `gloo`, with which ranks may share a GPU."""
+
+_SILENT_SECONDS = 60.0
+"""Until a rank says that it waits for the others."""
 
 LONE_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables with the number of processes that srun or mpirun started; none of them sets RANK."""
@@ -157,6 +162,9 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     record_flight()
     if world_size() == 1:  # no process group is needed, so no port is opened and no child inherits an address
         more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
+    told = threading.Timer(_SILENT_SECONDS, _say_that_it_waits, [timeout_minutes])
+    told.daemon = True
+    told.start()
     try:
         dist.init_process_group(chosen, timeout=timedelta(minutes=timeout_minutes), **more)
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -171,7 +179,14 @@ def join(*, timeout_minutes: float = 30.0) -> None:
             f"{os.environ.get('MASTER_PORT')}, where rank 0 listens ({error}). Check that every rank was started, that "
             f"none has ended (its output says why), and that the port is free.{hint}"
         ) from error
+    finally:
+        told.cancel()
     atexit.register(_leave)
+
+
+def _say_that_it_waits(minutes: float) -> None:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    logger.warning("Rank %d of %d waits for the others at %s, up to %g minutes.", rank(), world_size(), place, minutes)
 
 
 def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The kernel frees a lock when its process ends, however it ends.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from mm_moslora.utils.files import building, discard, open_in_place
 from mm_moslora.utils.folder_marks import MARK, in_construction, refuse_full_folder
+
+logger = logging.getLogger(__name__)
 
 _descriptors: set[int] = set()
 """Descriptors of the files that this process has locked or waits to lock."""
@@ -23,7 +26,7 @@ def lock_file(path: Path, *, wait: bool) -> AbstractContextManager[int]:
 
     Args:
         path: the file; created if missing. Its content is kept.
-        wait: whether to wait for another holder.
+        wait: whether to wait for another holder, which a line of the log says.
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is false.
@@ -33,7 +36,13 @@ def lock_file(path: Path, *, wait: bool) -> AbstractContextManager[int]:
     descriptor = open_in_place(path, os.O_RDWR)
     _descriptors.add(descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            logger.info("Waiting for another process, which holds %s.", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except BaseException:
         _free(descriptor)
         raise

@@ -20,6 +20,7 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import random
 import socket
 import subprocess
@@ -218,10 +219,11 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
         process = subprocess.Popen([sys.executable, __file__, "--serve", folder], stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
-            run = Attack(int(process.stdout.readline()), seed)
+            port, server = map(int, process.stdout.readline().split())
+            run = Attack(port, seed)
             run.wait_for_start()
             run._send(run.bodies["an ordinary request"])
-            before = memory_mib(process.pid)
+            before = memory_mib(server)
             works = [lambda number=number: run.client(number) for number in range(clients)]
             threads = [threading.Thread(target=work) for work in (*works, run.ask_health, run.ask_ordinary)]
             for thread in threads:
@@ -234,7 +236,7 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
             while (left := run.metric("bodies_bytes") + run.metric("pictures_bytes")) and time.monotonic() < deadline:
                 time.sleep(0.2)
             after = run._send(run.bodies["an ordinary request"])
-            most = memory_mib(process.pid, "VmHWM")
+            most = memory_mib(server, "VmHWM")
         finally:
             process.terminate()
             process.wait(60)
@@ -259,7 +261,7 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
 
 
 def serve(folder: Path) -> None:
-    """The server's process: print its port, and run until it is stopped."""
+    """The server's process: print its port and number, and run until it is stopped."""
     import logging
 
     import torch
@@ -275,7 +277,7 @@ def serve(folder: Path) -> None:
     sockets = bound("127.0.0.1", 0)
     engine = GenerationEngine(tiny_models(folder, longest=8192), limits)
     app = create_app(engine, limits)
-    print(sockets[0].getsockname()[1], flush=True)
+    print(sockets[0].getsockname()[1], os.getpid(), flush=True)
     run_app(app, sockets, limits=limits, end=engine.stop)
 
 

@@ -56,9 +56,8 @@ def words(recipe: Path, records: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(
-            [str(CHECKOUT), str(CHECKOUT / "eval")]
-        ),
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{CHECKOUT}{os.pathsep}{CHECKOUT / 'eval'}",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
 

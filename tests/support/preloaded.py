@@ -192,8 +192,8 @@ def _answer(number: int) -> None:
             return
         if listener in ready:
             connection, _ = listener.accept()
-            process = _start(connection, [listener.fileno(), *started])
-            started |= dict.fromkeys((os.pidfd_open(process), connection.fileno()), (process, connection))
+            if process := _start(connection, [listener.fileno(), *started]):
+                started |= dict.fromkeys((os.pidfd_open(process), connection.fileno()), (process, connection))
         for file in ready:
             if file in started:
                 _hand_on(file, started)
@@ -218,11 +218,16 @@ def _hand_on(file: int, started: dict[int, tuple[int, socket.socket]]) -> None:
 
 
 def _start(connection: socket.socket, others: list[int]) -> int:
-    """Fork what is asked for; gives the number of the process."""
+    """Fork what is asked for; gives the number of the process, 0 where the command was killed before it had asked."""
     head, files, _, _ = socket.recv_fds(connection, 4, 250)
     content, size = b"", int.from_bytes(head, "little")
-    while len(content) < size:
-        content += connection.recv(size - len(content))
+    while part := connection.recv(size - len(content)):
+        content += part
+    if not head or len(content) < size:
+        connection.close()
+        for file in files:
+            os.close(file)
+        return 0
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has its own
     process = os.fork()
     if process == 0:

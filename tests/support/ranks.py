@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -115,9 +114,13 @@ class Ranks:
         return group
 
     def _abandon(self, group: Group) -> None:
+        import psutil
+
         for pid in group.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.ppid() == self.process.pid:  # else another process, which has the number now
+                    process.kill()
         self._read()
         self.unfinished = None
 

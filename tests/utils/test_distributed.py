@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import wait_until
 
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
@@ -127,3 +128,12 @@ def test_a_gpu_that_this_pytorch_does_not_run_on_is_named(monkeypatch):
     monkeypatch.setattr(distributed, "gpu_in_words", lambda: "Tesla K80, 12 GiB, compute capability 3.7")
     with pytest.raises(DistributedError, match=r"Tesla K80.*3\.7 does not run PyTorch.*no kernel image.*sm_75, sm_90"):
         distributed._try_gpu(torch.device("cuda", 0))
+
+
+def test_a_rank_that_waits_for_the_others_says_where(group, monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "_SILENT_SECONDS", 0.01)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: wait_until(lambda: caplog.messages))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "other", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.join(timeout_minutes=2)
+    assert caplog.messages == ["Rank 1 of 2 waits for the others at other:29500, up to 2 minutes."]

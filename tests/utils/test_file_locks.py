@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from mm_moslora.utils.file_locks import lock_file
 
@@ -21,6 +23,22 @@ def test_one_holder_at_a_time_and_the_file_keeps_its_text(tmp_path: Path) -> Non
     with lock_file(path, wait=True):
         pass
     assert path.read_text() == "kept\n"
+
+
+def test_waiting_for_another_holder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mm_moslora")
+
+    def wait() -> None:
+        with lock_file(tmp_path / "lock", wait=True):
+            pass
+
+    with lock_file(tmp_path / "lock", wait=True):
+        assert not caplog.messages
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        wait_until(lambda: caplog.messages)
+    waiting.join()
+    assert caplog.messages == [f"Waiting for another process, which holds {tmp_path / 'lock'}."]
 
 
 def test_a_process_that_outlives_its_parents_lock_does_not_keep_it(tmp_path: Path) -> None:

@@ -130,7 +130,13 @@ class Endpoint:
                 if error.wait is not None:
                     self.limit.pause(error.wait)
                 # Jitter spreads the retries of parallel requests.
-                time.sleep(error.wait if error.wait is not None else min(_MOST_WAIT, wait * random.uniform(0.75, 1.25)))
+                pause = error.wait if error.wait is not None else min(_MOST_WAIT, wait * random.uniform(0.75, 1.25))
+                if self.usage.begins_to_fail():
+                    logger.warning(
+                        "%s: %s. Asking again in %.0f s; each request is tried %d times, for up to %g s.",
+                        self.url, error, pause, self.attempts, self.timeout,
+                    )  # fmt: skip
+                time.sleep(pause)
                 wait *= 2
             else:
                 self.usage.add(reply, retries=attempt)

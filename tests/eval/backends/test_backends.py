@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 import shutil
 import socket
 import threading
@@ -282,7 +283,9 @@ def test_endpoint_that_is_not_there_ends_the_run_at_once(host: str, monkeypatch:
     assert waits == []
 
 
-def test_an_endpoint_that_stops_answering_is_retried_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_stops_answering_is_retried_and_then_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     waits: list[float] = []
     with serve(lambda _: "yes") as server:
         model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3))
@@ -291,6 +294,8 @@ def test_an_endpoint_that_stops_answering_is_retried_and_then_ends_the_run(monke
     with pytest.raises(EvalError, match="No server answers"):
         list(model.generate(QUESTIONS[:1], batch_size=1))
     assert len(waits) == 2
+    (told,) = caplog.messages
+    assert re.fullmatch(r"http\S+: \[Errno \d+\] Connection refused\. Asking again in \d+ s; .* 3 times, .*", told)
 
 
 def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> None:

@@ -227,6 +227,6 @@ def test_another_server_at_the_port_is_not_taken_for_it(started: Path, export: P
 
     with serve(lambda _: "no") as other:
         port = int(other.url.rpartition(":")[2].removesuffix("/v1"))
-        monkeypatch.setattr(vllm_server, "_free_port", lambda: port)
+        monkeypatch.setattr(vllm_server, "free_port", lambda: port)
         with pytest.raises(EvalError, match=r"ended before it was ready[\s\S]*in use"):
             VllmModel(export, service=ServiceSettings())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_a_metric_that_fails_on_everything_gives_no_score(question_file: Path, t
     assert not any(result.scored for result in results)
     assert "failed on every answer" in results[0].about["unscored"]
     assert "expected a number from 0 to 1" in results[0].remarks[0]
+
+
+def test_a_search_for_rules_of_other_packages_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens a file of every installed package, and every question asks."""
+    assert "no_such_rule" not in METRICS
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: pytest.fail("searched again"))
+    assert "no_such_rule" not in METRICS
 
 
 def test_rules_of_another_package_are_named_with_its_version(

@@ -17,12 +17,20 @@ class Usage:
     completion_tokens: int = 0
     left_out: frozenset[str] = frozenset()
     """Parameters that the model refuses, and that are not sent any more."""
+    _failing: bool = field(default=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def begins_to_fail(self) -> bool:
+        """Note a call that has to be repeated; whether it is the first since one that has succeeded."""
+        with self._lock:
+            begins, self._failing = not self._failing, True
+            return begins
 
     def add(self, reply: dict[str, Any], *, retries: int) -> None:
         """Count one call."""
         with self._lock:
             self.calls += 1
+            self._failing = False
             self.retries += retries
             self.prompt_tokens += tokens_of(reply, "prompt_tokens")
             self.completion_tokens += tokens_of(reply, "completion_tokens")

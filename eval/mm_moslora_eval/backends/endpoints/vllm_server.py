@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mm_moslora.launch.child_processes import end_child, ended_within, python_words, start_tied
+from mm_moslora.launch.topology import free_port
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.redaction import is_secret_name, redact_text, redacted_command
@@ -72,7 +72,7 @@ class VllmModel(EndpointModel):
         program = _program()
         _check_folder(folder)
         served = f"mm-moslora-{secrets.token_hex(8)}"  # another server at this port has another name
-        endpoint = service.endpoint(f"http://127.0.0.1:{_free_port()}/v1#{served}")
+        endpoint = service.endpoint(f"http://127.0.0.1:{free_port()}/v1#{served}")
         super().__init__(endpoint, reference=reference)
         port = endpoint.url.rpartition(":")[2].removesuffix("/v1")
         words = [program, "serve", str(folder.absolute()), *self._arguments]
@@ -201,12 +201,6 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is no model that vLLM reads. Of a run or a checkpoint it reads the merged model: "
             f"mm-moslora merge {folder} FOLDER --dtype bf16, then --model vllm:FOLDER."
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _serves(endpoint: Endpoint) -> bool:
