@@ -22,6 +22,7 @@ from mm_moslora.models.model_paths import COMMITS, CONTENTS, cached_snapshot
 from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError, reason_of, suggestion
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 
 logger = logging.getLogger(__name__)
@@ -330,7 +331,8 @@ def load_family(
 
     diffusers.utils.logging.set_verbosity_error()  # its notices are of its own options
     diffusers.utils.logging.disable_progress_bar()
-    pipeline = _loaded(recipe.model, dtype, commits)
+    with hub_or_cache(None if recipe.model.base in TINY_PIPELINES else recipe.model.base, recipe.model.vae):
+        pipeline = _loaded(recipe.model, dtype, commits)
     name = type(pipeline).__name__
     kind = next((kind for kind in FAMILIES if name in kind.classes), None)
     assert kind is not None, "_loaded refuses others"

@@ -34,6 +34,7 @@ from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
 from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
+from mm_moslora.models.model_paths import hub_names
 from mm_moslora.models.model_sizes import base_sizes
 from mm_moslora.models.pretrained_vlm import (
     load_pretrained_processor,
@@ -53,6 +54,7 @@ from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
 from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import require_model, require_projector
 
 
@@ -157,11 +159,11 @@ def load_parts(
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
-    if weights == "all" and config.quantisation != "none":
-        refuse_packed(base_sizes(config), config.quantisation, config.vlm or config.language or "")
     device_context: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
     load = _assembled if config.vlm is None else _pretrained
-    with device_context:
+    with hub_or_cache(*hub_names(config)), device_context:
+        if weights == "all" and config.quantisation != "none":
+            refuse_packed(base_sizes(config), config.quantisation, config.vlm or config.language or "")
         parts = load(config, weights=weights, dtype=dtype, device=device)
     if weights == "all":
         stop_repacking(parts.model)  # evaluations give the values of training

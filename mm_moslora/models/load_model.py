@@ -35,6 +35,7 @@ from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, PREPROCESSING, find_checkpoint
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
@@ -199,7 +200,8 @@ def _load_exported(
     folder: str | Path, *, dtype: torch.dtype, revision: str | None = None, weights: bool = True
 ) -> Parts:
     try:
-        return _load_stock(folder, dtype=dtype, revision=revision, weights=weights)
+        with hub_or_cache(folder):
+            return _load_stock(folder, dtype=dtype, revision=revision, weights=weights)
     except MoSLoRAError:
         raise
     except ValueError as error:

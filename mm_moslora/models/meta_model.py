@@ -6,13 +6,10 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import constants, get_session
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,14 +23,13 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.meta_execution import layer_calls
+from mm_moslora.models.model_paths import hub_names
 from mm_moslora.models.pretrained_vlm import PICTURE, decoder_layers, side_of
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import needs_padding, part_of
 from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
-
-HUB_SECONDS = 5
-"""How long the hub may take to answer before only its cache is read."""
+from mm_moslora.utils.network.hub_access import hub_or_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +132,7 @@ def build_meta_model(
 
 
 def _built(config: ModelConfig, adapter: AdapterConfig, *, dtype: torch.dtype, picture: tuple[int, int]) -> MetaModel:
-    with _hub_or_cache(config):
+    with hub_or_cache(*hub_names(config)):
         parts = load_parts(config, weights="shapes")
         model = parts.model
         calls, fault = _runs(model)
@@ -236,19 +232,3 @@ def _tokens_by_size(config: Any, picture: tuple[int, int]) -> tuple[int, tuple[i
     merged = getattr(tower, "spatial_merge_size", 1)
     height, width = (max(1, round(side / side_of(tower, "patch_size") / merged)) for side in reversed(picture))
     return height * width, (height * merged, width * merged)
-
-
-@contextmanager
-def _hub_or_cache(config: ModelConfig) -> Iterator[None]:
-    """Ask the hub once whether it is there; its client alone retries for half a minute to minutes per file."""
-    offline = constants.HF_HUB_OFFLINE
-    names = [config.language, config.vlm, *([config.vision.name, config.vision.fuse_with] if config.vision else [])]
-    if not offline and any(name and not Path(name).exists() for name in names):
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-        except Exception:  # of requests or httpx, as the hub's client has it
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline

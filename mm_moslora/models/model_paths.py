@@ -138,6 +138,11 @@ def parts_of(config: ModelConfig) -> Iterator[Part]:
     return (part for part in parts if part.name)
 
 
+def hub_names(config: ModelConfig) -> Iterator[Path]:
+    """Where the parts would lie that the hub may have."""
+    return (part.place for part in parts_of(config) if part.key != PROJECTOR_WEIGHTS)
+
+
 def trained_on(
     config: ModelConfig, data: Mapping[str, str] = MappingProxyType({}), *, before: Path | None = None
 ) -> dict[str, dict[str, str]]:

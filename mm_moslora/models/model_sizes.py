@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from mm_moslora.config import RECIPES_FOLDER, ModelConfig
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.files import read_json
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, require_model
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     """
     refuse_immense(name, revision)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with hub_or_cache(name):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         if name not in shipped_shapes():
             raise

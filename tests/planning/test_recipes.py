@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import re
 import shlex
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import planning_configs
 import pytest
-from huggingface_hub import constants
 from planning_configs import CONVERTED, INTERNLM2, memory_of, write_configurations
 
 from mm_moslora import cli
@@ -34,7 +30,7 @@ from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus, parse_gpus
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor
-from mm_moslora.utils.errors import ConfigError, ModelError
+from mm_moslora.utils.errors import ConfigError
 
 SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
 # Millions of adapter and mixer parameters: language model, then encoder (arXiv 2406.11909 and arithmetic).
@@ -341,28 +337,6 @@ def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, 
     shown = capsys.readouterr().out
     epochs = 100 * recipe.train.global_batch * (4096 / size.tokens) / size.samples
     assert f"{4096 / size.tokens:.1f} to a packed row (batch sizes count rows), {epochs:g} epochs" in shown
-
-
-def connections(server: socket.socket) -> int:
-    """How many a server has got that accepts none."""
-    server.setblocking(False)
-    count = 0
-    with contextlib.suppress(BlockingIOError):
-        for count in itertools.count():  # noqa: B007
-            server.accept()[0].close()
-    return count
-
-
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
-    """Its client would retry for half a minute, or minutes where packets are lost."""
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("mm_moslora.models.meta_model.HUB_SECONDS", 0.2)
-        with pytest.raises(ModelError, match=r"model\.language is 'some/model'.* cannot be read"):
-            meta_model(load_recipe("llava15_7b_moslora", ["model.language=some/model"]))
-        assert connections(silent) == 1
-    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.inference import request_images
 from mm_moslora.serve.inference.request_images import fetch_from
-from mm_moslora.utils.http_fetch import FetchError, public_address
+from mm_moslora.utils.network.http_fetch import FetchError, public_address
 from tests.serve.serve_tools import asking
 
 

@@ -204,7 +204,7 @@ ALLOWED = {
     "mm_moslora/utils/hardware.py:hardware": "files of the system",
     "mm_moslora/utils/hardware.py:made_by_amd": "a file of the system",
     "mm_moslora/utils/hardware.py:multiplies_tiles": "a file of the system",
-    "mm_moslora/utils/http_fetch.py:fetch": "the network, within the rules of the caller",
+    "mm_moslora/utils/network/http_fetch.py:fetch": "the network, within the rules of the caller",
     "mm_moslora/utils/package_requirements.py:_all": "the project file of the checkout",
     "mm_moslora/data/images/pyav_decode.py:_container": "a stream; FFmpeg opens nothing by itself",
     "mm_moslora/data/images/record_picture.py:_opened": "a stream",

@@ -35,6 +35,7 @@ from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, ModelError, reason_of
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import PREPROCESSING
 from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.local_model import draws_of
@@ -144,13 +145,13 @@ class TransformersModel:
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 
         try:
-            sees = (
-                type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            )
-            kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model = load_base(kind, name, dtype=dtype)
-            reader: Any = AutoProcessor if sees else AutoTokenizer
-            processor = reader.from_pretrained(name, trust_remote_code=False)
+            with hub_or_cache(name):
+                found = type(AutoConfig.from_pretrained(name, trust_remote_code=False))
+                sees = found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+                kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+                model = load_base(kind, name, dtype=dtype)
+                reader: Any = AutoProcessor if sees else AutoTokenizer
+                processor = reader.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise EvalError(
                 f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."

@@ -25,7 +25,7 @@ from mm_moslora.data.images.record_picture import (
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
-from mm_moslora.utils.http_fetch import FetchError, FetchFault, Rules, fetch
+from mm_moslora.utils.network.http_fetch import FetchError, FetchFault, Rules, fetch
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER, SCHEME
 

@@ -25,6 +25,7 @@ from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building
 from mm_moslora.utils.folder_marks import is_built
+from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
@@ -223,6 +224,9 @@ def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
     return undecoded(loaded)
 
 
+_FORMATS = ("parquet", "arrow", "json", "csv")
+
+
 def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
     """Call `datasets.load_dataset` after checking that every data file belongs to the data set itself.
 
@@ -236,6 +240,11 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
     Raises:
         DataError: a data file lies outside the folder or the repository.
     """
+    with hub_or_cache(None if path in _FORMATS else path):
+        return _load_checked(path, streaming=streaming, **options)
+
+
+def _load_checked(path: str, *, streaming: bool, **options: Any) -> Any:
     import datasets
 
     if "data_files" not in options:

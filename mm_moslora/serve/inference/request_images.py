@@ -17,7 +17,7 @@ from mm_moslora.data.record_faults import Code
 from mm_moslora.serve.api.api_errors import ApiError, client_left
 from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.utils import http_fetch
+from mm_moslora.utils.network import http_fetch
 
 _DATA = re.compile(r"data:(?P<kind>image/[a-z0-9.+-]{1,40})(?:;[a-z-]{1,20}=[a-z0-9-]{1,20})*;base64,", re.IGNORECASE)
 _SAID = {

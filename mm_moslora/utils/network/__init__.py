@@ -1,0 +1,1 @@
+"""Downloads within limits, and the hub."""
