@@ -27,7 +27,6 @@ SLEEPS = {
     "launch/test_launcher.py:test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again": "a stopped run",
     "launch/test_launcher.py:test_a_signal_that_comes_while_the_launcher_starts_is_handed_on": "what the signal ends",
     "launch/test_launcher.py:test_ctrl_c_in_a_terminal_reaches_the_ranks_once": "time for a second signal",
-    "launch/test_launcher.py:test_ranks_that_do_not_meet_are_told_once": "longer than ranks may be silent",
     "packaging/test_preloaded.py:_started": "a process, until a signal ends it",
     "packaging/test_preloaded.py:test_a_signal_that_the_command_ignores_reaches_a_process_that_handles_it": "the same",
     "packaging/test_waiting.py:test_the_search_finds_them": "examples of this search",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -240,27 +240,26 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
     Raises:
         DataError: a data file lies outside the folder or the repository.
     """
-    with hub_or_cache(None if path in _FORMATS else path):
-        return _load_checked(path, streaming=streaming, **options)
-
-
-def _load_checked(path: str, *, streaming: bool, **options: Any) -> Any:
     import datasets
 
-    if "data_files" not in options:
-        builder = datasets.load_dataset_builder(
-            path, **{key: value for key, value in options.items() if key in ("name", "revision") and value is not None}
-        )
-        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
-            if not _is_own(str(file), path):
-                raise DataError(
-                    f"{path} names the data file {ascii(str(file))[:200]}, which is not one of its own files. Correct "
-                    "`data_files` in its README.md, or do not use it."
-                )
-        if Path(path).is_dir():  # else its rows are stored, and found again, under its name and its README's text alone
-            files = {str(split): [*map(glob.escape, own)] for split, own in (builder.config.data_files or {}).items()}
-            options["data_files"] = files or None
-    return datasets.load_dataset(path, streaming=streaming, **options)
+    with hub_or_cache(None if path in _FORMATS else path):
+        if "data_files" not in options:
+            given = {key: options[key] for key in ("name", "revision") if options.get(key) is not None}
+            files = _own_files(path, datasets.load_dataset_builder(path, **given).config.data_files or {})
+            if Path(path).is_dir():  # else its rows are stored, and found again, by its name and its README alone
+                options["data_files"] = files or None
+        return datasets.load_dataset(path, streaming=streaming, **options)
+
+
+def _own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> dict[str, list[str]]:
+    """The files of each split, which are all the data set's own, as patterns."""
+    for file in (file for files_of_split in files.values() for file in files_of_split):
+        if not _is_own(str(file), path):
+            raise DataError(
+                f"{path} names the data file {ascii(str(file))[:200]}, which is not one of its own files. Correct "
+                "`data_files` in its README.md, or do not use it."
+            )
+    return {str(split): [glob.escape(str(file)) for file in own] for split, own in files.items()}
 
 
 def load_saved(folder: Path) -> Any:
