@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.network.hub_access import hub_or_cache
 
 FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
@@ -195,7 +196,10 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
 
     def fetched(*filenames: str) -> Path | None:
         try:
-            first, *_ = [hf_hub_download(str(model_id), name, subfolder=subfolder, **arguments) for name in filenames]
+            with hub_or_cache(model_id):
+                first, *_ = [
+                    hf_hub_download(str(model_id), file, subfolder=subfolder, **arguments) for file in filenames
+                ]
         except (EntryNotFoundError, HFValidationError):
             return None
         return Path(first)

@@ -67,6 +67,10 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise ConfigError(f"--ray needs Ray: {install_extra('ray')}") from error
+        if address == "local":
+            raise ConfigError(
+                "--ray local is no cluster that runs. Leave --ray out for this machine, or give its address."
+            )
         _require_listener(address)
         try:
             root = Path("/")  # Ray puts the working folder first on its workers' module path

@@ -163,7 +163,7 @@ def _master_port() -> int:
 def free_port() -> int:
     """A port of this machine below the ephemeral ones of Linux, so that it stays free until somebody listens there."""
     while True:
-        port = random.randrange(15000, 32768)
+        port = random.SystemRandom().randrange(15000, 32768)  # not the seed of a run
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port

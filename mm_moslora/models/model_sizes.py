@@ -47,9 +47,9 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
         ModelError: it asks for a model that is too large for any machine.
         OSError, ValueError, KeyError: as `AutoConfig`, for other models.
     """
-    refuse_immense(name, revision)
     try:
         with hub_or_cache(name):
+            refuse_immense(name, revision)
             config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         if name not in shipped_shapes():
@@ -162,12 +162,14 @@ def load_base(
         ModelError: an adapter lies beside it, its class cannot be built, or a weight of the model is not in its files.
         OSError, ValueError, KeyError, SafetensorError: as `from_pretrained`.
     """
-    refuse_adapter_beside(str(name), revision)
-    refuse_immense(str(name), revision)
+    with hub_or_cache(name):
+        refuse_adapter_beside(str(name), revision)
+        refuse_immense(str(name), revision)
     try:
-        model, info = loader.from_pretrained(
-            name, revision=revision, output_loading_info=True, trust_remote_code=False, **options
-        )
+        with hub_or_cache(name):
+            model, info = loader.from_pretrained(
+                name, revision=revision, output_loading_info=True, trust_remote_code=False, **options
+            )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # classes check little of a configuration

@@ -56,7 +56,7 @@ class TableSource(RecordSource):
         self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
         self._store = hub_store(config.path.removeprefix("hf:")) if config.path.startswith("hf:") else ()
         self._table = table.with_format("arrow")
-        self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
+        self._identity = f"{table._fingerprint}{_store_of(table)}-{json.dumps(self._names, sort_keys=True)}"
         if not len(table):
             raise DataError(f"{config.path} is empty: 0 records. Check the split ({config.split}).")
 
@@ -244,22 +244,44 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
 
     with hub_or_cache(None if path in _FORMATS else path):
         if "data_files" not in options:
-            given = {key: options[key] for key in ("name", "revision") if options.get(key) is not None}
-            files = _own_files(path, datasets.load_dataset_builder(path, **given).config.data_files or {})
-            if Path(path).is_dir():  # else its rows are stored, and found again, by its name and its README alone
-                options["data_files"] = files or None
+            files = _own_files(path, options)
+            if Path(path).is_dir():
+                options["cache_dir"] = str(_kept() / _state(files))
         return datasets.load_dataset(path, streaming=streaming, **options)
 
 
-def _own_files(path: str, files: Mapping[Any, Iterable[Any]]) -> dict[str, list[str]]:
-    """The files of each split, which are all the data set's own, as patterns."""
-    for file in (file for files_of_split in files.values() for file in files_of_split):
-        if not _is_own(str(file), path):
-            raise DataError(
-                f"{path} names the data file {ascii(str(file))[:200]}, which is not one of its own files. Correct "
-                "`data_files` in its README.md, or do not use it."
-            )
-    return {str(split): [glob.escape(str(file)) for file in own] for split, own in files.items()}
+def _own_files(path: str, options: Mapping[str, Any]) -> list[str]:
+    """The files of a data set, by its README or by their names; all are its own."""
+    import datasets
+
+    given = {key: options[key] for key in ("name", "revision") if options.get(key) is not None}
+    files = datasets.load_dataset_builder(path, **given).config.data_files or {}
+    found = [str(file) for own in files.values() for file in own]
+    if odd := next((file for file in found if not _is_own(file, path)), None):
+        raise DataError(
+            f"{path} names the data file {ascii(odd)[:200]}, which is not one of its own files. Correct `data_files` "
+            "in its README.md, or do not use it."
+        )
+    return found
+
+
+def _kept() -> Path:
+    """Where `datasets` stores the rows of folders, by their files: it knows them by their name and README alone."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "folders"
+
+
+def _store_of(table: Dataset) -> str:
+    """The name of the store of a folder's rows; empty for other tables."""
+    places = (Path(file["filename"]) for file in table.cache_files)
+    return next((place.relative_to(_kept()).parts[0] for place in places if place.is_relative_to(_kept())), "")
+
+
+def _state(files: Iterable[str]) -> str:
+    """A hash of the paths, sizes and times of files."""
+    rows = sorted((os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:24]
 
 
 def load_saved(folder: Path) -> Any:
@@ -373,11 +395,11 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
 
     assert config.limit is not None, "checked by SourceConfig"
     arguments = _arguments(config, name)
-    files = map(Path, next(iter(arguments["data_files"].values()))) if "data_files" in arguments else (
-        item for item in Path(config.path).rglob("*") if item.is_file()
-    )  # fmt: skip
-    state = sorted((str(item), item.stat().st_size, item.stat().st_mtime_ns) for item in files)
-    key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
+    if "data_files" in arguments:
+        files = next(iter(arguments["data_files"].values()))
+    else:
+        files = _own_files(name, arguments) if Path(name).is_dir() else []
+    key = hashlib.sha256(json.dumps([arguments, _state(files), config.limit], sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(folder.with_suffix(".lock"), wait=True):

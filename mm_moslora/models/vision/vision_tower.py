@@ -36,6 +36,7 @@ from mm_moslora.models.vision.timm_open_clip_tower import (
     load_timm,
 )
 from mm_moslora.utils.errors import ModelError, reason_of
+from mm_moslora.utils.network.hub_access import hub_or_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ def load_vision(
     Raises:
         ModelError: unknown tower, a size it cannot take, a layer it does not have, or two that do not fit together.
     """
-    tower, spec = _load(config, weights=True, device=device)
+    with hub_or_cache(config.name, config.fuse_with):
+        tower, spec = _load(config, weights=True, device=device)
     cast_parameters(tower, dtype)
     if device is not None and device.type != "meta":
         cast(nn.Module, tower).to(device)  # towers of open_clip and timm are read by main memory

@@ -7,6 +7,8 @@ limit: https://huggingface.co/docs/huggingface_hub/package_reference/environment
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,27 +19,47 @@ from mm_moslora.utils.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 5
-"""For the hub's first word."""
+
+class _Hub:
+    """What the blocks of all threads know of the hub while any of them is open."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._was_offline, self._asked = threading.Lock(), 0, False, False
+
+    def enter(self, *, needed: bool) -> None:
+        with self._lock:
+            if not self._open:
+                self._was_offline, self._asked = constants.HF_HUB_OFFLINE, False
+            self._open += 1
+            if not needed or self._asked or constants.HF_HUB_OFFLINE:
+                return
+            self._asked = True
+            try:
+                get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            except Exception as error:  # of requests or httpx, as the hub's client has it
+                why = reason_of(error)
+                logger.warning("%s does not answer (%s); what is cached of it is used.", constants.ENDPOINT, why)
+                constants.HF_HUB_OFFLINE = True
+
+    def leave(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                constants.HF_HUB_OFFLINE = self._was_offline
+
+
+_hub = _Hub()
 
 
 @contextmanager
 def hub_or_cache(*names: str | Path | None) -> Iterator[None]:
-    """Inside, the hub's client reads its cache alone if the hub, asked once, does not answer.
+    """Inside, the hub's client reads its cache alone if the hub, asked once, does not answer in HF_HUB_ETAG_TIMEOUT.
 
     Args:
         names: of models or data sets; nothing is asked where all are paths that exist.
     """
-    offline = constants.HF_HUB_OFFLINE
-    if not offline and any(name and not Path(name).exists() for name in names):
-        try:
-            get_session().head(constants.ENDPOINT, timeout=SECONDS)
-        except Exception as error:  # of requests or httpx, as the hub's client has it
-            logger.warning(
-                "%s does not answer (%s); what is cached of it is used.", constants.ENDPOINT, reason_of(error)
-            )
-            constants.HF_HUB_OFFLINE = True
+    _hub.enter(needed=any(name and not os.path.exists(name) for name in names))
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = offline
+        _hub.leave()

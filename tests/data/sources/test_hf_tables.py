@@ -109,6 +109,19 @@ class TestTables:
             fingerprints.append(source.fingerprint())
         assert fingerprints[0] != fingerprints[1]
 
+    def test_a_folder_whose_readme_declares_columns_is_read_so(self, tmp_path: Path, monkeypatch) -> None:
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "README.md").write_text(
+            "---\ndataset_info:\n  features:\n  - name: question\n    dtype: string\n  - name: answer\n    dtype:\n"
+            "      class_label:\n        names:\n          '0': no\n          '1': 'yes'\n---\n"
+        )
+        (tmp_path / "d" / "some [1].csv").write_text("question,answer\n7,1\n")
+        record = open_source(SourceConfig(path=str(tmp_path / "d")))[0]
+        assert [turn.text for turn in record.turns] == ["7", "yes"]
+
     def test_content_parts_and_lists_of_images(self, tmp_path: Path) -> None:
         import datasets
 
