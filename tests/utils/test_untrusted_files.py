@@ -212,6 +212,7 @@ ALLOWED = {
     "mm_moslora/reporting/inline_images.py:shrunk": "a stream",
     "mm_moslora/data/images/remote_files.py:read_hub_file": "the hub's client, for files of the data set alone",
     "mm_moslora/data/sources/hf_tables.py:load_checked": "data files were found to lie in the data set",
+    "mm_moslora/data/sources/hf_tables.py:_own_files": "lists the files, and reads none of them",
     "mm_moslora/data/sources/hf_tables.py:load_saved": "tables were found to lie in the data set",
     "mm_moslora/data/sources/hf_tables.py:_streamed": "the cache of this project",
     "mm_moslora/data/token_cache.py:__init__": "the cache of this project",
