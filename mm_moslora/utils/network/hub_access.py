@@ -26,12 +26,15 @@ class _Hub:
     def __init__(self) -> None:
         self._lock, self._open, self._was_offline, self._asked = threading.Lock(), 0, False, False
 
-    def enter(self, *, needed: bool) -> None:
+    def enter(self) -> None:
         with self._lock:
             if not self._open:
                 self._was_offline, self._asked = constants.HF_HUB_OFFLINE, False
             self._open += 1
-            if not needed or self._asked or constants.HF_HUB_OFFLINE:
+
+    def ask(self) -> None:
+        with self._lock:
+            if self._asked or constants.HF_HUB_OFFLINE:
                 return
             self._asked = True
             try:
@@ -58,8 +61,10 @@ def hub_or_cache(*names: str | Path | None) -> Iterator[None]:
     Args:
         names: of models or data sets; nothing is asked where all are paths that exist.
     """
-    _hub.enter(needed=any(name and not os.path.exists(name) for name in names))
-    try:
+    _hub.enter()
+    try:  # Ctrl-C while it is asked leaves the block, too
+        if any(name and not os.path.exists(name) for name in names):
+            _hub.ask()
         yield
     finally:
         _hub.leave()
