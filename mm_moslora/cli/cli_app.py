@@ -70,7 +70,7 @@ app.command(eval_app)
 app.command(diffusion_app)
 for _verb in (
     serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
-    report_verbs.report, report_verbs.board, export_verbs.export, export_verbs.merge, doctor_verb.doctor,
+    report_verbs.report, export_verbs.export, export_verbs.merge, doctor_verb.doctor,
     compare_verb.compare, plan_verb.plan,
 ):  # fmt: skip
     app.command(_verb)

@@ -1,4 +1,4 @@
-"""Validation pictures of a diffusion run for its report and the dashboard, the untuned model's first."""
+"""Validation pictures of a diffusion run for its report, the untuned model's first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.reporting.inline_images import thumbnail
-from mm_moslora.reporting.run_rows import SampleRow
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -38,18 +37,6 @@ def drawing_grid(folder: Path) -> list[dict[str, Any]]:
             grid[key] = {"prompt": row["prompt"], "seed": row["seed"], "pictures": [first]}
         grid[key]["pictures"].append({"label": f"step {row['step']}", "url": thumbnail(folder, row["image"])})
     return list(grid.values())
-
-
-def drawn_samples(folder: Path) -> list[SampleRow]:
-    """The last validation pictures, each after the untuned model's, as samples for the dashboard."""
-    rows = _read(folder)
-    last = max((row["step"] for row in rows), default=0)
-    return [
-        SampleRow(image=image, question=f"{row['prompt']} (seed {row['seed']}): {label}")
-        for row in rows
-        if row["step"] == last
-        for image, label in ((row["untuned"], "untuned"), (row["image"], f"step {last}"))
-    ]
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The files of a run folder for its report, and a reader for complete and incomplete folders.
 
 Every file is optional. `RunData.notes` names each missing or damaged one, and the report shows the note in its place.
-Secrets are removed here, so that neither a report nor a dashboard shows one.
+Secrets are removed here, so that no report shows one.
 
     summary.json       see below
     config.yaml        the resolved recipe

@@ -1,11 +1,10 @@
-"""One self-contained HTML file of one or several run folders: `build_report`."""
+"""One self-contained HTML file of a run folder: `build_report`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 from markupsafe import Markup
 
@@ -13,16 +12,13 @@ from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
-from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, flatten, overlay
 from mm_moslora.reporting.page_templates import render_page, write_page
 from mm_moslora.reporting.run_data import RunData, Stage, load_run, recipe_text
 from mm_moslora.reporting.run_rows import EvaluationRow, MixerRecord
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, forgetting_sentence, score_text
-from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import format_seconds
-
-logger = logging.getLogger(__name__)
+from mm_moslora.utils.untrusted_data import LARGEST
 
 MOST_SAMPLES = 24
 """Maximum number of samples, so that a report stays small enough for e-mail."""
@@ -39,55 +35,32 @@ _COMPONENTS = {
 }  # fmt: skip
 
 
-def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
-    """Write the report of a run, or of several runs overlaid.
+def build_report(run_folder: Path, out: Path) -> Path:
+    """Write the report of a run.
 
     Args:
-        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones, and runs that
-            cannot be read.
+        run_folder: see `mm_moslora.reporting.run_data` for its files; the report names missing ones.
         out: the HTML file; replaced atomically.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: a folder does not exist, none is a run that this release reads, there are too many, or `out` is a
-            folder or a file of another program.
+        ConfigError: the folder does not exist or is no run that this release reads, or `out` is a folder or a file of
+            another program.
     """
-    if isinstance(run_folders, Path):
-        folders = [run_folders]
-    else:
-        folders = list({path.resolve(): path for path in run_folders}.values())
-    if not 0 < len(folders) <= MOST_RUNS:
-        raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
-    runs, refused = [], []
-    for folder in folders:
-        try:
-            runs.append(load_run(folder))
-        except ConfigError as error:  # beside a run that can be read, it is named
-            if not folder.is_dir() or (folder == folders[-1] and not runs):
-                raise
-            refused.append(f"{folder} is left out: {error}")
-            logger.warning("%s", refused[-1])
-    if len(runs) == 1:
-        runs[0].notes.extend(refused)
-    return write_page(
-        out, lambda: render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs, refused))
-    )
+    data = load_run(run_folder)
+    return write_page(out, lambda: render(data))
 
 
 def render(data: RunData) -> str:
     """The page of one run as text."""
-    return _render("report.html.j2", _context(data))
-
-
-def _render(template: str, context: Mapping[str, Any]) -> str:
     filters = {
         "score": score_text, "scale_of": summary_text.scale_of, "top_of": summary_text.top_of,
         "count": summary_text.format_count, "seconds": format_seconds, "number": format_number,
         "explained": summary_text.explained,
     }  # fmt: skip
-    return render_page(template, context, filters=filters)
+    return render_page("report.html.j2", _context(data), filters=filters)
 
 
 def _context(data: RunData) -> dict[str, Any]:
@@ -205,7 +178,7 @@ def _shorten(text: str) -> str:
 
 
 def _charts(stage: Stage) -> list[Markup]:
-    loss, validation = curve(stage, "loss"), curve(stage, "validation_loss")
+    loss, validation = _curve(stage, "loss"), _curve(stage, "validation_loss")
     rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
     charts = [
         (
@@ -220,18 +193,18 @@ def _charts(stage: Stage) -> list[Markup]:
         (
             "Token accuracy",
             [
-                *_smoothed("training, smoothed", curve(stage, "token_accuracy")),
-                Series(name="validation", points=curve(stage, "validation_token_accuracy")),
+                *_smoothed("training, smoothed", _curve(stage, "token_accuracy")),
+                Series(name="validation", points=_curve(stage, "validation_token_accuracy")),
             ],
             False,
         ),
-        ("Learning rate", [Series(name=key[3:], points=curve(stage, key)) for key in rates], True),
-        ("Pictures per second", _smoothed("pictures per second", curve(stage, "pictures_per_second")), True),
-        ("Throughput, tokens per second", _smoothed("tokens per second", curve(stage, "tokens_per_second")), True),
-        ("Gradient norm", _smoothed("gradient norm", curve(stage, "grad_norm")), False),
+        ("Learning rate", [Series(name=key[3:], points=_curve(stage, key)) for key in rates], True),
+        ("Pictures per second", _smoothed("pictures per second", _curve(stage, "pictures_per_second")), True),
+        ("Throughput, tokens per second", _smoothed("tokens per second", _curve(stage, "tokens_per_second")), True),
+        ("Gradient norm", _smoothed("gradient norm", _curve(stage, "grad_norm")), False),
         (
             "Seconds per optimiser step",
-            [Series(name=name, points=smooth(curve(stage, key))) for name, key in _TIMES],
+            [Series(name=name, points=smooth(_curve(stage, key))) for name, key in _TIMES],
             True,
         ),
     ]
@@ -242,12 +215,26 @@ def _charts(stage: Stage) -> list[Markup]:
     ]
 
 
+def _curve(stage: Stage, key: str) -> list[tuple[float, float]]:
+    """The points of one metric of a stage."""
+    return [
+        (float(record["step"]), float(record[key]))
+        for record in stage.metrics
+        if _is_number(record.get("step")) and _is_number(record.get(key))
+    ]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether a chart can show a value of a log; others are not drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def _lens_curves(stage: Stage) -> list[Markup]:
     """Means over the adapted modules, where they were logged more than once."""
     return [
         line_chart([Series(name=MEASURES[key], points=points)], title=title, zero=True)
         for key, title in TITLES.items()
-        if len(points := curve(stage, f"mixer/{key}")) > 1
+        if len(points := _curve(stage, f"mixer/{key}")) > 1
     ]
 
 
@@ -276,7 +263,16 @@ def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any
 
 def _flat(value: Any) -> list[tuple[str, str]]:
     """Nested facts as pairs of name and text, in order."""
-    return [(name.replace("_", " "), _fact(item)) for name, item in flatten(value).items()]
+    return [(name.replace("_", " "), _fact(item)) for name, item in _flatten(value).items()]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with the keys of all levels joined; empty for anything else."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
+        name = f"{prefix}{key}"
+        flat |= _flatten(item, f"{name}, ") if isinstance(item, dict) else {name: item}
+    return flat
 
 
 def _fact(value: Any) -> str:

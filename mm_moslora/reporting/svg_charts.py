@@ -41,8 +41,6 @@ class Series:
     points: list[tuple[float, float]]
     faint: bool = False
     """Draw it thin and pale behind the others, without a legend entry."""
-    colour: int | None = None
-    """Index of its colour; None: the next one. A run or system has the same colour in all charts."""
 
 
 def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -168,18 +166,18 @@ def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> M
         zero: the y axis starts at zero.
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
-    data, legend, next_colour = [], [], 0
+    data: list[dict[str, Any]] = []
+    legend: list[str] = []
     with chart_style() as named:
         axes = new_axes(WIDTH, HEIGHT, left=52, bottom=34)
         for item in drawn:
-            number = (next_colour if item.colour is None else item.colour) % 6
             (line,) = axes.plot(*zip(*item.points, strict=True), marker="o" if len(item.points) == 1 else "")
             if item.faint:
                 line.set(color=named["c0"], linewidth=1, alpha=0.28)
             else:
+                number = len(legend) % 6
                 line.set(color=named[f"c{number}"], linewidth=2.2, dashes=(3, 2) if number == 1 else ())
                 legend.append(f'<li><i class="key c{number}"></i>{_text(item.name)}</li>')
-                next_colour = number + 1
         _scale_lines(axes, [y for item in drawn for _, y in item.points], zero=zero)
         axes.set_xlabel(_X_LABEL, loc="right", labelpad=2)
         shown = [item for item in drawn if not item.faint]

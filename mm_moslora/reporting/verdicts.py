@@ -241,23 +241,6 @@ def resting_on(questions: int, pictures: int, groups: int) -> str:
     return f"The interval rests on {pictures} picture{'s' * (pictures > 1)} with {questions} questions{uneven}."
 
 
-def best_of(names: Sequence[str], *, idle: Sequence[str] = ()) -> str:
-    """Which of several runs of a report is best.
-
-    Args:
-        names: the best one first, then those with an interval that overlaps the best one's.
-        idle: compared runs that are not shown to look at their pictures.
-    """
-    doubt = f" Not shown to look at the picture: {', '.join(idle)}." if idle else ""
-    if len(names) == 1:
-        return f"{names[0]} is best: its interval overlaps no other.{doubt}"
-    return (
-        f"None of {', '.join(names)} can be called best by these intervals, which overlap; `mm-moslora eval compare` "
-        "compares question by question. One run per setting cannot show the effect of the seed; `mm-moslora compare` "
-        f"trains several seeds.{doubt}"
-    )
-
-
 OF_ONE_SCORE = (
     "Each interval is of one score. Two that overlap neither show nor exclude a difference; the summary compares "
     "question by question."

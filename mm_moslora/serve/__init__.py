@@ -1,1 +1,1 @@
-"""The HTTP server, the web demo, the terminal chat and the dashboard."""
+"""The HTTP server, the web demo and the terminal chat."""

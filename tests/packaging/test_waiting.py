@@ -32,7 +32,6 @@ SLEEPS = {
     "packaging/test_waiting.py:test_the_search_finds_them": "examples of this search",
     "quickstart/test_user_data.py:slowly": "makes the moment wider in which another call may come",
     "scripts/test_bench_parent.py:<module>": "a child, until its parent is gone",
-    "serve/dashboard/test_dashboard.py:slowly": "runs that take long to read",
     "serve/test_serve_load.py:all_at_once": "between two looks of an engine",
     "serve/test_serve_load.py:make": "an engine that takes its time",
     "serve/test_serve_load.py:test_a_stop_signal_lets_answers_end": "an engine that takes its time",

@@ -1,4 +1,4 @@
-"""Validation pictures of a diffusion run in its report and on the dashboard."""
+"""Validation pictures of a diffusion run in its report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mm_moslora.reporting import build_report
-from mm_moslora.reporting.drawing_grid import MOST_STEPS, drawing_grid, drawn_samples
+from mm_moslora.reporting.drawing_grid import MOST_STEPS, drawing_grid
 
 
 @pytest.fixture
@@ -56,9 +56,3 @@ def test_damaged_entries_and_pictures_outside_the_run_are_not_shown(run: Path, t
     assert [picture["url"] is None for picture in row["pictures"]] == [False, True]
     (run / "drawings.json").write_text("{")
     assert drawing_grid(run) == []
-    assert drawn_samples(run) == []
-
-
-def test_the_dashboard_gets_the_last_step_beside_the_untuned_model(run: Path) -> None:
-    samples = drawn_samples(run)
-    assert [sample.question.rpartition(": ")[2] for sample in samples] == ["untuned", "step 90"] * 2

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from trials import make_recipe, write
 
 from mm_moslora import cli
 from mm_moslora.reporting import build_report
-from mm_moslora.serve.dashboard.dashboard_runs import Folder
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import REDACTED
 
@@ -301,7 +299,7 @@ def _everywhere(value: Any, secret: str) -> Any:
 
 
 @pytest.mark.parametrize("secret", CANARIES)
-def test_a_secret_anywhere_in_a_run_is_neither_on_its_page_nor_on_the_board(
+def test_a_secret_anywhere_in_a_run_is_not_on_its_page(
     secret: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "environment-canary")
@@ -323,15 +321,9 @@ def test_a_secret_anywhere_in_a_run_is_neither_on_its_page_nor_on_the_board(
     (run_folder / "tune" / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
     page_of_state = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
     (run_folder / "state.json").write_text(json.dumps(page_of_state))
-    shutil.copytree(run_folder, run_folder.parent / "other")
     page = _page(run_folder)
     assert page.text.count(REDACTED) > 10
-    build_report([run_folder, run_folder.parent / "other"], run_folder.parent / "both.html")
-    board = Folder(run_folder.parent)
-    shown = json.dumps([board.rows(), board.detail("run")])
-    assert shown.count(REDACTED) > 10
-    pages = [(run_folder / "report.html").read_text(), (run_folder.parent / "both.html").read_text(), shown]
-    assert [_leaks(text) for text in pages] == [[], [], []]
+    assert _leaks((run_folder / "report.html").read_text()) == []
 
 
 def test_secrets_of_a_real_runs_command_recipe_and_environment_stay_out(
@@ -349,10 +341,46 @@ def test_secrets_of_a_real_runs_command_recipe_and_environment_stay_out(
     run = tmp_path / "run"
     page = _page(run)
     assert f"password={REDACTED}" in page.text
-    board = Folder(tmp_path)
-    assert _leaks((run / "report.html").read_text() + json.dumps([board.rows(), board.detail("run")])) == []
+    assert _leaks((run / "report.html").read_text()) == []
 
 
 def test_report_needs_no_torch() -> None:
     code = "import sys, mm_moslora.reporting; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_writes_a_file_and_replaces_no_folder(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.run(["report", str(run_folder), "--output", str(tmp_path / "x.html")]) == 0
+    assert (tmp_path / "x.html").is_file()
+    before = sorted(tmp_path.iterdir())
+    assert cli.run(["report", str(run_folder), "--output", str(tmp_path)]) == 1
+    assert f"{tmp_path} is a folder; expected the file to write" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    assert cli.run(["report"]) == 2
+
+
+def test_a_run_of_a_newer_release_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    (run_folder / "summary.json").write_text(json.dumps(summary | {"format": 2}))
+    with pytest.raises(ConfigError, match="run format 2, this release reads up to 1"):
+        build_report(run_folder, tmp_path / "new.html")
+
+
+def test_the_environment_of_a_run_without_a_full_summary_is_shown(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    del summary["environment"]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    (run_folder / "tune" / "environment.json").write_text('{"git_commit": "abc123", "peft": "0.21.2"}')
+    assert "abc123" in _page(run_folder).text
+
+
+def test_a_report_replaces_only_reports(run_folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        build_report(run_folder, page)
+    page.write_text("<h1>mine</h1>")
+    with pytest.raises(ConfigError, match=r"page\.html exists and is not replaced"):
+        build_report(run_folder, page)
+    assert page.read_text() == "<h1>mine</h1>"

@@ -21,23 +21,17 @@ from preloaded import Preloaded
 from waiting import wait_until
 
 from mm_moslora.serve.api.http_server import bound
-from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
-from tests.serve.serve_tools import asking, listening
+from tests.serve.serve_tools import asking
 
 EVIL = "http://evil.example:7861"
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["server", "board", "demo"])
-def port(request: pytest.FixtureRequest, tmp_path: Path, models: Any) -> Iterator[int]:
+@pytest.fixture(params=["server", "demo"])
+def port(request: pytest.FixtureRequest, models: Any) -> Iterator[int]:
     if request.param == "server":
         yield request.getfixturevalue("server").port
-    elif request.param == "board":
-        from mm_moslora.serve.dashboard.dashboard_app import create_board
-
-        with listening(create_board(tmp_path), Limits(drain_seconds=1)) as number:
-            yield number
     elif importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed (make test-extras)")
     else:
@@ -50,7 +44,7 @@ def port(request: pytest.FixtureRequest, tmp_path: Path, models: Any) -> Iterato
         demo.close()
 
 
-PATHS = ("/", "/v1/models", "/api/runs", "/config", "/gradio_api/info")
+PATHS = ("/", "/v1/models", "/config", "/gradio_api/info")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +74,7 @@ def test_a_client_that_sends_too_much_reads_why(port: int, chunked: bool) -> Non
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/chat/completions", body, headers, encode_chunked=chunked)
     reply = connection.getresponse()
-    assert reply.status in (404, 405, 413)  # the board and the demo read no body at this address
+    assert reply.status in (404, 405, 413)  # the demo reads no body at this address
     assert json.loads(reply.read())
 
 

@@ -120,7 +120,7 @@ def eval_run(
     untuned
         Also evaluate the model from which the run started, for a before-and-after comparison.
     track
-        Write the scores and some samples into the training run's folder, for `mm-moslora report` and `board`. Also send
+        Write the scores and some samples into the training run's folder, for `mm-moslora report`. Also send
         the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
     arguments = {key: value for key, value in locals().items() if key != "tasks"}

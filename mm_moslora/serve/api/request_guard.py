@@ -1,4 +1,4 @@
-"""The middleware of every web application of this project: server, dashboard and demo.
+"""The middleware of every web application of this project: server and demo.
 
 It checks the Host and Origin headers, the key and the size of the body, drops slow readers and formats errors.
 `tests/serve/test_web_guard.py` finds an application without it.
