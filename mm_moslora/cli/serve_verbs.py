@@ -11,7 +11,6 @@ from cyclopts import Parameter
 from mm_moslora.cli.evaluation.eval_options import OtherPreprocessing
 from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
-from mm_moslora.utils.files import read_json
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
 
@@ -26,7 +25,6 @@ def chat(
     image: Path | None = None,
     question: str | None = None,
     max_new_tokens: int = 128,
-    tools: Path | None = None,
     show_thinking: bool = False,
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
@@ -42,42 +40,26 @@ def chat(
         Ask this one question and exit.
     max_new_tokens
         Longest answer, tokens.
-    tools
-        JSON file with a list of tools (OpenAI's schemas) that the model may call; /result TEXT gives a result.
     show_thinking
         Show the thinking before an answer, which is folded otherwise; /thinking changes it.
     """
     find_checkpoint(model)
     if image is not None and not image.is_file():
         raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
-    offered = "" if tools is None else _tools_in(tools)
     quiet_libraries()
     from mm_moslora.serve.inference.text_stream import ThinkingSplit
-    from mm_moslora.serve.terminal_chat import Chat, interactive, shown_call
+    from mm_moslora.serve.terminal_chat import Chat, interactive
 
-    talk = Chat.from_folder(
-        model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing, tools=offered
-    )
+    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing)
     talk.shows_thinking = show_thinking
     if image is not None:
         talk.show(image)
     if question is not None:
         answer = talk.ask(question)
         print(answer if show_thinking else ThinkingSplit().add(answer, last=True)[1])
-        print(*map(shown_call, talk.calls.waiting), sep="\n", end="\n" if talk.calls.waiting else "")
         return 0
     interactive(talk)
     return 0
-
-
-def _tools_in(path: Path) -> str:
-    """The tools of a JSON file."""
-    from mm_moslora.data.chat.tool_records import ToolError, offered_tools
-
-    try:
-        return offered_tools(read_json(path, list, linked=True))
-    except (OSError, ValueError, ToolError) as error:
-        raise DataError(f"--tools {path}: {error}. Give a JSON file with a list of OpenAI's schemas.") from error
 
 
 def serve(
@@ -95,10 +77,9 @@ def serve(
     max_body_mib: int = 20,
     max_image_megapixels: int = 40,
     request_seconds: float = 120.0,
-    allow_image_host: tuple[str, ...] = (),
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
-    """Serve a model to OpenAI clients: /v1/chat/completions, /v1/models, /health, /metrics.
+    """Serve a model to OpenAI clients: /v1/chat/completions, /v1/models, /health.
 
     A key for clients is read from the environment variable MM_MOSLORA_SERVE_KEY.
 
@@ -128,12 +109,10 @@ def serve(
         Largest picture, million pixels.
     request_seconds
         Time limit of one request.
-    allow_image_host
-        Host from which pictures may be fetched (https, public addresses only); repeatable. Default: none.
     """
     find_checkpoint(model)
     quiet_libraries()
-    needs("starlette", "uvicorn", "prometheus_client", extra="serve")
+    needs("starlette", "uvicorn", extra="serve")
     from mm_moslora.serve.api.http_server import bound, is_loopback, run_app
     from mm_moslora.serve.api.request_guard import KEY_NAME, SHORTEST_KEY, read_key
     from mm_moslora.serve.api.request_limits import Limits
@@ -152,7 +131,6 @@ def serve(
     from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
     from mm_moslora.serve.api.api_routes import create_app
     from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-    from mm_moslora.serve.inference.request_images import fetch_from
     from mm_moslora.serve.inference.served_models import load_models
 
     models = load_models(
@@ -160,7 +138,7 @@ def serve(
         other_preprocessing=other_preprocessing,
     )  # fmt: skip
     engine = GenerationEngine(models, limits)
-    app = create_app(engine, limits, key=key, local=local, fetch=fetch_from(allow_image_host))
+    app = create_app(engine, limits, key=key, local=local)
     run_app(app, sockets, limits=limits, end=engine.stop)
     return 0
 

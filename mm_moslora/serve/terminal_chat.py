@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +18,6 @@ from mm_moslora.data.boxes.box_forms import FoundBox, read_boxes
 from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.chat.tool_records import OpenCalls, read_calls
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
@@ -32,7 +28,6 @@ from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.load_model import load
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
-from mm_moslora.serve.inference.tool_replies import CallSplit, call_form
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 from mm_moslora.utils.text_format import visible
@@ -42,7 +37,6 @@ Ask a question, or paste the path of a picture or a video to show it.
   /image PATH   show a picture with the next question
   /video PATH   show frames of a video, or of a folder of frames, with the next question
   /images       list the pictures of this conversation
-  /result TEXT  give the result of a tool that the model called
   /thinking     show or fold the thinking of answers
   /retry        ask the last question again
   /history      print the conversation so far
@@ -65,23 +59,18 @@ class Chat:
         video_frames: int = VIDEO_FRAMES,
         video_fps: float | None = None,
         whole_videos: bool = True,
-        tools: str = "",
     ) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.video_frames, self.video_fps = video_frames, video_fps
         processing = assembly.image_processing if whole_videos else None
         self.sampling = None if processing is None else processing.videos
-        self.encoder, self.tools = ConversationEncoder.of(assembly), tools
-        self.call_form = call_form(self.encoder) if tools else None
-        if tools and self.call_form is None:
-            raise DataError("This model's chat template writes no calls of tools, or in a form that is not known.")
+        self.encoder = ConversationEncoder.of(assembly)
         self.shows_thinking = False
         self.reset()
 
     def reset(self) -> None:
         """Clear the conversation and its pictures."""
         self.turns: list[Turn] = []
-        self.calls = OpenCalls()
         self.images: list[Image.Image | Video] = []
         self.names: list[str] = []
         self.pending: list[int | None] = []
@@ -91,21 +80,15 @@ class Chat:
         self._pending_by_turn: list[list[int | None]] = []
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False, tools: str = ""
-    ) -> Chat:
-        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation.
-
-        Raises:
-            DataError: the model's chat template writes no calls of the tools.
-        """
+    def from_folder(cls, folder: Path, *, max_new_tokens: int = 128, other_preprocessing: bool = False) -> Chat:
+        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
         assembly = load(folder)
         check_preprocessing(folder, assembly, accepted=other_preprocessing)
         assembly.model.to(distributed.device())  # type: ignore[arg-type]
         frames, fps, whole = trained_videos(folder)
         return cls(
             assembly, max_new_tokens=max_new_tokens, video_frames=frames or VIDEO_FRAMES, video_fps=fps,
-            whole_videos=whole, tools=tools,
+            whole_videos=whole,
         )  # fmt: skip
 
     def show(self, path: Path) -> None:
@@ -151,45 +134,21 @@ class Chat:
         """
         turn = Turn.asking(question, images=len(self.pending))
         turn = turn.showing(self.pending) if self.pending else turn
-        turn = turn if self.turns else replace(turn, tools=self.tools)
         ids, images = self._prompt([*self.turns, turn])
         self.turns.append(turn)
         self._pending_by_turn.append(self.pending)
         self.pending = []
-        yield from self._answer(ids, images)
-
-    def give(self, result: str) -> Iterator[str]:
-        """Give the result of the next call that waits for one; after the last one, yields the answer piece by piece.
-
-        Raises:
-            DataError: no call waits, or the conversation is longer than the model's context.
-        """
-        if not self.calls.waiting:
-            raise DataError("No call waits for a result.")
-        self.turns.append(Turn(role="tool", text=result, tools=self.calls.answered({})))
-        if not self.calls.waiting:
-            yield from self._answer(*self._prompt(self.turns))
-
-    def _answer(self, ids: Tensor, images: list[ProcessedImage]) -> Iterator[str]:
-        """Generate; the answer's calls are no part of its pieces."""
-        split = None if self.call_form is None else CallSplit(self.call_form, self.tools)
-        text, answer, calls = TextStream(self.encoder, calls=split is not None), "", []
-
-        def pieces() -> Iterator[tuple[str, bool]]:
-            for token in self._tokens(ids, images):
-                yield text.add(token), False
-            yield text.finish(), True
-
+        text, answer = TextStream(self.encoder), ""
         try:
-            for piece, last in pieces():
-                if split is not None:
-                    _, piece, more = split.add(piece, last=last)
-                    calls += more
+            for token in self._tokens(ids, images):
+                piece = text.add(token)
                 answer += piece
                 yield piece
+            piece = text.finish()
+            answer += piece
+            yield piece
         finally:
-            called = self.calls.called(read_calls(calls) if calls else [])
-            self.turns.append(Turn(role="assistant", text=answer, tools=called))
+            self.turns.append(Turn(role="assistant", text=answer))
 
     def ask(self, question: str) -> str:
         """Ask and return the whole answer."""
@@ -277,13 +236,11 @@ def _run_line(chat: Chat, line: str) -> None:
     elif command == "/images":
         _say("".join(f"{number}  {name}\n" for number, name in enumerate(chat.names, 1)) or "No pictures yet.\n")
     elif command == "/history":
-        lines = [f"{turn.role}: {turn.parts()[-1].strip() or turn.tools}\n" for turn in chat.turns]
+        lines = [f"{turn.role}: {turn.parts()[-1].strip()}\n" for turn in chat.turns]
         _say("".join(lines) or "Nothing yet.\n")
     elif command == "/thinking":
         chat.shows_thinking = not chat.shows_thinking
         _say(f"Thinking is {'shown' if chat.shows_thinking else 'folded'}.\n")
-    elif command == "/result":
-        _answer(chat, chat.give(rest))
     elif command == "/reset":
         chat.reset()
         _say("Forgotten.\n")
@@ -319,17 +276,10 @@ def _answer(chat: Chat, pieces: Iterator[str]) -> None:
     finally:
         pieces.close()  # type: ignore[attr-defined]
     _say("\n")
-    for call in chat.calls.waiting:
-        _say(f"{shown_call(call)} is called; give its result by /result TEXT.\n")
     for box in chat.boxes():
         kind = "box" if len(box.numbers) == 4 else "point"
         _say(f"  {kind} {', '.join(f'{number:g}' for number in box.numbers)} {box.label}".rstrip())
         _say(f" (pixels of {chat.names[-1]})\n")
-
-
-def shown_call(call: Mapping[str, Any]) -> str:
-    """A call as text."""
-    return f"{call['function']['name']}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
 
 
 def _unquoted(text: str) -> str:

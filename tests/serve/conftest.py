@@ -59,11 +59,9 @@ def serve_with(models: Any) -> Callable[..., Any]:
     from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 
     @contextmanager
-    def start(
-        engine: Any = None, key: str | None = None, fetch: Any = None, local: bool = True, **limits: Any
-    ) -> Iterator[Running]:
+    def start(engine: Any = None, key: str | None = None, local: bool = True, **limits: Any) -> Iterator[Running]:
         chosen = Limits(**{"context": 512, "max_tokens": 64, "default_tokens": 8, "drain_seconds": 5} | limits)
-        with serving(engine or GenerationEngine(models, chosen), chosen, key=key, fetch=fetch, local=local) as running:
+        with serving(engine or GenerationEngine(models, chosen), chosen, key=key, local=local) as running:
             yield running
 
     return start

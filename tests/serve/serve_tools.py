@@ -58,6 +58,8 @@ class Running:
     def __init__(self, engine: Any, app: Any, port: int) -> None:
         self.engine, self.app, self.port = engine, app, port
         self.url = f"http://127.0.0.1:{port}"
+        self.intake = app._app.routes[0].app._intake
+        """Counts the memory that requests hold."""
 
     def client(self, **options: Any) -> Any:
         import openai

@@ -99,7 +99,10 @@ def user(content: Any) -> list[dict[str, Any]]:
     [
         ([], "messages"), (None, "messages"), ("hello", "messages"), ([None], "messages[0]"),
         (user("hi") * 10_000, "messages"), (user(None), "messages[0].content"), (user([]), "messages[0].content"),
-        ([{"role": "robot", "content": "x"}], "messages[0].role"), ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([*user("a"), {"role": "tool", "content": "b", "tool_call_id": "c"}], "messages[1].role"),
+        ([*user("a"), {"role": "assistant", "tool_calls": [{}]}, *user("b")], "messages[1].tool_calls"),
+        ([{"role": "user"}], "messages[0].content"),
         ([*user("a"), {"role": "system", "content": "b"}, *user("c")], "messages[1]"),
         ([*user("a"), {"role": "assistant", "content": "b"}], "messages"), (user([{"type": "video"}]), None),
         (user([{"type": "text", "text": "a"}] * 1000), "messages[0].content"), (user("\ud800"), "messages[0].content"),
@@ -221,7 +224,7 @@ def test_unknown_model_and_unknown_fields(server: Any, caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}), ("logprobs", True),
         ("logit_bias", {"1": 5}), ("modalities", ["audio"]),
     ],
@@ -235,12 +238,12 @@ def test_a_key_is_needed_everywhere_except_for_health(serve_with: Any, caplog: A
         for headers in ({}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer wrong"}):
             refused(server.post(asking("hello"), headers=headers), 401, code="invalid_api_key")
         refused(server.post(b"{", headers={"Authorization": f"Bearer {KEY}x"}), 401)
-        for path in ("/v1/models", "/metrics", "/nowhere", f"/v1/models?key={KEY}"):
+        for path in ("/v1/models", "/nowhere", f"/v1/models?key={KEY}"):
             refused(server.get(path), 401)
         assert server.get("/health").json()["status"] == "ok"
         right = {"Authorization": f"Bearer {KEY}"}
         assert server.post(asking("hello"), headers=right).status_code == 200
-        assert server.get("/metrics", headers=right).status_code == 200
+        assert server.get("/v1/models", headers=right).status_code == 200
         assert server.client().chat.completions.create(**asking("hello")).choices
     ours = [record.getMessage() for record in caplog.records if record.name.startswith(("mm_moslora", "uvicorn"))]
     assert len(ours) > 10

@@ -119,7 +119,7 @@ def test_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
         assert server.get("/health").status_code == 200
 
 
-def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: Any) -> None:
+def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: Any, caplog: Any) -> None:
     import socket as sockets
 
     with serve_with(write_seconds=0.5) as server:
@@ -139,7 +139,7 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
             connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
             wait_until(lambda: engine.steps)
             wait_until(lambda: engine.running == 0)
-            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content)
+            wait_until(lambda: "stopped reading; dropped" in caplog.text)
         monkeypatch.undo()
         assert server.post(asking("hello")).status_code == 200
 
@@ -293,7 +293,6 @@ def test_a_row_of_nan_is_an_error_of_that_row_only(serve_with: Any, alone: dict[
 
         engine._step = spoiled
         check_one_failed(ask_together(server), QUESTIONS[3], alone)
-        assert engine.failures == 1
 
 
 def test_an_error_in_sampling_or_text_ends_one_row_only(
@@ -411,24 +410,6 @@ def test_an_answer_is_cut_when_its_time_is_over(serve_with: Any, slow_engine: An
         reply = server.post(asking("hello", max_tokens=300, temperature=2, seed=4)).json()
         assert reply["choices"][0]["finish_reason"] == "length"
         assert 1 <= reply["usage"]["completion_tokens"] < 40
-
-
-def test_metrics_count_what_happened(serve_with: Any) -> None:
-    with serve_with() as server:
-        server.post(asking("hello", max_tokens=5))
-        server.post(b"{")
-        picture = data_url(Image.new("RGB", (9, 9), "blue"))
-        server.post(asking("what?", picture))
-        server.post(asking("and now?", picture))
-        # An answer leaves before its job ends.
-        wait_until(lambda: "mm_moslora_running 0.0" in server.get("/metrics").text)
-        page = server.get("/metrics").text
-    for line in (
-        'mm_moslora_requests_total{route="/v1/chat/completions",status="200"} 3.0',
-        'mm_moslora_refused_total{code="invalid_json"} 1.0', "mm_moslora_images_total 2.0",
-        "mm_moslora_first_token_seconds_count 3.0", "mm_moslora_engine_alive 1.0", "mm_moslora_running 0.0",
-    ):  # fmt: skip
-        assert line in page
 
 
 @pytest.mark.slow

@@ -283,11 +283,14 @@ class Template:
     @cached_property
     def calls_come_first(self) -> bool:
         """Whether calls begin before the text that stands before other answers (gpt-oss names the channel there)."""
-        asked = ASKED_WITH_TOOLS[:1]
-        called = (*asked, f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}", f"tool{BREAK}{json.dumps(PROBE_RESULT)}")
+        called = (
+            *ASKED_WITH_TOOLS,
+            f"assistant:c{BREAK}{json.dumps([PROBE_CALL])}",
+            f"tool{BREAK}{json.dumps(PROBE_RESULT)}",
+        )
         try:
             text = self.render((*called, "assistant"), ["a", "", "b"])
-            return not text.startswith(self._before_text(asked, ["a"]).rstrip(" "))
+            return not text.startswith(self._before_text(ASKED_WITH_TOOLS, ["a"]).rstrip(" "))
         except ConfigError:
             return False
 

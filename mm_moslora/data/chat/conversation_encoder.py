@@ -24,7 +24,7 @@ from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
 from mm_moslora.data.chat.answer_thinking import EXCHANGE, masked_block, says_something, thinks, written
 from mm_moslora.data.chat.chat_template import TemplatePlan
-from mm_moslora.data.chat.conversation_shape import ASKED_WITH_TOOLS, data_of
+from mm_moslora.data.chat.conversation_shape import data_of
 from mm_moslora.data.chat.guarded_tokens import TextSpan, marked_spans
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.record_turns import Turn
@@ -176,18 +176,16 @@ class ConversationEncoder(SegmentEncoder):
         answer = [*written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
-    def decode_answer(self, ids: Sequence[int], *, calls: bool = False) -> str:
+    def decode_answer(self, ids: Sequence[int]) -> str:
         """The text of a generated answer, without special tokens and without the template's space before it.
 
         An answer that is put back into the conversation as this text gives the same tokens again.
 
         Args:
             ids: the answer, or its first tokens.
-            calls: it may call tools: with special tokens, which calls are written with.
         """
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=not calls))
-        lead = self.template.plan(ASKED_WITH_TOOLS if calls else EXCHANGE).slots[1].lead
-        return "" if calls and lead.startswith(text) else text.removeprefix(lead)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text.removeprefix(self.template.plan(EXCHANGE).slots[1].lead)
 
     def _grow(
         self,

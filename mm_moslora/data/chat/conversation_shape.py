@@ -29,8 +29,8 @@ PROBE_TOOL = {
     },
 }  # fmt: skip
 """Its tool."""
-ASKED_WITH_TOOLS = (f"user{BREAK}{json.dumps([PROBE_TOOL])}", "assistant")
-"""The shortest conversation in which the tool is offered."""
+ASKED_WITH_TOOLS = (f"user{BREAK}{json.dumps([PROBE_TOOL])}",)
+"""The shortest prompt in which the tool is offered."""
 PROBE_RESULT = {"tool_call_id": "call00000", "name": "probe_tool", "content": "a result"}
 """Its result."""
 

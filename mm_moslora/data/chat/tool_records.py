@@ -1,4 +1,4 @@
-"""Tools of records and requests in one form: what is offered, the calls of an answer, and their results.
+"""Tools of records in one form: what is offered, the calls of an answer, and their results.
 
 Tools are OpenAI's schemas, `{"type": "function", "function": {"name", "description", "parameters"}}`, or the functions
 alone, as a list or as its JSON text (LLaMA-Factory, ms-swift). Calls are `{"id", "type", "function": {"name",
@@ -102,11 +102,6 @@ class OpenCalls:
         self._open: list[dict[str, Any]] = []
         self._count = 0
 
-    @property
-    def waiting(self) -> list[dict[str, Any]]:
-        """The calls without a result."""
-        return list(self._open)
-
     def called(self, calls: list[dict[str, Any]]) -> str:
         """The JSON text of the calls of an answer, each with an id; empty without calls."""
         self._open = []
@@ -140,18 +135,12 @@ class OpenCalls:
         return _text({"tool_call_id": call["id"], "name": _name(call)}, Code.NO_CALL)
 
 
-def joined_calls(*texts: str) -> str:
-    """The JSON text of the calls of several texts; empty without calls."""
-    calls = _all_calls(*texts)
-    return _text(calls, Code.BAD_CALL) if calls else ""
-
-
 def names_not_offered(offered: str, *calls: str) -> set[str]:
     """The names of tools that are called and not offered.
 
     Args:
         offered: JSON text of `offered_tools`.
-        calls: JSON texts of `joined_calls`.
+        calls: JSON texts of calls in OpenAI's form.
     """
     names = {str(tool["function"]["name"]) for tool in parse_json(offered or "[]", surrogates=True)}
     return {_name(call) for call in _all_calls(*calls)} - names

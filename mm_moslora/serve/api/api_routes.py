@@ -1,4 +1,4 @@
-"""The server's routes: `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics`."""
+"""The server's routes: `/v1/chat/completions`, `/v1/models`, `/health`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from starlette.routing import Route, Router
 from mm_moslora.serve.api.api_errors import ApiError, busy, internal, stopping
 from mm_moslora.serve.api.chat_replies import DONE, Reply, frame
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
-from mm_moslora.serve.api.prometheus_metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.api.request_guard import Guard
 from mm_moslora.serve.api.request_intake import Intake, Reservation, unless_left
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import Prepared
-from mm_moslora.serve.inference.request_images import Fetch
 from mm_moslora.utils.errors import suggestion
 
 logger = logging.getLogger(__name__)
@@ -33,9 +31,7 @@ _NOTED = 64
 """Names of fields that the log tells."""
 
 
-def create_app(
-    engine: GenerationEngine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
-) -> App:
+def create_app(engine: GenerationEngine, limits: Limits, *, key: str | None = None, local: bool = True) -> App:
     """The ASGI application around an engine, which it starts and stops.
 
     Args:
@@ -43,10 +39,8 @@ def create_app(
         limits: the server's.
         key: see `Guard`.
         local: see `Guard`.
-        fetch: gives the bytes behind a picture's address; None: addresses are refused.
     """
-    intake, created = Intake(engine.models, limits, fetch), int(time.time())
-    metrics = Metrics(engine, intake)
+    intake, created = Intake(engine.models, limits), int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:
@@ -66,9 +60,6 @@ def create_app(
         body = {"status": "ok" if alive else "stopped", "running": engine.running, "waiting": engine.waiting}
         return JSONResponse(body, status_code=200 if alive else 503)
 
-    async def metrics_page(_: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
     async def all_models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [described(name) for name in engine.models.variants]})
 
@@ -76,14 +67,13 @@ def create_app(
         return JSONResponse(described(_checked_name(engine, request.path_params["name"])))
 
     routes = [
-        Route("/v1/chat/completions", _Chat(engine, limits, metrics, intake), methods=["POST"]),
+        Route("/v1/chat/completions", _Chat(engine, limits, intake), methods=["POST"]),
         Route("/v1/models", all_models),
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
-        Route("/metrics", metrics_page),
     ]
     app = Router(routes, lifespan=lifespan, redirect_slashes=False)
-    return Guard(app, limits=limits, metrics=metrics, key=key, local=local)
+    return Guard(app, limits=limits, logged=True, key=key, local=local)
 
 
 def _checked_name(engine: GenerationEngine, name: str) -> str:
@@ -100,8 +90,8 @@ def _checked_name(engine: GenerationEngine, name: str) -> str:
 class _Chat:
     """The ASGI application of `/v1/chat/completions`; what a request holds is released when its answer is sent."""
 
-    def __init__(self, engine: GenerationEngine, limits: Limits, metrics: Metrics, intake: Intake) -> None:
-        self._engine, self._limits, self._metrics, self._intake = engine, limits, metrics, intake
+    def __init__(self, engine: GenerationEngine, limits: Limits, intake: Intake) -> None:
+        self._engine, self._limits, self._intake = engine, limits, intake
         self._busy = 0
         """Requests with a complete body and an unfinished answer."""
         self._noted: set[str] = set()
@@ -119,11 +109,9 @@ class _Chat:
                 chat = await self._intake.parsed(request, body)
                 _checked_name(self._engine, chat.model)
                 self._note(chat.unread)
-                self._metrics.images.inc(len(chat.pictures))
                 prepared = await self._intake.prepared(request, chat, reservation)
                 chat = replace(chat, messages=())
-                form = self._engine.models.call_form if chat.tools else None
-                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), call_form=form, boxes=prepared.boxes)
+                reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), boxes=prepared.boxes)
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))
                 if chat.stream:
                     await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -152,8 +140,7 @@ class _Chat:
         jobs = [
             GenerationJob(
                 model=chat.model, input_ids=prepared.input_ids, images=prepared.images, sampling=chat.sampling,
-                stop=chat.stop, thinking=chat.thinking, calls=bool(chat.tools), opening=prepared.opening,
-                choice=choice, deliver=partial(deliver, choice),
+                stop=chat.stop, thinking=chat.thinking, choice=choice, deliver=partial(deliver, choice),
                 deadline=time.monotonic() + self._limits.request_seconds,
             )
             for choice in range(chat.choices)
@@ -162,17 +149,9 @@ class _Chat:
         self._engine.submit(jobs)
         try:
             while not reply.finished:
-                item = await events.get()
-                if reply.ended(item[0]):  # behind the one call that was asked for
-                    continue
-                part = _checked(item, request)
-                parses = reply.call_form is not None
-                chunk = await asyncio.to_thread(reply.add, *part) if parses else reply.add(*part)
-                jobs[item[0]].cancelled = reply.ended(item[0])
-                if not started:  # until then a failure gets its own status
-                    self._metrics.first_token.observe(time.monotonic() - jobs[0].submitted)
+                chunk = reply.add(*_checked(await events.get(), request))
                 if chat.stream:
-                    if not started:
+                    if not started:  # until then a failure gets its own status
                         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
                         await send({"type": "http.response.start", "status": 200, "headers": headers})
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})

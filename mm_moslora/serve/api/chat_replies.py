@@ -13,7 +13,6 @@ from mm_moslora.data.boxes.box_forms import FoundBox
 from mm_moslora.serve.api.chat_request import ChatRequest
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, Ending
 from mm_moslora.serve.inference.text_stream import ThinkingSplit
-from mm_moslora.serve.inference.tool_replies import CallSplit
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
@@ -29,21 +28,13 @@ class _Choice:
     ending: Ending | None = None
     opened: bool = False
     split: ThinkingSplit = field(default_factory=ThinkingSplit)
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    call_split: CallSplit | None = None
 
-    def add(self, piece: str, *, last: bool) -> tuple[str, str, list[dict[str, Any]]]:
-        """Take the next piece of text; returns its thinking, its content and its calls."""
+    def add(self, piece: str, *, last: bool) -> tuple[str, str]:
+        """Take the next piece of text; returns its thinking and its content."""
         thinking, text = self.split.add(piece, last=last)
-        calls: list[dict[str, Any]] = []
-        if self.call_split is not None:
-            more, text, calls = self.call_split.add(text, last=last)
-            thinking += more
         self.thoughts += thinking
         self.text += text
-        first = len(self.calls)
-        self.calls += calls
-        return thinking, text, [{"index": first + number} | call for number, call in enumerate(calls)]
+        return thinking, text
 
 
 @dataclass(kw_only=True)
@@ -52,58 +43,41 @@ class Reply:
 
     request: ChatRequest
     prompt_tokens: int
-    call_form: dict[str, Any] | None = None
-    """The form of calls, see `tool_replies`; None: answers call no tools."""
     boxes: Callable[[str], list[FoundBox]] = lambda _: []
     """Reads the boxes of an answer."""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        form, tools = self.call_form, self.request.tools
-        self._choices = [
-            _Choice(call_split=None if form is None else CallSplit(form, tools)) for _ in range(self.request.choices)
-        ]
+        self._choices = [_Choice() for _ in range(self.request.choices)]
 
     @property
     def finished(self) -> bool:
         """Whether every answer has ended."""
         return all(choice.ending for choice in self._choices)
 
-    def ended(self, index: int) -> bool:
-        """Whether an answer has ended."""
-        return self._choices[index].ending is not None
-
     def add(self, index: int, part: AnswerPart) -> bytes:
         """Record an event of one answer; returns its events where the request asks for a stream."""
         choice = self._choices[index]
-        thinking, text, calls = choice.add(part.text, last=part.ending is not None)
+        thinking, text = choice.add(part.text, last=part.ending is not None)
         choice.tokens, choice.ending = part.tokens, part.ending
-        if self.request.one_call and choice.calls:
-            choice.calls, calls, choice.ending = choice.calls[:1], calls[:1], "stop"
-        ending = _reason(choice)
         if not self.request.stream:
             return b""
         deltas: list[dict[str, Any]] = [] if choice.opened else [{"role": "assistant", "content": ""}]
         choice.opened = True
-        news = (("reasoning_content", thinking), ("content", text), ("tool_calls", calls))
-        deltas += [{key: new} for key, new in news if new]
+        deltas += [{key: new} for key, new in (("reasoning_content", thinking), ("content", text)) if new]
         events = b"".join(self._event(index, delta) for delta in deltas)
-        return events + (self._event(index, {}, ending) if ending else b"")
+        return events + (self._event(index, {}, part.ending) if part.ending else b"")
 
     def whole(self) -> dict[str, Any]:
         """The reply to a request without streaming."""
         choices = [
             {
                 "index": index,
-                "message": {
-                    "role": "assistant", "refusal": None,
-                    "content": choice.text if choice.text.strip() or not choice.calls else None,
-                }
+                "message": {"role": "assistant", "refusal": None, "content": choice.text}
                 | ({"reasoning_content": choice.thoughts} if choice.thoughts else {})
-                | ({"tool_calls": choice.calls} if choice.calls else {})
                 | ({"boxes": [asdict(box) for box in boxes]} if (boxes := self.boxes(choice.text)) else {}),
-                "finish_reason": _reason(choice), "logprobs": None,
+                "finish_reason": choice.ending, "logprobs": None,
             }
             for index, choice in enumerate(self._choices)
         ]  # fmt: skip
@@ -127,11 +101,6 @@ class Reply:
     def _usage(self) -> dict[str, int]:
         completion, prompt = sum(choice.tokens for choice in self._choices), self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _reason(choice: _Choice) -> str | None:
-    """Why an answer ended."""
-    return "tool_calls" if choice.calls and choice.ending == "stop" else choice.ending
 
 
 def frame(value: dict[str, Any]) -> bytes:

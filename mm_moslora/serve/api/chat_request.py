@@ -10,25 +10,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm_moslora.data.chat.tool_records import OpenCalls, ToolError, read_calls
 from mm_moslora.models.decoding.token_sampling import Sampling
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.api.tool_options import wanted_tools
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant")
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction"), ()),
-    "web_search_options": (), "function_call": ("none", "auto"),
+    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction"), ()),
+    "web_search_options": (), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
 }  # fmt: skip
 """Unsupported fields, each with the values besides empty ones that do not change an answer."""
 _READ = frozenset({
     *_HARMLESS, "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
-    "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "n", "tools", "tool_choice",
-    "parallel_tool_calls", "chat_template_kwargs",
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "n", "chat_template_kwargs",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 })  # fmt: skip
 """Fields that are read, and those of OpenAI that change no answer."""
 
@@ -48,10 +45,8 @@ class ChatMessage:
     """One message."""
 
     role: str
-    """system, user, assistant or tool."""
+    """system, user or assistant."""
     parts: tuple[str | MessagePicture, ...]
-    tools: str = ""
-    """JSON text of an assistant's calls, or of the call that a tool answers; see `Turn.tools`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +57,6 @@ class ChatRequest:
     messages: tuple[ChatMessage, ...]
     sampling: Sampling
     stop: tuple[str, ...] = ()
-    tools: str = ""
-    """JSON text of the tools that may be called; empty without any."""
-    forced: bool = False
-    """Whether the one tool of `tools` must be called."""
-    one_call: bool = False
-    """Whether an answer ends with its first call."""
     thinking: bool | None = None
     """Ask the model to think before it answers, or to answer at once; None: as it was trained."""
     stream: bool = False
@@ -83,9 +72,8 @@ class ChatRequest:
 
     @property
     def characters(self) -> int:
-        """Number of characters of all texts, tools and calls."""
-        texts = (part for message in self.messages for part in (*message.parts, message.tools) if isinstance(part, str))
-        return len(self.tools) + sum(map(len, texts))
+        """Number of characters of all texts."""
+        return sum(len(part) for message in self.messages for part in message.parts if isinstance(part, str))
 
 
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
@@ -116,7 +104,6 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
     for name, harmless in _HARMLESS.items():
         if body.get(name) and body[name] not in harmless:
             raise _unsupported(f"{name} is not supported by this server", name)
-    tools, forced = wanted_tools(body)
     options = _field(body, "stream_options", "an object", lambda value: isinstance(value, dict)) or {}
     longest = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     request = ChatRequest(
@@ -131,9 +118,6 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
             seed=_whole(body, "seed", -(2**63), 2**63 - 1),
         ),
         stop=_stop(body.get("stop"), limits),
-        tools=_text(tools, "tools", empty=True),
-        forced=forced,
-        one_call=_switch(body, "parallel_tool_calls") is False,
         thinking=_thinking(body),
         stream=_switch(body, "stream") or False,
         include_usage=_switch(options, "include_usage", "stream_options.") or False,
@@ -156,52 +140,40 @@ def _messages(value: Any, limits: Limits) -> tuple[ChatMessage, ...]:
             f"messages holds {len(value)} messages, at most {limits.messages} are allowed.",
             param="messages", code="too_many_messages",
         )  # fmt: skip
-    calls = OpenCalls()
-    messages = tuple(_message(item, f"messages[{index}]", limits, calls) for index, item in enumerate(value))
+    messages = tuple(_message(item, f"messages[{index}]", limits) for index, item in enumerate(value))
     roles = [message.role for message in messages]
     for index in range(1, len(roles)):
         if roles[index] == "system" != roles[index - 1]:
             where = f"messages[{index}]"
             raise ApiError(f"{where} is a system message behind others; put it first.", param=where)
     spoken = [role for role in roles if role != "system"]
-    if not spoken or spoken[0] != "user" or spoken[-1] not in ("user", "tool"):
+    if not spoken or spoken[0] != "user" or spoken[-1] != "user":
         raise ApiError(
-            "The conversation must begin (after system messages) with a user message, and end with one or with the "
-            "result of a tool.",
+            "The conversation must begin (after system messages) with a user message, and end with one.",
             param="messages",
-        )  # fmt: skip
+        )
     return messages
 
 
-def _message(value: Any, where: str, limits: Limits, calls: OpenCalls) -> ChatMessage:
+def _message(value: Any, where: str, limits: Limits) -> ChatMessage:
     if not isinstance(value, dict):
         raise _wrong(where, "an object with role and content")
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise _wrong(f"{where}.role", f"one of {', '.join(ROLES)}")
     role = "system" if role == "developer" else role
-    try:
-        if role == "tool":
-            tools = calls.answered(value)
-        else:
-            given = value.get("tool_calls") if role == "assistant" else None
-            tools = calls.called(read_calls(given) if given else [])
-    except ToolError as error:
-        where += ".tool_call_id" if role == "tool" else ".tool_calls"
-        raise ApiError(f"{where} {error.what}; {error.remedy}.", param=where) from None
-    tools = _text(tools, f"{where}.tool_calls", empty=True)
-    content = "" if content is None and role == "assistant" and tools else content
+    if value.get("tool_calls"):
+        raise _unsupported(f"{where}.tool_calls is not supported by this server", f"{where}.tool_calls")
     where += ".content"
     if isinstance(content, str):
-        return ChatMessage(role=role, parts=(_text(content, where, empty=True),), tools=tools)
+        return ChatMessage(role=role, parts=(_text(content, where, empty=True),))
     if not isinstance(content, list) or not content:
         raise _wrong(where, "a text, or a list of parts")
     if len(content) > limits.parts:
         raise _wrong(where, f"at most {limits.parts} parts")
     return ChatMessage(
-        role=role, tools=tools,
-        parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content)),
-    )  # fmt: skip
+        role=role, parts=tuple(_part(item, f"{where}[{index}]", role) for index, item in enumerate(content))
+    )
 
 
 def _part(value: Any, where: str, role: str) -> str | MessagePicture:

@@ -14,9 +14,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -26,9 +26,6 @@ from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopb
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_traceback
-
-if TYPE_CHECKING:
-    from mm_moslora.serve.api.prometheus_metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +37,6 @@ KEY_NAME = "MM_MOSLORA_SERVE_KEY"
 SHORTEST_KEY = 16
 _HOST = re.compile(rb"(?:([A-Za-z0-9.-]+)|\[([0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])(?::[0-9]{1,5})?")
 _ORIGIN = re.compile(rb"https?://" + _HOST.pattern)
-KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
 
 
 class SlowReaderError(Exception):
@@ -53,19 +49,16 @@ class Guard:
     Args:
         app: the routes.
         limits: the server's.
-        metrics: counts every request; None: requests are neither counted nor logged.
+        logged: whether the log has a line for every request.
         key: the expected token of `Authorization: Bearer`; None: no key.
         local: accept only this machine's names as Host and in Origin, so that no web page reaches the server by making
             its own host name resolve to this machine.
-        headers: added to every response.
     """
 
     def __init__(
-        self, app: App, *, limits: Limits, metrics: Metrics | None = None, key: str | None = None, local: bool = True,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        self._app, self._limits, self._metrics, self._local = app, limits, metrics, local
-        self._headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        self, app: App, *, limits: Limits, logged: bool = False, key: str | None = None, local: bool = True
+    ) -> None:
+        self._app, self._limits, self._logged, self._local = app, limits, logged, local
         self._key = None if key is None else hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +79,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
                 own = (b"x-request-id", request_id.encode())
-                message["headers"] = [*message.get("headers", ()), own, *self._headers]
+                message["headers"] = [*message.get("headers", ()), own]
             try:
                 async with asyncio.timeout(self._limits.write_seconds):
                     await send(message)
@@ -119,7 +112,9 @@ class Guard:
             logger.error("%s failed: %s", request_id, redacted_traceback(error))
             await self._refuse(internal(request_id), scope, receive, watched, started=status != 0)
         finally:
-            self._count(scope, status, time.monotonic() - started, request_id)
+            if self._logged:  # the query is left out, since it may hold a key
+                seconds, path = time.monotonic() - started, repr(scope["path"][:80])
+                logger.info("%s %s %s %s %.3f s", request_id, scope["method"], path, status or 499, seconds)
 
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
@@ -144,8 +139,6 @@ class Guard:
         return ApiError(f"The body is larger than {self._limits.body_bytes} bytes.", status=413, code="body_too_large")
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
-        if self._metrics is not None:
-            self._metrics.refused.labels(code=error.code).inc()
         if started:  # the status line is already sent
             return
         if error.status in (408, 413) and not any(name == b"expect" for name, _ in scope["headers"]):
@@ -156,15 +149,6 @@ class Guard:
         # Unread bytes of a body would be parsed as the next request.
         headers = {**error.headers(), "Connection": "close"} if error.status in (408, 413) else error.headers()
         await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)  # type: ignore[arg-type]
-
-    def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        if self._metrics is None:
-            return
-        route = scope["path"] if scope["path"] in KNOWN_ROUTES else "other"
-        self._metrics.requests.labels(route=route, status=str(status or 499)).inc()
-        self._metrics.request_seconds.labels(route=route).observe(seconds)
-        # The query is left out, since it may hold a key.
-        logger.info("%s %s %s %s %.3f s", request_id, scope["method"], repr(scope["path"][:80]), status or 499, seconds)
 
 
 def read_key() -> str | None:

@@ -22,7 +22,7 @@ from mm_moslora.serve.api.chat_request import ChatRequest, chat_request, read_js
 from mm_moslora.serve.api.http_server import Receive
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.prompt_preparation import Prepared, prepare, refuse_unfit
-from mm_moslora.serve.inference.request_images import Fetch, memory_of, picture_files
+from mm_moslora.serve.inference.request_images import memory_of, picture_files
 from mm_moslora.serve.inference.served_models import Models
 
 _WORKERS = 2
@@ -35,7 +35,7 @@ class Budget:
     """Bytes of memory that requests share. Only the event loop's thread may use it."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.used, self.highest = most, 0, 0
+        self.most, self.used = most, 0
         self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
     def take(self, count: int) -> bool:
@@ -43,7 +43,6 @@ class Budget:
         if self.used + count > self.most:
             return False
         self.used += count
-        self.highest = max(self.highest, self.used)
         return True
 
     def give(self, count: int) -> None:
@@ -91,8 +90,8 @@ class Reservation:
 class Intake:
     """Reads and prepares the requests of one server."""
 
-    def __init__(self, models: Models, limits: Limits, fetch: Fetch | None) -> None:
-        self._models, self._limits, self._fetch = models, limits, fetch
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self._models, self._limits = models, limits
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mm-moslora-prepare")
         self.bodies, self.pictures = Budget(limits.bodies_bytes), Budget(limits.pictures_bytes)
 
@@ -155,7 +154,7 @@ class Intake:
         limits, models, stop = self._limits, self._models, threading.Event()
         deadline = time.monotonic() + limits.prepare_seconds
         refuse_unfit(chat, models, limits)
-        reading = self._workers.submit(picture_files, chat.pictures, limits, fetch=self._fetch, stop=stop)
+        reading = self._workers.submit(picture_files, chat.pictures, limits, stop=stop)
         files = await self._in_worker(request, reading, stop, limits.prepare_seconds)
         memory = memory_of(files, limits, squares=models.pads_to_squares)
         reservation.set(sum(len(file.data) for file in files) + chat.characters)

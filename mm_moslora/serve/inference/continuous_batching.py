@@ -63,17 +63,12 @@ class GenerationJob(Draw):
     stop: tuple[str, ...] = ()
     thinking: bool | None = None
     """The form of the prompt; see `ConversationEncoder.encode_prompt`."""
-    opening: Sequence[int] = ()
-    """Token ids at the end of `input_ids` with which the answer begins."""
-    calls: bool = False
-    """Whether the answer may call tools; see `ConversationEncoder.decode_answer`."""
     deliver: Callable[[AnswerPart], object]
     """Callback, called from the engine's thread, which may use the model meanwhile."""
     deadline: float
     """Deadline on the monotonic clock, seconds."""
     cancelled: bool = False
     """Set by the owner of the job to cancel it before the next token."""
-    submitted: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)
     """The answer so far."""
     text: TextStream = field(init=False)
@@ -113,8 +108,7 @@ class GenerationEngine:
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
-        self.prompt_tokens = self.answer_tokens = self.steps = self.failures = 0
-        self.running = 0
+        self.running = self.steps = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -145,9 +139,7 @@ class GenerationEngine:
             ApiError: the queue is full.
         """
         for job in jobs:
-            job.text = TextStream(
-                self.models.encoder, job.stop, thinking=job.thinking, calls=job.calls, opening=job.opening
-            )
+            job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking)
         with self._changed:
             if self._stopping:
                 raise stopping()
@@ -215,7 +207,6 @@ class GenerationEngine:
 
     def _fail(self, job: GenerationJob, error: Exception) -> None:
         """End one answer after an error."""
-        self.failures += 1
         _log("An answer failed", error)
         self._deliver(job, ending="failed")
 
@@ -284,7 +275,6 @@ class GenerationEngine:
             groups[-1].jobs += jobs
         else:
             groups.append(_Group(decoder, jobs))
-        self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
 
     def _step(self, name: str, group: _Group) -> None:
         """Sample one token per row, then run it for the rows that continue."""
@@ -321,7 +311,6 @@ class GenerationEngine:
             return False
         job.tokens.append(token)
         job.occurrences[token] += 1
-        self.answer_tokens += 1
         text = job.text.add(token)
         if job.text.stopped:
             self._deliver(job, text, "stop")

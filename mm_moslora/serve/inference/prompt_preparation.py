@@ -8,18 +8,15 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
-import torch
 from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.boxes.box_forms import FoundBox
-from mm_moslora.data.chat.conversation_encoder import UnrenderedTools
 from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.chat.tool_records import joined_calls
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
@@ -33,9 +30,6 @@ class Prepared:
     """A request as model inputs."""
 
     input_ids: Tensor
-    """The prompt, and the `opening` of the answer."""
-    opening: list[int]
-    """Token ids with which every answer begins."""
     images: list[ProcessedImage]
     boxes: Callable[[str], list[FoundBox]]
     """Reads the boxes of an answer, in pixels of the last picture's file."""
@@ -63,12 +57,6 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
             "out.",
             param="chat_template_kwargs", code="unsupported_parameter",
         )  # fmt: skip
-    if request.tools and models.call_form is None:
-        raise ApiError(
-            f"The chat template of {request.model} writes no calls of tools, or in a form that is not known; leave out "
-            "tools.",
-            param="tools", code="unsupported_parameter",
-        )  # fmt: skip
     longest = _longest(models, limits)
     if request.characters > longest * limits.characters_per_token:  # too long under any tokenizer
         raise ApiError(
@@ -86,7 +74,6 @@ def prepare(
     Raises:
         ApiError: a picture cannot be used, or the conversation is too long.
     """
-    opening = _opening(request, models)
     longest, tokens = _longest(models, limits), request.sampling.max_tokens
     visual = models.visual_tokens([file.size for file in files])
     if visual + tokens > longest:
@@ -94,46 +81,18 @@ def prepare(
     pictures = open_pictures(files, stop=stop)
     refuse_stopped(stop)
     try:
-        first, *rest = turns_of(request.messages)
-        turns = [replace(first, tools=request.tools), *rest]
-        ids, images = models.prompt(turns, pictures, thinking=request.thinking)
+        ids, images = models.prompt(turns_of(request.messages), pictures, thinking=request.thinking)
     except ModelError as error:
         raise ApiError(str(error), param="messages", code="invalid_image") from None
-    except UnrenderedTools:
-        raise ApiError(
-            "The model's chat template leaves out or refuses these tools, calls or results.",
-            param="messages", code="conversation_not_supported",
-        ) from None  # fmt: skip
     except MoSLoRAError:
         raise ApiError(
             "The conversation does not fit the model's chat template (it cannot express one of the roles or texts).",
             param="messages", code="conversation_not_supported",
         ) from None  # fmt: skip
-    ids = torch.cat([ids, torch.tensor(opening, dtype=torch.long)])
     if len(ids) + tokens > longest:
         raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
     last = pictures[-1].size if pictures else None
-    return Prepared(
-        input_ids=ids, opening=opening, images=images, boxes=lambda text: models.boxes(text, last) if last else []
-    )
-
-
-def _opening(request: ChatRequest, models: Models) -> list[int]:
-    """The beginning of an answer that must call the tool which is offered alone; empty without such a wish."""
-    if not request.forced:
-        return []
-    opening = None if request.thinking else models.opening_of_call(request.tools, thinking=request.thinking)
-    if opening is None:
-        why = (
-            "enable_thinking asks for thinking before it"
-            if request.thinking
-            else f"the chat template of {request.model} gives no beginning of an answer that calls this tool"
-        )
-        raise ApiError(
-            f"tool_choice forces a call, and {why}; use auto.",
-            param="tool_choice", code="unsupported_parameter",
-        )  # fmt: skip
-    return opening
+    return Prepared(input_ids=ids, images=images, boxes=lambda text: models.boxes(text, last) if last else [])
 
 
 def _longest(models: Models, limits: Limits) -> int:
@@ -150,26 +109,16 @@ def _too_long(what: str, tokens: int, longest: int) -> ApiError:
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """Messages as turns: consecutive messages of one role become one turn, and so do all system messages.
-
-    Results of tools stay apart.
-    """
+    """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
     turns: list[Turn] = []
     for role, same in itertools.groupby(messages, key=attrgetter("role")):
-        group = list(same)
-        parts = [part for message in group for part in message.parts]
+        parts = [part for message in same for part in message.parts]
         if role == "user":
             turns.append(_question(parts))
-        elif role == "tool":
-            turns += [Turn(role="tool", text=_joined(message.parts), tools=message.tools) for message in group]
         else:
-            between, calls = ("\n\n", "") if role == "system" else ("\n", joined_calls(*(one.tools for one in group)))
-            turns.append(Turn(role=role, text=_joined(parts, between), tools=calls))
+            between = "\n\n" if role == "system" else "\n"
+            turns.append(Turn(role=role, text=between.join(part for part in parts if isinstance(part, str))))
     return turns
-
-
-def _joined(parts: Sequence[str | MessagePicture], between: str = "\n") -> str:
-    return between.join(part for part in parts if isinstance(part, str))
 
 
 def _question(parts: Sequence[str | MessagePicture]) -> Turn:

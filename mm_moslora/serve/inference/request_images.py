@@ -1,4 +1,4 @@
-"""Pictures of a request: base64 data URLs, and https addresses of the hosts that the server's owner allowed."""
+"""Pictures of a request: base64 data URLs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import binascii
 import io
 import re
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -17,7 +17,6 @@ from mm_moslora.data.record_faults import Code
 from mm_moslora.serve.api.api_errors import ApiError, client_left
 from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.utils.network import http_fetch
 
 _DATA = re.compile(r"data:(?P<kind>image/[a-z0-9.+-]{1,40})(?:;[a-z-]{1,20}=[a-z0-9-]{1,20})*;base64,", re.IGNORECASE)
 _SAID = {
@@ -27,13 +26,6 @@ _SAID = {
     Code.IMAGE_ASPECT: "is too narrow or has no pixels",
     Code.IMAGE_TOO_LARGE: "has too many pixels",
 }
-FETCH_BYTES = 10 * 2**20
-FETCH_SECONDS = 5.0
-"""Seconds for a whole fetch, redirects included."""
-_REDIRECTS = 3
-
-Fetch = Callable[[str], bytes]
-"""Returns the bytes at a URL, or raises `ApiError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +46,12 @@ class PictureFile:
         return self.size[0] * self.size[1]
 
 
-def picture_files(
-    pictures: Sequence[MessagePicture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
-) -> list[PictureFile]:
+def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: threading.Event) -> list[PictureFile]:
     """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
     Args:
         pictures: from the request.
         limits: the server's.
-        fetch: for https URLs; None: they are refused, and no socket is opened.
         stop: set when the result is no longer needed.
 
     Raises:
@@ -71,7 +60,7 @@ def picture_files(
     files, pixels_left = [], limits.images_pixels
     for picture in pictures:
         refuse_stopped(stop)
-        file = _with_header(_bytes(picture, fetch), picture.where)
+        file = _with_header(_bytes(picture), picture.where)
         picture.url = ""
         try:
             if file.mode:  # without a readable header, decoding decides
@@ -144,43 +133,14 @@ def refuse_stopped(stop: threading.Event) -> None:
         raise client_left()
 
 
-def fetch_from(hosts: Collection[str]) -> Fetch | None:
-    """Fetches pictures over https, only from public addresses of these host names; None without any."""
-    if not hosts:
-        return None
-    names = frozenset(host.lower().rstrip(".") for host in hosts)
-    rules = http_fetch.Rules(
-        hosts=names, most=FETCH_BYTES, seconds=FETCH_SECONDS, redirects=_REDIRECTS, public=True
-    )  # fmt: skip
-
-    def fetch(url: str) -> bytes:
-        try:
-            return http_fetch.fetch(url, rules)
-        except http_fetch.FetchError as error:
-            if error.fault == http_fetch.FetchFault.NOT_ALLOWED:
-                raise ApiError(
-                    "The host of a picture's address is not allowed on this server. Send the picture as a data URL.",
-                    code="remote_host_not_allowed",
-                ) from None
-            raise ApiError(f"A picture's address {error.what}.", code="remote_image_failed") from None
-
-    return fetch
-
-
-def _bytes(picture: MessagePicture, fetch: Fetch | None) -> bytes:
+def _bytes(picture: MessagePicture) -> bytes:
     url = picture.url
-    if not url[:5].lower().startswith("data:"):
-        if fetch is None or not url[:8].lower().startswith("https://"):
-            raise ApiError(
-                f"{picture.where} is not a data URL; remote images are disabled on this server. Send the picture as "
-                "data:image/png;base64,...",
-                param=picture.where, code="remote_images_disabled",
-            )  # fmt: skip
-        try:
-            return fetch(url)
-        except ApiError as error:
-            error.param = picture.where
-            raise
+    if not url[:5].lower().startswith("data:"):  # no socket is opened for an address
+        raise ApiError(
+            f"{picture.where} is not a data URL; remote images are disabled on this server. Send the picture as "
+            "data:image/png;base64,...",
+            param=picture.where, code="remote_images_disabled",
+        )  # fmt: skip
     head = _DATA.match(url)
     if head is None:
         raise _wrong(picture.where, "is not a base64 data URL of a picture; expected data:image/png;base64,...")

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
-from mm_moslora.serve.inference.forced_calls import opening_of_call
-from mm_moslora.serve.inference.tool_replies import call_form
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, MANIFEST, find_checkpoint, projector_file
@@ -101,18 +98,6 @@ class Models:
         processing = self.assembly.image_processing
         pads = getattr(getattr(self.assembly.processor, "image_processor", None), "do_pad", False)
         return processing is not None and processing.fixed and bool(pads)
-
-    @cached_property
-    def call_form(self) -> dict[str, Any] | None:
-        """See `tool_replies.call_form`."""
-        with self._alone:
-            return call_form(self.encoder)
-
-    def opening_of_call(self, tools: str, *, thinking: bool | None) -> list[int] | None:
-        """See `forced_calls.opening_of_call`. Thread-safe."""
-        form = self.call_form
-        with self._alone:
-            return None if form is None else opening_of_call(self.encoder, form, tools, thinking=thinking)
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Visual tokens of pictures of these widths and heights, with the placeholders around them. Thread-safe."""

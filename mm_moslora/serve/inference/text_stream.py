@@ -18,27 +18,16 @@ class TextStream:
         encoder: holds the tokenizer and the template's text before an answer.
         stop: texts that end the answer. Neither they nor the text after them is returned.
         thinking: the form of the prompt; where the prompt opened a thinking block, the text begins with that.
-        calls: see `ConversationEncoder.decode_answer`.
-        opening: token ids with which the answer begins already; its text comes with the first piece, and ends nothing.
     """
 
-    def __init__(
-        self,
-        encoder: ConversationEncoder,
-        stop: Sequence[str] = (),
-        *,
-        thinking: bool | None = None,
-        calls: bool = False,
-        opening: Sequence[int] = (),
-    ) -> None:
-        self._encoder, self._stop, self._calls = encoder, tuple(stop), calls
-        self._tokens = list(opening)
+    def __init__(self, encoder: ConversationEncoder, stop: Sequence[str] = (), *, thinking: bool | None = None) -> None:
+        self._encoder, self._stop = encoder, tuple(stop)
+        self._tokens: list[int] = []
         self._start = 0
         """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
-        self._end = len(opening)
+        self._end = 0
         """Tokens with text in `_pending` or already returned."""
         self._pending = encoder.opened(thinking)
-        self._opening = self._decode(self._end) if opening else ""
         self.stopped = False
         """Whether a stop string was found."""
 
@@ -46,7 +35,7 @@ class TextStream:
         """Add one token; returns the text that is final now, often one word and sometimes nothing."""
         self._tokens.append(token)
         fresh = self._fresh()
-        if fresh.endswith(_HALF) or (self._calls and not fresh):  # an incomplete character, or what is no answer yet
+        if fresh.endswith(_HALF):  # an incomplete character
             return ""
         self._start, self._end = self._end, len(self._tokens)
         return self._release(fresh)
@@ -55,8 +44,8 @@ class TextStream:
         """End the answer; returns the text that was held back."""
         if self.stopped:
             return ""
-        rest = self._opening + self._pending + self._fresh()
-        self._opening, self._pending, self._end = "", "", len(self._tokens)
+        rest = self._pending + self._fresh()
+        self._pending, self._end = "", len(self._tokens)
         return rest
 
     def _fresh(self) -> str:
@@ -66,18 +55,18 @@ class TextStream:
     def _decode(self, end: int) -> str:
         tokens = self._tokens[self._start : end]
         if self._start == 0:
-            return self._encoder.decode_answer(tokens, calls=self._calls)
-        return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=not self._calls))
+            return self._encoder.decode_answer(tokens)
+        return str(self._encoder.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _release(self, fresh: str) -> str:
-        text, opening, self._opening = self._pending + fresh, self._opening, ""
+        text = self._pending + fresh
         starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
         if starts:
             self.stopped, self._pending = True, ""
-            return opening + text[: min(starts)]
+            return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._pending = text[len(text) - keep :]
-        return opening + text[: len(text) - keep]
+        return text[: len(text) - keep]
 
 
 class ThinkingSplit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.client
-import ipaddress
 import re
 import socket
 import ssl
@@ -22,7 +21,6 @@ from mm_moslora.utils.errors import MoSLoRAError
 
 _HEADERS = {"Accept": "image/*, */*;q=0.8", "User-Agent": "mm_moslora"}
 _REDIRECTS = (301, 302, 303, 307, 308)
-_TLS_PORT = 443
 _BAD = re.compile(r"[^\x21-\x7e]|\\")
 """Characters that URL parsers interpret differently; they occur in attacks only."""
 
@@ -63,9 +61,6 @@ class Rules:
     silence: float = 20.0
     """Seconds without a byte before the download is abandoned."""
     redirects: int = 10
-    public: bool = False
-    """Allow only https on its standard port, without a proxy, and only public addresses. The connection goes to the
-    address that was checked."""
 
     def checked(self, url: str, *, base: str = "") -> str:
         """A URL, rebuilt from its checked parts.
@@ -85,8 +80,7 @@ class Rules:
             host, port = (parts.hostname or "").rstrip("."), parts.port
         except ValueError:
             raise FetchError(FetchFault.FAILED, "is not a valid address", detail=shown) from None
-        schemes, ports = (("https",), (None, _TLS_PORT)) if self.public else (("http", "https"), (port,))
-        if parts.scheme not in schemes or port not in ports or host not in self.hosts or "@" in parts.netloc:
+        if parts.scheme not in ("http", "https") or host not in self.hosts or "@" in parts.netloc:
             raise FetchError(FetchFault.NOT_ALLOWED, "is not of an allowed host", detail=shown)
         netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
         return urlunsplit((parts.scheme, netloc, parts.path or "/", parts.query, ""))
@@ -103,8 +97,7 @@ def fetch(url: str, rules: Rules) -> bytes:
         FetchError: the rules forbid it, or the host does not answer in time, closes early or sends too much.
     """
     limit = _TimeLimit(rules.seconds)
-    direct = [urllib.request.ProxyHandler({})] if rules.public else []
-    opener = urllib.request.build_opener(_Guarded(rules, limit), _NoRedirects(), *direct)
+    opener = urllib.request.build_opener(_Guarded(limit), _NoRedirects())
     with limit:
         address = ""
         for _ in range(rules.redirects + 1):
@@ -135,24 +128,6 @@ def _content(answer: http.client.HTTPResponse, rules: Rules, limit: _TimeLimit) 
     if len(data) < int(answer.headers.get("Content-Length") or 0):
         raise FetchError(FetchFault.FAILED, f"breaks off after {len(data)} bytes")
     return data
-
-
-def public_address(host: str) -> str:
-    """One address of a host with public addresses only.
-
-    Raises:
-        FetchError: the name does not resolve, or one of its addresses is not public.
-    """
-    try:
-        addresses = {str(item[4][0]) for item in socket.getaddrinfo(host, _TLS_PORT, type=socket.SOCK_STREAM)}
-    except OSError:
-        raise FetchError(FetchFault.FAILED, "has a host that is not known") from None
-    for address in addresses:
-        number = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(number, "ipv4_mapped", None) or number
-        if not mapped.is_global or mapped.is_multicast:
-            raise FetchError(FetchFault.FAILED, "leads to an address that is not public")
-    return min(addresses)
 
 
 class _TimeLimit:
@@ -194,9 +169,9 @@ class _TimeLimit:
 
 
 class _Guarded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https under a deadline, and under public rules only to public addresses."""
+    """Opens http and https under a deadline."""
 
-    def __init__(self, rules: Rules, limit: _TimeLimit) -> None:
+    def __init__(self, limit: _TimeLimit) -> None:
         super().__init__()
 
         class Plain(http.client.HTTPConnection):
@@ -206,11 +181,7 @@ class _Guarded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         class Tls(http.client.HTTPSConnection):
             def connect(self) -> None:
-                if rules.public:  # the certificate is checked against the host's name
-                    raw = socket.create_connection((public_address(self.host), _TLS_PORT), self.timeout)
-                    self.sock = _context().wrap_socket(raw, server_hostname=self.host)
-                else:
-                    super().connect()
+                super().connect()
                 limit.holds(self)
 
         self._plain, self._tls = Plain, Tls
