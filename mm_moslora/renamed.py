@@ -19,10 +19,6 @@ MODULES = {
     _PACKAGE + "data.sources.record_source": "data.sources.record_file",
     _PACKAGE + "models.import_checkpoint": "models.importing.import_checkpoint",
     _PACKAGE + "models.import_xtuner": "models.importing.import_xtuner",
-    **{
-        _PACKAGE + f"planning.{name}": f"planning.ranks.{name}"
-        for name in ("distributed_doctor", "link_speed", "rank_facts", "roll_call")
-    },
     _PACKAGE + "reporting.comparison_charts": "reporting.comparison.comparison_charts",
     _PACKAGE + "reporting.comparison_curves": "reporting.comparison.comparison_curves",
     _PACKAGE + "reporting.comparison_page": "reporting.comparison.comparison_page",

@@ -26,7 +26,6 @@ Options
   --local-addr ADDR  this host's address, where its name resolves to another one
   --max-restarts N   after a rank dies or hangs, restart all from the newest checkpoint, at most N times (default 0)
   --log-dir FOLDER   also write the output of every rank to rank-00000.log and so on
-  --doctor           check hosts, versions, network and speed of the ranks instead of training
   --dry-run          check and print the recipe and the command, and start nothing
   --help             this text
 

@@ -20,7 +20,6 @@ Options
   --hostfile FILE   machines to use. Variables such as HF_*, NCCL_*, GLOO_*, OMP_*, WANDB_* and MM_MOSLORA_* are passed
                     on to them, except keys and tokens, and so are the lines of .deepspeed_env files
   --log-dir FOLDER  also write the output of every rank to rank-00000.log and so on
-  --doctor          check hosts, versions, network and speed of the ranks instead of training
   --dry-run         check and print the recipe and the command, and start nothing
   --help            this text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.planning.doctor import Diagnosis
 
-_RANKS_SECONDS = 180.0
 _FAMILY_SECONDS = 600.0
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -28,7 +26,6 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted rec
 def doctor(
     recipe: str | None = None,
     *overrides: Overrides,
-    distributed: bool = False,
     limit: float | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -44,12 +41,8 @@ def doctor(
     recipe
         The recipe to be trained: YAML file, or the name of a shipped preset. Its settings are checked, and its packages
         count as needed. Without one, only the required packages do. With --families: names of families.
-    distributed
-        Check all ranks of a launcher together: versions, cards, network, clocks, the speed of every link, and each host
-        as without this option. `mm-moslora launch --doctor RECIPE` starts it as it starts a run.
     limit
-        Seconds for --distributed, after which a message names the ranks that are missing or hang (180), or for each of
-        several --families, after which it is not tried (600).
+        Seconds for each of several --families, after which it is not tried (600).
     model
         Folder or hub id of a model: what would train and how, its labels, its logits, and whether conversations of one
         row see each other, by probes of the model itself.
@@ -65,8 +58,8 @@ def doctor(
     progress
         With --families: a JSON file that keeps rows, so that a command that was cut goes on where it was.
     """
-    if (model and (recipe is not None or distributed or families)) or (families and distributed):
-        raise ConfigError("--model, --families, --distributed and a recipe ask for different checks. Give one of them.")
+    if model and (recipe is not None or families):
+        raise ConfigError("--model, --families and a recipe ask for different checks. Give one of them.")
     if not model and (revision or random or gpus):
         raise ConfigError("--revision, --random and --gpus describe the model of --model, which is missing.")
     if limit is not None and not 0 < limit < math.inf:
@@ -81,22 +74,14 @@ def doctor(
         from mm_moslora.planning.model_doctor import diagnose_model
 
         return _report(diagnose_model(model, revision=revision, small=random, gpus=gpus))
-    from mm_moslora.launch.rank_logs import keep_rank_log
     from mm_moslora.planning.doctor import diagnose
 
     resolved = None if recipe is None else load_recipe(recipe, override_items(overrides))
-    if not distributed:
-        if resolved is None:
-            return _report(diagnose())
-        first = _settings(resolved)
-        rest = [item for item in diagnose(Path(resolved.train.output), resolved) if item.detail != first.detail]
-        return _report([first, *rest])
-    keep_rank_log(os.environ)
-    quiet_libraries()
-    from mm_moslora.planning.ranks.distributed_doctor import diagnose_ranks
-    from mm_moslora.utils.distributed import is_main
-
-    return _report(diagnose_ranks(resolved, limit=_RANKS_SECONDS if limit is None else limit), show=is_main())
+    if resolved is None:
+        return _report(diagnose())
+    first = _settings(resolved)
+    rest = [item for item in diagnose(Path(resolved.train.output), resolved) if item.detail != first.detail]
+    return _report([first, *rest])
 
 
 def _families(kinds: list[str], *, seconds: float, progress: Path | None) -> int:
@@ -128,7 +113,7 @@ def _settings(recipe: Recipe) -> Diagnosis:
     return Diagnosis(name="recipe", detail="its keys and names are known")
 
 
-def _report(findings: list[Diagnosis], *, show: bool = True) -> int:
+def _report(findings: list[Diagnosis]) -> int:
     """Print the findings; returns the exit code."""
     from rich.console import Console
     from rich.markup import escape
@@ -138,9 +123,8 @@ def _report(findings: list[Diagnosis], *, show: bool = True) -> int:
     signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
     for item in findings:
         table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
-    if show:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 160  # logs have no width of their own
-        console.print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # logs have no width of their own
+    console.print(table)
     return 1 if any(item.status == "bad" for item in findings) else 0

@@ -59,7 +59,6 @@ def launch(
     srun: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     log_dir: Path | None = None,
     requeue: bool = False,
-    doctor: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Train a recipe on all accelerators of one or several machines; the same command again continues it.
@@ -102,12 +101,10 @@ def launch(
     requeue
         In a SLURM job: requeue the job when SIGUSR1 announces its time limit (--signal=B:USR1@SECONDS). A requeued job
         that saved no new checkpoint is not requeued again.
-    doctor
-        Run `doctor --distributed` with the recipe on these ranks instead of training.
     dry_run
         Check the recipe, and print it and the command, without starting anything. Its files need not be here.
     """
-    from mm_moslora.config import Recipe, override_items
+    from mm_moslora.config import override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Requeue, SlurmJob
@@ -129,19 +126,12 @@ def launch(
             )  # fmt: skip
             options, keys = _split_options(overrides)
             resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
-            if doctor and not isinstance(resolved, Recipe):
-                raise ConfigError("--doctor checks recipes of `train`, not of `diffusion train`. Leave it out.")
             print(resolved.to_yaml(), end="", flush=True)
-            if not doctor:  # which lists what it finds
-                others = dry_run or hostfile is not None  # other hosts may see other files
-                refuse_early(resolved, None if others else options.get("resume", "auto"))
-            train = ["diffusion", "train"] if diffusion else ["train"]
-            verb = ["doctor", "--distributed", recipe, *keys] if doctor else [*train, recipe, *overrides]
-            run_folder = None if doctor else Path(resolved.train.output)
-            code = start(topology, verb, run_folder=run_folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
-            if doctor and code:
-                print("Above: rank 0's findings or error, then the launcher's report of exit code 1.", file=sys.stderr)
-            return code
+            others = dry_run or hostfile is not None  # other hosts may see other files
+            refuse_early(resolved, None if others else options.get("resume", "auto"))
+            verb = [*(["diffusion"] if diffusion else []), "train", recipe, *overrides]
+            folder = Path(resolved.train.output)
+            return start(topology, verb, run_folder=folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
         return requeuing.stopped({stop.received}, EXIT_REQUEUE) if requeuing else EXIT_REQUEUE

@@ -77,7 +77,7 @@ def launch(
     topology: Topology,
     arguments: Sequence[str],
     *,
-    run_folder: Path | None,
+    run_folder: Path,
     log_folder: Path | None = None,
     dry_run: bool = False,
     requeue: Requeue | None = None,
@@ -87,7 +87,7 @@ def launch(
     Args:
         topology: processes and hosts.
         arguments: the verb of the ranks and its arguments.
-        run_folder: gets the mark of a run that was stopped; None: the verb trains nothing.
+        run_folder: gets the mark of a run that was stopped.
         log_folder: gets the output of every rank, see `mm_moslora.launch.rank_logs`.
         dry_run: print the command and start nothing.
         requeue: decides whether a stopped run's SLURM job goes back into the queue.
@@ -99,8 +99,6 @@ def launch(
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
-    if run_folder is None:
-        return _run_ranks(topology, words, log_folder).code
     mark = run_folder / STOPPED
     refuse_strangers(run_folder, (STOPPED,), kind="run", also=RUN_SIGNS)
     discard(mark)

@@ -168,7 +168,7 @@ def _accelerator() -> Iterator[Diagnosis]:
         built = torch.cuda.get_arch_list()
         too_old = sorted({device.name for device in devices if not _runs(built, (device.major, device.minor))})
         if not too_old:
-            yield mixed_cards([device.name for device in devices], names)
+            yield _mixed_cards([device.name for device in devices], names)
             return
         yield Diagnosis(
             name="accelerator", status="bad",
@@ -198,13 +198,7 @@ def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:
     return not built
 
 
-def mixed_cards(names: Sequence[str], detail: str) -> Diagnosis:
-    """The finding on the cards of one machine or of all ranks.
-
-    Args:
-        names: of the cards.
-        detail: the text.
-    """
+def _mixed_cards(names: Sequence[str], detail: str) -> Diagnosis:
     if len(set(names)) < 2:
         return Diagnosis(name="accelerator", detail=detail)
     return Diagnosis(

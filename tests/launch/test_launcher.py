@@ -350,8 +350,6 @@ def test_diffusion_recipes_are_launched_too(capsys):
     assert "base: tiny-sdxl" in shown.out
     assert "-m mm_moslora diffusion train tiny_subject --train.zero zero2" in shown.err
     assert "--nproc_per_node 2 --standalone " in shown.err
-    assert cli.run(["launch", "--diffusion", "--doctor", "tiny_subject"]) == 1
-    assert "--doctor checks recipes of `train`" in capsys.readouterr().err
     assert cli.run(["launch", "tiny_subject"]) == 1
     assert "`mm-moslora launch --diffusion tiny_subject`" in capsys.readouterr().err
 

@@ -210,3 +210,18 @@ def test_threads_that_fight_are_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert finding.status == "warn"
     assert "OMP_WAIT_POLICY=passive" in finding.remedy
     assert "OMP_NUM_THREADS=" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["sm_75", "sm_80", "sm_90"], (8, 6), True),
+        (["sm_75", "sm_80", "sm_90"], (7, 0), False),
+        (["sm_75", "sm_80", "sm_90"], (10, 0), False),
+        (["sm_75", "sm_90a", "compute_90"], (10, 0), True),
+        (["sm_100", "sm_120"], (12, 0), True),
+        ([], (8, 0), True),
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_told_apart(built, capability, runs):
+    assert doctor._runs(built, capability) == runs

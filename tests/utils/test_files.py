@@ -120,7 +120,6 @@ WRITES = {
     "mm_moslora/models/importing/import_xtuner.py:write_factors": NEW,
     "mm_moslora/models/processing/llava_processor.py:save_processor": NEW,
     "mm_moslora/models/vision/feature_cache.py:write": ASIDE,
-    "mm_moslora/planning/ranks/distributed_doctor.py:_run_folder": "a random name that no other program knows",
     "mm_moslora/preferences/trl_trainers.py:write": NEW,
     "mm_moslora/quickstart/asset_cache.py:unpack": NEW,
     "mm_moslora/quickstart/debian_packages.py:unpack_deb_in_python": NEW,

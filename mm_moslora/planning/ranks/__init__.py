@@ -1,1 +1,0 @@
-"""`doctor --distributed`: what the ranks, their hosts and the network between them lack."""
