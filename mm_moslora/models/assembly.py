@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import peft
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -56,6 +57,7 @@ from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_mul
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import require_model, require_projector
+from mm_moslora.utils.stored_checksums import check_stored
 
 
 @dataclass(kw_only=True)
@@ -367,9 +369,15 @@ def load_projector(projector: nn.Module, weights: Path, *, newline: nn.Parameter
         newline: the newline embedding of an anyres model; left as it is where the file, made without tiles, has none.
 
     Raises:
-        ModelError: no such file, or it was made for other widths.
+        ModelError: no such file, it is damaged, or it was made for other widths.
+        CheckpointError: the manifest of its checkpoint names other bytes.
     """
-    state, own = load_file(require_projector(weights)), projector.state_dict()
+    file, own = require_projector(weights), projector.state_dict()
+    check_stored(file)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged or truncated ({error}). Copy it again.") from error
     stored = state.pop(NEWLINE, None)
     if newline is not None and stored is not None:
         newline.data.copy_(stored)

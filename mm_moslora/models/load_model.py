@@ -37,6 +37,7 @@ from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, PREPROCESSING, find_checkpoint
+from mm_moslora.utils.stored_checksums import check_stored
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def load(
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
         AdapterError: the adapter is damaged or belongs to another base.
+        CheckpointError: a file of the checkpoint is not the one that its manifest names.
     """
     folder = find_checkpoint(Path(path))
     is_checkpoint, is_adapter = (folder / MANIFEST).is_file(), (folder / ADAPTER_CONFIG).is_file()
@@ -108,6 +110,7 @@ def model_of(folder: Path) -> ModelConfig:
 
 
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, packed: str) -> Parts:
+    check_stored(folder)
     recipe_model = recipe_of(folder).model
     projector = dataclasses.replace(recipe_model.projector, weights=None)  # which the checkpoint holds
     config = resolve_model_paths(dataclasses.replace(recipe_model, projector=projector), folder)
