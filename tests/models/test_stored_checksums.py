@@ -87,5 +87,5 @@ def test_other_files_may_be_edited_and_a_projector_alone_has_no_manifest(checkpo
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"files": 3}'])
 def test_a_damaged_manifest_is_one_line(checkpoint, content):
     (checkpoint / "manifest.json").write_bytes(content)
-    with pytest.raises(MoSLoRAError, match="manifest.json is damaged"):
+    with pytest.raises(MoSLoRAError, match=r"manifest\.json is damaged"):
         load(checkpoint)
