@@ -29,7 +29,6 @@ from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.sharing.sharing_forms import SHARINGS, Sharing
 from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
-from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
 from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear
 
@@ -54,7 +53,6 @@ __all__ = [
     "adapted_modules",
     "add_method",
     "add_moslora",
-    "add_weighted_adapter",
     "base_fingerprint",
     "butterfly",
     "delta_weight",
@@ -62,7 +60,6 @@ __all__ = [
     "fold",
     "fold_state_dict",
     "fused_linear",
-    "hot_swap",
     "init_mixer",
     "is_adapter_parameter",
     "keep_orthonormal",

@@ -8,14 +8,6 @@
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `get_peft_model_state_dict`, as `save_pretrained` calls it, refuses shards: writing them ends in an error of
   safetensors about storages.
-- `reduce_intruder_dimension` refuses mixers: it writes A and B of a new adapter without a hook for tuners
-  (huggingface/peft#2907).
-- `prepare_model_for_compiled_hotswap` refuses another rank for mixers: it pads A and B, and `hotswap_adapter` cannot
-  fill a padded M (huggingface/peft#2177).
-- `hotswap_adapter_from_state_dict` refuses mixers of another rank before it changes anything: it copies tensor by
-  tensor, and would fail halfway (huggingface/peft#2177).
-- `hotswap.CONFIG_KEYS_TO_CHECK` gets `mixer_init`, `mixer_form` and `shared_factors`: mixers that plain LoRA lacks
-  would be set to zero, and factors that layers share would get the values of one of them (huggingface/peft#2177).
 
 `tests/adapters/test_tuner.py` fails when one of them has another signature or another caller; it reads no bodies.
 """
@@ -29,9 +21,8 @@ from typing import Any
 import peft
 from peft import peft_model, utils
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import intruders
 from peft.utils import hotswap, save_and_load
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mm_moslora.adapters.folder_format import (
@@ -46,21 +37,17 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.authors_format import check_declared
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.kept_start import set_starts, start_tensors, starts_of
+from mm_moslora.adapters.folders.kept_start import start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import attach_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 
 _stock_state = save_and_load.get_peft_model_state_dict
 _stock_weights = save_and_load.load_peft_weights
-_stock_intruders = intruders.reduce_intruder_dimension
-_stock_prepare = hotswap.prepare_model_for_compiled_hotswap
-_stock_swap = hotswap.hotswap_adapter_from_state_dict
 
 
 @functools.wraps(_stock_state)
@@ -105,50 +92,6 @@ def _renamed(name: str, key_mapping: dict[str, str]) -> str:
     return f"{PREFIX}{path}"
 
 
-@functools.wraps(_stock_intruders)
-def reduce_intruder_dimension(peft_model: Any, old_adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
-    """Refuse adapters with mixers."""
-    if isinstance(peft_model.peft_config.get(old_adapter_name), MoSLoRAConfig):
-        raise AdapterError(
-            "reduce_intruder_dimension writes A and B of a new adapter and knows no mixer. Give it plain LoRA: "
-            "peft.PeftModel.from_pretrained(base, folder, config=peft.LoraConfig.from_pretrained(folder))."
-        )
-    _stock_intruders(peft_model, old_adapter_name, *args, **kwargs)
-
-
-@functools.wraps(_stock_prepare)
-def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, **kwargs: Any) -> None:
-    """Refuse another rank for adapters with mixers."""
-    for path, layer in named_adapter_layers(model):
-        ranks = {layer.r[name] for name in layer.lora_mixer} - {target_rank}
-        if target_rank is not None and ranks:
-            raise AdapterError(
-                f"target_rank is {target_rank}, but {path} has a mixer of rank {min(ranks)}, which PEFT does not pad. "
-                "Leave target_rank out and swap adapters of one rank, or swap plain LoRA (export_adapter with "
-                'layout="peft").'
-            )
-    _stock_prepare(model, target_rank=target_rank, **kwargs)
-
-
-@functools.wraps(_stock_swap)
-def hotswap_adapter_from_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
-) -> None:
-    """Refuse mixers of another rank; the new values come with their own start, or without one."""
-    state_dict = dict(state_dict)
-    starts = {name: state_dict.pop(name) for name in list(state_dict) if START_PART in name}
-    for name, present in model.state_dict().items():
-        key = name.removeprefix("_orig_mod.")
-        if ".lora_mixer." in key and key in state_dict and state_dict[key].shape != present.shape:
-            raise AdapterError(
-                f"{key} has shape {list(state_dict[key].shape)}, the model's has {list(present.shape)}: mixers are "
-                "swapped within one rank and form. Load the adapter under a name of its own (model.load_adapter)."
-            )
-    _stock_swap(model, state_dict, adapter_name, *args, **kwargs)
-    named = {name.replace(f"{START_PART}{adapter_name}.", START_PART): tensor for name, tensor in starts.items()}
-    set_starts(model, adapter_name, named)
-
-
 def patch_peft() -> None:
     """Enter the tuner and the configuration, and replace the functions; a second call changes nothing."""
     patch_diffusers()
@@ -160,9 +103,3 @@ def patch_peft() -> None:
     modules: tuple[Any, ...] = (peft, peft_model, utils, save_and_load, hotswap)
     for module in modules:
         module.load_peft_weights = load_peft_weights
-    intruders.reduce_intruder_dimension = reduce_intruder_dimension
-    hotswap.prepare_model_for_compiled_hotswap = prepare_model_for_compiled_hotswap
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-    # It compares these keys of `to_dict` of both configurations; stock LoRA has none.
-    keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
-    keys += [name for name in ("mixer_init", "mixer_form", "shared_factors") if name not in keys]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import peft
 import torch
@@ -46,7 +46,6 @@ from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.adapters.tied_weights import share_factors, untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
-from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # One entry for all modules: a type that cannot carry a mixer must raise, not fall through to PEFT's plain LoRA.
@@ -152,27 +151,19 @@ class MoSLoRAModel(LoraModel):
                 raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
-    def add_weighted_adapter(  # type: ignore[override]  # PEFT's options are keywords here
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: Any = "svd",
-        **kwargs: Any,
-    ) -> None:
-        """Add up adapters; those with mixers as `mm_moslora.adapters.add_weighted_adapter` does."""
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """See PEFT's; it reads A and B alone.
+
+        Raises:
+            AdapterError: an adapter has mixers.
+        """
         layers = [layer for _, layer in named_adapter_layers(self.model)]
-        shared = any(getattr(self.peft_config.get(name), "shared_factors", None) for name in adapters)
-        if not shared and not any(name in layer.lora_mixer for layer in layers for name in adapters):
-            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
-            return
-        # PEFT reads density and majority_sign_method for averages only, which are refused below.
-        read = kwargs.keys() - {"svd_rank", "density", "majority_sign_method"}
-        unknown = sorted(name for name in read if kwargs[name] not in (None, True))
-        if unknown:
-            raise AdapterError(f"{unknown[0]} is not supported for adapters with mixers. Leave it out.")
-        kind = cast(Combination, combination_type)
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination=kind, rank=kwargs.get("svd_rank"))
+        if mixed := next((name for name in adapters if any(name in layer.lora_mixer for layer in layers)), None):
+            raise AdapterError(
+                f"Adapter {mixed!r} has mixers, and PEFT would add up A and B alone. Add up plain LoRA "
+                '(export_adapter with layout="peft").'
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         untie(self.model)  # every way of merging in PEFT asks here first

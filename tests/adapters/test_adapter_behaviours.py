@@ -12,7 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.utils.hotswap import hotswap_adapter
 from preloaded import Preloaded
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,13 +20,10 @@ from mm_moslora.adapters import (
     MoSLoRAConfig,
     MoSLoRALayer,
     add_moslora,
-    add_weighted_adapter,
-    hot_swap,
     load_adapter,
     merge,
     save_adapter,
 )
-from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import folded, train_a_bit
 from tests.adapters.behaviour_models import LAYERS, inputs, network
 
@@ -303,50 +299,6 @@ def test_all_linear(kind: str) -> None:
 
 
 @every_layer
-@pytest.mark.parametrize("way", ["ours", "peft"])
-def test_weighted_sum(kind: str, way: str) -> None:
-    """`add_weighted_adapter`: `cat` is the exact sum"""
-    model = _second(_adapted(kind))
-    if way == "ours":
-        add_weighted_adapter(model, ["default", "second"], [0.7, -0.4], "sum")
-    else:
-        unread = {"density": 0.5, "majority_sign_method": "frequency"}  # of averages, as in PEFT
-        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="cat", **unread)
-    for layer in _layers(model):
-        wanted = 0.7 * layer.wide_delta("default") - 0.4 * layer.wide_delta("second")
-        torch.testing.assert_close(layer.wide_delta("sum"), wanted, atol=1e-5, rtol=1e-5)
-    model.set_adapter("sum")
-    assert (_run(model, kind) - _run(network(kind), kind)).abs().max() > 1e-3
-
-
-@every_layer
-def test_weighted_svd(kind: str) -> None:
-    """`add_weighted_adapter`: `svd` is the best plain LoRA of a rank"""
-    model = _second(_adapted(kind))
-    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=6)
-    for layer in _layers(model):
-        assert "sum" not in layer.lora_mixer
-        wanted = layer.wide_delta("default") + layer.wide_delta("second")
-        torch.testing.assert_close(layer.wide_delta("sum"), wanted, atol=1e-4, rtol=1e-4)
-
-
-@every_layer
-def test_weighted_refuses(kind: str) -> None:
-    """`add_weighted_adapter` refuses what averages the factors apart"""
-    model = _second(_adapted(kind), r=4)
-    for combination, options in (("linear", {}), ("ties", {"density": 0.5}), ("dare_linear", {"density": 0.5})):
-        with pytest.raises(AdapterError, match="no meaning for three factors"):
-            model.add_weighted_adapter(
-                ["default", "second"], [1.0, 1.0], "sum", combination_type=combination, **options
-            )
-    assert "sum" not in model.peft_config
-    before = _run(model, kind)
-    with pytest.raises(AdapterError, match="has an adapter 'second' already"):
-        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "second", combination_type="cat")
-    assert torch.equal(_run(model, kind), before)
-
-
-@every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     """Half-precision base, float32 factors"""
@@ -388,22 +340,6 @@ def test_compile(kind: str) -> None:
 
 
 @every_layer
-def test_hot_swap(kind: str, tmp_path: Path) -> None:
-    """Hot swap"""
-    other = _adapted(kind, seed=5, lora_alpha=4)
-    save_adapter(other, tmp_path / "a")
-    model = _adapted(kind)
-    before = _run(model, kind)
-    modules = [id(module) for module in model.modules()]
-    hot_swap(model, tmp_path / "a")
-    assert (_run(model, kind) - before).abs().max() > 1e-3
-    _assert_same(_run(model, kind), _run(other, kind))
-    assert [id(module) for module in model.modules()] == modules
-    save_adapter(model, tmp_path / "b")
-    _assert_same(_run(load_adapter(network(kind), tmp_path / "b"), kind), _run(other, kind))
-
-
-@every_layer
 def test_entrances(kind: str, tmp_path: Path) -> None:
     """PEFT's `from_pretrained` and `load_adapter` give A, M and B back"""
     model = _adapted(kind)
@@ -417,24 +353,6 @@ def test_entrances(kind: str, tmp_path: Path) -> None:
         assert torch.equal(found[name.replace(".default", ".second")], tensor)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
-
-
-@every_layer
-def test_stock_hot_swap(kind: str, tmp_path: Path) -> None:
-    """PEFT's own hot swap gives A, M and B, or refuses: of another `mixer_init`, and of embeddings"""
-    other = _adapted(kind, seed=5)
-    save_adapter(other, tmp_path / "a")
-    model = _adapted(kind)
-    if kind == "Embedding":
-        with pytest.raises(AttributeError, match="scaling"):
-            hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
-        return
-    hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
-    _assert_same(_run(model, kind), _run(other, kind))
-    save_adapter(_adapted(kind, mixer_init="kaiming"), tmp_path / "b")
-    with pytest.raises(ValueError, match="mixer_init"):
-        hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
-    _assert_same(_run(model, kind), _run(other, kind))
 
 
 @where_dora

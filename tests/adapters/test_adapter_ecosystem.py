@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate import disk_offload
 from peft import optimizers
-from peft.tuners.lora.intruders import reduce_intruder_dimension
 from preloaded import Preloaded
 from ranks import Ranks
 from torch import Tensor, nn
@@ -260,14 +259,6 @@ def test_an_offloaded_base_takes_no_adapter_and_an_offloaded_adapter_works(tmp_p
     for refused in (lambda: save_adapter(whole, tmp_path / "b"), lambda: merge(whole)):
         with pytest.raises(AdapterError, match=r"on the meta device .*remove_hook_from_module"):
             refused()
-
-
-def test_intruder_dimensions_are_not_taken_out_of_a_mixed_adapter() -> None:
-    """It wrote the old A and B around a new random mixer."""
-    model = adapted()
-    with pytest.raises(AdapterError, match="knows no mixer"):
-        reduce_intruder_dimension(model, logging_sink=None)
-    assert list(model.peft_config) == ["default"]
 
 
 def test_a_model_of_mixed_methods_merges_and_is_not_saved(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers as t
 from torch import nn
 
-from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, hot_swap, load_adapter, merge, save_adapter
+from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, load_adapter, merge, save_adapter
 from mm_moslora.adapters.adapter_targets import resolve_targets
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError
@@ -178,12 +178,10 @@ def test_a_configuration_alone_comes_back_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
-def test_a_wrapped_model_saves_and_swaps_as_the_model_in_it(wrap, saved: Path, tmp_path: Path) -> None:
+def test_a_wrapped_model_saves_and_merges_as_the_model_in_it(wrap, tmp_path: Path) -> None:
     model = adapted(mixer_init="kaiming")
     save_adapter(wrap(model), tmp_path / "a")
     assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
-    hot_swap(wrap(model), saved)
-    assert torch.equal(logits(model), logits(load_adapter(llama(), saved)))
     live = logits(model)
     torch.testing.assert_close(logits(merge(wrap(model))), live, atol=1e-5, rtol=0)
 

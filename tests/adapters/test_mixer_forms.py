@@ -9,7 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.utils.hotswap import hotswap_adapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,9 +23,7 @@ from mm_moslora.adapters import (
     MoSLoRAConfig,
     MoSLoRALinear,
     add_moslora,
-    add_weighted_adapter,
     export_adapter,
-    hot_swap,
     init_mixer,
     load_adapter,
     merge,
@@ -140,23 +137,16 @@ def test_a_form_goes_through_every_exchange(form: str, tmp_path: Path) -> None:
     kept = load_file(tmp_path / "a" / "moslora.safetensors")
     again = load_file(tmp_path / "b" / "moslora.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in again.items())
-    swapped = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, mixer_form=form), targets=["q_proj"]).eval()
-    hot_swap(swapped, tmp_path / "a")
     exact = {
         "loaded": load_adapter(llama(), tmp_path / "a", trainable=True).eval(),
         "by PEFT": peft.PeftModel.from_pretrained(llama(), tmp_path / "b"),
-        "swapped": swapped,
     }
     assert all(any("lora_mixer" in name for name, _ in other.named_parameters()) for other in exact.values())
     assert all(torch.equal(logits(other), live) for other in exact.values())
     export_adapter(tmp_path / "a", tmp_path / "plain", layout="peft")
-    summed = load_adapter(llama(), tmp_path / "a", adapter_name="one")
-    add_weighted_adapter(summed, ["one"], [1.0], "sum")
-    summed.set_adapter("sum")
     close = {
         "exported": load_adapter(llama(), tmp_path / "plain"),
         "folded": peft.PeftModel.from_pretrained(llama(), tmp_path / "plain"),
-        "summed": summed,
         "merged": merge(model),
     }
     for name, other in close.items():
@@ -166,8 +156,7 @@ def test_a_form_goes_through_every_exchange(form: str, tmp_path: Path) -> None:
     starts = {report.path: report.mixer_start for report in reports}
     assert None not in starts.values()
     assert starts != {report.path: report.mixer for report in reports}
-    again = (inspect_model(summed, adapter_name="sum"), inspect_adapter(tmp_path / "b"))
-    for told in (*again, *map(inspect_model, exact.values())):
+    for told in (inspect_adapter(tmp_path / "b"), *map(inspect_model, exact.values())):
         assert {report.path: report.mixer_start for report in told} == starts
 
 
@@ -186,10 +175,6 @@ def test_values_of_another_form_are_refused(tmp_path: Path) -> None:
     for other in (adapted("dense"), adapted("low_rank:2")):
         with pytest.raises(AdapterError, match="block"):
             other.load_adapter(tmp_path / "a", "default")
-        with pytest.raises(AdapterError, match="lacks"):
-            hot_swap(other, tmp_path / "a")
-        with pytest.raises(ValueError, match="mixer_form"):
-            hotswap_adapter(other, tmp_path / "a", "default")
 
 
 def test_values_of_a_form_with_the_same_tensors_are_refused_by_every_way(tmp_path: Path) -> None:
@@ -199,7 +184,6 @@ def test_values_of_a_form_with_the_same_tensors_are_refused_by_every_way(tmp_pat
     before = logits(model)
     for way in (
         lambda: load_adapter(model, tmp_path / "a"),
-        lambda: hot_swap(model, tmp_path / "a"),
         lambda: model.load_adapter(tmp_path / "a", "default"),
         lambda: peft.set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path / "a")),
         lambda: peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(source)),
@@ -287,7 +271,6 @@ def test_a_mixer_that_depends_on_its_input_trains_saves_and_loads(tmp_path: Path
         lambda: export_adapter(tmp_path / "a", tmp_path / "out", layout="peft"),
         lambda: export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm"),
         lambda: inspect_adapter(tmp_path / "a"),
-        lambda: add_weighted_adapter(model, ["default"], [1.0], "sum"),
     ):
         with pytest.raises(AdapterError, match="'gated' depends on the layer's input"):
             refused()

@@ -18,9 +18,7 @@ from mm_moslora.adapters import (
     Sharing,
     adapted_modules,
     add_moslora,
-    add_weighted_adapter,
     export_adapter,
-    hot_swap,
     load_adapter,
     merge,
     one_product_per_step,
@@ -227,26 +225,9 @@ def test_copies_that_differ_are_refused(folder: Path, tmp_path: Path) -> None:
         peft.set_peft_model_state_dict(model, tensors)
     manifest["config"] |= {"share": "none", "shared_factors": {}}  # a folder of layers that share nothing
     (tmp_path / OWN_CONFIG).write_text(json.dumps(manifest))
-    with pytest.raises(AdapterError, match="Layers share"):
-        hot_swap(model, tmp_path)
     with pytest.raises(AdapterError, match="layers share"):
         load_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("options", [{}, LORA])
-def test_sums_of_adapters_share_nothing(options: dict) -> None:
-    model = shared("inputs", **options)
-    train_a_bit(model)
-    model.add_adapter("other", MoSLoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **options))
-    if options:
-        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="cat")
-    else:
-        add_weighted_adapter(model, ["default", "other"], [1.0, 1.0], "sum")
-    alone = logits(model)
-    model.set_adapter("sum")
-    assert not model.peft_config["sum"].shared_factors
-    torch.testing.assert_close(logits(model), alone, atol=1e-5, rtol=1e-4)  # `other` is zero
 
 
 def test_dora_around_a_shared_factor_starts_at_the_base_and_merges() -> None:

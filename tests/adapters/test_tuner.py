@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraModel, intruders
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, save_and_load
 from torch import Tensor, nn
@@ -228,33 +228,6 @@ def test_a_key_mapping_renames_the_mixers_too(saved: Path) -> None:
     assert same(found, factors(adapted()))
 
 
-def test_peft_pads_no_mixers_and_prepares_adapters_of_one_rank(saved: Path) -> None:
-    model = adapted()
-    before = factors(model)
-    with pytest.raises(AdapterError, match=r"target_rank is 8, but .*q_proj has a mixer of rank 4"):
-        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    assert same(factors(model), before)
-    expected = logits(model)
-    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
-    torch.testing.assert_close(logits(model), expected)
-    hotswap.hotswap_adapter(model, str(saved), adapter_name="default", torch_device="cpu")
-    assert same(factors(model), before)
-    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS))
-    hotswap.prepare_model_for_compiled_hotswap(plain, target_rank=8)
-    assert {tensor.shape[0] for name, tensor in factors(plain).items() if "lora_A" in name} == {8}
-
-
-@pytest.mark.parametrize("rank", [2, 8])
-def test_peft_swaps_no_mixers_of_another_rank_and_changes_nothing(saved: Path, tmp_path: Path, rank: int) -> None:
-    other = add_moslora(llama(), MoSLoRAConfig(r=rank, lora_alpha=8, target_modules=TARGETS))
-    save_adapter(other, tmp_path / "other")
-    model = peft.PeftModel.from_pretrained(llama(), str(saved))
-    before = factors(model)
-    with pytest.raises(AdapterError, match=r"mixers are swapped within one rank.*under a name of its own"):
-        hotswap.hotswap_adapter(model, str(tmp_path / "other"), adapter_name="default", torch_device="cpu")
-    assert same(factors(model), before)
-
-
 def test_mixed_models_load_mixers_and_x_lora_loads_the_fold(saved: Path) -> None:
     mixed = peft.PeftMixedModel.from_pretrained(llama(), str(saved))
     assert torch.equal(logits(mixed.eval()), logits(load_adapter(llama(), saved)))
@@ -308,14 +281,20 @@ def test_the_model_that_peft_makes_trains_like_the_one_that_this_package_makes(s
     assert same(*gradients)
 
 
+def test_peft_adds_up_no_mixers() -> None:
+    model = adapted()
+    with pytest.raises(AdapterError, match=r"'default' has mixers.*A and B alone"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
+    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS))
+    plain.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
+    assert "sum" in plain.peft_config
+
+
 def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     """Read the new function, and its callers, before the expected words change."""
     replaced = (
         peft_patches._stock_state,
         peft_patches._stock_weights,
-        peft_patches._stock_intruders,
-        peft_patches._stock_prepare,
-        peft_patches._stock_swap,
     )
     found = {f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in replaced}
     assert found == {
@@ -323,26 +302,12 @@ def test_what_is_replaced_in_peft_is_what_was_read() -> None:
         "unwrap_compiled: 'bool' = False, save_embedding_layers: \"bool | Literal['auto']\" = 'auto')",
         "peft.utils.save_and_load.load_peft_weights(model_id: 'str', device: 'Optional[str]' = None, key_mapping: "
         "'Optional[dict[str, str]]' = None, **hf_hub_download_kwargs) -> 'dict'",
-        "peft.tuners.lora.intruders.reduce_intruder_dimension(peft_model, old_adapter_name='default', "
-        "new_adapter_name='intruder_reduced', top_k=10, threshold_epsilon=0.5, mitigation_lambda=0.75, "
-        "logging_sink=<built-in function print>)",
-        "peft.utils.hotswap.prepare_model_for_compiled_hotswap(model: 'torch.nn.Module', *, target_rank: "
-        "'Optional[int]' = None, config: 'Optional[LoraConfig | dict[str, LoraConfig]]' = None, check_compiled: "
-        "\"Literal['error', 'warn', 'ignore']\" = 'error') -> 'None'",
-        "peft.utils.hotswap.hotswap_adapter_from_state_dict(model: 'torch.nn.Module', state_dict: "
-        "'dict[str, torch.Tensor]', adapter_name: 'str', config: 'LoraConfig', parameter_prefix: 'str' = 'lora_') -> "
-        "'None'",
     }
     assert "= get_peft_model_state_dict(" in inspect.getsource(peft.PeftModel.save_pretrained)
     assert peft.PeftModel.save_pretrained.__globals__["get_peft_model_state_dict"] is peft_patches.whole_state
     for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
         assert "load_peft_weights(" in inspect.getsource(caller)
         assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights
-    assert intruders.reduce_intruder_dimension is peft_patches.reduce_intruder_dimension
-    assert hotswap.prepare_model_for_compiled_hotswap is peft_patches.prepare_model_for_compiled_hotswap
-    assert "hotswap_adapter_from_state_dict(" in inspect.getsource(hotswap.hotswap_adapter)
-    assert hotswap.hotswap_adapter_from_state_dict is peft_patches.hotswap_adapter_from_state_dict
-    assert "config_keys_to_check = CONFIG_KEYS_TO_CHECK[" in inspect.getsource(hotswap.check_hotswap_configs_compatible)
 
 
 def test_peft_asks_its_tables_for_the_tuner_and_the_configuration() -> None:
@@ -366,11 +331,6 @@ def test_peft_asks_its_tables_for_the_tuner_and_the_configuration() -> None:
         (LoraModel, "_check_merge_allowed", "self"),
         (LoraModel, "_get_adapter_state_dict", "model config adapter_name state_dict unwanted_adapter_names"),
         (LoraModel, "_remap_adapter_state_dict_for_load", "model config adapter_name state_dict"),
-        (
-            LoraModel, "add_weighted_adapter",
-            "self adapters weights adapter_name combination_type svd_rank svd_clamp svd_full_matrices svd_driver "
-            "density majority_sign_method",
-        ),
     ],
 )  # fmt: skip
 def test_the_methods_that_the_tuner_overrides_take_what_they_took(owner: type, name: str, parameters: str) -> None:

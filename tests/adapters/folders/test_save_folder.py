@@ -30,7 +30,6 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.adapter_inspection import inspect_adapter
 from mm_moslora.adapters.folder_format import PREFIX
-from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
 from tests.adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
@@ -443,40 +442,6 @@ def test_a_bias_without_a_place_is_not_merged() -> None:
     with pytest.raises(AdapterError, match=r"lora_bias, and .* has no bias to merge it into"):
         merge(model)
     assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("combination", ["cat", "svd"])
-def test_adapters_in_different_modules_add_up(combination: str) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj", "v_proj"])
-    add_moslora(model, MoSLoRAConfig(r=2), targets=["q_proj", "o_proj"], adapter_name="second")
-    train_a_bit(model)
-    model.add_weighted_adapter(["default", "second"], [0.5, -1.0], "sum", combination_type=combination, svd_rank=6)
-    assert any(named_adapter_layers(model))
-    for path, layer in named_adapter_layers(model):
-        parts = [w * layer.wide_delta(name) for name, w in (("default", 0.5), ("second", -1.0)) if layer.holds(name)]
-        torch.testing.assert_close(layer.wide_delta("sum"), sum(parts), atol=1e-5, rtol=1e-4, msg=path)
-
-
-@pytest.mark.parametrize("combination", ["cat", "svd"])
-def test_modules_that_train_whole_are_added_up_too(combination: str) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, modules_to_save=["lm_head"]), targets=["q_proj"])
-    add_moslora(model, MoSLoRAConfig(r=2), targets=["v_proj"], adapter_name="narrow")
-    add_moslora(model, MoSLoRAConfig(r=2, modules_to_save=["lm_head"]), targets=["q_proj"], adapter_name="third")
-    head = model.base_model.model.lm_head
-    for change, name in enumerate(("default", "third"), 1):
-        head.modules_to_save[name].weight.data.add_(float(change))
-    model.add_weighted_adapter(["narrow", "default", "third"], [2.0, 0.5, -1.0], "sum", combination_type=combination)
-    wanted = head.original_module.weight + 0.5 * 1 - 1.0 * 2
-    torch.testing.assert_close(head.modules_to_save["sum"].weight, wanted)
-    assert head.active_adapters == ["default"]
-    assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum" in name)
-
-
-def test_adapters_with_trained_tokens_are_not_added_up() -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, trainable_token_indices=[1]), targets=["q_proj"])
-    with pytest.raises(AdapterError, match="has trainable_token_indices, which cannot be added up"):
-        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
-    assert "sum" not in model.peft_config
 
 
 @pytest.mark.parametrize("options", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"mixer_form": "diagonal"}])

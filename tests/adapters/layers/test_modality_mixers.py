@@ -14,7 +14,6 @@ from mm_moslora.adapters import (
     MoSLoRAConfig,
     MoSLoRALinear,
     add_moslora,
-    add_weighted_adapter,
     export_adapter,
     load_adapter,
     mark_visual,
@@ -158,13 +157,6 @@ def test_replicas_of_dataparallel_are_refused() -> None:
             setattr(module, name, parameter.detach())
     with pytest.raises(AdapterError, match="does not run under torch's DataParallel"):
         replica(**llava_inputs())
-
-
-def test_such_adapters_are_not_added_up_and_nothing_is_left() -> None:
-    model = adapted()
-    with pytest.raises(AdapterError, match="'by_modality' depends on the layer's input"):
-        add_weighted_adapter(model, ["default"], [1.0], "sum")
-    assert set(model.peft_config) == {"default"}
 
 
 @pytest.mark.parametrize("kind", ["assembled", "qwen2_vl"])
