@@ -9,7 +9,7 @@ from mm_moslora.adapters.folders.modality_folder import take_modality
 from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, link_siblings, one_product_per_step, use_kernel
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.layers.modality_mixers import mark_visual
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.methods.data_starts import Samples, reads_data
@@ -63,14 +63,12 @@ __all__ = [
     "init_mixer",
     "is_adapter_parameter",
     "keep_orthonormal",
-    "link_siblings",
     "load_adapter",
     "load_method",
     "mark_visual",
     "merge",
     "method_config",
     "method_named",
-    "one_product_per_step",
     "plain_pipeline_weights",
     "reads_data",
     "reference_linear",

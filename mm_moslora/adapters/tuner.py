@@ -37,7 +37,6 @@ from mm_moslora.adapters.folders.folder_tensors import differing_copies, fold_st
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.form_checks import check_named
-from mm_moslora.adapters.layers.fused_linear import link_siblings
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.modality_mixers import watch_visual_tokens
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
@@ -122,7 +121,6 @@ class MoSLoRAModel(LoraModel):
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise
-        link_siblings(model)
         if not config.inference_mode:
             stop_repacking(model)
 

@@ -26,7 +26,6 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 from yardstick import saved_by
 
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, use_kernel
 from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
@@ -141,12 +140,8 @@ def step(model: nn.Module, kind: str, inputs: Tensor, *, micro_batches: int = 1)
 
     def run() -> None:
         nonlocal pull
-        accumulating = kind == "moslora" and micro_batches > 1
-        sharing = one_product_per_step(model) if accumulating else nullcontext()
-        with use_kernel(model, "fused" if kind == "own lora" else "auto"), sharing as window:
-            for index in range(micro_batches):
-                if window is not None and index == micro_batches - 1:
-                    window.last_micro_batch()
+        with use_kernel(model, "fused" if kind == "own lora" else "auto"):
+            for _ in range(micro_batches):
                 x = inputs.detach().requires_grad_()
                 y = model(inputs_embeds=x).last_hidden_state if by_name else model(x)
                 pull = torch.ones_like(y) if pull is None else pull

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
@@ -25,11 +25,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedModel
 
 from mm_moslora import adapters
-from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, TrainConfig
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
-from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.kernel_selection import (
     Kernels,
@@ -302,12 +300,6 @@ def ours(shape: Shape, contender: Contender, device: torch.device) -> Runner:
         optimizer=OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0),
     )  # fmt: skip
 
-    @contextmanager
-    def last_of_one() -> Iterator[None]:
-        with one_product_per_step(module, leave_out=TOWER_NAMES) as window, run_arithmetic(deterministic=False):
-            window.last_micro_batch()
-            yield
-
     def step(micro_batches: Sequence[Batch]) -> float:
         with run_arithmetic(deterministic=False):
             result = engine.step(micro_batches, 1.0)
@@ -315,7 +307,8 @@ def ours(shape: Shape, contender: Contender, device: torch.device) -> Runner:
         return result.loss
 
     return Runner(
-        model=model, step=step, around=last_of_one, prepare=lambda items: Batch.from_examples(items).to(device),
+        model=model, step=step, around=lambda: run_arithmetic(deterministic=False),
+        prepare=lambda items: Batch.from_examples(items).to(device),
         loss=lambda batch: module(batch, True) / max(1, batch.supervised_tokens),
         notes={"passes": "compiled by inductor" if compiles else words, "attention": attention.words},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -27,7 +27,6 @@ from mm_moslora.adapters import (
     init_mixer,
     load_adapter,
     merge,
-    one_product_per_step,
     save_adapter,
     use_kernel,
 )
@@ -111,20 +110,13 @@ def test_the_fused_layer_gives_every_form_the_gradients_of_the_modules(form: str
             model(IDS, labels=IDS).loss.backward()
     expected = gradients(model)
     assert any("lora_mixer" in name for name in expected)
-    ways: dict[str, Callable[[object, int], None]] = {
-        "announced": lambda window, index: window.last_micro_batch() if index else None,
-        "settled": lambda window, index: None,
-    }
     torch.testing.assert_close(model(IDS).logits, expected_logits, atol=1e-5, rtol=0)
-    for announce in ways.values():
-        with one_product_per_step(model) as window:
-            for index in range(2):
-                announce(window, index)
-                model(IDS, labels=IDS).loss.backward()
-        found = gradients(model)
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FIXED)

@@ -71,10 +71,6 @@ class Mixer(_Factor):
         """The tensors by name; those of a parametrisation (torch.nn.utils.parametrize) are computed."""
         return {name: getattr(self, name) for name in self._names}
 
-    def learning(self) -> list[Tensor]:
-        """The parameters that train."""
-        return [parameter for parameter in self.parameters(recurse=False) if parameter.requires_grad]
-
     def matrix(self) -> Tensor:
         """M as ``[R, R]``; the parameter itself where the form is dense.
 

@@ -1,20 +1,14 @@
-"""Linear layers that the fused kernel computes: alone, with their siblings, and over the micro-batches of a step.
+"""Linear layers that the fused kernel computes.
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
-
-Siblings read the same input (query, key and value; gate and up) and are computed in one node. The first one called
-computes all of them; the others return their result. A layer that is called with another tensor computes itself, and
-its family computes layer by layer from the next pass on.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
-import torch
 from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
@@ -25,8 +19,8 @@ from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer
 from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
-from mm_moslora.kernels.lora.lora_math import is_traced
-from mm_moslora.kernels.lora.mixed_product import StepWindow, mixed_product
+from mm_moslora.kernels.lora.lora_math import is_traced, without_autocast
+from mm_moslora.kernels.lora.mixed_product import mixed_product
 from mm_moslora.kernels.lora.seeded_dropout import exact_rate
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -35,28 +29,11 @@ Kernel = Literal["auto", "reference", "fused"]
 # Other types are wrappers (FSDP's, for example) or replacements by the user.
 _FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
 
-_FAMILIES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("to_q", "to_k", "to_v"),
-    ("wq", "wk", "wv"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Names of layers that read one input, in the order of their calls."""
-
-_SECOND_INPUTS = {"key_value_states", "encoder_hidden_states", "context", "latents", "key", "memory"}
-"""Arguments of a module that may read its keys and values from elsewhere."""
-
 
 class FusedLinear(MoSLoRALayer):
     """A linear layer that the fused kernel computes where PEFT's layer computes nothing more."""
 
     shares_factors = True
-    siblings: SiblingProjections | None = None
-    """The layers that read the same input, if there are any; see `link_siblings`."""
-    step_window: StepWindow | None = None
-    """Within `one_product_per_step`."""
     kernel: Kernel = "auto"
     """See `use_kernel`."""
 
@@ -64,10 +41,6 @@ class FusedLinear(MoSLoRALayer):
         """Base output plus the active adapters, ``[..., D_out]``."""
         if args or kwargs or is_traced():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.siblings is not None:
-            ready = self.siblings.output(self, x)
-            if ready is not None:
-                return ready
         layer = self.fused_operands(x)
         return super().forward(x) if layer is None else fused_linears(x, [layer])[0]  # type: ignore[no-any-return]
 
@@ -96,10 +69,9 @@ class FusedLinear(MoSLoRALayer):
             return None
         dropout = self.lora_dropout[adapter]
         rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        # Without gradients of A a micro-batch might have none at all, which DeepSpeed does not expect.
-        window = self.step_window if A.requires_grad else None
-        product = mixed_product if window is None else window.product
-        C = product(B, M, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
+        with without_autocast(x.device):
+            matrix = None if M is None else M.matrix()
+        C = mixed_product(B, matrix, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
         return LinearOperands(weight=weight, bias=base.bias, A=A, C=C, dropout=rate)
 
     @staticmethod
@@ -139,94 +111,6 @@ class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
     """
 
 
-class SiblingProjections:
-    """Layers that read one input."""
-
-    def __init__(self, layers: Sequence[FusedLinear]) -> None:
-        """Nothing is computed before the first layer is called.
-
-        Args:
-            layers: in the order of their calls: a model that calls another one first computes layer by layer.
-        """
-        self.layers = tuple(layers)
-        self._together = self._together_before = True
-        self._input: Tensor | None = None
-        self._input_version = -1
-        self._ready: dict[int, Tensor] = {}
-
-    def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
-        """A layer's output for x, or None where it must compute itself.
-
-        Args:
-            layer: of this family (a replica of one computes itself).
-            x: ``[..., D_in]``.
-        """
-        if layer is self.layers[0]:
-            return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
-        # The same tensor has other values after a change in place, which its version shows.
-        if self._input is not x or self._input_version != x._version:
-            # After a pass by single layers no result is left, and the family stays together.
-            self._together = self._together and not self._ready
-            return None
-        ready = self._ready.pop(id(layer), None)
-        if not self._ready:
-            self._input = None
-        return ready
-
-    def _may_compute(self) -> bool:
-        """Checkpointing needs the same nodes in the forward pass and in its recomputation during the backward pass."""
-        self._input, self._ready = None, {}
-        if torch._C._current_graph_task_id() == -1:
-            self._together_before = self._together
-        return self._together_before
-
-    def _compute(self, x: Tensor) -> Tensor | None:
-        chosen: list[tuple[FusedLinear, LinearOperands]] = []
-        for layer in self.layers:
-            # Such hooks (ZeRO-3's, for example) give every layer another input tensor.
-            hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-            operands = None if hooked else layer.fused_operands(x)
-            if operands is not None:
-                chosen.append((layer, operands))
-        if len(chosen) < 2 or chosen[0][0] is not self.layers[0]:
-            return None
-        own, *others = fused_linears(x, [operands for _, operands in chosen])
-        self._input, self._input_version = x, x._version
-        self._ready = {id(layer): result for (layer, _), result in zip(chosen[1:], others, strict=True)}
-        return own
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state of copies and pickles: without results."""
-        return self.__dict__ | {"_input": None, "_ready": {}}
-
-
-def link_siblings(model: nn.Module) -> int:
-    """Compute adapted layers that read the same input together, where names and signatures show that they do.
-
-    `add_moslora` and `load_adapter` call it; after `peft.get_peft_model` call it yourself. Results differ in the order
-    of sums only. It takes effect in training only.
-
-    Args:
-        model: PEFT model, or the base model with adapters inside.
-
-    Returns:
-        The number of families that were linked.
-    """
-    linked = 0
-    for parent in model.modules():
-        if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
-            continue
-        children = dict(parent.named_children())
-        for names in _FAMILIES:
-            layers = [child for name in names if isinstance(child := children.get(name), FusedLinear)]
-            if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
-                family = SiblingProjections(layers)
-                for layer in layers:
-                    layer.siblings = family
-                linked += 1
-    return linked
-
-
 @contextmanager
 def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
     """Choose how the adapted layers of a model compute within the block, in whatever thread.
@@ -250,47 +134,3 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
     finally:
         for layer, earlier in before:
             layer.kernel = earlier
-
-
-@contextmanager
-def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> Iterator[StepWindow]:
-    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
-
-    Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
-    block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
-    that `last_micro_batch()` announced, or when the block ends; both ways autograd runs their hooks. The factors must
-    not change in the block. Adapters may be switched and scaled: factors that the last micro-batch does not use get
-    their gradients when the block ends. Adapters with a frozen A (LoRA-XS) compute C in every pass. An engine that
-    reduces gradients during `backward` (DeepSpeed, DistributedDataParallel) needs the call of `last_micro_batch`, and
-    every adapted layer in the last micro-batch.
-
-    Args:
-        model: PEFT model, or the base model with adapters inside.
-        leave_out: layers with one of these in their path share nothing.
-
-    Raises:
-        AdapterError: the factors are sharded (ZeRO-3).
-    """
-    window = StepWindow()
-    layers = [
-        layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, FusedLinear) and not any(part in path for part in leave_out)
-    ]
-    if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
-        raise AdapterError(
-            "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
-            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes the product "
-            "again, 8 D_out R^2 operations a layer."
-        )
-    try:
-        for layer in layers:
-            layer.step_window = window
-        yield window
-        window.settle()
-    except BaseException:
-        window.abandon()
-        raise
-    finally:
-        for layer in layers:
-            layer.step_window = None

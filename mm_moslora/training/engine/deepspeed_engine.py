@@ -92,7 +92,6 @@ class DeepSpeedEngine(TrainingEngine):
         with deepspeed_patches.without_steps(stepping) if self.stage == 0 else nullcontext():
             self.engine = (initialise or partial(_initialise, module, config))(stepping)
         assert self.engine.device == self.device, f"DeepSpeed computes on {self.engine.device}, not on {self.device}"
-        self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
         deepspeed_patches.skip_at_lowest_scale(self._scaler)
         deepspeed_patches.read_norm_once(self.engine, self.stage)

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch
-from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW
 from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.optimizers import OptimizerKind
@@ -30,9 +28,6 @@ MODEL = "model."
 
 class TrainingEngine(ABC):
     """Runs optimiser steps and keeps the optimiser's state."""
-
-    shares_products = True
-    """Whether micro-batches share the adapters' products; ZeRO-3 gathers the factors within a layer's passes only."""
 
     replicated = False
     """Whether every rank holds all shards."""
@@ -64,16 +59,11 @@ class TrainingEngine(ABC):
         # The sums stay on the device and are read after the last backward pass, so that the host waits once.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        # Towers are skipped in micro-batches without pictures, and a shared product must be part of the last one.
-        sharing = one_product_per_step(self.module, leave_out=TOWER_NAMES) if self.shares_products else nullcontext()
-        with sharing as window:
-            for index, batch in enumerate(micro_batches):
-                last = index == len(micro_batches) - 1
-                if last and window is not None:
-                    window.last_micro_batch()
-                loss = self._forward(batch.to(self.device), with_images[index] > 0, right, last=last)
-                total += loss.detach()
-                self._backward(loss * scale, last=last)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            loss = self._forward(batch.to(self.device), with_images[index] > 0, right, last=last)
+            total += loss.detach()
+            self._backward(loss * scale, last=last)
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
         can_lower_scale = self.can_lower_scale  # asked before the update, which lowers it

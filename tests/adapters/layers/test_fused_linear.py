@@ -1,15 +1,13 @@
-"""One product per optimiser step, dropout in the fused kernel, autocast, and the sub-forms of the three factors."""
+"""Dropout in the fused kernel, autocast, and the sub-forms of the three factors."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -20,17 +18,13 @@ from mm_moslora.adapters import (
     keep_orthonormal,
     load_adapter,
     merge,
-    one_product_per_step,
     reference_linear,
     save_adapter,
     use_kernel,
 )
 from mm_moslora.adapters.orthonormal_factors import OrthonormalFactor, orthonormal_factors
-from mm_moslora.kernels.lora import mixed_product
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
-from mm_moslora.kernels.lora.mixed_product import combine
 from mm_moslora.kernels.lora.seeded_dropout import KeptBits, kept_bits
-from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, llama, logits, train_a_bit
 
@@ -59,191 +53,9 @@ def _gradients(model) -> dict[str, Tensor]:
     return found
 
 
-def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:
-    model = _model()
-    batches = [IDS, IDS + 3, IDS.flip(0)]
-    for ids in batches:
-        model(ids, labels=ids).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    with one_product_per_step(model):
-        for ids in batches:
-            model(ids, labels=ids).loss.backward()
-        assert not any("lora_mixer" in name for name in _gradients(model))
-    found = _gradients(model)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("form", ["dense", "diagonal"])
-@pytest.mark.parametrize("lean", [False, True])
-def test_micro_batches_of_a_step_may_have_adapters_and_scalings_of_their_own(lean: bool, form: str) -> None:
-    """The first adapter's product was taken for all, and the second got no gradient."""
-    model = _model(lora_dropout=0.0)
-    model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["q_proj", "k_proj", "up_proj"], mixer_form=form))
-    train_a_bit(model, seed=5)
-    if lean:
-        assert use_lean_layers(model.get_base_model())
-
-    def step() -> None:
-        model.zero_grad()
-        for name, scale in (("default", 1.0), ("second", 1.0), ("default", 0.5)):
-            model.set_adapter(name)
-            with rescale_adapter_scale(model, scale):
-                model(IDS, labels=IDS).loss.backward()
-
-    step()
-    wanted = _gradients(model)
-    with one_product_per_step(model):
-        step()
-    found = _gradients(model)
-    assert found.keys() == wanted.keys()
-    assert any(".second." in name for name in found)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_one_product_gives_all_gradients_in_the_last_backward_pass_when_told_so() -> None:
-    model = _model()
-    batches = [IDS, IDS + 3, IDS.flip(0)]
-    for ids in batches:
-        model(ids, labels=ids).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    fired: list[int] = []
-    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
-    with one_product_per_step(model) as window:
-        for ids in batches:
-            if ids is batches[-1]:
-                window.last_micro_batch()
-            model(ids, labels=ids).loss.backward()
-        assert fired == [1]
-        found = _gradients(model)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
-        assert torch.equal(found[name], _gradients(model)[name])
-
-
-@pytest.mark.parametrize("lean", [False, True])
-def test_one_product_is_computed_once_and_follows_the_optimiser(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made = _model(), []
-
-    def noted(*args):
-        made.append(combine(*args))
-        return made[-1]
-
-    monkeypatch.setattr(mixed_product, "combine", noted)
-    if lean:
-        assert use_lean_layers(model.get_base_model())
-    ids = IDS[:1]
-    with one_product_per_step(model):
-        model(ids)
-        model(ids)
-    assert len(made) == 14
-    layers = [module for module in model.modules() if isinstance(module, MoSLoRALinear)]
-    assert all(layer.step_window is None for layer in layers)
-    for layer in layers:
-        layer.lora_mixer["default"].weight.data.mul_(2)
-    with one_product_per_step(model):
-        model(ids)
-    for first, second in zip(made[:14], made[14:], strict=True):
-        torch.testing.assert_close(second, 2 * first)
-
-
-def test_sums_over_micro_batches_are_as_exact_as_the_base() -> None:
-    model = _model().double()
-    for ids in (IDS, IDS + 3):
-        model(ids, labels=ids).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    with one_product_per_step(model):
-        for ids in (IDS, IDS + 3):
-            model(ids, labels=ids).loss.backward()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-14, rtol=1e-11)
-
-
-def test_a_product_that_an_evaluation_made_trains_afterwards() -> None:
-    model = _model()
-    model(IDS, labels=IDS).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    with one_product_per_step(model):
-        with torch.inference_mode():
-            model(IDS)
-        model(IDS, labels=IDS).loss.backward()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_a_backward_pass_after_the_step_is_refused() -> None:
-    model = _model()
-    with one_product_per_step(model):
-        loss = model(IDS, labels=IDS).loss
-    with pytest.raises(AdapterError, match="Put forward and backward passes into the block"):
-        loss.backward()
-
-
-def test_a_backward_pass_after_a_step_that_an_error_ended_is_refused() -> None:
-    model = _model()
-    with suppress(KeyError), one_product_per_step(model):
-        loss = model(IDS, labels=IDS).loss
-        raise KeyError
-    with pytest.raises(AdapterError, match="Put forward and backward passes into the block"):
-        loss.backward()
-
-
-def test_factors_that_begin_to_train_within_a_step_get_their_gradients() -> None:
-    model = _model()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model(IDS, labels=IDS).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    with one_product_per_step(model):
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        model(IDS)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model(IDS, labels=IDS).loss.backward()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None:
-    model = _model()
-    base = model.get_base_model()
-    model(IDS, labels=IDS).loss.backward()
-    wanted = _gradients(model)
-    model.zero_grad()
-    base.enable_input_require_grads()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    fired: list[int] = []
-    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
-    with one_product_per_step(model):
-        model(IDS, labels=IDS).loss.backward()
-    assert fired == [1]
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_shared_products_are_refused_where_factors_are_shards() -> None:
-    model = _model()
-    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    layer.lora_B["default"].weight.ds_id = 7  # what DeepSpeed marks a shard with
-    with pytest.raises(AdapterError, match=r"does not work under ZeRO-3.*Leave it out"), one_product_per_step(model):
-        pass
-    assert layer.step_window is None
-
-
-def test_a_failed_step_leaves_no_product_behind() -> None:
-    model = _model()
-    with pytest.raises(AdapterError, match="no second derivative"), one_product_per_step(model):
-        model(IDS, labels=IDS).loss.backward(create_graph=True)
-    assert all(m.step_window is None for m in model.modules() if isinstance(m, MoSLoRALinear))
+def test_the_fused_kernel_has_no_second_derivative() -> None:
+    with pytest.raises(AdapterError, match="no second derivative"):
+        _model()(IDS, labels=IDS).loss.backward(create_graph=True)
 
 
 def _tensors(dtype: torch.dtype) -> list[Tensor]:

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 from vlms import FAMILIES, make_vlm
 
-from mm_moslora import adapters
 from mm_moslora.adapters import MoSLoRALinear
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, ValidateConfig, VisionConfig
@@ -99,14 +98,13 @@ def loss(model, read: Read, batch: Batch, **options) -> torch.Tensor:
 
 
 def loss_and_gradients(model, read: Read, batches: Sequence[Batch], **options) -> tuple[float, dict]:
-    """Of all micro-batches, which share the products of their adapters as in a step."""
+    """Of all micro-batches."""
     model.zero_grad(set_to_none=True)
     total = 0.0
-    with adapters.one_product_per_step(model):
-        for batch in batches:
-            part = loss(model, read, batch, **options)
-            part.backward()
-            total += part.item()
+    for batch in batches:
+        part = loss(model, read, batch, **options)
+        part.backward()
+        total += part.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,17 +102,14 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     assert kept_bytes(model, given) < 0.75 * before
 
 
-@pytest.mark.parametrize("accumulating", [False, True])
-def test_plain_lora_is_lean_like_a_mixer(accumulating: bool) -> None:
+def test_plain_lora_is_lean_like_a_mixer() -> None:
     model, given = adapted("llama", mixer_init="identity", mixer_trainable=False), batch()
     assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
     before = kept_bytes(model, given)
     stock_loss, stock = loss_and_gradients(model, given)
     use_lean_layers(model)
     assert kept_bytes(model, given) == kept_bytes(lean_with_mixers(), given) < 0.75 * before
-    with adapters.one_product_per_step(model) if accumulating else nullcontext():
-        loss, gradients = loss_and_gradients(model, given)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss, gradients = loss_and_gradients(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(gradients, stock)
     with adapters.use_kernel(model, "reference"):
@@ -124,32 +120,6 @@ def lean_with_mixers() -> t.PreTrainedModel:
     model = adapted("llama")
     use_lean_layers(model)
     return model
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("told", [False, True])
-def test_micro_batches_of_a_step_share_the_product_of_b_and_m(checkpointing: bool, told: bool) -> None:
-    model = adapted("llama")
-    use_lean_layers(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    given = batch()
-    _, one = loss_and_gradients(model, given)
-    model.zero_grad(set_to_none=True)
-    fired = []
-    mixer = next(p for name, p in model.named_parameters() if "q_proj.lora_mixer" in name)
-    mixer.register_post_accumulate_grad_hook(lambda _: fired.append(1))
-    with adapters.one_product_per_step(model) as window:
-        for index in range(3):
-            if told and index == 2:
-                window.last_micro_batch()
-            head_loss_sum(model, supervised_hidden(model, given), given.targets).backward()
-        assert fired == ([1] if told else [])
-    assert fired == [1]
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == one.keys()
-    for name, gradient in one.items():
-        torch.testing.assert_close(found[name], 3 * gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_checkpointing_of_lean_layers_changes_nothing() -> None:
