@@ -22,7 +22,7 @@ _MEANINGFUL_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica
 # These take their start out of the base weight: A and B mean nothing without the same start.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Other changes of the LoRA branch. Each would need its own combination with the mixer.
-_OTHER_VARIANTS = ("use_qalora", "arrow_config", "alora_invocation_tokens")
+_OTHER_VARIANTS = ("use_dora", "use_qalora", "arrow_config", "alora_invocation_tokens")
 # These have other tensors than A and B, or put them elsewhere; an adapter folder has no place for that.
 _OTHER_LAYOUTS = (
     "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "megatron_config", "layer_replication",
@@ -199,8 +199,6 @@ class AdapterOptions(LoraConfig):
             raise AdapterError(
                 f"{where}: StelLA's middle factor is dense or diagonal. Set mixer_form to one of the two."
             )
-        if placed and self.use_dora:
-            raise AdapterError(f"{where} together with use_dora is not defined. Unset one of them.")
         if self.factor_form == "mixed" and not form.fixed:
             raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
 

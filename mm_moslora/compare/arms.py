@@ -52,10 +52,6 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "MoSLoRA scaled by alpha / sqrt(rank)",
         {"adapter.mixer_init": "orthogonal", "adapter.use_rslora": True},
     ),
-    "moslora-dora": (
-        "MoSLoRA and a trained length of every row",
-        {"adapter.mixer_init": "orthogonal", "adapter.use_dora": True},
-    ),
     "moslora-lora+": (
         "MoSLoRA with LoRA+: the learning rate of B is 16 times that of A and M",
         {"adapter.mixer_init": "orthogonal", "optim.lora_plus_ratio": 16.0},

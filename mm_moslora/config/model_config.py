@@ -305,7 +305,8 @@ class AdapterConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     use_dora: bool = False
-    """Train the norm of every row of the adapted weight separately from its direction (DoRA, 2402.09353)."""
+    """Train the norm of every row of the adapted weight separately from its direction (DoRA, 2402.09353). Of plain LoRA
+    alone: mixer_init identity, mixer_trainable false."""
     targets: str | list[str] = "all-linear"
     """all-linear (every linear layer except the head) or names of linear layers, within the adapted component."""
     target_parameters: list[str] = field(default_factory=list)

@@ -64,8 +64,6 @@ class LayerType:
     shape: tuple[int, ...]
     mixed_batches: bool = True
     """PEFT has no mixed batches for attention."""
-    dora: bool = True
-    """PEFT has no DoRA for attention."""
     all_linear: bool = False
     compiles: bool = True
     own_factors: bool = True
@@ -88,7 +86,7 @@ LAYERS = {
     "Conv2d-1x1": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 1)), shape=(4, 8, 3, 3)),
     "Conv2d-3x3": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 3, padding=1)), shape=(4, 8, 3, 3)),
     "MultiheadAttention": LayerType(
-        make=lambda _: _AttentionBlock(), shape=(4, 5, 8), mixed_batches=False, dora=False, compiles=False
+        make=lambda _: _AttentionBlock(), shape=(4, 5, 8), mixed_batches=False, compiles=False
     ),
 }
 

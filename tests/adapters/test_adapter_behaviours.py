@@ -29,7 +29,6 @@ from tests.adapters.behaviour_models import LAYERS, inputs, network
 
 ROOT = Path(__file__).parents[2]
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
-where_dora = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.dora])
 where_mixed = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.mixed_batches])
 where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
 where_own = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.own_factors])
@@ -353,32 +352,6 @@ def test_entrances(kind: str, tmp_path: Path) -> None:
         assert torch.equal(found[name.replace(".default", ".second")], tensor)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
-
-
-@where_dora
-def test_dora(kind: str, tmp_path: Path) -> None:
-    """DoRA around the mixed update: starts at the base, merges right, stock PEFT agrees"""
-    fresh = add_moslora(network(kind), _config(use_dora=True, **LAYERS[kind].options), targets=["target"])
-    torch.testing.assert_close(_run(fresh, kind), _run(network(kind), kind), **CLOSE)
-    model = _adapted(kind, use_dora=True)
-    live = _run(model, kind)
-    plain = _adapted(kind)
-    assert (live - _run(plain, kind)).abs().max() > 1e-3
-    save_adapter(model, tmp_path / "a")
-    stock = folded(network(kind), tmp_path / "a")
-    torch.testing.assert_close(_run(stock, kind), live, **CLOSE)
-    _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), live)
-    torch.testing.assert_close(_run(model.merge_and_unload(), kind), live, **CLOSE)
-
-
-@where_dora
-def test_dora_trains(kind: str) -> None:
-    """DoRA trains A, M, B and the magnitudes"""
-    model = _adapted(kind, use_dora=True).train()
-    model(inputs(kind)).square().sum().backward()
-    moved = {n for n, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
-    assert moved == {name for name, _ in model.named_parameters() if "lora_" in name}
-    assert moved
 
 
 @where_own

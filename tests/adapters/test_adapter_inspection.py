@@ -268,13 +268,6 @@ def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     assert "12 modules are not in the other adapter" in str(why_unknown(reports, against_other=True))
 
 
-def test_dora_is_measured_before_its_norm(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, use_dora=True), targets=["q_proj"])
-    train_a_bit(model)
-    save_adapter(model, tmp_path / "a")
-    assert inspect_model(model) == inspect_adapter(tmp_path / "a")
-
-
 def test_a_fresh_adapter_has_no_update(tmp_path: Path) -> None:
     save_adapter(add_moslora(llama(), MoSLoRAConfig(r=4)), tmp_path / "a")
     assert {report.effective_rank for report in inspect_adapter(tmp_path / "a")} == {0.0}

@@ -136,7 +136,6 @@ def test_a_peft_model_is_not_wrapped_again() -> None:
         ({"lora_alpha": 32}, "scaling of .*q_proj is 8 there and 2 in the folder"),
         ({"use_rslora": True}, "scaling of .*q_proj is 4 there"),
         ({"r": 2}, r"is \(2, 32\) there and \(4, 32\) in the folder"),
-        ({"use_dora": True}, "use_dora is True there and False"),
         ({"target_modules": ["q_proj"]}, "in other modules"),
     ],
 )

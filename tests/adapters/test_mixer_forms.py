@@ -472,17 +472,6 @@ def test_attention_has_no_lora_bias() -> None:
         add_moslora(attention, MoSLoRAConfig(r=4, lora_bias=True), targets=["target"])
 
 
-def test_dora_and_attention_need_a_matrix() -> None:
-    with pytest.raises(AdapterError, match="use_dora needs M as a matrix"):
-        add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="gated", use_dora=True))
-    attention = nn.ModuleDict({"target": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(AdapterError, match=r"MultiheadAttention.* needs M as a matrix"):
-        add_moslora(attention, MoSLoRAConfig(r=4, mixer_form="gated"), targets=["target"])
-    model = adapted("turned", use_dora=True).eval()
-    live = logits(model)
-    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
-
-
 def test_the_flops_of_a_mixer_are_those_of_its_form() -> None:
     """Beside an adapter without mixers, in one micro-batch: 8 per row of B and product, or 6 per token and product."""
     shape = StepShape(tokens=14, pairs=56, supervised=12, images=0, micro_batches=1)

@@ -120,7 +120,6 @@ def test_steps_need_the_width_of_the_model() -> None:
         ({"mixer_form": "block_diagonal:2"}, "dense or diagonal"),
         ({"mixer_init": "kaiming"}, "own start of the mixer"),
         ({"mixer_trainable": False}, "needs a mixer that trains"),
-        ({"use_dora": True}, "use_dora"),
     ],
 )
 def test_what_stella_is_not_defined_with_is_refused(options: dict, words: str) -> None:

@@ -227,15 +227,6 @@ def test_copies_that_differ_are_refused(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_dora_around_a_shared_factor_starts_at_the_base_and_merges() -> None:
-    base = logits(llama())
-    model = shared("inputs", use_dora=True)
-    torch.testing.assert_close(logits(model), base, atol=1e-5, rtol=1e-4)
-    train_a_bit(model, scale=0.05)
-    live = logits(model)
-    torch.testing.assert_close(logits(merge(model)), live, atol=1e-4, rtol=1e-3)
-
-
 class Values(Sharing):
     """The values of all layers share A."""
 

@@ -66,9 +66,6 @@ def language(
         }  # fmt: skip
     how = t.BitsAndBytesConfig(**bits) if kind in ("nf4", "fp4", "int8") else None
     model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
-    if kind == "torchao":
-        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
     model.requires_grad_(False)
     torch.manual_seed(0)
     if targets is not None:
@@ -108,7 +105,7 @@ def kept(model: t.PreTrainedModel) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "dropout", "checkpointing"),
-    [("nf4", 0.0, False), ("nf4", 0.3, True), ("fp4", 0.3, False), ("torchao", 0.0, False)],
+    [("nf4", 0.0, False), ("nf4", 0.3, True), ("fp4", 0.3, False)],
 )
 def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_keep_less(
     language_folder: Path, kind: str, dropout: float, checkpointing: bool

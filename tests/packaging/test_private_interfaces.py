@@ -389,18 +389,6 @@ def test_torchao_makes_the_state_of_its_adamw_by_a_method() -> None:
     assert list(inspect.signature(optim.AdamW8bit._new_buffer).parameters) == ["self", "p", "signed"]
 
 
-def test_torchao_keeps_the_forms_of_quantised_activations_on_the_tensor() -> None:
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    layer = nn.Sequential(nn.Linear(32, 32))
-    quantize_(layer, Int8WeightOnlyConfig(version=2))
-    weight: Any = layer[0].weight
-    assert type(weight).__name__ == "Int8Tensor"
-    assert weight.act_quant_kwargs is None
-    assert weight.act_pre_scale is None
-
-
 def test_open_clip_builds_a_vision_tower_alone() -> None:
     model = pytest.importorskip("open_clip.model", reason="open_clip_torch is not installed")
     assert parameters(model._build_vision_tower)[:3] == ["embed_dim", "vision_cfg", "quick_gelu"]

@@ -62,7 +62,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
     other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form", "starts")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
-    dora_variant: ClassVar[type[LoraVariant] | None] = None
     outer_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """A and B, as PEFT saves them below the module's path."""
     random_factor: ClassVar[int] = 0
@@ -103,13 +102,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             self.mixer_init[self._adding] = config.mixer_for(self._module_path)
         if config.is_plain(self._module_path):
             return super().resolve_lora_variant(config=config.to_lora_config(), **kwargs)
-        if config.use_dora and self.dora_variant is None:
-            raise AdapterError(
-                f"{self._module_path}: use_dora with a mixer does not exist for {type(self).__name__}. Unset use_dora."
-            )
-        variant = self.dora_variant if config.use_dora else self.mixer_variant
-        assert variant is not None
-        return variant()
+        return self.mixer_variant()
 
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and set A and B as the form of the factors demands."""

@@ -20,7 +20,7 @@ from mm_moslora.adapters.layers.sharded_weights import only_fetches
 from mm_moslora.kernels.lora.lora_linear import Packed, is_plain
 from mm_moslora.kernels.lora.lora_math import autocasts
 
-Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"]
+Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit"]
 
 # By name: the libraries are imported only by models that use them.
 _BNB: dict[str, Quantisation] = {"Linear4bit": "bitsandbytes 4-bit", "Linear8bitLt": "bitsandbytes 8-bit"}
@@ -32,11 +32,7 @@ def quantisation(base: nn.Module) -> Quantisation | None:
     for kind in type(base).__mro__:
         if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__ in _BNB:
             return _BNB[kind.__name__]
-    if not isinstance(base, nn.Linear):
-        return None
-    weight = type(base.weight)
-    is_int8 = weight.__module__.partition(".")[0] == "torchao" and weight.__name__ == "Int8Tensor"
-    return "torchao int8" if is_int8 else None
+    return None
 
 
 def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
@@ -60,13 +56,9 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
 
 def _packed_weight(base: nn.Module, x: Tensor) -> Packed | None:
     """The weight of a quantised layer that learns; None in evaluation, which the library's own kernels do faster."""
-    kind = quantisation(base)
-    if kind is None or not learns_through(base, x):
-        return None
-    if kind == "bitsandbytes 4-bit":
-        return _four_bit(base, x)
     # LLM.int8 rounds its input to 8 bits as well; a product with a dense weight does not.
-    return _int8(base, x) if kind == "torchao int8" else None
+    four_bit = quantisation(base) == "bitsandbytes 4-bit"
+    return _four_bit(base, x) if four_bit and learns_through(base, x) else None
 
 
 def learns_through(layer: nn.Module, x: Tensor) -> bool:
@@ -133,12 +125,3 @@ def stop_repacking(model: nn.Module) -> None:
         if quantisation(module) == "bitsandbytes 4-bit":
             unpack(module.weight)
             cast(Any, module).support_avx512bf16_for_cpu = False
-
-
-def _int8(base: Any, x: Tensor) -> Packed | None:
-    weight = base.weight
-    only_weight = weight.act_quant_kwargs is None and weight.act_pre_scale is None
-    if type(base).forward is not nn.Linear.forward or not only_weight or weight.requires_grad or autocasts(x.device):
-        return None
-    # Scaled in float32. torchao itself scales the product, and keeps a dense weight for the backward pass.
-    return cast(Packed, weight.dequantize) if x.dtype == weight.dtype else None

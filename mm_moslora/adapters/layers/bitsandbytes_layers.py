@@ -12,7 +12,6 @@ from torch import Tensor
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import learns_through, unpack
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
-from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -23,7 +22,6 @@ class _DoraOnGpus(MoSLoRALayer):
     its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
     """
 
-    dora_variant = DoraMixerVariant
     shares_factors = True
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
 from peft.tuners import lora
-from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer
-from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
+from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
 from mm_moslora.kernels.lora.lora_math import is_traced, without_autocast
@@ -100,15 +99,6 @@ class FusedLinear(MoSLoRALayer):
 
 class MoSLoRALinear(FusedLinear, lora.Linear):
     """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
-
-    dora_variant = DoraMixerVariant
-
-
-class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
-    """A linear layer with torchao's int8 weight, LoRA and a mixer.
-
-    Merging needs the base model to be loaded by transformers with a `TorchAoConfig`, as in PEFT.
-    """
 
 
 @contextmanager

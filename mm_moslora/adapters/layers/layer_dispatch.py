@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts, why_not_adaptable_parameter
-from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, MoSLoRATorchaoLinear
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
@@ -50,8 +50,6 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
     own: Any = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
     kind = quantisation(base)
-    if kind == "torchao int8":
-        return MoSLoRATorchaoLinear(target, adapter_name, config=own, **kwargs)
     if kind is not None:
         from mm_moslora.adapters.layers import bitsandbytes_layers as layers
 
@@ -104,14 +102,14 @@ def why_not_adaptable(base: nn.Module) -> str | None:
         return (
             f"it is {type(base).__module__}.{type(base).__name__}, expected Linear, Embedding, Conv2d or "
             "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets; if it is quantised, load "
-            "the base in 4 or 8 bits of bitsandbytes or in torchao's int8."
+            "the base in 4 or 8 bits of bitsandbytes."
         )
     weight = base.weight
     if not is_plain(weight) or weight.dtype not in _FLOATS:
         return (
             f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would "
-            "silently put plain LoRA there. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
-            "bitsandbytes, or in torchao's int8."
+            "silently put plain LoRA there. Load the base in float32, bfloat16 or float16, or in 4 or 8 bits of "
+            "bitsandbytes."
         )
     return None
 

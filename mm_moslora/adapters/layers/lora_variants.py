@@ -2,22 +2,16 @@
 
 Shapes: x ``[..., D_in]`` (token ids for embeddings, ``[N, C, H, W]`` for convolutions), A ``[R, D_in]``, M ``[R, R]``,
 B ``[D_out, R]``.
-
-DoRA (arXiv 2402.09353) scales every row of ``W + s B A`` to a trained length. With a mixer the direction is
-``W + s B M A``; PEFT's DoRA modules compute it when ``M A`` (or ``B M``) takes the place of A (or B).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from peft.tuners.lora import variants as stock
-from peft.tuners.lora.dora import DoraConv2dLayer, DoraEmbeddingLayer, DoraLinearLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from mm_moslora.kernels.lora.lora_math import fold, is_traced
-from mm_moslora.kernels.lora.mixed_product import combine
+from mm_moslora.kernels.lora.lora_math import is_traced
 from mm_moslora.kernels.lora.seeded_dropout import seeded_dropout
 
 
@@ -81,98 +75,4 @@ class EmbeddingVariant(MoSLoRAVariant):
         branch = (mixed @ module.lora_embedding_B[active_adapter].T) * module.scaling[active_adapter]
         scale = module._get_embed_scale()
         total: Tensor = result + (branch if scale is None else branch * scale.to(branch.dtype))
-        return total
-
-
-class MixedFactor:
-    """``M A`` in the place of the module A: a call mixes A's output, and `weight` is the folded factor."""
-
-    def __init__(self, A: nn.Module, mixer: nn.Module, *, channels_first: bool = False) -> None:
-        self._A, self._mixer, self._channels_first = A, mixer, channels_first
-
-    @property
-    def weight(self) -> Tensor:
-        """``M A``, shaped like A."""
-        folded = fold(self._A.weight, self._mixer.matrix())  # type: ignore[operator,arg-type]
-        return folded.to(self._A.weight.dtype)  # type: ignore[arg-type]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``M(A(x))``."""
-        z = self._A(x).movedim(1, -1) if self._channels_first else self._A(x)
-        mixed: Tensor = self._mixer(z)
-        return mixed.movedim(-1, 1) if self._channels_first else mixed
-
-
-class _Dora:
-    """DoRA around ``W + s B M A``; merging is PEFT's, through `get_delta_weight`."""
-
-    magnitudes: ClassVar[type[DoraLinearLayer]]
-    """PEFT's module of the trained lengths."""
-    channels_first: ClassVar[bool] = False
-
-    @classmethod
-    def init(cls, module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        """Create the mixer and the magnitudes."""
-        module.start_factors(adapter_name, config)
-        factors = module.factors(adapter_name)
-        # PEFT hands over the factors of an embedding transposed.
-        transposed = cls.magnitudes is DoraEmbeddingLayer or getattr(module, "fan_in_fan_out", False)
-        magnitude = cls.magnitudes(fan_in_fan_out=transposed)
-        folded = fold(factors.A, factors.M).to(factors.A.dtype)
-        magnitude.update_layer(
-            base_layer=module.get_base_layer(), lora_A=folded, lora_B=factors.B, scaling=factors.scaling
-        )
-        module.lora_magnitude_vector[adapter_name] = magnitude
-
-    @classmethod
-    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output, shaped like `result`."""
-        dropout = module.lora_dropout[active_adapter]
-        drops = module.training and not isinstance(dropout, nn.Identity)
-        mixer = module.lora_mixer[active_adapter]
-        total: Tensor = result + module.lora_magnitude_vector[active_adapter](
-            dropout(x) if drops else x,
-            lora_A=MixedFactor(module.lora_A[active_adapter], mixer, channels_first=cls.channels_first),
-            lora_B=module.lora_B[active_adapter],
-            scaling=module.scaling[active_adapter],
-            base_layer=module.get_base_layer(),
-            base_result=None if drops else result,
-            adapter_name=active_adapter,
-        )
-        return total
-
-
-class DoraMixerVariant(_Dora, stock.DoraLinearVariant):
-    """DoRA with a mixer on a linear layer."""
-
-    magnitudes = DoraLinearLayer
-
-
-class DoraConvolutionVariant(_Dora, stock.DoraConv2dVariant):
-    """DoRA with a mixer on a convolution."""
-
-    magnitudes = DoraConv2dLayer
-    channels_first = True
-
-
-class DoraEmbeddingVariant(_Dora, stock.DoraEmbeddingVariant):
-    """DoRA with a mixer on an embedding."""
-
-    magnitudes = DoraEmbeddingLayer
-
-    @classmethod
-    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The looked-up rows, ``[..., D_out]``."""
-        factors = module.factors(active_adapter)
-        magnitude, branch = module.lora_magnitude_vector[active_adapter](
-            x,
-            lora_A=factors.A.T,
-            lora_B=combine(factors.B, factors.M, factors.B.dtype).T,
-            scaling=factors.scaling,
-            base_layer=module.get_base_layer(),
-            embed_fn=module._embed,
-            adapter_name=active_adapter,
-        )
-        scale = module._get_embed_scale()
-        total: Tensor = magnitude * result + (branch if scale is None else branch * scale.to(branch.dtype))
         return total

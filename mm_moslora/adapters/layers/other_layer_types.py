@@ -18,12 +18,7 @@ from torch.func import functional_call
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
-from mm_moslora.adapters.layers.lora_variants import (
-    ConvolutionVariant,
-    DoraConvolutionVariant,
-    DoraEmbeddingVariant,
-    EmbeddingVariant,
-)
+from mm_moslora.adapters.layers.lora_variants import ConvolutionVariant, EmbeddingVariant
 from mm_moslora.kernels.lora.lora_math import delta_weight
 
 
@@ -33,7 +28,6 @@ class MoSLoRAEmbedding(MoSLoRALayer, StockEmbedding):
     mixer_variant = EmbeddingVariant
     outer_names = ("lora_embedding_A", "lora_embedding_B")
     random_factor = 1
-    dora_variant = DoraEmbeddingVariant
 
     def wide_delta(self, adapter_name: str) -> Tensor:
         """``(s B M A)^T``, ``[V, D_out]`` like the base weight."""
@@ -57,7 +51,6 @@ class MoSLoRAConv2d(MoSLoRALayer, StockConv2d):
     """`nn.Conv2d` with LoRA and a mixer over the channels between A and B."""
 
     mixer_variant = ConvolutionVariant
-    dora_variant = DoraConvolutionVariant
 
 
 class MoSLoRAMultiheadAttention(MoSLoRALayer, StockAttention):

@@ -459,7 +459,7 @@ def test_factors_that_do_not_train_load_through_the_meta_device(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"use_dora": True}, "magnitude"),
+        ({"use_dora": True, "mixer_init": "identity", "mixer_trainable": False}, "magnitude"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
         ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
         ({"lora_bias": True}, "lora_B.bias"),

@@ -31,12 +31,6 @@ def four_bit(layer: nn.Linear, *, compute: torch.dtype | None, quant: str = "nf4
     return own.to("cpu")
 
 
-def in_int8(layer: nn.Linear) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    return layer
-
-
 def in_llm_int8(layer: nn.Linear) -> nn.Module:
     own = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
     own.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
@@ -48,7 +42,6 @@ BASES: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {
     "nf4": lambda layer, dtype: four_bit(layer, compute=dtype),
     "fp4": lambda layer, dtype: four_bit(layer, compute=dtype, quant="fp4"),
     "nf4 once": lambda layer, dtype: four_bit(layer, compute=dtype, nested=False),
-    "int8": lambda layer, _: in_int8(layer),
 }
 
 

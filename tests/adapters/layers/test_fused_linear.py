@@ -245,7 +245,7 @@ def test_orthonormal_hook_refuses_free_factors() -> None:
         ({"factor_form": "svd", "mixer_trainable": False}, "needs a mixer that trains"),
         ({"factor_form": "svd", "mixer_init": "kaiming"}, "own start of the mixer"),
         ({"factor_form": "svd", "mixer_form": "diagonal"}, "dense mixer"),
-        ({"factor_form": "orthonormal", "use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "use_dora is set together with a mixer"),
     ],
 )
 def test_forms_that_contradict_each_other_are_errors(options: dict, words: str) -> None:

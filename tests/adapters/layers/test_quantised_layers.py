@@ -23,7 +23,7 @@ from mm_moslora.adapters.layers.base_weights import quantisation, stop_repacking
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import folded, train_a_bit
 
-KINDS = ["4bit", "8bit", "int8"]
+KINDS = ["4bit", "8bit"]
 
 
 class _Net(nn.Module):
@@ -154,8 +154,9 @@ def test_merging_adds_the_mixed_update(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_dora_on_a_quantised_base_on_a_cpu_is_refused(kind: str) -> None:
+    plain = {"mixer_init": "identity", "mixer_trainable": False}
     with pytest.raises(AdapterError, match="works on a GPU only"):
-        add_moslora(_quantised(kind), _config(use_dora=True), targets=["0", "1"])
+        add_moslora(_quantised(kind), _config(use_dora=True, **plain), targets=["0", "1"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,15 +195,10 @@ class HQQLinear(nn.Module):
 @pytest.mark.parametrize("targets", ["all-linear", ["0"]])
 def test_another_quantisation_is_refused_by_name_and_the_error_says_which_to_take(targets: str | list[str]) -> None:
     net = _Net([HQQLinear(), nn.Linear(64, 64)])
-    with pytest.raises(AdapterError, match=r"layers\.0.*cannot carry MoSLoRA.*HQQLinear.*bitsandbytes.*torchao"):
+    with pytest.raises(AdapterError, match=r"layers\.0.*cannot carry MoSLoRA.*HQQLinear.*bitsandbytes"):
         add_moslora(net, _config(), targets=targets)
-    with pytest.raises(AdapterError, match=r"cannot carry MoSLoRA.*HQQLinear.*bitsandbytes.*torchao"):
+    with pytest.raises(AdapterError, match=r"cannot carry MoSLoRA.*HQQLinear.*bitsandbytes"):
         peft.get_peft_model(net, _config(target_modules=["layers.0"]))
-
-
-def test_torchao_refuses_dora_which_peft_would_merge_wrong() -> None:
-    with pytest.raises(AdapterError, match="use_dora"):
-        add_moslora(_quantised("int8"), _config(use_dora=True), targets=["0"])
 
 
 @pytest.mark.gpu

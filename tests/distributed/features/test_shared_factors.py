@@ -13,7 +13,7 @@ from trials import HALF, STEPS, hexed, losses, make_recipe, metrics, weights, wr
 from mm_moslora.adapters.folder_format import OWN_WEIGHTS
 
 pytestmark = pytest.mark.slow
-SHARES = {"inputs": "zero2", "layers": "zero3", "dora": "zero3"}
+SHARES = {"inputs": "zero2", "layers": "zero3"}
 KINDS = SHARES | {"modality": "zero3"}
 
 
@@ -26,8 +26,7 @@ def runs(parts, ranks, tmp_path_factory) -> Path:
         made = make_recipe(parts, folder / f"{kind}-{name}", zero, micro_batch=2, gradient_checkpointing=True)
         share = {"layers": "layers:2", "modality": "none"}.get(kind, "inputs")
         form = "by_modality" if kind == "modality" else "dense"
-        # DoRA computes by modules, each of which ZeRO-3 fetches weights for.
-        adapter = replace(made.adapter, mixer_init="orthogonal", mixer_form=form, share=share, use_dora=kind == "dora")
+        adapter = replace(made.adapter, mixer_init="orthogonal", mixer_form=form, share=share)
         return write(replace(made, adapter=adapter, optim=replace(made.optim, mixer_factor=4.0)))
 
     ranks.run(
