@@ -72,7 +72,7 @@ def adapt(denoiser: nn.Module, adapter: AdapterConfig) -> nn.Module:
     if adapter.peft:
         method = method_config(adapter)
         method.task_type = None
-        return add_method(denoiser, method, targets=list(TARGETS)).model.train()
+        return add_method(denoiser, method, targets=list(TARGETS)).train()
     start = "gaussian" if adapter.factor_form in ("free", "mixed") else True  # as diffusers' scripts start A
     config = moslora_config(adapter, task_type=None, init_lora_weights=start)
     return add_moslora(denoiser, config, targets=list(TARGETS)).train()

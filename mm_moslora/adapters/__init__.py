@@ -12,7 +12,6 @@ from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.layers.modality_mixers import mark_visual
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
-from mm_moslora.adapters.methods.data_starts import Samples, reads_data
 from mm_moslora.adapters.methods.peft_methods import (
     add_method,
     load_method,
@@ -20,7 +19,6 @@ from mm_moslora.adapters.methods.peft_methods import (
     method_named,
     restore_method,
     take_method,
-    what_fails,
 )
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
@@ -47,7 +45,6 @@ __all__ = [
     "MoSLoRAConfig",
     "MoSLoRALayer",
     "MoSLoRALinear",
-    "Samples",
     "Sharing",
     "TakenAdapter",
     "adapted_modules",
@@ -70,7 +67,6 @@ __all__ = [
     "method_config",
     "method_named",
     "plain_pipeline_weights",
-    "reads_data",
     "reference_linear",
     "resolve_targets",
     "restore_method",
@@ -80,6 +76,5 @@ __all__ = [
     "take_method",
     "take_modality",
     "use_kernel",
-    "what_fails",
     "why_not_merged",
 ]

@@ -16,16 +16,12 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
-import torch
-
-from mm_moslora.adapters import what_fails
 from mm_moslora.adapters.methods.peft_methods import method_named
 from mm_moslora.adapters.mixer import MIXER_INITS, form_named
-from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
-from mm_moslora.models.trainable_parts import adapter_config, method_config
+from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.training.preflight import check_mixer_factor
 from mm_moslora.utils.errors import AdapterError, ConfigError, MoSLoRAError, reason_of, suggestion
 
@@ -319,7 +315,7 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
 
 def _size(arm: Arm, recipe: Recipe) -> tuple[int | None, list[str]]:
     """Trainable parameters, None where they cannot be counted; and what an arm cannot do, the reason for None first."""
-    trained, limits, bias = None, [], False
+    trained, limits = None, []
     try:
         meta = build_meta_model(recipe.model, recipe.adapter)
     except (MoSLoRAError, OSError, ValueError) as error:
@@ -329,13 +325,6 @@ def _size(arm: Arm, recipe: Recipe) -> tuple[int | None, list[str]]:
         limits.append(reason_of(error))
     else:
         trained = sum(mine for _, mine in meta.parameters().values())
-        bases = [layer.get_base_layer() for _, layer in adapted_layers(meta.model)]
-        bias = all(getattr(base, "bias", None) is not None for base in bases)
-    if recipe.model.language_mode != "adapter":
-        return trained, limits
-    if recipe.adapter.peft:
-        with torch.random.fork_rng(devices=[]):
-            limits += what_fails(method_config(recipe.adapter), bias=bias)
-    elif not form_named(recipe.adapter.mixer_form).fixed:
+    if recipe.model.language_mode == "adapter" and not form_named(recipe.adapter.mixer_form).fixed:
         limits.append("cannot be merged (its mixers depend on their input), evaluated live")
     return trained, limits

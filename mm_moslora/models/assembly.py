@@ -78,8 +78,6 @@ class Parts:
     """Visual tokens of a picture; of a ready-made model, of one of 448 x 448 pixels."""
     peft_model: peft.PeftModel | None = None
     """The PEFT view of `model`, once adapters are in."""
-    adapter_start: dict[str, torch.Tensor] = field(default_factory=dict)
-    """See `adapters.methods.peft_methods.AddedMethod`."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"

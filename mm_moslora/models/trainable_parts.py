@@ -27,9 +27,8 @@ from mm_moslora.utils.untrusted_data import read_value
 
 
 def attach_adapters(
-    assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0,
-    samples: adapters.Samples | None = None,
-) -> peft.PeftModel | None:  # fmt: skip
+    assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
+) -> peft.PeftModel | None:
     """Put the adapter into the components with the mode `adapter`, and set what trains everywhere else.
 
     Args:
@@ -37,7 +36,6 @@ def attach_adapters(
         config: the recipe's `model`.
         adapter: the recipe's `adapter`.
         seed: seeds the factors, so that every rank makes the same.
-        samples: for a start that reads data (`reads_data`).
 
     Returns:
         The PEFT model, or None where no component carries adapters.
@@ -53,15 +51,9 @@ def attach_adapters(
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.
             if adapter.peft:
-                added = adapters.add_method(
-                    assembly.model,
-                    method_config(adapter),
-                    component=components,
-                    targets=adapter.targets,
-                    samples=samples,
+                assembly.peft_model = adapters.add_method(
+                    assembly.model, method_config(adapter), component=components, targets=adapter.targets
                 )
-                assembly.peft_model, assembly.adapter_start = added.model, added.start
-                assembly.changed |= bool(added.start)
             elif adapter.weights is not None:
                 with warnings.catch_warnings():
                     # Under ZeRO-3 rank 0 has the values, and every weight of the other ranks would get a warning.
@@ -79,11 +71,6 @@ def attach_adapters(
                 )
     _set_trainable(assembly, config)
     return assembly.peft_model
-
-
-def reads_data(adapter: AdapterConfig) -> bool:
-    """Whether the adapter's start needs samples of the training data (EVA, CorDA, LoRA-GA)."""
-    return bool(adapter.peft) and adapters.reads_data(method_config(adapter))
 
 
 def start_folder(adapter: AdapterConfig) -> Path:

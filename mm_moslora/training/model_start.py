@@ -1,4 +1,4 @@
-"""How new parts of a model start: an adapter from samples of the data, a projector from pictures and their answers.
+"""How new parts of a model start: a projector from pictures and their answers.
 
 A resumed run takes the weights of its checkpoint instead, so `resumed_start` only has to find parts of equal shapes.
 """
@@ -9,22 +9,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters import Samples
-from mm_moslora.adapters.tree import adapted_layers
 from mm_moslora.batch import Example, join_images
-from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Recipe
+from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig
 from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.projectors.projector_start import (
     embedding_scale,
     embedding_size,
@@ -34,10 +30,8 @@ from mm_moslora.models.projectors.projector_start import (
     last_layer,
     linear_layers,
 )
-from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import image_features, is_multimodal
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import is_adapter, projector_file
 
@@ -45,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
 """Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
-SAMPLES_TO_START = 256
-"""Samples for an adapter whose start reads data."""
 
 
 def resumed_start(
@@ -65,51 +57,6 @@ def resumed_start(
     if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))
     return model, adapter
-
-
-def start_adapter(assembly: Parts, recipe: Recipe, adapter: AdapterConfig, data: MeasuredRecords) -> None:
-    """Add an adapter whose start reads samples of the training data; a resumed run reads the same again.
-
-    Every rank reads the same samples and then takes the values of rank 0.
-    """
-    model = assembly.model
-    if model.device.type != distributed.device().type:
-        cast(nn.Module, model).to(distributed.device())
-    if is_multimodal(model) and not assembly.is_pretrained_vlm:  # a new projector starts otherwise on every rank
-        for value in model.model.multi_modal_projector.parameters():
-            distributed.take_from_main(value.data)
-    with distributed.failing_together("Starting the adapter from data"):
-        samples = Samples(
-            batches=partial(_batches, model, data), progress=lambda what, total: Progress(what, total).update
-        )
-        wrapped = attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed, samples=samples)
-    layers = [] if wrapped is None else [layer for _, layer in adapted_layers(wrapped)]
-    tensors = [value.data for layer in layers for value in cast(nn.Module, layer).parameters()]
-    shapes = distributed.gather_objects([tuple(value.shape) for value in tensors])
-    if any(other != shapes[0] for other in shapes):
-        raise TrainingError(
-            "The ranks start the adapter with other ranks of its layers, since their devices round otherwise. Set "
-            "adapter.peft.eva_config to {rho: 1.0}, which gives every layer the same rank."
-        )
-    for value in tensors:
-        distributed.take_from_main(value)
-    assembly.adapter_start = distributed.from_main(assembly.adapter_start)
-
-
-def _batches(model: PreTrainedModel, data: MeasuredRecords, size: int) -> list[dict[str, Any]]:
-    """Samples that are spread over the training data, as keyword arguments of the model with labels."""
-    count = min(len(data), SAMPLES_TO_START)
-    progress = Progress("read samples for the adapter", count)
-    examples = []
-    for index in range(count):
-        if (example := data[len(data) * index // count]) is not None:
-            examples.append(replace(example, weights=None))
-        progress.update(index + 1)
-    if not examples:
-        raise TrainingError("The adapter's start reads samples of the training data, and none of them can be used.")
-    collate = PaddedCollator(model=model)
-    batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
-    return [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
 
 
 @torch.no_grad()

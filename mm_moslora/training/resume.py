@@ -58,7 +58,7 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
     load_optimizer(run.engine, [rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
     if run.assembly.peft_model is not None and run.recipe.adapter.peft:
-        restore_method(run.assembly.peft_model, folder / "adapter", start=run.assembly.adapter_start)
+        restore_method(run.assembly.peft_model, folder / "adapter")
     elif run.assembly.peft_model is not None:
         restore_frozen_factors(run.assembly.peft_model, folder / "adapter")
         restore_start(run.assembly.peft_model, folder / "adapter")

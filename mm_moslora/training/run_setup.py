@@ -24,7 +24,7 @@ from mm_moslora.models.model_paths import resolve_model_paths, stored_commits, t
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
-from mm_moslora.models.trainable_parts import attach_adapters, component_table, reads_data
+from mm_moslora.models.trainable_parts import attach_adapters, component_table
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
@@ -32,7 +32,7 @@ from mm_moslora.training.engine.model_execution import kernels_of, prepare_execu
 from mm_moslora.training.engine.ulysses import row_share
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
 from mm_moslora.training.metrics.token_budget import token_budget
-from mm_moslora.training.model_start import resumed_start, start_adapter, start_projector
+from mm_moslora.training.model_start import resumed_start, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.preflight import check_model
 from mm_moslora.utils import distributed
@@ -88,8 +88,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     with distributed.failing_together("Loading the model"):  # under ZeRO-3 rank 0 alone reads its weights
         device = weights_device(recipe.train, quantised=is_quantised(model_start))
         assembly = load_parts(model_start, dtype=dtype_of(precision), device=device)
-        if not (late := reads_data(adapter_start)):  # some adapters start from samples, which need the tokenizer first
-            attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
+        attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
         check_model(recipe, assembly.model, layers=assembly.model.get_decoder().config.num_hidden_layers)
     data = pinned(recipe.data, checkpoint)
     training_set = _training_data(replace(recipe, data=data), assembly, fresh=checkpoint is None)
@@ -99,10 +98,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             if distributed.is_main():
                 check_preprocessing(checkpoint, assembly, accepted=True)
     validation_set = _validation_data(replace(recipe, data=data), assembly)
-    if checkpoint is None or late:
+    if checkpoint is None:
         start_projector(model_start.projector, assembly, training_set.at_hand)
-    if late:
-        start_adapter(assembly, recipe, adapter_start, training_set.at_hand)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)

@@ -101,7 +101,7 @@ def snapshot(run: Run) -> Snapshot:
         # in which the other ranks do not take part.
         chosen = {name: value for name, value in weights.items() if adapters.is_adapter_parameter(name)}
         if run.recipe.adapter.peft:
-            adapter = adapters.take_method(run.assembly.peft_model, state=chosen, start=run.assembly.adapter_start)
+            adapter = adapters.take_method(run.assembly.peft_model, state=chosen)
         else:
             adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from tiny import supervised_logits
 from trials import losses, with_train
@@ -16,9 +15,8 @@ from mm_moslora.training.training_loop import train
 from tests.training.test_snapshot import _example
 
 
-@pytest.mark.parametrize("start", ["pissa", "eva", "corda", "lora_ga"])
-def test_a_run_is_saved_as_peft_saves_and_continues_bit_for_bit(recipe, tmp_path, start: str):
-    options = {"type": "LORA", "init_lora_weights": start}
+def test_a_run_is_saved_as_peft_saves_and_continues_bit_for_bit(recipe, tmp_path):
+    options = {"type": "LORA", "init_lora_weights": "pissa"}
     given = replace(recipe, adapter=AdapterConfig(rank=4, alpha=8, peft=options))
     train(with_train(given, output=str(tmp_path / "whole"), save_every=2, steps=4))
     train(with_train(given, save_every=2, steps=4), stop_at=2)

@@ -1,1 +1,1 @@
-"""Other methods of PEFT by their names, and their starts from data."""
+"""Other methods of PEFT by their names."""

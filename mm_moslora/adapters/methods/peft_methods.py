@@ -20,16 +20,14 @@ from typing import Any, Literal, Union, cast
 import peft
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import chosen_paths, resolve_in
-from mm_moslora.adapters.folder_format import FACTORS_A, FACTORS_B, STOCK_CONFIG, STOCK_WEIGHTS, bare_name, read_json
+from mm_moslora.adapters.folder_format import STOCK_CONFIG, STOCK_WEIGHTS, bare_name, read_json
 from mm_moslora.adapters.folders.permitted_options import permitted_options
-from mm_moslora.adapters.merge_adapter import why_not_merged
-from mm_moslora.adapters.methods.data_starts import Samples, forget, read_after, read_before, reads_data, without_data
 from mm_moslora.adapters.tree import adapted_layers, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
@@ -37,6 +35,8 @@ from mm_moslora.utils.run_paths import writing
 
 _COMMON = {item.name for item in dataclasses.fields(peft.PeftConfig)} | {"target_modules"}
 """Fields of every configuration, which follow from the model and the recipe."""
+_FROM_DATA = ("eva", "corda", "lora_ga")
+"""PEFT's starts of LORA that need passes of the model over samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
         shared: rank, alpha and dropout, for methods that have them and for which `options` do not name them.
 
     Raises:
-        AdapterError: PEFT refuses the options, a part of them does nothing here, or an option may name a file
-            (`permitted_options`).
+        AdapterError: PEFT refuses the options, a part of them does nothing here, an option may name a file
+            (`permitted_options`), or the start reads data or comes out otherwise when the folder is loaded.
     """
     permitted_options(method.config, options, "adapter.peft")
     if idle := [key for key in options if hasattr(method.tuner, f"_get_{key.removesuffix('_config')}_loss")]:
@@ -166,6 +166,12 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
         raise AdapterError(
             "adapter.peft.save_only_topk_weights saves what inference needs, from which training cannot go on. "
             "Leave it out."
+        )
+    start = str(options.get("init_lora_weights")).lower()
+    if start in _FROM_DATA or start.startswith("pissa_niter"):
+        why = "reads samples, which a run does not give it" if start in _FROM_DATA else "is drawn: PEFT loads another"
+        raise AdapterError(
+            f"adapter.peft.init_lora_weights is {start}, a start that {why}. Take another, such as pissa."
         )
     values = {option: shared[key] for key, option in method.shared.items()}
     whole = {
@@ -187,21 +193,9 @@ def _explained(what: str) -> Iterator[None]:
         raise AdapterError(f"{what}: {reason_of(error)}.") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class AddedMethod:
-    """A method of PEFT in a model."""
-
-    model: peft.PeftModel
-    """The PEFT model around the base model."""
-    start: dict[str, Tensor]
-    """The adapter as it started, by names as in the folder, where PEFT took it out of the base weights (PiSSA, OLoRA,
-    CorDA, LoRA-GA); else empty."""
-
-
 def add_method(
-    model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str],
-    samples: Samples | None = None,
-) -> AddedMethod:  # fmt: skip
+    model: nn.Module, config: peft.PeftConfig, *, component: Sequence[str] = ("",), targets: str | Sequence[str]
+) -> peft.PeftModel:
     """Put a method of PEFT into a model.
 
     Args:
@@ -209,7 +203,9 @@ def add_method(
         config: of `method_config`; not changed.
         component: module paths of the components to adapt.
         targets: see `resolve_targets`.
-        samples: for starts that read data (EVA, CorDA, LoRA-GA); None: PEFT's usual start instead.
+
+    Returns:
+        The PEFT model around `model`.
 
     Raises:
         AdapterError: see `resolve_targets`; PEFT refuses the model, or a layer of it does not learn by itself.
@@ -219,36 +215,14 @@ def add_method(
     own = _anchored(config, paths, model)
     with _explained(f"PEFT's {name} does not fit this model"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        before = _rows(model, paths)
-        if samples is None:
-            own = without_data(own)
-        elif reads_data(own):
-            read_before(model, own, samples)
         wrapped = peft.get_peft_model(model, own, autocast_adapter_dtype=False)
-        forget(model)
         adapted = {path for path, _ in adapted_layers(wrapped)}
         if left := sorted(set(paths) - adapted):
             raise AdapterError(f"PEFT's {name} leaves out {left[0]}, a target. Name others with adapter.targets.")
-        if before:
-            _check_learning(model.get_submodule(paths[0]), name)
-        same = all(map(torch.equal, before, _rows(model, paths)))
-        if samples is not None and reads_data(own):
-            read_after(wrapped, samples)
-    start = {} if same else _tensors(wrapped, {})
-    if start and not _is_difference(own, start):
-        raise AdapterError(
-            f"PEFT's {name} takes its start out of the base weights, and what it trains is no plain LoRA: a folder of "
-            "it would be loaded as another model. Leave out use_dora and the like, or init_lora_weights."
-        )
-    return AddedMethod(model=wrapped, start=start)
-
-
-def _rows(model: nn.Module, paths: Sequence[str]) -> list[Tensor]:
-    """The first values of the layers' base weights; none without values."""
-    layers = [model.get_submodule(path) for path in paths]
-    bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
-    weights = [cast(Tensor, base.weight).detach() for base in bases]
-    return [weight.flatten()[:256].clone() for weight in weights if not weight.is_meta]
+        first = model.get_submodule(paths[0])
+        if not any(weight.is_meta for weight in first.parameters()):
+            _check_learning(first, name)
+    return cast(peft.PeftModel, wrapped)
 
 
 def _anchored(config: peft.PeftConfig, paths: Sequence[str], model: nn.Module) -> peft.PeftConfig:
@@ -301,38 +275,16 @@ class TakenMethod:
             self.config.save_pretrained(str(staged))
 
 
-def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> TakenMethod:
-    """The adapter that `PeftModel.save_pretrained` would write, for the base model as it was loaded.
+def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor]) -> TakenMethod:
+    """The adapter that `PeftModel.save_pretrained` would write.
 
     Args:
         model: PEFT model.
         state: parameter name in the base model to full tensor, of all that trains; the rest is read from the model.
-        start: of `AddedMethod`. Plain LoRA less its start is plain LoRA of twice the rank, which needs no other base.
     """
-    config: Any = without_data(model.peft_config["default"])
+    config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    tensors = _tensors(model, state)
-    if _is_difference(config, start):
-        config = _doubled(config)
-        tensors = {  # B A - B0 A0 as one pair of factors in each layer
-            name: torch.cat((own, start[name]), 0) if name.endswith(FACTORS_A) else torch.cat((own, -start[name]), 1)
-            for name, own in tensors.items()
-        }
-    return TakenMethod(config=config, tensors=tensors)
-
-
-def _is_difference(config: Any, start: Mapping[str, Tensor]) -> bool:
-    plain = all(name.endswith((*FACTORS_A, *FACTORS_B)) for name in start)
-    return bool(start) and isinstance(config, peft.LoraConfig) and plain
-
-
-def _doubled(config: Any) -> Any:
-    """A configuration of LoRA with twice the rank and the same scaling."""
-    factor = 2**0.5 if config.use_rslora else 2
-    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True
-    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: factor * alpha for key, alpha in config.alpha_pattern.items()}
-    return config
+    return TakenMethod(config=config, tensors=_tensors(model, state))
 
 
 def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -378,59 +330,17 @@ def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
     return loaded
 
 
-def restore_method(model: peft.PeftModel, folder: Path, *, start: Mapping[str, Tensor]) -> None:
+def restore_method(model: peft.PeftModel, folder: Path) -> None:
     """Set everything that a folder holds of an adapter, what does not train included, in a model that has it.
 
     Args:
         model: PEFT model; what trains was restored already.
         folder: of `TakenMethod.write`.
-        start: of `AddedMethod`.
 
     Raises:
-        AdapterError: the folder is of another adapter, or its base weights were changed in another way.
+        AdapterError: the folder is of another adapter.
     """
-    if _is_difference(model.peft_config["default"], start):
-        _check_start(load_file(folder / STOCK_WEIGHTS), start, folder)
-        return
     with _explained(f"{folder} does not fit the adapter of this run"):
         result: Any = set_peft_model_state_dict(model, load_file(folder / STOCK_WEIGHTS))
     if result.unexpected_keys:
         raise AdapterError(f"{folder} holds {result.unexpected_keys[0]}, which the adapter of this run does not have.")
-
-
-def _check_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse a start that differs from the one that a folder was written with, and with it the base weights."""
-    for name in (name for name in start if name.endswith(FACTORS_A)):
-        other = name.replace("lora_A", "lora_B")
-        rank = len(start[name])
-        subtracted = -tensors[other][:, rank:].float() @ tensors[name][rank:].float()
-        again = start[other].float() @ start[name].float()
-        if (subtracted - again).abs().max() > 1e-3 * subtracted.abs().max():
-            raise AdapterError(
-                f"{name} starts otherwise here than in {folder}: this machine, or changed training data that the start "
-                "reads, takes another start out of the base weights. Go on where the run began, with the same data, or "
-                "start it anew."
-            )
-
-
-def what_fails(config: peft.PeftConfig, *, bias: bool) -> list[str]:
-    """What an adapter cannot do, tried on two small layers; empty where they are too small for its options. `bias`: all
-    layers of the model have one."""
-    tree: Any = nn.Module()
-    tree.model = nn.Module()
-    layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(256, 256, bias=bias)})})
-    tree.model.layers = nn.ModuleList((layer, copy.deepcopy(layer)))
-    alone = copy.deepcopy(config)
-    alone.task_type = None  # else PEFT looks for a language model's methods
-    try:
-        added = add_method(tree, alone, targets=["q_proj"])
-    except AdapterError:
-        return []
-    failures = []
-    if reason := why_not_merged(added.model):
-        failures.append(f"cannot be merged ({reason.partition(': ')[2]}), evaluated live")
-    try:
-        take_method(added.model, state={}, start=added.start)
-    except Exception as error:
-        failures.append(f"cannot be saved ({reason_of(error)})")
-    return failures

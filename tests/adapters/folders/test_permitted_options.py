@@ -110,13 +110,14 @@ def test_an_option_of_a_recipe_names_no_file(options: dict[str, Any]) -> None:
 
 
 def test_what_recipes_need_is_permitted() -> None:
+    pissa = {"init_lora_weights": "pissa", "exclude_modules": r".*\.v_proj", "modules_to_save": ["lm_head"]}
+    assert adapter_config(AdapterConfig(peft={"type": "LORA"} | pissa))
     for options in (
-        {"init_lora_weights": "pissa_niter_16", "exclude_modules": r".*\.v_proj", "modules_to_save": ["lm_head"]},
         {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm", "prune_temporary_fields": True}},
         {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}, "rank_pattern": {"layers.0.q_proj": 3}},
-        {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "ArB2r", "scale": "stable"}},
+        {"init_lora_weights": "pissa_niter_16"},
     ):
-        assert adapter_config(AdapterConfig(peft={"type": "LORA"} | options))
+        assert permitted_options(peft.LoraConfig, options, "a")
     assert adapter_config(AdapterConfig(peft={"type": "PEANUT", "act_fn": "gelu"}))
     assert adapter_config(AdapterConfig(peft={"type": "WAVEFT", "wavelet_family": "sym2"}))
 
