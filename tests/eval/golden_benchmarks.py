@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from mm_moslora_eval.sources.document import Document
 
 from tests.eval.golden_answers import Check, Row, block, options, run_rows, step
@@ -129,25 +127,6 @@ def cv_bench(row: Row, runs: Runs) -> Any:
         for number, (name, _) in enumerate(row["rows"])
     ]
     return runs("cv_bench@official", made, ["AB"[1 - right] for _, right in row["rows"]]).result.score
-
-
-def omnidocbench(rows: list[Row], runs: Runs) -> list[Any]:
-    """What both versions compare of a page, in numbers."""
-
-    def document(row: Row, number: int) -> Document:
-        return Document(id=str(number), question="q", answers=(json.dumps(row["page"]),), category="english")
-
-    read = {
-        version: [json.loads(text) for text in run_rows(f"omnidocbench_{task}@official", rows, runs, document).parsed]
-        for version, task in (("1.0", "v10"), ("1.5", "v15"))
-    }
-    return [dict(zip(read, both, strict=True)) for both in zip(*read.values(), strict=True)]
-
-
-def omnidocbench_formulas(rows: list[Row], runs: Runs) -> list[Any]:
-    """The same of pages with formulas within texts."""
-    pytest.importorskip("pylatexenc", reason="it writes formulas in Unicode")
-    return omnidocbench(rows, runs)
 
 
 def ccocr(rows: list[Row], runs: Runs) -> list[Any]:

@@ -110,7 +110,7 @@ def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:
 def test_right_miniature_answers_get_the_full_score(miniature: Path, tmp_path: Path, capsys) -> None:
     """Every shipped protocol reads the right answer of every document as right."""
     for name in TASKS:
-        # A judge, boxes in a model's own form, and pages, whose references are no answers.
+        # A judge, boxes in a model's own form, and pages without references.
         if name in ("mmvet", "refcoco") or name.startswith("omnidocbench"):
             continue
         for task in load_file(miniature / f"{name}.yaml"):

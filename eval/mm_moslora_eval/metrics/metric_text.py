@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
@@ -14,47 +13,22 @@ def levenshtein(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other."""
     if len(first) > len(second):
         first, second = second, first
-    return EditPattern(second, wanted=set(first)).distance(first)
-
-
-class EditPattern:
-    """A string that others are compared with.
-
-    A column of the table of edits is the bits of two integers (Myers 1999, Hyyrö 2003), so that long texts take little
-    time.
-
-    Args:
-        items: the string.
-        wanted: the items of the others; None: any.
-    """
-
-    def __init__(self, items: Sequence[Hashable], *, wanted: Collection[Hashable] | None = None) -> None:
-        self.size = len(items)
-        self._places = bit_places(items, set(items) if wanted is None else wanted)
-
-    def distance(self, text: Sequence[Hashable]) -> int:
-        """The Levenshtein distance of a whole text."""
-        if not self.size:
-            return len(text)
-        return next(iter(deque(self._distances(text, anywhere=False), maxlen=1)), self.size)
-
-    def ends(self, text: Sequence[Hashable]) -> Iterator[int]:
-        """For every place of a text the smallest distance of the parts that end there (Sellers 1980)."""
-        return self._distances(text, anywhere=True)
-
-    def _distances(self, text: Sequence[Hashable], *, anywhere: bool) -> Iterator[int]:
-        whole, last = (1 << self.size) - 1, 1 << self.size >> 1
-        rising, falling, distance, first = whole, 0, self.size, int(not anywhere)
-        for item in text:
-            equal = self._places.get(item, 0)
-            right = equal | falling
-            down = (((equal & rising) + rising) ^ rising) | equal
-            up = falling | (whole & ~(down | rising))
-            below = rising & down
-            distance += bool(up & last) - bool(below & last)
-            up, below = (up << 1 | first) & whole, (below << 1) & whole
-            rising, falling = below | (whole & ~(right | up)), up & right
-            yield distance
+    if not second:
+        return 0
+    # A column of the table of edits is the bits of two integers (Myers 1999, Hyyrö 2003): long texts take little time.
+    places, size = bit_places(second, set(first)), len(second)
+    whole, last = (1 << size) - 1, 1 << size >> 1
+    rising, falling, distance = whole, 0, size
+    for item in first:
+        equal = places.get(item, 0)
+        right = equal | falling
+        down = (((equal & rising) + rising) ^ rising) | equal
+        up = falling | (whole & ~(down | rising))
+        below = rising & down
+        distance += bool(up & last) - bool(below & last)
+        up, below = (up << 1 | 1) & whole, (below << 1) & whole
+        rising, falling = below | (whole & ~(right | up)), up & right
+    return distance
 
 
 def bit_places(items: Sequence[Hashable], wanted: Collection[Hashable]) -> dict[Hashable, int]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
-from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 from mm_moslora_eval.sources.source import Source
 
@@ -115,26 +114,6 @@ _MMMU_PRO = Form(
     question="Which shape shows <image 1>?", options=lambda choices: str(list(choices)), extra={"subject": "Art"}
 )
 
-
-def _page(scene: Scene) -> str:
-    """The annotation of a scene as a page, in the form of OmniDocBench."""
-    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in
-                   (("shape", scene.shape), ("number", scene.count)))  # fmt: skip
-    parts: list[Row] = [
-        {"category_type": "title", "text": f"# {scene.word}"},
-        {"category_type": "text_block", "text": f"The picture shows {scene.count} of the shape {scene.shape}."},
-        {"category_type": "equation_isolated", "latex": f"\\[n = {scene.count}\\]"},
-        {"category_type": "table", "html": f"<table>{rows}</table>", "latex": "shape & number"},
-        {"category_type": "page_number", "text": "7"},
-    ]
-    items = [part | {"anno_id": number, "order": number, "ignore": False} for number, part in enumerate(parts, start=1)]
-    language = "english" if scene.count % 2 else "simplified_chinese"
-    about = {"language": language, "data_source": "book", "layout": "single_column"}
-    info = {"image_path": f"{scene.word}.png", "page_attribute": about}
-    return json.dumps({"layout_dets": items, "extra": {"relation": []}, "page_info": info})
-
-
-_PAGE = Form(question="", answer=_page, choices=())
 
 FORMS: dict[str, Form] = {
     "mathvision_test": Form(extra={"subject": "counting", "level": 1}),
@@ -279,8 +258,8 @@ FORMS: dict[str, Form] = {
         question=_COUNT.question, answer=lambda scene: f"{scene.count}.0", choices=(), reference="{text}",
         extra={"qid": lambda number: number // 2, "varid": lambda number: number % 2 + 1, "answer_type": "float"},
     ),
-    "omnidocbench_v10": _PAGE,
-    "omnidocbench_v15": _PAGE,
+    "omnidocbench_v10": Form(question="", choices=()),
+    "omnidocbench_v15": Form(question="", choices=()),
 }  # fmt: skip
 """Task -> its documents."""
 
@@ -299,7 +278,7 @@ def place_documents(folder: Path, data: Row, form: Form) -> None:
         if other := changes.get("source"):
             columns = {**(own.get("columns") or {}), **(other.get("columns") or {})}
             changes["source"] = _place(folder, {**own, **other, "columns": columns}, form)
-    if not all("source" in changes for changes in protocols):
+    if not protocols or not all("source" in changes for changes in protocols):
         data["source"] = _place(folder, own, form)
 
 
@@ -309,7 +288,7 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
         write_tsv(path, _tsv_rows(form))
         return {**source, "path": str(path.resolve()), "md5": None}
     if source["kind"] == "annotations":
-        return {**source, "path": str(_write_annotations(folder, form).resolve())}
+        return {**source, "path": str(_write_annotations(folder).resolve())}
     shown = {"video_frames": _FRAMES} if form.video else {}
     if files := source.get("files"):
         for number, (name, added) in enumerate(files.items()):
@@ -329,14 +308,15 @@ def _place(folder: Path, source: Row, form: Form) -> Row:
     return {**source, "path": str(path.resolve()), "config": None, **shown}
 
 
-def _write_annotations(folder: Path, form: Form) -> Path:
+def _write_annotations(folder: Path) -> Path:
     """Write the annotations of OmniDocBench, with their pictures in `images`."""
-    path, pages = folder / "OmniDocBench.json", [parse_json(form.answer(scene)) for scene in SCENES]
+    path = folder / "OmniDocBench.json"
     (folder / "images").mkdir(exist_ok=True)
-    for page, scene in zip(pages, SCENES, strict=True):
-        with replacing(folder / "images" / page["page_info"]["image_path"]) as part, part.open("xb") as stream:
+    for scene in SCENES:
+        with replacing(folder / "images" / f"{scene.word}.png") as part, part.open("xb") as stream:
             stream.write(scene.png())
-    replace_json(path, pages)
+    about = {"language": "english", "data_source": "book", "layout": "single_column"}
+    replace_json(path, [{"page_info": {"image_path": f"{one.word}.png", "page_attribute": about}} for one in SCENES])
     return path
 
 

@@ -131,10 +131,14 @@ def _xlsx(rows: Sequence[Row]) -> bytes:
     head, table = _columns(rows)
     lines = [f"<row>{''.join(map(_cell, cells))}</row>" for cells in (head, *table)]
     sheet = f'{_XML}<worksheet xmlns="{_MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
+    return _zip({**_BOOK, "xl/worksheets/sheet1.xml": sheet})
+
+
+def _zip(files: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as book:
-        for name, text in {**_BOOK, "xl/worksheets/sheet1.xml": sheet}.items():
-            book.writestr(zipfile.ZipInfo(name, (2024, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name, (2024, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -182,13 +186,16 @@ FORMS: dict[str, Callable[[Sequence[Row]], bytes]] = {
     "llava": _llava,
     "vlmevalkit": _tsv,
     "vlmevalkit_xlsx": _xlsx,
+    "omnidocbench": lambda rows: _zip({f"{PurePath(row['id']).stem}.md": row["text"] for row in rows}),
 }
 """vqav2, vizwiz, docvqa, mmvet: their servers' JSON; mmbench: its server's workbook; llava: answer JSONL;
-vlmevalkit: predictions for its `--mode eval` with PRED_FORMAT=tsv (or the workbook)."""
+vlmevalkit: predictions for its `--mode eval` with PRED_FORMAT=tsv (or the workbook); omnidocbench: the folder
+of pages that its evaluator reads, one `PICTURE.md` a page, as a ZIP file."""
 
 DEFAULT_FORM = {
     "mmvet": "mmvet", "llavabench": "llava", "vqav2_testdev": "vqav2", "vizwiz_test": "vizwiz", "docvqa_test": "docvqa",
     "mmbench_en_test": "mmbench", "mmbench_cn_test": "mmbench",
+    "omnidocbench_v10": "omnidocbench", "omnidocbench_v15": "omnidocbench",
 }  # fmt: skip
 """Task -> submission format, written when the task cannot be scored locally."""
-SUFFIXES = {"mmbench": "xlsx", "vlmevalkit_xlsx": "xlsx", "vlmevalkit": "tsv", "llava": "jsonl"}
+SUFFIXES = {"mmbench": "xlsx", "vlmevalkit_xlsx": "xlsx", "vlmevalkit": "tsv", "llava": "jsonl", "omnidocbench": "zip"}

@@ -1,4 +1,4 @@
-"""Annotated pictures as documents: a JSON list or JSON lines, each object the reference for one picture.
+"""Annotated pictures as documents without references: a JSON list or JSON lines, each object about one picture.
 
 `columns` names the values of a document by their place, such as `page_info.image_path`; a picture may be
 `images/{page_info.image_path}`.
@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ def read(path: Path, *, rules: PictureRules, source: Source) -> Iterator[Documen
     Args:
         path: the file.
         rules: rules for pictures.
-        source: with the places of id, image and category, and the keys that a reference is kept without.
+        source: with the places of id, image and category.
 
     Raises:
         EvalError: the file is no JSON, or an object has nothing at the place of its picture.
@@ -46,7 +45,7 @@ def read(path: Path, *, rules: PictureRules, source: Source) -> Iterator[Documen
             id=str(_at(record, source.columns.get("id", image_at)) or row),
             images=images,
             question="",
-            answers=(json.dumps(_without(record, source.without), ensure_ascii=False),),
+            answers=(),
             category=None if category in (None, "") else str(category),
             problem=problem,
         )
@@ -59,9 +58,3 @@ def _at(record: Any, place: str) -> Any:
     for key in place.split("."):
         record = record.get(key) if isinstance(record, Mapping) else None
     return record
-
-
-def _without(value: Any, keys: Collection[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(item, keys) for key, item in value.items() if key not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value

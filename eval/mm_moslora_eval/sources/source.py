@@ -58,8 +58,6 @@ class Source:
     texts: dict[str, str] = field(default_factory=dict)
     """hf: further column -> name of a text file below the folder of the data, such as `subtitle/{videoID}.srt`; without
     that file it is empty."""
-    without: tuple[str, ...] = ()
-    """annotations: keys, at any depth, without which an annotation is kept as the reference."""
     columns: dict[str, str] = field(default_factory=dict)
     """hf: document field (id, image, video, video_start, video_end, question, options, answer, category, hint) -> the
     data set's column. An image or a video may be a name with columns in braces, such as `data/{videoID}.mp4`.

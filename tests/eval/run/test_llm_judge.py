@@ -250,6 +250,10 @@ def test_every_form_holds_every_document(form: str, answered: Path, tmp_path: Pa
         assert [row["prediction"] for row in rows] == list(texts.values())
         assert rows[0]["question"] == 'What "is" <it> & why?\nTell.'
         assert {"index", "question", "A", "answer", "category", "split", "prediction"} == rows[0].keys()
+    elif form == "omnidocbench":  # one page in Markdown for each picture
+        with zipfile.ZipFile(io.BytesIO(data)) as pages:
+            assert {Path(name).stem: pages.read(name).decode() for name in pages.namelist()} == texts
+            assert {Path(name).suffix for name in pages.namelist()} == {".md"}
     else:
         cells = _workbook(data)
         assert cells[0] == ["index", "question", "A", "answer", "category", "split", "prediction"]

@@ -61,10 +61,10 @@ def test_equal_option_texts_are_not_inferable() -> None:
 def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
     extra = {"dataset": "boolq", "question_type": "multi_choice"}
     document = Document(id="1", question="q", options=OPTIONS, answers=("A",), category="x", extra=extra)
-    for name in {*EXTRACTORS} - {"omnidocbench"}:  # its references are pages: test_document_pages.py
+    for name in EXTRACTORS:
         assert isinstance(EXTRACTORS[name](text, document), str), name
     references = {"point_inside": "[0, 0, 9, 9]", "within": "3", "ccocr_fields_f1": '{"a": "b"}'}
-    elsewhere = {"mathematics", "teds", "ocrbench_v2", "ccocr_fields_tree", "ccocr_document", "omnidocbench"}
+    elsewhere = {"mathematics", "teds", "ocrbench_v2", "ccocr_fields_tree", "ccocr_document"}
     assert 0.0 <= table_similarity.teds(text, "<table><tr><td>a</td></tr></table>") <= 1.0
     for name in {*METRICS} - elsewhere:  # in a process of their own, with tests of their own
         asked = replace(document, answers=(references[name],)) if name in references else document

@@ -35,7 +35,7 @@ WITH_OPTIONS = {
     "ccocr_fields_sets": 'ccocr_fields_sets {"column": "category"}',
     "consecutive": 'consecutive {"size": 1}',
 }
-PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS if name != "omnidocbench"]  # whose references are pages
+PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 SUB_TASKS = ("existence", "count", "OCR", "scene")
 
 

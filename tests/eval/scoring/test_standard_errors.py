@@ -31,7 +31,7 @@ WITH_OPTIONS = {
     "ccocr_fields_sets": 'ccocr_fields_sets {"column": "category"}',
     "consecutive": 'consecutive {"size": 10}',
 }
-PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS if name != "omnidocbench"]  # whose references are pages
+PARTS = [WITH_OPTIONS.get(name, name) for name in AGGREGATIONS]
 CATEGORIES = ("OCR", "count", "scene", "posters")
 SPLITS = ("random", "popular", "adversarial")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_groups import with_protocol
-from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_folder
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -21,6 +22,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import Hasher
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
+from PIL import Image
 
 from mm_moslora.compare.comparison_plan import short_names
 from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
@@ -514,3 +516,24 @@ def test_a_saved_folder_is_identified_by_content_and_a_hub_set_by_commit(
     data = get_task(str(tmp_path / "hub.yaml")).load()
     assert data.to_dict()["revision"] == commit
     assert asked["revision"] == "v1"
+
+
+def test_pages_of_omnidocbench_are_answered_and_exported(tmp_path: Path) -> None:
+    folder, pages = tmp_path / "images", [{"page_info": {"image_path": f"p.{n}.jpg"}} for n in range(2)]
+    folder.mkdir()
+    for page in pages:
+        Image.new("RGB", (8, 8)).save(folder / page["page_info"]["image_path"])
+    (tmp_path / "OmniDocBench.json").write_text(json.dumps(pages))
+    text = (task_folder() / "omnidocbench_v15.yaml").read_text().replace("OmniDocBench/OmniDocBench", "OmniDocBench")
+    (own := tmp_path / "own.yaml").write_text(text)
+    (result, *_) = evaluate(FakeModel(), get_task(str(own)), tmp_path / "run", modes=("own",), settings=ONE)
+    assert "no reference answers" in result.about["unscored"]
+    (archive,) = (tmp_path / "run").rglob("submission.zip")
+    with zipfile.ZipFile(archive) as written:
+        assert written.namelist() == ["p.0.md", "p.1.md"]
+
+
+def test_an_annotation_without_its_picture_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "pages.json").write_text(json.dumps([{"page": {"name": "p.png"}}, {"page": {}}]))
+    with pytest.raises(EvalError, match=r"record 2 has no name at 'page.name'"):
+        load(Source(kind="annotations", path=str(path), columns={"image": "page.name"}))

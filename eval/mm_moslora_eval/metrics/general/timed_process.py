@@ -10,7 +10,6 @@ from typing import Any
 
 from mm_moslora.utils.untrusted_data import parse_object
 from mm_moslora_eval.metrics.benchmarks import ccocr_fields, ocrbench_v2
-from mm_moslora_eval.metrics.documents import omnidocbench
 from mm_moslora_eval.metrics.general import math_answers
 from mm_moslora_eval.metrics.general.table_similarity import teds
 from mm_moslora_eval.metrics.general.timed_calls import name_of
@@ -20,7 +19,6 @@ MOST_BYTES = 4 * 2**30
 _FIRST: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (math_answers.equal, {"answer": "$1$", "references": ["1"]}),
     (teds, {"answer": "<table></table>", "reference": "<table></table>"}),
-    (omnidocbench.page_numbers, {"annotation": {"layout_dets": []}, "answer": "", "old": False}),
     (ccocr_fields.tree_similarity, {"answer": "{}", "reference": '{"a": "b"}'}),
     (
         ocrbench_v2.score,

@@ -11,13 +11,12 @@ from typing import Any
 from mm_moslora_eval.scoring.parts import (
     benchmark_parts,
     comparison_parts,
-    document_parts,
     grouped_scores,
     number_parts,
     ocr_parts,
 )
 
-MODULES = (comparison_parts, grouped_scores, number_parts, benchmark_parts, document_parts, ocr_parts)
+MODULES = (comparison_parts, grouped_scores, number_parts, benchmark_parts, ocr_parts)
 
 
 def parts_named(table: str) -> dict[str, Any]:
