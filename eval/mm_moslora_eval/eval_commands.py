@@ -252,13 +252,13 @@ def make_judge(
     """
     if name is None or name == "none":
         return None
-    from mm_moslora_eval.backends.open_model import SERVICES, check_name, open_model
+    from mm_moslora_eval.backends.open_model import check_name, open_model
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
     from mm_moslora_eval.run.judging.llm_judge import WORKERS, ChatService, Judge
 
     chosen = service or ServiceSettings()
     asked: ChatService
-    if name.startswith(("http://", "https://", *(f"{kind}:" for kind in SERVICES))):
+    if name.startswith(("http://", "https://", "openai:")):
         asked = chosen.endpoint(name)
     else:
         from mm_moslora_eval.backends.endpoints.local_chat import LocalChat

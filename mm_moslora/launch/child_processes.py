@@ -218,53 +218,6 @@ def kill_tree(process: int) -> None:
                 member.kill()
 
 
-def ended_within(child: Child, seconds: float) -> bool:
-    """Whether a child ends within so many seconds."""
-    try:
-        child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def end_group(*, seconds: float) -> None:
-    """In a process of `start_tied`: kill what is left of its process group, such as workers whose parent was killed.
-
-    Args:
-        seconds: the time that they get to end by themselves.
-    """
-    import psutil
-
-    own = os.getpid()
-    if os.getpgrp() != own:  # the group of others
-        return
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            left += [process] if process.pid != own and os.getpgid(process.pid) == own else []
-    for process in psutil.wait_procs(left, timeout=seconds)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def end_child(child: Child, *, seconds: float) -> None:
-    """Ask a child to end, and kill it with all its descendants where it has not after so long.
-
-    Args:
-        child: from `start_tied`; one that has ended is left alone.
-        seconds: the time that it gets.
-    """
-    if child.poll() is None:
-        terminate(child.pid)
-        try:
-            child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            kill_tree(child.pid)
-            child.wait()
-    if child.stdin is not None:
-        child.stdin.close()
-
-
 def run_and_hand_on(
     words: Sequence[str],
     *,

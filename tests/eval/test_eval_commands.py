@@ -81,7 +81,7 @@ def test_ten_miniature_benchmarks_run_and_score(finished: Path) -> None:
 
 def test_every_other_miniature_runs_with_a_checkpoint(tiny: Path, miniature: Path, tmp_path: Path) -> None:
     """In the layouts that the task files name: pictures and options of each reach the model, and answers are scored."""
-    asked = FORMS.keys() - {"refcoco"}  # the tiny model's form of boxes is not known
+    asked = {name for name in FORMS if name != "refcoco" and not name.startswith("omnidocbench")}  # boxes, no scores
     names = [str(miniature / f"{name}.yaml") for name in asked]
     command = ["eval", "run", *names, "--model", str(tiny), "--output", str(tmp_path), "--batch-size", "64"]
     assert cli.run([*command, "--precision", "fp32", "--no-report"]) == 0

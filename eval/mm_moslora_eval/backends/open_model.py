@@ -1,4 +1,4 @@
-"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, vLLM, a service, stored answers."""
+"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, a service, stored answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-SERVICES = ("openai", "anthropic", "gemini")
-"""Kinds of models behind a provider's protocol."""
-KINDS = ("hf", "replay", "vllm", *SERVICES)
-_FORMS = "FOLDER, hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL or replay:FILE"
+KINDS = ("hf", "replay", "openai")
+_FORMS = "FOLDER, hf:ID, openai:URL#MODEL or replay:FILE"
 
 
 def is_local(name: str) -> bool:
     """Whether this process itself computes the answers."""
     kind, separator, _ = name.partition(":")
-    return not separator or kind not in ("replay", "vllm", *SERVICES)
+    return not separator or kind not in ("replay", "openai")
 
 
 def check_name(name: str) -> None:
@@ -56,9 +54,9 @@ def name_with_files(name: str) -> str:
     The manifest of a checkpoint holds the hashes of its files; of an export the names and sizes count.
     """
     kind, separator, rest = name.partition(":")
-    if not name or (separator and kind in ("hf", *SERVICES)):
+    if not name or (separator and kind in ("hf", "openai")):
         return name
-    path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(rest if kind == "vllm" else name))
+    path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(name))
     file = path / MANIFEST if path.is_dir() else path
     if file.is_file():
         with opened(file, most=None) as stream:
@@ -80,8 +78,7 @@ def open_model(
     """Load a model.
 
     Args:
-        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `vllm:FOLDER`, `openai:URL#MODEL`,
-            `anthropic:MODEL`, `gemini:MODEL`, `replay:FILE`.
+        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, with no shared computation.
         untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
@@ -101,16 +98,11 @@ def open_model(
             f"--expect-preprocessing is for openai:URL#MODEL of `mm-moslora serve`, and the model is {name!r}. A "
             "folder is compared with its training without it."
         )
-    if separator and kind in (*SERVICES, "vllm"):
+    if separator and kind == "openai":
         from mm_moslora_eval.backends.endpoints.served_preprocessing import require_preprocessing
         from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 
-        chosen = service or ServiceSettings()
-        if kind == "vllm":
-            from mm_moslora_eval.backends.endpoints.vllm_server import VllmModel
-
-            return VllmModel(Path(rest), service=chosen, reference=reference)
-        endpoint = chosen.endpoint(name)
+        endpoint = (service or ServiceSettings()).endpoint(name)
         if expected is not None:
             require_preprocessing(endpoint, expected)
         return EndpointModel(endpoint, reference=reference)

@@ -27,16 +27,24 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
-from mm_moslora_eval.backends.endpoints.chat_forms import FORMS, OPENAI, ChatForm, NoAnswerError
 from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
-from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, is_text, reply_text, tokens_of
+from mm_moslora_eval.backends.endpoints.service_replies import (
+    NoAnswerError,
+    Usage,
+    has_message,
+    is_cut_off,
+    is_text,
+    reply_text,
+    tokens_of,
+)
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
 
-KEY_NAMES = OPENAI.keys
+KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
+"""Environment variables for the key, in order of priority."""
 TIMEOUT, ATTEMPTS = 300.0, 6
 """Default patience with a request: seconds for one attempt, and attempts."""
 _MOST_WAIT, _MOST_RETRY_AFTER = 60.0, 900.0
@@ -44,7 +52,6 @@ _MOST_WAIT, _MOST_RETRY_AFTER = 60.0, 900.0
 _ASIDE = 10.0
 """Seconds for a question about the server itself."""
 _MOST_REPLY_BYTES = 2**26
-NOTHING_SAID = (OSError, http.client.HTTPException, ValueError, RuntimeError)
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _HOPELESS = frozenset({401, 403, 404, 405})
 _UNSUPPORTED = re.compile(
@@ -64,7 +71,6 @@ class Endpoint:
     url: str
     """Up to and including `/v1`."""
     model: str
-    form: ChatForm = OPENAI
     timeout: float = TIMEOUT
     """Seconds for one attempt."""
     attempts: int = ATTEMPTS
@@ -81,32 +87,28 @@ class Endpoint:
             )
 
     @classmethod
-    def parse(cls, text: str, *, form: ChatForm = OPENAI, **options: Any) -> Endpoint:
-        """Read `URL#MODEL`, or the MODEL of a provider whose address is known.
+    def parse(cls, text: str, **options: Any) -> Endpoint:
+        """Read `URL#MODEL`.
 
         Args:
             text: the name without its kind.
-            form: the provider's protocol.
             options: further fields, such as `timeout` and `attempts`.
 
         Raises:
             EvalError: no URL, no model, or a key within the URL.
         """
         url, separator, model = text.partition("#")
-        if form.address and not separator and text and "://" not in text:
-            url, separator, model = form.address, "#", text
         if not url.startswith(("http://", "https://")) or not separator or not model:
-            own = f"{form.name}:MODEL, or " if form.address else ""
             raise EvalError(
-                f"{redact_text(text)!r} names no endpoint; expected {own}URL#MODEL, such as "
+                f"{redact_text(text)!r} names no endpoint; expected URL#MODEL, such as "
                 "http://127.0.0.1:8000/v1#my-model."
             )
         if "@" in url.split("//", 1)[1].split("/", 1)[0]:
-            raise EvalError(f"An endpoint's URL holds no password; put the key into {form.keys[0]} instead.")
-        return cls(url=url.rstrip("/"), model=model, form=form, **options)
+            raise EvalError(f"An endpoint's URL holds no password; put the key into {KEY_NAMES[0]} instead.")
+        return cls(url=url.rstrip("/"), model=model, **options)
 
     def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """One chat completion, in OpenAI's form; waits and tries again where that can help.
+        """One chat completion; waits and tries again where that can help.
 
         Raises:
             EvalError: the server refuses the key, the model or the address, or no server answers. The latter is raised
@@ -117,7 +119,7 @@ class Endpoint:
         """
         wait, attempt = self.first_wait, 0
         while True:
-            body = json.dumps(self.form.request(self._accepted({"model": self.model, **payload}))).encode()
+            body = json.dumps(self._accepted({"model": self.model, **payload})).encode()
             expected = self.usage.mean_tokens or int(payload.get("max_tokens", 0))
             self.limit.wait(expected)
             try:
@@ -145,22 +147,17 @@ class Endpoint:
                 return reply
 
     def get(self, path: str) -> Any:
-        """What the server says at a path below the address; None where it says nothing useful."""
-        with suppress(*NOTHING_SAID):
-            return self.ask(path)
-
-    def ask(self, path: str) -> Any:
-        """What the server says at a path below the address, in seconds.
-
-        Raises:
-            Exception: one of `NOTHING_SAID`.
-        """
+        """What the server says at a path below the address, in seconds; None where it says nothing useful."""
         asked = urllib.request.Request(f"{self.url}{path}", headers=self._key_headers())  # noqa: S310
-        with _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response:
+        with (
+            suppress(OSError, http.client.HTTPException, ValueError, RuntimeError),
+            _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response,
+        ):
             return parse_json(self._body(response))
 
     def _key_headers(self) -> Mapping[str, str]:
-        return self.form.headers(next((value for name in self.form.keys if (value := os.environ.get(name))), ""))
+        key = next((value for name in KEY_NAMES if (value := os.environ.get(name))), "")
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _give_up(self, error: _TryAgainError, attempt: int) -> None:
         """Raise the failure of a request that is not tried again."""
@@ -184,7 +181,7 @@ class Endpoint:
 
     def _post(self, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", **self._key_headers()}
-        request = urllib.request.Request(f"{self.url}{self.form.path(self.model)}", data=body, headers=headers)  # noqa: S310
+        request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
             with _OPENER.open(request, timeout=self.timeout) as response:
                 said = parse_json(self._body(response))
@@ -197,12 +194,12 @@ class Endpoint:
         except ValueError as error:  # no JSON, or no UTF-8
             raise _TryAgainError(f"the reply {error}") from error
         try:
-            reply = self.form.reply(said)
+            answered = has_message(said)
         except NoAnswerError as error:
             raise NoAnswerError(f"{self.url}: {error}") from error
-        if reply is None:
+        if not answered:
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(said)[:5000])[:500]}")
-        return reply
+        return said  # type: ignore[no-any-return]
 
     def _refused(self, error: urllib.error.HTTPError, body: bytes) -> NoReturn:
         """Raise what follows from an answer with another status than 200."""
@@ -214,7 +211,7 @@ class Endpoint:
         if error.code in _HOPELESS:
             raise EvalError(
                 f"{self.url} answered HTTP {error.code}: {text}. Check the address, the model {self.model!r} and "
-                f"the key in {' or '.join(self.form.keys)}."
+                f"the key in {' or '.join(KEY_NAMES)}."
             ) from error
         if error.code == 400 and _UNSUPPORTED.search(text):
             sent = [name for name in _INSTEAD if f'"{name}"'.encode() in body]
@@ -247,21 +244,17 @@ class ServiceSettings:
     tokens_per_minute: float | None = None
     price: str | None = None
     """IN/OUT per million tokens; None: unknown."""
-    server_arguments: tuple[str, ...] = ()
-    """Further arguments of a server that is started here."""
     expect_preprocessing: Path | None = None
     """Folder whose preprocessing the server must publish."""
 
     def endpoint(self, name: str) -> Endpoint:
-        """The service that `openai:URL#MODEL`, `anthropic:MODEL` or `gemini:MODEL` names; without a kind OpenAI's form.
+        """The service that `openai:URL#MODEL` or `URL#MODEL` names.
 
         Raises:
             EvalError: another form, or an impossible limit or price.
         """
-        kind, separator, rest = name.partition(":")
-        form = FORMS.get(kind) if separator else None
         return Endpoint.parse(
-            rest if form else name, form=form or OPENAI, timeout=self.timeout, attempts=self.attempts,
+            name.removeprefix("openai:"), timeout=self.timeout, attempts=self.attempts,
             limit=RateLimit(requests=self.requests_per_minute, tokens=self.tokens_per_minute),
             prices=None if self.price is None else Prices.parse(self.price),
         )  # fmt: skip
@@ -325,8 +318,7 @@ class EndpointModel:
     @property
     def fingerprint(self) -> str:
         """Hash over address and model name."""
-        form = [] if self.endpoint.form is OPENAI else [self.endpoint.form.name]
-        return digest(["endpoint", self.endpoint.url, self.endpoint.model, *form])
+        return digest(["endpoint", self.endpoint.url, self.endpoint.model])
 
     @property
     def details(self) -> dict[str, str]:
@@ -373,7 +365,7 @@ class EndpointModel:
             payload["stop"] = list(request.stop)
         reply = self.endpoint.chat(payload)
         text = reply_text(reply)
-        # An answer that begins with a stop word is empty; the forms tell no other way to end with nothing said.
+        # An answer that begins with a stop word is empty; a reply tells no other way to end with nothing said.
         if not text.strip() and (is_cut_off(reply) or not (request.stop and is_text(reply))):
             cause = "max_new_tokens were spent, perhaps in thinking" if is_cut_off(reply) else "it holds no text"
             raise NoAnswerError(f"{self.endpoint.url}: the reply gave no answer ({cause})")

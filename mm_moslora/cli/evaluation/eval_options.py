@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
 
 ModelNames = Annotated[
     tuple[str, ...],
-    Parameter(
-        help="A folder (run, checkpoint, export), hf:ID, vllm:FOLDER, openai:URL#MODEL, anthropic:MODEL, gemini:MODEL "
-        "or replay:FILE; several: given again."
-    ),
+    Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),
 ]
 Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request to an endpoint or a judge.")]
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
@@ -54,28 +50,17 @@ class ServiceOptions:
     """Most tokens, of prompts and answers, in a minute."""
     price: str | None = None
     """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
-    server_arguments: str = ""
-    """Further arguments of the server of vllm:FOLDER, such as
-    --server-arguments='--tensor-parallel-size 4 --max-model-len 8192'."""
     answer_cache: Path | None = None
     """Folder of answers that runs share: what the same model was asked before is not asked again."""
     expect_preprocessing: Path | None = None
     """With openai:URL#MODEL of `mm-moslora serve`: the run, checkpoint or export whose preprocessing it must have."""
 
     def settings(self, **patience: Any) -> ServiceSettings:
-        """The settings of the client; `patience` is `timeout` and `attempts`.
-
-        Raises:
-            EvalError: arguments that the server must not get.
-        """
-        from mm_moslora_eval.backends.endpoints.vllm_server import check_arguments
+        """The settings of the client; `patience` is `timeout` and `attempts`."""
         from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 
-        arguments = tuple(shlex.split(self.server_arguments))
-        check_arguments(arguments)
         return ServiceSettings(
             requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute, price=self.price,
-            server_arguments=arguments,
             expect_preprocessing=self.expect_preprocessing, **patience,
         )  # fmt: skip
 

@@ -97,7 +97,7 @@ def test_options_are_scored_in_batches_too() -> None:
 
 
 def test_services_keep_the_default_number_of_requests() -> None:
-    assert windows_of("auto", "anthropic:m") == windows_of("auto", "vllm:x") == 8
+    assert windows_of("auto", "openai:m") == 8
     assert windows_of("auto", "runs/a") == windows_of("auto", "hf:a/b") == MOST
     assert windows_of(3, "runs/a") == 3
     assert isinstance(opened_with(FakeModel, automatic=True), AutomaticBatch)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class NoAnswerError(RuntimeError):
+    """A reply that holds no answer, such as a refusal."""
+
+
 @dataclass
 class Usage:
     """Counts of an endpoint's calls and tokens; thread-safe."""
@@ -61,12 +65,29 @@ _MOST_TOKENS = 10**9
 def tokens_of(reply: dict[str, Any], name: str) -> int:
     """A count of a reply's `usage`; 0 if the server reports none that can be one."""
     used = reply.get("usage")
-    return count_of(used.get(name)) if isinstance(used, dict) else 0
+    return _count_of(used.get(name)) if isinstance(used, dict) else 0
 
 
-def count_of(value: object) -> int:
+def _count_of(value: object) -> int:
     """A count that a service reports; 0 if it is none."""
     return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
+
+
+def has_message(said: Any) -> bool:
+    """Whether a server's reply has the form of a chat completion.
+
+    Raises:
+        NoAnswerError: it says that no answer is given.
+    """
+    choices = said.get("choices") if isinstance(said, dict) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = first.get("message") if isinstance(first, dict) else None
+    if isinstance(first, dict) and isinstance(message, dict) and not message.get("content"):
+        if first.get("finish_reason") == "content_filter":
+            raise NoAnswerError("the provider refused to answer (finish_reason: content_filter)")
+        if message.get("refusal"):
+            raise NoAnswerError(f"the provider refused to answer ({str(message['refusal'])[:80]})")
+    return isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
 
 
 def reply_text(reply: dict[str, Any]) -> str:

@@ -17,8 +17,7 @@ from typing import Any, Protocol, TypeVar
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.redaction import redact_text
-from mm_moslora_eval.backends.endpoints.chat_forms import NoAnswerError
-from mm_moslora_eval.backends.endpoints.service_replies import Usage, is_cut_off, reply_text
+from mm_moslora_eval.backends.endpoints.service_replies import NoAnswerError, Usage, is_cut_off, reply_text
 from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import digest
 
