@@ -4,9 +4,6 @@ The peer is the method of lmms-eval's LLaVA adapter and VLMEvalKit: for every qu
 with its picture goes through the model at batch size 1. Both sides get the same weights, token ids and preprocessed
 pixels, so preprocessing, which the peers repeat too, is left out. Answers must be identical.
 
-The row of the answer cache compares this project with itself: the same questions asked again, and found in a folder of
-`--answer-cache` that another run has filled, which is opened and read for every round.
-
 Times are process CPU times of one thread; both sides are interleaved with rotating order, and figures are medians of
 the ratios of single rounds.
 
@@ -18,14 +15,12 @@ the ratios of single rounds.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +32,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from json_output import results_alone
 from measuring import Rows, head, interleaved, ratios, settings_of
-from mm_moslora_eval.protocol.model_interface import IMAGE, Answer, Message, Request
-from mm_moslora_eval.run.wrapped_models.answer_cache import CachedModel
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -154,60 +146,13 @@ class Case:
     ours: Callable[[], Any]
 
 
-class AskedModel:
-    """The questions as requests of the harness."""
-
-    name, fingerprint = "benchmark", "benchmark"
-
-    def __init__(self, model: LlavaForConditionalGeneration, questions: Sequence[Question], *, new: int) -> None:
-        self._model, self._questions, self._new = model, questions, new
-        content = (IMAGE, "question")
-        self.requests = [
-            Request(id=str(n), messages=(Message(role="user", content=content),), images=(_file(question),))
-            for n, question in enumerate(questions)
-        ]
-
-    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """One batch."""
-        asked = [self._questions[int(request.id)] for request in requests]
-        for index, tokens in enumerate(our_answers(self._model, asked, new=self._new)):
-            yield index, Answer(text=" ".join(map(str, tokens)), tokens=len(tokens), finish_reason="length")
-
-    def loglikelihood(self, requests: Sequence[Any], *, batch_size: int) -> Iterator[Any]:
-        """Options are not asked here."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """The model stays."""
-
-    def asked(self) -> list[str]:
-        """All answers, of the model."""
-        return [answer.text for _, answer in self.generate(self.requests, batch_size=len(self.requests))]
-
-    def found(self, folder: Path) -> list[str]:
-        """All answers, from the cache where they are there."""
-        cached = CachedModel(self, folder)
-        answers = dict(cached.generate(self.requests, batch_size=len(self.requests)))
-        cached.close()
-        return [answers[index].text for index in range(len(self.requests))]
-
-
-def _file(question: Question) -> bytes:
-    """A picture file, so that reading and hashing are measured."""
-    pixels = ((question.pixels[0].permute(1, 2, 0) + 3) * 42).clamp(0, 255).to(torch.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: int, cache: Path) -> list[Case]:
+def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: int) -> list[Case]:
     """The comparisons of the summary."""
     generator = torch.Generator().manual_seed(9)
     options = torch.randint(10, vocabulary, (4, OPTION), generator=generator).tolist()
     shared = make_questions(8, pictures=1, vocabulary=vocabulary, seed=1)
     single = make_questions(8, pictures=8, vocabulary=vocabulary, seed=2)
     choice = make_questions(4, pictures=4, vocabulary=vocabulary, seed=3)
-    asked = AskedModel(model, single, new=new)
     return [
         Case(
             "speedup_shared_image", f"8 questions on one picture, {new} new tokens",
@@ -220,10 +165,6 @@ def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: in
         Case(
             "speedup_single_question", f"8 pictures with a question each, {new} new tokens",
             lambda: peer_answers(model, single, new=new), lambda: our_answers(model, single, new=new),
-        ),
-        Case(
-            "speedup_answer_cache", "the same, asked again here and found in a cache",
-            asked.asked, lambda: asked.found(cache),
         ),
     ]  # fmt: skip
 
@@ -307,9 +248,7 @@ def main() -> int:
     settings = {"rounds": options.rounds, "vocabulary": VOCABULARY, "new_tokens": NEW_TOKENS}
     rows = Rows(options.rows, settings_of(opening, **settings))
     model = build_model(VOCABULARY)
-    with tempfile.TemporaryDirectory() as cache:
-        cases = make_cases(model, vocabulary=VOCABULARY, new=NEW_TOKENS, cache=Path(cache))
-        measure_all(cases, options.rounds, rows)
+    measure_all(make_cases(model, vocabulary=VOCABULARY, new=NEW_TOKENS), options.rounds, rows)
     summary = summarise(rows.rows)
     if options.json:
         print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)

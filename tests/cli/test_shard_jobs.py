@@ -160,10 +160,10 @@ def test_the_words_of_a_command_give_its_arguments_again() -> None:
              untuned: bool = False, output: Path = Path("x"), limits: ServiceOptions = NO_LIMITS) -> None:  # fmt: skip
         arguments.update(locals())
 
-    limits = ServiceOptions(price="3/15", answer_cache=Path("kept"))
+    limits = ServiceOptions(price="3/15")
     verb("a", "--data.x", "1", limit=3, names=("b", "-c"), report=False, untuned=True, limits=limits)
     assert words_of(verb, arguments, output=Path("y")) == [
         "a", "--data.x", "1", "--limit=3", "--names=b", "--names=-c", "--no-report", "--untuned", "--output=y",
-        "--price=3/15", "--answer-cache=kept",
+        "--price=3/15",
     ]  # fmt: skip
     assert eval_run.__kwdefaults__["report"]

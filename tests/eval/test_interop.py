@@ -15,7 +15,6 @@ from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import ConfigError
-from tests.eval.eval_data import picture
 from tests.eval.eval_models import export_tiny
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
@@ -181,19 +180,6 @@ def test_the_entry_point_names_a_class_that_lmms_eval_can_build() -> None:
     model = getattr(importlib.import_module(module), name)
     assert not model.__abstractmethods__
     assert manifest.model_id == "mm_moslora"
-
-
-def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> None:
-    from mm_moslora_eval.backends.vlmevalkit_example import VLMEvalKitModel
-
-    (tmp_path / "a.png").write_bytes(picture(1))
-    model = VLMEvalKitModel(str(tiny), max_new_tokens=5, precision="fp32")
-    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what color?"}]
-    assert not model.use_custom_prompt("MMBench_DEV_EN")
-    expected = dict(model.model.generate(_requests([(picture(1), "what color?")]), batch_size=1))[0].text
-    said = model.generate(message, dataset="MMBench_DEV_EN")
-    assert said
-    assert expected.strip().startswith(said[:3])
 
 
 def test_miniature_documents_replace_no_file_of_the_user(tmp_path: Path) -> None:

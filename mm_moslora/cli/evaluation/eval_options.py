@@ -42,7 +42,7 @@ JudgeName = Annotated[
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """Limits and prices of a model behind a service, and answers that are there already."""
+    """Limits and prices of a model behind a service."""
 
     requests_per_minute: float | None = None
     """Most requests to the model's service in a minute."""
@@ -50,8 +50,6 @@ class ServiceOptions:
     """Most tokens, of prompts and answers, in a minute."""
     price: str | None = None
     """IN/OUT: prices of a million tokens, such as 3/15; the results then name the cost."""
-    answer_cache: Path | None = None
-    """Folder of answers that runs share: what the same model was asked before is not asked again."""
     expect_preprocessing: Path | None = None
     """With openai:URL#MODEL of `mm-moslora serve`: the run, checkpoint or export whose preprocessing it must have."""
 

@@ -139,6 +139,7 @@ def eval_run(
     if dry_run:
         print(eval_commands.dry_run(names, changes=change))
         return 0
+    from mm_moslora_eval.backends.automatic_batch import MOST, opened_for
     from mm_moslora_eval.backends.open_model import check_name, is_local, name_with_files, open_model
 
     if merge and shard:
@@ -148,10 +149,12 @@ def eval_run(
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
     from mm_moslora_eval.run.task_runner import EvaluationSettings
-    from mm_moslora_eval.run.wrapped_models.model_wrapping import opened_with, windows_of
 
+    automatic = batch_size == "auto" and not reference and is_local(name)
+    if batch_size == "auto":  # the size by which work is divided; of a service the default
+        batch_size = MOST if is_local(name) else EvaluationSettings.batch_size
     settings = EvaluationSettings(
-        batch_size=1 if reference else windows_of(batch_size, name), limit=limit, stratify=stratify, samples=samples,
+        batch_size=1 if reference else batch_size, limit=limit, stratify=stratify, samples=samples,
         seed=seed,
         max_new_tokens=max_new_tokens, shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
@@ -169,14 +172,11 @@ def eval_run(
         open_model, name, precision=precision, reference=reference, other_preprocessing=other_preprocessing,
         service=service,
     )  # fmt: skip
-    wrapping: dict[str, Any] = {
-        "cache": limits.answer_cache, "automatic": batch_size == "auto" and not reference and is_local(name),
-    }  # fmt: skip
     if untuned:
-        start = partial(opened_with, partial(opened, untuned=True), **wrapping)
+        start = partial(opened_for, partial(opened, untuned=True), automatic=automatic)
         before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
     results = eval_commands.run(
-        partial(opened_with, opened, **wrapping),
+        partial(opened_for, opened, automatic=automatic),
         names,
         output,
         modes=modes,

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from mm_moslora_eval.backends.automatic_batch import AutomaticBatch, is_out_of_memory
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, Request
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.wrapped_models.automatic_batch import MOST, AutomaticBatch, is_out_of_memory
-from mm_moslora_eval.run.wrapped_models.model_wrapping import opened_with, windows_of
 
 from mm_moslora import cli
 from tests.eval.eval_data import write_questions
@@ -59,7 +58,7 @@ def sizes_of(model: TimedModel, *, count: int = 2000, room: Callable[[], bool] =
 def test_batches_grow_to_the_largest_while_it_pays() -> None:
     sizes = sizes_of(TimedModel(lambda n: 1.0 + 0.001 * n))
     assert sizes[:10] == [4, 4, 8, 8, 16, 16, 32, 32, 64, 64]
-    assert set(sizes[10:-1]) == {MOST}
+    assert set(sizes[10:-1]) == {128}
 
 
 def test_a_size_that_is_not_faster_is_given_up_for_good() -> None:
@@ -94,13 +93,6 @@ def test_options_are_scored_in_batches_too() -> None:
     batched = AutomaticBatch(model, room=lambda: True)
     options = [OptionRequest(request=request, options=("A", "B")) for request in questions(30)]
     assert len(dict(batched.loglikelihood(options, batch_size=1))) == 30
-
-
-def test_services_keep_the_default_number_of_requests() -> None:
-    assert windows_of("auto", "openai:m") == 8
-    assert windows_of("auto", "runs/a") == windows_of("auto", "hf:a/b") == MOST
-    assert windows_of(3, "runs/a") == 3
-    assert isinstance(opened_with(FakeModel, automatic=True), AutomaticBatch)
 
 
 @pytest.mark.parametrize("value", ["0", "none"])

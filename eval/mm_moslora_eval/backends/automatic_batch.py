@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionRequest, OptionScore, Request
-from mm_moslora_eval.run.wrapped_models.wrapped_model import WrappedModel
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _TOKENS_PER_IMAGE, _CHARACTERS_PER_TOKEN = 576, 4
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
-class AutomaticBatch(WrappedModel):
+class AutomaticBatch:
     """A model that is asked in batches of a size that is found while it answers.
 
     Args:
@@ -43,6 +42,23 @@ class AutomaticBatch(WrappedModel):
         self.size, self._most = FIRST, MOST
         self._speeds: dict[int, float] = {}
         self._tried: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)  # what only some models have, such as `thinking_tokens`
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._model.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's fingerprint."""
+        return self._model.fingerprint
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model.close()
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `Model.generate`; `batch_size` is not used."""
@@ -95,6 +111,12 @@ class AutomaticBatch(WrappedModel):
             self.size *= 2
             return
         logger.info("Batches of %d from here on.", self.size)
+
+
+def opened_for(model: Callable[[], Model], *, automatic: bool) -> Model:
+    """A loaded model; `automatic`: the size of its batches is found."""
+    loaded = model()
+    return AutomaticBatch(loaded) if automatic else loaded
 
 
 def is_out_of_memory(error: BaseException) -> bool:
