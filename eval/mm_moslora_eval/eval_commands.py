@@ -129,18 +129,14 @@ def dry_run(tasks: Sequence[str], *, documents: int = 1, changes: Sequence[str] 
     blocks = []
     for task in (with_changes(get_task(name), changes) for name in tasks):
         data = task.load()
-        blocks += [_prompt_of(task, document, data.shots) for document in data.documents[:documents]]
+        blocks += [_prompt_of(task, document) for document in data.documents[:documents]]
     return "\n".join(blocks)
 
 
-def _prompt_of(task: Task, document: Document, pool: Sequence[Document]) -> str:
-    from mm_moslora_eval.protocol.few_shots import conversation, shots_for
-
+def _prompt_of(task: Task, document: Document) -> str:
     head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
     try:
-        shots = shots_for(task.prompt, document, pool)
-        messages = conversation(task.prompt, document, shots, reference=task.reference)
-        lines = [f"[{message.role}] {message.text}" for message in messages]
+        lines = [f"[{message.role}] {message.text}" for message in task.prompt.messages(document)]
     except EvalError as error:
         lines = [f"cannot be asked: {error}"]
     problem = [f"cannot be asked: {document.problem}"] if document.problem else []
@@ -365,7 +361,7 @@ def describe(name: str) -> str:
     lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
     try:
         data = task.load_cached()
-        lines += ["", _prompt_of(task, data.documents[0], data.shots)]
+        lines += ["", _prompt_of(task, data.documents[0])]
     except EvalError as error:
         lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)
@@ -390,7 +386,7 @@ def check(name: str) -> str:
 
     task = get_task(name)
     data = task.load()
-    work = Preparation(task, data.documents, mode="own", seed=0, fingerprint="", hasher=Hasher(), shots=data.shots)
+    work = Preparation(task, data.documents, mode="own", seed=0, fingerprint="", hasher=Hasher())
     items = [first for first, *_ in work.documents]
     faults = [f"{item.document.id}: {item.problem}" for item in items if item.problem is not None]
     seen: set[str] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.sources import hf_dataset, vlmevalkit_tsv
 from mm_moslora_eval.sources.document import Document
 
-from tests.eval.golden_answers import Row, options
+from tests.eval.golden_answers import Row
 from tests.eval.protocol_runs import Runs
 
 
@@ -19,35 +18,6 @@ def commonsense_prompt(row: Row, runs: Runs) -> Any:
     extra = {"input": row["input"]} if row.get("input") else {}
     document = Document(id="1", question=row["instruction"], answers=("true",), extra=extra)
     return runs("commonsense_boolq@official", [document], ["true"]).samples[0]["prompt"]
-
-
-LM_EVAL_NAMES = {"social_iqa": "social_i_qa", "siqa": "social_i_qa"}
-
-
-def commonsense_lm_eval(row: Row, runs: Runs, folder: Path) -> Any:
-    task = get_task(f"commonsense_{LM_EVAL_NAMES.get(row['task'], row['task'])}@lm_eval")
-    path = folder / f"{row['task']}-{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps([row["doc"]]))
-    (document,) = hf_dataset.load(dataclasses.replace(task.source, path=str(path))).documents
-    run = runs(task.id, [document], [[0.0] * len(document.options)])
-    (asked,) = run.model.asked
-    contexts = asked.contexts or (asked.request.messages[0].text,) * len(asked.options)
-    requests = [list(pair) for pair in zip(contexts, asked.options, strict=True)]
-    return {"gold": list(document.options).index(document.answers[0]), "requests": requests}
-
-
-def loglikelihood(rows: list[Row], runs: Runs) -> list[Any]:
-    readings = {
-        "acc": "commonsense_boolq@lm_eval",
-        "acc_norm": "commonsense_hellaswag@lm_eval",
-        "acc_bytes": "commonsense_arc_challenge@lm_eval_bytes",
-    }
-    made = [
-        Document(id=str(n), question="q", options=options(row), answers=(list(options(row))[row["gold"]],))
-        for n, row in enumerate(rows)
-    ]
-    found = {key: runs(name, made, [row["loglikelihoods"] for row in rows]).scores for key, name in readings.items()}
-    return [{key: values[number] for key, values in found.items()} for number in range(len(rows))]
 
 
 LMMS_TASKS = {

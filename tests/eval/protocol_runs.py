@@ -22,7 +22,6 @@ from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
-from mm_moslora_eval.sources import hf_dataset
 from mm_moslora_eval.sources.document import DataSet, Document
 
 ONE = task_runner.EvaluationSettings(batch_size=64, rank=0, world_size=1)
@@ -173,8 +172,6 @@ def _parts(task: Task) -> Iterator[Any]:
         yield WORDINGS[task.prompt.function]
     if task.decoding.kind != "generate":
         yield answer_log.answer_row
-    if task.source.lm_eval_task is not None:
-        yield hf_dataset._choices
 
 
 def _used_by(function: types.FunctionType) -> Iterator[Any]:

@@ -69,9 +69,7 @@ from tests.eval.golden_benchmarks import (
     wemath,
 )
 from tests.eval.golden_prompts import (
-    commonsense_lm_eval,
     commonsense_prompt,
-    loglikelihood,
     prompt_lmms_eval,
     prompt_vlmevalkit,
 )
@@ -135,7 +133,6 @@ CHECKS: dict[str, Check] = {
     "caption_ptb_tokenizer": step("coco_caption@lmms_eval", "ptb_tokeniser.tokenize"),
     "commonsense_extract_moslora": commonsense_answers,
     "commonsense_prompt_moslora": whole(commonsense_prompt),
-    "commonsense_prompts_lm_eval": whole(lambda row, runs: commonsense_lm_eval(row, runs, runs.folder())),
     "ccocr_vlmevalkit": ccocr,
     "ccocr_documents_vlmevalkit": ccocr_documents,
     "ccocr_fields_sets_vlmevalkit": whole(ccocr_fields_sets),
@@ -169,7 +166,6 @@ CHECKS: dict[str, Check] = {
     "llavabench_parse_score_llava": llavabench_ratings("llavabench@llava"),
     "llavabench_parse_score_lmms_eval": llavabench_ratings("llavabench@lmms_eval"),
     "llavabench_summary": whole(llavabench_summary),
-    "loglikelihood_choice_lm_eval": loglikelihood,
     "lvbench_accuracy": whole(lvbench_accuracy),
     "mathvision_equal_vlmevalkit": mathvision_equal_vlmevalkit,
     "mathvision_official": mathvision,

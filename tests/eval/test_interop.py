@@ -46,41 +46,10 @@ def piqa_file(folder: Path) -> Path:
     return path
 
 
-def continuation_task(folder: Path, data: Path, kind: str, choice: str) -> Path:
-    path = folder / f"{kind}_{choice}.yaml"
-    path.write_text(
-        f"name: {kind}\nsource: {{kind: hf, path: {data}, lm_eval_task: {kind}}}\n"
-        "prompt: {template: '{question}'}\n"
-        f"decoding: {{kind: continuation, choice: {choice}}}\nmetric: equal\n"
-    )
-    return path
-
-
-def test_bare_continuations_are_scored_as_a_full_forward_pass_scores_them(tiny: Path, tmp_path: Path) -> None:
-    import torch
-    from mm_moslora_eval.backends.open_model import open_model
-
-    rows = [{"sentence": "the _ is red square", "option1": "circle", "option2": "green shape", "answer": "2"}]
-    data = tmp_path / "winogrande.jsonl"
-    data.write_text(json.dumps(rows[0]) + "\n")
-    model = open_model(str(tiny), precision="fp32")
-    task = get_task(str(continuation_task(tmp_path, data, "winogrande", "sum")))
-    evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    (row,) = read_samples(tmp_path / "run" / "winogrande@own" / "own")
-    tokenizer = model.assembly.tokenizer
-    for letter, option in (("A", "circle"), ("B", "green shape")):
-        context, text = f"the {option}", " is red square"
-        ids = tokenizer.encode(context + text)
-        start = len(tokenizer.encode(context))
-        with torch.no_grad():
-            steps = model.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        expected = sum(float(steps[place - 1, ids[place]]) for place in range(start, len(ids)))
-        assert row["logprobs"][letter] == pytest.approx(expected, abs=1e-4)
-
-
 @needs_lm_eval
-def test_lm_eval_scores_equal_those_of_eval_run(tiny: Path, tmp_path: Path) -> None:
+def test_lm_eval_reads_a_checkpoint_as_a_full_forward_pass_does(tiny: Path, tmp_path: Path) -> None:
     import lm_eval
+    import torch
     from lm_eval.tasks import TaskManager
     from mm_moslora_eval.backends.lm_eval_adapter import lm_eval_model
     from mm_moslora_eval.backends.open_model import open_model
@@ -96,18 +65,18 @@ def test_lm_eval_scores_equal_those_of_eval_run(tiny: Path, tmp_path: Path) -> N
         model=lm_eval_model(tiny, dtype="fp32"), tasks=[config], task_manager=TaskManager(include_defaults=False),
         log_samples=True, bootstrap_iters=0,
     )  # fmt: skip
-    theirs = results["results"]["local_piqa"]
     model = open_model(str(tiny), precision="fp32")
-    for choice, metric in (("sum", "acc"), ("per_character", "acc_norm")):
-        task = get_task(str(continuation_task(tmp_path, data, "piqa", choice)))
-        (ours,) = evaluate(model, task, tmp_path / choice, modes=("own",), baselines=(), settings=ONE)
-        assert ours.score == pytest.approx(theirs[f"{metric},none"], abs=1e-9)
-    rows = read_samples(tmp_path / "sum" / "piqa@own" / "own")
-    samples = sorted(results["samples"]["local_piqa"], key=lambda sample: sample["doc_id"])
-    for row, sample in zip(rows, samples, strict=True):
-        values = [float(response[0][0]) for response in sample["resps"]]
-        assert list(row["logprobs"].values()) == pytest.approx(values, abs=1e-3)
-    assert 0 < sum(row["score"] for row in rows) < 24  # the comparison is not about all or nothing
+    tokenizer = model.assembly.tokenizer
+    rows = [json.loads(text) for text in data.read_text().splitlines()]
+    for sample in results["samples"]["local_piqa"]:
+        row = rows[sample["doc_id"]]
+        for name, response in zip(("sol1", "sol2"), sample["resps"], strict=True):
+            context = f"Question: {row['goal']}\nAnswer:"
+            ids, start = tokenizer.encode(f"{context} {row[name]}"), len(tokenizer.encode(context))
+            with torch.no_grad():
+                steps = model.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            expected = sum(float(steps[place - 1, ids[place]]) for place in range(start, len(ids)))
+            assert float(response[0][0]) == pytest.approx(expected, abs=1e-3)
 
 
 @needs_lmms_eval

@@ -130,44 +130,12 @@ class LocalModel:
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
         """See `Model.loglikelihood`; a prompt is computed once for all its options."""
-        raw = [index for index, item in enumerate(requests) if item.request.raw]
-        yield from self._continuations(requests, raw, batch_size)
-        chat = [index for index, item in enumerate(requests) if not item.request.raw]
-        for numbers, prompts in self._prompts([requests[index].request for index in chat], batch_size):
-            indices = [chat[number] for number in numbers]
+        for indices, prompts in self._prompts([item.request for item in requests], batch_size):
             offered = [requests[index].options for index in indices]
             encoded = [[self._encoded(text) for text in options] for options in offered]
             scores = score_options(self.model, prompts, encoded)
             for index, option_scores in zip(indices, scores, strict=True):
                 yield index, _option_scores(option_scores)
-
-    def _continuations(
-        self, requests: Sequence[OptionRequest], indices: Sequence[int], batch_size: int
-    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """Score bare texts: the prompt once for all options, or one prompt per option where the contexts differ."""
-        size = 1 if self._reference else batch_size
-        for start in range(0, len(indices), size):
-            prompts, options, owners = [], [], []
-            for index in indices[start : start + size]:
-                item = requests[index]
-                contexts = item.contexts or (item.request.messages[-1].text,) * len(item.options)
-                pairs = [self._pair(*pair) for pair in zip(contexts, item.options, strict=True)]
-                for context in dict.fromkeys(context for context, _ in pairs):
-                    prompts.append(Prompt(input_ids=torch.tensor(context)))
-                    options.append([option for own, option in pairs if own == context])
-                    owners.append(index)
-            by_request: dict[int, list[ContinuationScore]] = defaultdict(list)
-            for owner, scores in zip(owners, score_options(self.model, prompts, options), strict=True):
-                by_request[owner] += scores
-            yield from ((index, _option_scores(scores)) for index, scores in by_request.items())
-
-    def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
-        """Token ids of a context and its continuation: the whole is tokenised and cut after the context's own ids."""
-        space = context[len(context.rstrip()) :]  # belongs to the first word of the continuation
-        context = context.rstrip()
-        encode = self.assembly.tokenizer.encode
-        before = encode(context)
-        return tuple(before), list(encode(context + space + continuation))[len(before) :]
 
     def close(self) -> None:
         """Drop the cached visual tokens and stop the decoding threads."""

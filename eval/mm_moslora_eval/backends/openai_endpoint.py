@@ -377,11 +377,6 @@ class EndpointModel:
         )  # fmt: skip
 
     def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:
-        if item.request.raw:
-            raise EvalError(
-                "The protocol scores bare texts, which a chat endpoint cannot. Use the folder of a run, a checkpoint "
-                "or an export."
-            )
         payload = {
             "messages": chat_messages(item.request.messages, item.request.images),
             "max_tokens": 1,

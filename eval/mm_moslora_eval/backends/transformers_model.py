@@ -226,11 +226,6 @@ class TransformersModel:
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
         """See `mm_moslora_eval.protocol.model_interface.Model.loglikelihood`; one full forward pass per option."""
         for index, item in enumerate(requests):
-            if item.request.raw:
-                raise EvalError(
-                    "The protocol scores bare texts, which an hf: model cannot. Use the folder of a run, a checkpoint "
-                    "or an export."
-                )
             inputs = self._inputs([item.request])
             scores = [self._scores(inputs, [option])[0] for option in item.options]
             empty = [option for option, score in zip(item.options, scores, strict=True) if score is None]

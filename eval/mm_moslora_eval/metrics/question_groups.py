@@ -1,10 +1,9 @@
-"""Scores over groups of questions: MMBench's circular evaluation, MMStar's macro average, log-likelihood choice."""
+"""Scores over groups of questions: MMBench's circular evaluation, MMStar's macro average."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable
 
 ROTATION = 1_000_000
 """Difference between the indices of consecutive rotations of one question in MMBench."""
@@ -38,18 +37,3 @@ def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
         name: sum(sum(values) / len(values) for values in members.values()) / len(members)
         for name, members in groups.items()
     }
-
-
-OptionMeasure = Literal["sum", "per_character", "per_byte"]
-
-
-def preferred_option(options: Sequence[str], loglikelihoods: Sequence[float], *, by: OptionMeasure) -> int:
-    """Index of lm-eval's choice among continuations (without the space before them); ties go to the first.
-
-    Args:
-        options: the continuations.
-        loglikelihoods: their sums of log-probabilities.
-        by: the sum (`acc`), or the sum per character (`acc_norm`) or per UTF-8 byte (`acc_bytes`).
-    """
-    lengths = [1 if by == "sum" else max(1, len(text if by == "per_character" else text.encode())) for text in options]
-    return max(range(len(options)), key=lambda index: loglikelihoods[index] / lengths[index])

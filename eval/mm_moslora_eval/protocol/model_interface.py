@@ -74,8 +74,6 @@ class Request:
     """None: the likeliest tokens."""
     sample: int = 0
     """The number of this answer among several to the question."""
-    raw: bool = False
-    """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()
     """Other ids of the question that stored answers may use."""
     reference: str = ""
@@ -91,8 +89,6 @@ class OptionRequest:
 
     request: Request
     options: tuple[str, ...]
-    contexts: tuple[str, ...] = ()
-    """One raw text per option instead of the request's, where they differ (WinoGrande)."""
 
 
 @dataclass(frozen=True, kw_only=True)

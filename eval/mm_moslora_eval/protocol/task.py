@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval import sources
-from mm_moslora_eval.metrics.question_groups import OptionMeasure
-from mm_moslora_eval.protocol.few_shots import with_pool
 from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
@@ -34,11 +32,8 @@ _LONGEST_ID = 200
 class Decoding:
     """Decoding of answers: greedy, or by beam search."""
 
-    kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
-    """loglikelihood: the option with the most likely letter after the prompt. continuation: the option with the most
-    likely text after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
-    choice: OptionMeasure = "sum"
-    """Score of an option: its log-probability, or that divided by its length (`acc`, `acc_norm`, `acc_bytes`)."""
+    kind: Literal["generate", "loglikelihood"] = "generate"
+    """loglikelihood: the option with the most likely letter after the prompt."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
     beams: int = 1
@@ -181,8 +176,6 @@ class Task:
             raise EvalError(f"Task {self.id[:40]}... has a name of more than {_LONGEST_ID} bytes; shorten it.")
         if "{answer}" not in self.reference:
             raise EvalError(f"Task {self.name!r}: reference is {self.reference!r}, expected a text with {{answer}}.")
-        if self.prompt.shots and self.decoding.kind == "continuation":
-            raise EvalError(f"Task {self.name!r}: prompt.shots need a conversation, which kind continuation has not.")
         self._check_names()
 
     def _check_names(self) -> None:
@@ -277,7 +270,7 @@ class Task:
         check_ids(self.aggregation, data.documents)
         if (least := first_id(document.id for document in data.documents)) is not None:
             data = replace(data, documents=tuple(replace(one, first_id=least) for one in data.documents))
-        return with_pool(data, self.prompt, self.source, beside=beside)
+        return data
 
     def load_cached(self) -> DataSet:
         """The documents, of data sets of the hub only those in its cache: the network is not touched.
@@ -285,7 +278,7 @@ class Task:
         Raises:
             EvalError: see `load`; or the hub's data set is not in the cache.
         """
-        if "hf" not in (self.source.kind, self.prompt.shots_from.get("kind")):
+        if self.source.kind != "hf":
             return self.load()
         with from_cache():
             return self.load()

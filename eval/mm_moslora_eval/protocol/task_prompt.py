@@ -14,11 +14,7 @@ from mm_moslora_eval.sources.document import Document
 
 _FIELD = re.compile(r"\{(\w+(?:-\w+)*)\}")
 _TAGS = {"plain": re.compile("<image>"), "numbered": re.compile(r"<image (\d+)>")}
-MOST_SHOTS = 64
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-
-
-_OF_SHOTS = {"shots", "shots_from", "shot_order", "shot_seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +57,12 @@ class TaskPrompt:
     """Separator between the images and the text, as in LLaVA's training records."""
     system: str | None = None
     """System message."""
-    shots: int = 0
-    """Solved questions before the question, with their pictures; see `few_shots`."""
-    shots_from: dict[str, Any] = field(default_factory=dict)
-    """The keys of `source` in which their data differ, such as `{where: {split: dev}}`; none: the data that are asked,
-    but never the question itself."""
-    shot_order: Literal["first", "seeded"] = "first"
-    """first: the same ones before every question. seeded: others for each question, by `shot_seed` and its id."""
-    shot_seed: int = 0
     function: str | None = None
     """A name in `coded_prompts.WORDINGS`, for prompts that need code; the template then is not used."""
 
     def __post_init__(self) -> None:
         if self.images not in ("first", "last"):
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
-        if not 0 <= self.shots <= MOST_SHOTS:
-            raise EvalError(f"prompt.shots is {self.shots}, expected 0 to {MOST_SHOTS}.")
         if self.function is not None and self.function not in WORDINGS:
             functions = ", ".join(sorted(WORDINGS))
             raise EvalError(
@@ -85,8 +71,7 @@ class TaskPrompt:
 
     def decides(self) -> dict[str, Any]:
         """What decides an answer, besides the places of pictures, which the key of every answer covers."""
-        shown = {"image_tags", "strip_parts"} | (set() if self.shots else _OF_SHOTS)
-        return {key: value for key, value in asdict(self).items() if key not in shown}
+        return {key: value for key, value in asdict(self).items() if key not in ("image_tags", "strip_parts")}
 
     def text(self, document: Document) -> str:
         """The user's text, including the image tags of the data."""

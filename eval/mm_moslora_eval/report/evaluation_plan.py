@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
-from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.answer_views import answers_folder, views_below
@@ -86,8 +85,7 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
     problems: list[str] = []
     for document in documents:
         try:
-            shots = shots_for(task.prompt, document, data.shots)
-            counted, shown = _prompt_of(task, document, shots, counter)
+            counted, shown = _prompt_of(task, document, counter)
         except MoSLoRAError as error:  # a counted failure of the run
             problems.append(str(error))
             continue
@@ -101,9 +99,7 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
     )  # fmt: skip
 
 
-def _prompt_of(
-    task: Task, document: Document, shots: Sequence[Document], counter: PromptTokens | None
-) -> tuple[float, int]:
+def _prompt_of(task: Task, document: Document, counter: PromptTokens | None) -> tuple[float, int]:
     """Tokens and pictures of a prompt.
 
     Raises:
@@ -112,16 +108,14 @@ def _prompt_of(
     if document.problem is not None:
         raise EvalError(document.problem)
     if counter is not None:
-        document, *shots = (with_whole_videos(one, counter.videos) for one in (document, *shots))
+        document = with_whole_videos(document, counter.videos)
         if document.problem is not None:
             raise EvalError(document.problem)
-    messages = conversation(task.prompt, document, shots, reference=task.reference)
-    images = [one.images[number] for one in (*shots, document) for number in task.prompt.image_order(one)]
+    messages = task.prompt.messages(document)
+    images = [document.images[number] for number in task.prompt.image_order(document)]
     frames = sum(image.shape[0] if isinstance(image, WholeVideo) else 1 for image in images)
     if counter is None:
         return sum(len(message.text.encode("utf-8", "replace")) for message in messages) / BYTES_PER_TOKEN, frames
-    if task.decoding.kind == "continuation":
-        return counter.of_text(messages[-1].text), frames
     return counter.of_prompt(messages, images), frames
 
 

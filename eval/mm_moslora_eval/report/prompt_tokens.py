@@ -31,7 +31,7 @@ class PromptTokens:
 
     def __init__(self, folder: Path) -> None:
         parts = load_unweighted(folder)
-        self._name, self._tokenizer = str(folder), parts.tokenizer
+        self._name = str(folder)
         self._encoder, self._images = ConversationEncoder.of(parts), parts.image_processing
         whole = self._images is not None and trained_videos(folder).whole
         self.videos: VideoSampling | None = self._images.videos if self._images is not None and whole else None
@@ -48,10 +48,6 @@ class PromptTokens:
             raise EvalError(f"the task shows pictures, but {self._name} is a language model")
         shown = [] if self._images is None else self._images.placeholders([self._size(image) for image in images])
         return len(self._encoder.encode_prompt([turn_of(message) for message in messages], pictures=shown))
-
-    def of_text(self, text: str) -> int:
-        """Tokens of a bare text."""
-        return len(self._tokenizer.encode(text))
 
     def _size(self, image: ImageLike) -> tuple[int, int] | VideoMetadata:
         if isinstance(image, WholeVideo):

@@ -104,9 +104,9 @@ def _over_samples(about: Mapping[str, Any]) -> str | None:
 def _measure(result: TaskResult) -> str:
     """The name of a score, with what makes it another one than the protocol's greedy answers give."""
     about = result.about
-    shots, temperature = about.get("prompt", {}).get("shots", 0), about.get("decoding", {}).get("temperature", 0)
+    temperature = about.get("decoding", {}).get("temperature", 0)
     parts = [
-        result.protocol, shots and f"{shots} shots", temperature and f"temperature {temperature}",
+        result.protocol, temperature and f"temperature {temperature}",
         _over_samples(about), about.get("changed") and f"changed: {'; '.join(about['changed'])}",
     ]  # fmt: skip
     name = f"{about.get('aggregation', 'mean')} of {about.get('metric', 'score')}"
@@ -125,13 +125,11 @@ def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
     named = dict(zip(names_of(results), results, strict=True))
     scores: dict[str, dict[str, Any]] = {}
     configs: dict[str, dict[str, Any]] = {}
-    shots: dict[str, int] = {}
     limits: dict[str, int | None] = {}
     for name, result in named.items():
         about = result.about
         metric, decoding = str(about.get("metric", "score")), about.get("decoding", {})
         by, temperature = _over_samples(about) or "none", decoding.get("temperature", 0.0)
-        shots[name] = about.get("prompt", {}).get("shots", 0)
         selection = about.get("selection", {})
         limits[name] = None if selection.get("name", "all") == "all" else selection.get("n", result.n)
         scores[name] = {"alias": name, "samples": result.n, f"{metric},{by}": result.score}
@@ -140,7 +138,7 @@ def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
         configs[name] = {
             "task": name, "dataset_path": str(about.get("data", {}).get("path", "")),
             "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"),
-            "num_fewshot": shots[name], "repeats": decoding.get("samples", 1),
+            "num_fewshot": 0, "repeats": decoding.get("samples", 1),
             "metric_list": [{"metric": metric, "aggregation": about.get("aggregation"), "higher_is_better": True}],
             "generation_kwargs": {
                 "max_new_tokens": decoding.get("max_new_tokens"), "num_beams": decoding.get("beams", 1),
@@ -157,7 +155,7 @@ def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
         "group_subtasks": {name: [] for name in named},
         "configs": configs,
         "versions": {name: result.version for name, result in named.items()},
-        "n-shot": shots,
+        "n-shot": dict.fromkeys(named, 0),
         "higher_is_better": {name: {configs[name]["metric_list"][0]["metric"]: True} for name in named},
         "n-samples": {
             name: {"original": result.about.get("data", {}).get("rows") or result.n, "effective": result.n}

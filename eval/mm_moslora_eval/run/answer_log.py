@@ -18,7 +18,6 @@ from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 from mm_moslora.utils.untrusted_files import MOST_BYTES, FileError, FileFault, read_bytes
-from mm_moslora_eval.metrics.question_groups import preferred_option
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.request_preparation import Item
@@ -161,8 +160,7 @@ def answer_row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -
     letters = list(item.document.options)
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
     _refuse_unordered(scores)
-    texts = list(item.document.options.values())
-    best = preferred_option(texts, list(scores.values()), by=task.decoding.choice)
+    best = max(range(len(result)), key=lambda index: result[index].logprob)
     right = item.document.reference
     reference = result[letters.index(right)] if right in letters else None
     return {

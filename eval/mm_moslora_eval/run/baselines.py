@@ -79,7 +79,7 @@ def baseline(
     In the result, `about["learned_from"]` is the source of the answers, and `about["own_less_this"]` is the model's
     score minus the baseline's.
     """
-    work = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher(), shots=data.shots)
+    work = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher())
     items = [first for first, *_ in work.documents]
     clusters = [item.cluster for item in items]
     scored = answer_without_model(name, task, documents, clusters=clusters, training=training)

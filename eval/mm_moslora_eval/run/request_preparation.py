@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import DataError, EvalError
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
-from mm_moslora_eval.protocol.few_shots import conversation, shots_for
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
-from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
+from mm_moslora_eval.sources.document import Document, ImageLike, digest
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 from mm_moslora_eval.sources.source_videos import about_videos, with_whole_videos
 
@@ -42,13 +41,11 @@ class Item:
     """Hash of everything that determines the answer: task, document, prompt, pictures, decoding, model."""
     messages: tuple[Message, ...]
     image_ids: tuple[str, ...]
-    """Hashes of the pictures shown, of the shots first."""
+    """Hashes of the pictures shown."""
     own_ids: tuple[str, ...]
     """Hashes of the document's own pictures, of videos the frames; they group samples in every image mode, whatever
     the model."""
     problem: str | None
-    shot_images: int = 0
-    """How many of the pictures shown are those of shots, which no image mode changes."""
     sample: int = 0
     """The number of the answer among several to the document."""
 
@@ -76,7 +73,6 @@ class Preparation:
         hasher: identifies pictures.
         pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
             selection; None: `documents` is the whole data set.
-        shots: documents from which the task's prompt takes solved questions.
         videos: of a model that takes videos as such; None: their frames are pictures.
 
     Raises:
@@ -93,10 +89,9 @@ class Preparation:
         fingerprint: str,
         hasher: Hasher,
         pool: Sequence[Document] | None = None,
-        shots: Sequence[Document] = (),
         videos: VideoSampling | None = None,
     ) -> None:
-        self._task, self._mode, self._shots, self._hasher, self._videos = task, mode, shots, hasher, videos
+        self._task, self._mode, self._hasher = task, mode, hasher
         self._places = task.extraction in PLACES
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
@@ -151,16 +146,12 @@ class Preparation:
         task = self._task
         own, (seen, problem) = identified[0], as_seen
         messages: tuple[Message, ...] = ()
-        before: tuple[str, ...] = ()
         if problem is None:
-            chosen = shots_for(task.prompt, document, self._shots)
-            shots = [with_whole_videos(shot, self._videos) for shot in chosen]
             whole = self._seen[document.id]
             try:
-                messages = conversation(task.prompt, whole, shots, reference=task.reference)
+                messages = task.prompt.messages(whole)
                 seen = tuple(seen[number] for number in task.prompt.image_order(whole))
                 own = tuple(own[number] for number in task.prompt.image_order(document))
-                before = tuple(name for shot in shots for name in self._pictures_of_shot(shot))
                 problem = self._fault_of_boxes(document, own)
             except EvalError as error:
                 problem = str(error)
@@ -176,7 +167,7 @@ class Preparation:
             "id": document.id,
             "document": document.hash,
             "prompt": digest(said),
-            "images": before + shown,
+            "images": shown,
             "mode": self._mode,
             "model": fingerprint,
             "problem": problem,
@@ -188,17 +179,10 @@ class Preparation:
             document=document,
             key=digest(decided),
             messages=messages,
-            image_ids=before + shown,
+            image_ids=shown,
             own_ids=own,
             problem=problem,
-            shot_images=len(before),
         )
-
-    def _pictures_of_shot(self, shot: Document) -> list[str]:
-        names, problem = self._identify(shot)
-        if problem is not None:
-            raise EvalError(f"the shot {shot.id!r} cannot be shown: {problem}")
-        return [names[number] for number in self._task.prompt.image_order(shot)]
 
     def _fault_of_boxes(self, document: Document, own: Sequence[str]) -> str | None:
         """Why the references of a task that compares boxes cannot be scored."""
@@ -217,8 +201,8 @@ class Preparation:
         Raises:
             DataError: the picture cannot be decoded (mode `blind`), or measured (tasks of boxes).
         """
-        pictures: list[Any] = [self._pictures[name] for name in item.image_ids[: item.shot_images]]
-        for name in item.image_ids[item.shot_images :]:
+        pictures: list[Any] = []
+        for name in item.image_ids:
             own = self._pictures[name.removeprefix(_MEAN)]
             pictures.append(mean_image(own) if self._mode == "blind" else own)
         return Request(
@@ -230,7 +214,6 @@ class Preparation:
             beams=self._task.decoding.beams,
             draw=self._draw(item),
             sample=item.sample,
-            raw=self._task.decoding.kind == "continuation",
             aliases=_aliases(item.document),
             reference=self._task.reference_of(item.document),
             boxes=image_size(self._pictures[item.own_ids[-1]]) if item.own_ids and self._places else None,
@@ -245,20 +228,14 @@ class Preparation:
         return TokenDraw(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k, seed=seed)
 
     def option_request(self, item: Item) -> OptionRequest:
-        """The request with the option letters, or the options' texts, as continuations."""
-        document = item.document
-        if self._task.decoding.kind == "loglikelihood":
-            return OptionRequest(request=self.request(item), options=tuple(document.options))
-        texts = tuple(f" {text}" for text in document.options.values())
-        contexts = tuple(text for name, text in document.extra.items() if name.startswith(CONTEXT))
-        return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
+        """The request with the option letters as continuations."""
+        return OptionRequest(request=self.request(item), options=tuple(item.document.options))
 
     def paths(self, item: Item) -> list[str | None]:
-        """The files of the shown pictures without those of shots, as far as they are files."""
-        shown = item.image_ids[item.shot_images :]
+        """The files of the shown pictures, as far as they are files."""
         if self._mode == "blind":
-            return [None for _ in shown]
-        pictures = [self._pictures.get(name) for name in shown]
+            return [None for _ in item.image_ids]
+        pictures = [self._pictures.get(name) for name in item.image_ids]
         return [str(picture) if isinstance(picture, Path) else None for picture in pictures]
 
 

@@ -182,7 +182,7 @@ def run_task(
     documents = select(data, settings, aggregation=task.aggregation)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
-        pool=data.documents, shots=data.shots, videos=getattr(model, "videos", None),
+        pool=data.documents, videos=getattr(model, "videos", None),
     )  # fmt: skip
     mode_folder = folder / task.id / mode
     make_subfolder(mode_folder, below=folder)
@@ -228,7 +228,7 @@ def _describe(
             "key": item.key,
             **({"more_keys": [other.key for other in others]} if others else {}),
             "prompt": "\n".join(message.text for message in item.messages),
-            "images": list(item.image_ids[item.shot_images :]),
+            "images": list(item.image_ids),
             "paths": work.paths(item),
             "cluster": item.cluster,
             "first_id": item.document.first_id,

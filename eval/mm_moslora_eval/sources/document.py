@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 _STORED = ("id", "question", "options", "answers", "category", "hint", "extra", "problem")
 """Fields of a document that are stored: all but its images."""
 _WORDS = {"image": "a picture", "video": "a video", "options": "options", "image_folder": "a picture or video"}
-CONTEXT = "context_"
-"""Prefix of the extra columns with a context per option (WinoGrande)."""
 
 
 def digest(value: Any) -> str:
@@ -123,17 +121,12 @@ class DataSet:
     """Rows left out on purpose (the protocol skips rows without an image)."""
     revision: str | None = None
     """Commit of a data set from the hub."""
-    shots: tuple[Document, ...] = ()
-    """Documents from which a prompt takes solved questions; none without shots."""
-    shots_from: Mapping[str, Any] = field(default_factory=dict)
-    """The description of their data."""
 
     def to_dict(self) -> dict[str, Any]:
         """The description of the data for result files."""
         about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
         about |= {"revision": self.revision} if self.revision else {}
-        about |= {} if any(document.images for document in self.documents) else {"pictures": 0}
-        return about | ({"shots": dict(self.shots_from)} if self.shots_from else {})
+        return about | ({} if any(document.images for document in self.documents) else {"pictures": 0})
 
 
 def checked(documents: Iterable[Document], stated: Source, *, path: str, dropped: int = 0) -> tuple[Document, ...]:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import find_below, opened
-from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
-from mm_moslora_eval.sources.answer_options import LETTERS, answers_of, options_of
-from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked, digest
+from mm_moslora_eval.sources.answer_options import answers_of, options_of
+from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked, digest
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
@@ -53,9 +52,6 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     local = find_data(source.path, beside=beside)
     tables, sha256 = _open(source, local)
     revision = hub_revision(tables[0].table)
-    if source.lm_eval_task is not None:
-        documents = checked(_choices(tables[0].table, source), source, path=source.path)
-        return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     _check_columns(tables, source)
     if local is None and source.image_folder is None:  # from the hub: below the fetched files
         folder = hub_store(source.path)[0].resolve()
@@ -306,33 +302,6 @@ def _of_row(
 def _file_name(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, or a text such as `data/{videoID}.mp4` with columns in braces."""
     return _BRACED.sub(lambda match: str(row.get(match[1], "")), column) if "{" in column else row.get(column)
-
-
-def _choices(table: Any, source: Source) -> Iterator[Document]:
-    """Records of a commonsense task in the form of lm-evaluation-harness."""
-    task = source.lm_eval_task
-    assert task is not None
-    if task not in LM_EVAL_TASKS:
-        raise EvalError(
-            f"source.lm_eval_task {task!r} is not known.{suggestion(task, LM_EVAL_TASKS)} "
-            f"Known: {', '.join(LM_EVAL_TASKS)}."
-        )
-    for number, row in enumerate(table):
-        try:
-            choice = lm_eval_requests(task, row)
-        except (KeyError, ValueError, IndexError) as error:
-            raise EvalError(
-                f"{source.path}, row {number} is no record of {task} ({error!r}); the original columns are needed."
-            ) from error
-        contexts = [context for context, _ in choice.requests]
-        shared = len(set(contexts)) == 1
-        yield Document(
-            id=str(number),
-            question=contexts[0],
-            options={letter: text[1:] for letter, (_, text) in zip(LETTERS, choice.requests, strict=False)},
-            answers=(LETTERS[choice.gold],),
-            extra={} if shared else {f"{CONTEXT}{LETTERS[i]}": text for i, text in enumerate(contexts)},
-        )
 
 
 def document(

@@ -47,8 +47,6 @@ class Source:
     """hf: configuration name, or several with commas, whose rows are joined."""
     revision: str | None = None
     """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
-    lm_eval_task: str | None = None
-    """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
     answer_is: Literal["auto", "letter", "index", "text", "box_xyxy", "box_xywh", "box_norm1"] = "auto"
     """hf: form of the answer to a question with options, and no other counts; auto: a number is an index from 0, text a
     letter or an option, and what could be two of these is an error. hf, tsv: a box, see `reference_boxes.BoxForm`."""

@@ -26,13 +26,13 @@ def test_a_plan_counts_answers_tokens_hours_and_cost(
     name = f"llava:{question_file}"
     settings = EvaluationSettings(rank=0, world_size=1, limit=6)
     evaluate(FakeModel(delay=0.01), get_task(name), tmp_path / "run", modes=("own",), baselines=(), settings=settings)
-    changes = ("decoding.temperature=1", "decoding.samples=4", "decoding.max_new_tokens=100", "prompt.shots=1")
+    changes = ("decoding.temperature=1", "decoding.samples=4", "decoding.max_new_tokens=100")
     eval_plan(name, change=changes, measured=tmp_path / "run", price="1/10", picture_tokens=100, limit=5)
     table, text = capsys.readouterr().out.split("\n\n")
     task = with_changes(get_task(name), changes)
-    assert table.splitlines()[-1].split()[:4] == [task.id, "5", "20", "40"]  # a picture of the shot, one of its own
+    assert table.splitlines()[-1].split()[:4] == [task.id, "5", "20", "20"]
     assert table.split()[-1] == "2,000"
-    prompt = int(table.split()[-2].replace(",", "")) + 40 * 100
+    prompt = int(table.split()[-2].replace(",", "")) + 20 * 100
     assert f"about {prompt:,} tokens" in text
     assert f"Cost: about {(prompt + 10 * 2000) / 1e6:,.2f} with the longest answers, " in text
     seconds = measured(tmp_path / "run").seconds

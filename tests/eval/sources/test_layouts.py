@@ -134,7 +134,7 @@ def hub_tasks() -> list[str]:
     return [
         name
         for name, task in all_tasks().items()
-        if task.source.kind == "hf" and not task.source.lm_eval_task and not task.source.path.endswith(".json")
+        if task.source.kind == "hf" and not task.source.path.endswith(".json")
         and task.name not in FORMS
     ]  # fmt: skip
 
