@@ -41,13 +41,12 @@ def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
             lines.append([f"**{heading}: {task}**", *[""] * (len(head) - 1)])
         lines += [_arm(arm, task, results) for arm in results["arms"]]
     tasks = {next(iter(columns(results)), "nothing") for _, results in parts}
-    note = ", which hold for all looks together" if all(results.get("resolve") for _, results in parts) else ""
     return "\n".join(
         [
             *_table(head, lines),
             "",
             f"Percent on {' and '.join(sorted(tasks))}, mean ± standard error over documents and seeds; differences "
-            f"with 95 % intervals{note}; p by Holm. Nats: log-likelihood of the reference answer.",
+            f"with 95 % intervals; p by Holm. Nats: log-likelihood of the reference answer.",
             "",
             f"![Every arm against the reference, with 95 % intervals, in points and in nats]({drawn})",
         ]

@@ -27,7 +27,6 @@ def compare(
     arms: str = "lora,moslora:orthogonal",
     lr: str = "",
     seeds: int = 3,
-    resolve: float | None = None,
     tasks: str = "",
     validation: str = "",
     hold_out: float = 0.05,
@@ -71,10 +70,7 @@ def compare(
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.
     seeds
-        Reported runs per arm; with --resolve those of the pilot.
-    resolve
-        Points that a comparison is to show (four times out of five): after the pilot it plans the number of seeds, and
-        ends early by a rule that keeps the error rates. With --plan it prints seeds, documents and hours.
+        Reported runs per arm.
     tasks
         Test tasks separated by commas, as for `mm-moslora eval run`.
     validation
@@ -115,7 +111,7 @@ def compare(
     keep_all
         Keep the checkpoints of the runs that chose the rates.
     plan
-        Run a few steps of a run of every arm, print the cost by arm (and the plan of --resolve), and exit.
+        Run a few steps of a run of every arm, print the cost by arm, and exit.
     only_report
         Analyse the finished runs and exit.
     cell
@@ -158,23 +154,13 @@ def compare(
         room = RunBudget(cards=cards, max_minutes=max_minutes, keep_all=keep_all)
         comparison = ArmComparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
-        resolution = None
-        if resolve is not None:
-            from mm_moslora.compare.resolution_plan import Resolution
-
-            together = engine.width(cards) // len(settings.arms)
-            resolution = Resolution(comparison, resolve / 100, step=max(1, together))
         if plan:
             print("\n".join(comparison.probe(room, engine if ray else ProcessEngine(parallel=1))), flush=True)
-        if resolution is not None:
-            print("\n".join(resolution.lines()), flush=True)
-        if plan:
             return 0
-        after = None if resolution is None else resolution.settings_after
         if slurm and not only_report:
-            finished = comparison.write_array(room, after=after)
+            finished = comparison.write_array(room)
         else:
-            finished = only_report or comparison.run(room, engine, after=after)
+            finished = only_report or comparison.run(room, engine)
         code = _show(comparison, output, finished=finished)
         if slurm and not finished:
             script = shlex.quote(str(comparison.folder / ARRAY))

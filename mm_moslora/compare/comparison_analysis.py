@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import median, stdev
 from typing import Any
 
@@ -38,8 +38,7 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.comparison_text import says
-from mm_moslora.compare.seed_statistics import TaskScores, arm_mean
-from mm_moslora.compare.sequential_looks import Judged, Looks, first_seeds, judge, read_state
+from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, arm_mean, differences, holm
 from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, verdict_of_arms
 from mm_moslora.utils.files import replace_json
 from mm_moslora.utils.hardware import hardware
@@ -56,9 +55,7 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
-    state = read_state(folder)
-    looks = state.looks if state is not None else None
-    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms}, looks)
+    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
     from mm_moslora_eval.run.provenance import environment
     from mm_moslora_eval.scoring.task_result import strict_json
 
@@ -91,7 +88,6 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
             "comparisons": comparisons,
             "floors": measured.floors,
             "floors_learned_from": measured.learned_from,
-            "resolve": None if state is None else asdict(state),
             "failures": [
                 {"arm": c.arm.group, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
@@ -228,23 +224,61 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An arm against the reference."""
+
+    estimate: ArmEstimate
+    p_corrected: float
+    """P-value corrected over the arms."""
+
+    def numbers(self, *, comparisons: int) -> dict[str, Any]:
+        """The numbers of a row of `results.json`; the detectable difference is that of so many p-values."""
+        estimate = self.estimate
+        return {
+            "difference": estimate.value,
+            "stderr": estimate.stderr,
+            "low": estimate.low,
+            "high": estimate.high,
+            "half_width": estimate.half_width,
+            "p": estimate.p_value,
+            "p_corrected": self.p_corrected,
+            "detectable": estimate.detectable(comparisons=comparisons),
+            "components": asdict(estimate.components),
+            "run_degrees": estimate.run_degrees,
+            "seeds": estimate.size[0],
+            "documents": estimate.size[1],
+            "clusters": estimate.groups,
+        }
+
+
+def judge(
+    arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
+) -> dict[str, Judged]:
+    """Each arm that has a seed of the reference against it; see `differences`."""
+    estimates = differences(arms, reference, bounded=bounded)
+    corrected = holm([one.p_value for one in estimates.values()])
+    return {
+        name: Judged(estimate=one, p_corrected=p) for (name, one), p in zip(estimates.items(), corrected, strict=True)
+    }
+
+
 def _comparisons(
     settings: ComparisonSettings, scores: Mapping[str, dict[str, TaskAnswers]],
-    controls: Mapping[str, Mapping[str, Any]], looks: Looks | None,
+    controls: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
     names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
-    seeds = {name: settings.seeds_of(name) for name in names}
     rows = []
     for column, tasks in columns_of(reference).items():
         right = {task: reference[task].own for task in tasks}
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
-        nats = {mode: _differences_in_nats(scores, reference, seeds, (tasks, mode), looks) for mode in _SHOWN}
-        for arm, judged in judge(lefts, right, seeds, looks=looks).items():
+        nats = {mode: _differences_in_nats(scores, reference, names, (tasks, mode)) for mode in _SHOWN}
+        for arm, judged in judge(lefts, right).items():
             of_both = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in of_both)
-            pair = [list(first_seeds(tasks, seeds[arm]).values()) for tasks in (lefts[arm], right)]
+            pair = [*lefts[arm].values(), *right.values()]
             row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
             row["nats"] = {mode: by_arm[arm] for mode, by_arm in nats.items() if arm in by_arm}
             answers = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
@@ -253,25 +287,25 @@ def _comparisons(
 
 
 def _differences_in_nats(
-    scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], seeds: Mapping[str, int],
-    measure: tuple[Sequence[str], str], looks: Looks | None,
+    scores: Mapping[str, dict[str, TaskAnswers]], reference: Mapping[str, TaskAnswers], arms: Sequence[str],
+    measure: tuple[Sequence[str], str],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Differences of the arms with log-likelihoods, by arm; p-values are corrected over these arms."""
     right = _nats(reference, *measure)
-    lefts = {arm: left for arm in seeds if right and (left := _nats(scores[arm], *measure))}
+    lefts = {arm: left for arm in arms if right and (left := _nats(scores[arm], *measure))}
     return {
         arm: judged.numbers(comparisons=len(lefts))
         | {"left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1]}
-        for arm, judged in judge(lefts, right, seeds, looks=looks, bounded=False).items()
+        for arm, judged in judge(lefts, right, bounded=False).items()
     }
 
 
 def _row(
-    settings: ComparisonSettings, subject: tuple[str, str], judged: Judged, pair: Sequence[Sequence[TaskScores]], *,
+    settings: ComparisonSettings, subject: tuple[str, str], judged: Judged, pair: Sequence[TaskScores], *,
     comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    (left, right), estimate = pair, judged.estimate
-    difference = as_difference(estimate, [*left, *right])
+    estimate = judged.estimate
+    difference = as_difference(estimate, pair)
     return {
         "arm": subject[0],
         "reference": settings.reference_arm,
@@ -280,7 +314,5 @@ def _row(
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
         "groups": difference.groups,
-        "verdict": verdict_of_arms(
-            difference, judged.p_corrected, runs=estimate.run_degrees > 0, look=judged.look, stand=stand
-        ),
+        "verdict": verdict_of_arms(difference, judged.p_corrected, runs=estimate.run_degrees > 0, stand=stand),
     }

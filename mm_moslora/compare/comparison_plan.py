@@ -48,8 +48,6 @@ class ComparisonSettings:
     """Peak learning rates of the adapter to try for every arm."""
     seeds: int
     """Reported runs per arm, at its chosen rate."""
-    decided: Mapping[str, int] = field(default_factory=dict)
-    """Reported runs of arms that need fewer."""
     tasks: Sequence[str]
     """Test tasks, as for `mm-moslora eval run`."""
     validation: Sequence[str] = (LOSS,)
@@ -99,10 +97,6 @@ class ComparisonSettings:
     def reference_arm(self) -> str:
         """Name of the reference arm."""
         return self.reference or self.arms[0].name
-
-    def seeds_of(self, arm: str) -> int:
-        """Reported runs of an arm."""
-        return self.decided.get(arm, self.seeds)
 
     @property
     def tunes(self) -> bool:
@@ -240,15 +234,15 @@ def reported_cells(settings: ComparisonSettings, chosen: Mapping[str, float]) ->
         for seed in range(settings.seeds)
         for arm in settings.arms
         for way in arm.ways
-        if way.name in chosen and seed < settings.seeds_of(arm.name)
+        if way.name in chosen
     ]
 
 
 def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
     """The total number of runs; an arm with only failed tuning runs has no reported ones."""
     hopeless = hopeless_arms(settings, outcomes)
-    reported = [settings.seeds_of(arm.name) for arm in settings.arms if arm.name not in hopeless]
-    return len(tuning_cells(settings, outcomes)) + sum(reported)
+    reported = sum(arm.name not in hopeless for arm in settings.arms)
+    return len(tuning_cells(settings, outcomes)) + settings.seeds * reported
 
 
 def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -314,17 +308,6 @@ def numbers_of(recipe: Recipe) -> dict[str, Any]:
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of what decides a run's numbers."""
     return hashlib.sha256(json.dumps(numbers_of(recipe), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def planned_for(settings: ComparisonSettings) -> dict[str, Any]:
-    """Settings that must stay the same once looks are planned: other arms would be corrected otherwise, and other rates
-    be judged a second time."""
-    return {
-        "arms": [arm.name for arm in settings.arms],
-        "rates": list(settings.rates),
-        "tuning seeds": settings.tuning_seeds,
-        "further rates": settings.grow,
-    }
 
 
 def describe(settings: ComparisonSettings) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -23,22 +23,20 @@ from mm_moslora.compare.comparison_plan import (
     describe,
     grid_of,
     hopeless_arms,
-    planned_for,
     reported_cells,
     run_count,
     short_names,
     tuning_cells,
 )
-from mm_moslora.compare.holdout import with_holdout
-from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table, mean_run_seconds
-from mm_moslora.compare.sequential_looks import FILE, LookState, read_state
+from mm_moslora.compare.holdout import check_share, with_holdout
+from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.launch.jobs import Job, JobEngine, run_jobs
 from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import discard, mark, read_json, remove, replace_json
 from mm_moslora.utils.folder_marks import refuse_strangers
@@ -49,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 ARRAY = "array.sbatch"
 PROGRAM = "mm_moslora"
-_FILES = (FILE, ARRAY, "comparison.json", "results.json", "report.html", "data", "runs", "features")
+_FILES = (ARRAY, "comparison.json", "results.json", "report.html", "data", "runs", "features")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,20 +75,15 @@ class ArmComparison:
 
     def __init__(self, recipe: Recipe, settings: ComparisonSettings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
-        self._given, self._hold_out = recipe, None
-        if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.held_out:
-            self._hold_out = hold_out
-            recipe = with_holdout(recipe, self.folder / "data", share=hold_out)
+        splits = settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.held_out
+        self._given, self._hold_out = recipe, check_share(hold_out) if splits else None
         self.recipe = recipe
+        """The recipe that all arms share; `check` gives it the validation split."""
         self.outcomes: dict[str, Outcome] = {}
-        self.documents = 0
-        """Documents of all test tasks, once checked."""
-        self.run_seconds = math.nan
-        """Mean seconds of a missing run, once probed."""
         self._cost_logged, self._at_once = False, 1
 
     def check(self) -> None:
-        """Check tasks, data and folder before anything runs.
+        """Check tasks, data and folder before anything runs, then split the records.
 
         Raises:
             MoSLoRAError: a check failed.
@@ -98,7 +91,6 @@ class ArmComparison:
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
         measured, trained_on = {name: loaded.sha256 for name, loaded in data.items()}, self._trained_on()
-        self.documents = sum(len(data[name].documents[: self.settings.limit]) for name in self.settings.tasks)
         if self.settings.tunes:
             choosing = {measured[name] for name in self.settings.validation if name != LOSS}
             if LOSS in self.settings.validation:
@@ -108,35 +100,18 @@ class ArmComparison:
                     f"{shared[0]!r} is both a test task and the validation split: rates would be chosen on the "
                     "reported data. Give another file with --validation."
                 )
-        self._claim({**trained_on, **measured})
-        state = read_state(self.folder)
-        if state is not None:
-            self._refuse_other_looks(state)
-            seeds = max(self.settings.seeds, state.seeds)
-            self.settings = dataclasses.replace(self.settings, seeds=seeds, decided=state.arms)
+        file = self.folder / "comparison.json"
+        claimed = file.is_file()
+        self._claim(file, {**trained_on, **measured})
+        try:
+            if self._hold_out is not None:  # only a folder that is claimed holds a split of these records
+                folder = self.folder / "data"
+                self.recipe = with_holdout(self._given, folder, share=self._hold_out, reuse=claimed)
+        except MoSLoRAError:
+            if not claimed:  # another share may do
+                discard(file)
+            raise
         self._read_outcomes()
-
-    def _refuse_other_looks(self, state: LookState) -> None:
-        """Intervals hold for the looks that were planned, at the differences to one arm."""
-        if state.reference not in ("", self.settings.reference_arm):
-            raise ConfigError(
-                f"{self.folder} was decided against {state.reference!r}, now the reference is "
-                f"{self.settings.reference_arm!r}. Give --reference {state.reference}, or choose another --output."
-            )
-        most = state.seeds if state.ended else state.looks.seeds[-1]
-        if self.settings.seeds > most:
-            ended = f"ended after {most} seeds ({state.ended})" if state.ended else f"was planned for {most} seeds"
-            raise ConfigError(
-                f"{self.folder} {ended}. More seeds would be looks that its error rates do not count. Give --seeds "
-                f"{most} or fewer, or choose another --output."
-            )
-        now = planned_for(self.settings)
-        if changed := [key for key, value in state.fixed.items() if value != now.get(key)]:
-            key = changed[0]
-            raise ConfigError(
-                f"{self.folder} was planned with --resolve for {key} {state.fixed[key]}, now they are {now[key]}. Its "
-                "error rates hold for that plan. Give what was planned, or choose another --output."
-            )
 
     def _trained_on(self) -> dict[str, str]:
         """Fingerprints of the base model and of the training data; before the split is made, of its sources."""
@@ -148,8 +123,7 @@ class ArmComparison:
             for number, source in enumerate(sources, start=1)
         }
 
-    def _claim(self, checksums: Mapping[str, str]) -> None:
-        file = self.folder / "comparison.json"
+    def _claim(self, file: Path, checksums: Mapping[str, str]) -> None:
         own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
@@ -204,15 +178,12 @@ class ArmComparison:
                     comparison_cell.require_same_recipe(run_folder, outcome, recipe)
                 self.outcomes[item.name] = outcome
 
-    def run(
-        self, budget: RunBudget, engine: JobEngine, *, after: Callable[[], ComparisonSettings] | None = None
-    ) -> bool:
+    def run(self, budget: RunBudget, engine: JobEngine) -> bool:
         """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
             budget: the resources.
             engine: where runs are.
-            after: called when all is done; returns the settings to go on with, those with the present seeds to end.
         """
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
@@ -222,7 +193,7 @@ class ArmComparison:
 
         def new_jobs() -> list[Job]:
             self._log_cost([run for name, run in runs.items() if name not in self.outcomes])
-            new = [self._order(item, budget) for item in self._next(after) if item.name not in runs]
+            new = [self._order(item, budget) for item in self._next() if item.name not in runs]
             runs.update({run.cell.name: run for run in new})
             return [_job(run) for run in new]
 
@@ -239,27 +210,25 @@ class ArmComparison:
             logger.info("%g minutes are over. The same command continues.", budget.max_minutes)
         return False
 
-    def write_array(self, budget: RunBudget, *, after: Callable[[], ComparisonSettings] | None = None) -> bool:
+    def write_array(self, budget: RunBudget) -> bool:
         """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
 
         Args:
             budget: the resources of a run.
-            after: see `run`.
         """
-        jobs = [_job(self._order(item, budget)) for item in self._next(after)]
+        jobs = [_job(self._order(item, budget)) for item in self._next()]
         if not jobs:
             discard(self.folder / ARRAY)
             return True
         write_array(self.folder / ARRAY, jobs)
         return False
 
-    def _next(self, after: Callable[[], ComparisonSettings] | None) -> list[Cell]:
-        """The runs that can start; after the last one those that the next look brings."""
-        if not self._ready():
-            before, self.settings = self.settings, self.settings if after is None else after()
-            if self.settings.seeds <= before.seeds:
-                remove(self.folder / comparison_cell.FEATURES)
-        return self._ready()
+    def _next(self) -> list[Cell]:
+        """The runs that can start; after the last one the shared features go."""
+        ready = self._ready()
+        if not ready:
+            remove(self.folder / comparison_cell.FEATURES)
+        return ready
 
     def _cells(self) -> list[Cell]:
         """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
@@ -318,7 +287,7 @@ class ArmComparison:
         for arm in self.settings.arms:
             own = [item for item in cells if item.arm.group == arm.name]
             ended = [self.outcomes[item.name] for item in own if item.name in self.outcomes]
-            wanted = sum(item.tuning for item in own) + self.settings.seeds_of(arm.name)
+            wanted = sum(item.tuning for item in own) + self.settings.seeds
             runs = 0 if arm.name in hopeless else max(0, wanted - len(ended))
             costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
         return costs
@@ -350,7 +319,6 @@ class ArmComparison:
             engine, over=lambda job, problem: problems.update({job.name: _problem(runs[job.name], problem)}),
         )  # fmt: skip
         costs = [dataclasses.replace(cost, problem=problems.get(cost.arm, "")) for cost in self._costs(runs)]
-        self.run_seconds = mean_run_seconds(costs)
         return cost_table(costs)
 
 

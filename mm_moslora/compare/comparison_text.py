@@ -84,24 +84,11 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
         f"{failure['reason']}"
         for failure in results["failures"]
     ]
-    if results.get("resolve"):
-        remarks.append(looks_sentence(results["resolve"]))
     if results["settings"]["tuning_seeds"] == 0:
         remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
     elif len(results["settings"]["rates"]) == 2:
         remarks.append("Of two learning rates the best is always an edge of the grid; with three or more it grows.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
-
-
-def looks_sentence(plan: Mapping[str, Any]) -> str:
-    """A plan of looks and where it stands, from `resolve` of the results."""
-    ended = f"It ended: {plan['ended']}." if plan["ended"] else f"It goes on to {plan['seeds']} seeds."
-    looks = ", ".join(map(str, plan["looks"]["seeds"]))
-    arms = ", ".join(f"{arm} after {seeds} seeds" for arm, seeds in plan.get("arms", {}).items())
-    return (
-        f"Planned to show {100 * plan['points']:g} points, with looks after {looks} seeds; intervals and p-values at a "
-        f"look hold for all looks together. {f'Decided earlier: {arms}. ' if arms else ''}{ended}"
-    )
 
 
 def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
@@ -133,7 +120,7 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
             if done
             else f"{arm['name']}: its learning rate is not chosen yet."
         )
-    wanted = ((results.get("resolve") or {}).get("arms") or {}).get(arm["name"], results["settings"]["seeds"])
+    wanted = results["settings"]["seeds"]
     good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
     if arm["seeds"] and len(good) < wanted:
         lines.append(f"{arm['name']}: {len(good)} of {wanted} seeds were measured; the missing ones may be the worst.")
@@ -257,8 +244,6 @@ def nats_sentence(row: Mapping[str, Any]) -> str:
             return (
                 f"{subject}: no conclusion from {value} nats [{interval}], since neither is above its controls{left}."
             )
-        case "between looks":
-            return f"{subject}: {value} nats [{interval}], between two looks, where nothing is judged{left}."
         case "more likely" | "less likely" as words:
             return f"{subject}: {words}, {value} nats [{interval}], corrected p {p}{left}."
         case "one seed":

@@ -29,7 +29,18 @@ MOST = 2000
 _END = 4096
 
 
-def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
+def check_share(share: float) -> float:
+    """The share of the records to hold out.
+
+    Raises:
+        ConfigError: it is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
+    return share
+
+
+def with_holdout(recipe: Recipe, folder: Path, *, share: float, reuse: bool) -> Recipe:
     """Split the recipe's records into training and validation; the split is written once and reused.
 
     Records that share a picture stay on one side, in whatever form and under whatever name they hold it, and so do
@@ -39,18 +50,17 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
     Args:
         recipe: without validation sources.
         folder: for the two files of every source.
-        share: of the records, 0 to 1.
+        share: of the records, see `check_share`.
+        reuse: whether files that are there hold the split of these records.
 
     Raises:
         ConfigError: no record would be held out, or none left for training.
     """
-    if not 0 < share < 1:
-        raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
     sources = recipe.data.train
     files = [
         tuple(folder / f"{side}-{number}.jsonl" for side in ("train", "validation")) for number in range(len(sources))
     ]
-    if not all(path.is_file() for pair in files for path in pair):
+    if not (reuse and all(path.is_file() for pair in files for path in pair)):
         records = [_opened(source) for source in sources]
         for each, positions, (train_file, validation_file) in zip(records, _positions(records), files, strict=True):
             _split(each, positions, train_file, validation_file, share=share, most=MOST // len(sources))

@@ -112,13 +112,6 @@ def _cells(cost: ArmCost) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def mean_run_seconds(costs: Sequence[ArmCost]) -> float:
-    """Mean seconds of a missing run over all arms with a known cost; NaN without any."""
-    measured = [cost for cost in costs if cost.runs and not math.isnan(cost.run_seconds)]
-    runs = sum(cost.runs for cost in measured)
-    return math.fsum(cost.seconds for cost in measured) / runs if runs else math.nan
-
-
 def cost_line(cost: ArmCost) -> str:
     """The cost of all runs of a comparison, estimated from the first steps of its first run."""
     return (

@@ -61,10 +61,6 @@ class TaskScores:
         numbers = sorted(rows.keys() & set(seeds))
         return replace(self, scores=[rows[number] for number in numbers], seeds=numbers)
 
-    def first(self, count: int) -> TaskScores:
-        """The scores of seeds with a number below `count`."""
-        return self.of(range(count))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
@@ -77,10 +73,6 @@ class Components:
     """Between seeds (of one of each arm)."""
     answers: float
     """Single answers that change with the seed."""
-
-    def variance(self, *, seeds: float, documents: float) -> float:
-        """The squared error at a size; infinite sizes are allowed."""
-        return self.documents / documents + self.seeds / seeds + self.answers / seeds / documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +97,6 @@ class ArmEstimate:
     components: Components
     size: tuple[int, int]
     """Seeds in common and documents."""
-    level: float = LEVEL
-    """Confidence level of the interval."""
 
     @property
     def p_value(self) -> float:
@@ -122,20 +112,15 @@ class ArmEstimate:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
 
-    def at_level(self, level: float) -> ArmEstimate:
-        """The same estimate with an interval of this error rate instead of 5 %."""
-        low, high = _interval(self.value, self.stderr, self.degrees, groups=self.fewest, level=1 - level)
-        return replace(self, low=low, high=high, level=1 - level)
-
     def detectable(self, *, comparisons: int = 1) -> float:
-        """The smallest true value that a repetition would find significant at the interval's level, with 80 % power.
+        """The smallest true value that a repetition would find significant at 5 %, with 80 % power.
 
         Args:
             comparisons: number of p-values that are corrected together (the strictest step of Holm's procedure).
         """
         if math.isnan(self.stderr):
             return self.stderr
-        level = 1 - (1 - self.level) / comparisons
+        level = 1 - (1 - LEVEL) / comparisons
         if self.stderr == 0:  # all differences are equal; a rare other one may still exist
             return alike_interval(0.0, self.fewest, level=level)[1]
         return shown_by_t_test(level, self.degrees, power=POWER) * self.stderr

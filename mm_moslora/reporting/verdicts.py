@@ -247,27 +247,24 @@ OF_ONE_SCORE = (
 )
 HOLDS_ZERO = "An interval that contains zero shows no difference. It does not show that there is none."
 
-Verdict = Literal["better", "worse", "not shown", "one seed", "between looks", "nothing follows"]
-UNJUDGED = ("one seed", "between looks", "nothing follows")
+Verdict = Literal["better", "worse", "not shown", "one seed", "nothing follows"]
+UNJUDGED = ("one seed", "nothing follows")
 """Verdicts without a p-value."""
 
 
-def verdict_of_arms(difference: Difference, p: float, *, runs: bool, look: bool, stand: bool) -> Verdict:
+def verdict_of_arms(difference: Difference, p: float, *, runs: bool, stand: bool) -> Verdict:
     """An arm against the reference.
 
     Args:
         difference: arm minus reference.
         p: p-value, corrected for the number of arms.
         runs: whether the variation between runs is known.
-        look: whether its number of seeds is one at which the comparison is judged.
         stand: whether at least one of the two is above its controls.
     """
     if not stand:
         return "nothing follows"
     if not runs:
         return "one seed"
-    if not look:
-        return "between looks"
     if p < SIGNIFICANT and difference.shown != "not shown":
         return "better" if difference.value > 0 else "worse"
     return "not shown"
@@ -306,8 +303,6 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
                 f"{subject}: {numbers}, for these documents and this one seed. The interval leaves out the variation "
                 "between seeds; run at least 3 (--seeds 3)."
             )
-        case "between looks":
-            return f"{subject}: {numbers} after {size}, between two looks, where nothing is judged."
         case "better" | "worse":
             if _looked(row):
                 return f"{subject}: {row['verdict']}, {numbers}; {size}."

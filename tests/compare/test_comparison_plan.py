@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,10 @@ import pytest
 from mm_moslora.compare.arms import parse_arms, reset_line
 from mm_moslora.compare.comparison_cell import write_outcome
 from mm_moslora.compare.comparison_plan import (
-    ComparisonSettings,
     Outcome,
     choose_rates,
     grid_of,
     hopeless_arms,
-    planned_for,
     recipe_hash,
     reported_cells,
     run_count,
@@ -26,7 +22,6 @@ from mm_moslora.compare.comparison_plan import (
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import ArmComparison
-from mm_moslora.compare.sequential_looks import Looks, LookState, read_state, write_state
 from mm_moslora.config import Recipe
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
@@ -191,38 +186,3 @@ def test_arms_differ_only_in_the_keys_of_their_names():
     assert made["full"].model.language_mode == "full"
     last = made["moslora:orthogonal@rank=16@alpha=32"].adapter
     assert (last.rank, last.alpha, last.dropout) == (16, 32.0, 0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seeds": 20}, "was planned for 7 seeds"),
-        ({"arms": parse_arms("lora,dora", RECIPE)}, "planned with --resolve for arms ['lora', 'dora', 'tsm'], now"),
-        ({"arms": parse_arms("lora,dora,tsm,rslora", RECIPE)}, "planned with --resolve for arms"),
-        ({"rates": [1e-4, 2e-4]}, "planned with --resolve for rates [0.0001], now they are [0.0001, 0.0002]"),
-        ({"tuning_seeds": 2}, "planned with --resolve for tuning seeds"),
-        ({}, ""),
-        ({"seeds": 7}, ""),
-    ],
-    ids=["seeds", "fewer arms", "an arm", "a rate", "tuning seeds", "nothing", "the last look"],
-)
-def test_what_the_error_rates_of_looks_count_on_stays_the_same(tmp_path: Path, changes, message: str):
-    planned = ComparisonSettings(arms=parse_arms("lora,dora,tsm", RECIPE), rates=[1e-4], seeds=3, tasks=["t"])
-    looks = Looks((5, 7), (0.7, 1.0))
-    state = LookState(
-        points=0.03, seeds=5, looks=looks, components={}, reference="lora", fixed=planned_for(planned),
-    )  # fmt: skip
-    write_state(tmp_path, state)
-    assert read_state(tmp_path) == state
-    stored = json.loads((tmp_path / "resolve.json").read_text())
-    for change in ({"seeds": "x"}, {"points": math.nan}, {"looks": {"seeds": [5, 7], "fractions": [0.7]}}, {"looks": 5},
-                   {"looks": {"seeds": [7, 5], "fractions": [0.7, 1.0]}}, {"components": {"a": "b"}}):  # fmt: skip
-        (tmp_path / "resolve.json").write_text(json.dumps(stored | change))
-        with pytest.raises(ConfigError, match=r"resolve\.json is damaged"):
-            read_state(tmp_path)
-    comparison = ArmComparison(RECIPE, dataclasses.replace(planned, **changes), tmp_path, hold_out=0.1)
-    if not message:
-        comparison._refuse_other_looks(state)
-        return
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        comparison._refuse_other_looks(state)

@@ -44,7 +44,7 @@ def _held_out(tmp_path: Path, lines: list[dict[str, object]], share: float) -> t
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     shared = dataclasses.replace(RECIPE, data=DataConfig(train=[SourceConfig(path=str(file))]))
-    split = holdout.with_holdout(shared, tmp_path / "split", share=share).data
+    split = holdout.with_holdout(shared, tmp_path / "split", share=share, reuse=False).data
     kept, held = (
         [json.loads(line)["messages"][1]["content"] for line in Path(source.path).read_text().splitlines()]
         for source in (*split.train, *split.validation)

@@ -170,7 +170,7 @@ def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "changes",
     [{"folder": "ELSEWHERE"}, {"cards": "2"}, {"keep_all": "no"}, {"cell.tuning": "no"}, {"cell.arm.changes": "x"},
-     {"cell.arm.about": 1}, {"settings.batch_size": "8"}, {"settings.tasks": "t"}, {"settings.decided": ["lora"]},
+     {"cell.arm.about": 1}, {"settings.batch_size": "8"}, {"settings.tasks": "t"},
      {"settings.rates": [None]}],
 )  # fmt: skip
 def test_an_order_of_other_types_or_of_another_folder_is_refused(tmp_path: Path, monkeypatch, capsys, changes):

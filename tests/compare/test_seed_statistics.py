@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
 from mm_moslora_eval.scoring import estimates
 
-from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, difference, differences, holm
+from mm_moslora.compare.seed_statistics import Components, TaskScores, arm_mean, difference, differences, holm
 
 
 def scores(rows, clusters=None) -> TaskScores:
@@ -146,7 +148,7 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
         difference(strange, reference)
 
 
-def test_a_decided_arm_lends_its_degrees_of_freedom():
+def test_an_arm_with_fewer_seeds_lends_its_degrees_of_freedom():
     """The third arm has two of four seeds; its residual counts for the others."""
     generator = np.random.default_rng(3)
     tables = [runs(*(0.5 + generator.normal(0, 0.05, count))) for count in (4, 4, 2)]
@@ -237,11 +239,10 @@ def test_equal_differences_in_each_of_two_tasks_prove_no_more_than_the_smaller_t
     assert (both.groups, both.fewest) == (103, 3)
 
 
-def test_the_detectable_difference_is_that_of_the_intervals_level():
+def test_more_comparisons_take_a_larger_difference():
     a, b = np.random.default_rng(7).normal(0, 1, (2, 4, 30))
     found = difference({"t": scores(a)}, {"t": scores(b)}, bounded=False)
-    assert found.at_level(0.05).detectable() == pytest.approx(found.detectable())
-    assert found.at_level(0.025).detectable() == pytest.approx(found.detectable(comparisons=2))
+    assert found.detectable(comparisons=2) > found.detectable()
     equal = difference({"t": scores([[1.0] * 9] * 3)}, {"t": scores([[1.0] * 9] * 3)})
     assert equal.detectable(comparisons=2) > equal.detectable()
 
@@ -410,3 +411,59 @@ def test_holm():
     assert holm([0.03, 0.01, math.nan, 0.02, 0.2])[3:] == pytest.approx([0.06, 0.2])
     assert math.isnan(holm([0.03, math.nan])[1])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def answers(generator: np.random.Generator, parts: Components, *, seeds: int, documents: int, effect: float = 0.0):
+    """Scores of two arms with these components of their difference."""
+    common = generator.normal(0, 1, documents)  # cancels
+    own = generator.normal(0, math.sqrt(parts.documents), documents)
+    arms = []
+    for shift in (effect + own, 0.0):
+        run = generator.normal(0, math.sqrt(parts.seeds / 2), (seeds, 1))
+        arms.append(common + shift + run + generator.normal(0, math.sqrt(parts.answers / 2), (seeds, documents)))
+    return arms
+
+
+def between(arms, seeds: int, *, missing: Any = None):
+    rows = [arm[:seeds].copy() for arm in arms]
+    for arm in rows if missing is not None else ():
+        arm[missing.random(arm.shape) < 0.2] = math.nan
+    return difference(*({"t": scores(arm)} for arm in rows), bounded=False)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_known_components_are_recovered(missing: bool):
+    parts = Components(documents=0.5, seeds=0.1, answers=1.5)
+    generator = np.random.default_rng(1)
+    found = [
+        between(answers(generator, parts, seeds=4, documents=60), 4, missing=generator if missing else None)
+        for _ in range(200)
+    ]
+    # Of four answers of which a fifth is missing, the mean has 1.365 times the variance of four.
+    expected = dataclasses.asdict(parts) | ({"answers": 1.365 * parts.answers} if missing else {})
+    for name, value in expected.items():
+        mean = sum(getattr(one.components, name) for one in found) / len(found)
+        # An arm that looks uneven counts alone and in the mean, so that the part of the seeds is rather too large.
+        assert mean == pytest.approx(value, rel=0.4 if name == "seeds" else 0.2), name
+    held = sum(one.low <= 0 <= one.high for one in found) / len(found)
+    assert 0.92 < held < 0.985
+
+
+@pytest.mark.parametrize("wide", [None, 1], ids=["even", "an arm uneven"])
+def test_intervals_of_many_arms_hold(wide: int | None):
+    """Seven rivals that are equal to the reference, on two tasks; runs of an uneven arm spread more."""
+    generator, held = np.random.default_rng(3), []
+    for _ in range(40):
+        alike, *runs = generator.normal(0, math.sqrt(0.05), (9, 3, 1))
+        drawn: list[dict[str, TaskScores]] = [{} for _ in runs]
+        for task in range(2):
+            common = generator.normal(0, 1, 60)
+            for arm, run in enumerate(runs):
+                own = generator.normal(0, math.sqrt(0.15), 60) + generator.normal(0, math.sqrt(0.5), (3, 60))
+                latent = common + own + alike + (3 * run if arm == wide else run)
+                drawn[arm][f"task {task}"] = scores(latent, [(task, number) for number in range(60)])
+        reference, *arms = drawn
+        found = differences(dict(enumerate(arms)), reference, bounded=False)
+        held.append([one.low <= 0 <= one.high for one in found.values()])
+    assert np.mean(held, axis=0).min() > 0.85
+    assert np.mean(held) > 0.93

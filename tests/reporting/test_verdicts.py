@@ -103,13 +103,12 @@ def test_a_difference_is_read_or_left_out(data: object):
 
 
 def test_arms_differ_only_above_their_controls():
-    sure = {"runs": True, "look": True, "stand": True}
+    sure = {"runs": True, "stand": True}
     assert verdict_of_arms(ahead(), 0.01, **sure) == "better"
     assert verdict_of_arms(ahead(-0.3), 0.01, **sure) == "worse"
     assert verdict_of_arms(ahead(), 0.06, **sure) == "not shown"
     assert verdict_of_arms(ahead(groups=5), 0.01, **sure) == "not shown"
     assert verdict_of_arms(ahead(), 0.01, **sure | {"runs": False}) == "one seed"
-    assert verdict_of_arms(ahead(), 0.01, **sure | {"look": False}) == "between looks"
     assert verdict_of_arms(ahead(), 0.01, **sure | {"stand": False}) == "nothing follows"
 
 
@@ -119,7 +118,6 @@ def test_likelihoods_whose_variance_between_runs_is_unknown_show_nothing():
     row = {"verdict": "not shown", "nats": {"own": nats}}
     assert verdict_of_nats(row) == "more likely"
     assert verdict_of_nats({**row, "nats": {"own": nats | {"run_degrees": 0.0}}}) == "one seed"
-    assert verdict_of_nats(row | {"verdict": "between looks"}) == "between looks"
 
 
 def test_an_arm_without_a_shown_difference_is_not_called_equal():

@@ -17,7 +17,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 def comparison_results(
     names: Sequence[str] = NAMES, *, tasks: Sequence[str] = ("kind", "word"), seeds: int = 3, tuned: bool = True,
-    nats: bool = True, points: float | None = None,
+    nats: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """The first arm is the reference; the second is ahead by exactly 5.0 points [2.0, 8.0] on every column.
 
@@ -27,7 +27,6 @@ def comparison_results(
         seeds: reported runs per arm.
         tuned: whether rates were chosen.
         nats: whether log-likelihoods were measured.
-        points: what the comparison was planned to show, as a share.
     """
     draw = random.Random(0)
     columns = [*tasks, *(["all tasks"] if len(tasks) > 1 else [])]
@@ -50,7 +49,6 @@ def comparison_results(
         ],
         "floors": {task: {"majority": 0.33, "best_answer": None} for task in tasks},
         "floors_learned_from": "training answers",
-        "resolve": None if points is None else {"points": points, "seeds": seeds, "ended": ""},
         "failures": [],
         "verdicts": [{"mood": "good", "text": "Every arm is above always giving the most frequent answer."}],
         "remarks": ["A remark."],

@@ -17,8 +17,8 @@ from mm_moslora.utils.files import replacing
 from mm_moslora.utils.text_format import visible
 
 ALL = "all tasks"
-BAND = 0.03
-"""Half-width of the shaded band without `--resolve`, as a share."""
+BAND = 3.0
+"""Half-width of the shaded band in points: about what the paper reports for MoSLoRA (+2.8)."""
 FAR = 3.0
 """An axis reaches at most this multiple of the median arm's distance; an arrow marks what lies beyond."""
 WIDTH, VALUES, BOTTOM = 330, 146, 22
@@ -206,10 +206,10 @@ def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = No
         rows += [(arm["name"], differences_of(results, arm, column)) for arm in results["arms"]]
     names = {results["settings"]["reference"] for _, results in parts}
     against = f"against {names.pop() if len(names) == 1 else 'the reference'}"
-    band, meaning = band_of([results for _, results in parts])
+    meaning = f"Shaded: ±{BAND:g} points, about what the paper reports for MoSLoRA (+2.8)."
     notes = [meaning, "Filled square: the difference is shown. Open: it is not.", HOLDS_ZERO]
     kinds = [
-        {"heading": f"Score: points {against}", "unit": "points", "zero": True, "band": band},
+        {"heading": f"Score: points {against}", "unit": "points", "zero": True, "band": BAND},
         {"heading": f"Log-likelihood of the reference answer: nats {against}", "unit": "nats", "zero": True},
     ]
     return _row_chart(title, rows, kinds, [results["settings"]["reference"] for _, results in parts], notes)
@@ -252,16 +252,6 @@ def _row_chart(
         low < column.limits[0] or high > column.limits[1] for column in measured for low, high in column.reaches
     )
     return RowChart(title=title, columns=measured, notes=[*notes, *arrow])
-
-
-def band_of(comparisons: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
-    """Half-width of the shaded band in points, and a sentence about it."""
-    planned = [results["resolve"]["points"] for results in comparisons if results.get("resolve")]
-    if len(planned) == len(comparisons) and len(set(planned)) == 1:
-        points = 100 * planned[0]
-        meaning = f"Shaded: ±{points:g} points, the difference that --resolve {points:g} planned to show."
-        return points, f"{meaning} Intervals hold for all looks together."
-    return 100 * BAND, f"Shaded: ±{100 * BAND:g} points, about what the paper reports for MoSLoRA (+2.8)."
 
 
 def means_of(arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:

@@ -159,12 +159,11 @@ def _rate_rows(charts: Sequence[RateChart]) -> tuple[list[str], list[tuple[str, 
 
 def _row(arm: Mapping[str, Any], tasks: Sequence[str], data: Mapping[str, Any]) -> dict[str, Any]:
     good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
-    decided = (data.get("resolve") or {}).get("arms") or {}
     return {
         "name": arm["name"],
         "about": arm["about"],
         "rate": None if arm["rate"] is None else f"{arm['rate']:g}",
-        "seeds": f"{len(good)} of {decided.get(arm['name'], data['settings']['seeds'])}",
+        "seeds": f"{len(good)} of {data['settings']['seeds']}",
         "reference": arm["name"] == data["settings"]["reference"],
         "scores": [means_of(arm, task)[0] for task in tasks],
         "cost": arm["cost"],

@@ -12,8 +12,7 @@ CHECKOUT = Path(__file__).parents[3]
 EVAL, COMPARE = "eval/mm_moslora_eval", "mm_moslora/compare"
 LOW_LEVEL = {
     f"{EVAL}/scoring/error_bars.py", f"{EVAL}/scoring/estimates.py", f"{EVAL}/scoring/measured_scores.py",
-    f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py", f"{COMPARE}/resolution_plan.py",
-    f"{COMPARE}/sequential_looks.py",
+    f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py",
 }  # fmt: skip
 """One place for scores of samples, one for arms with several seeds."""
 ESTIMATING = LOW_LEVEL | {f"{EVAL}/scoring/score_aggregation.py", f"{EVAL}/scoring/reference_likelihood.py"}
