@@ -1,9 +1,8 @@
-"""Probes of a model: what trains and how, labels, logits, rows, thinking, exports, memory. Each gives findings."""
+"""Probes of a model: what trains and how, rows, labels, logits. Each gives findings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,12 @@ from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.row_probe import rows_of
-from mm_moslora.models.export.export_huggingface import why_not_stock
-from mm_moslora.models.export.export_llava_checkpoint import why_not_original
-from mm_moslora.models.export.gguf_model import why_not_gguf
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import (
     LossModule,
-    VlmForConditionalGeneration,
     is_multimodal,
     needs_padding,
     projectors,
@@ -41,31 +36,15 @@ from mm_moslora.planning.probe_conversations import (
     runs_of,
     stock_inputs,
 )
-from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
-from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.utils.errors import AdapterError
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
-_BOXED = (1000, 750)
-"""Width and height of a picture with boxes."""
-_ROUND = DataSize(samples=100_000, tokens=600)
-"""Size of the data for which memory is counted: the setting that is fastest depends little on it."""
+Probe = Callable[[Parts], Iterator[Diagnosis]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFinding(Diagnosis):
-    """What a probe of a model found."""
-
-    brief: str = ""
-    """In a word or two, for the table of families; empty: the detail."""
-
-
-Probe = Callable[[Parts], Iterator[ModelFinding]]
-
-
-def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
+def _parts_found(parts: Parts) -> Iterator[Diagnosis]:
     model: Any = parts.model
     tower = getattr(model.config, "vision_config", None)
     between = ", ".join(path.rpartition(".")[2] for path in projectors(model))
@@ -74,16 +53,16 @@ def _parts_found(parts: Parts) -> Iterator[ModelFinding]:
         whole = parts.image_processing.videos is not None
         seeing += "; a video stays a video" if whole else "; a video becomes pictures"
     detail = f"{type(model).__name__}: decoder {type(model.get_decoder()).__name__}{seeing}"
-    yield ModelFinding(name="class and parts", detail=detail)
+    yield Diagnosis(name="class and parts", detail=detail)
 
 
-def _experts(parts: Parts) -> Iterator[ModelFinding]:
+def _experts(parts: Parts) -> Iterator[Diagnosis]:
     """Only of models that have some."""
     adaptable = _adaptable(parts)
     if adaptable.parameters:
-        yield ModelFinding(name="experts", detail=f"set adapter.target_parameters: {adaptable.parameters}")
+        yield Diagnosis(name="experts", detail=f"set adapter.target_parameters: {adaptable.parameters}")
     for name, reason in adaptable.left_out.items():
-        yield ModelFinding(
+        yield Diagnosis(
             name="experts", status="warn", detail=f"{name} cannot carry an adapter: {reason}",
             remedy="They stay as they are." if adaptable.parameters else f"Set adapter.targets: {adaptable.targets}.",
         )  # fmt: skip
@@ -94,44 +73,39 @@ def _adaptable(parts: Parts) -> AdaptableTargets:
     return adaptable_targets(model, decoder_path(model) if is_multimodal(model) else "")
 
 
-def adapter_of(parts: Parts) -> AdapterConfig:
+def _adapter_of(parts: Parts) -> AdapterConfig:
     """The adapter of every layer that can carry one."""
     adaptable = _adaptable(parts)
     return AdapterConfig(targets=adaptable.targets, target_parameters=adaptable.parameters)
 
 
-def _rows(parts: Parts) -> Iterator[ModelFinding]:
+def _rows(parts: Parts) -> Iterator[Diagnosis]:
     model = parts.model
     if needs_padding(model):
-        yield ModelFinding(
-            name="rows", brief="padded", detail="padded: each conversation is a row of its own, on transformers' layers"
-        )
+        yield Diagnosis(name="rows", detail="padded: each conversation is a row of its own, on transformers' layers")
     else:
         with torch.device("meta"):
             layers = use_lean_layers(type(model)(model.config))
         form = "lean" if layers else "transformers' own"
-        yield ModelFinding(
-            name="rows", brief=f"padding-free, {'lean' if layers else 'stock'} layers",
+        yield Diagnosis(
+            name="rows",
             detail=f"padding-free: conversations stand in one row without padding; decoder layers are {form}",
         )  # fmt: skip
     finding = rows_of(model, "auto")
     if finding.apart:
-        yield ModelFinding(
-            name="row probe", brief="apart", detail="changing one conversation of a row does not move the other"
-        )
+        yield Diagnosis(name="row probe", detail="changing one conversation of a row does not move the other")
         return
     what = "may see each other, since the probe failed" if finding.moved is None else "see each other"
     reason = finding.fault if finding.moved is None else f"a change of one moves the other by {finding.moved:.1g}"
     padded = needs_padding(model)
-    yield ModelFinding(
+    yield Diagnosis(
         name="row probe", status="ok" if padded else "warn",
-        brief=f"no answer: {reason}" if finding.moved is None else f"mixed by {finding.moved:.1g}",
         detail=f"in one row, conversations {what} ({reason}){'; training never puts two into one' if padded else ''}",
         remedy="" if padded else "Set train.micro_batch to 1 and data.pack_tokens to 0; training refuses other values.",
     )  # fmt: skip
 
 
-def _labels(parts: Parts) -> Iterator[ModelFinding]:
+def _labels(parts: Parts) -> Iterator[Diagnosis]:
     faults, shown = [], ""
     for turns, size in conversations_of(parts):
         example = example_of(parts, turns, size)
@@ -147,14 +121,14 @@ def _labels(parts: Parts) -> Iterator[ModelFinding]:
             faults.append(f"{learned} is learned, expected {answers}")
         texts = [(decoded(parts, run), supervised) for run, supervised in runs]
         shown = "".join(f"[[{text}]]" if supervised else text for text, supervised in texts)
-    yield ModelFinding(
-        name="labels", status="bad" if faults else "ok", brief=f"wrong: {faults[0]}" if faults else "right",
+    yield Diagnosis(
+        name="labels", status="bad" if faults else "ok",
         detail=f"{'; '.join(faults) or 'answers alone are learned, marked by [[ ]]'}: {shown}",
         remedy="Do not train it; report this with the command." if faults else "",
     )  # fmt: skip
 
 
-def _prompts(parts: Parts) -> Iterator[ModelFinding]:
+def _prompts(parts: Parts) -> Iterator[Diagnosis]:
     """Other programs ask by the template's generation prompt; this project asks as it trained."""
     turns, size = conversations_of(parts)[0]
     encoder, question = ConversationEncoder.of(parts), turns[:1]
@@ -165,11 +139,11 @@ def _prompts(parts: Parts) -> Iterator[ModelFinding]:
     ]
     places = [first_difference(asked, ids) for ids in trained]
     if None in places:
-        yield ModelFinding(name="generation prompt", detail="answers are learned behind the template's own prompt")
+        yield Diagnosis(name="generation prompt", detail="answers are learned behind the template's own prompt")
         return
     at = max(place for place in places if place is not None)
     theirs, ours = (decoded(parts, ids[max(0, at - 4) :]) for ids in (asked, trained[0]))
-    yield ModelFinding(
+    yield Diagnosis(
         name="generation prompt", status="warn",
         detail=f"the template's generation prompt ends with '{theirs}', and answers are learned behind '{ours}': this "
         "project asks as it trained, other programs such as vLLM do not",
@@ -177,34 +151,7 @@ def _prompts(parts: Parts) -> Iterator[ModelFinding]:
     )  # fmt: skip
 
 
-def _thinking(parts: Parts) -> Iterator[ModelFinding]:
-    encoder = ConversationEncoder.of(parts)
-    thought = encoder.thought(("user", "assistant"))
-    if not encoder.knows_thinking:
-        detail = "the chat template knows no <think>; thinking in answers is learned as text"
-    elif thought is None:
-        detail = "the chat template drops <think> of answers, so thinking cannot be learned"
-    else:
-        switch = "two forms of prompts, to think or to answer at once" if encoder.has_switch else "one form of prompts"
-        detail = f"the chat template writes <think>, with {switch}"
-    yield ModelFinding(name="thinking", detail=detail)
-
-
-def _boxes(parts: Parts) -> Iterator[ModelFinding]:
-    processing = parts.image_processing
-    if processing is None:
-        return
-    if processing.boxes is None:
-        detail = "neither family nor vocabulary shows a form; records with boxes need model.boxes"
-        yield ModelFinding(name="boxes", detail=detail)
-        return
-    frame = processing.frame(_BOXED)
-    seen = f"{frame.width:g} x {frame.height:g}" if processing.boxes == "qwen2_5_vl" else "shares of it"
-    detail = f"as {processing.boxes} writes them; of a picture of {_BOXED[0]} x {_BOXED[1]} pixels it counts {seen}"
-    yield ModelFinding(name="boxes", detail=detail)
-
-
-def _logits(parts: Parts) -> Iterator[ModelFinding]:
+def _logits(parts: Parts) -> Iterator[Diagnosis]:
     """Compares, and leaves the model as training has it."""
     model, owner = parts.model, parts.template_processor or parts.tokenizer
     conversations = conversations_of(parts)
@@ -223,8 +170,8 @@ def _logits(parts: Parts) -> Iterator[ModelFinding]:
     theirs = torch.cat(expected)
     difference = float((ours.detach() - theirs).abs().max() / theirs.abs().max())
     wrong = not difference <= _EXACT
-    yield ModelFinding(
-        name="logits", status="bad" if wrong else "ok", brief=f"differ by {difference:.0e}" if wrong else "equal",
+    yield Diagnosis(
+        name="logits", status="bad" if wrong else "ok",
         detail=f"logits of a batch as it trains differ from the model's own by at most {difference:.1e} of the largest",
         remedy=f"More than {_EXACT:.0e}: do not train it; report this with the command." if wrong else "",
     )  # fmt: skip
@@ -234,7 +181,7 @@ def _as_trained(parts: Parts) -> None:
     """Put in adapters that change nothing yet, and the kernels of training; dropout is off."""
     seen = parts.is_pretrained_vlm
     model = ModelConfig(vlm="probe" if seen else None, language=None if seen else "probe", kernels="torch")
-    recipe = Recipe(model=model, adapter=adapter_of(parts))
+    recipe = Recipe(model=model, adapter=_adapter_of(parts))
     attach_adapters(parts, recipe.model, recipe.adapter)
     for module in parts.model.train().modules():
         for name, value in vars(module).items():
@@ -245,12 +192,12 @@ def _as_trained(parts: Parts) -> None:
     prepare_execution(parts.model, recipe, kernels_of(recipe, "fp32"), "fp32")
 
 
-def _step(parts: Parts) -> Iterator[ModelFinding]:
+def _step(parts: Parts) -> Iterator[Diagnosis]:
     if not any("lora_" in name for name, _ in parts.model.named_parameters()):  # the probe before failed
         try:
             _as_trained(parts)
         except AdapterError:
-            yield ModelFinding(name="a training step", status="warn", detail="not tried: there is no adapter to train")
+            yield Diagnosis(name="a training step", status="warn", detail="not tried: there is no adapter to train")
             return
     batch = Batch.from_examples([example_of(parts, *conversation) for conversation in conversations_of(parts)])
     loss: Tensor = LossModule(parts.model, None)(batch, bool(batch.images))
@@ -261,46 +208,15 @@ def _step(parts: Parts) -> Iterator[ModelFinding]:
     experts = sum(trained[name].ndim > 2 for name in mixers)
     layers = f"{len(mixers) - experts} layers{f', {experts} stacks of experts' if experts else ''}"
     detail = f"MoSLoRA trains {size:,} values in {layers} of the language model"
-    yield ModelFinding(
+    yield Diagnosis(
         name="a training step", status="bad" if without else "ok",
-        brief=f"no gradient for {len(without)} of {len(trained)}" if without else layers,
         detail=f"{detail}, but {len(without)} of {len(trained)} factors get no finite gradient, such as {without[0]}"
         if without else f"{detail}, and every factor gets a finite gradient",
         remedy="Leave these layers out of adapter.targets." if without else "",
     )  # fmt: skip
 
 
-def _exports(parts: Parts) -> Iterator[ModelFinding]:
-    model = parts.model
-    refused = {
-        "llava": why_not_stock(model) if isinstance(model, VlmForConditionalGeneration) else None,
-        "llava-original": why_not_original(model, str(parts.base.get("vision") or "")),
-        "gguf": why_not_gguf(parts),
-    }
-    ways = ["hf", "lora", *(name for name, reason in refused.items() if reason is None)]
-    reasons = "".join(f"; not {name}: {reason.split('. ')[0]}" for name, reason in refused.items() if reason)
-    yield ModelFinding(name="exports", detail=f"export --to {', '.join(ways)}{reasons}")
-
-
-def memory(_: Parts, *, recipe: Recipe, gpus: str) -> Iterator[ModelFinding]:
-    """The fastest setting that fits."""
-    best = (planned := plan(recipe, parse_gpus(gpus), _ROUND)).best
-    if best is None:
-        peak = planned.own.peak / 2**30
-        yield ModelFinding(
-            name="memory", status="warn", detail=f"no setting fits {gpus}; the recipe's own takes {peak:.0f} GiB",
-            remedy=planned.remedy or "Load it in 4 bits (model.quantisation: nf4).",
-        )  # fmt: skip
-        return
-    detail = f"{best.peak / 2**30:.1f} GiB per GPU of {gpus}, by {best.label}"
-    yield ModelFinding(name="memory", detail=detail)
-
-
-PROBES: tuple[Probe, ...] = (
-    _parts_found, _experts, _rows, _labels, _prompts, _thinking, _boxes, _exports, _logits, _step,
-)  # fmt: skip
+PROBES: tuple[Probe, ...] = (_parts_found, _experts, _rows, _labels, _prompts, _logits, _step)
 """Of a model; the last two change it."""
-PROBES_WITHOUT_TEMPLATE: tuple[Probe, ...] = (_parts_found, _experts, _rows, _exports)
+PROBES_WITHOUT_TEMPLATE: tuple[Probe, ...] = (_parts_found, _experts, _rows)
 """Of one whose conversations cannot be encoded."""
-FAMILY_PROBES: tuple[Probe, ...] = (_rows, _labels, _logits, _step)
-"""Of a small random model of a family."""

@@ -7,25 +7,23 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from small_families import small_family
 from tiny import supervised_logits
 
 from mm_moslora.batch import Batch
 from mm_moslora.cli.export_verbs import export
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
-from mm_moslora.planning.model_doctor import _small_model
 from mm_moslora.planning.probe_conversations import conversations_of, example_of
-from mm_moslora.planning.small_families import default_config, stand_in_processor
 from mm_moslora.training.training_loop import train
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def test_a_run_of_a_new_family_exports_and_loads_back(tmp_path: Path) -> None:
-    config = default_config("qwen3_vl_moe")
-    processor = stand_in_processor(config)
-    model = _small_model(config, processor, config.model_type)
-    for part in (model, processor):
+    parts = small_family("qwen3_vl_moe")
+    model = parts.model
+    for part in (model, parts.processor):
         part.save_pretrained(tmp_path / "base")
     rows = []
     for number, size in enumerate(((64, 48), (90, 120))):

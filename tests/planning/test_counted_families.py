@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from planning_configs import memory_of
+from small_families import default_config, small_family, stand_in_processor
 from tiny import make_tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,12 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
-from mm_moslora.models.assembly import pretrained_parts
 from mm_moslora.models.meta_execution import kept_bytes
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.planning.run_plan import DataSize, plan
-from mm_moslora.planning.small_families import default_config, small_family_model, stand_in_processor
 from mm_moslora.training.metrics import activation_memory
 from mm_moslora.training.metrics.gpu_memory import StepMemory
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
@@ -70,16 +69,13 @@ def test_parameters_are_those_of_the_whole_model(kind: str, adapter: AdapterConf
 
 
 def test_what_layers_with_adapted_experts_keep_is_counted(tmp_path: Path) -> None:
-    config = default_config("qwen3_vl_moe")
-    processor = stand_in_processor(config)
-    model = small_family_model(config, words=len(processor.tokenizer), accept=lambda made: None)
-    model.config.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    parts = small_family("qwen3_vl_moe")
+    parts.model.config.save_pretrained(tmp_path)
+    parts.processor.save_pretrained(tmp_path)
     recipe = Recipe(model=ModelConfig(vlm=str(tmp_path)), adapter=EXPERTS)
     size = memory_of(recipe, dtype=torch.float32)
-    parts = pretrained_parts(processor, model=model, base={"vlm": str(tmp_path), "vlm_revision": None})
     attach_adapters(parts, recipe.model, recipe.adapter)
-    decoder: Any = model.train().get_decoder()
+    decoder: Any = parts.model.train().get_decoder()
     for tokens in (100, 900):
         hidden = torch.randn(1, tokens, size.width, requires_grad=True)
         found = kept_bytes(lambda row=hidden: decoder(inputs_embeds=row, use_cache=False), decoder)

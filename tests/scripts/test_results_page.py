@@ -23,7 +23,7 @@ def write(page: Path, *runs: Path | str) -> subprocess.CompletedProcess[str]:
 
 
 def run_of(folder: Path, names: tuple[str, ...]) -> Path:
-    results = comparison_results(names, points=0.03)
+    results = comparison_results(names)
     results["comparisons"][-1] |= {"low": math.nan, "high": math.nan}
     results["command"] = "mm-moslora compare --tasks llava:/w/runs/a.jsonl,llava:/w/runs/b.jsonl@/w/runs/c"
     results["says"] = ["A sentence with <b>markup</b>\nand a line break."]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_families import default_config, stand_in_processor
 from transformers import AutoModelForImageTextToText
 
 from mm_moslora.models.assembly import pretrained_parts
 from mm_moslora.models.batching.padded_batch import text_inputs
 from mm_moslora.planning.probe_conversations import SIGHTED, example_of, stock_inputs
-from mm_moslora.planning.small_families import default_config, stand_in_processor
 
 
 @pytest.mark.parametrize("kind", ["molmo2", "gemma3"])
