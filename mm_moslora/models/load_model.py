@@ -27,7 +27,7 @@ from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.memory_efficient.packed_weights import is_packed, make_dense
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.models.model_sizes import load_base
+from mm_moslora.models.model_sizes import load_base, refuse_configuration
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
@@ -219,6 +219,7 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None,
         with torch.device("meta"):
             return auto.from_config(config, trust_remote_code=False)
 
+    refuse_configuration(str(folder), revision)
     config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:

@@ -49,7 +49,7 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     """
     try:
         with hub_or_cache(name):
-            refuse_immense(name, revision)
+            refuse_configuration(name, revision)
             config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         if name not in shipped_shapes():
@@ -102,8 +102,11 @@ def base_sizes(config: ModelConfig) -> Any:
     return sizes_of(config.language, config.language_revision, key="model.language")
 
 
-def refuse_immense(name: str, revision: str | None = None) -> None:
-    """Refuse a configuration with more layers or larger sizes than any model has, before its class builds them.
+def refuse_configuration(name: str, revision: str | None = None) -> None:
+    """Refuse a configuration that no class may build: sizes that no model has, or code that its writer chose.
+
+    transformers fetches and runs native code where an implementation of attention or experts is the name of a
+    repository, and the configuration names repository and commit.
 
     Args:
         name: folder or hub id.
@@ -119,11 +122,21 @@ def refuse_immense(name: str, revision: str | None = None) -> None:
     for path, part in parts:
         for key, value in part.items() if isinstance(part, dict) else ():
             parts += [(f"{path}{key}.", value)] if isinstance(value, dict) else []
+            if "implementation" in str(key) and any("/" in str(item) for item in _texts(value)):
+                raise ModelError(
+                    f"{name}: {path}{key} of its config.json is {value!r}, which has transformers fetch native code and "
+                    "run it. Code that comes with a model is never run: delete the key."
+                )
             most = next((most for names, most in _MOST.items() if names.search(str(key))), None)
             if most is not None and isinstance(value, int | float) and value > most:
                 raise ModelError(
                     f"{name}: {path}{key} of its config.json is {value:,}, expected at most {most:,}. Correct the file."
                 )
+
+
+def _texts(value: Any) -> list[Any]:
+    """The values of a dictionary, one for each part of a model, or the value of all."""
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
@@ -164,7 +177,7 @@ def load_base(
     """
     with hub_or_cache(name):
         refuse_adapter_beside(str(name), revision)
-        refuse_immense(str(name), revision)
+        refuse_configuration(str(name), revision)
     try:
         with hub_or_cache(name):
             model, info = loader.from_pretrained(

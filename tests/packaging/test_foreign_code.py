@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pty
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -310,3 +311,37 @@ def test_an_adapter_beside_a_model_is_not_put_into_it(tmp_path: Path, language_f
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(MoSLoRAError, match=r"has an adapter_config.json where a model is expected"):
         exec(WAYS[way], {"folder": str(folder)})
+
+
+FOREIGN = "kernels-community/flash-attn@0123456789012345678901234567890123456789"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_implementation": FOREIGN},
+        {"_attn_implementation": FOREIGN},
+        {"attn_implementation": {"": "sdpa", "text_config": FOREIGN}},
+        {"text_config": {"attn_implementation": FOREIGN}},
+        {"experts_implementation": FOREIGN},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_configuration_chooses_no_native_code(tmp_path: Path, language_folder: Path, values: dict) -> None:
+    from mm_moslora.config import ModelConfig
+    from mm_moslora.models.assembly import load_parts
+    from mm_moslora.models.load_model import load, load_unweighted
+    from mm_moslora_eval.backends.transformers_model import TransformersModel
+
+    folder = tmp_path / "model"
+    shutil.copytree(language_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    readers = (
+        load, load_unweighted, lambda path: load_parts(ModelConfig(language=str(path))),
+        lambda path: load_parts(ModelConfig(language=str(path)), weights="none"),
+        lambda path: TransformersModel.from_pretrained(str(path)),
+    )  # fmt: skip
+    for read in readers:
+        with pytest.raises(MoSLoRAError, match="fetch native code"):
+            read(folder)

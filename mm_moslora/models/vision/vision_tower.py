@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
-from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside, refuse_immense
+from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside, refuse_configuration
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
@@ -218,7 +218,7 @@ def _load_transformers(
 
     if weights:
         refuse_adapter_beside(config.name, config.revision)
-    refuse_immense(config.name, config.revision)
+    refuse_configuration(config.name, config.revision)
     try:
         if weights:
             whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
