@@ -124,8 +124,8 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
             parts += [(f"{path}{key}.", value)] if isinstance(value, dict) else []
             if "implementation" in str(key) and any("/" in str(item) for item in _texts(value)):
                 raise ModelError(
-                    f"{name}: {path}{key} of its config.json is {value!r}, which has transformers fetch native code and "
-                    "run it. Code that comes with a model is never run: delete the key."
+                    f"{name}: {path}{key} of its config.json is {value!r}, which has transformers fetch native code "
+                    "and run it. Code that comes with a model is never run: delete the key."
                 )
             most = next((most for names, most in _MOST.items() if names.search(str(key))), None)
             if most is not None and isinstance(value, int | float) and value > most:

@@ -328,10 +328,11 @@ FOREIGN = "kernels-community/flash-attn@0123456789012345678901234567890123456789
     ids=lambda values: next(iter(values)),
 )
 def test_a_configuration_chooses_no_native_code(tmp_path: Path, language_folder: Path, values: dict) -> None:
+    from mm_moslora_eval.backends.transformers_model import TransformersModel
+
     from mm_moslora.config import ModelConfig
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, load_unweighted
-    from mm_moslora_eval.backends.transformers_model import TransformersModel
 
     folder = tmp_path / "model"
     shutil.copytree(language_folder, folder)
