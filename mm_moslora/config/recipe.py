@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, Self, TypeVar
 import yaml
 
 from mm_moslora.config.data_config import DataConfig
+from mm_moslora.config.inherited_settings import with_inherited
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig, refuse_unfit
@@ -23,6 +25,8 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 from mm_moslora.utils.untrusted_files import opened, read_text
+
+logger = logging.getLogger(__name__)
 
 RECIPES_FOLDER = Path(__file__).with_name("recipes")
 R = TypeVar("R", bound="YamlRecipe")
@@ -184,7 +188,8 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
         presets: folder of the shipped presets.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    resolved = path.is_dir()  # a run's: it names every key
+    if resolved:
         path = _recipe_of_run(path)
     is_file = path.is_file()
     if not is_file:
@@ -205,15 +210,24 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
     if is_file and path.resolve().parent != presets.resolve():
         typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
         data = from_working_folder(data, path.parent, source=str(path), typed=typed)
-    changed = _overridden(kind, data, overrides)
+    inherits = kind is Recipe and not resolved
+
+    def build(items: Sequence[str]) -> tuple[R, list[str]]:
+        changed = _overridden(kind, data, items)
+        changed, remarks = with_inherited(changed) if inherits else (changed, [])
+        return kind.from_dict(changed, source=str(path)), remarks
+
     try:
-        return kind.from_dict(changed, source=str(path))
+        recipe, remarks = build(overrides)
     except ConfigError as error:
-        if not (guilty := _guilty(kind, data, overrides, str(error), source=str(path))):
+        if not (guilty := _guilty(build, overrides, str(error))):
             raise
         word = "Override" if len(guilty) == 1 else "Overrides"
         what = str(error).removeprefix(f"{path}: ")
         raise ConfigError(f"{word} {', '.join(map(repr, guilty))}: {what}") from error
+    for remark in remarks:
+        logger.warning("%s: %s", path, remark)
+    return recipe
 
 
 def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -241,14 +255,12 @@ def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
     return below or {prefix.rstrip("."): data}
 
 
-def _guilty(
-    kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str], message: str, *, source: str
-) -> list[str]:
+def _guilty(build: Callable[[Sequence[str]], object], overrides: Sequence[str], message: str) -> list[str]:
     """The overrides that cause an error: removing one of them removes the error, or else changes it."""
     cured, changed = [], []
     for number, item in enumerate(overrides):
         try:
-            kind.from_dict(_overridden(kind, data, [*overrides[:number], *overrides[number + 1 :]]), source=source)
+            build([*overrides[:number], *overrides[number + 1 :]])
             cured.append(item)
         except ConfigError as error:
             changed += [item] if str(error) != message else []

@@ -1,0 +1,116 @@
+"""What a run was trained with is taken over by a recipe that starts from its weights.
+
+`adapter.weights` and `model.projector.weights` may name a run. Its pictures, and for an adapter its prompts, are then
+those of the new run, unless the recipe names other values, which is remarked. A run so knows what its start has seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config.recipe_paths import from_working_folder
+from mm_moslora.utils.run_paths import MANIFEST, PROJECTOR, checkpoints
+from mm_moslora.utils.untrusted_data import parse_yaml
+from mm_moslora.utils.untrusted_files import read_text_below
+
+_BASE = ("language", "language_revision", "vlm", "vlm_revision", "vision.name")
+"""Keys of `model`: taken over together, where the recipe names no base."""
+_PICTURES = (
+    "image_aspect", "anyres_tiles", "min_pixels", "max_pixels", "vision.revision", "vision.pretrained",
+    "vision.feature_layer", "vision.fuse_with", "vision.select", "vision.image_size", "projector.kind",
+    "projector.shuffle", "projector.queries", "projector.depth",
+)  # fmt: skip
+_PROMPTS = ("chat_template", "faithful", "system_prompt", "thinking", "boxes")
+_FACTORS = ("rank", "alpha")
+_VIDEOS = ("video_frames", "video_fps")
+
+
+def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The plain data of a recipe, completed from the runs whose weights it starts from; paths start at the working
+    directory.
+
+    Returns:
+        The data, and a remark for every value that the recipe names otherwise.
+    """
+    remarks: list[str] = []
+    changed: dict[str, Any] = copy.deepcopy(dict(data))
+    model = changed.setdefault("model", {})
+    adapter = changed.get("adapter")
+    if not isinstance(model, dict):
+        return changed, remarks  # the strict reader says so
+    if isinstance(adapter, dict) and (checkpoint := _checkpoint_of(adapter.get("weights"))) is not None:
+        stored = _recipe_in(checkpoint)
+        _take_over(model, stored.get("model"), (*_PICTURES, *_PROMPTS), "model.", remarks, checkpoint)
+        _take_over(adapter, stored.get("adapter"), _FACTORS, "adapter.", remarks, checkpoint)
+        _take_over_videos(changed, stored)
+        if model.get("vision") and (checkpoint / PROJECTOR).is_file():
+            projector = model.setdefault("projector", {})
+            if isinstance(projector, dict) and not projector.get("weights"):
+                projector["weights"] = str(checkpoint)
+    projector = model.get("projector")
+    if isinstance(projector, dict) and (checkpoint := _checkpoint_of(projector.get("weights"))) is not None:
+        _take_over(model, _recipe_in(checkpoint).get("model"), _PICTURES, "model.", remarks, checkpoint)
+    return changed, list(dict.fromkeys(remarks))
+
+
+def _checkpoint_of(weights: object) -> Path | None:
+    """The checkpoint that holds weights: a run's newest, the folder itself, or the one around the file or folder."""
+    if not isinstance(weights, str) or not weights:
+        return None
+    path = Path(weights).expanduser()
+    committed = [folder for _, folder in reversed(checkpoints(path)) if (folder / MANIFEST).is_file()]
+    return next((folder for folder in (*committed[:1], path, path.parent) if (folder / MANIFEST).is_file()), None)
+
+
+def _recipe_in(checkpoint: Path) -> dict[str, Any]:
+    text = read_text_below(checkpoint, "config.yaml")
+    data = {} if text is None else parse_yaml(text, source=str(checkpoint / "config.yaml"))
+    return from_working_folder(data, checkpoint, source=str(checkpoint / "config.yaml"))
+
+
+def _take_over(
+    section: dict[str, Any], stored: object, keys: tuple[str, ...], prefix: str, remarks: list[str], checkpoint: Path
+) -> None:
+    """Fill the keys that `section` does not name, and remark those that it names otherwise."""
+    if not isinstance(stored, Mapping):
+        return
+    if prefix == "model." and not section.get("language") and not section.get("vlm"):
+        keys = (*_BASE, *keys)
+    for key in keys:
+        value, part, inner = stored, section, key
+        if "." in key:
+            outer, inner = key.split(".")
+            value = stored.get(outer) or {}
+            if key != "vision.name" and outer == "vision" and not isinstance(section.get(outer), dict):
+                continue  # a language model alone
+            if not isinstance(value, Mapping) or inner not in value:
+                continue
+            part = section.setdefault(outer, {})
+            if not isinstance(part, dict):
+                continue
+        if inner not in value:
+            continue
+        if inner not in part:
+            part[inner] = copy.deepcopy(value[inner])
+        elif part[inner] != value[inner]:
+            remarks.append(
+                f"{prefix}{key} is {part[inner]!r}, and the weights of {checkpoint} were trained with {value[inner]!r}."
+            )
+
+
+def _take_over_videos(data: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Frames of videos, where all sources of the training agree and a source of the recipe names none."""
+    section, before = data.get("data"), stored.get("data")
+    sources = before.get("train") if isinstance(before, Mapping) else None
+    if not isinstance(section, dict) or not isinstance(sources, list) or not sources:
+        return
+    settings = [{key: item.get(key) for key in _VIDEOS} for item in sources if isinstance(item, Mapping)]
+    if not settings or any(item != settings[0] for item in settings):
+        return
+    for name in ("train", "validation"):
+        for item in section.get(name) or ():
+            if isinstance(item, dict) and not any(key in item for key in _VIDEOS):
+                item.update({key: value for key, value in settings[0].items() if value is not None})
