@@ -1,8 +1,5 @@
 """mm_moslora: assemble a vision-language model, tune it with MoSLoRA, measure it, export it."""
 
-import mm_moslora.renamed
-import mm_moslora.utils
+import mm_moslora.utils  # noqa: F401  (its log filters, before anything imports peft or transformers)
 
 __version__ = "0.1.0"
-
-mm_moslora.renamed.install()

@@ -152,7 +152,7 @@ def write_outcome(run_folder: Path, outcome: Outcome) -> None:
 
 
 def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> None:
-    """Refuse the outcome of another recipe. Keys that the run's version did not have count with their defaults.
+    """Refuse the outcome of another recipe. Keys that its recipe leaves out count with their defaults.
 
     Args:
         run_folder: the run's folder.

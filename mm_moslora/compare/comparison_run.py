@@ -135,7 +135,6 @@ class ArmComparison:
                     f"{self.folder} has format {stored.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
-            # It may have the fingerprints of an earlier version.
             before = read_value(dict[str, str], stored.get("data") or {}, source=str(file), where="data")
             self._refuse_changed_data(before, dict(checksums) | same_parts(self._given.model, before))
             changed = [key for key, value in own.items() if key != "data" and stored.get(key) != value]

@@ -34,8 +34,7 @@ def differences(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
 
 def differing_question(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """The first difference of the tokens of a question alone."""
-    asked = _ids(own["question"]) if stored["question"] else []
-    return differing_ids(asked, stored["question"], what="a question alone")
+    return differing_ids(_ids(own["question"]), stored["question"], what="a question alone")
 
 
 def differing_counts(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -84,9 +84,10 @@ class _Fingerprint:
     prompt: list[tuple[int, int, str]]
     tokens_per_picture: dict[str, int]
     tensors: dict[str, _Summary]
-    question: list[tuple[int, int, str]] = field(default_factory=list)
-    """As `prompt`, of a question alone; like `stop_ids` empty in files of earlier versions, and then not compared."""
-    stop_ids: list[int] = field(default_factory=list)
+    question: list[tuple[int, int, str]]
+    """As `prompt`, of a question alone."""
+    stop_ids: list[int]
+    """Empty: unknown, and then not compared."""
 
 
 class PreprocessingParts(EncoderParts, Protocol):
@@ -188,7 +189,7 @@ def write_preprocessing(fingerprint: Mapping[str, Any], folder: Path) -> None:
 
 
 def stored_preprocessing(path: str | Path) -> dict[str, Any]:
-    """The fingerprint of a run, a checkpoint or an export; empty in those of earlier versions.
+    """The fingerprint of a run, a checkpoint or an export; empty where it has none.
 
     Raises:
         ModelError: the file is damaged, or of a later version.
@@ -243,7 +244,7 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
     """
     stored = stored_preprocessing(path)
     if not stored:
-        raise DataError(f"{path} has no {PREPROCESSING}: an earlier version wrote it. Export it again.")
+        raise DataError(f"{path} has no {PREPROCESSING} to compare with.")
     ids = inputs.get("input_ids")
     tensors = {name: tensor_summary(as_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
     if ids is None and not tensors:

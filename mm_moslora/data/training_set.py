@@ -67,7 +67,7 @@ def _frames(processing: ImageProcessing) -> str:
 
 
 def _of_videos(rules: PictureRules) -> str:
-    """The rules for videos that differ from the defaults, which earlier versions had."""
+    """The rules for videos that differ from the defaults."""
     return "".join(f" {value}" for value in (rules.video_fps, rules.videos) if value is not None)
 
 

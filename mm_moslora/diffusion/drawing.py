@@ -83,11 +83,7 @@ def _source(name: str | None, revision: str | None) -> Any:
     if name is None or not folder.is_dir():
         snapshot = None if name is None or name in TINY_PIPELINES else cached_snapshot(name, revision)
         return name if snapshot is None else [name, snapshot.name]
-    return [
-        (str(path.relative_to(folder)), fingerprint(path, by_tensor=False))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    return [(str(path.relative_to(folder)), fingerprint(path)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _class_pictures(folder: Path, digest: str) -> list[Path]:

@@ -39,7 +39,7 @@ class Heartbeat:
     written: float = 0.0
     """Time of the heartbeat by the file system's clock."""
     started: int | None = None
-    """Start of its process, see `process_start`; None where an earlier version wrote the heartbeat."""
+    """Start of its process, see `process_start`; None: not known."""
     place: str = ""
     """Position of its main thread after it gave up; empty when it waits for other ranks there."""
     gave_up: bool = False

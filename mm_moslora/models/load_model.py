@@ -263,6 +263,6 @@ def trained_boxes(folder: str | Path) -> BoxChoice:
     """The form of boxes that an export was trained with; auto where it holds none."""
     try:
         form = read_json(Path(folder) / PREPROCESSING)["settings"]["boxes"]
-    except (OSError, MoSLoRAError, KeyError, TypeError):  # of an earlier version, or damaged, which is said elsewhere
+    except (OSError, MoSLoRAError, KeyError, TypeError):  # it has none, or a damaged one, which is said elsewhere
         return "auto"
     return next((name for name in get_args(BoxFormName) if name == form), "auto")

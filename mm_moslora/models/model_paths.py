@@ -21,7 +21,6 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from mm_moslora.config import ModelConfig
 from mm_moslora.models.weights_fingerprint import (
     ALL_FILES,
-    BY_TENSOR,
     LANGUAGE_FILES,
     PICTURE_FILES,
     difference,
@@ -39,7 +38,7 @@ CONTENTS, COMMITS = "contents", "commits"
 PROJECTOR_WEIGHTS = "model.projector.weights"
 _PATHS = ("/", "./", "../")
 """Beginnings of names that can only be paths."""
-_FINGERPRINT, _COMMIT = re.compile(r"(2-)?[0-9a-f]{64}(\.[0-9a-f]{64})?"), re.compile(r"[0-9a-f]{40}")
+_FINGERPRINT, _COMMIT = re.compile(r"2-[0-9a-f]{64}(\.[0-9a-f]{64})?"), re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +71,8 @@ class Part:
         return ({"model.language": LANGUAGE_FILES, "model.vlm": ALL_FILES} | pictures).get(self.key, ())
 
     def agrees(self, expected: str, path: Path, library: str = "") -> bool:
-        """Whether a place has what a fingerprint was made of; those of earlier versions say less."""
-        by_tensor, texts = expected.startswith(BY_TENSOR), self.texts if "." in expected else ()
-        return expected == fingerprint(path, library=library, by_tensor=by_tensor, texts=texts)
+        """Whether a place has what a fingerprint was made of."""
+        return expected == fingerprint(path, library=library, texts=self.texts if "." in expected else ())
 
     @property
     def is_path(self) -> bool:
@@ -192,7 +190,7 @@ def stored_commits(checkpoint: Path) -> Mapping[str, str]:
 
 
 def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
-    """What a checkpoint's manifest keeps of the parts; runs of earlier versions lack `COMMITS`, or both."""
+    """What a checkpoint's manifest keeps of the parts."""
     try:
         return marks_of(read_json(checkpoint / MANIFEST)["base"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -250,8 +248,7 @@ def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
 def _find(part: Part, base: Mapping[str, Mapping[str, str]], checkpoint: Path) -> _Located:
     expected = base.get(CONTENTS, {}).get(part.key)
     commit = base.get(COMMITS, {}).get(part.key)
-    earlier = CONTENTS not in base or (COMMITS not in base and bool(part.library))  # which kept none of these
-    if (expected is not None and commit is None) or earlier or part.is_path:
+    if (expected is not None and commit is None) or not base or part.is_path:
         return _on_disk(part, expected, checkpoint)
     return _on_hub(part, expected, commit, checkpoint)
 
@@ -293,8 +290,8 @@ def _on_hub(part: Part, expected: str | None, commit: str | None, checkpoint: Pa
     snapshot = (part.snapshot(commit) if commit else None) or part.snapshot(part.revision)
     if expected is None and snapshot is not None:
         logger.warning(
-            "%s keeps no fingerprint of %s, %s: an earlier version saved it. Whether the weights of commit %s are "
-            "those that it was trained on is not known.", checkpoint, part.key, part.name, snapshot.name,
+            "%s keeps no fingerprint of %s, %s. Whether the weights of commit %s are those that it was trained on is "
+            "not known.", checkpoint, part.key, part.name, snapshot.name,
         )  # fmt: skip
     elif snapshot is not None and not part.agrees(str(expected), snapshot, part.library):
         if snapshot.name == commit or is_offline_mode() or part.library:

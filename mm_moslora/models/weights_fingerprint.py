@@ -12,9 +12,9 @@ from mm_moslora.utils.files import read_json
 from mm_moslora.utils.untrusted_data import parse_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-BY_TENSOR = "2-"
-"""Begins fingerprints with samples of every tensor; earlier ones have 16 samples of a file."""
-_SAMPLES, _MORE_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 16, 256, 4096, 1024
+_FORMAT = "2-"
+"""Begins every fingerprint; another choice of samples gets another number."""
+_SAMPLES, _SAMPLE_BYTES, _TENSOR_BYTES = 256, 4096, 1024
 _MOST_HEADER = 2**27
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 LANGUAGE_FILES = (
@@ -34,18 +34,7 @@ def difference(own: str, expected: str) -> tuple[str, str, str]:
     return "weights", own[:10], old[:10]
 
 
-def is_comparable(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one kind; runs of earlier versions have another."""
-    return one.startswith(BY_TENSOR) == other.startswith(BY_TENSOR)
-
-
-def is_same(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in what both were made of."""
-    whole = "." in one and "." in other
-    return one == other if whole else one.partition(".")[0] == other.partition(".")[0]
-
-
-def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True, texts: Collection[str] = ALL_FILES) -> str:
+def fingerprint(path: Path, *, library: str = "", texts: Collection[str] = ALL_FILES) -> str:
     """A hash of what a model's files are called, how large they are, and of samples all over them.
 
     A folder's has a second one, behind a point: of all that its tokenizer, chat template, settings for pictures and
@@ -54,27 +43,21 @@ def fingerprint(path: Path, *, library: str = "", by_tensor: bool = True, texts:
     Args:
         path: a folder with a configuration and weights, or one file, regardless of its name.
         library: whose weights are read, where a folder has those of several.
-        by_tensor: samples of every tensor, of the weights that are read; False: of 16 places in every file of weights,
-            as in checkpoints of earlier versions.
         texts: patterns for the files of the second hash; none: it is left out.
     """
     digest = hashlib.sha256()
     inside = sorted(path.iterdir()) if path.is_dir() else []
-    chosen = [file for file in inside if file.suffix in _WEIGHTS or file.name == "config.json"]
-    if by_tensor and inside:
-        chosen = sorted({*weight_files(path, library), *(file for file in inside if file.name == "config.json")})
-    for file in chosen or [path]:
+    configuration = (file for file in inside if file.name == "config.json")
+    for file in sorted({*weight_files(path, library), *configuration}) if inside else [path]:
         if not file.is_file():
             continue
         size = file.stat().st_size
         digest.update(os.fsencode(f"{'' if file == path else file.name} {size}\n"))
         with file.open("rb") as stream:
-            for start, count in _samples(stream, size) if by_tensor else _even(size, _SAMPLES):
+            for start, count in _samples(stream, size):
                 stream.seek(start)
                 digest.update(stream.read(count))
-    if not by_tensor:
-        return digest.hexdigest()
-    return f"{BY_TENSOR}{digest.hexdigest()}" + (f".{_of_texts(path, texts)}" if inside and texts else "")
+    return f"{_FORMAT}{digest.hexdigest()}" + (f".{_of_texts(path, texts)}" if inside and texts else "")
 
 
 def _of_texts(folder: Path, texts: Collection[str]) -> str:
@@ -110,11 +93,6 @@ def weight_files(folder: Path, library: str = "") -> list[Path]:
         return []
 
 
-def _even(size: int, count: int) -> Iterator[tuple[int, int]]:
-    for index in range(count):
-        yield max(0, size - _SAMPLE_BYTES) * index // (count - 1), _SAMPLE_BYTES
-
-
 def _samples(stream: BufferedReader, size: int) -> Iterator[tuple[int, int]]:
     """Start and length of the samples of a file: the header of safetensors and four places in every tensor."""
     header = int.from_bytes(stream.read(8), "little")
@@ -125,7 +103,8 @@ def _samples(stream: BufferedReader, size: int) -> Iterator[tuple[int, int]]:
         spans = sorted(item["data_offsets"] for name, item in tensors.items() if name != "__metadata__")
         ends = [[min(max(0, 8 + header + int(end)), size) for end in span] for span in spans]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        yield from _even(size, _MORE_SAMPLES)
+        for index in range(_SAMPLES):
+            yield max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1), _SAMPLE_BYTES
         return
     yield 0, 8 + header
     for start, end in ends:

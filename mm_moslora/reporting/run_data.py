@@ -73,7 +73,7 @@ _KINDS: dict[str, Any] = {
 MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
 """A run has at least one of these files."""
 FORMAT = 1
-"""Version of the layout above; older versions are read, newer ones refused."""
+"""Version of the layout above; newer ones are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

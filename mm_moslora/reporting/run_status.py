@@ -59,12 +59,9 @@ def _state(folder: Path) -> RunState:
 def stage_folders(folder: Path) -> list[Path]:
     """The subfolders that a run records as its stages, in order; folder names alone do not decide."""
     names = read_object(folder / "state.json").get("stages")
-    if not isinstance(names, list):
-        # Older quickstarts did not record their stages; their summary has the time of each.
-        names = ["align", "tune"] if isinstance(read_object(folder / "summary.json").get("stages"), dict) else []
     return [
         folder / name
-        for name in names
+        for name in (names if isinstance(names, list) else ())
         if isinstance(name, str) and name not in ("", "..") and not {"/", "\\", "\0"} & set(name)
         and (folder / name).is_dir() and not (folder / name).is_symlink()
     ]  # fmt: skip
@@ -155,9 +152,8 @@ def _without_beats(folder: Path, recorded: Mapping[str, Any]) -> RunState:
 
 
 def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
-    """For folders without `state.json`, which older releases wrote."""
+    """For folders without a `state.json` that can be read."""
     summary = read_object(folder / "summary.json")
-    # Those releases wrote a summary only at the end.
     if summary.get("steps") and summary.get("total_steps", summary["steps"]) == summary["steps"]:
         return "finished"
     if (folder / "evaluation.json").is_file() and summary:

@@ -226,13 +226,12 @@ def parameters(summary: dict[str, Any]) -> tuple[int, int]:
 def training_seconds(data: RunData) -> tuple[float, float]:
     """Seconds of training over all stages with saves, validations and waiting, and seconds of optimiser steps alone.
 
-    Older runs recorded only the latter; zeros where they are unknown.
+    Zeros where they are unknown.
     """
     summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
     counters = [summary.get("counters") or {} for summary in summaries]
-    stepping = [float(item.get("seconds", 0.0)) for item in counters]
-    walls = [float(item.get("wall_seconds", steps)) for item, steps in zip(counters, stepping, strict=True)]
-    return sum(walls), sum(stepping)
+    walls, stepping = (sum(float(item.get(key, 0.0)) for item in counters) for key in ("wall_seconds", "seconds"))
+    return walls, stepping
 
 
 def sample_kind(sample: SampleRow) -> str:

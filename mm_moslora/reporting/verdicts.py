@@ -277,7 +277,7 @@ def verdict_of_nats(row: Mapping[str, Any]) -> str:
         return "error unknown"
     if row["verdict"] in UNJUDGED:
         return str(row["verdict"])
-    if not nats.get("run_degrees", 1):  # of older files, the row's seeds tell it
+    if not nats["run_degrees"]:
         return "one seed"
     if nats["p_corrected"] < SIGNIFICANT and (nats["low"] > 0 or nats["high"] < 0):
         return "more likely" if nats["difference"] > 0 else "less likely"

@@ -147,8 +147,8 @@ class ZeroSettings:
             persistent=number(_PERSISTENCE),
             secondary=max(1, min(number(_SECONDARY), world)) if stage == 3 else 1,
             frozen_in_bytes=stage == 3 and zero.get("zero_quantized_nontrainable_weights") is True,
-            parameters_off=_offload_device(zero, "offload_param", "cpu_offload_param") if stage == 3 else "",
-            optimizer_off=share if stage and _offload_device(zero, "offload_optimizer", "cpu_offload") else 0.0,
+            parameters_off=_offload_device(zero, "offload_param") if stage == 3 else "",
+            optimizer_off=share if stage and _offload_device(zero, "offload_optimizer") else 0.0,
         )
 
 
@@ -159,10 +159,10 @@ def wants_cpu_adam(config: Mapping[str, Any]) -> bool:
     return offloads and config.get("zero_force_ds_cpu_optimizer") is True
 
 
-def _offload_device(zero: dict[str, Any], group: str, old: str) -> str:
-    """The device to which a group offloads, or the key of older files; empty for none."""
+def _offload_device(zero: dict[str, Any], group: str) -> str:
+    """The device to which a group offloads; empty for none."""
     settings = zero.get(group)
-    device = settings.get("device") if isinstance(settings, dict) else "cpu" if zero.get(old) is True else None
+    device = settings.get("device") if isinstance(settings, dict) else None
     return "" if device in (None, "none") else str(device)
 
 

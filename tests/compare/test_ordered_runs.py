@@ -66,12 +66,12 @@ def test_a_damaged_outcome_counts_as_failed_and_hides_no_other(tmp_path: Path, m
     assert file.read_text() == '{"status": "ok"', "the user may restore it"
 
 
-def test_a_finished_run_stays_finished_when_recipes_get_new_keys(tmp_path: Path):
-    """Its hash is of fewer keys then; its recipe decides."""
+def test_keys_that_a_finished_run_leaves_out_count_with_their_defaults(tmp_path: Path):
+    """Hashes differ then; the recipe decides."""
     asked = settings(rates=[1e-4])
     cell = reported_cells(asked, {"lora": 1e-4})[0]
     place = Path(cell.recipe(RECIPE, tmp_path).train.output)
-    write_outcome(place, Outcome(status="ok", recipe="of an earlier version"))
+    write_outcome(place, Outcome(status="ok", recipe="another hash"))
 
     def read(recipe: Recipe = RECIPE) -> set[str]:
         comparison = ArmComparison(recipe, asked, tmp_path, hold_out=0.1)

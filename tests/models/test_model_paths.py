@@ -98,8 +98,8 @@ def _manifest(run: Path) -> tuple[Path, dict[str, Any]]:
     return file, json.loads(file.read_text())
 
 
-def _as_earlier(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write the manifest as an earlier version had it."""
+def _rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a manifest with another `base`."""
     from mm_moslora.training.checkpointing import checkpoint_folder
 
     file, content = _manifest(run)
@@ -232,61 +232,12 @@ def test_a_path_is_not_looked_up_on_the_hub(
         load(recipe.train.output)
 
 
-def test_runs_of_earlier_versions_are_read(
-    hub_run: Recipe, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = Path(hub_run.train.output)
-    before = _embedding(run)
-
-    def earlier(base: dict[str, Any]) -> None:
-        base.pop("commits")
-        base["contents"] = {}
-
-    _as_earlier(run, earlier)
-    assert torch.equal(_embedding(run), before)
-    assert "keeps no fingerprint of model.language, acme/tiny: an earlier version saved it" in caplog.text
-    source = cache / "models--acme--tiny" / "snapshots" / OLD
-    for parent in (run, tmp_path, Path.cwd()):
-        shutil.copytree(source, parent / "acme" / "tiny")
-        _change(parent / "acme" / "tiny")
-        assert torch.equal(_embedding(run), before), parent
-    assert train(hub_run).finished  # whose checkpoints keep one from here
-    base = json.loads((run / "checkpoint-000004" / "manifest.json").read_text())["base"]
-    assert base["commits"]["model.language"] == OLD
-
-
 @pytest.mark.parametrize("odd", [None, 3, "x", ["a"], {"a": "b"}, {"model.language": 3}, {"model.language": "../x"}])
 def test_a_manifest_of_a_stranger_is_read(hub_run: Recipe, odd: Any) -> None:
     run = Path(hub_run.train.output)
     for key in ("contents", "commits"):
-        _as_earlier(run, lambda base, key=key: base.update({key: odd}))
+        _rewrite(run, lambda base, key=key: base.update({key: odd}))
         assert load(run)
-
-
-def test_fingerprints_of_earlier_versions_are_compared(recipe: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(recipe.model.language, tmp_path / "llm")
-    model = replace(recipe.model, language=str(tmp_path / "llm"))
-    recipe = with_train(replace(recipe, model=model), steps=4, keep_last=9)
-    train(recipe, stop_at=2)
-    run = Path(recipe.train.output)
-
-    def earlier(base: dict[str, Any]) -> None:
-        base.pop("commits")
-        base["contents"]["model.language"] = fingerprint(tmp_path / "llm", by_tensor=False)
-
-    _as_earlier(run, earlier)
-    assert load(run)
-    assert train(recipe, stop_at=3)
-    (tmp_path / "llm").rename(tmp_path / "moved")
-    moved = replace(recipe, model=replace(recipe.model, language=str(tmp_path / "moved")))
-    assert train(moved).finished
-    _change(tmp_path / "moved")
-    with pytest.raises(ModelError):
-        load(run)
-    _as_earlier(run, lambda base: base.pop("contents"))
-    (tmp_path / "moved").rename(tmp_path / "llm")
-    shutil.rmtree(run / "checkpoint-000004")
-    assert load(run / "checkpoint-000002")
 
 
 def _sharded(folder: Path) -> Path:
@@ -331,28 +282,19 @@ def _exchange_two_words(base: Path) -> None:
     file.write_text(json.dumps(content))
 
 
-def _of_earlier(run: Path) -> None:
-    """Leave only what earlier versions kept of the language model."""
-
-    def earlier(base: dict[str, Any]) -> None:
-        base["contents"] = {key: mark.partition(".")[0] for key, mark in base["contents"].items()}
-
-    _as_earlier(run, earlier)
-
-
 @pytest.mark.parametrize(
-    ("change", "earlier", "message"),
+    ("change", "message"),
     [
-        (lambda base: _lead_elsewhere(base, "sub"), True, "other weights"),
-        (lambda base: _lead_elsewhere(base, "../beside"), True, "other weights"),
-        (_write("chat_template.jinja", "EVIL {{ messages[0].content }}"), False, "chat template"),
-        (_write("additional_chat_templates/more.jinja", "EVIL"), False, "chat template"),
-        (_write("generation_config.json", '{"max_new_tokens": 1}'), False, "other files"),
-        (_exchange_two_words, False, "other files of its tokenizer"),
+        (lambda base: _lead_elsewhere(base, "sub"), "other weights"),
+        (lambda base: _lead_elsewhere(base, "../beside"), "other weights"),
+        (_write("chat_template.jinja", "EVIL {{ messages[0].content }}"), "chat template"),
+        (_write("additional_chat_templates/more.jinja", "EVIL"), "chat template"),
+        (_write("generation_config.json", '{"max_new_tokens": 1}'), "other files"),
+        (_exchange_two_words, "other files of its tokenizer"),
     ],
 )
 def test_all_that_is_read_of_a_base_is_looked_at(
-    recipe: Recipe, tmp_path: Path, change: Callable[[Path], None], earlier: bool, message: str
+    recipe: Recipe, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     shutil.copytree(recipe.model.language, tmp_path / "base" / "llm")
     base = _sharded(tmp_path / "base" / "llm")
@@ -364,12 +306,6 @@ def test_all_that_is_read_of_a_base_is_looked_at(
     for use in (load, lambda _: train(recipe), lambda _: open_model(str(run), untuned=True)):
         with pytest.raises((ModelError, EvalError), match=message):
             use(run)
-    _of_earlier(run)  # which are read as before, and have no mark of these files
-    if earlier:
-        with pytest.raises(ModelError, match=message):
-            load(run)
-    else:
-        assert load(run)
 
 
 def test_pictures_are_prepared_as_in_training(recipe: Recipe, tmp_path: Path) -> None:
@@ -382,16 +318,6 @@ def test_pictures_are_prepared_as_in_training(recipe: Recipe, tmp_path: Path) ->
     (tmp_path / "tower" / "preprocessor_config.json").write_text(settings)
     with pytest.raises(ModelError, match=r"model\.vision\.name .*pictures"):
         load(recipe.train.output)
-
-
-def test_a_run_of_an_earlier_version_and_one_of_this_are_compared_by_their_weights(
-    hub_run: Recipe, tmp_path: Path
-) -> None:
-    served, added = Path(hub_run.train.output) / "checkpoint-000002", tmp_path / "run" / "checkpoint-000002"
-    shutil.copytree(served, added)
-    assert "." in json.loads((added / "manifest.json").read_text())["base"]["contents"]["model.language"]
-    _of_earlier(tmp_path / "run")
-    assert _differing_keys(served, added) == []
 
 
 def test_a_projector_that_trained_on_is_not_taken_for_the_start(
@@ -418,11 +344,10 @@ def test_a_fingerprint_notices_any_tensor(tmp_path: Path, index: int) -> None:
     shapes = {"embed": (600, 200), "a.norm": (200,), "a.weight": (200, 200), "b": (3,)}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    before, earlier = fingerprint(tmp_path), fingerprint(tmp_path, by_tensor=False)
+    before = fingerprint(tmp_path)
     _change(tmp_path, [*shapes][index], 1e-3)
     assert fingerprint(tmp_path) != before
     assert before.startswith("2-")
-    assert len(earlier) == 64
 
 
 def test_a_fingerprint_reads_any_file(tmp_path: Path) -> None:

@@ -121,8 +121,6 @@ def _named(source: str) -> list[int]:
 
 
 def test_a_users_python_is_executed_at_one_door() -> None:
-    """`mm_moslora/renamed.py` imports modules of this project."""
-    doors = {"eval/mm_moslora_eval/scoring/trusted_code.py", "mm_moslora/renamed.py"}
     found = set()
     for folder in ("mm_moslora", "eval/mm_moslora_eval"):
         for path in (CHECKOUT / folder).rglob("*.py"):
@@ -131,8 +129,7 @@ def test_a_users_python_is_executed_at_one_door() -> None:
                 _name(call.func) in ("exec_module", "run_path") or _bare(call) in ("exec", "eval") for call in calls
             ):
                 found.add(path.relative_to(CHECKOUT).as_posix())
-    assert found - doors == set()
-    assert doors - found <= {"mm_moslora/renamed.py"}
+    assert found == {"eval/mm_moslora_eval/scoring/trusted_code.py"}
 
 
 def _bare(call: ast.Call) -> str:

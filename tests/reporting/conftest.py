@@ -50,7 +50,8 @@ def run_folder(tmp_path: Path) -> Path:
                     {"name": "mixer", "total": 100, "trainable": 100},
                 ],
                 "base": {"language": "/cache/tiny-llm", "vision": "tiny-vit"}, "tokens_per_image": 16,
-                "memory_gib": 1.5, "counters": {"seconds": 125.0}, "data": {"training": {"records": 1234}},
+                "memory_gib": 1.5, "counters": {"seconds": 125.0, "wall_seconds": 125.0},
+                "data": {"training": {"records": 1234}},
                 "environment": {"torch": "2"}, "commands": [{"what": "Again", "command": "mm-moslora train demo"}],
             }
         )

@@ -100,6 +100,7 @@ def _difference(
     in_nats = {
         "difference": likely, "stderr": error / 2, "low": likely - error, "high": likely + error, "p": 0.01,
         "p_corrected": 0.03 if abs(likely) > error else 0.4, "detectable": 0.04, "documents": 600, "left_out": 0,
+        "run_degrees": 8.0,
     }  # fmt: skip
     return {
         "arm": place[0], "reference": place[1], "task": place[2], "difference": value, "stderr": half / 2,

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_read_never_leads_to_a_fresh_start(recipe, w
             train(recipe)
     assert hexed(Path(recipe.train.output)) == before
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-000002"]
-    (run / "checkpoint-000002").rename(run / "checkpoint-000002.corrupt")  # as an earlier release left it
+    (run / "checkpoint-000002").rename(run / "checkpoint-000002.corrupt")
     with pytest.raises(CheckpointError, match=r"checkpoint-000002\.corrupt"):
         train(recipe)
     assert train(recipe, resume="never", stop_at=1).step == 1

@@ -109,17 +109,6 @@ def test_the_form_is_stored_with_the_run_and_its_exports(recipe, qwen3, tmp_path
     assert train(recipe).finished  # `auto` in the recipe goes on with what it became
 
 
-def test_a_checkpoint_of_the_time_before_keeps_its_form(recipe, qwen3, tmp_path, monkeypatch) -> None:
-    """It says `auto` where its data think; it is asked as it was, and its run goes on so."""
-    recipe = recipe_of(recipe, qwen3, tmp_path)
-    with monkeypatch.context() as earlier:
-        earlier.setattr("mm_moslora.data.record_examples.settled", lambda encoder, *_: (encoder, None))
-        train(recipe, stop_at=1)
-    assert not asked(Path(recipe.train.output))
-    assert train(recipe).finished
-    assert not asked(Path(recipe.train.output))
-
-
 @pytest.mark.parametrize(("thinking", "form"), [(3, "auto"), (6, "always"), (0, "auto")])
 def test_mixed_data_are_named_before_the_run(recipe, qwen3, tmp_path, caplog, thinking, form) -> None:
     caplog.set_level("INFO", logger="mm_moslora")

@@ -55,7 +55,7 @@ class ReasoningMarkers:
         )
 
     def fingerprint(self, of_model: str) -> str:
-        """The model's, other than before where its answers have more text."""
+        """The model's, with the markers that its answers keep."""
         return digest([of_model, sorted(self.kept.values())]) if self.kept else of_model
 
 

@@ -76,7 +76,7 @@ class Decoding:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without what is as in greedy decoding: answers stored by earlier versions stay valid."""
+        """Plain data, without what is as in greedy decoding."""
         return {name: value for name, value in asdict(self).items() if name not in _GREEDY or value != _GREEDY[name]}
 
     @property
@@ -221,7 +221,7 @@ class Task:
         return f"{self.name}@{self.protocol}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the folder of the file, and without what earlier versions did not have."""
+        """Plain data, without the folder of the file, and without what is as usual."""
         data = asdict(self)
         del data["folder"]
         usual = (("grading", None), ("over_samples", "mean"), ("thinking", asdict(AnswerReasoning())), ("changed", ()))

@@ -14,7 +14,7 @@ from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.answer_views import answers_folder, views_below
+from mm_moslora_eval.run.answer_views import views_below
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.source_videos import WholeVideo, with_whole_videos
@@ -125,7 +125,7 @@ def measured(run: Path) -> Measured:
     Raises:
         EvalError: it holds no answers with a time.
     """
-    folders = dict.fromkeys(answers_folder(view) for view in views_below(run))
+    folders = dict.fromkeys(view.parent for view in views_below(run))
     rows = [row for folder in folders for row in read_folder(folder).values()]
     timed = [row for row in rows if isinstance(row.get("seconds"), int | float) and row.get("error") is None]
     if not timed:

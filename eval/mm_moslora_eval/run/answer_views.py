@@ -25,7 +25,7 @@ from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
 from mm_moslora_eval.run.stored_types import StoredDocument, TaskSample, check_row, check_view
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
-from mm_moslora_eval.sources.document import DataSet, Document, digest, first_id
+from mm_moslora_eval.sources.document import DataSet, Document, digest
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
 SHARDS = "shards"
@@ -46,8 +46,8 @@ class DocumentSelection:
     """Documents of the data set."""
     sha256: str
     """Hash over the selected documents with their references and pictures."""
-    whole_for: str = ""
-    """The aggregation of which it holds all documents that count together; empty in results of earlier versions."""
+    whole_for: str
+    """The aggregation of which it holds all documents that count together."""
 
     @property
     def folder(self) -> str:
@@ -121,14 +121,9 @@ def _count(view: Path) -> int:
     return read_bytes(path, most=MOST_TEXT_BYTES).count(b"\n") if path.is_file() else 0
 
 
-def answers_folder(view: Path) -> Path:
-    """Folder of the answers of a view: its parent, or itself for folders of releases without views."""
-    return view if list(view.glob("answers*.jsonl")) else view.parent
-
-
 def run_of(view: Path) -> Path:
     """The run folder of a view."""
-    return answers_folder(view).parents[1]
+    return view.parents[2]
 
 
 def folder_of(view: Path) -> str:
@@ -164,8 +159,7 @@ def documents_of(view: Path) -> list[dict[str, Any]]:
     ids = {check_row(StoredDocument, row, source=f"{path}, line {n}").id for n, row in enumerate(rows, start=1)}
     if len(ids) < max(1, len(rows)):
         raise EvalError(f"{path} is damaged: it holds {len(rows)} documents with {len(ids)} ids.")
-    least = first_id(ids)  # of the view, where an earlier version did not store that of the data
-    return [{"first_id": least} | row for row in rows]
+    return rows
 
 
 def write_samples(

@@ -182,9 +182,9 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
         raise EvalError(f"There is no {missing[0]!r}. Give two run folders, or two folders TASK@PROTOCOL/MODE.")
     if all(run.is_file() or any([*run.glob(SAMPLES), *run.glob(f"*/{SAMPLES}")]) for run in everything):
         return [_alike(runs_a, runs_b)]
-    # Samples lie in views, and in the folders of releases without views.
-    below = [[*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")] for run in everything]
-    views_of_runs = [{folder_of(path.parent): path.parent for path in paths} for paths in below]
+    views_of_runs = [
+        {folder_of(path.parent): path.parent for path in run.glob(f"*/*/*/{SAMPLES}")} for run in everything
+    ]
     shared = sorted(set.intersection(*(set(views) for views in views_of_runs)))
     if not shared:
         named = ", ".join(str(run) for run in everything)

@@ -17,7 +17,6 @@ from mm_moslora.utils.folder_marks import MARK
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders
-from mm_moslora_eval.run.run_claim import RUN
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference
 from mm_moslora_eval.sources.image_controls import ImageMode
@@ -118,7 +117,7 @@ def _start_over(folder: Path) -> None:
     with distributed.failing_together("Making room for the measurement"):
         if distributed.is_main():
             make_subfolder(folder.parent)
-            remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no marker
+            remove(folder, mark=MARK)
             folder.mkdir()
             mark(folder, "temporary")
     distributed.barrier()

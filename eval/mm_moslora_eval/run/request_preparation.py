@@ -172,8 +172,6 @@ class Preparation:
             "model": fingerprint,
             "problem": problem,
         }
-        if self._places and self._mode == "wrong":
-            decided["boxes"] = "in the own picture"  # earlier versions stored them in pixels of the other one
         return Item(
             index=index,
             document=document,

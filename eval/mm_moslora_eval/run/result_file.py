@@ -25,7 +25,6 @@ from mm_moslora_eval.run.answer_views import (
     DOCUMENTS,
     RESCORED,
     TASK,
-    answers_folder,
     documents_of,
     find_view,
     folder_of,
@@ -109,7 +108,7 @@ def score_folder(
     described = read_view(view)
     task = build_strictly(Task, described["task"], source=str(view / TASK))
     rows = documents_of(view)
-    answers = read_folder(answers_folder(view))
+    answers = read_folder(view.parent)
     keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
     missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
     if missing and not (partial and len(missing) < len(rows)):

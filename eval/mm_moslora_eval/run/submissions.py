@@ -17,7 +17,7 @@ from mm_moslora.utils.files import replacing
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora_eval.metrics import vqa_accuracy
 from mm_moslora_eval.run.answer_log import line, read_folder
-from mm_moslora_eval.run.answer_views import answers_folder, documents_of, find_view
+from mm_moslora_eval.run.answer_views import documents_of, find_view
 from mm_moslora_eval.scoring.visible_text import without_thinking
 
 Row = Mapping[str, Any]
@@ -61,7 +61,7 @@ def submission(folder: Path, *, form: str) -> tuple[bytes, int]:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
     view = find_view(folder)
     documents = documents_of(view)
-    answers = read_folder(answers_folder(view))
+    answers = read_folder(view.parent)
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:
         raise EvalError(f"{folder}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")

@@ -76,10 +76,9 @@ class TaskResult:
     """n, score and stderr over the samples that were answered, with all that count together with them."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
-    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline and for results of earlier
-    versions."""
+    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline."""
     clusters: int | None = None
-    """Pictures on which the interval rests, with samples that share none; None in results of earlier versions."""
+    """Pictures on which the interval rests, with samples that share none."""
     groups: int | None = None
     """Equally large ones that would give as much certainty."""
     categories: dict[str, dict[str, float]] = field(default_factory=dict)

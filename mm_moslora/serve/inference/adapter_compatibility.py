@@ -11,7 +11,7 @@ from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import model_of, recipe_of
 from mm_moslora.models.model_paths import stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
-from mm_moslora.models.weights_fingerprint import difference, is_comparable, is_same
+from mm_moslora.models.weights_fingerprint import difference
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
@@ -53,9 +53,9 @@ def _differing_keys(served: Path, added: Path) -> list[str]:
     hash_a, hash_b = stored_fingerprints(served), stored_fingerprints(added)
     for key in hash_a.keys() & hash_b.keys() & a.keys() & b.keys():
         # Models are compared by content; their paths may differ.
-        if is_same(hash_a[key], hash_b[key]):
+        if hash_a[key] == hash_b[key]:
             b |= {same: a[same] for same in (key, _REVISIONS.get(key, key)) if same in a}
-        elif is_comparable(hash_a[key], hash_b[key]):
+        else:
             _, first, second = difference(hash_a[key], hash_b[key])
             a[key], b[key] = f"{a[key]} ({first})", f"{b[key]} ({second})"
     keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]

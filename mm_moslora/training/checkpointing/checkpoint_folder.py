@@ -67,7 +67,7 @@ class Manifest:
     place: dict[str, Any] = field(default_factory=dict)
     """Place of the run in a stream of training data, see `TrainingStream.place`; empty without a stream."""
     precision: str = ""
-    """Resolved `train.precision` of that machine; empty in checkpoints of older versions."""
+    """Resolved `train.precision` of that machine."""
     micro_tokens: int | None = None
     """Most tokens of a micro-batch on that machine (`train.micro_tokens` or its default); None: any number."""
 

@@ -64,7 +64,7 @@ def test_markers_stay_in_answers_that_scoring_reads_behind_them(special, tokeniz
     assert "[/THINK]" in text
     assert tokenizer.eos_token not in text
     assert without_thinking(text, AnswerReasoning().all_markers(markers.pairs)).text == "blue"
-    assert (markers.fingerprint("a") == "a") is not special  # answers of earlier versions had no markers then
+    assert (markers.fingerprint("a") == "a") is not special
 
 
 def test_local_models_and_those_of_transformers_name_their_markers(

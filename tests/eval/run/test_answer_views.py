@@ -384,25 +384,6 @@ def test_the_most_common_error_of_failed_samples_is_a_remark(
     assert reason in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_of_a_release_without_views_is_read_and_continued(tmp_path: Path) -> None:
-    data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
-    _, (before,) = asked(run, data)
-    view = run / before.folder
-    for path in list(view.iterdir()):
-        path.rename(view.parent / path.name)
-    view.rmdir()
-    described = json.loads((view.parent / "task.json").read_text())
-    for key in ("selection", "computed_by"):
-        del described[key]
-    (view.parent / "task.json").write_text(json.dumps(described))
-    (run / "results.json").unlink()
-    assert [result.score for result in eval_commands.score(run)] == [before.score]
-    write_report(run)
-    again, (after,) = asked(run, data)
-    assert again.asked == []
-    assert after.score == before.score
-
-
 def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"

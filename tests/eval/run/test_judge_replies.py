@@ -177,35 +177,6 @@ def test_a_judge_that_thinks_has_room_for_it(tmp_path: Path) -> None:
         judge_at("http://127.0.0.1:1/v1", tmp_path, thinking_tokens=-1)
 
 
-def old_cache(folder: Path, replies: dict[float, str], *, url: str, view: Path) -> None:
-    """The cache of an earlier version: every reply, also those that could not be read."""
-    from mm_moslora_eval.run.answer_views import documents_of
-    from mm_moslora_eval.run.judging.answer_graders import _MMVET
-    from mm_moslora_eval.sources.document import digest
-
-    folder.mkdir()
-    for row in documents_of(view):
-        prompt = _MMVET + f"{row['question']} | 7 | {SAID} | "
-        for temperature, reply in replies.items():
-            request = {
-                "messages": [{"role": "user", "content": prompt}], "max_tokens": 8, "temperature": temperature,
-            }  # fmt: skip
-            asked = {"url": url, "model": "j", "request": request}
-            (folder / f"{digest(asked)}.json").write_text(json.dumps(asked | {"reply": reply, "usage": None}))
-
-
-def test_an_old_cache_is_read_and_its_unreadable_replies_are_asked_for_again(tmp_path: Path) -> None:
-    view = answered(tmp_path / "run", count=3)
-    with serve(lambda _: "0.9") as server:
-        old_cache(tmp_path / "judge", {0.0: "", 0.5: "<think>\nLet me", 1.0: "0.4"}, url=server.url, view=view)
-        assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == pytest.approx(0.4)
-        assert not server.payloads
-        (tmp_path / "other").mkdir()
-        old_cache(tmp_path / "other" / "judge", {0.0: "", 0.5: "<think>"}, url=server.url, view=view)
-        assert score_folder(view, judge=judge_at(server.url, tmp_path / "other")).score == pytest.approx(0.9)
-        assert len(server.payloads) == 3
-
-
 def one_unreadable(payload: dict[str, Any]) -> str:
     return "no idea" if number(payload) == 3 else f"0.{number(payload) % 2 + 4}"
 

@@ -11,7 +11,7 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.answer_views import answers_folder, find_view
+from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -90,7 +90,7 @@ def test_answers_and_results_of_earlier_versions_are_read(tmp_path: Path) -> Non
     task = get_task(f"llava:{write_questions(tmp_path / 'data', count=4)}")
     evaluate(Likely(0.0), task, tmp_path / "run", settings=ONE, modes=("own",))
     view = find_view(tmp_path / "run" / "questions@own" / "own")
-    file = answers_folder(view) / "answers.jsonl"
+    file = view.parent / "answers.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "reference"}) + "\n" for row in rows))
     again = score_folder(view)

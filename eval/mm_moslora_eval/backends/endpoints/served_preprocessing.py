@@ -23,7 +23,7 @@ def require_preprocessing(endpoint: Endpoint, folder: Path) -> None:
     from mm_moslora.data.preprocessing_print import preprocessing_digest
 
     if not (expected := preprocessing_digest(folder)):
-        raise EvalError(f"{folder} has no preprocessing.json: an earlier version wrote it. Export it again.")
+        raise EvalError(f"{folder} has no preprocessing.json to compare with.")
     said = endpoint.get(f"/models/{quote(endpoint.model)}")
     found = said.get("preprocessing") if isinstance(said, dict) else None
     where = f"{endpoint.model} at {endpoint.url}"
