@@ -35,7 +35,6 @@ SLEEPS = {
     "serve/test_serve_load.py:all_at_once": "between two looks of an engine",
     "serve/test_serve_load.py:make": "an engine that takes its time",
     "serve/test_serve_load.py:test_a_stop_signal_lets_answers_end": "an engine that takes its time",
-    "serve/test_serve_remote.py:do_GET": "a server that sends byte after byte",
     "serve/test_web_guard.py:slow_server": "an engine that takes its time",
     "support/preloaded.py:slowly": "a step that takes its time",
     "support/waiting.py:stays": "the one that waits",

@@ -25,7 +25,7 @@ from mm_moslora.data.images.record_picture import (
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
-from mm_moslora.utils.network.http_fetch import FetchError, FetchFault, Rules, fetch
+from mm_moslora.utils.network.http_fetch import FetchError, FetchFault, fetch
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER, SCHEME
 
@@ -78,7 +78,7 @@ class RemotePicture:
 
     def _fetch(self) -> bytes:
         try:
-            return fetch(self.name, Rules(hosts=self.hosts, most=MAX_BYTES, seconds=SECONDS))
+            return fetch(self.name, hosts=self.hosts, most=MAX_BYTES, seconds=SECONDS)
         except FetchError as error:
             if error.fault == FetchFault.TOO_LARGE:
                 remedy = f"stay below {MAX_BYTES} bytes"

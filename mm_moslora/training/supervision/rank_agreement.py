@@ -93,32 +93,27 @@ def agree(facts: Mapping[str, object], remedy: str) -> None:
     names = {name: None for _, items in everywhere for name in items}
     values = {name: {rank: items.get(name, "missing") for rank, (_, items) in enumerate(everywhere)} for name in names}
     odd = [name for name in names if len({*values[name].values()}) > 1]
-    differences = [f"{name} is {grouped(values[name], hosts)}" for name in odd[:_MOST_NAMED]]
+    differences = [f"{name} is {_grouped(values[name], hosts)}" for name in odd[:_MOST_NAMED]]
     more = f", and {len(odd) - _MOST_NAMED} more differ" if len(odd) > _MOST_NAMED else ""
     raise DistributedError(f"The ranks do not agree: {'. '.join(differences)}{more}. {remedy} Nothing was trained.")
 
 
-def grouped(values: Mapping[int, str], hosts: Mapping[int, str]) -> str:
-    """`2.13.0 on ranks 0-3 (host-a); 2.11.0 on rank 4 (host-b)`.
-
-    Args:
-        values: by rank.
-        hosts: by rank.
-    """
+def _grouped(values: Mapping[int, str], hosts: Mapping[int, str]) -> str:
+    """`2.13.0 on ranks 0-3 (host-a); 2.11.0 on rank 4 (host-b)`, from values and hosts by rank."""
     ranks = defaultdict(list)
     for rank, value in values.items():
         ranks[value].append(rank)
-    return "; ".join(f"{value[:_MOST_SHOWN]} on {named(members, hosts)}" for value, members in ranks.items())
+    return "; ".join(f"{value[:_MOST_SHOWN]} on {_named(members, hosts)}" for value, members in ranks.items())
 
 
-def named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
+def _named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     """`rank 4 (host-b)`, `ranks 0-3 (host-a, host-b)`."""
     ranks = list(ranks)
     names = dict.fromkeys(host for rank, host in hosts.items() if rank in ranks)
-    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({', '.join(names)})"
+    return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)} ({', '.join(names)})"
 
 
-def spans(ranks: Iterable[int]) -> str:
+def _spans(ranks: Iterable[int]) -> str:
     """`0-3, 6`."""
     ends: list[list[int]] = []
     for rank in sorted(ranks):

@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urljoin, urlsplit, urlunsplit
@@ -20,6 +19,9 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from mm_moslora.utils.errors import MoSLoRAError
 
 _HEADERS = {"Accept": "image/*, */*;q=0.8", "User-Agent": "mm_moslora"}
+_SILENCE = 20.0
+"""Seconds without a byte before a download is abandoned."""
+_MOST_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BAD = re.compile(r"[^\x21-\x7e]|\\")
 """Characters that URL parsers interpret differently; they occur in attacks only."""
@@ -48,64 +50,28 @@ class FetchError(MoSLoRAError):
         super().__init__(f"The address {what}{f' ({detail})' if detail else ''}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """Allowed hosts and limits of a download."""
-
-    hosts: Collection[str]
-    """Allowed host names, exact and in lower case, for the URL and its redirects."""
-    most: int
-    """Bytes."""
-    seconds: float
-    """Seconds for the whole download, redirects included."""
-    silence: float = 20.0
-    """Seconds without a byte before the download is abandoned."""
-    redirects: int = 10
-
-    def checked(self, url: str, *, base: str = "") -> str:
-        """A URL, rebuilt from its checked parts.
-
-        Args:
-            url: may be relative to `base`.
-            base: the URL that redirects to it.
-
-        Raises:
-            FetchError: NOT_ALLOWED.
-        """
-        shown = ascii(url[:80])
-        if _BAD.search(url):
-            raise FetchError(FetchFault.FAILED, "holds characters that are not allowed", detail=shown)
-        try:
-            parts = urlsplit(urljoin(base, url))
-            host, port = (parts.hostname or "").rstrip("."), parts.port
-        except ValueError:
-            raise FetchError(FetchFault.FAILED, "is not a valid address", detail=shown) from None
-        if parts.scheme not in ("http", "https") or host not in self.hosts or "@" in parts.netloc:
-            raise FetchError(FetchFault.NOT_ALLOWED, "is not of an allowed host", detail=shown)
-        netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-        return urlunsplit((parts.scheme, netloc, parts.path or "/", parts.query, ""))
-
-
-def fetch(url: str, rules: Rules) -> bytes:
+def fetch(url: str, *, hosts: Collection[str], most: int, seconds: float) -> bytes:
     """Download the bytes at a URL.
 
     Args:
         url: http or https.
-        rules: checked for the URL and for every redirect.
+        hosts: allowed host names, exact and in lower case, for the URL and its redirects.
+        most: bytes.
+        seconds: for the whole download, redirects included.
 
     Raises:
-        FetchError: the rules forbid it, or the host does not answer in time, closes early or sends too much.
+        FetchError: the host is not allowed, does not answer in time, closes early or sends too much.
     """
-    limit = _TimeLimit(rules.seconds)
+    limit = _TimeLimit(seconds)
     opener = urllib.request.build_opener(_Guarded(limit), _NoRedirects())
     with limit:
         address = ""
-        for _ in range(rules.redirects + 1):
-            address = rules.checked(url, base=address)
+        for _ in range(_MOST_REDIRECTS + 1):
+            address = _checked(url, hosts, base=address)
             request = urllib.request.Request(address, headers=_HEADERS)  # noqa: S310  (checked)
             try:
-                with opener.open(request, timeout=min(rules.silence, rules.seconds)) as answer:
-                    return _content(answer, rules, limit)
+                with opener.open(request, timeout=min(_SILENCE, seconds)) as answer:
+                    return _content(answer, most, limit)
             except urllib.error.HTTPError as error:
                 error.close()
                 target = error.headers.get("Location")
@@ -120,10 +86,26 @@ def fetch(url: str, rules: Rules) -> bytes:
     raise FetchError(FetchFault.FAILED, "redirects too often")
 
 
-def _content(answer: http.client.HTTPResponse, rules: Rules, limit: _TimeLimit) -> bytes:
-    data = answer.read(rules.most + 1)
-    if len(data) > rules.most:
-        raise FetchError(FetchFault.TOO_LARGE, f"gives more than {rules.most} bytes")
+def _checked(url: str, hosts: Collection[str], *, base: str) -> str:
+    """A URL, which may be relative to the one that redirects to it, rebuilt from its checked parts."""
+    shown = ascii(url[:80])
+    if _BAD.search(url):
+        raise FetchError(FetchFault.FAILED, "holds characters that are not allowed", detail=shown)
+    try:
+        parts = urlsplit(urljoin(base, url))
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+    except ValueError:
+        raise FetchError(FetchFault.FAILED, "is not a valid address", detail=shown) from None
+    if parts.scheme not in ("http", "https") or host not in hosts or "@" in parts.netloc:
+        raise FetchError(FetchFault.NOT_ALLOWED, "is not of an allowed host", detail=shown)
+    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+    return urlunsplit((parts.scheme, netloc, parts.path or "/", parts.query, ""))
+
+
+def _content(answer: http.client.HTTPResponse, most: int, limit: _TimeLimit) -> bytes:
+    data = answer.read(most + 1)
+    if len(data) > most:
+        raise FetchError(FetchFault.TOO_LARGE, f"gives more than {most} bytes")
     limit.check()
     if len(data) < int(answer.headers.get("Content-Length") or 0):
         raise FetchError(FetchFault.FAILED, f"breaks off after {len(data)} bytes")

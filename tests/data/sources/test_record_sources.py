@@ -172,6 +172,11 @@ class TestRemotePictures:
             record.images[0].rgb()
         assert asked == ["/slow.png"]
 
+    def test_a_host_that_sends_too_much_is_given_up(self, tmp_path: Path, server, monkeypatch) -> None:
+        monkeypatch.setattr(remote_files, "MAX_BYTES", 10)
+        with pytest.raises(ImageError, match="sends too much"):
+            self.record(tmp_path, f"{server[0]}/a.png", ["127.0.0.1"]).images[0].rgb()
+
     @pytest.mark.parametrize("hosts", [[], ["example.org"]])
     def test_no_other_host_is_asked(self, tmp_path: Path, server, hosts) -> None:
         address, asked = server
