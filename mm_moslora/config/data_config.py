@@ -156,6 +156,12 @@ class DataConfig:
         return any(source.endless for source in self.train)
 
     @property
+    def video_sampling(self) -> tuple[int | None, float | None]:
+        """Frames, or frames a second, that all sources of data.train show of a video; None, None where they differ."""
+        shown = {(None if source.video_fps else source.video_frames, source.video_fps) for source in self.train}
+        return shown.pop() if len(shown) == 1 else (None, None)
+
+    @property
     def held_out(self) -> list[SourceConfig]:
         """All sources of the validation loss: data.validation, and what sources of data.train hold out."""
         shares = [{item.name: getattr(source, item.name) for item in fields(source)} for source in self.train

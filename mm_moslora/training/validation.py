@@ -65,6 +65,8 @@ class Moment:
     step: int
     stop: StopRequest
     """Once this rank has received a signal, the measurement stops soon on all ranks."""
+    video_sampling: tuple[int | None, float | None] = (None, None)
+    """See `DataConfig.video_sampling`."""
     most_seconds: float = math.inf
     """The measurement also stops once its first batches show that it would take longer."""
 
@@ -209,7 +211,7 @@ def moment_of(run: Run, stop: StopRequest, *, most_seconds: float = math.inf) ->
     return Moment(
         assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
         batch_size=run.recipe.train.micro_batch, step=run.step, stop=stop, folder=tasks_folder(run.folder, run.step),
-        most_seconds=most_seconds,
+        most_seconds=most_seconds, video_sampling=run.recipe.data.video_sampling,
     )  # fmt: skip
 
 

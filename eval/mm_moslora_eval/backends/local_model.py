@@ -50,9 +50,17 @@ class LocalModel:
     reads_boxes = True
 
     def __init__(
-        self, assembly: Parts, *, name: str, reference: bool = False, store: FeatureStore | None = None
+        self,
+        assembly: Parts,
+        *,
+        name: str,
+        reference: bool = False,
+        store: FeatureStore | None = None,
+        trained_frames: int | None = None,
+        trained_fps: float | None = None,
     ) -> None:
         self.assembly, self.name, self._reference = assembly, name, reference
+        self.trained_frames, self.trained_fps = trained_frames, trained_fps
         self.model = assembly.model.eval()
         self.encoder = ConversationEncoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)

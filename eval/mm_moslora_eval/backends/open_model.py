@@ -144,6 +144,7 @@ def open_model(
     name = f"{name}, before tuning" if untuned else name
     if check_preprocessing(folder, assembly, accepted=other_preprocessing):
         name = f"{name}, other preprocessing"
+    frames, fps, whole = trained_videos(folder)
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):
         from mm_moslora_eval.backends.transformers_model import TransformersModel
@@ -151,9 +152,10 @@ def open_model(
         encoder = ConversationEncoder.of(assembly)
         return TransformersModel(
             assembly.model, assembly.processor, name=name, reference=reference, encoder=encoder,
-            boxes=assembly.box_form, whole_videos=trained_videos(folder).whole,
+            boxes=assembly.box_form, whole_videos=whole,
+            trained_frames=frames, trained_fps=fps,
         )  # fmt: skip
     from mm_moslora_eval.backends.local_model import LocalModel
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)
-    return LocalModel(assembly, name=name, reference=reference, store=store)
+    return LocalModel(assembly, name=name, reference=reference, store=store, trained_frames=frames, trained_fps=fps)

@@ -112,7 +112,10 @@ class TransformersModel:
         encoder: ConversationEncoder | None = None,
         boxes: BoxChoice | None = "auto",
         whole_videos: bool = True,
+        trained_frames: int | None = None,
+        trained_fps: float | None = None,
     ) -> None:
+        self.trained_frames, self.trained_fps = trained_frames, trained_fps
         self._encoder, self._boxes, self._whole_videos = encoder, boxes, whole_videos
         self._thinks = encoder is not None and encoder.asks_to_think
         self.model, self.processor = model.eval(), processor
@@ -163,8 +166,11 @@ class TransformersModel:
         if check_processor(name, processor, images=images, stop_ids=stops, accepted=other_preprocessing):
             shown += ", other preprocessing"
         model.to(device or distributed.device())
-        whole = not (Path(name) / PREPROCESSING).is_file() or trained_videos(name).whole
-        return cls(model, processor, name=shown, reference=reference, boxes=trained_boxes(name), whole_videos=whole)
+        frames, fps, whole = trained_videos(name) if (Path(name) / PREPROCESSING).is_file() else (None, None, True)
+        return cls(
+            model, processor, name=shown, reference=reference, boxes=trained_boxes(name), whole_videos=whole,
+            trained_frames=frames, trained_fps=fps,
+        )  # fmt: skip
 
     @property
     def videos(self) -> VideoSampling | None:

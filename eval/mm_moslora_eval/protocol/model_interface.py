@@ -128,6 +128,8 @@ class Model(Protocol):
     One that gives `Answer.boxes` has an attribute `reads_boxes`, which is true. One whose chat template writes
     texts around reasoning has an attribute `thinking_markers`, pairs of them. One
     that takes videos as such (`WholeVideo` among its pictures) has an attribute `videos`, which chooses their frames.
+    One of known training has attributes `trained_frames` and `trained_fps`, of which one is None: what it saw of a
+    video.
     """
 
     @property

@@ -62,6 +62,8 @@ def finish(folder: Path, model: Model, work: dict[str, Any]) -> None:
         model=StoredModel(
             name=model.name, fingerprint=model.fingerprint, thinking_tokens=int(getattr(model, "thinking_tokens", 0)),
             computed_by=_once(item for view in views for item in read_json(view)["computed_by"]),
+            trained_frames=getattr(model, "trained_frames", None),
+            trained_fps=getattr(model, "trained_fps", None),
         ),
     )  # fmt: skip
     replace_text(folder / DONE, json.dumps(asdict(done), indent=1) + "\n")
@@ -97,6 +99,8 @@ class StoredModel:
     fingerprint: str
     thinking_tokens: int
     computed_by: list[dict[str, Any]]
+    trained_frames: int | None = None
+    trained_fps: float | None = None
 
     def generate(self, requests: Sequence[Any], *, batch_size: int) -> Iterator[Any]:
         """Refuse: nothing is asked here."""

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     with nullcontext() if locked else open_run(output, model, rank=settings.rank):
+        task = _shown_as_trained(task, model)
         data, hasher = task.load(), Hasher()
         results: list[TaskResult] = []
         for mode in modes:
@@ -113,6 +114,22 @@ def evaluate(
             _write(output, floors)
             results += floors
         return results
+
+
+def _shown_as_trained(task: Task, model: Model) -> Task:
+    """The task with as many frames of a video as the model was trained with, unless it names its own number."""
+    source, frames, fps = task.source, getattr(model, "trained_frames", None), getattr(model, "trained_fps", None)
+    if frames is None and fps is None:
+        return task
+    if source.video_frames is None and source.video_fps is None:
+        return replace(task, source=replace(source, video_frames=frames, video_fps=fps))
+    if (source.video_frames, source.video_fps) != (frames, fps):
+        own, trained = (
+            f"{count} frames" if rate is None else f"{rate:g} frames a second"
+            for count, rate in ((source.video_frames, source.video_fps), (frames, fps))
+        )
+        logger.warning("%s shows %s of a video, and %s was trained with %s.", task.id, own, model.name, trained)
+    return task
 
 
 def _write(output: Path, results: Sequence[TaskResult]) -> None:

@@ -44,7 +44,9 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     """
     settings = EvaluationSettings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)
-    model = LocalModel(moment.assembly, name=f"{moment.name} at step {moment.step}")
+    frames, fps = moment.video_sampling
+    name = f"{moment.name} at step {moment.step}"
+    model = LocalModel(moment.assembly, name=name, trained_frames=frames, trained_fps=fps)
     metrics: dict[str, float] = {}
     stop_file = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 

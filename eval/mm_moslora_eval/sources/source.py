@@ -22,8 +22,9 @@ class Source:
     """Folder of the pictures named by path, relative to the task file; None: the folder of the data."""
     follow_links: bool = False
     """Accept symbolic links that lead out of the image folder."""
-    video_frames: int = 8
-    """Frames that are shown of a video (the key or column `video`), from its first to its last."""
+    video_frames: int | None = None
+    """Frames that are shown of a video (the key or column `video`), from its first to its last. None: as many as in the
+    training of the model; 8 for a model of unknown training."""
     video_fps: float | None = None
     """Frames that are shown of a second instead."""
     video_sampling: Literal["ends", "middles"] = "ends"
@@ -71,7 +72,7 @@ class Source:
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.video_fps, self.video_folder_fps) if rate is not None]
-        if self.video_frames < 1 or not all(rate > 0 for rate in rates):
+        if (self.video_frames is not None and self.video_frames < 1) or not all(rate > 0 for rate in rates):
             raise EvalError(
                 f"source.video_frames is {self.video_frames}, video_fps {self.video_fps} and video_folder_fps "
                 f"{self.video_folder_fps}; expected 1 or more, and frames a second above 0."

@@ -18,6 +18,8 @@ from mm_moslora_eval.sources.source_videos import frames_of_record
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
+FRAMES = 8
+"""Frames of a video, where neither a task nor the training of the model says how many."""
 _AT_ONCE = 4096
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}")
 """The beginning of a picture as base64; names of files are shorter or have a period."""
@@ -28,7 +30,8 @@ def rules_of(folder: Path, source: Source) -> PictureRules:
     from mm_moslora.data.images.record_picture import PictureRules
 
     return PictureRules(
-        folder=folder, follow_links=source.follow_links, video_frames=source.video_frames, video_fps=source.video_fps,
+        folder=folder, follow_links=source.follow_links, video_frames=source.video_frames or FRAMES,
+        video_fps=source.video_fps,
         video_folder_fps=source.video_folder_fps, video_middles=source.video_sampling == "middles",
     )  # fmt: skip
 

@@ -181,3 +181,23 @@ def test_tables_name_the_columns_of_clips(clips: Path) -> None:
     (document,) = Task(name="t", source=source).load().documents
     assert numbers(document.images) == [5, 9, 12]
     assert not document.extra.keys() & {"from", "to"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "shown"),
+    [
+        ({"trained_frames": 4, "trained_fps": None}, {}, 4),
+        ({"trained_frames": None, "trained_fps": 2.5}, {}, 3),
+        ({}, {}, 8),
+        ({"trained_frames": 4, "trained_fps": None}, {"video_frames": 6}, 6),
+    ],
+)
+def test_a_model_is_shown_as_many_frames_as_in_training_unless_the_task_says_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: dict, asked: dict, shown: int
+) -> None:
+    model = FakeModel()
+    vars(model).update(trained)
+    evaluate(model, task(tmp_path / "data", **asked), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert {len(request.images) for request in model.requests if request.id in ("0", "2")} == {shown}
+    remarks = [text for text in caplog.messages if "was trained with 4 frames" in text]
+    assert len(remarks) == bool(trained and asked)
