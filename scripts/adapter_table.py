@@ -36,8 +36,7 @@ def layer_types() -> dict[str, object]:
 
 def rows(layers: dict[str, object]) -> list[tuple[str, list[bool]]]:
     """Behaviours, each with the layer types that a test covers."""
-    attributes = {"where_mixed": "mixed_batches", "where_linear": "all_linear"}
-    attributes |= {"where_compiled": "compiles", "where_own": "own_factors"}
+    attributes = {"where_linear": "all_linear", "where_own": "own_factors"}
     behaviours = []
     for node in ast.parse(TESTS.read_text(encoding="utf-8")).body:
         described = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None

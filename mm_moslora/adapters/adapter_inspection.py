@@ -25,18 +25,14 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     adapted_path,
     is_factor,
-    is_unresolved,
-    option_path,
-    parameter_at,
 )
 from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts, by_expert
-from mm_moslora.adapters.mixer import PerExpert, form_named
-from mm_moslora.adapters.tree import matched_path, named_adapter_layers
+from mm_moslora.adapters.mixer import form_named
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 
 MEASURES = (
@@ -133,19 +129,7 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
         if path is None:
             continue
         B = content.tensors[_name_of_B(name)]
-        M, parameters = mixers.get(f"{PREFIX}{path}"), content.config.target_parameters or ()
-        shown = option_path(path, parameters)
-        scaling = content.config.scaling_for(shown)
-        if is_unresolved(path, parameters, content.config.target_modules or ()):
-            raise AdapterError(
-                f"{folder} names experts by their ends only ({', '.join(parameters)}), which its model alone tells "
-                "apart. Load it into the model (load_adapter), save that (save_adapter), and inspect the new folder."
-            )
-        if parameter_at(path, parameters) is not None:
-            rank = content.config.rank_for(shown)
-            start = ModuleStart.read(content.start, path, PerExpert(form, len(A) // rank), rank)
-            reports += _of_experts(shown, A, M, B, scaling, rank=rank, M0=None if other is not None else start.M)
-            continue
+        M, scaling = mixers.get(f"{PREFIX}{path}"), content.config.scaling_for(path)
         start = _other_module(other, name, A, B) if other else ModuleStart.read(content.start, path, form, len(A))
         reports.append(describe(path, A, M, B, scaling, start=start))
     if not reports:
@@ -207,17 +191,17 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
         if layer.holds(adapter_name):
             A, B = (factor.cpu() for factor in layer.outer_factors(adapter_name))
             M = layer.factors(adapter_name).M
-            reports += layer_reports(path, layer, adapter_name, A, None if M is None else M.cpu(), B)
+            reports.append(layer_report(path, layer, adapter_name, A, None if M is None else M.cpu(), B))
     if not reports:
         raise AdapterError(f"The model has no adapter {adapter_name!r} to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
 
 
 @torch.no_grad()
-def layer_reports(
+def layer_report(
     path: str, layer: MoSLoRALayer, adapter_name: str, A: Tensor, M: Tensor | None, B: Tensor
-) -> list[ModuleReport]:
-    """The report of one adapted layer, or one for every expert of an adapted parameter.
+) -> ModuleReport:
+    """The report of one adapted layer.
 
     Args:
         path: of the layer in the model.
@@ -227,24 +211,8 @@ def layer_reports(
         M: None for the identity.
         B: as A.
     """
-    start, scaling = ModuleStart.of(layer, adapter_name, A, B), layer.scaling[adapter_name]
-    if not isinstance(layer, MoSLoRAExperts):
-        return [describe(path, A, M, B, scaling, start=start)]
-    return _of_experts(matched_path(path, layer), A, M, B, scaling, rank=layer.r[adapter_name], M0=start.M)
-
-
-def _of_experts(
-    path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float, *, rank: int, M0: Tensor | None
-) -> list[ModuleReport]:
-    """A report for every expert, under the path of the parameter and its number; `M0` are the mixers at the start."""
-    rows, columns = by_expert(A, B, rank)
-    return [
-        describe(
-            f"{path}.{expert}", rows[expert], None if M is None else M[expert], columns[expert], scaling,
-            start=ModuleStart(M=None if M0 is None else M0[expert]),
-        )
-        for expert in range(len(rows))
-    ]  # fmt: skip
+    start = ModuleStart.of(layer, adapter_name, A, B)
+    return describe(path, A, M, B, layer.scaling[adapter_name], start=start)
 
 
 def why_unknown(reports: Sequence[ModuleReport], *, against_other: bool) -> str | None:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -25,16 +25,10 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHER_VARIANTS = ("use_dora", "use_qalora", "arrow_config", "alora_invocation_tokens")
 # These have other tensors than A and B, or put them elsewhere; an adapter folder has no place for that.
 _OTHER_LAYOUTS = (
-    "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "megatron_config", "layer_replication",
+    "target_parameters", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+    "layer_replication",
 )  # fmt: skip
 
-_WITHOUT_EXPERTS = {
-    "lora_dropout": "an update of a weight has no input to drop",
-    "use_dora": "PEFT has no DoRA for them",
-    "lora_bias": "they have no bias to train",
-    "fan_in_fan_out": "their layout is read from the model",
-}
-"""Options that PEFT's wrapper of a parameter cannot have."""
 _PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 
 FactorForm = Literal["free", "mixed", "svd", "stella", "orthonormal"]
@@ -70,8 +64,6 @@ class AdapterOptions(LoraConfig):
     layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
     # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
     module_path = ""
-    # Experts of a folder in the order in which its factors are nested; empty for a configuration of one's own.
-    nested_as = cast("tuple[str, ...]", ())
 
     def __post_init__(self) -> None:
         """Check the options, and route every adapted layer to this package's layers."""
@@ -91,7 +83,6 @@ class AdapterOptions(LoraConfig):
         if self.has_mixer or self.factor_form == "mixed":
             self._check_other_options()
         self._check_sharing()
-        self.check_experts()
         self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
     @property
@@ -144,28 +135,6 @@ class AdapterOptions(LoraConfig):
         values = {name: getattr(self, name) for name in names} | changes
         values.pop("peft_type", None)
         return LoraConfig(**values)
-
-    def check_experts(self) -> None:
-        """Refuse what experts (`target_parameters`) cannot have.
-
-        Raises:
-            AdapterError: names the option and the reason.
-        """
-        if not self.target_parameters:
-            return
-        refused = {name: why for name, why in _WITHOUT_EXPERTS.items() if getattr(self, name)}
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            refused["init_lora_weights"] = "it starts from the weight of a layer"
-        if self.factor_form != "free":
-            refused["factor_form"] = "it places the factors of layers"
-        if not form_named(self.mixer_form).fixed:
-            refused["mixer_form"] = "it depends on an input, and the update is one of a weight"
-        if refused:
-            reasons = "; ".join(f"{name} is {getattr(self, name)!r}: {why}" for name, why in refused.items())
-            raise AdapterError(
-                f"target_parameters adapts experts, which are parameters and no layers, and {reasons}. Unset it, or "
-                "leave target_parameters out."
-            )
 
     def _check_forms(self) -> None:
         choices = get_args(FactorForm)

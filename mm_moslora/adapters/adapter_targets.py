@@ -20,21 +20,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import check_expression
-from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
-from mm_moslora.adapters.experts.expert_targets import (
-    not_excluded,
-    refuse_left_out_experts,
-    resolve_parameters,
-    short_names,
-    stacked_parameters,
-)
-from mm_moslora.adapters.folder_format import is_inner, wrapper_paths
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.tree import matched_path, named_adapter_layers, named_base_modules, unwrapped
-from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
+from mm_moslora.adapters.stacked_parameters import stacked_parameters
+from mm_moslora.adapters.tree import named_adapter_layers, named_base_modules, unwrapped
+from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +46,7 @@ class AdaptedModule:
     """One row of the table of adapted modules."""
 
     path: str
-    """Path of the module, or of the stacked parameter, in the base model."""
+    """Path of the module in the base model."""
     in_features: int
     """D_in."""
     out_features: int
@@ -89,38 +81,17 @@ def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequen
     return resolve_in(model, [component], targets, why_not=why_not_adaptable)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptableTargets:
-    """What carries MoSLoRA in a component, in the form of `targets` and `target_parameters`."""
-
-    targets: str | list[str]
-    """`all-linear`, or names of linear layers where experts are left out."""
-    parameters: list[str]
-    """Ends of the names of stacked parameters."""
-    left_out: dict[str, str]
-    """Ends of the names of other stacked parameters, and the reasons."""
-
-
-def adaptable_targets(model: nn.Module, component: str = "") -> AdaptableTargets:
-    """The linear layers and the experts of a component that can be adapted.
+def linear_targets(model: nn.Module, component: str = "") -> str | list[str]:
+    """`all-linear`, or the names of a component's linear layers where it holds experts, which `all-linear` refuses.
 
     Args:
         model: without adapters.
         component: see `resolve_targets`.
     """
     inside = _modules_of(component, dict(named_base_modules(model)))
-    parameters, left_out = [], {}
-    for name in short_names(path for path, _ in stacked_parameters(inside.items())):
-        try:
-            refuse_mishandled(model, resolve_parameters(model, [component], [name]))
-            parameters.append(name)
-        except AdapterError as error:
-            left_out[name] = reason_of(error)
-    targets: str | list[str] = ALL_LINEAR
-    if left_out and not parameters:
-        linear = _match(inside, ALL_LINEAR, _head_modules(model), with_experts=True)
-        targets = list(dict.fromkeys(path.rpartition(".")[2] for path in linear))
-    return AdaptableTargets(targets=targets, parameters=parameters, left_out=left_out)
+    if not any(stacked_parameters(inside.items())):
+        return ALL_LINEAR
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in _linear_paths(inside, _head_modules(model))))
 
 
 def resolve_in(
@@ -129,10 +100,9 @@ def resolve_in(
     targets: str | Sequence[str],
     *,
     why_not: Callable[[nn.Module], str | None],
-    with_experts: bool | None = None,
 ) -> list[str]:
     """Module paths to adapt inside several components; see `resolve_targets`. `why_not` gives the reason why a layer
-    cannot be adapted; `with_experts`: whether stacked parameters are adapted besides; None: they cannot be."""
+    cannot be adapted."""
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     resolved: dict[str, None] = {}
@@ -140,7 +110,7 @@ def resolve_in(
     for component in components:
         inside = _modules_of(component, modules)
         prefix = f"{component}." if component else ""
-        paths = _match(inside, targets, heads, with_experts=with_experts)
+        paths = _match(inside, targets, heads)
         resolved |= dict.fromkeys(prefix + path for path in paths)
         empty += [] if paths else [component]
     where = " and ".join(repr(name) if name else "the model" for name in components)
@@ -176,19 +146,10 @@ def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.M
     return {path.removeprefix(prefix): module for path, module in modules.items() if path.startswith(prefix)}
 
 
-def _match(
-    inside: dict[str, nn.Module], targets: str | Sequence[str], heads: set[int], *, with_experts: bool | None
-) -> list[str]:
+def _match(inside: dict[str, nn.Module], targets: str | Sequence[str], heads: set[int]) -> list[str]:
     if targets == ALL_LINEAR:
-        if not with_experts:
-            size = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
-            hint = " MoSLoRA adapts them with target_parameters." if with_experts is None else None
-            refuse_left_out_experts(inside, linear=size, names=_linear_names(inside), hint=hint)
-        linear = [
-            path
-            for path, module in inside.items()
-            if _is_linear(module) and id(module) not in heads and path.rpartition(".")[2] not in _HEADS
-        ]
+        _refuse_left_out_experts(inside)
+        linear = _linear_paths(inside, heads)
         left_out = {path for path in linear if _why_never_called(path, inside)}
         if left_out:
             kinds = ", ".join(sorted({path.rpartition(".")[2] for path in left_out}))
@@ -201,6 +162,27 @@ def _match(
         pattern = re.compile(targets)
         return [path for path in inside if pattern.fullmatch(path)]
     return [path for path in inside if any(f".{path}".endswith(f".{name}") for name in targets)]
+
+
+def _linear_paths(inside: dict[str, nn.Module], heads: set[int]) -> list[str]:
+    return [
+        path
+        for path, module in inside.items()
+        if _is_linear(module) and id(module) not in heads and path.rpartition(".")[2] not in _HEADS
+    ]
+
+
+def _refuse_left_out_experts(inside: dict[str, nn.Module]) -> None:
+    """Refuse `all-linear` where experts, most weights of their model, are parameters and no layers."""
+    stacked = {path: parameter.numel() for path, parameter in stacked_parameters(inside.items())}
+    if stacked:
+        linear = sum(p.numel() for module in inside.values() if _is_linear(module) for p in module.parameters())
+        share = sum(stacked.values()) / (sum(stacked.values()) + linear)
+        raise AdapterError(
+            f"all-linear would leave out {share:.0%} of the weights of linear maps: {len(stacked)} parameters hold "
+            f"several matrices each, as experts do, such as {min(stacked)!r}. Name the linear layers to adapt."
+            f"{_linear_names(inside)}"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -246,8 +228,7 @@ def add_moslora(
     Args:
         model: any module tree, or a PEFT model that gets one more adapter. Changed in place; frozen but for the adapter
             when it is the first.
-        config: the adapter's configuration; not changed. Its `target_parameters` names stacked parameters of experts
-            besides, and an empty `targets` adapts these alone. Its `exclude_modules`, `layers_to_transform`,
+        config: the adapter's configuration; not changed. Its `exclude_modules`, `layers_to_transform`,
             `layers_pattern` and `modules_to_save` take modules out of the targets, as in PEFT.
         component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
         targets: see `resolve_targets`; None takes the configuration's `target_modules`, `all-linear` if it has none.
@@ -263,20 +244,13 @@ def add_moslora(
     """
     _check_arguments(model, config, adapter_name)
     components = [component] if isinstance(component, str) else list(component)
-    own = copy.copy(config)
-    experts = not_excluded(config, resolve_parameters(model, components, config.target_parameters or ()))
-    own.target_parameters = experts or None
     if targets is None:
-        none = experts and config.target_modules is not None and not config.target_modules
-        targets = [] if none else config.target_modules or ALL_LINEAR
-    paths = []
-    if targets or not experts:
-        resolved = resolve_in(model, components, targets, why_not=why_not_adaptable, with_experts=bool(experts))
-        paths = chosen_paths(own, resolved)
-    for path in (*paths, *experts):
+        targets = cast("str | Sequence[str] | None", config.target_modules) or ALL_LINEAR
+    paths = chosen_paths(config, resolve_in(model, components, targets, why_not=why_not_adaptable))
+    for path in paths:
         if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
             raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
-    return inject(model, own, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def _check_arguments(model: object, config: object, adapter_name: object) -> None:
@@ -352,9 +326,7 @@ def inject(
             model, own, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
         )
     adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
-    adapted = {path for path in adapted if not is_inner(path)}
-    asked = {*paths, *wrapper_paths(own.target_parameters or ())}
-    assert adapted == asked, f"asked for {sorted(asked ^ adapted)[:_SHOWN]} and PEFT did otherwise"
+    assert adapted == set(paths), f"asked for {sorted(adapted ^ set(paths))[:_SHOWN]} and PEFT did otherwise"
     return wrapped
 
 
@@ -373,7 +345,7 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(
-                    path=path if is_inner(path) else matched_path(path, layer),
+                    path=path,
                     in_features=width_in,
                     out_features=width_out,
                     rank=layer.r[name],

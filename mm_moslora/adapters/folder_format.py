@@ -16,8 +16,7 @@ without the start loads.
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,6 @@ START_PART = ".lora_start."
 # Embeddings keep their factors as bare parameters.
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
-_NESTED = ".base_layer"
-_INNER = re.compile(r"\.base_layer\.(?!base_layer(\.|$))")
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Torch's names for the module inside a wrapper: torch.compile, activation checkpointing, FSDP."""
 
@@ -95,65 +92,6 @@ def mixers_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return mixers
 
 
-def is_inner(path: str) -> bool:
-    """Whether a module path is inside an adapted layer, as the out_proj of `nn.MultiheadAttention` is."""
-    return _INNER.search(path) is not None
-
-
-def holder_of(path: str) -> tuple[str, int]:
-    """The module that holds an adapted parameter, and how many wrappers of PEFT lie around the one at a path."""
-    holder = path
-    while holder.endswith(_NESTED):
-        holder = holder.removesuffix(_NESTED)
-    return holder, (len(path) - len(holder)) // len(_NESTED)
-
-
-def parameter_at(path: str, parameters: Iterable[str]) -> str | None:
-    """The parameter whose factors lie at a module path; None: the path is that of a layer.
-
-    PEFT wraps the module that holds parameters once for each of them, and names factors by their wrapper: those of the
-    last parameter lie at the module's path, those of the one before at ``.base_layer`` below it.
-
-    Args:
-        path: of the factors in a folder or a model.
-        parameters: `target_parameters` of the configuration, whole paths in the order of the model.
-    """
-    holder, depth = holder_of(path)
-    held = [name for name in parameters if name.rpartition(".")[0] == holder]
-    return held[-1 - depth] if depth < len(held) else None
-
-
-def wrapper_paths(parameters: Sequence[str]) -> dict[str, str]:
-    """Parameters by the module path of their factors; see `parameter_at`."""
-    holders = [name.rpartition(".")[0] for name in parameters]
-    depths = [holders[index + 1 :].count(holder) for index, holder in enumerate(holders)]
-    paths = (holder + _NESTED * depth for holder, depth in zip(holders, depths, strict=True))
-    return dict(zip(paths, parameters, strict=True))
-
-
-def is_unresolved(path: str, parameters: Iterable[str], modules: Collection[str]) -> bool:
-    """Whether the factors at a path may be those of a parameter that a folder of stock PEFT names by its end only.
-
-    Args:
-        path: of the factors.
-        parameters: `target_parameters` of the configuration.
-        modules: whole paths of the adapted layers.
-    """
-    holder, _ = holder_of(path)
-    ends = {name.rpartition(".")[0] for name in parameters} - {holder}
-    return path not in modules and not is_inner(path) and any(not end or holder.endswith(f".{end}") for end in ends)
-
-
-def option_path(path: str, parameters: Iterable[str] | None) -> str:
-    """The path that patterns of ranks, scalings and mixers are matched with: of the parameter, or of the outer layer.
-
-    Args:
-        path: of the factors.
-        parameters: `target_parameters` of the configuration.
-    """
-    return parameter_at(path, parameters or ()) or path.partition(".base_layer.")[0]
-
-
 def adapted_path(name: str) -> str | None:
     """The module path of an A factor's name in the folder; None for every other name."""
     for suffix in FACTORS_A:
@@ -163,14 +101,9 @@ def adapted_path(name: str) -> str | None:
 
 
 def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules to adapt, by the names of their factors, without modules inside adapted modules."""
+    """The modules to adapt, by the names of their factors."""
     paths = (adapted_path(name) for name in tensors)
-    return sorted(path for path in paths if path is not None and not is_inner(path))
-
-
-def layer_paths(tensors: Mapping[str, Tensor], parameters: Sequence[str] | None) -> list[str]:
-    """The modules to adapt without those that hold adapted parameters; see `target_paths` and `parameter_at`."""
-    return [path for path in target_paths(tensors) if parameter_at(path, parameters or ()) is None]
+    return sorted(path for path in paths if path is not None)
 
 
 def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | None = None, **hub: Any) -> Path | None:

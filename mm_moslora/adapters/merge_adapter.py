@@ -13,10 +13,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
-from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
@@ -56,7 +54,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
     layers = {
         path: layer
         for path, layer in named_adapter_layers(model)
-        if not is_inner(path) and any(layer.holds(name) for name in layer.active_adapters)
+        if any(layer.holds(name) for name in layer.active_adapters)
     }
     if not hasattr(model, "merge_and_unload"):
         raise AdapterError(
@@ -135,56 +133,34 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
 @torch.no_grad()
 def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float, float]:
     """Merge one layer; its relative output difference and the limit for it."""
-    if isinstance(layer, MoSLoRAExperts):
-        return _merge_experts(layer, tolerance)
     base = layer.get_base_layer()
     quantised = quantisation(base) is not None
     if not quantised:
-        like = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
+        like = cast(Tensor, base.weight)
     elif isinstance(layer, MoSLoRALayer):
         like = next(layer.factors(name).B for name in layer.active_adapters if layer.holds(name))
     else:
         like = next(weight for weight in cast(nn.Module, layer).parameters() if weight.is_floating_point())
-    probes = _probes(layer, base, like.dtype, like.device)
+    x = _probes(layer, base, like.dtype, like.device)
     module = cast(nn.Module, layer)
     with ExitStack() as stack:
         stack.callback(module.train, module.training)
         stack.enter_context(use_kernel(module.eval(), "reference"))
-        live = _output(module(*probes))
+        live = module(x).float()
         layer.merge()
-        merged = _output(module(*probes))
+        merged = module(x).float()
     scale = live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[like.dtype]
     return float((live - merged).abs().max() / scale), limit if tolerance is None else tolerance
 
 
-def _merge_experts(layer: MoSLoRAExperts, tolerance: float | None) -> tuple[float, float]:
-    """The same for a stacked parameter: what the module that holds it reads, on random inputs of every expert."""
-    generator, products = torch.Generator().manual_seed(0), []
-    for step in (lambda: None, layer.merge):
-        step()
-        with layer.adapted_parameter() as weight:
-            x = torch.randn(_PROBES, weight.shape[1], generator=generator.manual_seed(0)).to(weight)
-            products.append((x @ weight).float())
-            limit = _TOLERANCE[weight.dtype] if tolerance is None else tolerance
-    live, merged = products
-    return float((live - merged).abs().max() / live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)), limit
-
-
-def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _probes(layer: BaseTunerLayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random inputs of the kind that the layer takes."""
     generator = torch.Generator().manual_seed(0)
     width = layer.widths[0] if isinstance(layer, MoSLoRALayer) else cast(nn.Linear, base).in_features
     if isinstance(base, nn.Embedding):
-        return [torch.randint(width, (_PROBES,), generator=generator).to(device)]
+        return torch.randint(width, (_PROBES,), generator=generator).to(device)
     shape: tuple[int, ...] = (_PROBES, width)
     if isinstance(base, nn.Conv2d):
         shape = (1, width, *(size + 2 for size in base.kernel_size))
-    elif isinstance(base, nn.MultiheadAttention):
-        shape = (_PROBES, 1, width)
-    x = torch.randn(shape, generator=generator).to(device, dtype)
-    return [x] * (3 if isinstance(base, nn.MultiheadAttention) else 1)
-
-
-def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return (result[0] if isinstance(result, tuple) else result).float()
+    return torch.randn(shape, generator=generator).to(device, dtype)

@@ -62,7 +62,7 @@ class MoSLoRAConfig(AdapterOptions):
         """
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():
-            return config_from_manifest(read_manifest(folder))
+            return config_from_dict(read_manifest(folder)["config"])
         source = Path(pretrained_model_name_or_path, subfolder or "") if folder is None else folder
         data = read_json(source / STOCK_CONFIG) if (source / STOCK_CONFIG).is_file() else None
         if folder is not None:
@@ -103,20 +103,6 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
     values = {key: value for key, value in data.items() if key not in ("peft_type", "runtime_config")}
     config = MoSLoRAConfig(**values)
     permitted_options(MoSLoRAConfig, values, "The adapter's configuration")
-    return config
-
-
-def config_from_manifest(manifest: Mapping[str, Any]) -> MoSLoRAConfig:
-    """The configuration of a folder of `save_adapter`, which knows how the factors of experts are nested there.
-
-    Args:
-        manifest: content of its `moslora.json`.
-
-    Raises:
-        AdapterError: see `config_from_dict`.
-    """
-    config = config_from_dict(manifest["config"])
-    config.nested_as = tuple(config.target_parameters or ())
     return config
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
-from mm_moslora.adapters.folder_format import is_inner
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.sharing.sharing_forms import ALONE, sharing_named
 from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers
@@ -66,7 +65,7 @@ def share_factors(model: nn.Module, adapter_name: str, config: AdapterOptions) -
         AdapterError: nothing to share, or a group of layers that cannot share.
     """
     layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
-    linear = {path: layer for path, layer in layers.items() if layer.shares_factors and not is_inner(path)}
+    linear = {path: layer for path, layer in layers.items() if layer.shares_factors}
     form = sharing_named(config.share) if not config.shared_factors else None
     if form is not None:
         config.shared_factors = form.partition(model, list(linear))

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mm_moslora.adapters.folder_format import WRAPPED, bare_name, holder_of
+from mm_moslora.adapters.folder_format import WRAPPED, bare_name
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 
 
@@ -53,17 +53,6 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
             yield bare_name(path), module
-
-
-def matched_path(path: str, layer: MoSLoRALayer) -> str:
-    """The path that patterns of ranks, scalings and mixers are matched with; see `folder_format.option_path`.
-
-    Args:
-        path: of the layer in the base model.
-        layer: at this path.
-    """
-    name = getattr(layer, "parameter_name", None)
-    return path.partition(".base_layer.")[0] if name is None else f"{holder_of(path)[0]}.{name}"
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:

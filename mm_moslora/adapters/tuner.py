@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from typing import Any
 
 import peft
@@ -19,8 +18,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import unmatched_patterns
-from mm_moslora.adapters.experts.expert_probe import refuse_mishandled
-from mm_moslora.adapters.experts.expert_targets import check_nesting, not_excluded, resolve_parameters
 from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
@@ -89,7 +86,6 @@ class MoSLoRAModel(LoraModel):
         if isinstance(peft_config, MoSLoRAConfig):
             for name, value in self._whole_targets.items():
                 setattr(peft_config, name, value)
-            _resolve_experts(self.model, peft_config)
             _check_names(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -106,14 +102,10 @@ class MoSLoRAModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         self._whole_targets = _whole_targets(model, config)
-        _resolve_experts(model, config)
         layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
         before = {id(layer) for layer in layers if layer.holds(adapter_name)}
         try:
-            with warnings.catch_warnings():
-                # It looks at modules only; `unmatched_patterns` has looked at parameters, too.
-                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any")
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.share != ALONE and not config.shared_factors:  # found for this model; the caller's stays
                 config = self.peft_config[adapter_name] = copy.copy(config)
             share_factors(model, adapter_name, config)
@@ -142,10 +134,12 @@ class MoSLoRAModel(LoraModel):
                     "adapter, which cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or "
                     "add the MoSLoRA adapter first."
                 )
-            # PEFT adapts the out_proj of MultiheadAttention with the whole.
-            called = lora_config.inference_mode or isinstance(parent, nn.MultiheadAttention)
-            called = called or kwargs.get("parameter_name") is not None  # `refuse_mishandled` has tried the layout
-            if not called and (reason := why_not_called(parent, target_name)):
+            if (parameter := kwargs.get("parameter_name")) is not None:  # PEFT reads some names of layers as experts
+                raise AdapterError(
+                    f"{current_key}.{parameter} holds the weights of experts, which carry no mixer. Name linear layers "
+                    "by their whole paths, or adapt experts with peft.LoraConfig(target_parameters=...)."
+                )
+            if not lora_config.inference_mode and (reason := why_not_called(parent, target_name)):
                 raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
@@ -257,19 +251,6 @@ def _whole_targets(model: nn.Module, config: MoSLoRAConfig) -> dict[str, Any]:
     return {name: copy.copy(getattr(config, name)) for name in options}
 
 
-def _resolve_experts(model: nn.Module, config: MoSLoRAConfig) -> None:
-    """Give the configuration whole paths of the parameters that it adapts, in the order in which PEFT nests them.
-
-    Raises:
-        AdapterError: see `resolve_parameters`, `MoSLoRAConfig.check_experts` and `refuse_mishandled`.
-    """
-    if config.target_parameters:
-        config.target_parameters = not_excluded(config, resolve_parameters(model, [""], config.target_parameters))
-        check_nesting(config.nested_as, config.target_parameters)
-        config.check_experts()
-        refuse_mishandled(model, config.target_parameters)
-
-
 def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
     if isinstance(model, peft.PeftModel):
         raise AdapterError(
@@ -287,7 +268,6 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
                 raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, names)}")
     if targets is not None and targets != "all-linear":
         paths = [path for path in paths if check_target_module_exists(config, path)]
-    paths += config.target_parameters or ()
     if not config.inference_mode:  # what was trained loads, whatever its configuration says besides
         lost = unmatched_patterns(config, paths)
         if lost:

@@ -309,9 +309,6 @@ class AdapterConfig:
     alone: mixer_init identity, mixer_trainable false."""
     targets: str | list[str] = "all-linear"
     """all-linear (every linear layer except the head) or names of linear layers, within the adapted component."""
-    target_parameters: list[str] = field(default_factory=list)
-    """Experts to adapt besides, where a model holds them as stacked parameters: ends of their names, such as
-    experts.gate_up_proj and experts.down_proj. Each expert gets a mixer; routers stay frozen. No dropout, no DoRA."""
     weights: str | None = None
     """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also of `Trainer`, or PEFT's LoRA). Its
     factors and modules replace freshly initialised ones. rank and alpha must match the folder."""

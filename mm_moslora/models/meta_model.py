@@ -160,7 +160,7 @@ def _built(config: ModelConfig, adapter: AdapterConfig, *, dtype: torch.dtype, p
 def _by_number(config: ModelConfig, adapter: AdapterConfig) -> bool:
     """Whether a recipe may name layers by their numbers, so that layers of the same shapes are not alike."""
     patterns = [*adapter.rank_pattern, *adapter.alpha_pattern, *adapter.mixer_pattern]
-    named = re.search(r"\d", f"{adapter.targets} {adapter.target_parameters} {adapter.peft} {patterns}")
+    named = re.search(r"\d", f"{adapter.targets} {adapter.peft} {patterns}")
     return config.language_mode == "last_n" or adapter.weights is not None or bool(named)
 
 

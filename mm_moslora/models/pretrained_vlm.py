@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mm_moslora.adapters.experts.expert_targets import short_names, stacked_parameters
+from mm_moslora.adapters.stacked_parameters import stacked_parameters
 from mm_moslora.models.families import TOWER_PATHS
 from mm_moslora.models.model_sizes import load_base, refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
@@ -196,7 +196,7 @@ def outside_decoder(config: PreTrainedConfig, kind: str) -> list[str]:
     if share > 0.5:
         raise ModelError(
             f"model.quantisation is {kind}, but {share:.0%} of the language model's weights are experts in stacked "
-            f"parameters ({', '.join(short_names(experts))}), which bitsandbytes does not pack. Leave quantisation out."
+            f"parameters ({min(experts)} and others), which bitsandbytes does not pack. Leave quantisation out."
         )
     parents = [path[:at] for at, letter in enumerate(path) if letter == "."]
     return [

@@ -123,7 +123,6 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
         share=adapter.share,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
-        target_parameters=list(adapter.target_parameters) or None,
         **({"task_type": "CAUSAL_LM"} | more),
     )
 

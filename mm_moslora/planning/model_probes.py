@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora.adapters.adapter_targets import AdaptableTargets, adaptable_targets
+from mm_moslora.adapters.adapter_targets import ALL_LINEAR, linear_targets
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -58,25 +58,17 @@ def _parts_found(parts: Parts) -> Iterator[Diagnosis]:
 
 def _experts(parts: Parts) -> Iterator[Diagnosis]:
     """Only of models that have some."""
-    adaptable = _adaptable(parts)
-    if adaptable.parameters:
-        yield Diagnosis(name="experts", detail=f"set adapter.target_parameters: {adaptable.parameters}")
-    for name, reason in adaptable.left_out.items():
+    if (targets := _adapter_of(parts).targets) != ALL_LINEAR:
         yield Diagnosis(
-            name="experts", status="warn", detail=f"{name} cannot carry an adapter: {reason}",
-            remedy="They stay as they are." if adaptable.parameters else f"Set adapter.targets: {adaptable.targets}.",
+            name="experts", status="warn", detail="experts that are stacked parameters carry no adapter",
+            remedy=f"Set adapter.targets: {targets}.",
         )  # fmt: skip
-
-
-def _adaptable(parts: Parts) -> AdaptableTargets:
-    model = parts.model
-    return adaptable_targets(model, decoder_path(model) if is_multimodal(model) else "")
 
 
 def _adapter_of(parts: Parts) -> AdapterConfig:
     """The adapter of every layer that can carry one."""
-    adaptable = _adaptable(parts)
-    return AdapterConfig(targets=adaptable.targets, target_parameters=adaptable.parameters)
+    model = parts.model
+    return AdapterConfig(targets=linear_targets(model, decoder_path(model) if is_multimodal(model) else ""))
 
 
 def _rows(parts: Parts) -> Iterator[Diagnosis]:
@@ -205,8 +197,7 @@ def _step(parts: Parts) -> Iterator[Diagnosis]:
     trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}
     without = [name for name, weight in trained.items() if weight.grad is None or not weight.grad.isfinite().all()]
     size, mixers = sum(weight.numel() for weight in trained.values()), [n for n in trained if "lora_mixer" in n]
-    experts = sum(trained[name].ndim > 2 for name in mixers)
-    layers = f"{len(mixers) - experts} layers{f', {experts} stacks of experts' if experts else ''}"
+    layers = f"{len(mixers)} layers"
     detail = f"MoSLoRA trains {size:,} values in {layers} of the language model"
     yield Diagnosis(
         name="a training step", status="bad" if without else "ok",

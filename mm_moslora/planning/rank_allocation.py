@@ -57,12 +57,12 @@ def allocate_ranks(folder: str | Path, *, rank: int | None = None) -> RankAlloca
         rank: the one rank, below that of the folder; None: half of it.
 
     Raises:
-        AdapterError: see `load_adapter`; an adapter with experts, shared factors, frozen factors, or ranks or alphas by
+        AdapterError: see `load_adapter`; an adapter with shared factors, frozen factors, or ranks or alphas by
             module; a rank that is not below its own; ranks that the form of its mixers does not take.
     """
     content = read_folder(folder)
     config: AdapterOptions = content.config
-    for option in ("target_parameters", "shared_factors", "rank_pattern", "alpha_pattern"):
+    for option in ("shared_factors", "rank_pattern", "alpha_pattern"):
         if getattr(config, option):
             raise AdapterError(
                 f"{folder} has {option}. Ranks are shared out over modules that have one rank, one alpha and factors "

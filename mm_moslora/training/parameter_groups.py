@@ -98,7 +98,7 @@ def _linear_weights(model: nn.Module) -> set[int]:
         elif isinstance(module, nn.Embedding):
             inside.append(module)
         elif isinstance(module, ParamWrapper):
-            inside += [module.lora_A, module.lora_B, getattr(module, "lora_mixer", None)]
+            inside += [module.lora_A, module.lora_B]
         elif isinstance(module, PreTrainedModel):
             inside.append(module.get_output_embeddings())
             with suppress(NotImplementedError):  # some towers name none

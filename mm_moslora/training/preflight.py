@@ -160,7 +160,7 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"{hint}"
         )
     usual = adapter.mixer_form in usual_names.MIXER_FORMS and adapter.share == "none"
-    if adapter.peft or adapter.target_parameters or not usual:
+    if adapter.peft or not usual:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)

@@ -35,15 +35,6 @@ class _Block(nn.Module):
         return torch.tanh(self.target(x))
 
 
-class _AttentionBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.target = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.target(x, x, x, need_weights=False)[0]
-
-
 class _EmbeddingBlock(nn.Module):
     """Looks up token ids that the first channel of its input stands for, so that two of them can be stacked."""
 
@@ -62,10 +53,7 @@ class LayerType:
 
     make: Callable[[int], nn.Module]
     shape: tuple[int, ...]
-    mixed_batches: bool = True
-    """PEFT has no mixed batches for attention."""
     all_linear: bool = False
-    compiles: bool = True
     own_factors: bool = True
     """Whether every layer has an A and a B of its own."""
     options: dict[str, str] = field(default_factory=dict)
@@ -85,9 +73,6 @@ LAYERS = {
     "Embedding": LayerType(make=lambda _: _EmbeddingBlock(), shape=(4, 5, 8)),
     "Conv2d-1x1": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 1)), shape=(4, 8, 3, 3)),
     "Conv2d-3x3": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 3, padding=1)), shape=(4, 8, 3, 3)),
-    "MultiheadAttention": LayerType(
-        make=lambda _: _AttentionBlock(), shape=(4, 5, 8), mixed_batches=False, compiles=False
-    ),
 }
 
 

@@ -29,10 +29,8 @@ from tests.adapters.behaviour_models import LAYERS, inputs, network
 
 ROOT = Path(__file__).parents[2]
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
-where_mixed = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.mixed_batches])
 where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
 where_own = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.own_factors])
-where_compiled = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.compiles])
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -224,7 +222,7 @@ def test_switch(kind: str) -> None:
     assert torch.equal(_run(model, kind), first)
 
 
-@where_mixed
+@every_layer
 def test_mixed_batch(kind: str) -> None:
     """Mixed-adapter batches (`adapter_names`)"""
     model = _second(_adapted(kind))
@@ -328,7 +326,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@where_compiled
+@every_layer
 def test_compile(kind: str) -> None:
     """`torch.compile` (graph capture, `aot_eager`)"""
     model = _adapted(kind)

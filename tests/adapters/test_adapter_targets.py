@@ -37,8 +37,6 @@ def test_all_linear_does_not_leave_experts_out_without_a_word() -> None:
     ):
         with pytest.raises(AdapterError, match=message):
             call()
-    with pytest.raises(AdapterError, match="Routers stay frozen"):
-        peft.get_peft_model(model, MoSLoRAConfig(r=4, target_modules="all-linear"))
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert len(adapted_modules(add_moslora(model, MoSLoRAConfig(r=4), targets=names))) == 8
 

@@ -466,12 +466,6 @@ def test_a_folder_of_a_form_that_is_not_registered_says_so(tmp_path: Path, monke
         load_adapter(llama(), tmp_path / "a")
 
 
-def test_attention_has_no_lora_bias() -> None:
-    attention = nn.ModuleDict({"target": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(AdapterError, match=r"target is an nn\.MultiheadAttention.*lora_bias would have no effect"):
-        add_moslora(attention, MoSLoRAConfig(r=4, lora_bias=True), targets=["target"])
-
-
 def test_the_flops_of_a_mixer_are_those_of_its_form() -> None:
     """Beside an adapter without mixers, in one micro-batch: 8 per row of B and product, or 6 per token and product."""
     shape = StepShape(tokens=14, pairs=56, supervised=12, images=0, micro_batches=1)

@@ -17,8 +17,6 @@ from mm_moslora.models.load_model import load
 from mm_moslora.planning.probe_conversations import conversations_of, example_of
 from mm_moslora.training.training_loop import train
 
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-
 
 def test_a_run_of_a_new_family_exports_and_loads_back(tmp_path: Path) -> None:
     parts = small_family("qwen3_vl_moe")
@@ -34,7 +32,7 @@ def test_a_run_of_a_new_family_exports_and_loads_back(tmp_path: Path) -> None:
     recipe = Recipe.from_dict(
         {
             "model": {"vlm": str(tmp_path / "base")},
-            "adapter": {"rank": 2, "alpha": 4, "target_parameters": EXPERTS, "mixer_init": "kaiming"},
+            "adapter": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"], "mixer_init": "kaiming"},
             "data": {"train": [{"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path)}]},
             "optim": {"lr": 1e-2},
             "train": {

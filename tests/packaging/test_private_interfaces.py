@@ -196,18 +196,6 @@ def test_peft_takes_custom_layers_and_embeds_by_methods() -> None:
     assert parameters(peft.LoraConfig._register_custom_module) == ["self", "mapping"]
     assert parameters(lora.Embedding._embed)[:3] == ["self", "input", "weight"]
     assert parameters(lora.Embedding._get_embed_scale) == ["self"]
-    assert parameters(lora.layer.MultiheadAttention._check_forward_args) == ["self", "x", "args", "kwargs"]
-    assert lora.Linear(nn.Linear(2, 2), "chosen", config=peft.LoraConfig(r=1), r=1)._active_adapter == ["chosen"]
-
-
-def test_peft_nests_wrappers_of_parameters_by_the_name_of_their_class() -> None:
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTuner
-
-    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
-    assert parameters(ParamWrapper._activate_lora) == ["self", "active_adapters"]
-    assert parameters(ParamWrapper.get_delta_factors) == ["self", "adapter_name"]
-    assert "_did_swap_in_out_features" in inspect.getsource(ParamWrapper.update_layer)
 
 
 def test_transformers_names_routers_among_what_it_records() -> None:
@@ -326,8 +314,6 @@ def test_modules_of_torch_keep_their_parts_and_hooks_in_dictionaries() -> None:
         register(lambda *_: None)
         assert len(kept) == 1
     assert torch.compile(layer, backend="eager")._orig_mod is layer  # type: ignore[attr-defined]
-    assert nn.MultiheadAttention(4, 2)._qkv_same_embed_dim
-    assert not nn.MultiheadAttention(4, 2, kdim=3)._qkv_same_embed_dim
     assert isinstance(nn.BatchNorm2d(2), nn.modules.batchnorm._BatchNorm)
 
 

@@ -159,7 +159,7 @@ def test_frozen_routers_add_nothing_to_the_loss_and_their_balance_is_logged(
     objective: str, text_pairs: Path, tmp_path: Path
 ) -> None:
     model = {"language": str(make_experts(tmp_path / "experts"))}
-    adapter = {"rank": 4, "alpha": 8, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapter = {"rank": 4, "alpha": 8, "targets": ["q_proj"]}
     train = {"steps": 1, "global_batch": 24, "micro_batch": 24}
     train_preferences(
         make_recipe(tmp_path / "run", text_pairs, model, objective=objective, adapter=adapter, train=train)

@@ -30,8 +30,6 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     PlainPair,
     adapted_path,
-    is_inner,
-    layer_paths,
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
@@ -105,7 +103,7 @@ def export_adapter(
         return write_gguf(target, plain_pairs(content), model_config)
     if layout == "peft":
         tensors = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
-        config = stock_config(content.config, layer_paths(content.tensors, content.config.target_parameters), None)
+        config = stock_config(content.config, target_paths(content.tensors), None)
     else:
         tensors, config = _vllm_files(content)
     names = (STOCK_WEIGHTS, STOCK_CONFIG)
@@ -205,17 +203,6 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
     Raises:
         AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
     """
-    if experts := content.config.target_parameters:
-        raise AdapterError(
-            f"The adapter holds factors of experts ({experts[0]}), which only PEFT knows as adapted parameters. Export "
-            "with layout='peft' (--to lora), or merge."
-        )
-    inner = next((name for name in content.tensors if is_inner(name) and "lora_" in name), None)
-    if inner:
-        raise AdapterError(
-            f"The adapter holds {inner!r}, of an nn.MultiheadAttention, which only PEFT knows as an adapted layer. "
-            "Export with layout='peft' (--to lora), or merge."
-        )
     if content.config.changes_base:
         init = content.config.init_lora_weights
         raise AdapterError(

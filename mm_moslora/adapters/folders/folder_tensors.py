@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,13 +16,10 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     adapted_path,
     is_factor,
-    is_unresolved,
     mixers_in,
-    option_path,
-    parameter_at,
     target_paths,
 )
-from mm_moslora.adapters.mixer import PerExpert, form_named, form_of
+from mm_moslora.adapters.mixer import form_named, form_of
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 
@@ -126,26 +122,18 @@ def shapes_by_rank(config: AdapterOptions, tensors: Mapping[str, Tensor]) -> dic
     """
     shapes: dict[str, tuple[int, ...]] = {}
     mixers, form = mixers_in(tensors), form_named(config.mixer_form)
-    parameters = config.target_parameters or ()
     for name, A in tensors.items():
         path = adapted_path(name)
         if path is None:
             continue
-        outer, own = option_path(path, parameters), form
-        rank = columns = config.rank_for(outer)
-        unresolved = False
-        if parameter_at(path, parameters) is not None:
-            own = PerExpert(form, max(1, len(A) // rank))
-            columns = rank * own.experts
-        elif unresolved := is_unresolved(path, parameters, config.target_modules or ()):
-            columns = len(A)
-        shapes[name] = (columns, *A.shape[1:])
+        rank = config.rank_for(path)
+        shapes[name] = (rank, *A.shape[1:])
         start = f"{PREFIX}{path}"
         other = start + name.removeprefix(start).replace("_A", "_B")
         B = tensors.get(other)
-        shapes[other] = (0, columns) if B is None else (*B.shape[:1], columns, *B.shape[2:])
-        if start in mixers or not (unresolved or config.is_plain(outer)):
-            shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in own.shapes(rank).items()}
+        shapes[other] = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
+        if start in mixers or not config.is_plain(path):
+            shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in form.shapes(rank).items()}
     return shapes
 
 
@@ -167,7 +155,7 @@ def fold_state_dict(
     Raises:
         AdapterError: the form has no matrix, or must be named; a mixer without its B, of another rank, or with NaN.
     """
-    matrices = mixer_matrices(tensors, mixer_form=mixer_form, names_of_B=names_of_B)
+    matrices = mixer_matrices(tensors, mixer_form=mixer_form)
     folded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if MIXER_PART in name:
@@ -175,13 +163,10 @@ def fold_state_dict(
         suffix = next((suffix for suffix in names_of_B if name.endswith(suffix)), None)
         mixer = None if suffix is None else matrices.pop(name.removesuffix(suffix), None)
         if mixer is not None:
-            experts = tuple(mixer.shape[:-2])
-            rank = tensor.shape[1] // math.prod(experts)
-            if mixer.shape != (*experts, rank, rank) or not torch.isfinite(mixer).all():
-                content = f"{list(mixer.shape)}" if mixer.shape != (*experts, rank, rank) else "NaN or infinity"
-                raise AdapterError(
-                    f"The mixer of {name} is {content}, expected {[*experts, rank, rank]} of finite numbers."
-                )
+            rank = tensor.shape[1]
+            if mixer.shape != (rank, rank) or not torch.isfinite(mixer).all():
+                content = f"{list(mixer.shape)}" if mixer.shape != (rank, rank) else "NaN or infinity"
+                raise AdapterError(f"The mixer of {name} is {content}, expected {[rank, rank]} of finite numbers.")
             tensor = fold_right(tensor, mixer).to(tensor.dtype)
         folded[name] = tensor.contiguous()
     if matrices:
@@ -192,16 +177,10 @@ def fold_state_dict(
     return folded
 
 
-def mixer_matrices(
-    tensors: Mapping[str, Tensor], *, mixer_form: str | None = None, names_of_B: tuple[str, ...] = FACTORS_B
-) -> dict[str, Tensor]:
-    """M of every mixer, by what stands before ``.lora_mixer.`` in its name; see `fold_state_dict`.
-
-    ``[R, R]``, or ``[E, R, R]`` of experts.
-    """
+def mixer_matrices(tensors: Mapping[str, Tensor], *, mixer_form: str | None = None) -> dict[str, Tensor]:
+    """M ``[R, R]`` of every mixer, by what stands before ``.lora_mixer.`` in its name; see `fold_state_dict`."""
     matrices = {}
     for start, parts in mixers_in(tensors).items():
         form = form_of(parts) if mixer_form is None else form_named(mixer_form)
-        columns = next((tensors[start + end].shape[1] for end in names_of_B if start + end in tensors), 0)
-        matrices[start] = PerExpert.around(form, parts, columns).matrix(parts)
+        matrices[start] = form.matrix(parts)
     return matrices

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor
 
@@ -31,10 +30,7 @@ from mm_moslora.adapters.folder_format import (
     adapted_path,
     declares_mixers,
     is_factor,
-    is_unresolved,
     mixers_in,
-    option_path,
-    parameter_at,
     read_json,
     target_paths,
 )
@@ -117,32 +113,13 @@ def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> Ad
     if config.mixer_trainable:
         # The mixers are not in the file; the identity makes them exactly this adapter.
         rows = {path: len(tensor) for name, tensor in tensors.items() if (path := adapted_path(name)) is not None}
-        mixers = {path: identity_mixer(config, path, number) for path, number in rows.items()}
-        tensors |= {f"{PREFIX}{path}{MIXER}": mixer for path, mixer in mixers.items() if mixer is not None}
+        tensors |= {f"{PREFIX}{path}{MIXER}": torch.eye(number) for path, number in rows.items()}
     return content
 
 
 def _content(config: MoSLoRAConfig, tensors: dict[str, Tensor]) -> AdapterFolder:
-    paths = target_paths(tensors)
-    if config.target_parameters:  # PEFT's names tell factors of layers and of parameters apart by the targets only
-        paths = [path for path in paths if check_target_module_exists(config, path)]
-    config.target_modules = paths
+    config.target_modules = target_paths(tensors)
     return AdapterFolder(config=config, tensors=tensors, base={})
-
-
-def identity_mixer(config: MoSLoRAConfig, path: str, rows: int) -> Tensor | None:
-    """The mixer that changes nothing, for a module of a plain LoRA; None: its rank is known beside its model only.
-
-    Args:
-        config: of the folder.
-        path: of the module's factors.
-        rows: of A.
-    """
-    parameters = config.target_parameters or ()
-    if parameter_at(path, parameters) is not None:
-        rank = config.rank_for(option_path(path, parameters))
-        return torch.eye(rank).repeat(rows // rank, 1, 1)
-    return None if is_unresolved(path, parameters, config.target_modules or ()) else torch.eye(rows)
 
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:

@@ -13,17 +13,13 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
-from mm_moslora.adapters.experts.expert_targets import check_nesting, resolve_parameters
 from mm_moslora.adapters.folder_format import (
-    MIXER,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
-    is_inner,
     mixers_in,
     read_manifest,
-    wrapper_paths,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import (
@@ -32,14 +28,13 @@ from mm_moslora.adapters.folders.folder_tensors import (
     shapes_by_rank,
     unexpected_entry,
 )
-from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, identity_mixer, read_foreign
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
 from mm_moslora.adapters.folders.kept_start import read_start, set_starts
 from mm_moslora.adapters.folders.save_folder import expected_shapes
-from mm_moslora.adapters.layers.expert_parameters import expert_factor_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_manifest
-from mm_moslora.adapters.tree import base_fingerprint, matched_path, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
+from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
@@ -78,8 +73,6 @@ def load_adapter(
     content = read_folder(folder, trainable=trainable, component=component)
     config, source = content.config, str(folder)
     _check_base(model, content.base, base or {}, source)
-    if config.target_parameters:
-        _find_experts(model, content, source)
     paths = sorted(config.target_modules or ())
     check_tensors(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
     config.inference_mode = not trainable
@@ -159,10 +152,9 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
     expected = expected_shapes(model, adapter_name)
     differing = sorted(name for name in expected if shapes.get(name) != expected[name])
     own, theirs = content.config, cast(MoSLoRAConfig, model.peft_config[adapter_name])
-    outer = {path: matched_path(path, layer) for path, layer in layers.items() if not is_inner(path)}
-    scaled = [path for path, name in outer.items() if layers[path].scaling[adapter_name] != own.scaling_for(name)]
+    scaled = [path for path, layer in layers.items() if layer.scaling[adapter_name] != own.scaling_for(path)]
     problem = ""
-    if set(outer.values()) != {*(own.target_modules or ()), *(own.target_parameters or ())}:
+    if set(layers) != set(own.target_modules or ()):
         problem = "it is in other modules"
     elif differing:
         problem = (
@@ -175,8 +167,8 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
     elif copies := differing_copies(theirs.shared_factors, content.tensors):
         problem = f"layers share {copies[0]} there, and another {copies[1]} is in the folder"
     elif scaled:
-        scaling, saved = layers[scaled[0]].scaling[adapter_name], own.scaling_for(outer[scaled[0]])
-        problem = f"the scaling of {outer[scaled[0]]} is {scaling:g} there and {saved:g} in the folder"
+        scaling, saved = layers[scaled[0]].scaling[adapter_name], own.scaling_for(scaled[0])
+        problem = f"the scaling of {scaled[0]} is {scaling:g} there and {saved:g} in the folder"
     elif any(adapter_name in layer.merged_adapters for layer in layers.values()):
         problem = "it is merged into the weights"
     if problem:
@@ -238,7 +230,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
         )
     with _usable(str(root)):
         content = _read_own(root) if has_config else read_foreign(root, trainable=trainable, component=component)
-    if not content.config.target_modules and not content.config.target_parameters:
+    if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
     if copies := differing_copies(content.config.shared_factors, content.tensors):
@@ -257,7 +249,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
 def _read_own(root: Path) -> AdapterFolder:
     manifest = read_manifest(root)
     try:
-        config = config_from_manifest(manifest)
+        config = config_from_dict(manifest["config"])
     except AdapterError as error:
         raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
     expected = {STOCK_WEIGHTS, OWN_WEIGHTS} if form_named(config.mixer_form).fixed else {OWN_WEIGHTS}
@@ -299,31 +291,6 @@ def _check_base(model: nn.Module, saved: Mapping[str, Any], base: Mapping[str, A
         )
 
 
-def _find_experts(model: nn.Module, content: AdapterFolder, source: str) -> None:
-    """Give the folder's configuration whole paths of parameters, and mixers to a plain LoRA that is to train.
-
-    Raises:
-        AdapterError: the model lacks one of them, or nests them otherwise.
-    """
-    config = content.config
-    saved = list(config.target_parameters or ())
-    try:
-        config.target_parameters = resolve_parameters(model, [""], saved)
-        check_nesting(config.nested_as, config.target_parameters)
-    except AdapterError as error:
-        raise AdapterError(f"{source} does not fit the model: {error}") from error
-    if config.mixer_trainable:
-        mixers = mixers_in(content.tensors)
-        for path in wrapper_paths(config.target_parameters):
-            A = content.tensors.get(f"{PREFIX}{path}.lora_A.weight")
-            if (
-                A is not None
-                and f"{PREFIX}{path}" not in mixers
-                and (M := identity_mixer(config, path, len(A))) is not None
-            ):
-                content.tensors[f"{PREFIX}{path}{MIXER}"] = M
-
-
 def _planned_shapes(
     model: nn.Module, config: MoSLoRAConfig, paths: list[str], tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, tuple[int, ...]]:
@@ -336,9 +303,5 @@ def _planned_shapes(
         if reason := why_not_adaptable(modules[path]):
             raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
         factors = factor_shapes(modules[path], config.rank_for(path))
-        shapes |= {f"{PREFIX}{path}.{name}": shape for name, shape in factors.items()}
-    for path, parameter in wrapper_paths(config.target_parameters or ()).items():
-        holder, _, name = parameter.rpartition(".")
-        factors = expert_factor_shapes(modules[holder], name, config.rank_for(parameter))
         shapes |= {f"{PREFIX}{path}.{name}": shape for name, shape in factors.items()}
     return shapes

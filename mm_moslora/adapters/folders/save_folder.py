@@ -29,10 +29,8 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     bare_name,
     is_factor,
-    layer_paths,
     mixers_in,
     named_as_modules,
-    option_path,
     target_paths,
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
@@ -200,7 +198,7 @@ def write_folder(
     Raises:
         AdapterError: factors that a reader of the folder would refuse.
     """
-    paths = layer_paths(tensors, config.target_parameters)
+    paths = target_paths(tensors)
     check_tensors(tensors, shapes_by_rank(config, tensors))
     fixed = form_named(config.mixer_form).fixed
     contents = {OWN_WEIGHTS: tensors}
@@ -318,8 +316,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
     start = {name: tensors.pop(name).float() for name in list(tensors) if START_PART in name}
     if empty := next((name for name, tensor in tensors.items() if is_factor(name) and not tensor.numel()), None):
         raise AdapterError(f"{empty} of {weights} is empty. Gather the factors of all ranks before saving.")
-    parameters = config.target_parameters
-    mixed = (path for path in target_paths(tensors) if not config.is_plain(option_path(path, parameters)))
+    mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
     mixers = mixers_in(tensors)
     bare = next((path for path in mixed if f"{PREFIX}{path}" not in mixers), None)
     if bare is not None:

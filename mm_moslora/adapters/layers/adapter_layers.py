@@ -107,9 +107,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer, and set A and B as the form of the factors demands."""
         like, _ = self.outer_factors(adapter_name)
-        rank, form = self.r[adapter_name], self.new_form(config)
-        if not form.fixed:
-            self._check_input_dependent(form, config)
+        rank, form = self.r[adapter_name], form_named(config.mixer_form)
         self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
             self._start_outer_factors(adapter_name, config)
@@ -131,18 +129,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
         if not like.is_meta:
             self.keep_start(adapter_name, tensors)
-
-    def new_form(self, config: AdapterOptions) -> MixerForm:
-        """The form of a new mixer."""
-        return form_named(config.mixer_form)
-
-    def _check_input_dependent(self, form: MixerForm, config: AdapterOptions) -> None:
-        if config.use_dora or isinstance(self, lora.layer.MultiheadAttention):
-            where = "use_dora" if config.use_dora else f"{self._module_path} (nn.MultiheadAttention)"
-            raise AdapterError(
-                f"{where} needs M as a matrix, but the mixer form {form.spec!r} depends on the layer's input. Choose "
-                "other targets or another mixer_form, and leave use_dora out."
-            )
 
     @torch.no_grad()
     def _mix_start(self, adapter_name: str, config: AdapterOptions) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mm_moslora.adapters.mixer import MixerForm, PerExpert, form_named
+from mm_moslora.adapters.mixer import MixerForm, form_named
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -25,9 +25,6 @@ def check_form(form: MixerForm, rank: int, tensors: Mapping[str, Tensor]) -> Non
         AdapterError: `start` or `identity` gives other tensors than `shapes` names, M is not ``[R, R]``, `identity`
             does not make M the identity, or a tensor called `weight` is not M.
     """
-    if isinstance(form, PerExpert):
-        tensors = form.of_expert(tensors, 0)
-        form = form.inner
     shapes = {name: tuple(shape) for name, shape in form.shapes(rank).items()}
     with torch.random.fork_rng(devices=[]):
         identity = form.identity(rank)
@@ -73,7 +70,7 @@ def check_named(form: MixerForm, spec: str, rank: int, device: torch.device) -> 
     Raises:
         AdapterError: the two differ.
     """
-    fresh, live = form_named(spec), copy.deepcopy(form.inner if isinstance(form, PerExpert) else form)
+    fresh, live = form_named(spec), copy.deepcopy(form)
     if live.shapes(rank) != fresh.shapes(rank):  # the tensors themselves are then refused
         return
     with torch.random.fork_rng(devices=[]):

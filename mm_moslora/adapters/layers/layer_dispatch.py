@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.layers.base_weights import quantisation
-from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts, why_not_adaptable_parameter
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
-from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
+from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding
 from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.errors import AdapterError
 
@@ -33,8 +32,7 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
         AdapterError: a module type or a quantised weight that cannot be adapted.
     """
     path = kwargs.get("target_name", "")
-    if parameter := kwargs.pop("parameter_name", None):
-        return _create_experts(target, adapter_name, parameter=parameter, config=config, **kwargs)
+    kwargs.pop("parameter_name", None)
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
         raise AdapterError(
             "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "
@@ -59,27 +57,7 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions
         return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Conv2d):
         return MoSLoRAConv2d(target, adapter_name, config=own, **kwargs)
-    if isinstance(base, nn.MultiheadAttention):
-        if getattr(config, "lora_bias", False):
-            raise AdapterError(
-                f"{path or type(base).__name__} is an nn.MultiheadAttention, whose adapter adds to weights alone: "
-                "lora_bias would have no effect. Unset it, or choose other targets."
-            )
-        return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
     return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
-
-
-def _create_experts(
-    target: nn.Module, adapter_name: str, *, parameter: str, config: AdapterOptions, **kwargs: Any
-) -> nn.Module:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    path = kwargs.get("target_name", parameter)
-    if reason := why_not_adaptable_parameter(base, parameter):
-        raise AdapterError(f"{path} cannot carry MoSLoRA: {reason}")
-    own: Any = copy.copy(config)
-    own.module_path = path
-    config.check_experts()
-    return MoSLoRAExperts(target, adapter_name, parameter_name=parameter, config=own, **kwargs)
 
 
 def why_not_adaptable(base: nn.Module) -> str | None:
@@ -95,13 +73,10 @@ def why_not_adaptable(base: nn.Module) -> str | None:
         return _why_not_convolution(base)
     if isinstance(base, nn.Embedding) and type(base).forward is not nn.Embedding.forward:
         return _why_not_embedding(base)
-    if isinstance(base, nn.MultiheadAttention):
-        same = base._qkv_same_embed_dim and isinstance(base.out_proj, nn.Linear | BaseTunerLayer)
-        return None if same else "its query, key and value have different widths. Choose other targets."
     if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
         return (
-            f"it is {type(base).__module__}.{type(base).__name__}, expected Linear, Embedding, Conv2d or "
-            "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets; if it is quantised, load "
+            f"it is {type(base).__module__}.{type(base).__name__}, expected Linear, Embedding or Conv2d of "
+            "torch.nn, or transformers' Conv1D. Choose other targets; if it is quantised, load "
             "the base in 4 or 8 bits of bitsandbytes."
         )
     weight = base.weight
@@ -121,14 +96,6 @@ def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     if isinstance(base, nn.Conv2d):
         shape_of_A = (rank, base.in_channels, *base.kernel_size)
         return {"lora_A.weight": shape_of_A, "lora_B.weight": (base.out_channels, rank, 1, 1)}
-    if isinstance(base, nn.MultiheadAttention):
-        width = base.embed_dim
-        return {
-            "lora_A.weight": (rank, width),
-            "lora_B.weight": (3 * width, rank),
-            "base_layer.out_proj.lora_A.weight": (rank, width),
-            "base_layer.out_proj.lora_B.weight": (width, rank),
-        }
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         width_in, width_out = int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
     else:

@@ -23,17 +23,13 @@ def fold_right(B: Tensor, M: Tensor) -> Tensor:
     """``B M``: the B of a plain LoRA of the same rank with the same update.
 
     Args:
-        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution; ``[D_out, R E]`` of E experts, the columns of
-            one rank beside each other, as PEFT lays them.
-        M: ``[R, R]``; ``[E, R, R]`` of experts.
+        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
+        M: ``[R, R]``.
 
     Returns:
         Same shape as B, in the wider dtype of the two and at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(B.dtype, M.dtype), torch.float32)
-    if M.ndim == 3:
-        columns = B.to(dtype).unflatten(1, (-1, len(M)))
-        return torch.einsum("oie,eij->oje", columns, M.to(dtype)).reshape(B.shape)
     return (B.to(dtype).flatten(1) @ M.to(dtype)).view(B.shape)
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.experts.small_models import SIZES, WORDS, layer_kinds, small_model
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
+from mm_moslora.models.batching.small_models import SIZES, WORDS, layer_kinds, small_model
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import reason_of
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.layers.expert_parameters import adapted_stacks
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
@@ -77,8 +76,6 @@ class ActivationMemory:
     """Kept by one run of a decoder layer for its backward pass."""
     products: int
     """Kept by all decoder layers for any number of tokens, in bytes: the products B M of the adapters."""
-    stacks: int
-    """Kept by one decoder layer for any number of tokens: its experts with their updates."""
     kept_elsewhere: float
     """Kept by embeddings and the last norm."""
     kept_per_image: float
@@ -86,8 +83,7 @@ class ActivationMemory:
     workspace_per_token: float
     workspace_per_image: float
     made_dense: int
-    """The largest quantised weight in the compute dtype, which exists during its matrix product, or the gradients of
-    the adapted experts of a layer."""
+    """The largest quantised weight in the compute dtype, which exists during its matrix product."""
     dequantised: float
     """Read and written to make every quantised weight dense once, in bytes."""
     vision_checkpointing: bool
@@ -159,12 +155,12 @@ def _measured(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, runs=sum(bones.runs), width=config.hidden_size,
         vocabulary=config.vocab_size, tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen,
-        kept_per_layer=kept.per_token, products=kept.fixed, stacks=kept.stacks,
+        kept_per_layer=kept.per_token, products=kept.fixed,
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
-        made_dense=max(max(linears, default=0) * size, kept.stacks), dequantised=packed * (each + size),
+        made_dense=max(linears, default=0) * size, dequantised=packed * (each + size),
         is_lean=kept.per_token <= (10 * config.hidden_size + 2.5 * inner) * size,
         elements=dict(elements), largest_adapter=max(adapters, default=0),
         counter=FlopCounter(bones.model, runs=bones.runs, picture=image.cost), model=bones.model,
@@ -209,20 +205,15 @@ class _Kept:
     """Bytes of a layer, mean of all."""
     fixed: int
     """Bytes of all layers for any number of tokens."""
-    stacks: int
-    """Bytes of the adapted experts of the layer with most, which are made in its forward pass."""
 
 
 def _kept(bones: MetaModel, size: int) -> _Kept:
     fewer, more = (_kept_by_layers(bones, tokens) for tokens in (PROBE, 2 * PROBE))
     slopes = [(most - least) / PROBE for least, most in zip(fewer, more, strict=True)]
-    stacks = [sum(weight.numel() * size for weight in adapted_stacks(layer)) for layer in bones.decoder_layers]
-    again = map(operator.floordiv, bones.runs, bones.times)
-    every = zip(fewer, slopes, stacks, again, strict=True)
-    fixed = [max(0.0, least - PROBE * slope - runs * own) for least, slope, own, runs in every]
+    fixed = [max(0.0, least - PROBE * slope) for least, slope in zip(fewer, slopes, strict=True)]
     return _Kept(
         per_token=sum(map(operator.mul, slopes, bones.times)) / sum(bones.runs),
-        fixed=round(sum(map(operator.mul, fixed, bones.times))), stacks=max(stacks),
+        fixed=round(sum(map(operator.mul, fixed, bones.times))),
     )  # fmt: skip
 
 

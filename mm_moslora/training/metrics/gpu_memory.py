@@ -121,7 +121,7 @@ class StepMemory:
             adapters=trained * b * copies + whole,
             gradients=0 if off and stage > 1 else gradients,
             optimiser=(1 - off) * trained * (states + masters) / (self.world if stage else 1),
-            activations=tokens * per_token + images * size.kept_per_image + size.products + whole_layers * size.stacks,
+            activations=tokens * per_token + images * size.kept_per_image + size.products,
             workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
             buffers=self._buckets() + gathered,

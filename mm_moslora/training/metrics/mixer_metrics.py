@@ -13,9 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_reports, summary
+from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_report, summary
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
-from mm_moslora.adapters.layers.expert_parameters import MoSLoRAExperts
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tied_weights import further_names
 from mm_moslora.adapters.tree import base_model, named_adapter_layers
@@ -48,8 +47,7 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
     """
     for _, layer, name, (A, mixer, B) in _factors(model, state):
-        stacked = isinstance(layer, MoSLoRAExperts)  # of experts the overlaps, [R E, R E] in float64, would be large
-        A0, B0 = (factor if factor.any() and not stacked else None for factor in (A, B))
+        A0, B0 = (factor if factor.any() else None for factor in (A, B))
         layer.starts[name] = Start(mixer=mixer, A=A0, B=B0)
 
 
@@ -98,7 +96,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
         form = cast(Mixer, layer.lora_mixer[name]).form if mixer else None
         if form is None or form.fixed:
             M = None if form is None else form.matrix(mixer)
-            reports += layer_reports(path, layer, name, A, M, B)
+            reports.append(layer_report(path, layer, name, A, M, B))
     return reports
 
 

@@ -167,18 +167,11 @@ def _stock(*folders: Path) -> list[peft.PeftModel]:
     return [folded(llama(), folder) for folder in folders]
 
 
-@pytest.mark.parametrize(
-    ("net", "layout", "words"),
-    [
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), "vllm", "0 is a convolution"),
-        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "vllm", "nn.MultiheadAttention"),
-        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "diffusers", "nn.MultiheadAttention"),
-    ],
-)
-def test_layers_that_a_layout_does_not_know_are_errors(tmp_path: Path, net, layout: str, words: str) -> None:
-    save_adapter(add_moslora(net(), MoSLoRAConfig(r=2), targets=["0"]), tmp_path / "ours")
-    with pytest.raises(AdapterError, match=words):
-        export_adapter(tmp_path / "ours", tmp_path / "out", layout=layout)
+def test_a_convolution_is_an_error_to_vllm(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3))
+    save_adapter(add_moslora(net, MoSLoRAConfig(r=2), targets=["0"]), tmp_path / "ours")
+    with pytest.raises(AdapterError, match="0 is a convolution"):
+        export_adapter(tmp_path / "ours", tmp_path / "out", layout="vllm")
     assert not (tmp_path / "out").exists()
 
 
@@ -197,7 +190,7 @@ def test_gguf_takes_the_language_model_of_a_llava_and_not_its_tower(tmp_path: Pa
         assert names == {f"blk.{layer}.attn_q.weight.lora_{factor}" for layer in (0, 1) for factor in "ab"}
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3", "MultiheadAttention"])
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3"])
 def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path) -> None:
     config = MoSLoRAConfig(r=4, lora_alpha=8, mixer_form="diagonal")
 
