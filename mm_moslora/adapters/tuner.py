@@ -134,11 +134,6 @@ class MoSLoRAModel(LoraModel):
                     "adapter, which cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or "
                     "add the MoSLoRA adapter first."
                 )
-            if (parameter := kwargs.get("parameter_name")) is not None:  # PEFT reads some names of layers as experts
-                raise AdapterError(
-                    f"{current_key}.{parameter} holds the weights of experts, which carry no mixer. Name linear layers "
-                    "by their whole paths, or adapt experts with peft.LoraConfig(target_parameters=...)."
-                )
             if not lora_config.inference_mode and (reason := why_not_called(parent, target_name)):
                 raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
@@ -256,6 +251,11 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
         raise AdapterError(
             "The model is a PeftModel already. A second wrapper saves names that no loader reads. Give it another "
             "adapter with add_moslora or model.add_adapter, or take the first one out (model.unload())."
+        )
+    if config.target_parameters:  # as PEFT reads some names of layers, such as gate_proj and w1
+        raise AdapterError(
+            f"{min(config.target_parameters)} holds the weights of experts, which carry no mixer. Name linear layers by "
+            "their whole paths, or adapt experts with peft.LoraConfig(target_parameters=...)."
         )
     paths = [path for path, _ in model.named_modules() if path]
     targets: Any = config.target_modules

@@ -71,7 +71,6 @@ LAYERS = {
     ),
     "Conv1D": LayerType(make=lambda _: _Block(Conv1D(8, 8)), shape=(4, 5, 8), all_linear=True),
     "Embedding": LayerType(make=lambda _: _EmbeddingBlock(), shape=(4, 5, 8)),
-    "Conv2d-1x1": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 1)), shape=(4, 8, 3, 3)),
     "Conv2d-3x3": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 3, padding=1)), shape=(4, 8, 3, 3)),
 }
 

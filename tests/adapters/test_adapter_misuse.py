@@ -43,10 +43,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "message"),
     [
         ({"mixer_pattern": "kaiming"}, "mixer_pattern is 'kaiming', expected a dictionary"),
-        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .* expected a dictionary"),
         ({"mixer_pattern": {"(": "kaiming"}}, r"mixer_pattern\['\('\] .* no regular expression"),
         ({"mixer_pattern": {1: "kaiming"}}, "expected text"),
-        ({"target_modules": "(("}, "target_modules is .* no regular expression"),
         ({"mixer_trainable": "yes"}, "mixer_trainable is 'yes', expected True or False"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"r": "16"}, "r is '16', expected a whole number"),
@@ -69,7 +67,6 @@ def test_no_patterns_may_be_none() -> None:
             lambda: add_moslora(llama(), peft.LoraConfig(r=4)),
             "is a LoraConfig, expected a MoSLoRAConfig. Plain LoRA is",
         ),
-        (lambda: add_moslora(llama(), {"r": 4}), "is a dict, expected a MoSLoRAConfig"),
         (lambda: add_moslora(None, config()), "is a NoneType, expected a torch.nn.Module"),
         (lambda: add_moslora(llama(), config(), targets=[]), r"matches the targets \[\]"),
         (lambda: add_moslora(llama(), config(target_modules="q_proj")), r"names come as a list: \['q_proj'\]"),
@@ -96,9 +93,7 @@ def test_a_wrong_argument_is_one_line(call, message: str) -> None:
         ({"target_modules": ["q_proj", "v_porj"]}, "Target 'v_porj' matches no module.*Did you mean 'v_proj'"),
         ({"mixer_pattern": {"k_proj": "kaiming"}}, r"mixer_pattern\['k_proj'\] matches none"),
         ({"rank_pattern": {"k_proj": 2}, "target_modules": r".*\.[qv]_proj"}, r"rank_pattern\['k_proj'\] matches none"),
-        ({"rank_pattern": {"v_proj": 2}, "target_modules": r".*\.[qv]_proj"}, None),
         ({"mixer_pattern": {"q_proj": "kaiming"}, "target_modules": "all-linear"}, None),
-        ({"mixer_pattern": {"nothing": "kaiming"}, "target_modules": "all-linear"}, "matches none"),
     ],
 )
 def test_get_peft_model_refuses_names_that_match_nothing(options: dict, message: str | None) -> None:
@@ -185,7 +180,7 @@ def test_a_wrapped_model_saves_and_merges_as_the_model_in_it(wrap, tmp_path: Pat
     torch.testing.assert_close(logits(merge(wrap(model))), live, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
 def test_a_state_dict_of_a_wrapped_model_is_understood(prefix: str, tmp_path: Path) -> None:
     model = adapted()
     state = {prefix + name: tensor * 2 for name, tensor in model.state_dict().items()}
