@@ -254,8 +254,8 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
         )
     if config.target_parameters:  # as PEFT reads some names of layers, such as gate_proj and w1
         raise AdapterError(
-            f"{min(config.target_parameters)} holds the weights of experts, which carry no mixer. Name linear layers by "
-            "their whole paths, or adapt experts with peft.LoraConfig(target_parameters=...)."
+            f"{min(config.target_parameters)} holds the weights of experts, which carry no mixer. Name linear layers "
+            "by their whole paths, or adapt experts with peft.LoraConfig(target_parameters=...)."
         )
     paths = [path for path, _ in model.named_modules() if path]
     targets: Any = config.target_modules
