@@ -20,6 +20,7 @@ def init(
     parts: Literal["quickstart", "hub", "gguf"] = "quickstart",
     vlm: str | None = None,
     gpu: str | None = None,
+    max_left_out: float = 0.2,
 ) -> int:
     """Write questions and a commented recipe for your own pictures; prints the next commands.
 
@@ -41,6 +42,8 @@ def init(
     gpu
         With --vlm: the card that the recipe must fit, such as RTX4090 or A100-80G; default: this machine's. The model
         is loaded in 4 bits only where it does not fit otherwise.
+    max_left_out
+        Largest share of pictures or records that cannot be used; left_out.jsonl names what is left out.
     """
     quiet_libraries()
     from mm_moslora.quickstart.user_recipe import initialise
@@ -48,7 +51,7 @@ def init(
     print(
         initialise(
             source, output, images=image_folder, follow_links=follow_links, parts=parts, vlm=vlm, gpu=gpu,
-            say=logger.info,
+            most_left_out=max_left_out, say=logger.info,
         )
     )  # fmt: skip
     return 0

@@ -51,8 +51,12 @@ class OwnData:
     """Maximum questions per conversation, and bytes of the longest answer."""
     lopsided: list[str] = field(default_factory=list)
     """Questions that mostly have one answer."""
+    used: int
+    """Pictures of a folder, or records of a file, that are used."""
     faults: list[str] = field(default_factory=list)
-    """Unusable files and records, each with its reason."""
+    """Unusable pictures or records, each with its reason."""
+    notes: list[str] = field(default_factory=list)
+    """What else is left out: repeated pictures, files of other kinds, records that show a held-out picture."""
 
     @property
     def epoch(self) -> int:

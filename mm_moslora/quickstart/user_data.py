@@ -68,8 +68,8 @@ class _Picture:
 
 
 def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> OwnData:
-    faults: list[str] = []
-    pictures = list(_pictures(folder, faults, follow_links=follow_links))
+    faults, notes = list[str](), list[str]()
+    pictures = list(_pictures(folder, faults, notes, follow_links=follow_links))
     counts = Counter(picture.label for picture in pictures)
     if counts and {label.lower() for label in counts} <= _SPLITS:
         raise DataError(
@@ -94,13 +94,19 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
         turns=sum(len(record["conversations"]) for record in records) / 2 / len(records),
         text_bytes=(sum(sizes) / len(sizes), max(sizes)),
         longest=(TURNS, max(len(label.encode()) for label in counts)),
+        used=len(train) + len(test),
         faults=faults,
+        notes=notes,
     )
 
 
-def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[_Picture]:
-    """The readable pictures in the class folders, without duplicates."""
-    names: dict[bytes, str] = {}
+def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links: bool) -> Iterator[_Picture]:
+    """The readable pictures in the class folders, without duplicates.
+
+    Raises:
+        DataError: a picture is in two classes.
+    """
+    seen: dict[bytes, _Picture] = {}
     others: Counter[str] = Counter()
     classes: dict[str, tuple[str, str]] = {}
     for path in sorted(_files(folder, faults, follow_links=follow_links)):
@@ -121,14 +127,20 @@ def _pictures(folder: Path, faults: list[str], *, follow_links: bool) -> Iterato
             )
             faults.append(f"{fault}{hint}".encode("utf-8", "backslashreplace").decode())
             continue
-        if digest in names:
-            faults.append(f"{name}: the same picture as {names[digest]}; it is used once")
+        picture = _Picture(name, label)
+        first = seen.setdefault(digest, picture)
+        if first.label != label:
+            raise DataError(
+                f"{name} and {first.name} in {folder} are the same picture in two classes, {label!a} and "
+                f"{first.label!a}. Delete the one in the wrong folder."
+            )
+        if first is not picture:
+            notes.append(f"{name}: the same picture as {first.name}; it is used once")
             continue
-        names[digest] = name
-        yield _Picture(name, label)
+        yield picture
     if others:
         kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
-        faults.append(f"{others.total()} files of other kinds: {kinds}; pictures are {', '.join(sorted(_SUFFIXES))}")
+        notes.append(f"{others.total()} files of other kinds: {kinds}; pictures are {', '.join(sorted(_SUFFIXES))}")
 
 
 def _files(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[Path]:

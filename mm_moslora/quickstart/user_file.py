@@ -100,8 +100,9 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         raise DataError(f"No picture can be held out while another one is left for training: {faults[-1]}.")
     rows = [row for name, rows in by_picture.items() if name not in held_out | broken for row in rows]
     others = [row for row, shown in several.items() if not shown & (held_out | broken)]
+    notes = []
     if len(others) < len(several):
-        faults.append(f"{len(several) - len(others)} records with several pictures show a held-out or a broken one")
+        notes.append(f"{len(several) - len(others)} records with several pictures show a held-out or a broken one")
     rows = sorted([*rows, *others])
     folder = source.rules.folder
     test, captions = _questions_of([(paths[name], source[row]) for name in by_picture if name in held_out
@@ -116,7 +117,9 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         train_pictures=len(by_picture) - len(held_out | broken),
         test_pictures=len(held_out),
         lopsided=lopsided(counts),
+        used=len(source) - len(faults),
         faults=faults,
+        notes=notes,
         **_sizes(source[row] for row in rows),
     )
 

@@ -18,7 +18,7 @@ from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import Say, silent
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, first_of
 from mm_moslora.quickstart.user_data import lines_of, read_own
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.folder_marks import refuse_full_folder
 
@@ -29,6 +29,8 @@ _NOT_IN_YAML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uf
 STEP_TOKENS = 1600
 """Target tokens per step: fewer give noisy gradients, more give slow steps on a CPU."""
 STEPS, MOST_EPOCHS = 100, 20
+MOST_LEFT_OUT = 0.2
+"""Share of unusable pictures or records above which nothing is written."""
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0
@@ -113,12 +115,13 @@ def initialise(
     parts: PartsName = "quickstart",
     vlm: str | None = None,
     gpu: str | None = None,
+    most_left_out: float = MOST_LEFT_OUT,
     say: Say = silent,
 ) -> str:
     """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
 
     Questions with sentences as answers go into `captions.jsonl` and `captions.yaml`; repeated records add
-    `train-xN.jsonl`.
+    `train-xN.jsonl`. `left_out.jsonl` names what is not used, with the reasons.
 
     Args:
         source: folder with a sub-folder per class, or a LLaVA file.
@@ -129,13 +132,14 @@ def initialise(
             llama.cpp holds.
         vlm: folder or hub id of a ready-made model that takes the place of the parts.
         gpu: see `ready_made_recipe`.
+        most_left_out: largest share of unusable pictures or records.
         say: receives progress lines.
 
     Returns:
         A summary, and the next commands.
 
     Raises:
-        DataError: no training data can be built.
+        DataError: no training data can be built, or too much of it is unusable.
         ConfigError: `output` is not empty or lies among the pictures, a recipe cannot hold a folder's name, or the
             model does not fit the card.
         ModelError: `vlm` is no model with a processor.
@@ -150,20 +154,33 @@ def initialise(
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
     data = read_own(source, images=images, follow_links=follow_links)
+    _refuse_left_out(data, source, most_left_out)
     for path in (output.resolve(), data.images):
         if _NOT_IN_YAML.search(str(path)):
             raise ConfigError(f"The folder {str(path)!a} holds characters that a recipe cannot hold. Rename it.")
     recipe, steps = _written(output.resolve(), data, parts, vlm, gpu, say)
+    left_out = [*data.faults, *data.notes]
     with new_folder(output) as folder:
         for file, lines in (
             ("train.jsonl", lines_of(data.train)),
             *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
             ("recipe.yaml", [recipe]),
             *_tests(data),
+            *([("left_out.jsonl", lines_of([{"reason": reason} for reason in left_out]))] if left_out else []),
         ):
             with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                 stream.writelines(lines)
     return _closing_text(output, data, steps)
+
+
+def _refuse_left_out(data: OwnData, source: Path, most: float) -> None:
+    count, of = len(data.faults), len(data.faults) + data.used
+    if count > most * of:
+        raise DataError(
+            f"{count} of {of} pictures or records of {source} cannot be used ({100 * count / of:.0f} %, at most "
+            f"{100 * most:.0f} % may be): {first_of(data.faults, between='; ', shown=10)}. Mend them, or accept it "
+            "with --max-left-out 1."
+        )
 
 
 def _written(
@@ -298,8 +315,8 @@ def _closing_text(output: Path, data: OwnData, steps: int) -> str:
         f"{len(data.test or data.captions)} questions{both} about {data.test_pictures} held-out pictures; "
         f"{steps} steps."
     ]
-    if data.faults:
-        lines += ["Left out:", first_of(data.faults)]
+    if left_out := [*data.faults, *data.notes]:
+        lines += [f"Left out ({output / 'left_out.jsonl'} names all {len(left_out)}):", first_of(left_out)]
     if data.lopsided:
         lines += [
             "Often right without the picture, so give more pictures with other answers, or trust only the lead over "

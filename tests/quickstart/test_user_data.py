@@ -168,12 +168,23 @@ class TestFolder:
         names = {row["image"] for row in [*data.train, *data.test]}
         assert len(names) == 13
         assert "cat/deep er/down/0 ä.png" in names
-        faults = "\n".join(data.faults)
-        assert len(data.faults) == 6
-        assert all(name in faults for name in ("broken.png", "empty.jpg", "copy.png", "away.png", "pipe.png"))
-        assert "3 files of other kinds: 2 .txt, 1 .heic" in faults
-        assert "Left out:\n" in (told := made(source, tmp_path / "my"))
-        assert "and 3 more" in told
+        faults, notes = "\n".join(data.faults), "\n".join(data.notes)
+        assert (len(data.faults), len(data.notes)) == (4, 2)
+        assert all(name in faults for name in ("broken.png", "empty.jpg", "away.png", "pipe.png"))
+        assert "copy.png" in notes
+        assert "3 files of other kinds: 2 .txt, 1 .heic" in notes
+        with pytest.raises(DataError, match=r"^4 of 17 pictures or records of .* cannot be used \(24 %.*broken\.png"):
+            made(source, tmp_path / "my")
+        assert not (tmp_path / "my").exists()
+        assert "names all 6" in made(source, tmp_path / "my", most_left_out=0.5)
+        rows = [json.loads(line)["reason"] for line in (tmp_path / "my" / "left_out.jsonl").read_text().splitlines()]
+        assert rows == [*data.faults, *data.notes]
+
+    def test_one_picture_in_two_classes_is_an_error_that_names_both(self, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=4, dog=4)
+        (source / "dog" / "a.png").write_bytes((source / "cat" / "0.png").read_bytes())
+        with pytest.raises(DataError, match=r"dog/a\.png and cat/0\.png in .* are the same picture in two classes"):
+            read_own(source)
 
     def test_links_out_of_the_folder_are_followed_on_request(self, tmp_path: Path) -> None:
         source = photos(tmp_path / "photos", cat=4, dog=4)
@@ -348,7 +359,7 @@ class TestFile:
             assert len(held_out) == data.test_pictures == 2
             assert data.train_pictures == 8
             used = len(data.train) + 2 * data.test_pictures
-            assert str(data.faults).count("with several pictures show a held-out") == (used < len(rows))
+            assert str(data.notes).count("with several pictures show a held-out") == (used < len(rows))
             assert len(data.test) == 4, "questions that are asked again under another name are one question"
 
     def test_copies_of_one_picture_are_too_few(self, tmp_path: Path) -> None:
