@@ -373,7 +373,7 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
     "verb",
     [
         "merge RUN FILE/out", "export RUN FILE/out --to lora", "adapters inspect RUN --picture FILE/out.png",
-        "report RUN --output FILE/out", "report RUN --output /proc/nowhere/out", "eval miniature FILE/out",
+        "report RUN --output FILE/out", "report RUN --output /proc/nowhere/out",
         "train RUN/config.yaml --train.output FILE/out", "quickstart --output FILE/out",
     ],
 )  # fmt: skip

@@ -15,8 +15,6 @@ import datasets
 import pytest
 from huggingface_hub import constants
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.protocol.miniature_benchmarks import TASKS, make_miniature
-from mm_moslora_eval.protocol.miniature_layouts import FORMS
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
 from mm_moslora_eval.report.evaluation_page import format_score
 from mm_moslora_eval.run import provenance
@@ -25,6 +23,8 @@ from mm_moslora_eval.run.result_file import read_results
 from preloaded import Preloaded
 
 from mm_moslora import cli
+from tests.builders.miniature_benchmarks import TASKS, make_miniature
+from tests.builders.miniature_layouts import FORMS
 from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny

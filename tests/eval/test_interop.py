@@ -9,12 +9,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from mm_moslora_eval.protocol.miniature_benchmarks import SCENES, make_miniature
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-from mm_moslora.utils.errors import ConfigError
+from tests.builders.miniature_benchmarks import SCENES
 from tests.eval.eval_models import export_tiny
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
@@ -149,14 +148,3 @@ def test_the_entry_point_names_a_class_that_lmms_eval_can_build() -> None:
     model = getattr(importlib.import_module(module), name)
     assert not model.__abstractmethods__
     assert manifest.model_id == "mm_moslora"
-
-
-def test_miniature_documents_replace_no_file_of_the_user(tmp_path: Path) -> None:
-    for _ in range(2):
-        make_miniature(tmp_path / "made")
-    (tmp_path / "pope.tsv").write_text("mine")
-    name = next(path.name for path in (tmp_path / "made").glob("*.tsv"))
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match=rf"already holds {name}"):
-        make_miniature(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"made", "pope.tsv", name})

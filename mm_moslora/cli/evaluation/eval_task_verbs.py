@@ -119,17 +119,3 @@ def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
     for task in with_protocol(tasks, None):
         print(eval_commands.check(task))
     return 0
-
-
-def eval_miniature(folder: Path) -> int:
-    """Write small synthetic documents of the shipped benchmarks in their original layouts, for offline trials.
-
-    Parameters
-    ----------
-    folder
-        New folder. The paths of the task files are printed, for `mm-moslora eval run`.
-    """
-    from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
-
-    print(" ".join(str(path) for path in make_miniature(folder)))
-    return 0

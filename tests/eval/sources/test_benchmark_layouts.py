@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import load_file, task_folder
 from mm_moslora_eval.run.evaluate_suite import evaluate
@@ -25,6 +24,7 @@ from PIL import Image
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora.utils.untrusted_files import FileError
+from tests.builders.miniature_layouts import FORMS, place_documents
 from tests.eval.eval_fake import FakeModel
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.protocol.miniature_layouts import FORMS
 from mm_moslora_eval.protocol.model_interface import IMAGE
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
@@ -24,6 +23,7 @@ from mm_moslora_eval.sources.source import Source
 from video_files import write_video
 
 from mm_moslora.utils.errors import ConfigError, EvalError
+from tests.builders.miniature_layouts import FORMS
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 from tests.eval.protocol_runs import Runs

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
-from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 from mm_moslora_eval.sources.source import Source
+
+from mm_moslora.utils.files import replace_json, replace_text, replacing, writing_in_place
+from tests.builders.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 
 Row = dict[str, Any]
 _LETTERS = "ABCD"

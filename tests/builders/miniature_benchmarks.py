@@ -6,51 +6,35 @@ of the shipped ones without checksum and expected count.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from mm_moslora.utils.files import mark, replace_json, replace_text
-from mm_moslora.utils.folder_marks import refuse_strangers
-from mm_moslora.utils.untrusted_data import parse_yaml
-from mm_moslora_eval.protocol.miniature_layouts import FORMS, place_documents, write_tsv
-from mm_moslora_eval.protocol.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 from mm_moslora_eval.protocol.task_registry import task_folder
+
+from tests.builders.miniature_layouts import FORMS, place_documents, write_tsv
+from tests.builders.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
 
 Row = dict[str, Any]
 
 
 def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[Path]:
-    """Write the documents and their task files.
-
-    Args:
-        folder: new or empty.
-        max_new_tokens: upper limit for every protocol, because an untrained model does not stop by itself.
-
-    Returns:
-        The task files, one per benchmark, for `mm-moslora eval run`.
-
-    Raises:
-        ConfigError: other files with these names exist.
+    """Write the documents and their task files; `max_new_tokens` caps every protocol, since an untrained model does not
+    stop by itself. Returns the task files, one per benchmark.
     """
-    names = [f"{name}.yaml" for name in TASKS] + [f"{name}.tsv" for name in _TSV] + ["vqav2.parquet", "commonsense"]
-    names += [f"{name}_documents" for name in FORMS]
-    refuse_strangers(folder, names, kind="miniature")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark(folder, "miniature")
     for name, rows in _TSV.items():
         write_tsv(folder / f"{name}.tsv", rows())
     _write_vqav2(folder / "vqav2.parquet")
     boolq = folder / "commonsense" / "boolq"
     boolq.mkdir(parents=True, exist_ok=True)
-    replace_json(boolq / "test.json", _boolq())
+    (boolq / "test.json").write_text(json.dumps(_boolq()))
     return [_write_task(folder, name, max_new_tokens) for name in TASKS]
 
 
 def _write_task(folder: Path, name: str, cap: int | None) -> Path:
-    data = parse_yaml((task_folder() / f"{name}.yaml").read_text(encoding="utf-8"), source=name)
+    data = yaml.safe_load((task_folder() / f"{name}.yaml").read_text())
     if name in FORMS:
         place_documents(folder / f"{name}_documents", data, FORMS[name])
     else:
@@ -60,7 +44,7 @@ def _write_task(folder: Path, name: str, cap: int | None) -> Path:
         if cap is not None and "decoding" in part:
             part["decoding"]["max_new_tokens"] = min(cap, part["decoding"].get("max_new_tokens", cap))
     path = folder / f"{name}.yaml"
-    replace_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
     return path
 
 
