@@ -54,7 +54,7 @@ def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, t
     assert Speedometer(assembly.model, device_name="NVIDIA A100-SXM4-80GB").counter is not None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 def test_checkpointing_a_ready_made_tower_is_planned(family: str, tmp_path) -> None:
     model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
     plain, again = (
