@@ -12,7 +12,10 @@ from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.layers.modality_mixers import mark_visual
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
-from mm_moslora.adapters.methods.peft_methods import (
+from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
+from mm_moslora.adapters.peft_methods import (
     add_method,
     load_method,
     method_config,
@@ -20,9 +23,6 @@ from mm_moslora.adapters.methods.peft_methods import (
     restore_method,
     take_method,
 )
-from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.sharing.sharing_forms import SHARINGS, Sharing
 from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay

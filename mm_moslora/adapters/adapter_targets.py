@@ -24,8 +24,7 @@ from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.stacked_parameters import stacked_parameters
-from mm_moslora.adapters.tree import named_adapter_layers, named_base_modules, unwrapped
+from mm_moslora.adapters.tree import named_adapter_layers, named_base_modules, stacked_parameters, unwrapped
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)

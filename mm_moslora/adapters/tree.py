@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import peft
@@ -46,6 +46,20 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         prefix = f"{path}." if path else ""
         stack.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
+
+
+def stacked_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that hold several matrices each, as experts do, with their paths.
+
+    Args:
+        modules: with their paths.
+    """
+    for path, module in modules:
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            for name, parameter in module.named_parameters(recurse=False):
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                if len(shape) == 3 and shape[0] > 1:
+                    yield f"{path}.{name}" if path else name, parameter
 
 
 def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]:

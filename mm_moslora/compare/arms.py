@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
-from mm_moslora.adapters.methods.peft_methods import method_named
 from mm_moslora.adapters.mixer import MIXER_INITS, form_named
+from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model

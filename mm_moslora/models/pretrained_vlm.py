@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mm_moslora.adapters.stacked_parameters import stacked_parameters
+from mm_moslora.adapters.tree import stacked_parameters
 from mm_moslora.models.families import TOWER_PATHS
 from mm_moslora.models.model_sizes import load_base, refuse_adapter_beside
 from mm_moslora.utils.errors import ModelError, reason_of
@@ -194,9 +194,10 @@ def outside_decoder(config: PreTrainedConfig, kind: str) -> list[str]:
     experts = dict(stacked_parameters(decoder.named_modules()))
     share = sum(weight.numel() for weight in experts.values()) / sum(weight.numel() for weight in decoder.parameters())
     if share > 0.5:
+        names = dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts)
         raise ModelError(
             f"model.quantisation is {kind}, but {share:.0%} of the language model's weights are experts in stacked "
-            f"parameters ({min(experts)} and others), which bitsandbytes does not pack. Leave quantisation out."
+            f"parameters ({', '.join(names)}), which bitsandbytes does not pack. Leave quantisation out."
         )
     parents = [path[:at] for at, letter in enumerate(path) if letter == "."]
     return [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
-from mm_moslora.adapters.methods.peft_methods import restore_method
+from mm_moslora.adapters.peft_methods import restore_method
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import filled_recipe

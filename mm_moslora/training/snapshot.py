@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora import adapters
-from mm_moslora.adapters.methods.peft_methods import TakenMethod
+from mm_moslora.adapters.peft_methods import TakenMethod
 from mm_moslora.config import Recipe
 from mm_moslora.data.preprocessing_print import write_preprocessing
 from mm_moslora.data.training_stream import TrainingStream

@@ -24,7 +24,7 @@ from mm_moslora.adapters import (
     take_method,
 )
 from mm_moslora.adapters.adapter_targets import linear_targets
-from mm_moslora.adapters.stacked_parameters import layers_read_as_experts
+from mm_moslora.adapters.folders.export_adapter import layers_read_as_experts
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import llama, logits, train_a_bit
 

@@ -16,8 +16,7 @@ import torch
 from mm_moslora_eval.protocol import task_registry
 from mm_moslora_eval.protocol.task_registry import all_tasks
 
-from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS, SHARINGS
-from mm_moslora.adapters.methods import peft_methods
+from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS, SHARINGS, peft_methods
 from mm_moslora.adapters.mixer import NO_MIXER, Dense
 from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.cli import run

@@ -12,7 +12,7 @@ import torch
 import transformers as t
 
 from mm_moslora import adapters
-from mm_moslora.adapters.methods.peft_methods import method_names
+from mm_moslora.adapters.peft_methods import method_names
 from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines, split
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts

@@ -51,7 +51,7 @@ DOORS = {
     # These read what lies in a folder that is at hand.
     "mm_moslora/models/export/export_huggingface.py": "what it has just written",
     "mm_moslora/quickstart/asset_conversion.py": "what was built from verified packages",
-    "mm_moslora/adapters/methods/peft_methods.py": "an adapter, with a checked configuration",
+    "mm_moslora/adapters/peft_methods.py": "an adapter, with a checked configuration",
     "mm_moslora/adapters/folder_format.py": "an adapter, for PEFT's own from_pretrained",
     "mm_moslora/adapters/moslora_config.py": "its configuration",
     "mm_moslora/adapters/tuner.py": "its configuration",

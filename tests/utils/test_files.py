@@ -101,7 +101,7 @@ WRITES = {
     "mm_moslora/adapters/folders/export_adapter.py:_write_components": ASIDE,
     "mm_moslora/adapters/folders/export_adapter.py:export_adapter": NEW,
     "mm_moslora/adapters/folders/save_folder.py:write_folder": NEW,
-    "mm_moslora/adapters/methods/peft_methods.py:write": NEW,
+    "mm_moslora/adapters/peft_methods.py:write": NEW,
     "mm_moslora/data/images/remote_files.py:read": ASIDE,
     "mm_moslora/data/preprocessing_print.py:write_preprocessing": NEW,
     "mm_moslora/data/token_cache.py:_write": NEW,

@@ -13,6 +13,7 @@ In all but the first the scaling s is a part of B, and alpha equals the rank.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_moslora.adapters.folder_format import (
     DIFFUSERS_WEIGHTS,
@@ -245,3 +247,18 @@ def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, An
     names = sorted({path.rpartition(".")[2] for path in pairs})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
     return tensors, config_to_dict(config)
+
+
+def layers_read_as_experts(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Layers that PEFT, where this package is not imported, takes for experts by their names, and leaves out.
+
+    Args:
+        model: without adapters.
+        config: plain LoRA's, with whole paths of modules.
+    """
+    read = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(read, model=model, conversions=None)
+    except ValueError:  # some of the names that belong together are missing
+        read.target_modules = []
+    return sorted(set(config.target_modules or ()) - set(read.target_modules or ()))

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.folders.export_adapter import layers_read_as_experts
 from mm_moslora.adapters.folders.save_folder import name_base
-from mm_moslora.adapters.stacked_parameters import layers_read_as_experts
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family

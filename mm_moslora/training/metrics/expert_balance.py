@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.stacked_parameters import stacked_parameters
-from mm_moslora.adapters.tree import named_base_modules
+from mm_moslora.adapters.tree import named_base_modules, stacked_parameters
 from mm_moslora.utils import distributed
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.permitted_options import permitted_options
-from mm_moslora.adapters.methods.peft_methods import method_config, method_named, method_names
+from mm_moslora.adapters.peft_methods import method_config, method_named, method_names
 from mm_moslora.config import AdapterConfig
 from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.utils.errors import AdapterError, MoSLoRAError

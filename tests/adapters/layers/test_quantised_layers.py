@@ -42,24 +42,18 @@ def _quantised(kind: str) -> _Net:
     torch.manual_seed(0)
     plain = [nn.Linear(64, 64) for _ in range(2)]
     head = nn.Linear(64, 3)
-    if kind == "int8":
-        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        net = _Net(plain)
-        for layer in net.layers:
-            quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    else:
-        bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-        made: list[nn.Module] = []
-        for layer in plain:
-            if kind == "4bit":
-                own = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-                own.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            else:
-                own = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-                own.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-            own.bias = layer.bias
-            made.append(own.to("cpu"))
-        net = _Net(made)
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    made: list[nn.Module] = []
+    for layer in plain:
+        if kind == "4bit":
+            own = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+            own.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            own = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+            own.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        own.bias = layer.bias
+        made.append(own.to("cpu"))
+    net = _Net(made)
     net.head = head
     return net.eval()
 

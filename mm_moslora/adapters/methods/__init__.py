@@ -1,1 +1,0 @@
-"""Other methods of PEFT by their names."""
