@@ -167,9 +167,10 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
             ],
             "has_picture": sample.image is not None,
             "kind": summary_text.sample_kind(sample),
+            "asked_before": sample.before is not None,
             "picture": thumbnail(data.folder, sample.image) if sample.image else None,
         }
-        for sample in data.samples[:MOST_SAMPLES]
+        for sample in sorted(data.samples, key=lambda sample: sample.before is None)[:MOST_SAMPLES]
     ]
 
 

@@ -235,11 +235,11 @@ def training_seconds(data: RunData) -> tuple[float, float]:
 
 
 def sample_kind(sample: SampleRow) -> str:
-    """fixed, broken, right, wrong or open (not scored)."""
+    """fixed, broken, right or wrong; correct or incorrect where nothing was asked before tuning; open (not scored)."""
     if sample.after_correct is None:
         return "open"
     if sample.before_correct is None:
-        return "right" if sample.after_correct else "wrong"
+        return "correct" if sample.after_correct else "incorrect"
     if sample.after_correct:
         return "right" if sample.before_correct else "fixed"
     return "broken" if sample.before_correct else "wrong"

@@ -377,3 +377,23 @@ def test_a_report_replaces_only_reports(run_folder: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"page\.html exists and is not replaced"):
         build_report(run_folder, page)
     assert page.read_text() == "<h1>mine</h1>"
+
+
+def test_answers_are_compared_with_those_before_tuning_only_where_there_are_any(tmp_path: Path) -> None:
+    def page(*before: tuple[str | None, bool | None]) -> str:
+        rows = [
+            {"image": None, "question": f"question {number}", "answer": "a", "after": "a", "after_correct": right,
+             "before": text, "before_correct": was}
+            for number, ((text, was), right) in enumerate(zip(before, (True, False), strict=True))
+        ]  # fmt: skip
+        (tmp_path / "samples.json").write_text(json.dumps(rows))
+        return _Page(build_report(tmp_path, tmp_path / "report.html").read_text()).text
+
+    alone = page((None, None), (None, None))
+    assert "stayed right" not in alone
+    assert "still wrong" not in alone
+    assert "before" not in alone.partition("Held-out pictures")[2]
+    mixed = page((None, None), ("b", False))
+    assert mixed.index("question 1") < mixed.index("question 0")
+    assert "before and after" in mixed
+    assert "still wrong 1" in " ".join(mixed.split())

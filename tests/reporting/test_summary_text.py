@@ -70,7 +70,7 @@ def test_without_a_tuned_row_there_is_no_verdict() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "kind"),
     [(False, True, "fixed"), (True, False, "broken"), (True, True, "right"), (False, False, "wrong"),
-     (None, True, "right"), (None, None, "open")],
+     (None, True, "correct"), (None, False, "incorrect"), (None, None, "open")],
 )  # fmt: skip
 def test_samples_are_sorted_by_what_happened_to_them(before: bool | None, after: bool | None, kind: str) -> None:
     row = SampleRow(
