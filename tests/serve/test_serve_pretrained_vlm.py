@@ -135,23 +135,6 @@ def test_bad_input_gets_the_same_error_format_and_the_server_continues(
     assert server.post(good).status_code == 200
 
 
-def test_a_failing_prompt_does_not_affect_the_others(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = server.engine.models
-    read = models.read
-
-    def fail(name: str, prompts: Any) -> Any:
-        if prompts[0][1]:
-            raise RuntimeError("out of memory at 0x7f00dead")
-        return read(name, prompts)
-
-    monkeypatch.setattr(models, "read", fail)
-    bodies = [asking("what?", data_url(picture(40, 40, (9, 9, 9)))), asking("say red", max_tokens=12)] * 4
-    with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(server.post, bodies))
-    assert [reply.status_code for reply in replies] == [500, 200] * 4
-    assert "0x7f" not in "".join(reply.text for reply in replies)
-
-
 def test_a_run_on_a_ready_made_model_is_served_with_its_base(tmp_path: Path) -> None:
     from vlms import make_vlm
 
