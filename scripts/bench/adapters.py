@@ -49,7 +49,6 @@ from mm_moslora.utils.progress_bar import Progress
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
 RANKS = (16, 64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MICRO_BATCHES = 4
 PLAIN: dict[str, Any] = {"mixer_init": "identity", "mixer_trainable": False}
 TARGETS = {"overhead_fp32": 0.12, "overhead_bf16": 0.07, "time_ratio_vs_peft_geomean": 0.85}
 TARGETS |= {"saved_bytes_ratio_vs_peft_bf16": 0.5, "moslora_vs_own_lora": 1.01}
@@ -131,7 +130,7 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
     return add_moslora(base, own, autocast_adapter_dtype=wide).train()
 
 
-def step(model: nn.Module, kind: str, inputs: Tensor, *, micro_batches: int = 1) -> Step:
+def step(model: nn.Module, kind: str, inputs: Tensor) -> Step:
     """Forward and backward pass of one optimiser step."""
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     by_name = isinstance(inner, LlamaModel)
@@ -141,11 +140,10 @@ def step(model: nn.Module, kind: str, inputs: Tensor, *, micro_batches: int = 1)
     def run() -> None:
         nonlocal pull
         with use_kernel(model, "fused" if kind == "own lora" else "auto"):
-            for _ in range(micro_batches):
-                x = inputs.detach().requires_grad_()
-                y = model(inputs_embeds=x).last_hidden_state if by_name else model(x)
-                pull = torch.ones_like(y) if pull is None else pull
-                y.backward(pull)
+            x = inputs.detach().requires_grad_()
+            y = model(inputs_embeds=x).last_hidden_state if by_name else model(x)
+            pull = torch.ones_like(y) if pull is None else pull
+            y.backward(pull)
         for parameter in trained:
             parameter.grad = None
 
@@ -202,17 +200,14 @@ def _is_thin(name: str, shapes: list[list[int]], *, rank: int) -> bool:
 
 
 def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
-    """The small Llama with and without mixers under the same kernel: a step of one micro-batch, and one of several."""
+    """The small Llama with and without mixers under the same kernel."""
     torch.manual_seed(2)
     dtype = DTYPES[case.dtype]
     inputs = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
     kinds = ("own lora", "moslora")
     models = {kind: adapt(llama(dtype), kind, rank=case.rank, wide=False) for kind in kinds}
-    ratios = {}
-    for key, count in {"vs_own_lora_one_batch": 1, "vs_own_lora": MICRO_BATCHES}.items():
-        steps = {kind: step(model, kind, inputs, micro_batches=count) for kind, model in models.items()}
-        ratios[key] = ratio(interleaved(steps, rounds), "moslora", "own lora")
-    return ratios
+    steps = {kind: step(model, kind, inputs) for kind, model in models.items()}
+    return {"vs_own_lora": ratio(interleaved(steps, rounds), "moslora", "own lora")}
 
 
 def saved_row(case: Case, rounds: int) -> dict[str, Any]:
