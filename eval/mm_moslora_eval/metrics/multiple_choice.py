@@ -32,14 +32,42 @@ _ARTICLE = re.compile(
 )
 
 
+_ARTICLE_BEHIND_ANSWER = re.compile(r"(?i:answer\s+is)(?=\s+a\s+[a-z])")
+
+
 def extract_letter(text: str, options: Options) -> str:
     """The default: VLMEvalKit's current rules, except that `A dog.` is an article with a noun and no letter.
 
-    Refusals are not inferable, and empty option texts match nothing.
+    Refusals are not inferable, and empty option texts match nothing. Where these rules read nothing, the letter counts
+    that a sentence states: behind `answer`, at the start, behind `option`, or in brackets. Two letters in one of these
+    places state nothing.
     """
     text = _ARTICLE.sub(lambda match: match.group().lower(), text)
+    text = _ARTICLE_BEHIND_ANSWER.sub("answer:", text)  # VLMEvalKit reads the `a` of `answer is a dog` as a letter
     letter = vlmevalkit(text, {key: value for key, value in options.items() if str(value).strip()} or options)
-    return "" if letter == "Z" else letter
+    return "" if letter == "Z" else letter or _stated_letter(text, options)
+
+
+_NO_ARTICLE = r"(?!\s+(?!(?:because|since|as|is|and|or)\b)[a-z])"
+"""Behind `A` or `I`: no word follows that makes it an article or a pronoun."""
+_LETTER = rf"[(\[*\"']*(?:([B-HJ-Z])|([AI]){_NO_ARTICLE})(?![\w'])"
+_STATED = (
+    re.compile(rf"(?i:\banswer)(?i:\s+(?:is|would be|must be|should be))?\s*[:=]?\s*(?i:option\s+)?{_LETTER}"),
+    re.compile(rf"\A\s*{_LETTER}"),
+    re.compile(rf"(?i:\b(?:option|choice))(?i:\s+is)?\s*[:=]?\s*{_LETTER}"),
+    re.compile(r"\(([A-Z])()\)"),
+)
+"""Places of a letter that a sentence states, the surest first."""
+
+
+def _stated_letter(text: str, options: Options) -> str:
+    if any(refusal in text for refusal in _REFUSALS):
+        return ""
+    for place in _STATED:
+        found = {first or second for first, second in place.findall(text)}
+        if found:
+            return found.pop() if len(found) == 1 and found <= options.keys() else ""
+    return ""
 
 
 def vlmevalkit(text: str, options: Options) -> str:

@@ -144,6 +144,33 @@ def test_an_article_is_no_letter_by_default(text: str, letter: str) -> None:
         assert multiple_choice.vlmevalkit(text, OPTIONS) == "A"  # as its source reads it
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B. 1\n\nThere is one toilet in the image.", "B"),
+        ("(B) 1. There is one toilet, seen from the left side of the room.", "B"),
+        ("Answer: B because it has four legs and a long tail that it wags", "B"),
+        ("The correct option is B, since it has four legs and a long tail", "B"),
+        ("My answer is (B) since it has four legs and a long tail that it wags", "B"),
+        ("**B**: it has four legs and a long tail that it wags all of the time", "B"),
+        ("The answer is option C. It has two long legs, feathers and a beak, as seen", "C"),
+        ("Looking at the picture I see four legs (B) and a long tail that it wags", "B"),
+        ("A: it has whiskers, four paws, and it sits upon the mat of the house", "A"),
+        # Two letters in one place, a letter of no option, articles and negations state nothing.
+        ("Answer: B or answer: C, since both have legs, as can be seen from here", ""),
+        ("The answer is F, since it has four legs and a long tail that it wags", ""),
+        ("The answer is not B, because it has no long tail that it could wag", ""),
+        ("The answer is a thing with four legs and a long tail that it can wag", ""),
+        ("A thing with four legs and with a long tail that it wags all the time", ""),
+        ("I think that it has four legs and with a long tail that it wags a lot", ""),
+        ("Between (A) and (B) there is hardly a difference that anyone could see", ""),
+        ("Both B and C have legs, so nothing more can be said about the picture", ""),
+    ],
+)
+def test_the_default_reads_the_letter_that_a_sentence_states(text: str, letter: str) -> None:
+    assert multiple_choice.extract_letter(text, OPTIONS) == letter
+
+
 def test_options_that_are_empty_or_equal_are_never_guessed() -> None:
     assert (
         multiple_choice.vlmevalkit_2024_06("nothing here", {"A": "", "B": "dog"}) == "A"
