@@ -16,8 +16,6 @@ export OMP_WAIT_POLICY ?= passive
 export PYTHONUNBUFFERED = 1
 # Compiled modules are kept, also where the environment forbids it: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
-# Not the user's cache: a lock that a killed build left there would hang every run.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check docs gpu gpu-wheels clean

@@ -152,11 +152,11 @@ class ModelConfig:
     vision tower and the projector stay as they are."""
     lean_layers: bool = True
     """Decoder layers of known families keep less for the backward pass; the computed values do not change."""
-    kernels: Literal["auto", "torch", "triton", "liger", "native"] = "auto"
+    kernels: Literal["auto", "torch", "triton", "liger"] = "auto"
     """triton: Triton kernels between the matrix products of lean layers, and for adapter dropout, on a GPU. liger:
-    Liger's between the products, where it has them; needs liger-kernel. native: a C++ kernel for attention, on a CPU.
-    torch: PyTorch's own operators. auto: triton on a GPU, native where a C++ compiler is installed. `train.compile`
-    compiles the operators between the products; auto then has Triton kernels for dropout alone."""
+    Liger's between the products, where it has them; needs liger-kernel. torch: PyTorch's own operators.
+    auto: triton on a GPU. `train.compile` compiles the operators between the products; auto then has Triton kernels for
+    dropout alone."""
 
     def __post_init__(self) -> None:
         require(

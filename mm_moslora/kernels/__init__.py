@@ -1,1 +1,1 @@
-"""Kernels: attention, fused elementwise operations, LoRA products, and the C++ library."""
+"""Kernels: attention, fused elementwise operations, and LoRA products."""

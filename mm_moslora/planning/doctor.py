@@ -24,7 +24,6 @@ from packaging.version import InvalidVersion, Version
 
 from mm_moslora.config import Recipe, needs
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
-from mm_moslora.kernels.native import find_compiler
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks
@@ -245,8 +244,6 @@ def _kernels() -> Iterator[Diagnosis]:
     reason = why_not_triton(device, dtype_of(resolve_precision("auto")))
     if reason is None:
         detail = "Triton's run between the matrix products of lean decoder layers, and for adapter dropout"
-    elif not on_gpu and (compiler := find_compiler()) is not None:
-        detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
     liger = installed_liger()
@@ -256,7 +253,7 @@ def _kernels() -> Iterator[Diagnosis]:
 
 
 def _compiler() -> Iterator[Diagnosis]:
-    compiler = find_compiler()
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
     present = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if path]
     detail = f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed (AdamW is torch's own)"

@@ -65,12 +65,6 @@ def made_by_amd() -> bool:
     return "AuthenticAMD" in text
 
 
-@cache
-def multiplies_tiles() -> bool:
-    """Whether the processor has matrix units for bfloat16 (Intel's AMX)."""
-    return CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
-
-
 def extensions_folder(environment: Mapping[str, str]) -> Path:
     """Folder for torch's compiled extensions: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
 

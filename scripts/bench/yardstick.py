@@ -297,7 +297,7 @@ def ours(
                 part["default"].weight.copy_(value)
     kernels_too = lean and compiler is None
     kernels = choose_kernels("auto", model.device, lean=kernels_too)
-    set_attention(model, training_attention(model), native=kernels.native)
+    set_attention(model, training_attention(model))
     if lean:
         use_lean_layers(model)
     use_kernels(model, kernels, lean=kernels_too)

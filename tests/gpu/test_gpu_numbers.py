@@ -25,7 +25,7 @@ from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import ConfigError
 
-KERNELS = [name for name in get_args(get_type_hints(ModelConfig)["kernels"]) if name != "native"]
+KERNELS = get_args(get_type_hints(ModelConfig)["kernels"])
 
 
 def model_and_batch(family: str, dropout: float = 0.0) -> tuple[transformers.PreTrainedModel, Batch]:

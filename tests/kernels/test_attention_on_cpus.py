@@ -1,4 +1,4 @@
-"""Attention on a CPU, by our kernel, as matrix products, and by PyTorch's kernel: the same numbers."""
+"""Attention on a CPU, as matrix products and by PyTorch's kernel: the same numbers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from native_kernels import needs_kernels
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_moslora.kernels.attention import cpu_segments, matmul_attention, native_cpu_attention
+from mm_moslora.kernels.attention import cpu_segments, matmul_attention
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
-from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
 
 SCALE = 0.3
 
 
-WAYS = pytest.mark.parametrize("way", [pytest.param("ours", marks=needs_kernels), "products", "pytorch"])
-
-
-@pytest.fixture(autouse=True)
-def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernel takes bfloat16, whatever processor runs the tests."""
-    monkeypatch.setattr(native_cpu_attention, "multiplies_tiles", lambda: False)
+WAYS = pytest.mark.parametrize("way", ["products", "pytorch"])
 
 
 def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
@@ -46,12 +38,11 @@ def segments(*lengths: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bool]:
-    """Choose how attention is computed; what to tell it of the C++ kernel."""
+def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Choose how attention is computed."""
 
-    def choose(way: str) -> bool:
+    def choose(way: str) -> None:
         monkeypatch.setattr(matmul_attention, "products_are_faster", lambda _: way == "products")
-        return way == "ours"
 
     return choose
 
@@ -86,7 +77,8 @@ def test_segments_have_the_output_and_gradients_of_pytorch(
 ) -> None:
     q, k, v, grad = tensors(6, key_heads, sum(lengths), dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, native=attending(way), **segments(*lengths))
+    attending(way)
+    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, **segments(*lengths))
     output.backward(grad)
     for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
         size = torch.maximum(exact.norm(), grad.double().norm() / 5)  # a lone token's query has no gradient
@@ -100,7 +92,8 @@ def test_pictures_have_the_output_and_gradients_of_pytorch(
     dtype: torch.dtype, limit: float, patches: int, way: str, attending
 ) -> None:
     torch.manual_seed(0)
-    native, tower = attending(way), torch.nn.Module()
+    attending(way)
+    tower = torch.nn.Module()
     tower.is_causal = False
     q, k, v = (torch.randn(3, 4, patches, 16).to(dtype) for _ in range(3))
     grad = torch.randn(3, patches, 4, 16).to(dtype)
@@ -110,7 +103,7 @@ def test_pictures_have_the_output_and_gradients_of_pytorch(
         if wide:
             output = F.scaled_dot_product_attention(*leaves, scale=SCALE).transpose(1, 2)
         else:
-            output, _ = picture_attention(tower, *leaves, None, scaling=SCALE, native=native)
+            output, _ = picture_attention(tower, *leaves, None, scaling=SCALE)
         output.backward(grad.double() if wide else grad)
         found.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for mine, exact in zip(*found, strict=True):
@@ -153,7 +146,8 @@ def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPa
 
 @WAYS
 def test_autocast_does_not_round_the_scores(way: str, attending) -> None:
-    options = {"scaling": SCALE, "native": attending(way), **segments(60, 40)}
+    attending(way)
+    options = {"scaling": SCALE, **segments(60, 40)}
     q, k, v, grad = tensors(4, 2, 100, torch.bfloat16)
     found = []
     for autocasting in (False, True):
@@ -174,79 +168,6 @@ def test_little_above_the_diagonal_is_multiplied() -> None:
     assert counted.get_total_flops() == whole * (1 + 1 / 8) / 2
 
 
-def by_ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
-    """Output and gradients."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    assert runs_native(*leaves, segments=len(lengths))
-    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, native=True, **segments(*lengths))
-    output.backward(grad)
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
-
-
-@needs_kernels
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
-@pytest.mark.parametrize("width", [5, 20, 64, 72, 128, 256])
-def test_our_kernel_takes_heads_of_any_width_over_several_blocks(dtype: torch.dtype, limit: float, width: int) -> None:
-    given, lengths = tensors(4, 2, 500, dtype, width), (97, 1, 193, 209)
-    for mine, exact in zip(by_ours(*given, lengths), reference(*given, lengths), strict=True):
-        assert (mine.double() - exact).norm() <= limit * exact.norm()
-
-
-@needs_kernels
-def test_our_kernel_takes_any_layout() -> None:
-    q, k, v, grad = tensors(4, 2, 40, torch.float32)
-    expected = by_ours(q, k, v, grad, (40,))
-    tokens_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v)]
-    places_apart = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in (q, k, v)]
-    pull = grad.transpose(1, 2).contiguous().transpose(1, 2)
-    for others in (tokens_first, places_apart):
-        assert all(map(torch.equal, by_ours(*others, pull, (40,)), expected))
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_segment_has_the_numbers_that_it_has_alone_on_any_number_of_threads(dtype: torch.dtype) -> None:
-    q, k, v, grad = tensors(4, 4, 230, dtype)
-    before, together = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            together.append(by_ours(q, k, v, grad, (200, 30)))
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, *together))
-    alone = by_ours(*(tensor[:, :, 200:] for tensor in (q, k, v)), grad[:, 200:], (30,))
-    found = [together[0][0][:, 200:], *(tensor[:, :, 200:] for tensor in together[0][1:])]
-    assert all(map(torch.equal, found, alone))
-
-
-@needs_kernels
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_is_seen_in_its_segment(value: float, dtype: torch.dtype) -> None:
-    given = tensors(2, 2, 30, dtype)
-    given[2][0, 1, 4, 3] = value
-    output, *gradients = by_ours(*given, (20, 10))
-    assert not output[0, 4:20, 1, 3].isfinite().any()
-    assert not gradients[0][0, 1, 4:20].isfinite().any()
-    assert output[0, 20:].isfinite().all()
-    assert all(gradient[:, :, 20:].isfinite().all() for gradient in gradients)
-    given[0][0, 0, 2, 0] = value
-    output, *gradients = by_ours(*given, (20, 10))
-    assert output[0, 2, 0].isnan().all()
-    assert not gradients[1][0, 0, :3].isfinite().any()
-
-
-@needs_kernels
-def test_a_large_score_leaves_nothing_to_the_others() -> None:
-    q, k, v, _ = tensors(1, 1, 300, torch.float32)
-    q[0, 0, -1], k[0, 0, 250] = 0, 0
-    q[0, 0, -1, 0], k[0, 0, 250, 0] = 1e3, 1e3
-    output, _ = segment_attention(LAYER, q, k, v, None, scaling=1.0, native=True, **segments(300))
-    torch.testing.assert_close(output[0, -1, 0], v[0, 0, 250])
-
-
-@needs_kernels
 def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatch, attending) -> None:
     """Their copies take memory, so a long row of short segments is computed a part at a time."""
     attending("products")
@@ -268,28 +189,3 @@ def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatc
 def test_an_empty_segment_is_refused() -> None:
     with pytest.raises(ValueError, match=r"segments of \(0, 5\) tokens, but each needs at least one"):
         segments(0, 5)
-
-
-def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, _ = tensors(4, 2, 20, torch.bfloat16)
-    assert runs_native(q, k, v, segments=1)
-    assert not runs_native(q.half(), k.half(), v.half(), segments=1)
-    assert not runs_native(q.to("meta"), k.to("meta"), v.to("meta"), segments=1)
-    assert not runs_native(*(tensor.repeat(1, 1, 1, 20) for tensor in (q, k, v)), segments=1)  # heads of 320
-    with FlopCounterMode(display=False):
-        assert not runs_native(q, k, v, segments=1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert not runs_native(q, k, v, segments=1)  # two heads of keys for six threads
-    assert runs_native(q, k, v, segments=2)
-    monkeypatch.setattr(native_cpu_attention, "multiplies_tiles", lambda: True)
-    assert not runs_native(q, k, v, segments=2)
-    assert runs_native(q.float(), k.float(), v.float(), segments=2)
-
-
-@needs_kernels
-def test_kept_are_the_output_and_a_number_per_query(made_by_amd) -> None:
-    q, k, v, _ = tensors(2, 2, 100, torch.bfloat16)
-    numbers = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-        segment_attention(LAYER, q.requires_grad_(), k, v, None, native=True, **segments(100))
-    assert sum(numbers) == 4 * q.numel() + 2 * 100

@@ -203,7 +203,6 @@ ALLOWED = {
     "mm_moslora/launch/heartbeat.py:process_start": "a file of the system",
     "mm_moslora/utils/hardware.py:hardware": "files of the system",
     "mm_moslora/utils/hardware.py:made_by_amd": "a file of the system",
-    "mm_moslora/utils/hardware.py:multiplies_tiles": "a file of the system",
     "mm_moslora/utils/network/http_fetch.py:fetch": "the network, within the rules of the caller",
     "mm_moslora/utils/package_requirements.py:_all": "the project file of the checkout",
     "mm_moslora/data/images/pyav_decode.py:_container": "a stream; FFmpeg opens nothing by itself",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.kernels.attention.gpu_attention import FLASH, HeadShape, flash_fault, is_installed, pytorch_kernel
-from mm_moslora.kernels.attention.segment_attention import NATIVE, PICTURES, SEGMENTS
+from mm_moslora.kernels.attention.segment_attention import PICTURES, SEGMENTS
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 
@@ -27,8 +27,7 @@ def require_attention(requested: str) -> None:
     Raises:
         ConfigError: no such name, or no such package.
     """
-    internal = {PICTURES, *NATIVE.values()}  # for towers, and for the choice of `model.kernels`
-    names = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in internal)]
+    names = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name != PICTURES)]
     if "/" not in requested and requested not in names:
         raise ConfigError(
             f"model.attention is {requested!r}, expected one of {', '.join(names)}.{suggestion(requested, names)}"
@@ -112,17 +111,16 @@ def head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
     return HeadShape(device=device, dtype=model.dtype, width=width, groups=groups)
 
 
-def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
     """Switch the language model's attention, and that of a vision tower that runs transformers' default.
 
     Args:
         model: causal language model or VLM.
         name: a transformers attention name, such as `training_attention` gives.
-        native: set the variants of `SEGMENTS` and `PICTURES` that run the C++ kernel.
     """
-    model.get_decoder().set_attn_implementation(NATIVE.get(name, name) if native else name)
+    model.get_decoder().set_attn_implementation(name)
     tower = getattr(model.base_model, "vision_tower", None)
     if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:
         return
     if tower.config._attn_implementation == "sdpa":
-        tower.set_attn_implementation(NATIVE[PICTURES] if native else PICTURES)
+        tower.set_attn_implementation(PICTURES)

@@ -1,4 +1,4 @@
-"""Attention within the segments of a row on a CPU, by matrix products, PyTorch's kernel or the native one."""
+"""Attention within the segments of a row on a CPU, by matrix products or by PyTorch's kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
+from mm_moslora.kernels.attention import matmul_attention
 from mm_moslora.kernels.attention.matmul_attention import (
     SHORT,
     attend,
@@ -31,12 +31,9 @@ def attend_on_cpu(
     lengths: tuple[int, ...],
     *,
     causal: bool,
-    native: bool,
 ) -> Tensor:
     """Attention within each segment; ``[1, S, H, E]`` from ``[1, H, S, E]``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if native and native_cpu_attention.runs_native(query, key, value, segments=len(lengths)):
-        return native_cpu_attention.attend(query, key, value, scale, lengths, causal=causal)
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return _CpuSegments.apply(query, key, value, scale, lengths, causal, learns)  # type: ignore[no-any-return]
 

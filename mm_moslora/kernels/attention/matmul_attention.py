@@ -9,9 +9,8 @@ Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P recom
 
 On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s; the same core multiplies matrices at 108 in
 fp32 and at 485 in bf16. On an Intel Xeon with matrix units the kernel uses them and is the faster of the two for
-segments of 1,024 tokens and more. `scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as
-in the kernel. The backward pass needs q, k and v; it is faster with P, which is kept for short segments in half
-precision.
+segments of 1,024 tokens and more. Scores and their softmax are in fp32, as in the kernel. The backward pass needs q, k
+and v; it is faster with P, which is kept for short segments in half precision.
 """
 
 from __future__ import annotations

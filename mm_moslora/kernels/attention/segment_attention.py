@@ -5,18 +5,15 @@ Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` superv
 A dense block-diagonal mask costs the square of the row's length, a loop over segments the sum of the squares (2.4 times
 faster on a CPU).
 
-- CPU: attention names that end in `native` run a C++ kernel, which takes all segments in one call. The others compute
-  short segments of about the same length together, longer ones alone, by matrix products where these are faster than
-  PyTorch's kernel.
+- CPU: short segments of about the same length together, longer ones alone, by matrix products where these are faster
+  than PyTorch's kernel.
 - CUDA: PyTorch's `varlen_attn`, or a loop over segments; see `gpu_attention`. `attention_choice` takes flash-attention
   where it is installed and runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
+from mm_moslora.kernels.attention import matmul_attention
 from mm_moslora.kernels.attention.cpu_segments import attend_on_cpu
 from mm_moslora.kernels.attention.gpu_attention import HeadShape, VarlenKernel, pytorch_kernel
 from mm_moslora.utils.errors import ConfigError
@@ -34,8 +31,6 @@ SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
 PICTURES = "mm_moslora_pictures"
 """Name of the vision towers' attention."""
-NATIVE = {SEGMENTS: f"{SEGMENTS}_native", PICTURES: f"{PICTURES}_native"}
-"""Names of the same attention with the C++ kernel where it can run."""
 _BEYOND_SOFTMAX = ("softcap", "s_aux", "sinks", "position_bias")
 """Arguments of transformers' layers that change the scores."""
 
@@ -70,7 +65,6 @@ def segment_attention(
     sliding_window: int | None = None,
     *,
     step_context: StepContext,
-    native: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of one row.
@@ -85,7 +79,6 @@ def segment_attention(
         scaling: factor on the scores; None: ``E ** -0.5``.
         sliding_window: number of latest tokens that a token sees, itself included; None: all.
         step_context: the segments.
-        native: use the C++ kernel where it can run.
         rest: is not read.
 
     Returns:
@@ -99,7 +92,7 @@ def segment_attention(
         q, k, v = (tensor.index_select(2, step_context.spread) for tensor in (query, key, value))
         alone = replace(step_context, spread=None, kept=None)
         output, _ = segment_attention(
-            module, q, k, v, attention_mask, dropout, scaling, sliding_window, step_context=alone, native=native, **rest
+            module, q, k, v, attention_mask, dropout, scaling, sliding_window, step_context=alone, **rest
         )
         return output.index_select(1, step_context.kept), None
     segment_lengths, ends = step_context.segment_lengths, step_context.ends
@@ -117,7 +110,7 @@ def segment_attention(
         window = sliding_window - 1 if windowed and sliding_window else -1
         return kernel(q, k, v, ends, longest, scaling, window).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
-        return attend_on_cpu(query, key, value, scaling, segment_lengths, causal=True, native=native), None
+        return attend_on_cpu(query, key, value, scaling, segment_lengths, causal=True), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -155,8 +148,6 @@ def picture_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    *,
-    native: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention among all patches of a picture: that of transformers, except where another is faster on a CPU.
@@ -169,7 +160,6 @@ def picture_attention(
         attention_mask: None in all known towers.
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
-        native: use the C++ kernel where it can run.
         rest: arguments for transformers.
 
     Returns:
@@ -178,28 +168,21 @@ def picture_attention(
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
-    by_native = native and native_cpu_attention.runs_native(query, key, value, segments=pictures)
     by_products = (
         query.device.type == "cpu" and query.dtype.itemsize == 2 and matmul_attention.products_are_faster(query[0])
     )
-    if plain and (by_native or by_products):
+    if plain and by_products:
         # One row, a segment per picture.
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
-        output = attend_on_cpu(q, k, v, scaling, (patches,) * pictures, causal=False, native=native)
+        output = attend_on_cpu(q, k, v, scaling, (patches,) * pictures, causal=False)
         return output[0].unflatten(0, (pictures, patches)), None
     options = {"dropout": dropout, "scaling": scaling, **rest}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
-SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
-    SEGMENTS: segment_attention, NATIVE[SEGMENTS]: partial(segment_attention, native=True),
-}  # fmt: skip
-"""By the name of the attention."""
-for _name, _function in SEGMENT_FUNCTIONS.items():
-    # Without a mask function: transformers would make the host wait to see whether the row is packed.
-    AttentionInterface.register(_name, _function)
+# Without a mask function: transformers would make the host wait to see whether the row is packed.
+AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionInterface.register(PICTURES, picture_attention)
-AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=True))
 
 
 def segment_arguments(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from mm_moslora.kernels.attention.segment_attention import SEGMENT_FUNCTIONS
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS, segment_attention
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.models.transformers_patches import mix_in
 from mm_moslora.utils.errors import ConfigError, suggestion
@@ -73,8 +73,7 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
         raise ConfigError(
             f"train.compile is {backend!r}, but the layers of {type(model).__name__} are not known. Leave it out."
         )
-    for name, function in SEGMENT_FUNCTIONS.items():
-        AttentionInterface.register(name, torch.compiler.disable(function))
+    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segment_attention))
     for layer in layers:
         if isinstance(layer, LeanLayer):
             layer.compile_passes(backend)

@@ -1,7 +1,4 @@
-"""Makes decoder layers and the loss head lean, and chooses the kernels of lean layers and of attention.
-
-They are PyTorch's, Triton's between the products of lean layers on a GPU, and the C++ attention on a CPU.
-"""
+"""Makes decoder layers and the loss head lean, and chooses the kernels of lean layers: PyTorch's or Triton's."""
 
 from __future__ import annotations
 
@@ -15,13 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mm_moslora.kernels.attention.attention_choice import head_shape
-from mm_moslora.kernels.attention.native_cpu_attention import takes
-from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
-from mm_moslora.kernels.native import NativeError, library
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
@@ -82,8 +76,6 @@ class Kernels:
     """Their library, and the reason where it is not the recipe's choice."""
     required: str | None = None
     """The library that the recipe requires."""
-    native: bool = False
-    """Whether attention runs on the C++ kernel, for `set_attention`."""
     dropout: Literal["auto", "torch"] = "auto"
     """What draws the masks of adapter dropout on a GPU, see `set_dropout_kernels`."""
 
@@ -91,28 +83,23 @@ class Kernels:
 def choose_kernels(
     wanted: str, device: torch.device, *, lean: bool = True, dtype: torch.dtype = torch.bfloat16
 ) -> Kernels:
-    """Triton's kernels or the C++ attention where they can run, else PyTorch's. Both are compiled and tried.
+    """Triton's kernels where they can run, else PyTorch's. Triton's are compiled and tried.
 
     Args:
-        wanted: auto, torch, triton, liger or native.
+        wanted: auto, torch, triton or liger.
         device: the model's.
         lean: whether the model has lean layers, which the Triton kernels between products need.
         dtype: that the model computes in.
 
     Raises:
-        ConfigError: triton, liger or native is required and cannot run.
+        ConfigError: triton or liger is required and cannot run.
     """
     if wanted == "torch":
         return Kernels(passes=TORCH_OPS, words="PyTorch's", dropout="torch")
     required = wanted if wanted in _WHERE else None
     reason = (why_not_liger if wanted == "liger" else why_not_triton)(device, dtype)
-    if lean and wanted != "native" and reason is None:
+    if lean and reason is None:
         return _on_triton(wanted, required)
-    if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
-        try:
-            return Kernels(passes=TORCH_OPS, words=_native_words(device), required=required, native=True)
-        except NativeError as error:
-            reason = str(error)
     if required is not None:
         raise ConfigError(
             f"model.kernels is {wanted!r}, but {reason}. {_WHERE[required]} Or set model.kernels to auto."
@@ -147,44 +134,13 @@ _WHERE = {
     "compiler.",
     "liger": f"They run on a GPU where liger-kernel is installed (pip install 'liger-kernel{LIGER_RANGE}'; Triton "
     "comes with PyTorch's CUDA builds).",
-    "native": "It runs on a CPU and needs a C++ compiler.",
 }
 """Kernels that a recipe may require."""
 
 
-def _native_words(device: torch.device) -> str:
-    """A description of the C++ attention, which is compiled for it.
-
-    Raises:
-        NativeError: it cannot run.
-    """
-    if device.type != "cpu":
-        raise NativeError(f"the C++ attention is for CPUs, and the model runs on {device.type}")
-    return f"the C++ kernel for CPUs ({library().compiler})"
-
-
-def attention_words(model: PreTrainedModel, kernels: Kernels) -> str:
-    """What a decoder's attention runs on on a CPU, for the log.
-
-    Args:
-        model: its attention is set.
-        kernels: from `choose_kernels`.
-
-    Raises:
-        ConfigError: the recipe requires the C++ kernel, and the decoder does not take it.
-    """
-    decoder = model.get_decoder()
-    name = decoder.config._attn_implementation
-    if kernels.native and name in NATIVE.values():
-        shape = head_shape(model, model.device)
-        if takes(shape.dtype, shape.width):
-            return kernels.words
-        return f"PyTorch's operators, which heads of {shape.width} values in {shape.dtype} take on this CPU"
-    if kernels.native and kernels.required:
-        raise ConfigError(
-            f"model.kernels is {kernels.required!r}, but {type(decoder).__name__} runs on the attention {name!r}, "
-            "which has no C++ kernel. Set model.kernels and model.attention to auto."
-        )
+def attention_words(model: PreTrainedModel) -> str:
+    """What a decoder's attention, which is set, runs on on a CPU, for the log."""
+    name = model.get_decoder().config._attn_implementation
     return "PyTorch's operators" if name == SEGMENTS else f"transformers' {name}" if name else ""
 
 
@@ -206,8 +162,6 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     for layer in changed:
         layer.passes = kernels.passes
     set_dropout_kernels(kernels.dropout)
-    if kernels.native:
-        return ""
     if kernels.required and not changed:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and "

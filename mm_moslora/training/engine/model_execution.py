@@ -48,7 +48,7 @@ def prepare_execution(model: PreTrainedModel, recipe: Recipe, kernels: Kernels, 
         kernels: from `kernels_of`.
         precision: resolved.
     """
-    _choose_attention(model, recipe, kernels, precision)
+    _choose_attention(model, recipe, precision)
     _save_memory(model, recipe)
     if (note := use_kernels(model, kernels, lean=_runs_lean(recipe))) and distributed.is_main():
         logger.info("%s", note)
@@ -58,14 +58,14 @@ def _runs_lean(recipe: Recipe) -> bool:
     return recipe.model.lean_layers and recipe.train.compile is None
 
 
-def _choose_attention(model: PreTrainedModel, recipe: Recipe, kernels: Kernels, precision: str) -> None:
+def _choose_attention(model: PreTrainedModel, recipe: Recipe, precision: str) -> None:
     """Set the attention kernel, and the part of every row that this rank computes; log what runs."""
     attention = AttentionChoice(name="")
     if not needs_padding(model):
         with distributed.failing_together("Choosing the attention"):
             attention = choose_attention(model, recipe.model.attention, device=distributed.device())
-        set_attention(model, attention.name, native=kernels.native)
-    log_what_runs(replace(attention, words=attention.words or attention_words(model, kernels)), precision)
+        set_attention(model, attention.name)
+    log_what_runs(replace(attention, words=attention.words or attention_words(model)), precision)
     if recipe.train.sequence_parallel > 1:
         prepare_deepspeed(recipe.train.zero)
         share_rows(model, recipe.train.sequence_parallel)

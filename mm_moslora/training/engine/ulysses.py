@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.gpu_attention import FLASH
-from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.memory_efficient.row_share import RowShare
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.utils import distributed
@@ -52,7 +52,7 @@ def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> 
             f"train.sequence_parallel is {ranks}, but {type(model).__name__} places pictures and positions by itself "
             "and takes whole rows. Set it to 1, or assemble a model with model.language and model.vision."
         )
-    if attention not in (SEGMENTS, NATIVE[SEGMENTS], *FLASH):
+    if attention not in (SEGMENTS, *FLASH):
         raise ConfigError(
             f"train.sequence_parallel is {ranks}, but {type(model.get_decoder()).__name__} runs on the attention "
             f"{attention!r}, which would see one rank's tokens only. Set it to 1, or set "
