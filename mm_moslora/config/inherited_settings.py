@@ -67,8 +67,14 @@ def _checkpoint_of(weights: object) -> Path | None:
 
 def _recipe_in(checkpoint: Path) -> dict[str, Any]:
     text = read_text_below(checkpoint, "config.yaml")
-    data = {} if text is None else parse_yaml(text, source=str(checkpoint / "config.yaml"))
-    return from_working_folder(data, checkpoint, source=str(checkpoint / "config.yaml"))
+    source = str(checkpoint / "config.yaml")
+    data: dict[str, Any] = {} if text is None else parse_yaml(text, source=source)
+    model = data.get("model")
+    if isinstance(model, dict):
+        base = {key: model[key] for key in ("language", "vlm", "vision") if key in model}
+        of_base = {"model": base, "train": data.get("train")}  # whose output says where relative paths start
+        data["model"] = model | from_working_folder(of_base, checkpoint, source=source)["model"]
+    return data
 
 
 def _take_over(

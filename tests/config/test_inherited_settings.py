@@ -65,6 +65,18 @@ def test_without_a_base_the_recipe_takes_that_of_the_run(tmp_path, run):
     assert (recipe.model.language, recipe.model.vision.name, recipe.model.image_aspect) == ("lm", "tower", "resize")
 
 
+def test_relative_paths_of_the_run_need_not_be_there_any_more(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run / "checkpoint-000002" / "config.yaml"
+    stored = yaml.safe_load(config.read_text())
+    stored["train"]["output"], stored["data"]["train"][0]["path"] = "first", "gone/train.jsonl"
+    stored["model"]["projector"]["weights"] = "gone/before"
+    config.write_text(yaml.safe_dump(stored))
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "train.jsonl").touch()
+    assert read(tmp_path, {"adapter": {"weights": "first"}}).model.image_aspect == "resize"
+
+
 def test_a_projector_brings_pictures_alone(tmp_path, run):
     model = read(tmp_path, {
         "model": {"language": "lm", "vision": {"name": "tower"}, "projector": {"weights": str(run)}},

@@ -219,7 +219,7 @@ ALLOWED = {
     "mm_moslora/data/sources/webdataset_tars.py:_members": "a stream",
     "mm_moslora/reporting/page_templates.py:asset": "a file of the package",
     "eval/mm_moslora_eval/backends/openai_endpoint.py:_post": "an endpoint that a person names, over http",
-    "eval/mm_moslora_eval/backends/openai_endpoint.py:ask": "the same",
+    "eval/mm_moslora_eval/backends/openai_endpoint.py:get": "the same",
     "eval/mm_moslora_eval/backends/stored_answers.py:_workbook": "bytes in memory",
 }
 
