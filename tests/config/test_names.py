@@ -54,6 +54,7 @@ IDS = {  # of hubs and hosts, and names inside of data
 }  # fmt: skip
 LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in the model
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
+    "adapter.text_encoder_targets",
 }  # fmt: skip
 FITTING = ("objective=grpo", "train.zero=none", "model.projector.mode=frozen", "model.projector.weights=PROJECTOR")
 MISSPELT = {  # overrides, the last of them misspelt
