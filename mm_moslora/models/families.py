@@ -6,7 +6,7 @@ not kept here: its image token (`config.image_token_id`), positions of three par
 
 What adapters need when they are used alone lies in `mm_moslora.adapters`: which projections read one input
 (`layers.fused_linear`), which layers are read in place (`layers.uncalled_layers`), and llama.cpp's names of language
-models (`folders.gguf_adapter.FAMILIES`).
+models (`export.gguf_model.FAMILIES`).
 """
 
 from __future__ import annotations

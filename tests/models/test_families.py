@@ -11,8 +11,8 @@ from tiny import make_vision
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from vlms import FAMILIES
 
-from mm_moslora.adapters.folders.gguf_adapter import FAMILIES as GGUF
 from mm_moslora.config import VisionConfig
+from mm_moslora.models.export.gguf_model import FAMILIES as GGUF
 from mm_moslora.models.families import (
     DECODERS,
     LEAN_LAYERS,
@@ -75,7 +75,7 @@ def test_a_decoder_without_an_entry_runs_on_the_defaults():
     assert use_lean_layers(model) == 0
 
 
-@pytest.mark.parametrize("name", [name for name, family in GGUF.items() if not family.adapters_only])
+@pytest.mark.parametrize("name", GGUF)
 def test_a_decoder_that_is_exported_to_gguf_has_an_entry(name):
     assert name in DECODERS
 

@@ -65,17 +65,6 @@ def _peft(folder: Path, place: Path) -> None:
     adapters.load_method(llama(), _adapter(folder, place))
 
 
-def _paddle(folder: Path, place: Path) -> None:
-    config = {"r": 2, "lora_alpha": 2, "target_modules": [".*q_proj"]}
-    folder.mkdir()
-    (folder / "lora_config.json").write_text(json.dumps(config))
-    names = ("llama.layers.0.self_attn.q_proj.lora_A", "llama.layers.0.self_attn.q_proj.lora_B")
-    (folder / "lora_model_state.pdparams").write_bytes(
-        pickle.dumps(_marked({name: torch.ones(32, 2) for name in names}, place))
-    )
-    adapters.load_adapter(llama(), folder)
-
-
 def _projector(folder: Path, place: Path, *, name: str = "mm_projector.bin") -> None:
     folder.mkdir()
     tensors = {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)}
@@ -103,7 +92,7 @@ def _whole(folder: Path, place: Path) -> None:
     load(folder)
 
 
-WAYS: list[Callable[[Path, Path], None]] = [_authors, _peft, _paddle, _projector, _xtuner, _lora_of_llava, _whole]
+WAYS: list[Callable[[Path, Path], None]] = [_authors, _peft, _projector, _xtuner, _lora_of_llava, _whole]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -118,10 +107,6 @@ def test_the_mark_is_left_by_whoever_unpickles_it(tmp_path: Path) -> None:
     torch.save(_marked({"a": torch.ones(1)}, tmp_path / "mark"), tmp_path / "a.bin")
     torch.load(tmp_path / "a.bin", weights_only=False)
     assert (tmp_path / "mark").exists()
-
-
-READERS = {"mm_moslora/adapters/folders/paddle_format.py"}
-"""Has an unpickler that knows arrays alone."""
 
 
 def _unlimited(source: str) -> list[int]:
@@ -150,7 +135,7 @@ def test_no_other_place_unpickles() -> None:
     hints = ("pickle", "torch.load", "joblib", "dill", "from torch import")
     found = {
         f"{path}:{line}" for path, text in sources.items() if any(hint in text for hint in hints)
-        for line in _unlimited(text) if str(path) not in READERS
+        for line in _unlimited(text)
     }  # fmt: skip
     assert found == set()
 

@@ -6,7 +6,6 @@
     vllm        the same with one rank, one scaling and module names as targets, which is what vLLM's loader accepts
     diffusers   pytorch_lora_weights.safetensors with `unet.` or `transformer.` names, for `load_lora_weights`
     kohya       one .safetensors file with `lora_unet_...`, `lora_te1_...` names and alphas, for A1111 and ComfyUI
-    gguf        one .gguf file for llama.cpp's `--lora`
 
 In all but the first the scaling s is a part of B, and alpha equals the rank.
 """
@@ -45,7 +44,7 @@ from mm_moslora.utils.files import replacing, staging
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.run_paths import writing
 
-Layout = Literal["peft", "vllm", "diffusers", "kohya", "gguf"]
+Layout = Literal["peft", "vllm", "diffusers", "kohya"]
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of diffusers' pipelines that load LoRA."""
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -58,17 +57,15 @@ def export_adapter(
     *,
     layout: Layout,
     component: str = "unet",
-    model_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter folder in another program's layout.
 
     Args:
         folder: an adapter folder of any kind that `load_adapter` reads; for diffusers and Kohya also several, by
             component: one file holds those of a UNet and its text encoders.
-        out: folder to write into (made if missing), or the .gguf or Kohya's file. No file is replaced.
+        out: folder to write into (made if missing), or Kohya's file. No file is replaced.
         layout: see the module's text.
         component: diffusers and kohya only: which part of the pipeline one folder adapts, one of `COMPONENTS`.
-        model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
 
     Returns:
         The file or folder written.
@@ -96,13 +93,6 @@ def export_adapter(
             f"{layout} holds one adapter, and {len(folders)} folders were given. Export them one by one."
         )
     content = read_folder(*folders.values())
-    if layout == "gguf":
-        output_file(target)
-        from mm_moslora.adapters.folders.gguf_adapter import write_gguf
-
-        if model_config is None:
-            raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
-        return write_gguf(target, plain_pairs(content), model_config)
     if layout == "peft":
         tensors = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
         config = stock_config(content.config, target_paths(content.tensors), None)

@@ -1,16 +1,14 @@
-"""Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT, PaddleNLP.
+"""Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT.
 
 ::
 
     stock PEFT   adapter_config.json + adapter_model.safetensors; lora_A, lora_B. Becomes a mixer that is the identity.
     diffusers    pytorch_lora_weights.safetensors, one component of a pipeline
     authors      both with mixers; see `authors_format`
-    PaddleNLP    lora_config.json + lora_model_state.pdparams; see `paddle_format`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,6 @@ from mm_moslora.adapters.folders.authors_format import (
     read_tensors,
     with_known_names,
 )
-from mm_moslora.adapters.folders.paddle_format import PADDLE_CONFIG, paddle_adapter
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields, read_authors
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
@@ -77,10 +74,6 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
         return _read_peft(root, trainable)
     if (root / DIFFUSERS_WEIGHTS).is_file():
         return _read_diffusers(root, component, trainable=trainable)
-    if (root / PADDLE_CONFIG).is_file():
-        options, stock, tensors = paddle_adapter(root)
-        mixed = options.get(USE_MIXER)
-        return _with_mixers(stock, options, tensors, root) if mixed else _plain(stock, tensors, trainable)
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
@@ -99,12 +92,6 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     check_declared(tensors, str(root))
     stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
     return _plain(stock, tensors, trainable)
-
-
-def _with_mixers(
-    stock: LoraConfig, options: Mapping[str, Any], tensors: dict[str, Tensor], source: Path
-) -> AdapterFolder:
-    return _content(from_lora_config(stock, **mixer_settings(options, tensors, str(source))), tensors)
 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
@@ -155,7 +142,8 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
     stock = LoraConfig(**{key: value for key, value in options.items() if key in lora_fields()})
     if not mixers_in(tensors):
         return _plain(stock, tensors, trainable)
-    return _with_mixers(stock, {USE_MIXER: True}, tensors, path)
+    settings = mixer_settings({USE_MIXER: True}, tensors, str(path))
+    return _content(from_lora_config(stock, **settings), tensors)
 
 
 def _diffusers_options(path: Path, component: str) -> dict[str, Any]:

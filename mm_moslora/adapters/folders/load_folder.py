@@ -50,7 +50,7 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     component: str | None = None,
 ) -> peft.PeftModel:
-    """Load a folder of `save_adapter`, stock PEFT, diffusers, PaddleNLP or the paper's authors into a model.
+    """Load a folder of `save_adapter`, stock PEFT, diffusers or the paper's authors into a model.
 
     Args:
         model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
@@ -211,7 +211,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
     """Read and verify an adapter folder without a model.
 
     Args:
-        folder: of `save_adapter`, stock PEFT, diffusers, PaddleNLP, or the paper's authors.
+        folder: of `save_adapter`, stock PEFT, diffusers, or the paper's authors.
         trainable: for a stock folder, whether its identity mixer trains.
         component: for a file of diffusers, which part of the pipeline; None: the only one.
 

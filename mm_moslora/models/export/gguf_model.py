@@ -6,11 +6,12 @@ Both files are read back tensor by tensor. Weights are written in fp32 or fp16, 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -18,14 +19,30 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from mm_moslora.adapters.folders.gguf_adapter import FAMILIES, in_row_order, write_file
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import replacing
+from mm_moslora.utils.run_paths import writing
 from mm_moslora.utils.untrusted_data import parse_json
 
-_FAMILIES = {kind: family for kind, family in FAMILIES.items() if not family.adapters_only}
+
+class GgufFamily(NamedTuple):
+    """A family of language models as llama.cpp has it."""
+
+    architecture: gguf.MODEL_ARCH
+    pairs_rows: bool = False
+    """Whether llama.cpp keeps the rows of query and key projections in another order."""
+
+
+FAMILIES = {
+    "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, pairs_rows=True),
+    "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, pairs_rows=True),
+    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2),
+    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3),
+}
+"""By transformers' model_type of the language model."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
@@ -76,8 +93,8 @@ def why_not_gguf(assembly: Parts) -> str | None:
     """Why llama.cpp cannot hold the model, and the nearest choice; None where it can."""
     model, nearest = assembly.model, "Export with --to llava or hf, and use llama.cpp's own converter on that."
     text: Any = model.config.get_text_config()
-    if text.model_type not in _FAMILIES:
-        return f"The GGUF export knows {', '.join(_FAMILIES)}, not {text.model_type}. {nearest}"
+    if text.model_type not in FAMILIES:
+        return f"The GGUF export knows {', '.join(FAMILIES)}, not {text.model_type}. {nearest}"
     if (rope := _rope(text)["rope_type"]) not in ("default", "llama3"):
         return f"The GGUF export knows plain and llama3 rotary embeddings, not {rope}. {nearest}"
     if _pre_tokenizer(assembly.tokenizer) is None:
@@ -179,7 +196,7 @@ def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"llama.cpp has no name for {path!r}. Export with --to hf instead.")
-        yield name, in_row_order(tensor.detach(), path.rpartition(".")[0], config)
+        yield name, _in_row_order(tensor.detach(), path.rpartition(".")[0], config)
     if _rope(text)["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3_factors(text)
 
@@ -248,7 +265,7 @@ def _write(path: Path, writer: gguf.GGUFWriter, tensors: Mapping[str, Tensor], *
     for name, value in tensors.items():
         matrix = value.ndim > 1 and "position_embd" not in name
         writer.add_tensor(name, value.float().cpu().numpy().astype(np.float16 if half and matrix else np.float32))
-    write_file(writer, path)
+    _write_file(writer, path)
 
 
 def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
@@ -265,3 +282,40 @@ def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
         stored = written[name].astype(np.float32).reshape(tuple(value.shape))
         largest = max(largest, float(np.abs(stored - value.float().cpu().numpy()).max()))
     return largest
+
+
+def _write_file(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Write the content of a writer, made without a path, and read it back.
+
+    Raises:
+        OSError: it cannot be written, or is not whole.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            try:  # numpy does not hear of a full disk when it closes its buffer
+                gguf.GGUFReader(part)
+            except (ValueError, IndexError) as error:
+                raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
+
+
+def _in_row_order(value: Tensor, module: str, config: Mapping[str, Any]) -> Tensor:
+    """A weight or bias with its rows as llama.cpp has them.
+
+    In the Llama family the rows of a head go from two halves (transformers' rotary layout) to pairs.
+
+    Args:
+        value: ``[rows, ...]``.
+        module: path of its linear layer.
+        config: of the language model; its model_type is one of `FAMILIES`.
+    """
+    if not (FAMILIES[config["model_type"]].pairs_rows and module.endswith(("q_proj", "k_proj"))):
+        return value
+    heads = int(config["num_attention_heads"])
+    if module.endswith("k_proj"):
+        heads = int(config.get("num_key_value_heads") or heads)
+    return value[torch.arange(len(value)).view(heads, 2, -1).transpose(1, 2).reshape(-1)]

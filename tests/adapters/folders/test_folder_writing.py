@@ -29,7 +29,6 @@ WAYS: dict[str, Callable[[Path, Path], object]] = {
     "peft": lambda folder, out: export_adapter(folder, out, layout="peft"),
     "vllm": lambda folder, out: export_adapter(folder, out, layout="vllm"),
     "diffusers": lambda folder, out: export_adapter(folder, out, layout="diffusers"),
-    "gguf": lambda folder, out: export_adapter(folder, out, layout="gguf", model_config=llama().config.to_dict()),
     "picture": lambda folder, out: _draw(folder, out.with_suffix(".png")),
 }
 
@@ -67,9 +66,9 @@ def test_a_picture_of_no_format_is_an_error(folder: Path, tmp_path: Path) -> Non
         _draw(folder, tmp_path / "mixers.doc")
 
 
-@pytest.mark.parametrize("way", ["peft", "vllm", "gguf"])
+@pytest.mark.parametrize("way", ["peft", "vllm"])
 def test_an_export_replaces_nothing(way: str, folder: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "out" / "adapter_model.safetensors" if way != "gguf" else tmp_path / "out"
+    mine = tmp_path / "out" / "adapter_model.safetensors"
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not replaced"):

@@ -6,7 +6,6 @@ import json
 import pickle
 from pathlib import Path
 
-import gguf
 import numpy as np
 import peft
 import pytest
@@ -24,7 +23,7 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.folders.export_adapter import largest_difference
 from mm_moslora.utils.errors import AdapterError, ConfigError
-from tests.adapters.adapter_models import folded, llama, llava, logits, train_a_bit
+from tests.adapters.adapter_models import folded, llama, logits, train_a_bit
 from tests.adapters.behaviour_models import inputs, network
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -103,35 +102,10 @@ def test_diffusers_layout_names_and_update(saved: tuple[peft.PeftModel, Path]) -
     assert len(tensors) == 12
 
 
-def test_gguf_file_has_llama_cpp_names_and_the_same_update(tmp_path: Path) -> None:
-    model = _trained()
-    save_adapter(model, tmp_path / "ours")
-    config = model.get_base_model().config.to_dict()
-    out = export_adapter(tmp_path / "ours", tmp_path / "a.gguf", layout="gguf", model_config=config)
-    reader = gguf.GGUFReader(out)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    assert fields["general.type"] == "adapter"
-    assert (fields["general.architecture"], fields["adapter.type"]) == ("llama", "lora")
-    assert fields["adapter.lora.alpha"] == 4.0
-    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    assert len(tensors) == 12
-    layer = model.get_base_model().model.layers[1]
-    update = tensors["blk.1.ffn_down.weight.lora_b"] @ tensors["blk.1.ffn_down.weight.lora_a"]
-    torch.testing.assert_close(update, layer.mlp.down_proj.wide_delta("default"))
-    # Its converter turns every head's two halves into pairs; undone, the update is ours.
-    update = tensors["blk.1.attn_k.weight.lora_b"] @ tensors["blk.1.attn_k.weight.lora_a"]
-    heads, width = 2, 8
-    halves = update.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(heads * width, -1)
-    torch.testing.assert_close(halves, layer.self_attn.k_proj.wide_delta("default"))
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layout": "gguff"}, "Did you mean 'gguf'"),
-        ({"layout": "gguf"}, "Pass model_config"),
-        ({"layout": "gguf", "model_config": {"model_type": "rwkv"}}, "'rwkv' is not covered"),
-        ({"layout": "gguf", "model_config": {"model_type": "llama", "num_hidden_layers": 2}}, "one rank per file"),
+        ({"layout": "vlm"}, "Did you mean 'vllm'"),
         ({"layout": "diffusers", "component": "text_encodr"}, "Did you mean 'text_encoder'"),
     ],
 )
@@ -173,21 +147,6 @@ def test_a_convolution_is_an_error_to_vllm(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="0 is a convolution"):
         export_adapter(tmp_path / "ours", tmp_path / "out", layout="vllm")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("component", ["model.language_model", "model.vision_tower"])
-def test_gguf_takes_the_language_model_of_a_llava_and_not_its_tower(tmp_path: Path, component: str) -> None:
-    model = add_moslora(llava(), MoSLoRAConfig(r=2), component=component, targets=["q_proj"])
-    save_adapter(model, tmp_path / "ours")
-    arguments = (tmp_path / "ours", tmp_path / "a.gguf")
-    if component == "model.vision_tower":
-        with pytest.raises(AdapterError, match=r"language model has no module 'model\.vision_tower"):
-            export_adapter(*arguments, layout="gguf", model_config=model.config.to_dict())
-    else:
-        names = {tensor.name for tensor in gguf.GGUFReader(export_adapter(
-            *arguments, layout="gguf", model_config=model.config.to_dict()
-        )).tensors}  # fmt: skip
-        assert names == {f"blk.{layer}.attn_q.weight.lora_{factor}" for layer in (0, 1) for factor in "ab"}
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3"])
@@ -242,17 +201,3 @@ def test_one_file_holds_the_components_of_one_call_and_replaces_none(tmp_path: P
     assert list(load_file(stranger)) == ["lora_te_x.lora_down.weight"]
     with pytest.raises(AdapterError, match="vllm holds one adapter, and 2 folders"):
         export_adapter(folders, tmp_path / "vllm", layout="vllm")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_gguf_has_no_place_for_a_tied_head(tied: bool, tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["lm_head"])
-    train_a_bit(model)
-    save_adapter(model, tmp_path / "a")
-    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": tied}
-    arguments = (tmp_path / "a", tmp_path / "a.gguf")
-    if not tied:
-        assert export_adapter(*arguments, layout="gguf", model_config=config).is_file()
-        return
-    with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
-        export_adapter(*arguments, layout="gguf", model_config=config)
