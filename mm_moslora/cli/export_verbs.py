@@ -13,7 +13,7 @@ from mm_moslora.utils.folder_marks import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "llava-original", "gguf"]
+Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "gguf"]
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
@@ -54,7 +54,6 @@ def export(
     to: Layout = "llava",
     dtype: Dtype = "fp32",
     base: str | None = None,
-    vision: str | None = None,
     component: Component = "unet",
     licence: str | None = None,
     other_preprocessing: OtherPreprocessing = False,
@@ -71,14 +70,11 @@ def export(
         llava: a folder that stock transformers loads, or a refusal with the reason. hf: the whole model with any parts.
         lora: the adapter folded to plain LoRA for PEFT's Auto classes; it names its base, and the base of an assembled
         model is written to `base`. vllm, diffusers: the adapter alone in the format of these two (written and checked
-        without the model). llava-original: the layout of LLaVA's own code. gguf: model.gguf and mmproj.gguf for
-        llama.cpp (fp32 or fp16).
+        without the model). gguf: model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
     base
         For an adapter folder: the model it was trained on, where the folder does not name it.
-    vision
-        llava-original only: the vision tower's name for LLaVA's code, where the model does not record it.
     component
         diffusers only: the part of the pipeline to which the adapter belongs.
     licence
@@ -87,7 +83,7 @@ def export(
     if to in ("vllm", "diffusers"):
         return _hand_on_adapter(model, output, to=to, component=component)
     return _hand_on(
-        model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence,
+        model, output, to=to, dtype=dtype, base=base, licence=licence,
         other_preprocessing=other_preprocessing,
     )  # fmt: skip
 
@@ -120,7 +116,6 @@ def _hand_on(
     base: str | None,
     licence: str | None,
     other_preprocessing: bool,
-    vision: str | None = None,
     needs_adapter: bool = False,
 ) -> int:
     find_checkpoint(model)
@@ -169,11 +164,6 @@ def _hand_on(
                 lines.append(
                     "llama.cpp builds with its issue 25814 misplace CLIP's CLS token; use a build with the fix."
                 )
-        elif to == "llava-original":
-            from mm_moslora.models.export.export_llava_checkpoint import export_original
-
-            difference = export_original(assembly, part, vision=vision)
-            lines = [f"LLaVA's own layout, largest tensor difference {difference:.2e}"]
         else:
             result = export_model(assembly, part, require_stock=to == "llava")
             lines = [f"{result.architecture}, largest logit difference {result.max_logit_difference:.2e}"]
@@ -199,35 +189,32 @@ def import_model(
     *,
     vision: str | None = None,
     language: str | None = None,
-    xtuner_config: Path | None = None,
     parts: bool = False,
 ) -> int:
-    """Import a checkpoint of LLaVA's own code (whole model, projector or LoRA) or of XTuner (.pth).
+    """Import a checkpoint of LLaVA's own code (whole model, projector or LoRA).
 
     Parameters
     ----------
     source
-        Folder, .bin or .pth file.
+        Folder or .bin file.
     output
         New folder for the parts, with the whole model in `model`.
     vision
         The vision tower, where the source names none or names another place.
     language
         The language model from which the source was trained, where it is needed.
-    xtuner_config
-        Python configuration of an XTuner checkpoint with LoRA factors, for their alpha; it is parsed, never run.
     parts
-        Write only the parts: `projector.safetensors` for model.projector.weights, and `language`, `vision` and adapters
-        where the source changes them.
+        Write only the parts: `projector.safetensors` for model.projector.weights, and `language`
+        where the source changes it.
     """
     if not source.exists():
-        raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")
+        raise ModelError(f"There is no {str(source)!r}; expected a folder or a .bin file.")
     quiet_libraries()
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
 
-    imported = import_parts(source, output, language=language, vision=vision, xtuner_config=xtuner_config)
+    imported = import_parts(source, output, language=language)
     summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"
     print(f"{output}: {summary}, largest difference {imported.largest_difference:.2e}")
     if parts:

@@ -75,23 +75,18 @@ class DecoderFamily:
     plain_attention: bool = False
     """Whether attention is ordinary softmax attention, so that rows share the keys and values of a prefix."""
     llava_types: tuple[str, ...] = ()
-    """`model_type`s in the original LLaVA code; the first is written on export."""
-    llava_class: str | None = None
-    """Class in the original LLaVA code; None: nothing is exported to it."""
+    """`model_type`s in the original LLaVA code."""
 
 
 DECODERS = {
     "llama": DecoderFamily(
         lean_layer="LlamaDecoderLayer", plain_attention=True, llava_types=("llava_llama", "llava"),
-        llava_class="LlavaLlamaForCausalLM",
     ),
     "mistral": DecoderFamily(
         lean_layer="MistralDecoderLayer", plain_attention=True, llava_types=("llava_mistral",),
-        llava_class="LlavaMistralForCausalLM",
     ),
     "qwen2": DecoderFamily(
         lean_layer="Qwen2DecoderLayer", plain_attention=True, llava_types=("llava_qwen", "llava_qwen2"),
-        llava_class="LlavaQwenForCausalLM",
     ),
     "qwen3": DecoderFamily(lean_layer="Qwen3DecoderLayer", plain_attention=True),
     "qwen2_vl_text": DecoderFamily(lean_layer="Qwen2VLDecoderLayer"),

@@ -65,15 +65,11 @@ def _peft(folder: Path, place: Path) -> None:
     adapters.load_method(llama(), _adapter(folder, place))
 
 
-def _projector(folder: Path, place: Path, *, name: str = "mm_projector.bin") -> None:
+def _projector(folder: Path, place: Path) -> None:
     folder.mkdir()
     tensors = {"model.mm_projector.weight": torch.ones(2, 2), "model.mm_projector.bias": torch.ones(2)}
-    torch.save(_marked(tensors, place), folder / name)
-    import_parts(folder / name if name.endswith(".pth") else folder, folder / "parts")
-
-
-def _xtuner(folder: Path, place: Path) -> None:
-    _projector(folder, place, name="x.pth")
+    torch.save(_marked(tensors, place), folder / "mm_projector.bin")
+    import_parts(folder, folder / "parts")
 
 
 def _lora_of_llava(folder: Path, place: Path) -> None:
@@ -92,7 +88,7 @@ def _whole(folder: Path, place: Path) -> None:
     load(folder)
 
 
-WAYS: list[Callable[[Path, Path], None]] = [_authors, _peft, _projector, _xtuner, _lora_of_llava, _whole]
+WAYS: list[Callable[[Path, Path], None]] = [_authors, _peft, _projector, _lora_of_llava, _whole]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -180,7 +180,6 @@ ALLOWED = {
     "mm_moslora/utils/package_requirements.py:_all": "the pyproject.toml of this package",
     "mm_moslora/data/sources/json_scan.py:__init__": "finds where values end; `parse_json` reads them",
     "mm_moslora/data/sources/json_scan.py:value": "finds where values end; `parse_json` reads them",
-    "mm_moslora/models/importing/import_xtuner.py:_arguments": "literals of a syntax tree",
 }
 
 

@@ -1,1 +1,1 @@
-"""Exports: Hugging Face, LLaVA, GGUF, the model card."""
+"""Exports: Hugging Face, GGUF, the model card."""

@@ -1,21 +1,17 @@
-"""Import: checkpoints of the original LLaVA code and of XTuner become parts that a recipe names, or whole models.
+"""Import: checkpoints of the original LLaVA code become parts that a recipe names, or whole models.
 
 What is read::
 
     LLaVA, whole         config.json (model_type llava_llama, ...), weights with model.mm_projector.*
     LLaVA, projector     mm_projector.bin with model.mm_projector.*
     LLaVA, LoRA          adapter_config.json, adapter weights, non_lora_trainables.bin; the base is named
-    XTuner               a .pth file (or a DeepSpeed folder of that name) with projector.model.*, maybe llm.* and
-                         visual_encoder.*: LoRA factors, with mixers or without, or whole weights of the language model
 
-The result is a folder with `projector.safetensors` and, where the source holds or changes them, `language/`, a plain
-causal language model, and `vision/`, a tower. XTuner's factors are written to `llm_adapter/` and
-`visual_encoder_adapter/`, too, for `load_adapter` into their bases. `whole_config` says how to assemble the parts.
+The result is a folder with `projector.safetensors` and, where the source holds or changes it, `language/`, a plain
+causal language model. `whole_config` says how to assemble the parts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pickle
@@ -29,15 +25,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.families import DECODERS
-from mm_moslora.models.importing.import_xtuner import lora_settings, write_factors
 from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.anyres import NEWLINE
-from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.files import copy_of_model, read_json
@@ -47,7 +41,7 @@ from mm_moslora.utils.untrusted_files import find_in_model, opened
 logger = logging.getLogger(__name__)
 
 _PLAIN_TYPES = {kind: name for name, family in DECODERS.items() for kind in family.llava_types}
-_PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?mm_projector\.(.+)$|^projector\.model\.(.+)$")
+_PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?mm_projector\.(.+)$")
 _OF_LLAVA = re.compile(r"^(mm_|image_|tune_|freeze_mm|unfreeze_mm|use_mm|tokenizer_|vision_|im_|s2)")
 _BESIDE_WEIGHTS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -70,52 +64,34 @@ class Imported:
     """LLaVA's configuration, where there is one."""
     language: str | None = None
     """The language model: a folder here, or the base that the source names."""
-    vision: str | None = None
-    """The vision tower, where the source changes it: a folder here."""
     tensors: int = 0
     """Tensors taken over."""
     largest_difference: float = 0.0
     """Between source tensors and what was written, read back; only a merged LoRA rounds."""
 
 
-def import_parts(
-    source: Path,
-    folder: Path,
-    *,
-    language: str | None = None,
-    vision: str | None = None,
-    xtuner_config: Path | None = None,
-) -> Imported:
+def import_parts(source: Path, folder: Path, *, language: str | None = None) -> Imported:
     """Turn a foreign checkpoint into parts.
 
     Args:
-        source: a folder, a .bin or a .pth file; see the top.
+        source: a folder or a .bin file; see the top.
         folder: new or empty.
-        language: the base of a LoRA or of an XTuner checkpoint, where the one that the source names cannot be read.
-        vision: the tower from which an XTuner checkpoint with LoRA in the tower was trained.
-        xtuner_config: the Python file with which XTuner trained it, which holds the alpha of LoRA factors; never run.
+        language: the base of a LoRA, where the one that the source names cannot be read.
 
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
     """
     with new_folder(folder) as part:  # the same command works as soon as the cause of an error is mended
-        imported = _import(source, part, language=language, vision=vision, xtuner_config=xtuner_config)
-    final = {str(part / name): str(folder / name) for name in ("language", "vision")}
-    language, vision = imported.language, imported.vision
-    return replace(
-        imported, folder=folder, language=final.get(language or "", language), vision=final.get(vision or "", vision)
-    )
+        imported = _import(source, part, language=language)
+    inside = imported.language == str(part / "language")
+    return replace(imported, folder=folder, language=str(folder / "language") if inside else imported.language)
 
 
-def _import(
-    source: Path, folder: Path, *, language: str | None, vision: str | None, xtuner_config: Path | None
-) -> Imported:
+def _import(source: Path, folder: Path, *, language: str | None) -> Imported:
     config_file = find_in_model(source if source.is_dir() else source.parent, "config.json")
     settings = {} if config_file is None else dict(read_json(config_file))
     if source.is_dir() and (source / "adapter_config.json").is_file():
         return _import_lora(source, folder, settings, language)
-    if source.suffix == ".pth":
-        return _import_xtuner(source, folder, {"llm": language, "visual_encoder": vision}, xtuner_config)
     files = _weight_files(source)
     state = {name: value for file in files for name, value in _tensors(file) if _PROJECTOR.match(name)}
     newline = next((value for file in files for name, value in _tensors(file) if name.endswith(NEWLINE)), None)
@@ -143,7 +119,7 @@ def whole_config(imported: Imported, *, vision: str | None = None, language: str
         ModelError: a part is neither in the source nor named.
     """
     settings = imported.settings
-    tower = imported.vision or vision or settings.get("mm_vision_tower")
+    tower = vision or settings.get("mm_vision_tower")
     model = language or imported.language
     missing = [name for name, value in (("--vision", tower), ("--language", model)) if not value]
     if missing:
@@ -208,7 +184,7 @@ def _own_names(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     for name, value in state.items():
         match = _PROJECTOR.match(name)
         assert match is not None
-        own = match[1] or match[2]
+        own = match[1]
         if own in local:
             raise ModelError(f"The source holds the projector's {own!r} twice ({name!r}). Remove one of the two.")
         local[own] = value
@@ -229,7 +205,7 @@ def _own_names(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
 
 def _write_projector(state: Mapping[str, Tensor], folder: Path, *, newline: Tensor | None = None) -> str:
     if not state:
-        raise ModelError("The source holds no projector (no mm_projector.* and no projector.model.*).")
+        raise ModelError("The source holds no projector (no mm_projector.*).")
     kind, own = _own_names(state)
     own |= {} if newline is None else {NEWLINE: newline}
     _check_finite(own, "The projector's")
@@ -287,86 +263,13 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
     if not base or not isinstance(base, str):
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")
     logger.info("%s: its base is %s (%s).", source, base, Path(base).resolve() if Path(base).exists() else "the hub")
-    model = _load_part("llm", base)
+    model = load_base(AutoModelForCausalLM, base, dtype=torch.float32)
     adapters.merge(adapters.load_adapter(model, source))
     return Imported(
         folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings,
         language=_save_language(model, base, folder / "language"),
         tensors=len(state), largest_difference=_difference(projector, folder / "projector.safetensors"),
     )  # fmt: skip
-
-
-def _import_xtuner(source: Path, folder: Path, bases: Mapping[str, str | None], config: Path | None) -> Imported:
-    """XTuner's checkpoint; `bases` tells what llm and visual_encoder were trained from, `config` is XTuner's."""
-    inside = "mp_rank_00_model_states.pt"
-    file = source / inside if source.is_dir() and find_in_model(source, inside) else source
-    state = dict(_tensors(file))
-    projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in bases}
-    for name in (name for name in state if name not in projector):
-        part, _, rest = name.partition(".")
-        if part not in parts:
-            raise ModelError(f"{source} holds {name!r}, which is none of projector.model.*, llm.*, visual_encoder.*.")
-        parts[part][rest] = state[name]
-    settings = {part: lora_settings(part, config) for part, names in parts.items() if any("lora_" in n for n in names)}
-    kind = _write_projector(projector, folder)
-    result = Imported(
-        folder=folder, kind="XTuner", projector=kind, tensors=len(state),
-        largest_difference=_difference(projector, folder / "projector.safetensors"), language=bases["llm"],
-    )  # fmt: skip
-    for part, tensors in parts.items():
-        if not tensors:
-            continue
-        if (base := bases[part]) is None:
-            what, option = ("language model", "--language") if part == "llm" else ("vision tower", "--vision")
-            raise ModelError(f"The checkpoint changes the {what}; name the one it was trained from: {option} BASE.")
-        if part in settings:
-            model = _load_part(part, base)
-            adapter = write_factors(part, tensors, folder / f"{part}_adapter", model=model, settings=settings[part])
-            adapters.merge(adapters.load_adapter(model, adapter))
-        else:
-            model = _with_weights(part, tensors, base, source)
-        if part == "llm":
-            result.language = _save_language(model, base, folder / "language")
-        else:
-            result.vision = _save_vision(model, base, folder / "vision")
-    return result
-
-
-def _load_part(part: str, base: str) -> PreTrainedModel:
-    if part != "llm":
-        return load_vision(VisionConfig(name=base))[0]
-    model: PreTrainedModel = load_base(AutoModelForCausalLM, base, dtype=torch.float32)
-    return model
-
-
-def _with_weights(part: str, weights: Mapping[str, Tensor], base: str, source: Path) -> PreTrainedModel:
-    """A language model with whole weights of XTuner."""
-    if part != "llm":
-        raise ModelError(
-            f"{source} also trained its vision tower whole ({len(weights)} tensors), which is not imported. Convert it "
-            "with XTuner to a llava-hf folder and put that into model.vlm."
-        )
-    model = _load_part(part, base)
-    own = model.state_dict()
-    odd = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
-    if odd:
-        raise ModelError(
-            f"{base!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape. "
-            "Name the model that the checkpoint was trained from: --language BASE."
-        )
-    _check_finite(weights, f"{source}:")
-    model.load_state_dict(dict(weights), strict=False)
-    return model
-
-
-def _save_vision(model: PreTrainedModel, source: str, folder: Path) -> str:
-    """Write a vision tower with the image processor of its source, where there is one."""
-    with writing(folder):
-        model.save_pretrained(folder)
-    with contextlib.suppress(OSError):
-        AutoImageProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-    return str(folder)
 
 
 def _save_language(model: PreTrainedModel, source: str, folder: Path) -> str:
