@@ -145,7 +145,7 @@ PYTHON312 ?= $(shell for name in python3.12 "$$(pyenv root 2>&1)"/versions/3.12*
 $(LOWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-	  --editable '.[test,serve,dashboards,quant,torchao,schedulefree,diffusion,trl,video,math]'
+	  --editable '.[test,serve,quant,diffusion,trl,video,math]'
 	@touch $@
 
 $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev

@@ -220,7 +220,7 @@ def _set_up_logging() -> None:
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
+    for chatty in ("DeepSpeed", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     # DeepSpeed sets a level of its own when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

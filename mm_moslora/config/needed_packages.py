@@ -43,7 +43,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "bitsandbytes", "bitsandbytes", f"model.quantisation {recipe.model.quantisation}"
     optimizer = OPTIMIZERS[recipe.optim.optimizer]
     if optimizer.package:
-        yield optimizer.package, optimizer.module, f"optim.optimizer {recipe.optim.optimizer}"
+        yield optimizer.package, optimizer.package, f"optim.optimizer {recipe.optim.optimizer}"
     if recipe.model.kernels == "liger":
         yield "liger-kernel", "liger_kernel", "model.kernels liger"
     vision = recipe.model.vision

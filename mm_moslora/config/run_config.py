@@ -18,9 +18,7 @@ class OptimConfig:
     """The optimiser, one learning rate per kind of parameter, linear warm-up."""
 
     optimizer: OptimizerName = "adamw"
-    """adamw_8bit, paged_adamw_8bit, paged_adamw_32bit: bitsandbytes, moments in 8 bits, or where the driver may move
-    them to main memory. adamw_torch_8bit: torchao, in 8 bits. muon: weights of linear layers by Muon, all else by
-    AdamW. schedule_free_adamw: the weights to use are an average; needs schedule constant."""
+    """adamw_8bit: bitsandbytes, moments in 8 bits. muon: weights of linear layers by Muon, all else by AdamW."""
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
     mixer_lr: float | None = None
@@ -62,12 +60,6 @@ class OptimConfig:
             self.optimizer in OPTIMIZERS,
             f"optim.optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}."
             f"{suggestion(self.optimizer, OPTIMIZERS)}",
-        )
-        require(
-            OPTIMIZERS[self.optimizer].takes_schedule or (self.schedule == "constant" and self.betas[0] > 0),
-            f"optim.optimizer is {self.optimizer}, which averages weights in the place of a decay of the learning "
-            f"rate, with optim.schedule {self.schedule} and optim.betas {list(self.betas)}. Set optim.schedule to "
-            "constant, and the first of optim.betas above 0; optim.warmup stays.",
         )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")

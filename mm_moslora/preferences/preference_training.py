@@ -29,7 +29,7 @@ from mm_moslora.training.snapshot import OPTIMIZER
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
-from mm_moslora.training.supervision.run_summary import only_measuring, write_summary
+from mm_moslora.training.supervision.run_summary import write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import FINISHED_AT, TrainResult
 from mm_moslora.utils import distributed, files
@@ -150,7 +150,7 @@ class _Session:
                 elif resumed is not None and distributed.is_main():  # it ended before it was measured
                     trainer.load_factors(resumed)
                 if run.step >= run.total_steps:
-                    self._finish(trainer.trained_state(), callback.experts.shares)
+                    self._finish(trainer.trained_state())
                 write_summary(run, run.total_steps, self._of_run)
                 self.tidier.wait()
             ending = "stopped" if run.step < run.total_steps else "finished"
@@ -161,7 +161,7 @@ class _Session:
             self.trackers.finish(ending=ending)
         return self._result(callback.stopped_by)
 
-    def _finish(self, trained: dict[str, torch.Tensor], experts: dict[str, list[float]]) -> None:
+    def _finish(self, trained: dict[str, torch.Tensor]) -> None:
         """Measure the adapter at the end; the last checkpoint records that this is done."""
         run = self.run
         run.counters[FINISHED_AT] = float(run.step)
@@ -169,9 +169,6 @@ class _Session:
             run.assembly.model, trained, self.trackers, run.step, file=run.folder / "mixers.json", metrics=False
         )
         if distributed.is_main():
-            if experts:
-                with only_measuring("The balance of experts"):
-                    files.replace_json(run.folder / "experts.json", experts)
             amend(run.folder / folder_name(run.step), run.counters)
 
     def _result(self, stopped_by: int) -> TrainResult:

@@ -33,7 +33,6 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver,
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine.optimizers import KINDS
-from mm_moslora.training.metrics.expert_balance import ExpertBalance
 from mm_moslora.training.parameter_groups import OptimizerSettings
 from mm_moslora.training.snapshot import OptimizerState, write_model
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -248,7 +247,7 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
         "seed": train.seed,
         "logging_steps": train.log_every,
         "logging_nan_inf_filter": False,
-        "router_aux_loss_coef": 0.0,  # routers are frozen; `ExpertBalance` watches them
+        "router_aux_loss_coef": 0.0,  # routers are frozen
         "save_strategy": "steps",
         "save_steps": train.save_every or total,
         "eval_strategy": "no" if run.held_out is None else "steps",
@@ -279,7 +278,6 @@ class RunCallback(TrainerCallback):
         self.stopped_by = 0
         self.progress = Progress("train", run.total_steps, initial=run.step)
         self.last_loss = math.nan
-        self.experts = ExpertBalance(run.assembly.model)
         self._clock = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -310,7 +308,7 @@ class RunCallback(TrainerCallback):
         self.last_loss = float(logs.get("loss", self.last_loss))
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}
-        if measures := held_out or (own | self.experts.metrics() if "loss" in own else {}):
+        if measures := held_out or (own if "loss" in own else {}):
             known = {name: float(value) for name, value in measures.items() if value is not None}
             self.trackers.log(known, state.global_step)
         if "loss" in logs and not math.isfinite(self.last_loss):

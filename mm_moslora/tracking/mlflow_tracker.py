@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
@@ -114,11 +113,6 @@ class MlflowTracker(Tracker):
                 self._client.log_image(self._run, small, artifact_file=picture)
             rows.append({"image": picture, **sample.texts})
         self._client.log_dict(self._run, {"step": step, "samples": rows}, f"samples/{title}/{step}.json")
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """See `Tracker.log_mixers`."""
-        for view in mixer_views(rows):
-            self._client.log_image(self._run, view.heat_map, artifact_file=f"mixers/{step}/{view.path}.png")
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """See `Tracker.log_folder`."""

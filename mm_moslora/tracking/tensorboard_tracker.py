@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import Ending, SampleAnswer, Tracker, headline, namespaced
 
 FOLDER = "tensorboard"
@@ -56,14 +55,6 @@ class TensorBoardTracker(Tracker):
             if small is not None:
                 self._writer.add_image(f"{title}/{index}", np.asarray(small), step, dataformats="HWC")
         self._writer.add_text(title, "\n".join(rows), step)
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """See `Tracker.log_mixers`."""
-        import numpy as np
-
-        for view in mixer_views(rows):
-            self._writer.add_image(f"mixers/{view.path}", np.asarray(view.heat_map), step, dataformats="HWC")
-            self._writer.add_histogram(f"mixer_spectra/{view.path}", np.asarray(view.spectrum), step)
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
-from mm_moslora.tracking.alerts import Watch
 from mm_moslora.tracking.run_environment import environment
 from mm_moslora.utils.files import is_full, sha256_of
 from mm_moslora.utils.redaction import redact, redact_text
@@ -86,9 +83,6 @@ class Tracker:
     def log_samples(self, title: str, samples: Sequence[SampleAnswer], step: int) -> None:
         """Record questions and answers for a step."""
 
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Record mixers as pictures and spectra; `rows` are from `mixers.json`."""
-
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Record a folder, such as an adapter, by name."""
 
@@ -102,7 +96,7 @@ class Tracker:
         """
 
     def alert(self, title: str, text: str) -> None:
-        """Notify the user; may be called from another thread."""
+        """Notify the user."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """Close the run with its final status."""
@@ -124,8 +118,6 @@ class Trackers:
         self._trackers: list[Tracker] = list(trackers) if active else []
         self._failures: dict[str, int] = {}
         self._reported: set[tuple[str, str]] = set()
-        self._lock = threading.RLock()  # a timer's thread reports stalls
-        self._watch = Watch(self.alert, clock=time.monotonic)
 
     @property
     def names(self) -> list[str]:
@@ -145,13 +137,6 @@ class Trackers:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers everywhere; see `Tracker.log`."""
         self._each("log", lambda tracker: tracker.log(metrics, step))
-        if self._trackers:
-            self._watch.process(metrics, step)
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Record mixers everywhere; see `Tracker.log_mixers`."""
-        if rows and self._trackers:
-            self._each("log mixers", lambda tracker: tracker.log_mixers(rows, step))
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None, step: int) -> None:
         """Record scores everywhere; see `Tracker.log_evaluation`."""
@@ -173,7 +158,6 @@ class Trackers:
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """Close the run everywhere; see `Tracker.finish`."""
-        self._watch.stop()
         self._each("finish", lambda tracker: tracker.finish(ending=ending))
 
     def _each(self, what: str, call: Callable[[Tracker], None], *, needed: bool = False) -> None:
@@ -184,14 +168,13 @@ class Trackers:
             call: called with each tracker.
             needed: whether a tracker is dropped at once where this fails.
         """
-        with self._lock:
-            for tracker in list(self._trackers):
-                try:
-                    call(tracker)
-                except Exception as error:
-                    self._failed(tracker, what, error, needed=needed)
-                else:
-                    self._failures[tracker.name] = 0
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._failed(tracker, what, error, needed=needed)
+            else:
+                self._failures[tracker.name] = 0
 
     def _failed(self, tracker: Tracker, what: str, error: Exception, *, needed: bool) -> None:
         """Drop a tracker after a few failures, but never for a full disk, which may be emptied."""

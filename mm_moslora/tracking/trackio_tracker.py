@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import PROJECT, Ending, SampleAnswer, Tracker, default_name, flat, headline, namespaced
 
 
@@ -48,12 +47,6 @@ class TrackioTracker(Tracker):
             for sample in samples
         ]
         self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """See `Tracker.log_mixers`."""
-        import trackio
-
-        self._run.log({f"mixers/{view.path}": trackio.Image(view.heat_map) for view in mixer_views(rows)}, step=step)
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""

@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.tracker import (  # fmt: skip
     PROJECT,
     Ending,
@@ -169,21 +168,6 @@ class WandbTracker(Tracker):
         if len(samples) > MAX_SAMPLES:
             logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
         self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
-
-    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """See `Tracker.log_mixers`: one table with heat maps, and each spectrum as a line."""
-        import wandb
-
-        views = mixer_views(rows)
-        table = wandb.Table(columns=["mixer", "heat map", "largest", "smallest", "figures"])  # type: ignore[no-untyped-call]
-        for view in views:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in view.figures.items())
-            table.add_data(view.path, wandb.Image(view.heat_map), view.spectrum[0], view.spectrum[-1], figures)  # type: ignore[no-untyped-call]
-        spectra = wandb.Table(  # type: ignore[no-untyped-call]
-            columns=["mixer", "index", "singular value"],
-            data=[[view.path, index, value] for view in views for index, value in enumerate(view.spectrum)],
-        )
-        self._run.log({STEP: step, "adapter/mixers": table, "adapter/spectra": spectra})
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`: a table, and an artifact with the adapter in its lineage."""

@@ -114,11 +114,11 @@ def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
                     f"{shard.start + target.numel()}."
                 )
             target.copy_(value.narrow(0, shard.start, target.numel()))
-        groups[id(shard.counter)].append(shard)
+        groups[id(shard.state)].append(shard)
     for members in groups.values():
         # A flat group has one count. Parameters that were stepped alone may differ; the largest count is taken.
-        for name in members[0].count_names:
-            members[0].set_count(name, max(stored.counts.get(shard.name, {}).get(name, 0.0) for shard in members))
+        if members[0].step is not None:
+            members[0].set_step(max(stored.steps.get(shard.name, 0.0) for shard in members))
     engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
 
 
@@ -134,7 +134,7 @@ class StoredOptimizer:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
-        self.counts: dict[str, dict[str, float]] = {}
+        self.steps: dict[str, float] = {}
         self.scaler: dict[str, float] = {}
         self._parts: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         if not self.folders:
@@ -145,7 +145,7 @@ class StoredOptimizer:
                 file = safe_open(folder / OPTIMIZER, framework="pt")
             except OSError as error:
                 raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
-            self.counts |= {name: {"step": step} for name, step in details["steps"].items()} | details.get("counts", {})
+            self.steps |= details["steps"]
             self.scaler = self.scaler or details["scaler"]
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 kind, start, name = key.split(".", 2)

@@ -14,13 +14,12 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.expert_balance import ExpertBalance
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
-from mm_moslora.training.supervision.run_summary import note_memory, only_measuring, write_summary
-from mm_moslora.utils import distributed, files
+from mm_moslora.training.supervision.run_summary import note_memory, write_summary
+from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ class RunLog:
         self.clock = Clock(run.counters, run.step)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model, copies=run.engine.copies)
-        self.experts = ExpertBalance(run.assembly.model)
         self.extra: dict[str, float] = {}
         """Logged with the next step."""
         self._measured_at = -1
@@ -72,7 +70,7 @@ class RunLog:
             pace, work_seconds = self.clock.record(step, self.total_steps)
             own = rank_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
             metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
-            metrics |= pace | self.speedometer.of(result, micro_batches, own) | self.experts.metrics()
+            metrics |= pace | self.speedometer.of(result, micro_batches, own)
             self.trackers.log(metrics | self.extra, step)
             self.extra = {}
         if recipe.track.mixers_every and step % recipe.track.mixers_every == 0:
@@ -126,10 +124,7 @@ class RunLog:
         self._measured_at = self.run.step
 
     def final_mixers(self) -> None:
-        """Write and log the adapter's measures at the end, and write the experts' shares of the last logged steps."""
-        if self.experts.shares and distributed.is_main():
-            with only_measuring("The balance of experts"):
-                files.replace_json(self.run.folder / "experts.json", self.experts.shares)
+        """Write and log the adapter's measures at the end."""
         state = self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
         log_adapter(
             self.run.assembly.model, state, self.trackers, self.run.step, file=self.run.folder / "mixers.json",

@@ -188,8 +188,8 @@ class OptimizerState:
 
     tensors: dict[str, Tensor]
     """`KIND.START.NAME` to flat values."""
-    counts: dict[str, dict[str, float]]
-    """The numbers of its state by parameter name: Adam's `step`."""
+    steps: dict[str, float]
+    """Steps by parameter name, where the optimiser counts them."""
     scaler: dict[str, float]
     """Dynamic loss scale (fp16)."""
 
@@ -202,8 +202,8 @@ class OptimizerState:
         for shard in shards:
             for kind, value in {MASTER: shard.master, **shard.moments}.items():
                 tensors[f"{kind}.{shard.start}.{shard.name}"] = value.detach().to("cpu", copy=True).contiguous()
-        counts = {shard.name: shard.counts for shard in shards}
-        return cls(tensors=tensors, counts=counts, scaler=engine.scaler_state())
+        steps = {shard.name: shard.step for shard in shards if shard.step is not None}
+        return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
 
     @property
     def bytes(self) -> int:
@@ -213,9 +213,7 @@ class OptimizerState:
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists."""
         save_file(self.tensors, folder / OPTIMIZER)
-        steps = {name: counts["step"] for name, counts in self.counts.items() if "step" in counts}
-        others = {name: counts for name, counts in self.counts.items() if name not in steps and counts}
-        details = {"steps": steps, "scaler": self.scaler} | ({"counts": others} if others else {})
+        details = {"steps": self.steps, "scaler": self.scaler}
         (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
 
 

@@ -222,12 +222,11 @@ def tasks_folder(run: Path, step: int) -> Path:
 
 @contextmanager
 def undisturbed(engine: TrainingEngine) -> Iterator[None]:
-    """Evaluation mode and the weights to use inside the block; generators, training mode and weights are restored."""
+    """Evaluation mode inside the block; generators and training mode are restored."""
     before = RandomState.now()
     engine.module.eval()
     try:
-        with engine.averaged():
-            yield
+        yield
     finally:
         engine.module.train()
         before.restore()

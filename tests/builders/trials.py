@@ -76,10 +76,9 @@ def full(recipe: Recipe) -> Recipe:
 
 def with_optimizer(recipe: Recipe, name: str) -> Recipe:
     """The same with another optimiser; a test without its package is skipped."""
-    package = OPTIMIZERS[name].module
-    if package:
-        lowest = "0.50" if package == "bitsandbytes" else None  # earlier ones step on GPUs only
-        pytest.importorskip(package, minversion=lowest, reason=f"optim.optimizer {name} needs {package}")
+    package = OPTIMIZERS[name].package
+    if package:  # bitsandbytes before 0.50 steps on GPUs only
+        pytest.importorskip(package, minversion="0.50", reason=f"optim.optimizer {name} needs {package}")
     return replace(recipe, optim=replace(recipe.optim, optimizer=name, schedule="constant"))
 
 

@@ -366,11 +366,6 @@ def test_bitsandbytes_packs_for_cpus_where_it_is_undone() -> None:
     assert layer.weight.quant_state is None
 
 
-def test_torchao_makes_the_state_of_its_adamw_by_a_method() -> None:
-    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
-    assert list(inspect.signature(optim.AdamW8bit._new_buffer).parameters) == ["self", "p", "signed"]
-
-
 def test_open_clip_builds_a_vision_tower_alone() -> None:
     model = pytest.importorskip("open_clip.model", reason="open_clip_torch is not installed")
     assert parameters(model._build_vision_tower)[:3] == ["embed_dim", "vision_cfg", "quick_gelu"]

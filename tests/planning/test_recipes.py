@@ -368,18 +368,14 @@ def changed(recipe: Recipe, **overrides: Any) -> Recipe:
     )
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "on_gpu", "in_main_memory"),
-    [("adamw", 8, 0), ("adamw_8bit", 2, 0), ("adamw_torch_8bit", 2, 0), ("muon", 4, 0), ("schedule_free_adamw", 8, 0),
-     ("paged_adamw_32bit", 0, 8), ("paged_adamw_8bit", 0, 2)],
-)  # fmt: skip
-def test_a_plan_counts_the_state_of_its_optimiser(optimizer, on_gpu, in_main_memory, folders) -> None:
+@pytest.mark.parametrize(("optimizer", "on_gpu"), [("adamw", 8), ("adamw_8bit", 2), ("muon", 4)])
+def test_a_plan_counts_the_state_of_its_optimiser(optimizer, on_gpu, folders) -> None:
     recipe = shipped("llava15_7b_moslora", folders)
     optim = dataclasses.replace(recipe.optim, optimizer=optimizer, schedule="constant")
     recipe, size = changed(dataclasses.replace(recipe, optim=optim), zero="auto"), memory_of(recipe)
     one = StepMemory(size=size, zero="zero0", world=1, checkpointing=False, optimizer=optimizer)
     assert one.worst(1000).optimiser / size.trainable == pytest.approx(4 + on_gpu, rel=0.01)  # with masters
-    assert one.main_memory() / size.trainable == pytest.approx(in_main_memory, rel=0.02)
+    assert one.main_memory() == 0
     made = plan(recipe, parse_gpus("8xA100-80G"))
     stages = {option.zero for option in (*made.options, made.own)}
     assert stages == {"zero0"} if optimizer != "adamw" else "zero0" not in stages

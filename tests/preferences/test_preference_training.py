@@ -155,9 +155,7 @@ def test_no_loss_depends_on_the_split_into_micro_batches(
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_frozen_routers_add_nothing_to_the_loss_and_their_balance_is_logged(
-    objective: str, text_pairs: Path, tmp_path: Path
-) -> None:
+def test_frozen_routers_add_nothing_to_the_loss(objective: str, text_pairs: Path, tmp_path: Path) -> None:
     model = {"language": str(make_experts(tmp_path / "experts"))}
     adapter = {"rank": 4, "alpha": 8, "targets": ["q_proj"]}
     train = {"steps": 1, "global_batch": 24, "micro_batch": 24}
@@ -165,9 +163,6 @@ def test_frozen_routers_add_nothing_to_the_loss_and_their_balance_is_logged(
         make_recipe(tmp_path / "run", text_pairs, model, objective=objective, adapter=adapter, train=train)
     )
     assert logged(tmp_path / "run")[0] == pytest.approx(LOG_2 if objective == "dpo" else 0.5, abs=1e-6)
-    assert logged(tmp_path / "run", "experts/variation")[0] > 0
-    shares = read_json(tmp_path / "run" / "experts.json")
-    assert all(sum(share) == pytest.approx(1) for share in shares.values())
 
 
 def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: Path) -> None:

@@ -342,22 +342,12 @@ print(trackers.names)"""
     assert "Loading settings" not in done.stderr
 
 
-def test_dashboards_read_no_settings_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm_moslora.tracking.wandb_dashboards import main
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
-    with pytest.raises(ConfigError, match="WANDB_BASE_URL"):
-        main(["acme", "project"])
-
-
 def test_wandb_is_asked_for_by_the_modules_that_look_at_the_working_folder() -> None:
     folders = ("mm_moslora", "eval/mm_moslora_eval", "scripts", "examples")
     files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")]
     known = re.compile(r"^\s*(import|from) wandb|import_module\(f?[\"']wandb", re.MULTILINE)
     found = {path.name for path in files if known.search(path.read_text("utf-8"))}
-    assert found == {"wandb_tracker.py", "wandb_dashboards.py"}
+    assert found == {"wandb_tracker.py"}
 
 
 def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
@@ -431,5 +421,5 @@ def test_credentials_are_found_where_wandb_login_puts_them(tmp_path: Path, monke
     [("loss", "train/loss"), ("lr/mixer", "train/lr/mixer"), ("validation_loss", "validation/loss"),
      ("memory_gib", "system/memory_gib"), ("eval/vqa", "eval/vqa")],
 )  # fmt: skip
-def test_metric_names_on_dashboards(name: str, shown: str) -> None:
+def test_metric_names_in_trackers(name: str, shown: str) -> None:
     assert namespaced(name) == shown

@@ -1,4 +1,4 @@
-"""Mixers, evaluations with their adapter, alerts and the environment, read back from every tracker."""
+"""Evaluations with their adapter, alerts and the environment, read back from every tracker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,11 @@ from waiting import wait_until
 
 from mm_moslora.config import TRACKERS, TrackConfig, ValidateConfig
 from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
-from mm_moslora.tracking.alerts import WELL_RECORDS, Watch
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker
-from mm_moslora.tracking.mixer_images import mixer_views
 from mm_moslora.tracking.run_environment import environment, git_state
 from mm_moslora.tracking.tracker import adapter_digest
 from mm_moslora.utils.errors import ConfigError
 
-MIXERS = [
-    {"path": "layers.0.q_proj", "rank": 2, "after": [[3.0, 0.0], [0.0, -1.0]], "before": None, "moved": 0.5},
-    {"path": "layers.1.q_proj", "rank": 2, "moved": 0.1},
-]
 SCORES = [
     {"name": "tuned", "label": "tuned", "task": "shapes", "n": 50, "mean": 0.8, "low": 0.7, "high": 0.9},
     {"name": "blind", "label": "blind", "task": "shapes", "n": 50, "mean": 0.3, "low": 0.2, "high": 0.4},
@@ -59,10 +52,9 @@ def everything(
     for step in range((resume_step or 0) + 1, (resume_step or 0) + 3):
         trackers.log({"loss": 1.0 / step, "lr/mixer": 1e-4, "mixer/moved": 0.3}, step)
     trackers.log_samples("answers", [sample], 2)
-    trackers.log_mixers(MIXERS, 2)
     trackers.log_folder("adapter", adapter)
     trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
-    trackers.alert("Not a number", f"Step 2: loss, {SECRET}")
+    trackers.alert("Save failed", f"Step 2: {SECRET}")
     trackers.finish()
 
 
@@ -85,9 +77,7 @@ def test_wandb_offline_file_holds_all_of_it(
     rows = {key: value for row in run["history"] for key, value in row.items()}
     assert rows["adapter/mixer/moved"] == pytest.approx(0.3)
     assert rows["eval/shapes"] == 0.8
-    assert rows["adapter/mixers/nrows"] == 1
-    assert rows["adapter/spectra/nrows"] == 2
-    assert run["alerts"] == [("Not a number", "Step 2: loss, [redacted]")]
+    assert run["alerts"] == [("Save failed", "Step 2: [redacted]")]
     assert {kind for kind, *_ in run["artifacts"]} >= {"adapter", "evaluation"}
     assert run["summary"]["eval/adapter"] == adapter_digest(adapter)
     assert "torch" in run["config"]["environment"]
@@ -95,10 +85,6 @@ def test_wandb_offline_file_holds_all_of_it(
         json.loads(path.read_text()) for name, path in run["files"] if name.endswith("table.json") and path.is_file()
     ]
     assert ["shapes", "tuned", 50, 0.8, 0.7, 0.9] in [row for table in tables for row in table["data"]]
-    assert [row[2] for table in tables if table["columns"][-1] == "singular value" for row in table["data"]] == [
-        3.0,
-        1.0,
-    ]
     no_secret_below(tmp_path / "run")
 
 
@@ -125,16 +111,14 @@ def below(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
+def test_tensorboard_holds_scores_and_alerts(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     everything(build_trackers(TrackConfig(trackers=["tensorboard"]), active=True), tmp_path / "run", sample, adapter)
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     reader.Reload()
-    assert reader.Images("mixers/layers.0.q_proj")[0].width == 12
-    assert reader.Histograms("mixer_spectra/layers.0.q_proj")[0].histogram_value.max == 3.0
     assert b"| shapes | tuned | 50 |" in reader.Tensors("evaluation/text_summary")[0].tensor_proto.string_val[0]
-    assert b"Not a number" in reader.Tensors("alerts/text_summary")[0].tensor_proto.string_val[0]
+    assert b"Save failed" in reader.Tensors("alerts/text_summary")[0].tensor_proto.string_val[0]
     assert reader.Scalars("adapter/mixer/moved")[0].value == pytest.approx(0.3)
     no_secret_below(tmp_path / "run")
 
@@ -162,13 +146,12 @@ def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
     assert run.data.tags["adapter.sha256"] == adapter_digest(adapter)
     scores = json.loads(Path(client.download_artifacts(run.info.run_id, "evaluation/step-2.json")).read_text())
     assert (scores["adapter"], scores["rows"][0]["mean"]) == (adapter_digest(adapter), 0.8)
-    assert run.data.tags["alert.not_a_number"] == "Step 2: loss, [redacted]"
+    assert run.data.tags["alert.save_failed"] == "Step 2: [redacted]"
     assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter/latest")] == [
         "adapter/latest/adapter_config.json", "adapter/latest/moslora.safetensors",
     ]  # fmt: skip
     answers = json.loads(Path(client.download_artifacts(run.info.run_id, "samples/answers/2.json")).read_text())
     assert answers["samples"][0]["prediction"] == "<b>red</b>"
-    assert Path(client.download_artifacts(run.info.run_id, "mixers/2/layers.0.q_proj.png")).is_file()
     no_secret_below(tmp_path / "run")
 
 
@@ -213,7 +196,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Pa
         "assert trackers.names == ['jsonl', 'trackio'], trackers.names\n"
         "from trackio.sqlite_storage import SQLiteStorage as s\n"
         "logs = s.get_logs('tests', 'run'); print([l['train/loss'] for l in logs if 'train/loss' in l])\n"
-        "print(any('mixers/layers.0.q_proj' in l for l in logs), any(l.get('eval/shapes') == 0.8 for l in logs))\n"
+        "print(any(l.get('eval/shapes') == 0.8 for l in logs))\n"
         "print(s.get_run_config('tests', 'run')['note'])\n"
     )
     root = Path(__file__).parents[2]
@@ -223,7 +206,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1.0, 0.5]" in done.stdout
-    assert "True True" in done.stdout
+    assert "True" in done.stdout
     assert "[redacted]" in done.stdout
     no_secret_below(tmp_path / "store")
 
@@ -235,46 +218,13 @@ def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.M
             build_trackers(TrackConfig(trackers=[name]), active=True)
 
 
-def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> None:
-    told: list[tuple[str, str]] = []
-    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic)
-    for step in range(1, 21):  # every other step, with a validation in between
-        watch.process({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
-        watch.process({"validation_loss": 1.0}, step)
-    watch.process({"loss": float("inf"), "grad_norm": float("nan")}, 21)
-    for step in range(22, 22 + WELL_RECORDS):
-        watch.process({"loss": 1.0}, step)
-    watch.process({"loss": float("nan"), "grad_norm": float("nan")}, 100)
-    watch.stop()
-    assert [text for _, text in told] == [
-        "Step 1: loss not finite.", "Step 100: grad_norm, loss not finite.",
-    ]  # fmt: skip
-
-
-def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
-    told: list[tuple[str, str]] = []
-    watch = Watch(lambda *alert: told.append(alert), clock=time.monotonic, shortest=0.2)
-    watch.process({"loss": 1.0}, 7)
-    wait_until(lambda: told)
-    assert told[0][0] == "Stalled"
-    assert "since step 7" in told[0][1]
-    watch.stop()
-    times = iter([0.0, 100.0, 200.0])
-    slow = Watch(lambda *alert: told.append(alert), clock=lambda: next(times), shortest=300)
-    for step in (1, 2, 3):
-        slow.process({"loss": 1.0}, step)
-    slow.stop()
-    assert slow.patience == 1000
-    assert len(told) == 1
-
-
 def test_alerts_and_environment_are_files_of_the_run(tmp_path: Path) -> None:
     trackers = Trackers([JsonlTracker()], active=True)
     trackers.start({}, tmp_path, resume_step=None)
-    trackers.log({"loss": float("nan")}, 3)
+    trackers.alert("Run failed", "Step 3: no space left on device")
     trackers.finish(ending="failed")
     alert = json.loads((tmp_path / "alerts.jsonl").read_text())
-    assert alert["title"] == "Not a number"
+    assert alert["title"] == "Run failed"
     known = json.loads((tmp_path / "environment.json").read_text())
     assert known["torch"] == environment()["torch"]
     assert "+" not in known["torch"]
@@ -297,15 +247,6 @@ def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path, monkeyp
     assert git_state(tmp_path)["git_changed"] is False
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path)["git_changed"] is True
-
-
-def test_mixer_views_show_sign_size_and_spectrum() -> None:
-    (view,) = mixer_views(MIXERS)
-    assert view.spectrum == [3.0, 1.0]
-    assert view.heat_map.getpixel((0, 0)) == (217, 95, 14)
-    assert view.heat_map.getpixel((11, 0)) == (255, 255, 255)
-    red, _, blue = view.heat_map.getpixel((11, 11))  # type: ignore[misc]
-    assert blue > red
 
 
 def test_the_sweep_file_makes_commands_that_the_trainer_takes(tmp_path: Path) -> None:
@@ -357,18 +298,16 @@ def measured_run(language_folder: Path, vision_folder: Path, records: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_and_its_evaluation_are_one_run_of_wandb_that_fills_every_section_of_the_dashboard(
+def test_a_run_and_its_evaluation_are_one_run_of_wandb(
     measured_run: Path,
 ) -> None:
     from wandb_files import read_finished
 
-    from mm_moslora.tracking.wandb_dashboards import SECTIONS
-
     trained, measured = (read_finished(path) for path in sorted((measured_run / "run").rglob("*.wandb")))
     assert trained["id"] == measured["id"]
     rows = {key.removesuffix("/nrows") for run in (trained, measured) for row in run["history"] for key in row}
-    wanted = {name for names in SECTIONS.values() for name in names}
-    assert wanted - rows == {"train/mfu"}, "on a CPU there is no peak to measure against"
+    assert {"train/loss", "validation/loss", "train/grad_norm", "adapter/mixer/moved", "system/memory_gib"} <= rows
+    assert any(name.startswith("eval/") for name in rows)
     (weights,) = (measured_run / "run").glob("checkpoint-*/adapter")
     digest = adapter_digest(weights)
     assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
@@ -391,21 +330,3 @@ def test_wandb_knows_the_facts_of_a_run_and_no_key_of_an_account(measured_run: P
     assert trained["config"]["environment"]["slurm_job_id"] == "4711"
     assert len(trained["config"]["environment"]["git_commit"]) == 40
     no_secret_below(measured_run)
-
-
-@needs("wandb_workspaces")
-def test_workspace_and_report_as_code_are_built_offline() -> None:
-    from mm_moslora.tracking.wandb_dashboards import report, workspace
-
-    made = workspace(entity="us", project="demo")
-    assert [section.name for section in made.sections] == [
-        "Loss",
-        "Components",
-        "Adapter",
-        "Evaluation",
-        "Speed and memory",
-    ]
-    assert "train/loss" in str(made.sections[0].panels)
-    page = report(entity="us", project="demo", title="What was learned")
-    assert page.title == "What was learned"
-    assert len(page.blocks) >= 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -150,40 +150,14 @@ class TrainingEngine(ABC):
         """
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
-        """Full fp32 values to use of trainable parameters by their names in the model, on the CPU. All ranks take part.
+        """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part.
 
         Args:
             only: part of the names of the wanted parameters; all have the empty one.
             keep: whether this rank keeps the values; if not, it gets tensors of their shapes on the meta device.
         """
         state = self._trainable_state(only=only, keep=keep)
-        if self.kind.averages and keep:
-            state |= {name: value.cpu() for name, value in self._averages() if name in state}
         return {name.removeprefix(MODEL): value for name, value in state.items()}
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within the block the model has the weights to use: of schedule-free optimisers the average.
-
-        No step is taken and no state is copied within it.
-        """
-        if not self.kind.averages:
-            yield
-            return
-        parameters, averages = dict(self._named_trainable()), list(self._averages())
-        before = {name: parameters[name].detach().clone() for name, _ in averages}
-        try:
-            _overwrite(parameters, dict(averages))
-            yield
-        finally:
-            _overwrite(parameters, before)
-
-    def _averages(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights to use, fp32, by their names in the engine's module, from whole shards."""
-        parameters = dict(self._named_trainable())
-        for shard in self.shards():
-            average = self.kind.average(shard.parameter, shard.moments, shard.counter)
-            yield shard.name, average.view_as(parameters[shard.name])
 
     @abstractmethod
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:
@@ -220,9 +194,3 @@ class TrainingEngine(ABC):
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]
-
-
-@torch.no_grad()
-def _overwrite(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)

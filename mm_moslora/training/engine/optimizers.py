@@ -1,11 +1,11 @@
-"""The optimisers of `optim.optimizer`: how each is built, what it keeps of a parameter, and the weights it is after.
+"""The optimisers of `optim.optimizer`: how each is built, and what it keeps of a parameter.
 
-What a checkpoint holds is read from the state itself, so a kind says only how a state begins and which counts it has.
+What a checkpoint holds is read from the state itself, so a kind says only how a state begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,11 +21,6 @@ Groups = Sequence[ParameterGroup]
 
 class OptimizerKind:
     """Torch's AdamW, and what all kinds share."""
-
-    counts: tuple[str, ...] = ("step",)
-    """Numbers beside the tensors, by their keys in `counter`."""
-    averages = False
-    """Whether the weights to use are an average, and not those that train."""
 
     def make(
         self, settings: OptimizerSettings, groups: Groups, parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
@@ -50,39 +45,22 @@ class OptimizerKind:
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
-    def counter(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> State:
-        """Where the counts of a parameter are; parameters that are counted together share it."""
-        return cast(State, optimizer.state[parameter])
-
     def momentum(self, state: State) -> Tensor:
         """The mean of the last gradients, or what is kept in its place: 0 where there was no gradient."""
         return cast(Tensor, state["exp_avg"])
 
-    def average(self, parameter: Tensor, state: Mapping[str, Tensor], counter: State) -> Tensor:
-        """The value to use of a parameter that trains; for kinds that average.
-
-        Args:
-            parameter: what the optimiser steps, whole.
-            state: the tensors of its state, flat.
-            counter: see `counter`.
-        """
-        raise NotImplementedError
-
 
 class _BitsAndBytes(OptimizerKind):
-    """An AdamW of bitsandbytes: in 8 bits, or in memory that the driver moves to main memory and back."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    """AdamW of bitsandbytes in 8 bits."""
 
     def make(
         self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
     ) -> torch.optim.Optimizer:
         import bitsandbytes
 
-        kind = getattr(bitsandbytes.optim, self.name)
-        made: torch.optim.Optimizer = kind(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)
-        return made
+        dicts = _as_dicts(groups, parameters)
+        kind: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]
+        return cast(torch.optim.Optimizer, kind(dicts, betas=settings.betas, eps=settings.eps))
 
     def begin(self, optimizer: Any, parameter: Tensor) -> None:
         optimizer.init_state(*_position_of(optimizer, parameter))
@@ -93,28 +71,6 @@ class _BitsAndBytes(OptimizerKind):
         if state["state1"].dtype != torch.uint8:  # also of parameters with fewer than 4,096 values
             return cast(Tensor, state["state1"])
         return dequantize_blockwise(state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
-
-
-class _TorchAO(OptimizerKind):
-    """torchao's AdamW in 8 bits, which torch.compile makes one kernel of; states are tensors of a class of its own."""
-
-    def make(
-        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
-    ) -> torch.optim.Optimizer:
-        from torchao.optim import AdamW8bit
-
-        made: torch.optim.Optimizer = AdamW8bit(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)  # type: ignore[no-untyped-call]
-        return made
-
-    def begin(self, optimizer: Any, parameter: Tensor) -> None:
-        optimizer.state[parameter].update(
-            step=torch.tensor(0.0), exp_avg=optimizer._new_buffer(parameter, True),
-            exp_avg_sq=optimizer._new_buffer(parameter, False),
-        )  # fmt: skip
-
-    def momentum(self, state: State) -> Tensor:
-        value = state["exp_avg"]
-        return cast(Tensor, value.dequantize() if hasattr(value, "dequantize") else value)
 
 
 class _MuonAndAdamW(torch.optim.Optimizer):
@@ -158,56 +114,17 @@ class _Muon(OptimizerKind):
         return cast(Tensor, state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"])
 
 
-class _ScheduleFree(OptimizerKind):
-    """Schedule-free AdamW: gradients are taken at y, an interpolation of z, which steps, and x, the average to use.
-
-    The optimiser stays in its training mode. x is computed from y and z where it is read, since turning y into x and
-    back in place, as the package does, does not give y's bits again.
-    """
-
-    counts = ("k", "weight_sum", "lr_max")
-    averages = True
-
-    def make(
-        self, settings: OptimizerSettings, groups: Groups, parameters: Any, *, fused: bool
-    ) -> torch.optim.Optimizer:
-        from schedulefree import AdamWScheduleFree
-
-        made: Any = AdamWScheduleFree(_as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps)
-        made.train()
-        return cast(torch.optim.Optimizer, made)
-
-    def begin(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-        optimizer.state[parameter].update(z=parameter.detach().clone(), exp_avg_sq=torch.zeros_like(parameter))
-
-    def counter(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> State:
-        return _position_of(optimizer, parameter)[0]
-
-    def momentum(self, state: State) -> Tensor:
-        return cast(Tensor, state["exp_avg_sq"]).sqrt()
-
-    def average(self, parameter: Tensor, state: Mapping[str, Tensor], counter: State) -> Tensor:
-        return parameter.detach().lerp(state["z"].view_as(parameter), 1 - 1 / counter["betas"][0])
-
-
 KINDS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(),
-    "adamw_8bit": _BitsAndBytes("AdamW8bit"),
-    "paged_adamw_32bit": _BitsAndBytes("PagedAdamW32bit"),
-    "paged_adamw_8bit": _BitsAndBytes("PagedAdamW8bit"),
-    "adamw_torch_8bit": _TorchAO(),
+    "adamw_8bit": _BitsAndBytes(),
     "muon": _Muon(),
-    "schedule_free_adamw": _ScheduleFree(),
 }
 
 
 def set_rates(optimizer: torch.optim.Optimizer, groups: Groups, factor: float) -> None:
     """Set every group's learning rate to its peak times a factor."""
     for settings, group in zip(optimizer.param_groups, groups, strict=True):
-        if isinstance(settings["lr"], Tensor):  # compiled steps read it from where it is
-            settings["lr"].fill_(group.peak_lr * factor)
-        else:
-            settings["lr"] = group.peak_lr * factor
+        settings["lr"] = group.peak_lr * factor
 
 
 def require_optimizer(name: str, device: torch.device) -> None:

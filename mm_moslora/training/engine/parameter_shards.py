@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from mm_moslora.training.engine.optimizers import KINDS, OptimizerKind, State
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
-_CONSTANT = "qmap"
+_TABLES = "qmap"
 """In names of tables of the 256 values that 8 bits stand for, which every parameter has."""
 
 
@@ -32,10 +32,8 @@ class ParameterShard:
     """fp32 values."""
     moments: dict[str, Tensor]
     """The tensors of its state by kind: AdamW's `exp_avg` and `exp_avg_sq`."""
-    counter: State
-    """Holds the numbers of its state; shards that are counted together share it."""
-    count_names: tuple[str, ...]
-    """Their keys: AdamW's `step`."""
+    state: State
+    """The optimiser's state of `parameter`; shards of one flat parameter share it."""
     momentum: Tensor
     """The mean of the last gradients, or what the optimiser keeps in its place."""
     parameter: Tensor
@@ -74,37 +72,25 @@ class ParameterShard:
             flat = tensor.detach().view(-1)
             return flat if length is None else flat.narrow(0, offset, length)
 
-        momentum, counter = kind.momentum(state), kind.counter(optimizer, master)
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         return cls(
             name=name, start=start, master=part(master),
-            moments={key: part(tensor) for key, tensor in _tensors(state) if _CONSTANT not in key},
-            counter=counter, count_names=tuple(key for key in kind.counts if key in counter), parameter=master,
-            momentum=part(momentum),
+            moments={key: part(tensor) for key, tensor in tensors.items() if _TABLES not in key},
+            state=state, parameter=master, momentum=part(kind.momentum(state)),
             gradient=None if master.grad is None else part(master.grad),
         )  # fmt: skip
 
     @property
-    def counts(self) -> dict[str, float]:
-        """The numbers of the state."""
-        return {name: float(self.counter[name]) for name in self.count_names}
+    def step(self) -> float | None:
+        """The number of its steps; None: the optimiser counts none."""
+        return float(self.state["step"]) if "step" in self.state else None
 
-    def set_count(self, name: str, value: float) -> None:
-        """Set one of `counts`, which is a tensor in some optimisers and a number in others."""
-        old = self.counter[name]
-        if isinstance(old, Tensor):
-            old.fill_(value)
+    def set_step(self, value: float) -> None:
+        """Set `step`, which is a tensor in some optimisers and a number in others."""
+        if isinstance(self.state["step"], Tensor):
+            self.state["step"].fill_(value)
         else:
-            self.counter[name] = type(old)(value)
-
-
-def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a state by name; a tensor of a class that consists of others gives those."""
-    for name, value in state.items():
-        if isinstance(value, Tensor) and name != "step":
-            parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
-            yield from ((f"{name}_{part}", getattr(value, part)) for part in parts)
-            if not parts:
-                yield name, value
+            self.state["step"] = int(value)
 
 
 @torch.no_grad()
@@ -118,7 +104,7 @@ def component_norms(
     """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
 
     The momentum is the mean of the last gradients, after clipping: the one trace of a component's gradients that every
-    ZeRO stage keeps. Of schedule-free AdamW, which keeps none, it is the root of the mean square.
+    ZeRO stage keeps.
 
     Args:
         shards: of this rank.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 
-from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerTraits
+from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
@@ -90,10 +90,6 @@ class StepMemory:
         return self.settings.stage if self.settings else 0
 
     @property
-    def _traits(self) -> OptimizerTraits:
-        return OPTIMIZERS[self.optimizer]
-
-    @property
     def share_again(self) -> float:
         """Share of the decoder layers that the backward pass recomputes."""
         every = self.checkpointing is True
@@ -106,7 +102,7 @@ class StepMemory:
         tokens, supervised = tokens / self.together, supervised / self.together
         trained, b = size.trainable, size.value_bytes
         masters = 0 if b == 4 and zero else 4
-        states = 0 if self._traits.paged else self._traits.state_bytes  # paged ones leave for what needs the room
+        states = OPTIMIZERS[self.optimizer].state_bytes
         off = zero.optimizer_off if zero else 0.0
         again = round(self.share_again * size.runs)
         inputs = min(2, again) if self.offload else again
@@ -128,15 +124,13 @@ class StepMemory:
         )
 
     def main_memory(self, *, packed: bool = False) -> float:
-        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, offloaded, or paged.
+        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, or offloaded.
 
         Args:
             packed: the base is quantised, which every rank reads to its GPU.
         """
         size, zero = self.size, self.settings
         trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
-        if self._traits.paged:  # on ZeRO-0 or plain torch
-            return ranks * trained * self._traits.state_bytes
         if zero is None:
             return 0.0
         frozen = self._weights()[0]
@@ -237,7 +231,7 @@ class StepMemory:
         stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")
         mild = ((self.checkpointing, self.offload), (True, self.offload))
         lasts: tuple[str, ...] = (last,)
-        if self._traits.whole_because:
+        if OPTIMIZERS[self.optimizer].whole_because:
             stages, lasts = (self.zero,), ()
         tries = (product(stages, mild), product(stages, ((True, True),)), product(lasts, (*mild, (True, True))))
         for zero, (checkpointing, offload) in itertools.chain(*tries):

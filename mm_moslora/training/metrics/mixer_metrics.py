@@ -113,8 +113,8 @@ def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
     return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
-def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> list[dict[str, object]]:
-    """Write `mixers.json` where the model has adapters; returns its content.
+def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> None:
+    """Write `mixers.json` where the model has adapters.
 
     Args:
         path: the file.
@@ -131,7 +131,6 @@ def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> list[dict[str, 
         rows.append(row)
     if rows:
         replace_json(path, rows)
-    return rows
 
 
 def _picture(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -152,7 +151,7 @@ def log_adapter(
         state: parameter name to full fp32 value.
         trackers: the receivers.
         step: of the state.
-        file: for the measures at the end of a run, which trackers get whole, too.
+        file: for the measures at the end of a run.
         metrics: log the means, too; False where those of the step are logged already.
     """
     if not distributed.is_main():
@@ -162,4 +161,4 @@ def log_adapter(
         if metrics and (means := adapter_metrics(reports)):
             trackers.log(means, step)
         if file is not None:
-            trackers.log_mixers(write_mixers(file, reports), step)
+            write_mixers(file, reports)
