@@ -5,12 +5,10 @@ from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
-from mm_moslora.adapters.folders.modality_folder import take_modality
 from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
-from mm_moslora.adapters.layers.modality_mixers import mark_visual
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
@@ -62,7 +60,6 @@ __all__ = [
     "keep_orthonormal",
     "load_adapter",
     "load_method",
-    "mark_visual",
     "merge",
     "method_config",
     "method_named",
@@ -74,7 +71,6 @@ __all__ = [
     "spare_mixers_from_decay",
     "take_adapter",
     "take_method",
-    "take_modality",
     "use_kernel",
     "why_not_merged",
 ]

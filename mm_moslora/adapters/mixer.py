@@ -124,8 +124,6 @@ class MixerForm:
     """What SIZE is in the option ``mixer_form="name:SIZE"``; empty: the form takes none."""
     inits: ClassVar[tuple[str, ...]] = ()
     """Values of `mixer_init` that `start` follows; empty: the form has one start of its own."""
-    instead: ClassVar[str] = "Use it unmerged, with mm_moslora.adapters."
-    """What to do where a matrix is asked for and the form has none."""
 
     def __init__(self, spec: str, size: int) -> None:
         """Use `form_named`; `size` is the number in the option, 0 without one."""
@@ -168,7 +166,8 @@ class MixerForm:
         """
         raise AdapterError(
             f"The mixer form {self.spec!r} depends on the layer's input, so M is no matrix: this adapter cannot be "
-            f"folded into plain LoRA, merged, exported or inspected. {self.instead}"
+            f"folded into plain LoRA, merged, exported or inspected. "
+            "Use it unmerged, with mm_moslora.adapters."
         )
 
     def rounded_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:

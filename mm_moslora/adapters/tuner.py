@@ -35,7 +35,6 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.form_checks import check_named
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
-from mm_moslora.adapters.layers.modality_mixers import watch_visual_tokens
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
@@ -109,7 +108,6 @@ class MoSLoRAModel(LoraModel):
             if config.share != ALONE and not config.shared_factors:  # found for this model; the caller's stays
                 config = self.peft_config[adapter_name] = copy.copy(config)
             share_factors(model, adapter_name, config)
-            watch_visual_tokens(model)
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise

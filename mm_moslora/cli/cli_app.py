@@ -266,7 +266,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
 
 @app.command
-def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool = False) -> int:
+def config(recipe: str | None = None, *overrides: Overrides) -> int:
     """Check a recipe and print it with every default filled in; without a recipe, list the shipped presets.
 
     Keys, values and names are checked; files of the recipe and packages need not be here.
@@ -275,10 +275,8 @@ def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool
     ----------
     recipe
         YAML file, or the name of a shipped preset.
-    against_paper
-        Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
-    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER, paper=against_paper)
+    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER)
 
 
 @app.command
@@ -317,50 +315,6 @@ def quickstart(
 
     choice = QuickstartOptions(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
     return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
-
-
-@adapters_app.command(name="ranks")
-def adapters_ranks(folder: Path, *, rank: int | None = None) -> int:
-    """Print the `adapter` of a recipe whose ranks a warm-up's singular values share out, with as many parameters.
-
-    Parameters
-    ----------
-    folder
-        Adapter folder of the warm-up, or a checkpoint or run with one; its modules have one rank.
-    rank
-        The rank of all modules that would take as many parameters; default: half the warm-up's.
-    """
-    adapter = adapter_folder(folder)
-    quiet_libraries()
-    import yaml
-
-    from mm_moslora.planning.rank_allocation import allocate_ranks
-
-    allocation = allocate_ranks(adapter, rank=rank)
-    print(f"# {allocation.parameters:,} parameters; rank {allocation.rank} everywhere: {allocation.budget:,}")
-    print(yaml.safe_dump({"adapter": allocation.settings()}, sort_keys=False), end="")
-    return 0
-
-
-@adapters_app.command(name="modality")
-def adapters_modality(folder: Path, *, keep: Literal["text", "visual"], output: Path) -> int:
-    """Write the text's or the pictures' mixers of an adapter by modality as dense ones, which merge and export.
-
-    Parameters
-    ----------
-    folder
-        Adapter folder of `mixer_form: by_modality`, or a checkpoint or run with one.
-    keep
-        Whose mixers every token then goes through.
-    output
-        The new adapter folder.
-    """
-    adapter = adapter_folder(folder)
-    quiet_libraries()
-    from mm_moslora.adapters import take_modality
-
-    print(f"{take_modality(adapter, output, keep)}: the {keep} mixers of {folder}, mixer_form dense")
-    return 0
 
 
 @adapters_app.command(name="inspect")

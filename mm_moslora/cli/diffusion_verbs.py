@@ -51,19 +51,17 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
 
 @diffusion_app.command
-def config(recipe: str | None = None, *overrides: Overrides, against_paper: bool = False) -> int:
+def config(recipe: str | None = None, *overrides: Overrides) -> int:
     """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
 
     Parameters
     ----------
     recipe
         YAML file, or the name of a shipped preset.
-    against_paper
-        Print a table instead: the recipe against the configuration that the authors of MoSLoRA released, key by key.
     """
     from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
 
-    return show_recipe(recipe, overrides, load=load_diffusion_recipe, presets=DIFFUSION_RECIPES, paper=against_paper)
+    return show_recipe(recipe, overrides, load=load_diffusion_recipe, presets=DIFFUSION_RECIPES)
 
 
 @diffusion_app.command

@@ -177,18 +177,17 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
 
 def show_recipe(
     recipe: str | None, overrides: Sequence[str], *, load: Callable[[str, list[str]], Recipe | DiffusionRecipe],
-    presets: Path, paper: bool,
+    presets: Path,
 ) -> int:  # fmt: skip
-    """Print a resolved recipe, or beside the configuration of the paper; without a recipe, the names of the presets."""
+    """Print a resolved recipe; without one, the names of the presets."""
     from mm_moslora.config import override_items, recipe_names
-    from mm_moslora.config.paper_comparison import comparison_text
 
     if recipe is None:
         print("\n".join(recipe_names(presets)))
         return 0
     resolved = load(recipe, override_items(overrides))
     refuse_early(resolved)
-    print(comparison_text(recipe, resolved, presets=presets) + "\n" if paper else resolved.to_yaml(), end="")
+    print(resolved.to_yaml(), end="")
     return 0
 
 

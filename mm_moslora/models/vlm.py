@@ -26,7 +26,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from mm_moslora.adapters import mark_visual
 from mm_moslora.batch import Batch, Example
 from mm_moslora.models.batching.packed_batch import packed_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
@@ -263,8 +262,7 @@ def supervised_hidden(
         return hidden_of(model, batch, dummy=dummy)
     inputs = {"position_ids": batch.position_ids[None]}
     if is_multimodal(model):
-        visual = batch.input_ids[None] == model.config.image_token_id
-        inputs["inputs_embeds"] = mark_visual(_embeddings(model, batch, dummy, cache), visual)
+        inputs["inputs_embeds"] = _embeddings(model, batch, dummy, cache)
     else:
         inputs["input_ids"] = batch.input_ids[None]
     return packed_row_hidden(model, batch, share=share, **inputs)

@@ -64,7 +64,7 @@ def test_help_needs_no_heavy_library():
 def test_a_folder_that_is_not_there_is_told_before_anything_heavy_is_imported():
     verbs = [
         "chat X", "serve X", "demo X", "merge X Y", "export X Y", "import X Y", "adapters inspect X",
-        "adapters ranks X", "eval run pope --model X", "train quickstart_tune --resume X", "compare X", "report X",
+        "eval run pope --model X", "train quickstart_tune --resume X", "compare X", "report X",
         "eval score X", "eval report X", "data check X",
     ]  # fmt: skip
     code = f"""

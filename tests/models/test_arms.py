@@ -171,7 +171,6 @@ def test_the_plan_says_what_trains_in_each_arm(base: t.LlamaForCausalLM, tmp_pat
     ("name", "reason"),
     [
         ("lora@targets=[nope]", "Target 'nope' matches no module"),
-        ("moslora:orthogonal@mixer_form=by_modality", "has no token in the place of a picture"),
         ("lora-xs@rank=8,64", "has rank 64"),
     ],
 )

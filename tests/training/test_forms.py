@@ -46,7 +46,7 @@ def test_other_forms_train_and_hand_over_a_merged_model(recipe: Recipe, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["gated", "by_modality"])
+@pytest.mark.parametrize("form", ["gated"])
 def test_a_mixer_that_depends_on_its_input_trains_and_is_used_unmerged(
     recipe: Recipe, tmp_path: Path, capsys, monkeypatch, form: str
 ):

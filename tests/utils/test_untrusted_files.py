@@ -179,7 +179,6 @@ READERS_OF = {
 """The same of modules."""
 ALLOWED = {
     "mm_moslora/adapters/folders/authors_format.py:peft_tensors": "a regular file, of weights alone",
-    "mm_moslora/config/paper_comparison.py:_entry": "a file of the package",
     "mm_moslora/diffusion/diffusion_checkpoint.py:_state_of": "a stream",
     "mm_moslora/kernels/native/__init__.py:_compile": "the cache of this project",
     "mm_moslora/kernels/native/__init__.py:_fingerprint": "files of the package and of the system",

@@ -37,9 +37,6 @@ class _Factor(nn.Module):
 class Mixer(_Factor):
     """Holds the tensors of M and applies it to a row vector of subspace coordinates."""
 
-    visual_tokens: Any = None
-    """What knows which tokens are visual, where the form asks; see `watch_visual_tokens`."""
-
     def __init__(self, form: MixerForm, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
         """Keep the tensors of a form.
 
@@ -87,8 +84,6 @@ class Mixer(_Factor):
             tensors = {name: tensor.to(z.dtype) for name, tensor in tensors.items()}
         elif not autocasts(z.device):
             z = z.to(tensors[self._names[0]].dtype)
-        if self.visual_tokens is not None:
-            return cast(Any, self.form).apply_to_tokens(z, tensors, self.visual_tokens.among(z))  # type: ignore[no-any-return]
         return self.form.apply(z, tensors)
 
     def extra_repr(self) -> str:

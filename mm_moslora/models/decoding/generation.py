@@ -311,16 +311,16 @@ def _score(
 def _read(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Decoder:
     """Run prompts; afterwards row b of the decoder stands at the end of prompt b."""
     decoder = Decoder(model)
-    rows, ids = [embed_prompt(model, prompt) for prompt in prompts], [prompt.input_ids for prompt in prompts]
+    rows = [embed_prompt(model, prompt) for prompt in prompts]
     groups = _groups(prompts) if decoder.can_share else [[index] for index in range(len(prompts))]
     if len(groups) < len(prompts):
         heads = [_common_length([prompts[index].input_ids for index in members]) for members in groups]
         first = [(members[0], length) for members, length in zip(groups, heads, strict=True)]
-        decoder.append([rows[at][:end] for at, end in first], [ids[at][:end] for at, end in first], head=False)
+        decoder.append([rows[at][:end] for at, end in first], head=False)
         of_prompt = {index: number for number, members in enumerate(groups) for index in members}
         decoder.branch([of_prompt[index] for index in range(len(prompts))])
-        rows, ids = ([row[heads[of_prompt[at]] :] for at, row in enumerate(all_rows)] for all_rows in (rows, ids))
-    decoder.append(rows, ids)
+        rows = [row[heads[of_prompt[at]] :] for at, row in enumerate(rows)]
+    decoder.append(rows)
     return decoder
 
 

@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mm_moslora.adapters import mark_visual
 from mm_moslora.models.decoding.shared_prefix import SHARED_PREFIX, SharedPrefix, visible_tokens
 from mm_moslora.models.families import decoder_family
 from mm_moslora.models.transformers_patches import attention_within, forward_within
@@ -156,36 +155,29 @@ class Decoder:
         self._length = last.to(self._valid.device).view(1, 1)
         self.logits = output.logits[:, -1].float()
 
-    def append(self, rows: Sequence[Tensor], ids: Sequence[Tensor], *, head: bool = True) -> None:
+    def append(self, rows: Sequence[Tensor], *, head: bool = True) -> None:
         """Run more of every row.
 
         Args:
             rows: embeddings ``[t_b, D]`` of different lengths; they are padded on the left here.
-            ids: their tokens ``[t_b]``, which say what is visual.
             head: False where the logits are not needed, because the rows go on at once.
         """
         embeddings = pad_sequence(list(rows), batch_first=True, padding_side="left")
         tokens = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         valid = pad_sequence(tokens, batch_first=True, padding_side="left")
-        placeholder = getattr(self._model.config, "image_token_id", None)
-        visual = [row == (-1 if placeholder is None else placeholder) for row in ids]
-        marked = pad_sequence(visual, batch_first=True, padding_side="left").to(valid.device, non_blocking=True)
-        mark_visual(embeddings, marked)
         self.extend(embeddings, valid, keep=1 if head else torch.empty(0, dtype=torch.long, device=valid.device))
 
     def extend(self, embeddings: Tensor, valid: Tensor, *, keep: int | Tensor = 1) -> Tensor:
         """Run more tokens.
 
         Args:
-            embeddings: ``[B, t, D]``; of text where they are not marked as visual (`mark_visual`).
+            embeddings: ``[B, t, D]``.
             valid: ``[B, t]``, 0 where a row is padded.
             keep: how many of the last tokens get logits (0: all), or their numbers.
 
         Returns:
             fp32 logits ``[B, kept, C]``.
         """
-        if not hasattr(embeddings, "visual_tokens"):
-            mark_visual(embeddings, torch.zeros_like(valid, dtype=torch.bool))
         self._valid = valid if self._valid is None else torch.cat([self._valid, valid], dim=1)
         positions = (self._length + valid.cumsum(dim=1) - 1).clamp_min(0)
         self._length = self._length + valid.sum(dim=1, keepdim=True)

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.adapters import mark_visual
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt
 from mm_moslora.models.transformers_patches import attention_within
@@ -55,8 +54,7 @@ def attention_maps(
     with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, images)))
         visual = torch.isin(ids, torch.tensor([models.assembly.image_token_id]))
-        marked = mark_visual(embedded[None], visual[None])
-        weights = model.base_model(inputs_embeds=marked, output_attentions=True, use_cache=False).attentions
+        weights = model.base_model(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the outputs at these positions became the answer
     attention = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0).cpu()
     maps = attention[visual].view(len(images), side, side)

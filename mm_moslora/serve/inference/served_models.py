@@ -148,7 +148,7 @@ class Models:
             return prefill_row(model, ids, images)
         decoder = Decoder(model)
         with_features = [Prompt(input_ids=ids, features=self.image_tokens(name, images)) for ids, images in prompts]
-        decoder.append([embed_prompt(model, prompt) for prompt in with_features], [ids for ids, _ in prompts])
+        decoder.append([embed_prompt(model, prompt) for prompt in with_features])
         return decoder
 
     @contextmanager

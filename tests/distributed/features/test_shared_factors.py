@@ -1,4 +1,4 @@
-"""Shared factors, and mixers by modality, on two ranks and cut up by ZeRO: the numbers of plain torch, also resumed."""
+"""Shared factors on two ranks and cut up by ZeRO: the numbers of plain torch, also resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mm_moslora.adapters.folder_format import OWN_WEIGHTS
 
 pytestmark = pytest.mark.slow
 SHARES = {"inputs": "zero2", "layers": "zero3"}
-KINDS = SHARES | {"modality": "zero3"}
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +23,22 @@ def runs(parts, ranks, tmp_path_factory) -> Path:
 
     def recipe(name: str, kind: str, zero: str) -> str:
         made = make_recipe(parts, folder / f"{kind}-{name}", zero, micro_batch=2, gradient_checkpointing=True)
-        share = {"layers": "layers:2", "modality": "none"}.get(kind, "inputs")
-        form = "by_modality" if kind == "modality" else "dense"
-        adapter = replace(made.adapter, mixer_init="orthogonal", mixer_form=form, share=share)
+        share = "layers:2" if kind == "layers" else "inputs"
+        adapter = replace(made.adapter, mixer_init="orthogonal", share=share)
         return write(replace(made, adapter=adapter, optim=replace(made.optim, mixer_factor=4.0)))
 
     ranks.run(
         [
-            *(recipe("straight", *item) for item in KINDS.items()),
-            *(f"{recipe('halves', *item)}@{HALF}" for item in KINDS.items()),
+            *(recipe("straight", *item) for item in SHARES.items()),
+            *(f"{recipe('halves', *item)}@{HALF}" for item in SHARES.items()),
         ]
     )
-    ranks.run([recipe("halves", *item) for item in KINDS.items()])
-    ranks.run([recipe("plain", kind, "none") for kind in KINDS], ranks=1)
+    ranks.run([recipe("halves", *item) for item in SHARES.items()])
+    ranks.run([recipe("plain", kind, "none") for kind in SHARES], ranks=1)
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHARES)
 def test_they_give_the_numbers_of_plain_torch(kind, runs):
     plain = runs / f"{kind}-plain"
     assert losses(runs / f"{kind}-straight") == pytest.approx(losses(plain), rel=1e-5)
@@ -48,7 +46,7 @@ def test_they_give_the_numbers_of_plain_torch(kind, runs):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHARES)
 def test_a_resumed_run_continues_exactly(kind, runs):
     assert hexed(runs / f"{kind}-halves") == hexed(runs / f"{kind}-straight")
     assert weights(runs / f"{kind}-halves", STEPS) == weights(runs / f"{kind}-straight", STEPS)
