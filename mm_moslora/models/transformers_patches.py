@@ -6,7 +6,7 @@ No patch here changes a class or a function of the library: each acts on one mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -55,28 +55,6 @@ def attention_within(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-@contextmanager
-def forward_within(
-    linears: Iterable[nn.Linear], forward: Callable[[nn.Linear], Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
-    """Another forward pass of some linear layers within the block.
-
-    A hook cannot take the place of a forward pass: what it returns comes after the layer has computed.
-
-    Args:
-        linears: without a `forward` of their own.
-        forward: makes that of a layer.
-    """
-    changed = list(linears)
-    for linear in changed:
-        vars(linear)["forward"] = forward(linear)
-    try:
-        yield
-    finally:
-        for linear in changed:
-            del vars(linear)["forward"]
 
 
 def wrap_checkpointing(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
+from transformers import TopPLogitsWarper
 from waiting import wait_until
 
 from mm_moslora.models.decoding.token_sampling import Draw, Sampling, choose
@@ -238,11 +239,10 @@ def one_by_one(logits: torch.Tensor, draw: Draw) -> int:
         logits[token] += -penalty
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = ((logits - logits.max()).double() / sampling.temperature).softmax(dim=-1)
+    scores = ((logits - logits.max()).double() / sampling.temperature)[None]
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        probabilities[order[ordered.cumsum(dim=-1) - ordered >= sampling.top_p]] = 0.0
-    return int(torch.multinomial(probabilities, 1, generator=draw.generator))
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=draw.generator))
 
 
 def test_rows_that_are_drawn_together_get_the_tokens_of_single_ones_with_one_wait(

@@ -180,9 +180,6 @@ READERS_OF = {
 ALLOWED = {
     "mm_moslora/adapters/folders/authors_format.py:peft_tensors": "a regular file, of weights alone",
     "mm_moslora/diffusion/diffusion_checkpoint.py:_state_of": "a stream",
-    "mm_moslora/kernels/native/__init__.py:_compile": "the cache of this project",
-    "mm_moslora/kernels/native/__init__.py:_fingerprint": "files of the package and of the system",
-    "mm_moslora/kernels/native/__init__.py:_is_whole": "the cache of this project, by its checksum",
     "mm_moslora/models/importing/import_checkpoint.py:_tensors": "a stream",
     "mm_moslora/models/weights_fingerprint.py:fingerprint": "regular files of a model that a recipe names",
     "mm_moslora/models/weights_fingerprint.py:_of_texts": "regular files of a model that a recipe names",

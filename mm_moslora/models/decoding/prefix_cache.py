@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,30 +25,11 @@ from transformers.cache_utils import DynamicLayer
 
 from mm_moslora.models.decoding.shared_prefix import SHARED_PREFIX, SharedPrefix, visible_tokens
 from mm_moslora.models.families import decoder_family
-from mm_moslora.models.transformers_patches import attention_within, forward_within
+from mm_moslora.models.transformers_patches import attention_within
 from mm_moslora.utils.errors import ModelError
 
-_FEW_ROWS = 16
 _ROOM = 64
 """Tokens by which a full cache grows at least, so that a decoding step does not copy it."""
-
-
-def _tall(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A linear layer as (W x^T)^T: for 3 to 16 rows some CPUs take longer for x W^T."""
-    return lambda rows: (linear.weight @ rows.flatten(0, -2).t()).t().unflatten(0, rows.shape[:-1])
-
-
-def _plain_linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The language model's linear layers without bias or hooks on a CPU, for which `_tall` computes the same."""
-    modules = [*model.get_decoder().modules(), model.get_output_embeddings()]
-    return [
-        module
-        for module in modules
-        if type(module) is nn.Linear
-        and module.bias is None
-        and module.weight.device.type == "cpu"
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-    ]
 
 
 class _RoomyLayer(DynamicLayer):
@@ -120,7 +101,6 @@ class Decoder:
         self._config = model.get_decoder().config
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._linears = _plain_linears(model)
         self._levels: list[SharedPrefix] = []
         self._valid: Tensor | None = None
         self._length: Tensor | int = 0
@@ -187,11 +167,7 @@ class Decoder:
         if self._levels:
             arguments |= {"attention_mask": None, "branch_levels": self._levels}
             arguments["branch_visible"] = visible_tokens(self._valid, valid.shape[1])
-        few = 2 < valid.numel() <= _FEW_ROWS
-        with (
-            attention_within(self._model, SHARED_PREFIX) if self._levels else nullcontext(),
-            forward_within(self._linears if few else (), _tall),
-        ):
+        with attention_within(self._model, SHARED_PREFIX) if self._levels else nullcontext():
             output = self._model(
                 inputs_embeds=embeddings, position_ids=positions, use_cache=True, logits_to_keep=keep,
                 **arguments,

@@ -9,12 +9,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from mm_moslora.models.decoding.prefix_cache import logits_error
 from mm_moslora.utils.errors import ModelError
+
+_NO_IDS: Any = None
+"""Tokens so far, which the warpers do not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +114,17 @@ def _penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 def _drawn(distances: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Tokens ``[R]`` drawn by logits ``[R, C]`` whose maximum is zero."""
     temperatures = _on(distances, [draw.sampling.temperature for draw in draws], torch.float64)
-    probabilities = (distances.double() / temperatures[:, None]).softmax(dim=-1)
-    few = [(number, draw.sampling.top_k) for number, draw in enumerate(draws) if draw.sampling.top_k]
-    for number, top_k in few:
-        kept = probabilities[number].topk(min(top_k, probabilities.shape[-1])).indices
-        only = torch.zeros_like(probabilities[number]).index_put((kept,), probabilities[number, kept])
-        probabilities = probabilities.index_copy(0, _on(distances, [number]), (only / only.sum())[None])
-    nuclear = [number for number, draw in enumerate(draws) if draw.sampling.top_p < 1]
-    if nuclear:
-        rows = _on(distances, nuclear)
-        top_p = _on(distances, [draws[number].sampling.top_p for number in nuclear], torch.float64)
-        sorted_ones, order = probabilities[rows].sort(dim=-1, descending=True)
-        beyond = sorted_ones.cumsum(dim=-1) - sorted_ones >= top_p[:, None]
-        nucleus = probabilities[rows].masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-        probabilities = probabilities.index_copy(0, rows, nucleus)
+    scores = distances.double() / temperatures[:, None]
+    for number, draw in enumerate(draws):
+        warpers: list[LogitsProcessor] = []
+        if draw.sampling.top_k:
+            warpers.append(TopKLogitsWarper(draw.sampling.top_k))
+        if draw.sampling.top_p < 1:
+            warpers.append(TopPLogitsWarper(draw.sampling.top_p))
+        if warpers:
+            row = LogitsProcessorList(warpers)(_NO_IDS, scores[number : number + 1])
+            scores = scores.index_copy(0, _on(distances, [number]), row)
+    probabilities = scores.softmax(dim=-1)
     # What torch.multinomial does, with a generator for each row: the largest of probabilities over exponential noise.
     noise = torch.empty(distances.shape, dtype=torch.float64, pin_memory=distances.is_cuda)
     for row, draw in zip(noise, draws, strict=True):
