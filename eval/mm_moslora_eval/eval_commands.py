@@ -353,7 +353,10 @@ def describe(name: str) -> str:
         replies = ", ".join(grading.replies) or f"a number from {' to '.join(map(str, grading.scale))}"
         lines += [f"judge:       replies {replies}", *(f"  | {line}" for line in grading.prompt.splitlines())]
         lines += [f"             without it the rule {grading.rule}"] if grading.rule else []
-    lines += [f"code:        the {kind} is of {_origin(about)}" for kind, about in task.code.items()]
+    lines += [
+        f"code:        the {kind} is of {about['file']} (SHA-256 {about['sha256'][:12]})"
+        for kind, about in task.code.items()
+    ]
     lines += [f"tags:        {', '.join(task.tags)}"] if task.tags else []
     lines += [f"note:        {task.notes}"] if task.notes else []
     lines += [f"differs:     {difference}" for difference in task.differences]
@@ -365,13 +368,6 @@ def describe(name: str) -> str:
     except EvalError as error:
         lines += ["", f"The data cannot be read: {error}"]
     return "\n".join(lines)
-
-
-def _origin(about: dict[str, str]) -> str:
-    """The package with its version, or the file with its hash."""
-    if "file" in about:
-        return f"{about['file']} (SHA-256 {about['sha256'][:12]}), which runs only with --trust-task-code"
-    return " ".join(about.values())
 
 
 def check(name: str) -> str:

@@ -35,6 +35,7 @@ from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
 from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.config import RECIPES_FOLDER, load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
+from mm_moslora.launch.imported_code import imported, without_imports
 from mm_moslora.launch.slurm_job import leave_foreign_step
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
@@ -62,6 +63,8 @@ app = App(
     name="mm-moslora",
     version=__version__,
     help="Assemble a vision-language model, tune it with MoSLoRA, measure it, export it.",
+    help_epilogue="--import FILE.py, with any verb, also several times: execute a Python file of your own, which adds "
+    "metrics, projectors, readers, rewards.",
     suppress_keyboard_interrupt=False,  # `run` handles it
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
 )
@@ -105,7 +108,8 @@ def run(arguments: list[str]) -> int:
     try:
         end_with_parent()
         _set_up_logging()
-        with _ended_by_signals():
+        arguments, files = without_imports(arguments)
+        with _ended_by_signals(), imported(files):
             result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
     except CycloptsError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from mm_moslora.launch.imported_code import import_words
 from mm_moslora.launch.shard import Shard, refuse_other_divisions
 from mm_moslora.utils.errors import ConfigError
 
@@ -83,7 +84,8 @@ class ShardJobs:
         cards = cards_per_job(None, engine, option="--shards") if engine is not None and on_cards else 0
         jobs = [
             Job(
-                name=str(folder / shard.name), command=("mm_moslora", *words, "--shard", str(shard)), cards=cards,
+                name=str(folder / shard.name), cards=cards,
+                command=("mm_moslora", *import_words(), *words, "--shard", str(shard)),
                 log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
             )
             for folder, words in commands.items()

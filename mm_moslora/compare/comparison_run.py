@@ -32,6 +32,7 @@ from mm_moslora.compare.holdout import check_share, with_holdout
 from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.launch.imported_code import import_words
 from mm_moslora.launch.jobs import Job, JobEngine, run_jobs
 from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
@@ -326,7 +327,7 @@ def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
     steps = () if stop_at is None else ("--stop-at", str(stop_at))
     return Job(
         name=run.cell.name, log=run.run_folder / comparison_cell.LOG, cards=run.cards,
-        command=(PROGRAM, "compare", str(run.folder), "--cell", run.cell.name, *steps),
+        command=(PROGRAM, *import_words(), "compare", str(run.folder), "--cell", run.cell.name, *steps),
         output=run.run_folder / comparison_cell.OUTCOME if stop_at is None else None,
     )  # fmt: skip
 

@@ -97,13 +97,9 @@ class GrpoConfig:
     """`objective: grpo`: the model answers every question several times, and learns from the rewards of its answers."""
 
     rewards: list[str] = field(default_factory=lambda: ["exact"])
-    """Names of `mm_moslora.preferences.rewards`, of entry points, or of functions in `reward_file`."""
+    """Names of `mm_moslora.preferences.rewards.REWARDS`, to which `--import FILE.py` adds."""
     reward_weights: list[float] | None = None
     """One weight per reward; None: 1 each."""
-    reward_file: str | None = None
-    """A Python file with rewards of your own, which is executed; only with `trust_reward_file`."""
-    trust_reward_file: bool = False
-    """Execute `reward_file`."""
     generations: int = 8
     """Answers to every question; their mean reward is what each of them is compared with."""
     max_new_tokens: int = 256
@@ -130,11 +126,6 @@ class GrpoConfig:
         require(
             weights is None or (all(map(math.isfinite, weights)) and any(weights)),
             f"grpo.reward_weights is {weights}, expected finite numbers, and one other than 0.",
-        )
-        require(
-            self.reward_file is None or self.trust_reward_file,
-            f"grpo.reward_file is {self.reward_file!r}, and grpo.trust_reward_file is false. The file would be "
-            "executed on this machine. Read it, and set grpo.trust_reward_file: true if you trust it.",
         )
         require(self.generations >= 2, f"grpo.generations is {self.generations}, expected 2 or more to compare.")
         require(self.max_new_tokens >= 1, f"grpo.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")

@@ -19,7 +19,7 @@ from mm_moslora.utils.run_paths import RUN_SIGNS, file_and_folder
 _PATHS = (
     "data.train.*.path", "data.train.*.image_folder", "data.validation.*.path", "data.validation.*.image_folder",
     "data.cache", "model.projector.weights", "model.vision.feature_cache", "adapter.weights", "train.output",
-    "data.prior.pictures", "grpo.reward_file", "validate.general_text",
+    "data.prior.pictures", "validate.general_text",
 )  # fmt: skip
 _MODELS = (
     "model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with",

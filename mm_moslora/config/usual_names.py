@@ -23,6 +23,4 @@ COMPILE_BACKENDS = ("inductor", "cudagraphs", "eager", "aot_eager")
 TOWER_LIBRARIES = ("open_clip", "timm")
 """Prefixes of `model.vision.name`, before a colon."""
 REWARDS = ("exact", "relaxed", "letter", "yes_no", "contains", "vqa", "anls", "mmmu", "mathvista", "iou", "iou_50")
-"""`grpo.rewards`. Others are entry points, or functions of `grpo.reward_file`."""
-REWARD_ENTRY_POINTS = "mm_moslora.rewards"
-"""Group of entry points."""
+"""`grpo.rewards`. Others are those of imported files."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_moslora.launch.child_processes import python_words
+from mm_moslora.launch.imported_code import import_words
 from mm_moslora.launch.slurm_job import SlurmJob, refuse_options
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.text_format import LARGEST_PORT, whole_number
@@ -118,6 +119,7 @@ def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
         topology: processes and hosts.
         arguments: the verb of the ranks and its arguments.
     """
+    imports = import_words()
     if topology.uses_deepspeed:
         where = (
             ["--hostfile", str(topology.hostfile)]
@@ -126,9 +128,10 @@ def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
         )
         return [
             *python_words("-m", "deepspeed.launcher.runner", python=topology.python),
-            "--master_port", str(_master_port()), "--no_local_rank", *where, "--module", "mm_moslora", *arguments,
+            "--master_port", str(_master_port()), "--no_local_rank", *where, "--module", "mm_moslora",
+            *imports, *arguments,
         ]  # fmt: skip
-    rank = python_words("-u", "-m", "mm_moslora", *arguments, python=topology.python)
+    rank = python_words("-u", "-m", "mm_moslora", *imports, *arguments, python=topology.python)
     # torchrun would start `python -m` without -P, and a container may drop PYTHONSAFEPATH.
     torchrun = [*topology.through, *python_words("-m", "torch.distributed.run", python=topology.python), "--no-python"]
     if topology.max_restarts:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import is_offline_mode, snapshot_download
 
 from mm_moslora.config import ModelConfig
+from mm_moslora.launch.imported_code import import_marks
 from mm_moslora.models.weights_fingerprint import (
     ALL_FILES,
     LANGUAGE_FILES,
@@ -27,17 +28,18 @@ from mm_moslora.models.weights_fingerprint import (
     fingerprint,
     weight_files,
 )
-from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.errors import CheckpointError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import MANIFEST, MODELS, projector_file
 
 logger = logging.getLogger(__name__)
 
-CONTENTS, COMMITS = "contents", "commits"
+CONTENTS, COMMITS, IMPORTS = "contents", "commits", "imports"
 """Of a manifest's `base`: recipe key to `fingerprint`, and recipe key to commit of what came from the hub."""
 PROJECTOR_WEIGHTS = "model.projector.weights"
 _PATHS = ("/", "./", "../")
 """Beginnings of names that can only be paths."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT, _COMMIT = re.compile(r"2-[0-9a-f]{64}(\.[0-9a-f]{64})?"), re.compile(r"[0-9a-f]{40}")
 
 
@@ -162,7 +164,9 @@ def trained_on(
             contents[part.key] = fingerprint(snapshot, library=part.library, texts=part.texts)
             commits[part.key] = snapshot.name
     base = _base(before) if before is not None else {}
-    return {CONTENTS: contents | base.get(CONTENTS, {}), COMMITS: commits | base.get(COMMITS, {})}
+    marks = {CONTENTS: contents | base.get(CONTENTS, {}), COMMITS: commits | base.get(COMMITS, {})}
+    imports = import_marks() | base.get(IMPORTS, {})
+    return marks | ({IMPORTS: imports} if imports else {})
 
 
 def same_parts(config: ModelConfig, expected: Mapping[str, str]) -> dict[str, str]:
@@ -197,10 +201,27 @@ def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
+def require_imports(checkpoint: Path) -> None:
+    """Refuse to go on without the files of `--import` that a run had, or with others.
+
+    Raises:
+        CheckpointError: names the option.
+    """
+    now = import_marks()
+    for option, sha256 in _base(checkpoint).get(IMPORTS, {}).items():
+        if option not in now:
+            raise CheckpointError(f"{checkpoint} is of a run with {option}, which this command lacks. Give it again.")
+        if now[option] != sha256:
+            raise CheckpointError(
+                f"The file of {option} was changed since {checkpoint} was written, so its code would be another. "
+                "Restore it, or start another run from the checkpoint's weights (adapter.weights)."
+            )
+
+
 def marks_of(base: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """`CONTENTS` and `COMMITS` of a manifest's `base`, those that are there, as far as they can be read."""
-    marks = {key: dict(base[key]) for key in (CONTENTS, COMMITS) if isinstance(base.get(key), Mapping)}
-    forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT}  # the folder may be a stranger's
+    """`CONTENTS`, `COMMITS` and `IMPORTS` of a manifest's `base`, those that are there, as far as they can be read."""
+    marks = {key: dict(base[key]) for key in (CONTENTS, COMMITS, IMPORTS) if isinstance(base.get(key), Mapping)}
+    forms = {CONTENTS: _FINGERPRINT, COMMITS: _COMMIT, IMPORTS: _SHA256}  # the folder may be a stranger's
     return {
         key: {name: value for name, value in items.items() if isinstance(value, str) and forms[key].fullmatch(value)}
         for key, items in marks.items()

@@ -19,12 +19,12 @@ from mm_moslora.data.preferences.preference_set import SETS, AnswerSet, Preferen
 from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
-from mm_moslora.models.model_paths import CONTENTS, resolve_model_paths, trained_on
+from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.class_logits import ask_class
 from mm_moslora.preferences.pair_rows import PairRows
-from mm_moslora.preferences.rewards import Reward, check_box_rewards, code_of, fault_of_boxes, find_rewards
+from mm_moslora.preferences.rewards import Reward, check_box_rewards, fault_of_boxes, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
@@ -33,10 +33,10 @@ from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
 from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
 
-REFERENCE, REWARD_FILE = "reference", "grpo.reward_file"
+REFERENCE = "reference"
 """Folder of a checkpoint's trainer state with the adapter that the run started from, if it did not start fresh."""
 
 
@@ -157,24 +157,10 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
         held_out=held_out, rows=rows, rows_per_epoch=packed, rewards=rewards,
-        frozen_projector=whole_projector(assembly), trained_on=_begun_with(recipe, records.commits, checkpoint),
+        frozen_projector=whole_projector(assembly),
+        trained_on=trained_on(recipe.model, records.commits, before=checkpoint),
         preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
     )  # fmt: skip
-
-
-def _begun_with(recipe: Recipe, commits: Mapping[str, str], checkpoint: Path | None) -> dict[str, dict[str, str]]:
-    """See `Run.trained_on`; also the file of rewards, which must stay as it is.
-
-    Raises:
-        CheckpointError: it differs from that of the checkpoint.
-    """
-    marks, code = trained_on(recipe.model, commits, before=checkpoint), code_of(recipe.grpo)
-    if code and marks[CONTENTS].setdefault(REWARD_FILE, code) != code:
-        raise CheckpointError(
-            f"grpo.reward_file {recipe.grpo.reward_file} was changed since the run began, so its rewards would be "
-            "others. Restore it, or start another run from the checkpoint's weights (adapter.weights)."
-        )
-    return marks
 
 
 def _refuse_mixed_media(recipe: Recipe, key: str, media: set[frozenset[str]]) -> None:

@@ -14,7 +14,6 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.precision import resolve_precision, run_arithmetic
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
-from mm_moslora.preferences.rewards import code_of
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
@@ -62,7 +61,7 @@ def train_preferences(
         raise ConfigError("objective is sft, which is no learning from preferences. Set it to dpo, kto or grpo.")
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     folder = Path(recipe.train.output)
-    agree_on_recipe(recipe, resume=resume, stop_at=stop_at, reward_file=code_of(recipe.grpo))
+    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     with distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
         if is_sharded(recipe):

@@ -1,8 +1,7 @@
 """Rewards of generated answers: the harness's extractions and metrics by name, and functions of your own.
 
 A function of your own takes the whole answer, with its thinking, and a `Document` (question, references, options, and
-the record's other texts and numbers as `extra`), and gives a number. It is found by an entry point of the group
-`mm_moslora.rewards`, or in the file that `grpo.reward_file` names, which is executed.
+the record's other texts and numbers as `extra`), and gives a number. A file that `--import` names adds it to `REWARDS`.
 """
 
 from __future__ import annotations
@@ -12,23 +11,19 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.metrics.exact_match import holds_answer
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, score_answer
-from mm_moslora_eval.scoring.trusted_code import foreign_code, python_module
 from mm_moslora_eval.scoring.visible_text import without_thinking
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import GrpoConfig
-from mm_moslora.config.usual_names import REWARD_ENTRY_POINTS
 from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.data.preferences.preference_set import Question
+from mm_moslora.launch.imported_code import foreign_code
 from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
-from mm_moslora.utils.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,39 +68,17 @@ REWARDS: dict[str, Reward] = {
 
 
 def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
-    """The rewards of a recipe by name; executes `reward_file`.
+    """The rewards of a recipe by name.
 
     Raises:
-        ConfigError: the file cannot be executed, or nothing has a name.
+        ConfigError: nothing has a name.
     """
-    rewards: dict[str, Reward] = {}
-    file = config.reward_file
-    module = None if file is None else python_module(Path(file), named=f"grpo.reward_file {file}")
-    own = {} if module is None else {name: item for name, item in vars(module).items() if callable(item)}
-    points = {entry.name: entry for entry in metadata.entry_points(group=REWARD_ENTRY_POINTS)}
-    for name in config.rewards:
-        if name in own:
-            rewards[name] = own[name]
-        elif name in REWARDS:
-            rewards[name] = REWARDS[name]
-        elif name in points:
-            try:
-                with foreign_code():
-                    rewards[name] = points[name].load()
-            except Exception as error:  # whatever another package raises
-                raise ConfigError(f"The reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-        else:
-            known = [*own, *REWARDS, *points]
-            raise ConfigError(
-                f"grpo.rewards holds {name!r}, expected any of {', '.join(known)}.{suggestion(name, known)}"
-            )
-    return rewards
-
-
-def code_of(config: GrpoConfig) -> str:
-    """A hash of `reward_file`, which must be the same on every rank; empty without one."""
-    file = Path(config.reward_file or "")
-    return sha256_of(file) if config.reward_file and file.is_file() else ""
+    if odd := [name for name in config.rewards if name not in REWARDS]:
+        raise ConfigError(
+            f"grpo.rewards holds {odd[0]!r}, expected any of {', '.join(REWARDS)}.{suggestion(odd[0], REWARDS)} "
+            "A file of your own that adds it is named on the command line: --import FILE.py."
+        )
+    return {name: REWARDS[name] for name in config.rewards}
 
 
 def document_of(question: Question) -> Document:

@@ -9,7 +9,6 @@ asks them. All run before models and records are loaded. `check_model` asks a mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +27,7 @@ from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.data.chat.record_keys import READ, READ_OF_OBJECTIVE
 from mm_moslora.data.sources.open_sources import require_sources
+from mm_moslora.launch.imported_code import import_words
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
 from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
@@ -58,8 +58,13 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     Raises:
         MoSLoRAError: names the key, what was found and what was expected.
     """
-    check_settings(recipe, tasks=tasks)
     run = Path(recipe.train.output)
+    before = resume_folder(resume) or next((folder for _, folder in reversed(checkpoints(run))), None)
+    if before is not None and resume != "never":
+        from mm_moslora.models.model_paths import require_imports
+
+        require_imports(before)
+    check_settings(recipe, tasks=tasks)
     refuse_folder(run)
     refuse_resume(run, resume)
     check_zero(recipe)  # again: its file must be here
@@ -127,7 +132,7 @@ def check_names(recipe: Recipe) -> None:
         from mm_moslora.models.memory_efficient.compiled_layers import require_backend
 
         require_backend(train.compile)
-    if recipe.grpo.reward_file is None:  # else the file is asked when the run begins
+    if not import_words():  # else the table with those of imported files is asked when the run begins
         _require_rewards(recipe.grpo.rewards)
     columns = sorted(set().union(*READ.values(), READ_OF_OBJECTIVE[recipe.objective]))
     for source in (*recipe.data.train, *recipe.data.validation):
@@ -139,13 +144,11 @@ def check_names(recipe: Recipe) -> None:
 
 
 def _require_rewards(names: Sequence[str]) -> None:
-    known = [*usual_names.REWARDS]
-    if any(name not in known for name in names):
-        known += metadata.entry_points(group=usual_names.REWARD_ENTRY_POINTS).names
+    known = usual_names.REWARDS
     if odd := [name for name in names if name not in known]:
         raise ConfigError(
-            f"grpo.rewards holds {odd[0]!r}, expected any of {', '.join(known)}, or a function of a file that "
-            f"grpo.reward_file names.{suggestion(odd[0], known)}"
+            f"grpo.rewards holds {odd[0]!r}, expected any of {', '.join(known)}, or a reward that a file of "
+            f"--import FILE.py adds.{suggestion(odd[0], known)}"
         )
 
 

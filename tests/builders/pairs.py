@@ -85,11 +85,14 @@ def logged(run: Path, name: str = "loss") -> list[float]:
 
 
 def train(*arguments: str) -> int:
-    """Train recipes one after the other, `RECIPE[@STOP]`, on every rank."""
+    """Train recipes one after the other, `RECIPE[@STOP]`, on every rank; a `.py` is imported first."""
     from mm_moslora.config import load_recipe
+    from mm_moslora.launch.imported_code import imported
     from mm_moslora.preferences.preference_training import train_preferences
 
-    for argument in arguments:
-        path, _, stop_at = argument.partition("@")
-        train_preferences(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
+    with imported([Path(argument) for argument in arguments if argument.endswith(".py")]):
+        for argument in arguments:
+            path, _, stop_at = argument.partition("@")
+            if not path.endswith(".py"):
+                train_preferences(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
     return 0

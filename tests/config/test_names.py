@@ -43,7 +43,7 @@ FREE_TEXT = {
 PATHS = {
     "data.train.path", "data.train.image_folder", "data.validation.path", "data.validation.image_folder", "data.cache",
     "model.vision.feature_cache", "model.projector.weights", "adapter.weights", "train.output", "data.pictures",
-    "data.prior.pictures", "grpo.reward_file", "validate.general_text",
+    "data.prior.pictures", "validate.general_text",
 }  # fmt: skip
 IDS = {  # of hubs and hosts, and names inside of data
     "model.language", "model.vlm", "model.language_revision", "model.vlm_revision", "model.vision.revision",

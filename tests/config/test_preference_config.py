@@ -34,7 +34,6 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"objective": "grpo", "grpo": {"rewards": []}}, "grpo.rewards is empty"),
         ({"objective": "grpo", "grpo": {"rewards": ["exact", "exact"]}}, "a name stands twice"),
         ({"objective": "grpo", "grpo": {"reward_weights": [1.0, 2.0]}}, "2 numbers and grpo.rewards 1 names"),
-        ({"objective": "grpo", "grpo": {"reward_file": "own.py"}}, "would be executed on this machine"),
         ({"objective": "grpo", "grpo": {"generations": 1}}, "grpo.generations is 1"),
         ({"objective": "grpo", "grpo": {"generations": 3}}, "global_batch is 4, which counts answers: .* multiple of"),
         ({"objective": "grpo", "data": {"pack_tokens": 512}}, "which objective: grpo does not follow .TRL's GRPOTr"),

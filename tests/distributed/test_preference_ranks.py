@@ -60,11 +60,7 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
     if zero == "zero3":
         zero = divided_weights(tmp_path / "zero3.json")
     pairs, model = make_pairs(tmp_path / "pairs", pictures=False), {"language": str(parts["language"])}
-    (tmp_path / "own.py").write_text("def early(text, document):\n    return sum(letter < 'm' for letter in text)\n")
-    grpo = {
-        "generations": 4, "max_new_tokens": 3, "rewards": ["early"], "reward_file": str(tmp_path / "own.py"),
-        "trust_reward_file": True,
-    }  # fmt: skip
+    grpo = {"generations": 4, "max_new_tokens": 3, "rewards": ["early"]}
     sections: dict[str, Any] = {"objective": objective} | ({"grpo": grpo} if objective == "grpo" else {})
     files = []
     for name, engine in (("resumed", "auto"), ("straight", "auto"), ("cut", zero), ("whole", zero)):
@@ -74,7 +70,11 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
         )  # fmt: skip
         files.append(str(tmp_path / f"{name}.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(recipe.to_dict()))
-    ranks.run(["pairs:train", f"{files[0]}@2", *files[:2], f"{files[2]}@2", *files[2:]])
+    (own := tmp_path / "own.py").write_text(
+        "from mm_moslora.preferences.rewards import REWARDS\n"
+        "REWARDS['early'] = lambda text, document: sum(letter < 'm' for letter in text)\n"
+    )
+    ranks.run(["pairs:train", str(own), f"{files[0]}@2", *files[:2], f"{files[2]}@2", *files[2:]])
     losses = logged(tmp_path / "straight")
     assert len(losses) == 4
     assert any(losses)

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.scoring.trusted_code import trust_task_code, trusted_module
+from mm_moslora_eval.scoring import named_parts
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
+from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
@@ -20,13 +23,14 @@ def model() -> FakeModel:
     return FakeModel()
 
 
-@pytest.fixture
-def trusted() -> Iterator[None]:
-    """Files of Python that tasks name are executed."""
-    trust_task_code()
+@pytest.fixture(autouse=True)
+def own_rules() -> Iterator[None]:
+    """Rules that a test's own files add are gone after it."""
     yield
-    trust_task_code(False)
-    trusted_module.cache_clear()
+    for table in (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES, JUDGED):
+        if table._added:
+            table._added.clear()
+            named_parts._prepared.cache_clear()
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_a_users_python_is_executed_at_one_door() -> None:
                 _name(call.func) in ("exec_module", "run_path") or _bare(call) in ("exec", "eval") for call in calls
             ):
                 found.add(path.relative_to(CHECKOUT).as_posix())
-    assert found == {"eval/mm_moslora_eval/scoring/trusted_code.py"}
+    assert found == {"mm_moslora/launch/imported_code.py"}
 
 
 def _bare(call: ast.Call) -> str:

@@ -18,6 +18,7 @@ from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import load_recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences.preference_training import train_preferences
+from mm_moslora.preferences.rewards import REWARDS
 from mm_moslora.serve.terminal_chat import Chat
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -26,7 +27,7 @@ FIRST = {"dpo": math.log(2), "kto": 0.5, "grpo": 0.0}
 """Loss of a start that equals its reference."""
 ADAPTER = "checkpoint-000003/adapter/moslora.safetensors"
 BITS = {"dpo": "nf4", "kto": "int8", "grpo": "nf4"}
-ANSWERS = {"generations": 4, "max_new_tokens": 4, "rewards": ["shown"], "beta": 0.1, "trust_reward_file": True}
+ANSWERS = {"generations": 4, "max_new_tokens": 4, "rewards": ["shown"], "beta": 0.1}
 
 
 @pytest.fixture(scope="module", params=BITS)
@@ -35,10 +36,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder, objective = tmp_path_factory.mktemp(request.param), request.param
     pairs, base = make_pairs(folder / "pairs"), make_vlm(folder / "base", "qwen2_5_vl")
     records = {"dpo": lambda made: made, "kto": make_judged, "grpo": make_questions}[objective](pairs)
-    (folder / "own.py").write_text("def shown(text, document):\n    return sum(letter < 'm' for letter in text)\n")
+    REWARDS["shown"] = lambda text, document: sum(letter < "m" for letter in text)
     sections: dict[str, Any] = {"objective": objective, "train": {"steps": 3, "global_batch": 8, "micro_batch": 4}}
     if objective == "grpo":
-        sections["grpo"] = {**ANSWERS, "reward_file": str(folder / "own.py")}
+        sections["grpo"] = ANSWERS
     model, adapter = {"vlm": str(base), "quantisation": BITS[objective]}, dict[str, Any](rank=4, alpha=8)
     train_preferences(make_recipe(folder / "before", records, model, adapter=adapter, **sections))
     adapter["weights"] = str(folder / "before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.preferences.judged_records import parse_question
 from mm_moslora.data.preferences.preference_set import Question
 from mm_moslora.data.record_faults import Where
+from mm_moslora.launch.imported_code import import_file, imported
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.load_model import load
+from mm_moslora.preferences import rewards
 from mm_moslora.preferences.preference_setup import prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import Scorer, find_rewards, scores_together
@@ -31,6 +34,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 ANSWERS = {"generations": 4, "max_new_tokens": 4}
 OWN = """
 import math
+from mm_moslora.preferences.rewards import REWARDS
 
 def early(text, document):
     return sum(letter < "m" for letter in text) / max(1, len(text))
@@ -42,6 +46,8 @@ def sometimes(text, document):
 
 def never(text, document):
     return math.nan
+
+REWARDS.update(early=early, sometimes=sometimes, never=never)
 """
 
 
@@ -63,9 +69,12 @@ def tuned(language_folder: Path, text_pairs: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "own.py").write_text(OWN)
-    return {"reward_file": str(tmp_path / "own.py"), "trust_reward_file": True}
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that adds rewards, imported as `--import` does."""
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    (file := tmp_path / "own.py").write_text(OWN)
+    with imported([file]):
+        yield file
 
 
 def test_rewards_rise(tuned: Path, text_pairs: Path, tmp_path: Path) -> None:
@@ -75,9 +84,9 @@ def test_rewards_rise(tuned: Path, text_pairs: Path, tmp_path: Path) -> None:
         grpo={"generations": 8, "max_new_tokens": 6}, train={"steps": 16, "global_batch": 48, "micro_batch": 48},
     )  # fmt: skip
     train_preferences(recipe)
-    rewards = logged(tmp_path / "run", "reward")
-    assert rewards == logged(tmp_path / "run", "rewards/exact/mean")
-    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+    rising = logged(tmp_path / "run", "reward")
+    assert rising == logged(tmp_path / "run", "rewards/exact/mean")
+    assert sum(rising[-5:]) > 2 * sum(rising[:5])
 
 
 def test_answers_and_their_probabilities_are_those_of_each_question_alone(
@@ -128,10 +137,10 @@ def test_answers_and_their_probabilities_are_those_of_each_question_alone(
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_and_is_exported(
-    vlm: Path, picture_pairs: Path, tmp_path: Path, own: dict[str, Any]
+    vlm: Path, picture_pairs: Path, tmp_path: Path, own: Path
 ) -> None:
     sections: dict[str, Any] = {
-        "objective": "grpo", "grpo": {**ANSWERS, **own, "rewards": ["early", "contains"], "beta": 0.05},
+        "objective": "grpo", "grpo": {**ANSWERS, "rewards": ["early", "contains"], "beta": 0.05},
         "train": {"steps": 4, "global_batch": 8, "micro_batch": 4}, "adapter": {"rank": 4, "alpha": 64},
     }  # fmt: skip
     questions, model = make_questions(picture_pairs), {"vlm": str(vlm)}
@@ -140,11 +149,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_and_is_exported(
     file.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", questions, model, **sections)))
     assert command(["data", "check", str(file)]) == 0
     assert command(["train", str(file), "--stop-at", "2"]) == 0
-    rewards = Path(own["reward_file"])
-    rewards.write_text(rewards.read_text() + "\n")
-    with pytest.raises(CheckpointError, match=r"reward_file .* was changed since the run began"):
+    own.write_text(OWN + "\n")
+    with imported([own]), pytest.raises(CheckpointError, match=r"file of --import own.py was changed since"):
         train_preferences(load_recipe(str(file)))
-    rewards.write_text(rewards.read_text()[:-1])
+    own.write_text(OWN)
+    import_file(own)
     assert command(["train", str(file)]) == 0
     for name in ("loss", "reward", "kl", "entropy"):
         assert logged(tmp_path / "run", name) == logged(tmp_path / "straight", name), name
@@ -156,12 +165,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_and_is_exported(
 
 
 def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(
-    tuned: Path, text_pairs: Path, tmp_path: Path, own: dict[str, Any], caplog: pytest.LogCaptureFixture
+    tuned: Path, text_pairs: Path, tmp_path: Path, own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def recipe(name: str, reward: str) -> Recipe:
         return make_recipe(
             tmp_path / name, make_questions(text_pairs), {"language": str(tuned)}, objective="grpo",
-            grpo={**ANSWERS, **own, "rewards": [reward]}, train={"steps": 2, "global_batch": 24, "micro_batch": 24},
+            grpo={**ANSWERS, "rewards": [reward]}, train={"steps": 2, "global_batch": 24, "micro_batch": 24},
         )  # fmt: skip
 
     assert train_preferences(recipe("some", "sometimes")).finished
@@ -204,14 +213,9 @@ def test_questions_without_references_are_counted_and_named(tuned: Path, text_pa
     assert len(run.records.usable) == 11
 
 
-def test_a_file_with_rewards_is_named_where_it_is_wrong(tmp_path: Path, own: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"grpo.rewards holds 'erly', expected any of early.*Did you mean .*early"):
-        find_rewards(GrpoConfig(rewards=["erly"], **own))
-    with pytest.raises(ConfigError, match="is no Python file"):
-        find_rewards(GrpoConfig(rewards=["early"], reward_file=str(tmp_path / "no.py"), trust_reward_file=True))
-    (tmp_path / "own.py").write_text("import nothing_of_this_name")
-    with pytest.raises(ConfigError, match="cannot be executed: ModuleNotFoundError"):
-        find_rewards(GrpoConfig(rewards=["early"], **own))
+def test_a_reward_of_no_file_is_named(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"grpo.rewards holds 'erly', expected any of .*early.*--import FILE.py"):
+        find_rewards(GrpoConfig(rewards=["erly"]))
 
 
 @pytest.mark.parametrize(

@@ -200,20 +200,11 @@ class Task:
 
     @property
     def code(self) -> dict[str, dict[str, str]]:
-        """Where those of its rules come from that are not of this package, by the key of the task."""
+        """File and hash of those of its rules that an imported file added, by the key of the task."""
         metrics: NamedParts[Any] = JUDGED if self.metric in JUDGED else METRICS
         tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, metrics, AGGREGATIONS, OVER_SAMPLES)
         parts = self.extraction, self.metric, self.aggregation, self.over_samples
         return {table.kind: origin for table, part in zip(tables, parts, strict=True) if (origin := table.origin(part))}
-
-    def load_code(self) -> None:
-        """Load the functions of its rules, so that none is missing when the answers are there.
-
-        Raises:
-            EvalError: code of another package that does not load, or of a file that is not trusted.
-        """
-        EXTRACTORS[self.extraction], AGGREGATIONS[self.aggregation], OVER_SAMPLES[self.over_samples]
-        (JUDGED if self.metric in JUDGED else METRICS)[self.metric]
 
     @property
     def id(self) -> str:
@@ -257,9 +248,8 @@ class Task:
 
         Raises:
             EvalError: the file is missing, has another checksum, or cannot be read, or its ids or columns do not suit
-                the aggregation; names the place. See `load_code`, too.
+                the aggregation; names the place.
         """
-        self.load_code()
         beside = Path(self.folder) if self.folder else None
         data = sources.load(self.source, beside=beside)
         if "{options}" in self.prompt.template and not any(one.options or one.problem for one in data.documents):

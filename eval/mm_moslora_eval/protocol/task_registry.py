@@ -1,10 +1,9 @@
-"""Finds tasks by name: shipped YAML files, entry points of other packages, and data files as tasks."""
+"""Finds tasks by name: shipped YAML files, and data files as tasks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.named_parts import KINDS, part_text
-from mm_moslora_eval.scoring.trusted_code import foreign_code
 from mm_moslora_eval.sources.source import Source
-
-ENTRY_POINTS = "mm_moslora_eval.tasks"
-"""Entry-point group for tasks of other packages: each entry is a function without arguments that returns `Task`s."""
 
 _TASK_FILES = (".yaml", ".yml")
 _PACKAGED = Path(__file__).parents[1] / "task_files"
@@ -59,32 +54,21 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _build(data: dict[str, Any], path: Path, where: str) -> Task:
-    folder = path.parent.absolute()
-    data = {"folder": str(folder), **_with_part_texts(data, folder)}
+    data = {"folder": str(path.parent.absolute()), **_with_part_texts(data)}
     return build_strictly(Task, data, source=f"{path}{where}")
 
 
-def _with_part_texts(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _with_part_texts(data: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a task with its rules as texts."""
-    return {key: part_text(key, value, folder=folder) if key in KINDS else value for key, value in data.items()}
+    return {key: part_text(key, value) if key in KINDS else value for key, value in data.items()}
 
 
 def all_tasks() -> dict[str, Task]:
-    """Every registered task by `name@protocol`, shipped ones first."""
+    """Every shipped task by `name@protocol`."""
     tasks: dict[str, Task] = {}
     for path in sorted(task_folder().glob("*.yaml")):
         for task in load_file(path):
             tasks[task.id] = task
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            with foreign_code():
-                for task in entry.load()():
-                    tasks.setdefault(task.id, task)
-        except Exception as error:  # whatever another package raises
-            raise EvalError(
-                f"The tasks of the entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}. "
-                "Mend or uninstall that package."
-            ) from error
     return tasks
 
 
@@ -154,7 +138,7 @@ def with_changes(task: Task, changes: Sequence[str]) -> Task:
         new: Any = parse_yaml_value(value)
         for name in reversed(path):
             new = {name: new}
-        data = _merged(data, _with_part_texts(new, Path.cwd()))
+        data = _merged(data, _with_part_texts(new))
     return build_strictly(Task, data, source="--change")
 
 

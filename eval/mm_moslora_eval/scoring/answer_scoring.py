@@ -194,7 +194,6 @@ JUDGED: NamedParts[Callable[..., Any]] = NamedParts(
          "judge_llavabench_lmms_eval"),
         without_judge,
     ),
-    files=False,
 )  # fmt: skip
 """Names of metrics that need a judge (`answer_graders.GRADERS`); without one a task is unscored."""
 

@@ -1,29 +1,24 @@
-"""The parts of a protocol by name: extractions, metrics and aggregations of this package, of others, and of a user.
+"""The parts of a protocol by name: extractions, metrics and aggregations of this package and of imported files.
 
 A task names a part alone (`metric: within`) or with options, the keyword-only parameters of its function:
 
     metric: {name: within, relative: 0.05}
-    metric: {file: my_metric.py, name: within_one}
 
 Within this package both are one text, the name with its options as JSON, so that rules are compared, stored and shown
-alike. Other packages add functions by entry points of the groups `mm_moslora_eval.extractions`, `.metrics` and
-`.aggregations`.
+alike. A file that `--import` names adds functions with `add`.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache, partial, wraps
-from importlib import metadata
-from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
+from mm_moslora.launch.imported_code import foreign_code, origin_of
 from mm_moslora.utils.errors import ConfigError, EvalError, suggestion
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, read_value
-from mm_moslora_eval.scoring.trusted_code import code_hash, foreign_code, trusted_module
 from mm_moslora_eval.sources.document import Document
 
 Extractor = Callable[[str, Document], str]
@@ -31,21 +26,17 @@ Metric = Callable[[str, Document], float]
 F = TypeVar("F", bound=Callable[..., Any])
 KINDS = ("extraction", "metric", "aggregation", "over_samples")
 """Kinds of parts, which are keys of a task file."""
-_FILE, _HASH = "file", "sha256"
 
 
-def part_text(kind: str, value: Any, *, folder: Path) -> Any:
+def part_text(kind: str, value: Any) -> Any:
     """The text of a part that a task file gives as a mapping; anything else is returned as it is.
-
-    A file gets its absolute path and its hash, so that other code is another rule.
 
     Args:
         kind: the key of the task file.
         value: its value.
-        folder: where a relative path of a file starts.
 
     Raises:
-        EvalError: no name, or a file that cannot be read.
+        EvalError: no name.
     """
     if not isinstance(value, Mapping):
         return value
@@ -53,10 +44,6 @@ def part_text(kind: str, value: Any, *, folder: Path) -> Any:
     name = value.get("name")
     if not isinstance(name, str) or " " in name:
         raise EvalError(f"{kind} is {dict(value)!r}, expected a mapping with `name` and the options of that {kind}.")
-    if _FILE in options:
-        file = folder / str(options[_FILE])
-        options[_FILE] = str(file.absolute())
-        options[_HASH] = code_hash(file, named=f"{kind}.file")
     return with_options(name, options)
 
 
@@ -88,39 +75,46 @@ class NamedParts(Mapping[str, F], Generic[F]):
     """The functions of one kind. A key is a name, or a name with options; iterating gives the names.
 
     Args:
-        kind: of `KINDS`, or another word, such as `grader`; the group of entry points is `mm_moslora_eval.KINDs`.
+        kind: of `KINDS`, or another word, such as `grader`.
         shipped: this package's own functions.
-        files: whether a user's file may hold such a function.
+        beside: another table, to which a function that is added here is added, too.
     """
 
-    def __init__(self, kind: str, shipped: Mapping[str, F], *, files: bool = True) -> None:
-        self.kind, self._shipped, self._files = kind, dict(shipped), files
-        self._group = f"mm_moslora_eval.{kind.removesuffix('s')}s"
+    def __init__(self, kind: str, shipped: Mapping[str, F], *, beside: NamedParts[Any] | None = None) -> None:
+        self.kind, self._shipped = kind, dict(shipped)
+        self._added: dict[str, F] = {} if beside is None else beside._added
+
+    def add(self, function: F) -> F:
+        """Add a function of an imported file under its own name, also as a decorator.
+
+        Raises:
+            EvalError: a function of this package has the name.
+        """
+        name = function.__name__
+        if name in self._shipped:
+            raise EvalError(f"{self.kind} {name!r} is one of this package. Give the function another name.")
+        self._added[name] = function
+        _prepared.cache_clear()
+        return function
 
     def __getitem__(self, part: str) -> F:
         """The function, with its options.
 
         Raises:
             KeyError: no function has this name.
-            EvalError: an option does not fit, or the code of a user's own is not trusted.
+            EvalError: an option does not fit.
         """
         return _prepared(self, part)  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._shipped
-        yield from (name for name in self._points() if name not in self._shipped)
+        yield from (*self._shipped, *self._added)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._shipped) + len(self._added)
 
     def __contains__(self, part: object) -> bool:
-        """Whether the name is known; nothing is loaded. The name of a function in a user's file is."""
-        if not isinstance(part, str):
-            return False
-        name, options = _read(part)
-        if _FILE in options:
-            return self._files
-        return name in self._shipped or name in self._points()
+        """Whether the name is known."""
+        return isinstance(part, str) and (name_of(part) in self._shipped or name_of(part) in self._added)
 
     def __hash__(self) -> int:
         return id(self)
@@ -129,7 +123,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
         return self is other
 
     def check(self, part: str, *, also: Collection[str] = ()) -> None:
-        """Refuse a part that no task can have; the code of other packages and of files is not loaded.
+        """Refuse a part that no task can have.
 
         Args:
             part: a key.
@@ -143,50 +137,20 @@ class NamedParts(Mapping[str, F], Generic[F]):
             return
         if part not in self:
             known = [*self, *also]
-            raise EvalError(f"{self.kind} {name!r} is not known.{suggestion(name, known)} Known: {', '.join(known)}.")
-        if name in self._shipped and _FILE not in options_of(part):
-            self[part]
+            raise EvalError(
+                f"{self.kind} {name!r} is not known.{suggestion(name, known)} Known: {', '.join(known)}. "
+                "A file of your own that adds it is named on the command line: --import FILE.py."
+            )
+        self[part]
 
     def origin(self, part: str) -> dict[str, str]:
-        """Where a function of others comes from, for results: package and version, or file and hash; else empty."""
-        name, options = _read(part)
-        if _FILE in options:
-            return {key: str(options[key]) for key in (_FILE, _HASH) if key in options}
-        if name in self._shipped or name not in (points := self._points()):
-            return {}
-        package = points[name].dist
-        return {"package": package.name, "version": package.version} if package is not None else {"package": "unknown"}
+        """File and hash of a function of an imported file, for results; empty for one of this package."""
+        return origin_of(self.find(part)) if part in self else {}
 
     def find(self, part: str) -> F:
         """The function without its options; see `__getitem__`."""
-        name, options = _read(part)
-        if _FILE in options:
-            module = trusted_module(str(options[_FILE]), str(options.get(_HASH, "")))
-            function = getattr(module, name, None)
-            if not callable(function):
-                known = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
-                raise EvalError(f"{options[_FILE]} has no function {name!r}.{suggestion(name, known)}")
-            return function  # type: ignore[no-any-return]
-        if name in self._shipped:
-            return self._shipped[name]
-        point = self._points()[name]
-        try:
-            with foreign_code():
-                return point.load()  # type: ignore[no-any-return]
-        except Exception as error:  # whatever another package raises
-            raise EvalError(
-                f"The {self.kind} {name!r} of the entry point {point.value} cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def _points(self) -> Mapping[str, metadata.EntryPoint]:
-        return _points_of(self._group, tuple(sys.path))
-
-
-@lru_cache(maxsize=64)
-def _points_of(group: str, path: tuple[str, ...]) -> Mapping[str, metadata.EntryPoint]:
-    """Entry points of the packages on the path: a search opens a file of each of them."""
-    return {point.name: point for point in metadata.entry_points(group=group)}
+        name = name_of(part)
+        return self._shipped[name] if name in self._shipped else self._added[name]
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +169,7 @@ def _prepared(parts: NamedParts[Any], part: str) -> Any:
     function = parts.find(part)
     if parts.origin(part):
         function = _guarded(function)
-    given = {key: value for key, value in options_of(part).items() if key not in (_FILE, _HASH)}
+    given = options_of(part)
     where = f"The {parts.kind} {name_of(part)!r}"
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -27,10 +27,6 @@ OtherPreprocessing = Annotated[
         help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
     ),
 ]
-TrustCode = Annotated[
-    bool,
-    Parameter(negative="", help="Execute the Python files that task files name, with metrics of your own."),
-]
 JudgeName = Annotated[
     str | None,
     Parameter(
@@ -95,10 +91,3 @@ class JudgeOptions:
 
 
 NO_LIMITS, PLAIN_JUDGE = ServiceOptions(), JudgeOptions()
-
-
-def allow_code(trusted: bool) -> None:
-    """Let task files execute the Python files that they name, or not."""
-    from mm_moslora_eval.scoring.trusted_code import trust_task_code
-
-    trust_task_code(trusted)

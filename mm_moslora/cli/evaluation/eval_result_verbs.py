@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.evaluation.eval_options import TrustCode, allow_code
 from mm_moslora.utils.errors import ConfigError
 
 
-def eval_compare(a: str, b: str, *, html: Path | None = None, trust_task_code: TrustCode = False) -> int:
+def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
     """Compare two runs sample by sample: difference, interval, p-value, wins and losses, changed samples.
 
     Parameters
@@ -25,7 +24,6 @@ def eval_compare(a: str, b: str, *, html: Path | None = None, trust_task_code: T
     """
     from mm_moslora_eval import eval_commands
 
-    allow_code(trust_task_code)
     comparisons = eval_commands.compare_runs(a, b)
     print("\n\n".join(text for _, text in comparisons))
     if html is not None:

@@ -22,8 +22,6 @@ from mm_moslora.cli.evaluation.eval_options import (
     OtherPreprocessing,
     ServiceOptions,
     Timeout,
-    TrustCode,
-    allow_code,
 )
 from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
@@ -64,7 +62,6 @@ def eval_run(
     other_preprocessing: OtherPreprocessing = False,
     limits: ServiceOptions = NO_LIMITS,
     judging: JudgeOptions = PLAIN_JUDGE,
-    trust_task_code: TrustCode = False,
 ) -> int:
     """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
 
@@ -134,7 +131,6 @@ def eval_run(
     from mm_moslora_eval import eval_commands
     from mm_moslora_eval.protocol.task_groups import with_protocol
 
-    allow_code(trust_task_code)
     names = with_protocol(tasks, protocol)
     if dry_run:
         print(eval_commands.dry_run(names, changes=change))
@@ -238,7 +234,6 @@ def eval_score(
     max_failed_share: float = 0.0,
     report: bool = True,
     judging: JudgeOptions = PLAIN_JUDGE,
-    trust_task_code: TrustCode = False,
 ) -> int:
     """Score stored answers again; needs no model and no data.
 
@@ -258,7 +253,6 @@ def eval_score(
     """
     from mm_moslora_eval import eval_commands
 
-    allow_code(trust_task_code)
     run = eval_commands.run_folder(answers)
     grader = eval_commands.make_judge(
         judge, run, budget=judge_budget, thinking_tokens=judge_thinking_tokens,

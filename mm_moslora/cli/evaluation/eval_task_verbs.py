@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from mm_moslora.cli.evaluation.eval_options import TrustCode, allow_code
 from mm_moslora.cli.library_notices import quiet_libraries
 
 
@@ -20,7 +19,6 @@ def eval_plan(
     measured: Path | None = None,
     price: str | None = None,
     picture_tokens: int = 576,
-    trust_task_code: TrustCode = False,
 ) -> int:
     """Count what an evaluation takes: documents, answers, tokens, hours and cost. No model is loaded or asked.
 
@@ -56,7 +54,6 @@ def eval_plan(
     from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-    allow_code(trust_task_code)
     if model:
         check_name(model)
     prices = None if price is None else Prices.parse(price)
@@ -89,7 +86,7 @@ def eval_list(*words: str) -> int:
     return 0
 
 
-def eval_describe(task: str, *, trust_task_code: TrustCode = False) -> int:
+def eval_describe(task: str) -> int:
     """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
 
     Parameters
@@ -99,12 +96,11 @@ def eval_describe(task: str, *, trust_task_code: TrustCode = False) -> int:
     """
     from mm_moslora_eval import eval_commands
 
-    allow_code(trust_task_code)
     print(eval_commands.describe(task))
     return 0
 
 
-def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
+def eval_check(*tasks: str) -> int:
     """Read the data of tasks, every picture included; exit code 1 when something is missing or damaged.
 
     Parameters
@@ -115,7 +111,6 @@ def eval_check(*tasks: str, trust_task_code: TrustCode = False) -> int:
     from mm_moslora_eval import eval_commands
     from mm_moslora_eval.protocol.task_groups import with_protocol
 
-    allow_code(trust_task_code)
     for task in with_protocol(tasks, None):
         print(eval_commands.check(task))
     return 0

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+READERS: dict[str, Callable[[Path, PictureRules], RecordSource]] = {}
+"""Suffix of a file, such as `.csv` -> what reads it, from its path and the rules for its pictures (`--import`)."""
 
 
 def require_sources(sources: Sequence[SourceConfig]) -> None:
@@ -46,7 +48,7 @@ def require_sources(sources: Sequence[SourceConfig]) -> None:
         kind, path = _kind_of(config), Path(config.path)
         if config.streaming and stream_files(config):
             pass
-        elif kind == "json":
+        elif kind in ("json", "own"):
             require_file(path)
         elif kind == "webdataset":
             from mm_moslora.data.sources.webdataset_tars import files_of
@@ -94,6 +96,8 @@ def open_source(config: SourceConfig, *, processing: ImageProcessing | None = No
     kind, rules = _kind_of(config), rules_of(config, processing)
     if kind == "json":
         source: RecordSource = RecordFile(Path(config.path), rules)
+    elif kind == "own":
+        source = READERS[Path(config.path).suffix.lower()](Path(config.path), rules)
     elif kind == "webdataset":
         from mm_moslora.data.sources.webdataset_tars import TarSource
 
@@ -127,7 +131,7 @@ def stream_files(config: SourceConfig) -> list[Path]:
             return []
         found = (sorted(folder.glob(pattern)) for pattern in ("*.jsonl", "*.tar"))
         return next((files for files in found if files), [])
-    return [] if _kind_of(config) == "table" else files_of(config.path)
+    return [] if _kind_of(config) in ("table", "own") else files_of(config.path)
 
 
 def files_of_stream(config: SourceConfig) -> list[SourceConfig]:
@@ -214,6 +218,8 @@ def _kind_of(config: SourceConfig) -> str:
     path, lower = config.path, config.path.lower()
     if config.format != "auto":
         return config.format
+    if Path(lower).suffix in READERS:
+        return "own"
     if lower.startswith("hf:") or Path(path).is_dir() or lower.endswith(TABLE_SUFFIXES):
         return "table"
     if lower.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):

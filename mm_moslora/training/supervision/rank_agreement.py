@@ -16,6 +16,7 @@ from typing import Any
 
 from mm_moslora.config.recipe import YamlRecipe, leaves
 from mm_moslora.config.recipe_paths import may_differ_by_host
+from mm_moslora.launch.imported_code import import_marks
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
 from mm_moslora.utils.files import read_json
@@ -61,7 +62,7 @@ def agree_on_recipe(recipe: YamlRecipe, **more: object) -> None:
         recipe: resolved.
         more: arguments of the run besides its recipe.
     """
-    facts = {"WORLD_SIZE": distributed.world_size()} | software() | more | settings_of(recipe)
+    facts = {"WORLD_SIZE": distributed.world_size()} | software() | import_marks() | more | settings_of(recipe)
     agree(facts, "Give all hosts the same recipe, and the same environment by a shared file system or one image.")
 
 

@@ -21,6 +21,7 @@ from mm_moslora_eval.run.result_file import TaskResult, read_results, score_fold
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.measured_scores import aggregate
 
+from mm_moslora.launch.imported_code import import_file
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_server import serve
@@ -343,24 +344,19 @@ def test_the_share_of_agreement_is_measured_as_a_score_is(tmp_path: Path) -> Non
     assert (found["low"], found["high"]) == (aggregate("mean", same).low, aggregate("mean", same).high)
 
 
-def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "site"
-    about = package / "other_graders-2.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-graders\nVersion: 2.0\n")
-    (about / "entry_points.txt").write_text(
-        "[mm_moslora_eval.graders]\nlikes = other_graders:likes\nends = other_graders:ends\n"
-    )
-    (package / "other_graders.py").write_text(
-        "import sys\nfrom mm_moslora_eval.run.judging.answer_graders import Grade\n\n\n"
+def test_a_grader_of_an_imported_file_is_named_with_its_hash(tmp_path: Path) -> None:
+    (own := tmp_path / "graders.py").write_text(
+        "import sys\nfrom mm_moslora_eval.run.judging.answer_graders import GRADERS, Grade\n\n\n"
+        "@GRADERS.add\n"
         "def likes(judge, document, answer, *, word: str = 'yes'):\n"
         "    graded = judge.ask(f'Q{document.id}? {answer}: {word}?', str.strip, max_tokens=4)\n"
         "    return None if graded is None else Grade(score=float(graded[0] == word), parsed=graded[1])\n\n\n"
+        "@GRADERS.add\n"
         "def ends(judge, document, answer):\n"
         "    return likes(judge, document, answer) if document.id != '2' else sys.exit(0)\n\n\n"
         "likes.prompt = 'a prompt'\n"
     )
-    monkeypatch.syspath_prepend(str(package))
+    import_file(own)
     path = written(tmp_path)
     text = path.read_text()
     path.write_text(text[: text.index("metric:")] + 'metric: {name: likes, word: "no"}\n')
@@ -369,8 +365,8 @@ def test_a_grader_of_another_package_is_named_with_its_version(tmp_path: Path, m
         judge = judge_at(server.url, tmp_path)
         (result,) = eval_commands.run(model, [str(path)], tmp_path / "run", settings=ONE, judge=judge)
     assert result.score == 0.25
-    assert result.about["judge"]["wording"] == "other-graders 2.0"
-    assert result.about["code"] == {"grader": {"package": "other-graders", "version": "2.0"}}
+    assert result.about["judge"]["wording"].startswith(str(own))
+    assert result.about["code"]["grader"]["file"] == str(own)
     path.write_text(text[: text.index("metric:")] + "metric: ends\n")
     with serve(lambda payload: "yes") as server:
         judge = judge_at(server.url, tmp_path)

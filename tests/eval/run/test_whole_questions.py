@@ -19,12 +19,16 @@ from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, diff
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 
+from mm_moslora.launch.imported_code import import_file
 from tests.eval.eval_fake import FakeModel
 
 PAIRS = 'all_within {"columns": ["pair"]}'
 FOURS = 'consecutive {"further": {"question": [[0, 1], [2, 3]]}, "size": 4}'
 RULE = """
-def exact(parsed, document):
+from mm_moslora_eval.scoring.answer_scoring import METRICS
+
+@METRICS.add
+def own_exact(parsed, document):
     if document.id == "1":
         raise RuntimeError("no score")
     return float(parsed in document.answers)
@@ -144,10 +148,11 @@ def test_groups_of_consecutive_ids_count_from_the_first_one_of_the_data(tmp_path
     assert (failed.score, failed.completed["score"], failed.completed["n"]) == (4 / 6, 4 / 5, 20)
 
 
-def test_answers_that_are_left_out_are_counted_and_named(tmp_path: Path, trusted: None) -> None:
+def test_answers_that_are_left_out_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/rule.py").write_text(RULE)
-    rules = "metric: {file: rule.py, name: exact}\naggregation: {name: consecutive, size: 4}"
+    import_file(tmp_path / "data/rule.py")
+    rules = "metric: own_exact\naggregation: {name: consecutive, size: 4}"
     task = questions(tmp_path / "data", rules)
     wrong = ("5", "6", "7", "8")
     result = result_of(task, tmp_path / "run", wrong=wrong)

@@ -5,34 +5,42 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.protocol.task_registry import ENTRY_POINTS, all_tasks, get_task
+from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate
-from mm_moslora_eval.scoring.named_parts import part_text
 from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.scored_sample import Scored
-from mm_moslora_eval.scoring.trusted_code import trusted_module
 from mm_moslora_eval.sources.document import Document
 
+from mm_moslora.launch.imported_code import import_file
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_fake import FakeModel
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 OWN = """
+from mm_moslora_eval.scoring.answer_scoring import METRICS
+
+
+@METRICS.add
 def within_one(parsed, document, *, margin: float = 1.0):
     if document.id in ("q3", "q5"):
         raise RuntimeError("a question without a number")
     return abs(len(parsed) - len(document.answers[0])) <= margin
 """
+
+
+def add(folder: Path, code: str) -> None:
+    """Import a file that adds rules."""
+    (folder / "own_rules.py").write_text(code, encoding="utf-8")
+    import_file(folder / "own_rules.py")
 
 
 def task_file(questions: Path, rules: str) -> str:
@@ -60,7 +68,6 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
         ("metric: {name: exact, relative: 1}", "has no option 'relative'.* It has none"),
         ("metric: {relative: 1}", "expected a mapping with `name`"),
         ("aggregation: all_within", r"needs the option 'columns': \{name: all_within, columns: ...\}"),
-        ("metric: {file: absent.py, name: f}", r"metric.file: .*absent.py"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_refused_where_the_task_is_read(
@@ -76,20 +83,14 @@ def test_a_column_that_the_data_have_no_more_is_refused_before_a_model_is_asked(
         task.load()
 
 
-def test_a_metric_of_ones_own_runs_only_with_the_users_word(question_file: Path) -> None:
-    (question_file.parent / "my_metric.py").write_text("raise SystemExit('was executed')", encoding="utf-8")
-    file = task_file(question_file, "metric: {file: my_metric.py, name: within_one}")
-    with pytest.raises(EvalError, match=r"my_metric.py, which would be executed .* --trust-task-code"):
-        eval_commands.run(FakeModel, [file], question_file.parent / "run")
-    assert "my_metric.py (SHA-256" in eval_commands.describe(file)
-
-
-def test_a_metric_that_raises_leaves_out_its_documents_and_says_so(
-    question_file: Path, tmp_path: Path, trusted: None
-) -> None:
-    own = question_file.parent / "my_metric.py"
+def test_a_metric_of_an_imported_file_that_raises_leaves_out_its_documents(question_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my_metric.py"
     own.write_text(OWN, encoding="utf-8")
-    file = task_file(question_file, "metric: {file: my_metric.py, name: within_one, margin: 100}")
+    file = task_file(question_file, "metric: {name: within_one, margin: 100}")
+    with pytest.raises(EvalError, match=r"metric 'within_one' is not known.*named .*: --import FILE.py"):
+        get_task(file)
+    import_file(own)
+    assert f"{own} (SHA-256" in eval_commands.describe(file)
     result = own_result(file, tmp_path / "run")
     assert (result.score, result.n, result.counts.faults, result.counts.scored) == (1.0, 12, 2, 10)
     assert any("2 of 12 answers have no score" in text and "without a number" in text for text in result.remarks)
@@ -99,51 +100,29 @@ def test_a_metric_that_raises_leaves_out_its_documents_and_says_so(
     assert result.about["code"]["metric"]["file"] == str(own)
 
     own.write_text(OWN.replace('"q3", "q5"', '"none"'), encoding="utf-8")
-    trusted_module.cache_clear()
-    with pytest.raises(EvalError, match="has changed since the task was read"):  # what is stored names the other code
-        METRICS.find(result.about["metric"])
+    import_file(own)
     (mended,) = eval_commands.score(tmp_path / "run", protocol=file)  # the stored answers, with the file as it is now
     assert (mended.counts.faults, mended.counts.scored, mended.score) == (0, 12, 1.0)
     assert mended.about["code"] != result.about["code"]
 
 
-def test_a_metric_that_fails_on_everything_gives_no_score(question_file: Path, tmp_path: Path, trusted: None) -> None:
-    (question_file.parent / "my_metric.py").write_text("def two(parsed, document):\n    return 2", encoding="utf-8")
-    file = task_file(question_file, "metric: {file: my_metric.py, name: two}")
-    results = evaluate(FakeModel(), get_task(file), tmp_path / "run", modes=("own",), settings=ONE)
+def test_a_metric_that_fails_on_everything_gives_no_score(question_file: Path, tmp_path: Path) -> None:
+    head = "from mm_moslora_eval.scoring.answer_scoring import METRICS\n@METRICS.add\n"
+    add(tmp_path, f"{head}def two(parsed, document):\n    return 2\n")
+    results = evaluate(
+        FakeModel(), get_task(task_file(question_file, "metric: two")), tmp_path / "run", modes=("own",), settings=ONE
+    )
     assert not any(result.scored for result in results)
     assert "failed on every answer" in results[0].about["unscored"]
     assert "expected a number from 0 to 1" in results[0].remarks[0]
 
 
-def test_a_search_for_rules_of_other_packages_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It opens a file of every installed package, and every question asks."""
-    assert "no_such_rule" not in METRICS
-    monkeypatch.setattr(metadata, "entry_points", lambda **_: pytest.fail("searched again"))
-    assert "no_such_rule" not in METRICS
+def test_a_name_of_this_package_is_not_replaced() -> None:
+    def exact(parsed: str, document: Document) -> float:
+        return 1.0
 
-
-def test_rules_of_another_package_are_named_with_its_version(
-    question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "site"
-    about = package / "other_rules-1.4.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-rules\nVersion: 1.4\n", encoding="utf-8")
-    (about / "entry_points.txt").write_text(
-        "[mm_moslora_eval.metrics]\nlonger = other_rules:longer\nbroken = other_rules:absent\n", encoding="utf-8"
-    )
-    (package / "other_rules.py").write_text(
-        "def longer(parsed, document, *, letters: int = 0):\n    return float(len(parsed) > letters)\n",
-        encoding="utf-8",
-    )
-    monkeypatch.syspath_prepend(str(package))
-    result = own_result(task_file(question_file, "metric: {name: longer, letters: 3}"), tmp_path / "run")
-    assert result.about["code"] == {"metric": {"package": "other-rules", "version": "1.4"}}
-    assert result.score == sum(len(row["parsed"]) > 3 for row in rows_of(tmp_path / "run")) / 12
-    assert "longer" in [*METRICS]
-    with pytest.raises(EvalError, match=r"metric 'broken' of the entry point other_rules:absent cannot be loaded"):
-        get_task(task_file(question_file, "metric: broken")).load()
+    with pytest.raises(EvalError, match="metric 'exact' is one of this package"):
+        METRICS.add(exact)
 
 
 def scored(score: float, *, cluster: str, **extra: str) -> Scored:
@@ -252,7 +231,9 @@ def test_numbers_are_right_within_a_tolerance() -> None:
 ENDS = """
 import sys
 from dataclasses import replace
-from mm_moslora_eval.scoring.score_aggregation import mean
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, mean
 
 class Panic(BaseException):
     pass
@@ -276,6 +257,14 @@ def sums_whole(samples):
     return mean(samples)
 def over_exit(answers): return at(answers[0].document, SystemExit(0), answers[0])
 def over_none(answers): return at(answers[0].document, SystemExit(0), None)
+
+EXTRACTORS.add(extract_exit)
+for function in (metric_exit, metric_panic, metric_stopped):
+    METRICS.add(function)
+for function in (sums_exit, sums_none, sums_right, sums_whole):
+    AGGREGATIONS.add(function)
+for function in (over_exit, over_none):
+    OVER_SAMPLES.add(function)
 """
 
 
@@ -288,29 +277,29 @@ def over_none(answers): return at(answers[0].document, SystemExit(0), None)
     ],
 )
 def test_a_rule_that_would_end_the_program_fails_on_its_answer_alone(
-    question_file: Path, tmp_path: Path, trusted: None, part: str, name: str, error: str
+    question_file: Path, tmp_path: Path, part: str, name: str, error: str
 ) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    file = task_file(question_file, f"{part}: {{file: {tmp_path / 'ends.py'}, name: {name}}}")
+    add(tmp_path, ENDS)
+    file = task_file(question_file, f"{part}: {name}")
     result = own_result(file, tmp_path / "run")
     assert result.scored
     assert (result.counts.scored, result.counts.faults) == (11, 1)
     assert f"it raised {error}" in " ".join(result.remarks)
 
 
-def test_ctrl_c_within_a_rule_still_ends_the_run(question_file: Path, tmp_path: Path, trusted: None) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    file = task_file(question_file, f"metric: {{file: {tmp_path / 'ends.py'}, name: metric_stopped}}")
+def test_ctrl_c_within_a_rule_still_ends_the_run(question_file: Path, tmp_path: Path) -> None:
+    add(tmp_path, ENDS)
+    file = task_file(question_file, "metric: metric_stopped")
     with pytest.raises(KeyboardInterrupt):
         own_result(file, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("name", "error"), [("sums_exit", "it raised SystemExit: 0"), ("sums_none", "it gave None")])
 def test_an_aggregation_that_fails_leaves_its_task_without_a_score(
-    question_file: Path, tmp_path: Path, trusted: None, name: str, error: str
+    question_file: Path, tmp_path: Path, name: str, error: str
 ) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: {name}}}"
+    add(tmp_path, ENDS)
+    rules = f"aggregation: {name}"
     result = own_result(task_file(question_file, rules), tmp_path / "run")
     assert not result.scored
     assert f"The aggregation '{name}' failed on 12 samples" in result.about["unscored"]
@@ -318,21 +307,16 @@ def test_an_aggregation_that_fails_leaves_its_task_without_a_score(
     assert eval_commands.exit_code([result], max_failed_share=1.0) == 3
 
 
-def test_an_aggregation_of_ones_own_is_called_with_scored_answers_alone(
-    question_file: Path, tmp_path: Path, trusted: None
-) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    right = f"metric: {{file: {tmp_path / 'ends.py'}, name: metric_exit}}"
-    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: sums_right}}\n{right}"
+def test_an_aggregation_of_ones_own_is_called_with_scored_answers_alone(question_file: Path, tmp_path: Path) -> None:
+    add(tmp_path, ENDS)
+    rules = "aggregation: sums_right\nmetric: metric_exit"
     result = own_result(task_file(question_file, rules), tmp_path / "run")
     assert (result.score, result.metrics) == (1.0, {"each": 1.0})
 
 
-def test_an_aggregation_that_fails_on_categories_keeps_the_score(
-    question_file: Path, tmp_path: Path, trusted: None
-) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    rules = f"aggregation: {{file: {tmp_path / 'ends.py'}, name: sums_whole}}"
+def test_an_aggregation_that_fails_on_categories_keeps_the_score(question_file: Path, tmp_path: Path) -> None:
+    add(tmp_path, ENDS)
+    rules = "aggregation: sums_whole"
     result = own_result(task_file(question_file, rules), tmp_path / "run")
     assert result.scored
     if any(row["category"] for row in rows_of(tmp_path / "run")):
@@ -341,26 +325,12 @@ def test_an_aggregation_that_fails_on_categories_keeps_the_score(
 
 
 @pytest.mark.parametrize(("name", "error"), [("over_exit", "it raised SystemExit: 0"), ("over_none", "it gave None")])
-def test_over_samples_that_fail_are_the_fault_of_their_question(
-    tmp_path: Path, trusted: None, name: str, error: str
-) -> None:
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    part = part_text("over_samples", {"name": name, "file": "ends.py"}, folder=tmp_path)
+def test_over_samples_that_fail_are_the_fault_of_their_question(tmp_path: Path, name: str, error: str) -> None:
+    add(tmp_path, ENDS)
     answers = [replace(scored(1.0, cluster="a"), document=Document(id="q2", question="?", answers=("a",)))] * 2
     if name == "over_exit":
-        assert combined(answers, over_samples=part).score == 1.0
+        assert combined(answers, over_samples=name).score == 1.0
         answers = [replace(one, document=replace(one.document, id="q3")) for one in answers]
-    found = combined(answers, over_samples=part)
+    found = combined(answers, over_samples=name)
     assert math.isnan(found.score)
     assert error in found.fault
-
-
-def test_a_package_whose_tasks_would_end_the_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = tmp_path / "site" / "other_tasks-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-tasks\nVersion: 1.0\n", encoding="utf-8")
-    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nmine = other_tasks:tasks\n", encoding="utf-8")
-    (tmp_path / "site" / "other_tasks.py").write_text("def tasks():\n    raise SystemExit(0)\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    with pytest.raises(EvalError, match=r"entry point other_tasks:tasks cannot be loaded: .* SystemExit: 0"):
-        all_tasks()

@@ -14,7 +14,7 @@ from mm_moslora_eval.metrics.metric_text import letters
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.llm_judge import Judge
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, mathvista_question, score_answer
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, mathvista_question, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document
 
@@ -162,10 +162,10 @@ GRADERS: NamedParts[Grader] = NamedParts(
         "judge_llavabench": partial(_grade_llavabench, read=judge_scores.llavabench_scores),
         "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judge_scores.llavabench_scores_lmms_eval),
     },
-    files=False,
+    beside=JUDGED,
 )
-"""Metric of a task -> function with which a judge grades one answer; None: its replies cannot be read. Other packages
-add some by entry points of `mm_moslora_eval.graders`; an attribute `prompt` of theirs is the text that is hashed."""
+"""Metric of a task -> function with which a judge grades one answer; None: its replies cannot be read. An imported
+file adds some; an attribute `prompt` of theirs is the text that is hashed."""
 
 
 def needs_judge(task: Task) -> bool:
