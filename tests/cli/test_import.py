@@ -133,7 +133,13 @@ def test_two_ranks_have_the_imported_projector_and_resume_asks_for_it(
     (own := tmp_path / "own_projector.py").write_text(PROJECTOR)
     plain = recipe.to_dict()
     plain["model"]["projector"] |= {"kind": "plain_linear"}
-    plain["train"] |= {"steps": 1, "global_batch": 2, "micro_batch": 1, "output": str(tmp_path / "run")}
+    plain["train"] |= {
+        "zero": "zero2",
+        "steps": 1,
+        "global_batch": 2,
+        "micro_batch": 1,
+        "output": str(tmp_path / "run"),
+    }
     (file := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
     assert run(["train", str(file)]) == 1
     assert "'plain_linear'" in capfd.readouterr().err
