@@ -114,11 +114,7 @@ class _Reader:
 
     def _starts_factor(self) -> bool:
         token = self._next
-        return (
-            token[:1].isdigit()
-            or token[:1].isalpha()
-            or token in ("(", "{", "[", r"\frac", r"\sqrt", r"\pi", *_FUNCTIONS)
-        )
+        return token[:1].isdigit() or token[:1].isalpha() or token in _FACTORS
 
     def _atom(self) -> float | int:
         sign = self._take()

@@ -17,10 +17,6 @@ _PHRASES = tuple(
 _BOX = "oxed{"
 _MOST_ITEMS = 100
 _LETTER_GROUPS = tuple(form for letter in "abcde" for form in (f"({letter})", f"{{{letter}}}"))
-_REPLACED = (
-    (" ", ""), (r"\,", ""), ("\N{INFINITY}", r"\infty"), (r"+\infty", r"\infty"), ("\\\\", "\\"), ("\n", ""),
-    (r"\text", ""), (r"\mbox", ""), ("bmatrix", "pmatrix"),
-)  # fmt: skip
 _REMOVED = (
     r"\left", r"\right", r"^{\circ}", r"^\circ", "{m}^3", "m^3", "{units}", "units", "{km}", "km",
 )  # fmt: skip
