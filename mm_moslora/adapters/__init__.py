@@ -22,7 +22,6 @@ from mm_moslora.adapters.peft_methods import (
     take_method,
 )
 from mm_moslora.adapters.peft_patches import patch_peft
-from mm_moslora.adapters.sharing.sharing_forms import SHARINGS, Sharing
 from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
 from mm_moslora.adapters.tree import base_fingerprint, is_adapter_parameter
 from mm_moslora.kernels.lora.lora_linear import fused_linear
@@ -33,7 +32,6 @@ patch_peft()
 __all__ = [
     "MIXER_FORMS",
     "MIXER_INITS",
-    "SHARINGS",
     "AdaptedModule",
     "Layout",
     "Mixer",
@@ -43,7 +41,6 @@ __all__ = [
     "MoSLoRAConfig",
     "MoSLoRALayer",
     "MoSLoRALinear",
-    "Sharing",
     "TakenAdapter",
     "adapted_modules",
     "add_method",

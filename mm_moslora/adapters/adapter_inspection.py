@@ -138,7 +138,7 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
 
 
 def trained_parameters(folder: str | Path) -> int:
-    """How many numbers of A, B and mixers train in an adapter; a factor that layers share counts once.
+    """How many numbers of A, B and mixers train in an adapter.
 
     Args:
         folder: any folder that `load_adapter` reads.
@@ -147,13 +147,12 @@ def trained_parameters(folder: str | Path) -> int:
         AdapterError: see `load_adapter`.
     """
     content = read_folder(folder)
-    shared = content.config.shared_factors
-    copies = {f"{PREFIX}{path}.lora_{kind}.weight" for kind in shared for group in shared[kind] for path in group[1:]}
-    if content.config.factor_form == "svd":
-        copies = {name for name in content.tensors if is_factor(name) and MIXER_PART not in name}
-    if not content.config.mixer_trainable:
-        copies |= {name for name in content.tensors if MIXER_PART in name}
-    return sum(tensor.numel() for name, tensor in content.tensors.items() if is_factor(name) and name not in copies)
+    frozen = not content.config.mixer_trainable
+    return sum(
+        tensor.numel()
+        for name, tensor in content.tensors.items()
+        if is_factor(name) and not (frozen and MIXER_PART in name)
+    )
 
 
 def _mixers(content: AdapterFolder) -> dict[str, Tensor]:

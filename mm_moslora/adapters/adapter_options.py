@@ -13,8 +13,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named, is_drawn
-from mm_moslora.adapters.sharing.sharing_forms import ALONE, sharing_named
+from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # These give the product B A a meaning at the start (a part of the base weight, or zero by construction).
@@ -54,12 +53,6 @@ class AdapterOptions(LoraConfig):
     the base weight's leading singular vectors, M trains (LoRA-XS, arXiv 2405.17604). stella: A and B stay orthonormal,
     M starts as the identity (StelLA, arXiv 2510.01938). orthonormal: A and B stay orthonormal, M starts at zero. For
     the last two call keep_orthonormal on the optimiser."""
-    share: str = ALONE
-    """Which layers share factors, with a mixer each: none; inputs (layers that read the same tensor share A), layers:4
-    (4 successive layers of one kind share A and B), or a name of your own in SHARINGS."""
-    shared_factors: dict[str, list[list[str]]] = field(default_factory=dict)
-    """The groups of whole module paths that share a factor, by factor (A, B). `share` fills it in; or give your own."""
-
     # What makes the adapted layer around a base layer, by the type of that; `tuner` fills it in.
     layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
     # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
@@ -82,7 +75,6 @@ class AdapterOptions(LoraConfig):
                 )
         if self.has_mixer or self.factor_form == "mixed":
             self._check_other_options()
-        self._check_sharing()
         self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
     @property
@@ -120,10 +112,6 @@ class AdapterOptions(LoraConfig):
         """Whether one module is plain LoRA: it has no mixer, or the frozen identity."""
         kind = self.mixer_for(module_path)
         return self.factor_form == "mixed" or kind == NO_MIXER or (not self.mixer_trainable and kind == "identity")
-
-    def has_own_mixer(self, module_path: str) -> bool:
-        """Whether one module's mixer tells it from others with the same A and B: it trains, or its start is drawn."""
-        return not self.is_plain(module_path) and (self.mixer_trainable or is_drawn(self.mixer_for(module_path)))
 
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """The same options without the mixer, as stock PEFT's `LoraConfig`.
@@ -170,36 +158,6 @@ class AdapterOptions(LoraConfig):
             )
         if self.factor_form == "mixed" and not form.fixed:
             raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
-
-    def _check_sharing(self) -> None:
-        given = self.shared_factors
-        if not _is_partition(given):
-            raise AdapterError(
-                f"shared_factors is {given!r}, expected A, B or both with lists of groups, each a list of two or more "
-                "module paths."
-            )
-        form = None if given else sharing_named(self.share)  # a folder names the layers, whatever form found them
-        factors = {*given, *(form.factors if form else ())}
-        if not factors:
-            return
-        where = f"share={self.share!r}" if form else "shared_factors"
-        refused = {name: "another variant of the layer" for name in _OTHER_VARIANTS if getattr(self, name)}
-        if self.factor_form != "free":
-            refused["factor_form"] = "it places A and B of every layer"
-        if self.init_lora_weights not in (True, "gaussian"):
-            refused["init_lora_weights"] = "a start of each layer"
-        if self.lora_bias and "B" in factors:
-            refused["lora_bias"] = "the bias of B"
-        for name, why in refused.items():
-            raise AdapterError(
-                f"{name} is {getattr(self, name)!r} ({why}), which does not go with factors that layers share "
-                f"({where}). Leave one of them out."
-            )
-        if "B" in factors and not self.has_own_mixer(""):
-            raise AdapterError(
-                f"{where}: layers with one A and one B differ in their mixers alone, and without a mixer, or with one "
-                "that is fixed, all get the same update. Set mixer_trainable, or share inputs."
-            )
 
     def _check_kinds(self) -> None:
         if not isinstance(self.mixer_trainable, bool):
@@ -248,17 +206,6 @@ class AdapterOptions(LoraConfig):
                     f"{name} is set together with a mixer; this combination is not defined. Unset it, or use plain "
                     "LoRA (mixer_init='identity', mixer_trainable=False)."
                 )
-
-
-def _is_partition(value: object) -> bool:
-    """Whether a value is that of `shared_factors`: groups of two or more paths by factor."""
-    if not isinstance(value, dict) or not set(value) <= {"A", "B"}:
-        return False
-    lists = all(isinstance(groups, list) for groups in value.values())
-    every = [group for groups in value.values() for group in groups] if lists else [None]
-    return all(
-        isinstance(group, list) and len(group) > 1 and all(isinstance(path, str) for path in group) for group in every
-    )
 
 
 def check_expression(expression: object, where: str) -> None:

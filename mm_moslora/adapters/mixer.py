@@ -83,12 +83,6 @@ def check_mixer_init(kind: str, where: str, *, choices: tuple[str, ...] = MIXER_
         raise AdapterError(f"{where} is {kind!r}, expected one of {', '.join(choices)}.{hint}")
 
 
-def is_drawn(kind: str) -> bool:
-    """Whether two modules that start their mixers as `kind` get different ones."""
-    first, second = (init_mixer(4, kind, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    return not torch.equal(first, second)
-
-
 def butterfly(rank: int) -> Tensor:
     """The fixed mixer of two-subspaces mixing, ``[[I, I], [I, I]]`` with identity blocks of size R / 2.
 

@@ -30,7 +30,7 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.authors_format import holds_their_mixers, with_known_names
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.folder_tensors import differing_copies, fold_state_dict, unexpected_entry
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, unexpected_entry
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.form_checks import check_named
@@ -38,8 +38,7 @@ from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
-from mm_moslora.adapters.sharing.sharing_forms import ALONE
-from mm_moslora.adapters.tied_weights import share_factors, untie
+from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -105,9 +104,6 @@ class MoSLoRAModel(LoraModel):
         before = {id(layer) for layer in layers if layer.holds(adapter_name)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if config.share != ALONE and not config.shared_factors:  # found for this model; the caller's stays
-                config = self.peft_config[adapter_name] = copy.copy(config)
-            share_factors(model, adapter_name, config)
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise
@@ -206,7 +202,7 @@ class MoSLoRAModel(LoraModel):
                 "under another adapter name, or delete that adapter (delete_adapter) first."
             )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if problem := _misfit(model, adapter_name, renamed, config.shared_factors, every_mixer=theirs):
+        if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):
             raise AdapterError(
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
@@ -288,9 +284,8 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
 
 
 def _misfit(
-    model: nn.Module, adapter_name: str, values: dict[str, Tensor], shared: dict[str, list[list[str]]],
-    *, every_mixer: bool,
-) -> str | None:  # fmt: skip
+    model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool
+) -> str | None:
     """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -312,8 +307,6 @@ def _misfit(
         return f"they lack {min(lost)}"
     if unknown := min((name for name in values if mixer in name and name not in adapter_state), default=None):
         return f"it has no {unknown}"
-    if copies := differing_copies(shared, values, adapter_name=adapter_name):
-        return f"its layers share {copies[0]}, and they hold another {copies[1]}"
     for name, own in adapter_state.items():
         value = values.get(name)
         if value is not None and own.numel() and own.shape != value.shape:  # a shard of ZeRO-3 is empty

@@ -81,7 +81,6 @@ _RESET = {
     "adapter.mixer_pattern": {},
     "adapter.mixer_form": "dense",
     "adapter.factor_form": "free",
-    "adapter.share": "none",
     "adapter.use_dora": False,
     "adapter.use_rslora": False,
     "optim.lora_plus_ratio": 1.0,

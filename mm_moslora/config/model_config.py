@@ -294,10 +294,6 @@ class AdapterConfig:
     svd: frozen at the weight's leading singular vectors, M alone trains (LoRA-XS, 2405.17604). stella: A and B stay
     orthonormal around an M that starts as the identity (StelLA, 2510.01938). orthonormal: the same with an M that
     starts at zero, the tangent projection as gradient and no scaled steps. The last two not under ZeRO-3."""
-    share: str = "none"
-    """Which layers share factors, each with a mixer of its own. inputs: those that read the same tensor (query, key and
-    value; gate and up) share A. layers:4: 4 successive layers of one kind share A and B. Or a form of your own
-    (extending.md in `mm-moslora files tutorials`)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Per-module override of rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

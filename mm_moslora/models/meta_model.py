@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
@@ -34,7 +33,7 @@ from mm_moslora.utils.network.hub_access import hub_or_cache
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model on the meta device with a decoder layer or two of each kind, or all where layers may share factors."""
+    """A model on the meta device with a decoder layer or two of each kind, or all where its layers are not alike."""
 
     model: PreTrainedModel
     times: Sequence[int]
@@ -136,7 +135,7 @@ def _built(config: ModelConfig, adapter: AdapterConfig, *, dtype: torch.dtype, p
         parts = load_parts(config, weights="shapes")
         model = parts.model
         calls, fault = _runs(model)
-        each = _by_number(config, adapter) or adapter.share != ALONE or {*calls} != {1} or _share(model)
+        each = _by_number(config, adapter) or {*calls} != {1} or _share(model)
         times = _keep_kinds(model, every=each)
         with torch.device("meta"):
             cast(nn.Module, model).to(dtype)

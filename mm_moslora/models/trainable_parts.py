@@ -88,11 +88,6 @@ def start_folder(adapter: AdapterConfig) -> Path:
             f"adapter.weights: {folder} has rank {stored.r} and alpha {stored.lora_alpha:g}, but the recipe "
             f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
         )
-    if stored.share != adapter.share:
-        raise ConfigError(
-            f"adapter.weights: {folder} has share {stored.share}, but the recipe says {adapter.share}. What trains "
-            "depends on it: give adapter.share the folder's value."
-        )
     return folder
 
 
@@ -120,7 +115,6 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
         mixer_pattern=dict(adapter.mixer_pattern),
         mixer_form=adapter.mixer_form,
         factor_form=adapter.factor_form,
-        share=adapter.share,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         **({"task_type": "CAUSAL_LM"} | more),

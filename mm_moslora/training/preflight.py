@@ -153,7 +153,7 @@ def _require_rewards(names: Sequence[str]) -> None:
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:
-    """Refuse a form of mixers or of sharing, a method of PEFT or an option of it, or a word for targets, that does not
+    """Refuse a form of mixers, a method of PEFT or an option of it, or a word for targets, that does not
     exist; see `check_names`."""
     targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
     is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()
@@ -162,7 +162,7 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    usual = adapter.mixer_form in usual_names.MIXER_FORMS and adapter.share == "none"
+    usual = adapter.mixer_form in usual_names.MIXER_FORMS
     if adapter.peft or not usual:
         from mm_moslora.models.trainable_parts import adapter_config
 

@@ -102,9 +102,7 @@ REFUSED = {
     "lora,moslora@optim.mixer_factor=1,6@optim.mixer_factor=2": "optim.mixer_factor is given twice",
     "lora,dora@optim.mixer_factor=6,24": "Arm 'dora@optim.mixer_factor=6': .* none trains",
     "lora,peft:HIRA@optim.mixer_factor=6": "none trains",
-    "lora,full@share=inputs": "full trains every weight and has no adapter. Leave adapter.share out",
-    "lora,moslora@share=layers:1": "one layer alone shares nothing",
-    "lora,tsm@share=layers:2": "all get the same update",
+    "lora,full@mixer_trainable=false": "full trains every weight and has no adapter. Leave adapter.mixer_trainable out",
 }
 
 

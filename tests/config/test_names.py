@@ -16,9 +16,8 @@ import torch
 from mm_moslora_eval.protocol import task_registry
 from mm_moslora_eval.protocol.task_registry import all_tasks
 
-from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS, SHARINGS, peft_methods
+from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS, peft_methods
 from mm_moslora.adapters.mixer import NO_MIXER, Dense
-from mm_moslora.adapters.sharing.sharing_forms import ALONE
 from mm_moslora.cli import run
 from mm_moslora.config import Recipe, load_recipe, recipe_names, usual_names
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES
@@ -64,7 +63,6 @@ MISSPELT = {  # overrides, the last of them misspelt
     "model.chat_template": ("model.chat_template=llama3",),
     "model.attention": ("model.attention=sdpaa",),
     "adapter.mixer_form": ("adapter.mixer_form=block_diagonl:4",),
-    "adapter.share": ("adapter.share=layer:4",),
     "adapter.targets": ("adapter.targets=all-linaer",),
     "adapter.peft": ("adapter.peft={type: HIRRA}",),
     "adapter.peft.KEY": ("adapter.peft={type: HIRA, rr: 3}",),
@@ -153,7 +151,6 @@ def test_misspelt_names_of_diffusion_recipes_are_refused(verb: list[str], capsys
     for item in (
         *words,
         "adapter.mixer_form=block_diagonl:4",
-        "adapter.share=inputss",
         "adapter.targets=atention",
         "track.trackers=[wandbb]",
     ):
@@ -165,7 +162,6 @@ REGISTRIES = {
     "model.chat_template": list(CHAT_TEMPLATES),
     "model.attention": list(usual_names.ATTENTION),
     "adapter.mixer_form": list(MIXER_FORMS),
-    "adapter.share": [ALONE, *SHARINGS],
     "train.zero": ["auto", "none", *(path.stem for path in shipped_folder("deepspeed_configs").glob("*.json"))],
     "train.compile": torch.compiler.list_backends(exclude_tags=()),
     "track.trackers": list(TRACKERS),
@@ -234,9 +230,7 @@ def test_names_of_a_users_own_are_known_once_they_are_registered(monkeypatch: py
 def test_sizes_are_checked_with_the_rank(capsys: Any) -> None:
     assert run(["config", PRESET, "adapter.mixer_form=block_diagonal:4", "adapter.rank=64"]) == 0
     assert "block_diagonal:5" in refused(["config", PRESET, "adapter.mixer_form=block_diagonal:5"], capsys)
-    alone = ["config", PRESET, "adapter.share=layers:4", "adapter.mixer_trainable=false", "adapter.mixer_init=identity"]
-    assert "all get the same update" in refused(alone, capsys)
-    alone[2] = "optim.mixer_factor=6"
+    alone = ["config", PRESET, "optim.mixer_factor=6", "adapter.mixer_trainable=false", "adapter.mixer_init=identity"]
     assert "optim.mixer_factor is 6, which is of the mixers" in refused(alone, capsys)
 
 

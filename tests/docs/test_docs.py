@@ -12,7 +12,7 @@ import yaml
 from mm_moslora_eval.protocol.task_registry import load_file
 
 from mm_moslora import cli
-from mm_moslora.adapters import MIXER_FORMS, SHARINGS
+from mm_moslora.adapters import MIXER_FORMS
 from mm_moslora.config import Recipe
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.models.projectors.projector import PROJECTORS
@@ -94,7 +94,6 @@ def test_code_blocks_work(document: Path, trained: Path, monkeypatch):
     with (
         mock.patch.dict(PROJECTORS),
         mock.patch.dict(MIXER_FORMS),
-        mock.patch.dict(SHARINGS),
     ):  # a document adds its own
         run_document(document)
 

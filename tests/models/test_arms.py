@@ -16,7 +16,7 @@ from mm_moslora.adapters.peft_methods import method_names
 from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines, split
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.trainable_parts import attach_adapters, component_table
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.utils.errors import AdapterError, MoSLoRAError
 
 SMALL = {
@@ -197,18 +197,3 @@ def test_patterns_that_name_a_layer_among_alike_ones_are_counted(
     for line, other in zip(size_lines(parse_arms(names, given), given, names[0]), without, strict=True):
         assert "trainable parameters" in line
         assert (line == other) == (key != "rank_pattern")
-
-
-def test_the_plan_counts_a_factor_that_layers_share_once(base: t.LlamaForCausalLM, tmp_path: Any) -> None:
-    config = t.LlamaConfig(**{**base.config.to_dict(), "num_hidden_layers": 7})
-    config.save_pretrained(tmp_path)
-    given = replace(recipe(targets="all-linear"), model=ModelConfig(language=str(tmp_path)))
-    names = ["moslora:orthogonal", "moslora:orthogonal@share=inputs", "moslora:orthogonal@adapter.share=layers:3"]
-    lines = size_lines(parse_arms(names, given), given, names[0])
-    for name, line in zip(names, lines, strict=True):
-        parts = Parts(model=t.LlamaForCausalLM(config))
-        attach_adapters(parts, given.model, arm(name).apply(given).adapter)
-        trained = sum(row.trainable for row in component_table(parts))
-        assert f"{trained:,} trainable parameters" in line
-    counts = [int(line.split("; ")[1].split()[0].replace(",", "")) for line in lines]
-    assert counts[0] > counts[1] > counts[2]

@@ -236,7 +236,7 @@ def test_ranks_that_would_wait_for_a_tower_are_refused(
             prepare(recipe)
 
 
-@pytest.mark.parametrize("adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"share": "layers:2"}])
+@pytest.mark.parametrize("adapter", [{"mixer_trainable": False}, {"factor_form": "svd"}])
 def test_the_reference_is_the_adapter_that_a_run_starts_from(
     adapter: dict[str, Any], language_folder: Path, text_pairs: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,6 @@ def formed(recipe: Recipe, **form: str) -> Recipe:
 
 FORMS = [
     {"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"}, {"factor_form": "svd"}, {"factor_form": "stella"},
-    {"share": "layers:2"},
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig
@@ -57,27 +57,6 @@ def check_tensors(
             raise AdapterError(
                 f"{source}: {name} holds NaN or infinity; it is broken. Go back to an earlier checkpoint."
             )
-
-
-def differing_copies(
-    shared: Mapping[str, Sequence[Sequence[str]]], tensors: Mapping[str, Tensor], *, adapter_name: str = ""
-) -> tuple[str, str] | None:
-    """The names of two copies of a factor that layers share, where the copies differ; None: all are equal.
-
-    Args:
-        shared: `shared_factors` of the configuration.
-        tensors: the folder's, or under the names of a model.
-        adapter_name: which the names hold; empty: those of a folder.
-    """
-    bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()} if shared else {}
-    end = f"{adapter_name}.weight" if adapter_name else "weight"
-    for factor, groups in shared.items():
-        for group in groups:
-            first, *others = (f"{path}.lora_{factor}.{end}" for path in group)
-            for name in others:
-                if first in bare and name in bare and not torch.equal(bare[first], bare[name]):
-                    return first, name
-    return None
 
 
 def unexpected_entry(

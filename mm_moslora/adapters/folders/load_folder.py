@@ -24,7 +24,6 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import (
     check_tensors,
-    differing_copies,
     shapes_by_rank,
     unexpected_entry,
 )
@@ -164,8 +163,6 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
         problem = f"mixer_form is {theirs.mixer_form!r} there and {own.mixer_form!r} in the folder"
     elif own.use_dora != theirs.use_dora:
         problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
-    elif copies := differing_copies(theirs.shared_factors, content.tensors):
-        problem = f"layers share {copies[0]} there, and another {copies[1]} is in the folder"
     elif scaled:
         scaling, saved = layers[scaled[0]].scaling[adapter_name], own.scaling_for(scaled[0])
         problem = f"the scaling of {scaled[0]} is {scaling:g} there and {saved:g} in the folder"
@@ -233,11 +230,6 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
-    if copies := differing_copies(content.config.shared_factors, content.tensors):
-        raise AdapterError(
-            f"{root}: {copies[0]} and {copies[1]} differ, and its configuration says that layers share them. Its files "
-            "were changed; copy the folder again."
-        )
     if extra := unexpected_entry(content.tensors, content.config):
         raise AdapterError(
             f"{root} holds {extra!r}, for which its configuration has no place. Load the folder that was saved, or "

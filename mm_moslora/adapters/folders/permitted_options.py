@@ -20,10 +20,10 @@ from mm_moslora.utils.errors import AdapterError
 
 _MODULES = (
     "target_modules", "exclude_modules", "modules_to_save", "feedforward_modules", "layers_pattern",
-    "target_parameters", "target_modules_bd_a", "target_modules_bd_b", "shared_factors",
+    "target_parameters", "target_modules_bd_a", "target_modules_bd_b",
 )  # fmt: skip
 """Options that hold names of modules, or regular expressions for them."""
-_BY_MODULE = ("trainable_token_indices", "target_svd_config", "shared_factors")
+_BY_MODULE = ("trainable_token_indices", "target_svd_config")
 """Mappings with names of modules as keys, besides those whose name ends in `_pattern`."""
 _MODULE = re.compile(r"[^/~:\x00-\x1f]{0,1000}")
 """Names of modules and regular expressions for them; no path with a folder and no address."""
@@ -37,7 +37,6 @@ _WORDS = {
     "mixer_pattern": r"[a-z_]+",
     "mixer_form": r"[a-z_]+(:\d+)?",
     "factor_form": r"[a-z_]+",
-    "share": r"[a-z_]+(:\d+)?",
 }
 """Options whose words are in no annotation; PEFT or this package checks them against a table."""
 _OF_FOLDERS = {item.name for item in dataclasses.fields(peft.PeftConfig)}

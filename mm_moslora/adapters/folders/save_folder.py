@@ -38,7 +38,6 @@ from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, st
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.mixer import form_named
-from mm_moslora.adapters.tied_weights import further_names
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import discard, read_json, replace_text, sha256_of, staging
@@ -152,8 +151,6 @@ def adapter_tensors(
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
         values = {_bare(name): tensor for name, tensor in state.items()}
-        copies = {_bare(copy): _bare(first) for copy, first in further_names(model).items()}
-        values |= {copy: values[first] for copy, first in copies.items() if first in values}
         lost = sorted(
             name for name in parameters - values.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
         )

@@ -66,8 +66,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """A and B, as PEFT saves them below the module's path."""
     random_factor: ClassVar[int] = 0
     """Which of them starts random; the other starts at zero."""
-    shares_factors: ClassVar[bool] = False
-    """Whether other layers may have the same A or B: of linear layers."""
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]

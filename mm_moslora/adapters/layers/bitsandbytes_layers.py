@@ -22,8 +22,6 @@ class _DoraOnGpus(MoSLoRALayer):
     its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
     """
 
-    shares_factors = True
-
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant; see the base class."""
         weight = cast(Tensor, self.get_base_layer().weight)

@@ -32,7 +32,6 @@ _FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
 class FusedLinear(MoSLoRALayer):
     """A linear layer that the fused kernel computes where PEFT's layer computes nothing more."""
 
-    shares_factors = True
     kernel: Kernel = "auto"
     """See `use_kernel`."""
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_report, summary
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.tied_weights import further_names
-from mm_moslora.adapters.tree import base_model, named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.supervision.run_summary import only_measuring
 from mm_moslora.utils import distributed
@@ -61,8 +60,6 @@ def _factors(
     Raises:
         AdapterError: the state lacks a factor that trains; the layer may hold a shard of it.
     """
-    copies = further_names(base_model(model))
-    state = {**state, **{copy: state[first] for copy, first in copies.items() if first in state}}
     for path, layer in named_adapter_layers(model):
         for name in filter(layer.holds, [RUN_ADAPTER]):
             own = dict(zip("AB", layer.outer_factors(name), strict=True))

@@ -1,1 +1,0 @@
-"""Factors that several adapted layers share: which layers, and what they read."""
