@@ -283,9 +283,7 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
                 setattr(parent, name, layer.get_base_layer())
 
 
-def _misfit(
-    model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool
-) -> str | None:
+def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool) -> str | None:
     """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
