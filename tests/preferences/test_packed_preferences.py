@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlms import make_vlm
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import load_recipe
+from mm_moslora.launch.imported_code import imported
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import REWARDS
@@ -30,13 +32,24 @@ BITS = {"dpo": "nf4", "kto": "int8", "grpo": "nf4"}
 ANSWERS = {"generations": 4, "max_new_tokens": 4, "rewards": ["shown"], "beta": 0.1}
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A reward of an imported file."""
+    (file := tmp_path_factory.mktemp("own") / "own.py").write_text(
+        "from mm_moslora.preferences.rewards import REWARDS\n"
+        "REWARDS['shown'] = lambda text, document: sum(letter < 'm' for letter in text)\n"
+    )
+    with imported([file]):
+        yield
+    del REWARDS["shown"]
+
+
 @pytest.fixture(scope="module", params=BITS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(own: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The second run on a base, in two sessions; the first gave it its start. The same in one stands beside it."""
     folder, objective = tmp_path_factory.mktemp(request.param), request.param
     pairs, base = make_pairs(folder / "pairs"), make_vlm(folder / "base", "qwen2_5_vl")
     records = {"dpo": lambda made: made, "kto": make_judged, "grpo": make_questions}[objective](pairs)
-    REWARDS["shown"] = lambda text, document: sum(letter < "m" for letter in text)
     sections: dict[str, Any] = {"objective": objective, "train": {"steps": 3, "global_batch": 8, "micro_batch": 4}}
     if objective == "grpo":
         sections["grpo"] = ANSWERS
