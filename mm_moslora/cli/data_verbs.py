@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from mm_moslora.cli.library_notices import quiet_libraries
-from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
 from mm_moslora.config import load_recipe, override_items
-from mm_moslora.launch.shard import Shard
-from mm_moslora.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from mm_moslora.planning.recipe_data import Checked
@@ -34,10 +31,6 @@ def data_check(
     processes: Processes = None,
     records: Records = 1000,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
-    shard: str | None = None,
-    merge: Annotated[bool, Parameter(negative="")] = False,
-    output: Path | None = None,
-    where: ShardJobs = HERE,
     as_json: AsJson = False,
 ) -> int:
     """Read every record and picture of a recipe's data and report all faults; exit code 1 when a run would stop.
@@ -50,33 +43,12 @@ def data_check(
         Folders of evaluation pictures; training pictures that look like one of them are listed.
     everything
         Show every fault instead of the first 20; --json always contains all.
-    shard
-        I/N: check only this share of the records, and write its report into the folder OUTPUT; N such commands can run
-        anywhere, at once.
-    merge
-        Report what all shards in OUTPUT have found: the same command with --merge in place of --shard.
-    output
-        Folder of the shards.
     """
-    arguments, divided = dict(locals()), where.check(shard=shard, merge=merge)
-    if (shard is not None) + merge + divided + (output is None) != 1:
-        raise ConfigError("Of --shard I/N, --shards N and --merge give one, with --output FOLDER for the shards.")
-    part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
-    if divided and output is not None:
-        words = words_of(data_check, arguments, against=(), everything=False, as_json=False, where=HERE)
-        _, code = where.run({output: ["data", "check", *words]}, ".json", script=output / ARRAY, on_cards=False)
-        if code:
-            return code
     quiet_libraries()
-    from mm_moslora.planning.recipe_data import check_recipe, check_shard
+    from mm_moslora.planning.recipe_data import check_recipe
 
-    if part is not None and output is not None:
-        print(f"{check_shard(resolved, part, output, processes=processes, records=records)}: shard {part} is checked.")
-        return 0
-    checked = check_recipe(
-        resolved, against=against, processes=processes, everything=everything, merge=output, records=records
-    )
+    checked = check_recipe(resolved, against=against, processes=processes, everything=everything, records=records)
     return _show(checked, as_json=as_json)
 
 
@@ -99,7 +71,7 @@ def data_stats(
 
 
 @data_app.command(name="cache")
-def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, where: ShardJobs = HERE) -> int:
+def data_cache(recipe: str, *overrides: Overrides) -> int:
     """Fill the recipe's caches before training: tokens (data.cache), features of a frozen vision tower
     (model.vision.feature_cache). Training fills what is missing by itself.
 
@@ -107,26 +79,14 @@ def data_cache(recipe: str, *overrides: Overrides, shard: str | None = None, whe
     ----------
     recipe
         YAML file, preset, or the folder of a run.
-    shard
-        I/N: only this share of records and pictures; N such commands can run anywhere, at once. Afterwards the same
-        command without it, or the training, puts the shards together.
     """
-    arguments, divided = dict(locals()), where.check(shard=shard)
-    part = None if shard is None else Shard.parse(shard)
     resolved = load_recipe(recipe, override_items(overrides))
-    features = None if resolved.model.vision is None else resolved.model.vision.feature_cache
-    if divided and (cache := resolved.data.cache or features):
-        folder = Path(cache).expanduser() / "jobs"
-        words = ["data", "cache", *words_of(data_cache, arguments, where=HERE)]
-        _, code = where.run({folder: words}, None, script=folder / ARRAY, on_cards=features is not None)
-        if code:
-            return code
     quiet_libraries()
     from mm_moslora.planning.fill_caches import fill_caches
 
-    filled = fill_caches(resolved, part, features=not divided)
+    filled = fill_caches(resolved)
     print(
-        f"{'Caches' if part is None else f'Shard {part}'}: tokens of {filled.records} records; features of "
+        f"Caches: tokens of {filled.records} records; features of "
         f"{filled.pictures} pictures, {filled.encoded} of them new, {filled.unreadable} pictures cannot be read."
     )
     return 0

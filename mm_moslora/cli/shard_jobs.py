@@ -1,4 +1,4 @@
-"""`--shards N` of the verbs whose work can be divided: the same verb as N jobs, here, on Ray or in a SLURM array."""
+"""`--shards N` of `mm-moslora eval run`: the same verb as N jobs, here, on Ray or in a SLURM array."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARRAY = "shards.sbatch"
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ShardJobs:
-    """Where the shards of a verb run."""
+    """Where the shards of an evaluation run."""
 
     shards: int | None = None
     """Number of jobs that share the work, each this command with --shard; their results are merged at the end."""
@@ -37,8 +37,7 @@ class ShardJobs:
     ray: str = ""
     """Run the jobs on a Ray cluster: HOST:PORT of its head, or auto. Its nodes share the file system of the files."""
     slurm: Annotated[bool, Parameter(negative="")] = False
-    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges
-    (caches: the command without --shards, or the training)."""
+    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges."""
 
     def check(self, **others: object) -> bool:
         """Whether the work is to be divided; `others` are options that exclude it.
@@ -58,13 +57,13 @@ class ShardJobs:
         return True
 
     def run(
-        self, commands: Mapping[Path, list[str]], done: str | None, *, script: Path, on_cards: bool
+        self, commands: Mapping[Path, list[str]], done: str, *, script: Path, on_cards: bool
     ) -> tuple[list[Path], int]:
         """Run the shards of commands as jobs.
 
         Args:
             commands: the words of a verb by the folder of its shards, which gets their logs.
-            done: what follows a shard's name in the path that shows that it is done; None: its exit code alone does.
+            done: what follows a shard's name in the path that shows that it is done.
             script: batch script of an array.
             on_cards: whether a job takes an accelerator, where there are any.
 
@@ -78,15 +77,15 @@ class ShardJobs:
         from mm_moslora.training.supervision.stop_signals import StopRequest
 
         of = self.shards or 0
-        for folder in commands if done is not None else ():
-            refuse_other_divisions(folder, done or "", of=of)
+        for folder in commands:
+            refuse_other_divisions(folder, done, of=of)
         engine = None if self.slurm else open_engine(self.ray, parallel=self.parallel)
         cards = cards_per_job(None, engine, option="--shards") if engine is not None and on_cards else 0
         jobs = [
             Job(
                 name=str(folder / shard.name), cards=cards,
                 command=("mm_moslora", *import_words(), *words, "--shard", str(shard)),
-                log=folder / f"{shard.name}.log", output=None if done is None else folder / f"{shard.name}{done}",
+                log=folder / f"{shard.name}.log", output=folder / f"{shard.name}{done}",
             )
             for folder, words in commands.items()
             for shard in (Shard.parse(f"{number}/{of}") for number in range(1, of + 1))
@@ -97,8 +96,7 @@ class ShardJobs:
             if missing:
                 script.parent.mkdir(parents=True, exist_ok=True)
                 write_array(script, [job for job in jobs if job.name in missing])
-                merging = "this command again merges" if done else "it without --shards, or the training, puts together"
-                print(f"Next: sbatch {shlex.quote(str(script))}\nAfter its end, {merging} the shards.")
+                print(f"Next: sbatch {shlex.quote(str(script))}\nAfter its end, this command again merges the shards.")
         else:
             ended = itertools.count(1)
 

@@ -1,10 +1,9 @@
 """Tokenised records on disk: each text is tokenised once for all runs, in parallel, and then read by number.
 
 A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
-builds it while the others wait; it appears complete or not at all. Shards may tokenise a stretch each; once all are
-there, the cache is built of them. An image is stored as one id, however many tokens it expands to. Weights are stored
-for records with other ones than 0 and 1. Checksums find damage: a record is then tokenised again, and a cache with a
-damaged table is built again.
+builds it while the others wait; it appears complete or not at all. An image is stored as one id, however many tokens it
+expands to. Weights are stored for records with other ones than 0 and 1. Checksums find damage: a record is then
+tokenised again, and a cache with a damaged table is built again.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
-from mm_moslora.launch.shard import Shard, finished
-from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, mark, read_json, remove, set_aside, sha256_of, sync
+from mm_moslora.utils.files import building, read_json, set_aside, sha256_of, sync
 from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.untrusted_data import read_value
 
@@ -104,7 +101,7 @@ class TokenCache:
     ) -> None:
         self.folder, self.source, self.encode = folder, source, encode
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
-        table, faults = _load(folder, range(len(source)))
+        table, faults = _load(folder, len(source))
         self._streams = [
             (
                 np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"),
@@ -178,12 +175,11 @@ class SourceCache:
     ) -> None:
         name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
         self.folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
-        self.shards = root / f"{self.folder.name}.shards"
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 
     def load(self) -> TokenCache:
-        """The cache; build it first if it does not exist or is damaged, of all its shards if they are there."""
+        """The cache; build it first if it does not exist or is damaged."""
         if is_built(self.folder):
             with suppress(OSError, ValueError):
                 return self._read()
@@ -194,13 +190,7 @@ class SourceCache:
                 except (OSError, ValueError) as error:
                     aside = set_aside(self.folder, "corrupt")
                     logger.warning("%s is damaged (%s), now %s; it is built again.", self.folder, error, aside.name)
-            parts = self._finished_shards()
-            numbers = range(len(self.source))
-            read = (_read(path.parent, shard.stretch(numbers)) for shard, path in parts.items())
-            _write(self.folder, read if parts else self._tokenised(numbers))
-            if parts:
-                mark(self.shards, "temporary")
-                remove(self.shards)
+            _write(self.folder, self._tokenised())
         return self._read()
 
     def _read(self) -> TokenCache:
@@ -209,30 +199,13 @@ class SourceCache:
             tokens_per_image=self._tokens_per_image,
         )  # fmt: skip
 
-    def fill(self, shard: Shard) -> int:
-        """Tokenise the records of a shard, unless they or the whole cache are there; returns their number."""
-        numbers, folder = shard.stretch(range(len(self.source))), self.shards / shard.name
-        if not is_built(self.folder) and not is_built(folder):
-            with self._locked(folder):
-                if not is_built(folder):
-                    _write(folder, self._tokenised(numbers))
-        return len(numbers)
-
-    def _finished_shards(self) -> dict[Shard, Path]:
-        if not any(self.shards.glob(f"*/{_LAST}")):
-            return {}
-        try:
-            return finished(self.shards, f"/{_LAST}")
-        except ConfigError as error:
-            logger.warning("%s All records of %s are tokenised here instead.", error, self.source.path)
-            return {}
-
     @staticmethod
     def _locked(folder: Path) -> AbstractContextManager[int]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return lock_file(folder.with_name(f"{folder.name}.lock"), wait=True)
 
-    def _tokenised(self, numbers: Sequence[int]) -> Iterator[_TokenisedRecords]:
+    def _tokenised(self) -> Iterator[_TokenisedRecords]:
+        numbers = range(len(self.source))
         parts = [numbers[start : start + _ROWS] for start in range(0, len(numbers), _ROWS)]
         fold = functools.partial(
             _first_of_images, image_token_id=self._image_token_id, tokens_per_image=self._tokens_per_image
@@ -247,7 +220,7 @@ class SourceCache:
 
 
 def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
-    """Write a cache, or a shard of one; the caller holds the lock."""
+    """Write a cache; the caller holds the lock."""
     tables: list[NDArray[np.int32]] = [np.zeros((0, _COLUMNS), np.int32)]
     faults: list[_Fault] = []
     with building(folder) as part:
@@ -268,8 +241,8 @@ def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
             sync(path)
 
 
-def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list[_Fault]]:
-    """Table and faults of a cache, or a shard of one, with these records.
+def _load(folder: Path, records: int) -> tuple[NDArray[np.int32], list[_Fault]]:
+    """Table and faults of a cache.
 
     Raises:
         OSError, ValueError: it is damaged.
@@ -283,8 +256,8 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
         ]
     except Exception as error:  # what numpy raises for a damaged header depends on the damage
         raise ValueError(str(error)) from error
-    if table.dtype != np.int32 or table.shape != (len(numbers), _COLUMNS) or (table < 0).any():
-        raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {len(numbers)} records")
+    if table.dtype != np.int32 or table.shape != (records, _COLUMNS) or (table < 0).any():
+        raise ValueError(f"table.npy has {table.dtype} {table.shape}, expected rows of {records} records")
     if ((table[:, 6] != 0) & (table[:, 6] != table[:, 0])).any():
         raise ValueError("table.npy has a record with another number of weights than of ids")
     for name, (dtype, column) in _STREAMS.items():
@@ -292,26 +265,9 @@ def _load(folder: Path, numbers: Sequence[int]) -> tuple[NDArray[np.int32], list
         if (stored := (folder / f"{name}.bin").stat().st_size) != size:
             raise ValueError(f"{name}.bin has {stored} bytes, expected {size}")
     codes = {code.value for code in Code}
-    if any(item.code not in codes or item.row not in numbers or table[item.row - numbers[0], 1] for item in faults):
+    if any(item.code not in codes or item.row not in range(records) or table[item.row, 1] for item in faults):
         raise ValueError(f"{_LAST} has an unknown fault, or one of a record without faults")
     return np.array(table), faults
-
-
-def _read(part: Path, numbers: Sequence[int]) -> _TokenisedRecords:
-    """A shard of a cache.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    try:
-        table, faults = _load(part, numbers)
-        streams: dict[str, Any] = {
-            name: np.fromfile(part / f"{name}.bin", dtype=dtype, count=int(table[:, column].sum(dtype=np.int64)))
-            for name, (dtype, column) in _STREAMS.items()
-        }
-    except (OSError, ValueError) as error:
-        raise DataError(f"{part} is damaged ({error}). Delete this folder, and run its shard again.") from error
-    return _TokenisedRecords(**streams, table=table, faults=faults)
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -50,11 +50,6 @@ class Shard:
         """Every N-th item; `offset` decides which shard has the first one."""
         return items[(self.number - 1 + offset) % self.of :: self.of]
 
-    def stretch(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The I-th of N stretches, whose lengths differ by one at most."""
-        count = len(items)
-        return items[count * (self.number - 1) // self.of : count * self.number // self.of]
-
 
 def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     """The files that show that shards are done, in their order.

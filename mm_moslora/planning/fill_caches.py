@@ -1,4 +1,4 @@
-"""`mm-moslora data cache`: fills a recipe's caches before training, whole or by shards."""
+"""`mm-moslora data cache`: fills a recipe's caches before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.training_set import source_caches
-from mm_moslora.launch.shard import Shard
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
 from mm_moslora.models.vision.vision_tower import load_vision
@@ -40,29 +39,24 @@ class Filled(NamedTuple):
     """Counts of a call."""
 
     records: int
-    """Records whose tokens are in the cache or in this shard of it."""
+    """Records whose tokens are in the cache."""
     pictures: int
-    """Pictures whose features are in the cache, of this shard alone where there is one."""
+    """Pictures whose features are in the cache."""
     encoded: int
     """Those of them that were not there before."""
     unreadable: int
     """Pictures that cannot be read; `data check` names them."""
 
 
-def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = True) -> Filled:
+def fill_caches(recipe: Recipe) -> Filled:
     """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data.
-
-    Without a shard the token cache is built of its shards, if all are there. Features are encoded in batches that do
-    not depend on the shards.
 
     Args:
         recipe: resolved.
-        shard: tokenise and encode this share only.
-        features: False leaves the feature cache alone, which its shards have filled.
 
     Raises:
         ConfigError: the recipe names no cache.
-        DataError: a source cannot be read at all, or a shard is damaged.
+        DataError: a source cannot be read at all.
     """
     check_data(recipe.data)
     vision = recipe.model.vision
@@ -75,33 +69,25 @@ def fill_caches(recipe: Recipe, shard: Shard | None = None, *, features: bool = 
     ]
     filled = Filled(0, 0, 0, 0)
     if recipe.data.cache is not None:
-        filled = filled._replace(records=_tokens(recipe, files, parts, shard))
-    if features and vision is not None and folder is not None and parts.image_processing is not None:
-        store, encode = _tower(recipe, vision, Path(folder).expanduser(), shard)
-        filled = _features(files, parts.image_processing, store, encode, shard)._replace(records=filled.records)
+        filled = filled._replace(records=_tokens(recipe, files, parts))
+    if vision is not None and folder is not None and parts.image_processing is not None:
+        store, encode = _tower(recipe, vision, Path(folder).expanduser())
+        filled = _features(files, parts.image_processing, store, encode)._replace(records=filled.records)
     return filled
 
 
-def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts, shard: Shard | None) -> int:
+def _tokens(recipe: Recipe, files: Sequence[RecordSource], parts: DataParts) -> int:
     with Progress("tokenise records", 0, unit="record") as progress:
         examples = RecordExamples(files, parts.encoder, parts.image_processing, recipe.data)
-        caches = source_caches(examples, on_progress=progress.of)
-        if shard is None:
-            return sum(len(cache.load().lengths) for cache in caches)
-        return sum(cache.fill(shard) for cache in caches)
+        return sum(len(cache.load().lengths) for cache in source_caches(examples, on_progress=progress.of))
 
 
-def _tower(
-    recipe: Recipe, vision: VisionConfig, folder: Path, shard: Shard | None
-) -> tuple[FeatureStore, Callable[[Tensor], Tensor]]:
+def _tower(recipe: Recipe, vision: VisionConfig, folder: Path) -> tuple[FeatureStore, Callable[[Tensor], Tensor]]:
     """The store of a recipe's vision tower, and the function that encodes ``[N, 3, H, W]``."""
     device, dtype = distributed.device(), dtype_of(resolve_precision(recipe.train.precision))
     tower, _ = load_vision(vision, dtype=dtype, device=device)
     tower.eval()
-    store = FeatureStore(
-        folder, tower_hash(tower, vision.feature_layer), limit_gib=vision.feature_cache_gib,
-        writers=1 if shard is None else shard.of,
-    )  # fmt: skip
+    store = FeatureStore(folder, tower_hash(tower, vision.feature_layer), limit_gib=vision.feature_cache_gib)
 
     @torch.inference_mode()
     def encode(pixels: Tensor) -> Tensor:
@@ -115,13 +101,11 @@ def _features(
     processing: ImageProcessing,
     store: FeatureStore,
     encode: Callable[[Tensor], Tensor],
-    shard: Shard | None,
 ) -> Filled:
     positions = _pictures(files)
     batches: Sequence[Sequence[_Position]] = [
         positions[start : start + _TOGETHER] for start in range(0, len(positions), _TOGETHER)
     ]
-    batches = batches if shard is None else shard.stretch(batches)
     seen = unreadable = 0
     with Progress("encode pictures", sum(map(len, batches)), unit="picture") as progress:
         for batch in batches:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +11,10 @@ from rich.text import Text
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
-from mm_moslora.config.strict_reading import plain as as_plain
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.thinking_form import form_of, settled
+from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
 from mm_moslora.data.check.record_check import CheckReport, check
-from mm_moslora.data.check.report_file import plain_report, read_report
 from mm_moslora.data.check.terminal_view import view_findings, view_matches, view_report, view_statistics
 from mm_moslora.data.epoch_order import repeats_of
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
@@ -27,15 +22,11 @@ from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
 from mm_moslora.data.sequence_packing import fill_rate, pack
 from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
-from mm_moslora.launch.shard import Shard, finished, refuse_others
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import read_json, replace_text
-from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.progress_bar import Progress
-from mm_moslora.utils.untrusted_data import parse_object
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +37,6 @@ COUNTED = 1000
 """Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
 by 3 % of the standard deviation of single records."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_SIGN = "mm_moslora, a shard of a data check"
 BEGINNING = 1000
 """Records of a stream without an end that are looked at."""
 
@@ -75,7 +65,6 @@ def check_recipe(
     against: Sequence[Path] = (),
     processes: int | None = None,
     everything: bool = False,
-    merge: Path | None = None,
     records: int = BEGINNING,
 ) -> Checked:
     """Read every record and decode every picture of a recipe's training and validation data.
@@ -85,19 +74,20 @@ def check_recipe(
         against: folders of held-out pictures; training pictures should not occur in them.
         processes: number of processes that share the work; None: one per processor.
         everything: show every fault on the console; the plain data always contain all.
-        merge: folder with the reports of all shards (`check_shard`), from which the result is made instead.
         records: of a stream without an end, look at its first ones, so many.
 
     Raises:
-        ConfigError: shards are missing, or belong to other work.
-        DataError: a source cannot be read at all, or a shard is damaged.
+        DataError: a source cannot be read at all.
         ModelError: the tokenizer or the vision encoder does not load.
     """
     check_data(recipe.data)
     recipe, streams = with_beginnings(recipe, records)
     parts = parts_of(recipe)
     shown, plain = _of_streams(streams)
-    reports = _reports(recipe, parts, processes=processes) if merge is None else _merged(recipe, parts, merge)
+    reports = {
+        name: _check(name, sources, recipe, parts, decode=True, processes=processes)
+        for name, sources in data_sets(recipe)
+    }
     for name, report in reports.items():
         shown += [Text(f"data.{name}", style="bold"), *view_report(report, everything=everything)]
         plain[name] = _plain(report, findings(report))
@@ -115,67 +105,6 @@ def check_recipe(
         shown += [view_findings(leaks), view_matches(matches, everything=everything)]
         plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in matches]}
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
-
-
-def check_shard(
-    recipe: Recipe, shard: Shard, folder: Path, *, processes: int | None = None, records: int = BEGINNING
-) -> Path:
-    """Check a share of a recipe's data, and write its report for `check_recipe`; a report that is there is kept.
-
-    Args:
-        recipe: resolved.
-        shard: the share.
-        folder: of all shards.
-        processes: see `check_recipe`.
-        records: see `check_recipe`.
-    """
-    check_data(recipe.data)
-    recipe, _ = with_beginnings(recipe, records)
-    head = re.compile(rb'\{"kind": "%b"' % _SIGN.encode())
-    path = output_file(folder / f"{shard.name}.json", sign=head)
-    parts = parts_of(recipe)
-    work = _work(recipe, parts)
-    with suppress(FileNotFoundError, ValueError):
-        if read_json(path).get("work") == work:
-            return path
-    reports = _reports(recipe, parts, processes=processes, shard=shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: plain_report(report) for name, report in reports.items()}
-    replace_text(path, json.dumps({"kind": _SIGN, "work": work, "reports": plain}) + "\n")
-    return path
-
-
-def _work(recipe: Recipe, parts: DataParts) -> dict[str, Any]:
-    """The settings and data that all shards of a check must share, as JSON gives them back."""
-    content = {
-        f"content of data.{name}.{number}": file.fingerprint()
-        for name, sources in data_sets(recipe)
-        for number, file in enumerate(open_sources(sources, objective=recipe.objective))
-    }
-    work = {"data": as_plain(recipe.data), "model": as_plain(recipe.model), "encoder": parts.encoder.fingerprint()}
-    return parse_object(json.dumps(work | content))
-
-
-def _merged(recipe: Recipe, parts: DataParts, folder: Path) -> dict[str, CheckReport]:
-    """The reports of all shards, added up."""
-    work = _work(recipe, parts)
-    merged: dict[str, CheckReport] = {}
-    for shard, path in finished(folder, ".json").items():
-        try:
-            stored = read_json(path)
-        except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}). Delete it, and run --shard {shard} again.") from error
-        refuse_others(stored.get("work"), work, what=f"Shard {shard} ({path})")
-        for name, _ in data_sets(recipe):
-            reports = stored.get("reports")
-            report = read_report(reports.get(name) if isinstance(reports, dict) else None, source=str(path))
-            if name in merged:
-                merged[name].add(report)
-            else:
-                merged[name] = report
-    for report in merged.values():
-        report.form = form_of(parts.encoder, report.endings)
-    return merged
 
 
 def statistics_of(recipe: Recipe, *, processes: int | None = None, records: int = BEGINNING) -> Checked:
@@ -278,24 +207,14 @@ def _of_streams(streams: Sequence[SourceConfig]) -> tuple[list[RenderableType], 
     return shown, {"streams": plain} if plain else {}
 
 
-def _reports(
-    recipe: Recipe, parts: DataParts, *, processes: int | None, shard: Shard | None = None
-) -> dict[str, CheckReport]:
-    return {
-        name: _check(name, sources, recipe, parts, decode=True, processes=processes, shard=shard)
-        for name, sources in data_sets(recipe)
-    }
-
-
 def _check(
-    name: str, sources: list[SourceConfig], recipe: Recipe, parts: DataParts, *, decode: bool, processes: int | None,
-    shard: Shard | None = None,
+    name: str, sources: list[SourceConfig], recipe: Recipe, parts: DataParts, *, decode: bool, processes: int | None
 ) -> CheckReport:  # fmt: skip
     with Progress(f"check {name}", 0, unit="record") as progress:
         return check(
             sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
             image_processing=parts.image_processing, decode=decode,
-            processes=processes, shard=shard, objective=recipe.objective, on_progress=progress.of,
+            processes=processes, objective=recipe.objective, on_progress=progress.of,
         )  # fmt: skip
 
 

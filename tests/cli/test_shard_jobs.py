@@ -1,4 +1,4 @@
-"""`--shards N`: the same verb as N jobs, with the files of the undivided command."""
+"""`eval run --shards N`: the same verb as N jobs, with the files of the undivided command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tiny import make_records
 
 from mm_moslora import cli
 from mm_moslora.cli.evaluation.eval_options import NO_LIMITS, ServiceOptions
@@ -108,30 +106,6 @@ def test_models_of_one_folder_are_refused(
     assert cli.run([*command, "--output", "out/run"]) == 1
     assert f"--model {other} has no folder of its own" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_data_are_checked_and_cached_by_jobs(
-    tmp_path: Path, language_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "eval")]))
-    vision = {"name": str(vision_folder), "mode": "frozen", "feature_cache": str(tmp_path / "features")}
-    source = {"path": str(make_records(tmp_path, 20)), "image_folder": str(tmp_path / "images")}
-    recipe = tmp_path / "recipe.yaml"
-    content: dict[str, Any] = {
-        "name": "t", "model": {"language": str(language_folder), "vision": vision},
-        "data": {"train": [source], "cache": str(tmp_path / "tokens")}, "train": {"output": str(tmp_path / "run")},
-    }  # fmt: skip
-    recipe.write_text(yaml.safe_dump(content))
-    check = ["data", "check", str(recipe), "--data.max_length", "128", "--json"]
-    assert cli.run(check) == 0
-    whole = json.loads(capsys.readouterr().out)
-    assert cli.run([*check, "--output", str(tmp_path / "check"), "--shards", "2", "--parallel", "2"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
-    assert cli.run(["data", "cache", str(recipe), "--shards", "2", "--parallel", "2"]) == 0
-    assert "tokens of 20 records" in capsys.readouterr().out
-    assert len(list((tmp_path / "tokens").glob("*/table.npy"))) == 1
-    assert len(list((tmp_path / "features").glob("*/*/*.safetensors"))) > 10
 
 
 @pytest.mark.parametrize(

@@ -99,13 +99,6 @@ def test_streams_are_looked_at_in_their_first_records(recipe, tmp_path, capsys):
     assert "r15: " in capsys.readouterr().out
     assert run(["data", "check", name, "--records", "0"]) == 1
     assert "records is 0, expected 1 or more" in capsys.readouterr().err
-    for shard in (1, 2):
-        assert (
-            run(["data", "check", name, "--records", "12", "--shard", f"{shard}/2", "--output", f"{tmp_path}/s"]) == 0
-        )
-    assert run(["data", "check", name, "--records", "12", "--merge", "--output", f"{tmp_path}/s"]) == 0
-    assert "12 of 12 records can be used." in capsys.readouterr().out
-    assert run(["data", "check", name, "--records", "13", "--merge", "--output", f"{tmp_path}/s"]) != 0
 
 
 def test_check_shows_every_fault_when_asked(recipe, tmp_path, capsys):

@@ -211,7 +211,6 @@ ALLOWED = {
     "mm_moslora/data/sources/hf_tables.py:load_saved": "tables were found to lie in the data set",
     "mm_moslora/data/sources/hf_tables.py:_streamed": "the cache of this project",
     "mm_moslora/data/token_cache.py:__init__": "the cache of this project",
-    "mm_moslora/data/token_cache.py:_read": "a shard of the cache of this project",
     "mm_moslora/data/sources/webdataset_tars.py:_members": "a stream",
     "mm_moslora/reporting/page_templates.py:asset": "a file of the package",
     "eval/mm_moslora_eval/backends/openai_endpoint.py:_post": "an endpoint that a person names, over http",

@@ -24,7 +24,6 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
-from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import DataError
 
 _TOGETHER = 128
@@ -177,7 +176,6 @@ def check(
     image_processing: ImageProcessing | None = None,
     decode: bool = True,
     processes: int | None = None,
-    shard: Shard | None = None,
     objective: Objective = "sft",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
@@ -191,7 +189,6 @@ def check(
         image_processing: counts the tokens of every picture; None: every picture takes the encoder's fixed number.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
-        shard: check only this stretch of the records; the reports of all shards, added in order, are the whole one.
         objective: what is learned from the sources; of preference records the chosen answers are counted.
         on_progress: called with (records done, all records).
 
@@ -210,12 +207,11 @@ def check(
     check_rows = _RowCheck(
         files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty
     )
-    chunks: Sequence[tuple[int, range]] = [
+    chunks = [
         (number, range(start, min(len(file), start + _TOGETHER)))
         for number, file in enumerate(files)
         for start in range(0, len(file), _TOGETHER)
     ]
-    chunks = chunks if shard is None else shard.stretch(chunks)
     report, total = empty(), sum(len(rows) for _, rows in chunks)
     if processes is not None and processes < 1:
         raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
