@@ -160,14 +160,10 @@ def _import(names: tuple[str, ...]) -> None:
 
 
 def _find_out() -> None:
-    """Find out what each process would: patterns for the names of weights, operators that compile, our kernels."""
+    """Find out what each process would: patterns for the names of weights, operators that compile."""
     import deepspeed.ops
 
-    from mm_moslora.kernels import native
-
     assert deepspeed.ops.__compatible_ops__
-    with contextlib.suppress(native.NativeError):
-        native.library()
     with contextlib.suppress(ImportError):
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
