@@ -121,9 +121,9 @@ class DataConfig:
     supervise: Literal["all", "last"] = "all"
     """Answers that are learned, with the weights that a record gives them: all, or the last of each record; the others
     are context."""
-    order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
-    """grouped: steps of one modality and similar lengths, so that ranks finish together. llava: the same records per
-    step as LLaVA's own grouping. random. sequential: the order of the files."""
+    order: Literal["grouped", "random", "sequential"] = "grouped"
+    """grouped: steps of one modality and similar lengths, so that ranks finish together. random. sequential: the order
+    of the files."""
     on_bad: Literal["error", "quarantine"] = "quarantine"
     """How to handle a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01

@@ -23,7 +23,6 @@ from mm_moslora.data.epoch_order import (
     deal,
     even_size,
     plan_epoch,
-    plan_llava,
     plan_rows,
     records_of_epoch,
 )
@@ -145,14 +144,10 @@ class BatchLoader:
             size = even_size(len(rows), self.global_batch) if self.stream is not None else self.global_batch
             return plan_rows(rows, seed=self.seed, epoch=epoch, global_batch=size)
         has_image = [bool(data.has_image[number]) for number in chosen]
-        if config.order == "llava":
-            words = [data.words[number] for number in chosen]
-            steps = plan_llava(words, has_image, seed=self.seed, epoch=epoch, global_batch=self.global_batch)
-        else:
-            steps = plan_epoch(
-                [data.lengths[number] for number in chosen], has_image,
-                seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=config.order,
-            )  # fmt: skip
+        steps = plan_epoch(
+            [data.lengths[number] for number in chosen], has_image,
+            seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=config.order,
+        )  # fmt: skip
         return [[[chosen[index]] for index in step] for step in steps]
 
     def __enter__(self) -> BatchLoader:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 MEGABATCH = 16
 """Optimiser steps that are sorted by length together; more steps balance better, fewer steps mix more."""
 
@@ -162,37 +160,6 @@ def plan_rows(rows: Sequence[list[int]], *, seed: int, epoch: int, global_batch:
     shuffled = list(rows)
     random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # packing closes the fullest rows first
     return _cut(shuffled, global_batch)
-
-
-def plan_llava(
-    words: Sequence[int], has_image: Sequence[bool], *, seed: int, epoch: int, global_batch: int
-) -> list[list[int]]:
-    """The optimiser steps of an epoch as LLaVA's `group_by_modality_length` forms them.
-
-    The same records share a step as in LLaVA with the same torch seed. LLaVA uses the global generator, this function
-    a generator with `seed + epoch`. Mega-batches of one modality are shuffled; the remainders of both come last, mixed.
-
-    Args:
-        words: white-space separated words of each record, which LLaVA uses as its length.
-        has_image: modality per record.
-        seed: of the run.
-        epoch: from 0.
-        global_batch: records per step.
-    """
-    generator = torch.Generator().manual_seed(seed + epoch)
-    groups = [[number for number in range(len(words)) if bool(has_image[number]) == kind] for kind in (True, False)]
-    batches: list[list[int]] = []
-    left: list[int] = []
-    for members in groups:
-        order = [members[index] for index in torch.randperm(len(members), generator=generator).tolist()]
-        cut = _cut(order, global_batch)
-        if all(groups):  # LLaVA joins the last mega-batches of both modalities even when they are whole
-            left += cut.pop()
-        batches += cut
-    if not all(groups):
-        return batches
-    batches = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
-    return _cut([number for batch in batches for number in batch] + sorted(left), global_batch)
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:

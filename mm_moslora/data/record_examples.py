@@ -246,8 +246,6 @@ class MeasuredRecords(RecordExamples, ABC):
     """Tokens per record, visual tokens included; 0 for a bad one."""
     has_image: Sequence[int]
     """1 per record with a picture."""
-    words: Sequence[int]
-    """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
     exact: bool
     """Whether `lengths` are surely those of the examples; headers may be wrong, or not fetched yet."""
 

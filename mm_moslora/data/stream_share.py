@@ -30,7 +30,6 @@ class RecordSize(NamedTuple):
     length: int
     """Tokens."""
     pictures: int
-    words: int
 
 
 class StoppedError(DataError):
@@ -115,7 +114,7 @@ class StreamShare:
         for rank, key in enumerate(keys):
             self._wait(key, rank, stop)
             for number, what in parse_json(self._store.get(key), surrogates=True).items():
-                told[int(number)] = RecordSize(*what) if len(what) == 3 else read_fault(what)
+                told[int(number)] = RecordSize(*what) if len(what) == 2 else read_fault(what)
         # All ranks have told of this round, so all have read the round before.
         for old in self._told:
             self._store.delete_key(old)

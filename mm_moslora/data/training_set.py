@@ -123,7 +123,6 @@ class TrainingSet(SourceExamples, MeasuredRecords):
         """Where lengths are estimates: records in the sample, and those of them that do not fit even when shortened."""
         self.lengths: array[int] = array("L", bytes(array("L").itemsize * len(self)))
         self.has_image: bytearray = bytearray(len(self))
-        self.words: array[int] = array("L", bytes(array("L").itemsize * len(self)) if config.order == "llava" else b"")
         if config.cache is not None:
             self.caches = [cache.load() for cache in source_caches(self, on_progress=on_progress)]
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
@@ -150,7 +149,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
     def fingerprint(self) -> str:
         """A hash of the inputs of the record order: usable records, their lengths and repeats."""
         usable, weights = array("L", self.usable), array("d", self.weights)
-        parts = (self.lengths, self.has_image, self.words, usable, weights)
+        parts = (self.lengths, self.has_image, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
 
     def identity(self, key: str) -> dict[str, object]:
@@ -202,14 +201,10 @@ class TrainingSet(SourceExamples, MeasuredRecords):
         for index in range(len(self)):
             cache = self.caches[self.source_and_row(index)[0]]
             headers = self._read_headers and self.has_image[index]
-            if cache is not None and not headers and not self.words:
+            if cache is not None and not headers:
                 continue
             try:
                 record = self.record(index)
-                if self.words:
-                    self.words[index] = sum(len(turn.said.split()) for turn in record.turns)
-                    if cache is not None and not headers:
-                        continue
                 self.lengths[index] = self._measure(index, record)
                 self.has_image[index] = bool(record.images)
             except RecordError as error:

@@ -84,7 +84,6 @@ class Window(MeasuredRecords):
         self.members, self.weights = [range(len(entries))], [1.0]
         self.lengths = array("L", (entry.size.length for entry in entries))
         self.has_image = bytearray(bool(entry.size.pictures) for entry in entries)
-        self.words = array("L", (entry.size.words for entry in entries))
         self.exact = stream.image_processing is None or stream.image_processing.fixed
 
     def __len__(self) -> int:
@@ -355,9 +354,8 @@ class TrainingStream(RecordExamples):
             except RecordError as error:
                 found[number] = error
                 continue
-            words = sum(len(turn.said.split()) for turn in record.turns) if self.config.order == "llava" else 0
             length = int(known[number][1].input_ids.shape[0])
-            found[number] = RecordSize(length=length, pictures=len(record.images), words=words)
+            found[number] = RecordSize(length=length, pictures=len(record.images))
         if self.share is not None:
             found = self.share.gathered(found, self._stop)
         return {number: (found[number], known.get(number)) for number in asked}

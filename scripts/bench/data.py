@@ -42,7 +42,6 @@ from PIL import Image
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.epoch_order import plan_llava
 from mm_moslora.data.sequence_packing import fill_rate, pack
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
@@ -337,8 +336,6 @@ def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows.append({"what": "20,000 of them in rows of 2048", "share": filled})
     rows.append({"what": "the same, a bound that no packing exceeds", "share": fill_bound(few, tokens=2048)})
     summary |= {"packing_fill_rate_2048": rows[-2]["share"], "packing_fill_bound_2048": rows[-1]["share"]}
-    rows.append({"what": "LLaVA, batches of 16 padded to the longest", "share": padded_share(lengths, image)})
-    summary["padding_efficiency_llava"] = rows[-1]["share"]
     return rows, summary
 
 
@@ -376,19 +373,6 @@ def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.nd
         if fits and values.max() > best[length] + 1e-12:
             best[length], last[length] = values.max(), values.argmax()
     return best, last
-
-
-def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch: int = 16) -> float:
-    """Tokens divided by padded tokens in LLaVA's order, 8 GPUs of 16 samples each."""
-    padded = 0
-    for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):
-        members = sorted((lengths[number] for number in step), reverse=True)
-        chunks: list[list[int]] = [[] for _ in range(ranks)]
-        for length in members:  # LLaVA gives the longest first, to the chunk with the fewest tokens
-            open_chunks = [chunk for chunk in chunks if len(chunk) < batch]
-            min(open_chunks, key=sum).append(length)
-        padded += sum(max(chunk) * len(chunk) for chunk in chunks if chunk)
-    return sum(lengths) / padded
 
 
 def main() -> int:

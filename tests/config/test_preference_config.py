@@ -58,7 +58,7 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"objective": "kto", "data": {"pack_tokens": 512}}, "data.pack_tokens is set"),
         ({"data": {"max_length": 256, "pack_tokens": 511}}, "a row holds both answers.* Set it to 512 or more"),
         ({"data": {"too_long": "truncate"}}, "data.too_long is truncate"),
-        ({"data": {"order": "llava"}}, "records are always drawn at random"),
+        ({"data": {"order": "sequential"}}, "records are always drawn at random"),
         ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "weight": 2}]}}, "data.train.1.weight is set"),
         ({"train": {"precision": "fp16"}}, "Choose bf16 or fp32"),
         ({"train": {"gradient_checkpointing": 3}}, "train.gradient_checkpointing is 3"),

@@ -291,10 +291,3 @@ class TestPackedLoader:
         with pytest.raises(DataError, match=r"needs exact lengths.*Set data.cache"):
             self.data(tmp_path, exact_limit=5)
         assert self.data(tmp_path, exact_limit=5, cache=str(tmp_path / "cache")).lengths[0] > 0
-
-
-def test_the_llava_order_is_a_recipe_key(tmp_path: Path) -> None:
-    data = make_set(make_records(tmp_path, 30), order="llava")
-    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, limit=FOUR)
-    assert sorted(number for step in loader.plan(0) for number in step) == list(range(30))
-    assert data.words[0] == len(["<image>", "what", "is", "the", "color?", "red", "is", "it", "red?", "yes"])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch, plan_llava, records_of_epoch
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch, records_of_epoch
 from mm_moslora.data.sequence_packing import fill_rate, pack
 
-GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
 ORDERS = ["grouped", "random", "sequential"]
 sets = st.lists(st.tuples(st.integers(1, 4000), st.booleans()), min_size=1, max_size=150)
 
@@ -170,16 +167,6 @@ class TestPacking:
         lengths = [90] + [10] * 500
         rows = pack([1, 0, *range(2, 501)], lengths, tokens=95, waiting=20)
         assert any(0 in row for row in rows[:20])
-
-
-@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()), ids=lambda case: f"seed {case['seed']}")
-def test_the_llava_order_holds_the_records_of_llavas_steps(case) -> None:
-    """Values of LLaVA's own grouping under `torch.manual_seed`."""
-    steps = plan_llava(
-        [abs(length) for length in case["lengths"]], [length > 0 for length in case["lengths"]],
-        seed=case["seed"], epoch=0, global_batch=case["global_batch"],
-    )  # fmt: skip
-    assert [sorted(step) for step in steps] == case["steps"]
 
 
 @settings(max_examples=150, deadline=None)

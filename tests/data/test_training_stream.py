@@ -93,7 +93,7 @@ def test_ranks_share_the_steps_of_one(shards: Path) -> None:
         assert sorted(whole) == sorted(parts[0] + parts[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}, {"order": "llava"}])
+@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}])
 def test_ranks_measure_shares_and_learn_the_rest_from_each_other(
     shards: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:
