@@ -21,7 +21,7 @@ from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where
-from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
+from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
@@ -151,7 +151,7 @@ class RecordFile(RecordSource):
             raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
         self._lines: array[int] | None = None
         if head.removeprefix(BOM).lstrip()[:1] == b"[":
-            self._starts, self._ends = scan_list(path) or scan_list_carefully(path)
+            self._starts, self._ends = scan_list(path)
         else:
             self._starts, self._ends, self._lines = scan_lines(path)
         if not self._starts:

@@ -1,11 +1,10 @@
-"""The fast scan finds the values that a JSON parser finds, whatever the chunks cut through."""
+"""The scan finds the values that a JSON parser finds, whatever the chunks cut through."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +25,6 @@ def test_a_list_gives_its_values(tmp_path: Path, monkeypatch, rows, indent, asci
     monkeypatch.setattr(json_scan, "CHUNK", chunk)
     path = tmp_path / "a.json"
     path.write_text(f" \n{json.dumps(rows, indent=indent, ensure_ascii=ascii_only)} \n", encoding="utf-8")
-    assert json_scan.scan_list(path) is not None
     file = RecordFile(path)
     assert [file.value(row) for row in range(len(file))] == rows
 
@@ -48,33 +46,3 @@ def test_lines_give_their_values_and_numbers(tmp_path: Path, monkeypatch, lines,
         (number, raw[start:end].strip().decode()) for start, end, number in zip(starts, ends, numbers, strict=True)
     ]
     assert found == [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '["a"]',
-        "[1, 2]",
-        '[{}, "a"]',
-        "[{},, {}]",
-        "[{} {}]",
-        "[{},]",
-        "[,{}]",
-        "[{}",
-        "[{}] x",
-        "[{}}",
-        '[{"a": "]',
-        "[{}{}]",
-    ],
-)
-def test_anything_but_a_sound_list_of_objects_is_left_to_the_careful_reader(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    assert json_scan.scan_list(tmp_path / "a.json") is None
-
-
-def test_a_record_that_is_damaged_inside_costs_itself_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"id": 1}, {"id": oops}, {"id": 3}]')
-    file = RecordFile(tmp_path / "a.json")
-    assert (file.value(0), file.value(2)) == ({"id": 1}, {"id": 3})
-    with pytest.raises(ValueError, match="not valid JSON"):
-        file.value(1)
