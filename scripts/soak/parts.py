@@ -13,11 +13,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS / part) for part in ("", "support", "builders", "distributed")]
 
-from preloaded import Preloaded  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from trials import full, hexed, make_parts, make_recipe, metrics, weights, write  # noqa: E402
 
-__all__ = ["Ledger", "Preloaded", "Ranks", "full", "hexed", "make_parts", "make_recipe", "metrics", "weights", "write"]
+__all__ = ["Ledger", "Ranks", "full", "hexed", "make_parts", "make_recipe", "metrics", "weights", "write"]
 
 
 class Ledger:

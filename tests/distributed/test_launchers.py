@@ -6,24 +6,18 @@ SLURM: `test_slurm.py`.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import launchers
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "soak"))
-import launchers
-
 pytestmark = pytest.mark.slow
-LEFT_OUT = ("train_deepspeed.sh", "deepspeed-no-local-rank", "ipv6-two-agents", "mpirun-launch-on-each-host")
-"""Ways whose parts other ways have, and which take long: `scripts/soak/launchers.py` runs all of them."""
 STOPS = {name for name, way in launchers.WAYS.items() if not way.refused and not name.startswith("deepspeed")}
 """Ways that save on the signal; DeepSpeed's runner hands none on."""
 AGAIN = ("launch", "torchrun")
-"""Ways that are started a second time here: ours, and the launcher below it. What the ranks of all others read is the
-same; `scripts/soak/launchers.py` starts all of them again."""
+"""Ways that are started a second time, ours and the launcher below it: the ranks of all others read the same."""
 
 
-@pytest.mark.parametrize("name", [name for name in launchers.WAYS if name not in LEFT_OUT])
+@pytest.mark.parametrize("name", launchers.WAYS)
 def test_a_launcher_trains_two_ranks_stops_and_goes_on(name, parts, ranks, python, tmp_path):
     if reason := launchers.impossible(name):
         pytest.skip(reason)

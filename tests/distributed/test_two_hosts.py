@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import two_hosts
 from trials import hexed, make_recipe, weights, write
 from waiting import wait_until
 
-SOAK = Path(__file__).parents[2] / "scripts" / "soak"
 pytestmark = pytest.mark.slow
 
 
-def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(SOAK))
-    import two_hosts
-
+def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path):
     reason = two_hosts.impossible()
     if reason:
         pytest.skip(reason)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -75,48 +74,3 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path, monkeypatch, python):
     (finished,) = Ledger(tmp_path / "ledger.jsonl").entries
     assert finished["equal"]
     assert len(finished["moments"]) >= 2
-
-
-@pytest.fixture
-def chaos(monkeypatch, python):
-    """The script, with a few kinds of faults in a short run."""
-    monkeypatch.setenv("PYTHON", str(python.ours))  # of the ranks
-    import chaos
-
-    kinds = [
-        "NaN in one rank's loss or gradient",
-        "SIGKILL of one rank",
-        "flipped bit",
-        "clock of one rank jumps by an hour",
-    ]
-    monkeypatch.setattr(chaos, "kinds_of", lambda _: list(kinds))
-    monkeypatch.setattr(chaos, "STEPS", 14)
-    return chaos
-
-
-@pytest.mark.slow
-def test_a_run_in_chaos_ends_as_an_undisturbed_one(tmp_path, chaos):
-    from parts import Ledger
-
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    chaos.run(4, tmp_path, seed=3, disk=tmp_path / "plain", ledger=ledger, chains=range(6, 7))
-    (finished,) = Ledger(tmp_path / "ledger.jsonl").entries
-    assert finished["equal"], finished
-    assert len(finished["faults"]) >= 3
-    assert not any(fault["wrong"] for fault in finished["faults"]), finished
-    assert "| SIGKILL of one rank | 1 | ended 1 | 1 | 0 |" in chaos.table(ledger)
-
-
-def test_a_run_that_differs_in_one_digit_or_weight_is_found(tmp_path, chaos):
-    chain = chaos.Chain(0, 0, folder=tmp_path, disk=tmp_path, parts={})
-    (chain.run / "checkpoint-000014").mkdir(parents=True)
-    files = {"adapter/adapter_model.safetensors": {"sha256": "a"}, "trainer/rank-00000/optimizer.safetensors": {}}
-    (chain.run / "checkpoint-000014" / "manifest.json").write_text(json.dumps({"files": files}))
-    (chain.run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.2}\n')
-    good = {1: (0.1).hex(), 2: (0.2).hex()}
-    name = "adapter/adapter_model.safetensors"
-    assert not chain.compare((good, {name: "a"}))
-    assert chain.compare((good | {2: (0.2 + 1e-16).hex()}, {name: "a"})).startswith("losses of steps [2], by up to ")
-    assert chain.compare((good, {name: "b"})) == f"weights: ['{name}']"
-    chain.excused = {2}
-    assert not chain.compare((good | {2: (0.3).hex()}, {name: "a"}))

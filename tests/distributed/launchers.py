@@ -1,19 +1,13 @@
-#!/usr/bin/env python
-"""Start two ranks in the ways that docs/cluster.md lists, stop them by a signal, start them again, and compare.
-
-    python scripts/soak/launchers.py
-    sudo python scripts/soak/launchers.py --only ipv6-launch ipv6-two-agents
+"""Two ranks started in the ways that docs/cluster.md lists, stopped by a signal, started again, and compared.
 
 Of each way: the exit codes after the signal (SIGTERM, or SIGUSR1 to `mpirun`, which kills its processes a moment after
 SIGTERM), what the run folder says then, the exit codes of the same command again, and whether losses and weights are
-those of an undisturbed run, bit for bit. Of a way that is refused: the line that says so. The ways `ipv6-...` run in a
-network namespace that has no address but ::1, which needs root and iproute2; those of `mpirun` need Open MPI. SLURM:
-`tests/distributed/test_slurm.py`.
+those of an undisturbed run, bit for bit. Of a way that is refused: the line that says so. `ipv6-launch` runs in a
+network namespace that has no address but ::1, which needs root and iproute2; those of `mpirun` need Open MPI.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from parts import Ranks, hexed, make_parts, make_recipe, metrics, weights, write
+from ranks import Ranks
+from trials import hexed, make_recipe, metrics, weights, write
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREVER, MORE = 100_000, 3
@@ -66,13 +60,8 @@ WAYS = {
     "torchrun": Way(
         words="exec {python} -m torch.distributed.run --standalone --nproc_per_node 2 -m mm_moslora train {recipe}"
     ),
-    "train_deepspeed.sh": Way(words="exec bash {scripts}/train_deepspeed.sh {recipe}"),
     "deepspeed": Way(
         words="exec {python} -m deepspeed.launcher.runner --master_port {port} --num_gpus 2 "
-        "--module mm_moslora train {recipe}"
-    ),
-    "deepspeed-no-local-rank": Way(
-        words="exec {python} -m deepspeed.launcher.runner --master_port {port} --no_local_rank --num_gpus 2 "
         "--module mm_moslora train {recipe}"
     ),
     "mpirun": Way(
@@ -83,19 +72,12 @@ WAYS = {
         words=f"{MPIRUN} 2 bash -c '{_BY_HAND}{TRAIN} {{recipe}}'", needs="mpirun", number=signal.SIGUSR1
     ),
     "mpirun-launch": Way(words=f"{MPIRUN} 1 {LAUNCH} {{recipe}}", needs="mpirun", number=signal.SIGUSR1),
-    "mpirun-launch-on-each-host": Way(
-        words=f"NPROC=1 {MPIRUN} 2 {LAUNCH} --nnodes 2 --rdzv localhost:{{port}} {{recipe}}", needs="mpirun",
-        number=signal.SIGUSR1,
-    ),
     "accelerate-cpu": Way(
         words="exec {python} -m accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --num_machines 1 "
         "--mixed_precision no --dynamo_backend no -m mm_moslora train {recipe}",
         refused="accelerate launch was asked for several processes, but RANK is not set",
     ),
     "ipv6-launch": Way(words=f"exec {LAUNCH} {{recipe}}", needs="ip", ipv6=True),
-    "ipv6-two-agents": Way(
-        words=f"NPROC=1 exec {LAUNCH} --nnodes 2 --rdzv '[::1]:{{port}}' {{recipe}}", needs="ip", agents=2, ipv6=True
-    ),
 }  # fmt: skip
 
 
@@ -247,31 +229,3 @@ def impossible(name: str) -> str | None:
     if way.ipv6 and os.geteuid() != 0:
         return "making network namespaces needs root"
     return None
-
-
-def main() -> int:
-    """Try them and print what came of each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--keep", type=Path, help="folder for runs and logs")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
-    good = True
-    with tempfile.TemporaryDirectory() as folder, Ranks(Path(folder, "ranks")) as ranks:
-        root = options.keep or Path(folder)
-        trial = Trial(folder=root, parts=make_parts(root), ranks=ranks)
-        for name in options.only:
-            if reason := impossible(name):
-                result: dict[str, Any] = {"way": name, "left out": reason}
-            else:
-                try:
-                    result = trial.run(name)
-                except AssertionError as error:
-                    result = {"way": name, "good": False, "said": str(error)}
-            good = good and result.get("good", True)
-            print("; ".join(f"{key} {value}" for key, value in result.items()), flush=True)
-    return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
