@@ -42,14 +42,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import ready_made
 import torch
 import transformers
 import yardstick
 from json_output import results_alone
 from measuring import head, interleaved, ratio
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mm_moslora import adapters
 from mm_moslora.batch import Example, ProcessedImage
@@ -89,7 +88,21 @@ def base(name: str, vocabulary: int) -> PreTrainedModel:
     if name == "assembled":
         setting = yardstick.Setting(width=WIDTH, layers=LAYERS)
         return yardstick.base(vocabulary, torch.float32, setting).requires_grad_(False)
-    return ready_made.base(name, layers=LAYERS, width=WIDTH, vocabulary=vocabulary)
+    torch.manual_seed(0)
+    heads = WIDTH // 64
+    text = {
+        "vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": WIDTH * 11 // 4, "head_dim": 64,
+        "num_hidden_layers": LAYERS, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]},
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 192, "intermediate_size": 768, "num_heads": 3, "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [3],
+    }  # fmt: skip
+    tokens = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+    shape = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    return Qwen2_5_VLForConditionalGeneration(shape).requires_grad_(False)
 
 
 def pairs_of(model: PreTrainedModel, name: str, vocabulary: int) -> list[tuple[Example, Example]]:

@@ -1,18 +1,15 @@
 """What PEFT promises of an adapter, for every layer type: one test per behaviour and layer.
 
-`docs/adapter_behaviours.md` holds a table made from this file by `scripts/adapter_table.py`: the first line of a test's
-docstring names the behaviour, its parameters are the layer types.
+The first line of a test's docstring names the behaviour, its parameters are the layer types.
 """
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from preloaded import Preloaded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,7 +24,6 @@ from mm_moslora.adapters import (
 from tests.adapters.adapter_models import folded, train_a_bit
 from tests.adapters.behaviour_models import LAYERS, inputs, network
 
-ROOT = Path(__file__).parents[2]
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
 where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
 where_own = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.own_factors])
@@ -377,11 +373,3 @@ def test_trainable_token_indices(tmp_path: Path) -> None:
     loaded = load_adapter(llama(), tmp_path / "a")
     assert torch.equal(logits(loaded), logits(model))
     assert (logits(model) - logits(llama())).abs().max() > 1e-2
-
-
-def test_table_is_up_to_date(python: Preloaded) -> None:
-    done = subprocess.run(
-        [python.ours, str(ROOT / "scripts" / "adapter_table.py"), "--check"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
