@@ -25,10 +25,7 @@ from typing import Any
 import yaml
 
 SETS = ("kind", "word")
-ARMS = (
-    "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs,"
-    "peft:HIRA@r=16"
-)
+ARMS = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,dora,rslora,peft:HIRA@r=16"
 KINDS = {
     "animals": "animal", "clothes": "clothing", "food": "food", "household": "household", "plants": "plant",
     "space": "space", "sports": "sport", "vehicles": "vehicle",

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.adapters import add_method, add_moslora, keep_orthonormal
+from mm_moslora.adapters import add_method, add_moslora
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
@@ -73,8 +73,7 @@ def adapt(denoiser: nn.Module, adapter: AdapterConfig) -> nn.Module:
         method = method_config(adapter)
         method.task_type = None
         return add_method(denoiser, method, targets=list(TARGETS)).train()
-    start = "gaussian" if adapter.factor_form in ("free", "mixed") else True  # as diffusers' scripts start A
-    config = moslora_config(adapter, task_type=None, init_lora_weights=start)
+    config = moslora_config(adapter, task_type=None, init_lora_weights="gaussian")  # as diffusers' scripts start A
     return add_moslora(denoiser, config, targets=list(TARGETS)).train()
 
 
@@ -98,8 +97,6 @@ def train(
         [{"params": group.parameters, "lr": group.peak_lr, "weight_decay": group.weight_decay} for group in groups],
         fused=True,
     )
-    if recipe.adapter.factor_form in ("stella", "orthonormal"):
-        keep_orthonormal(denoiser, optimizer, width=max(CHANNELS))
     losses = []
     for _ in range(steps):
         loss = noise_loss(denoiser, scheduler, next(batches), generator)
@@ -115,10 +112,7 @@ def train(
 class Plan:
     """How large the experiment is."""
 
-    arms: str = (
-        "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,stella,dora,rslora,lora-xs,"
-        "peft:HIRA@r=4"
-    )
+    arms: str = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,dora,rslora,peft:HIRA@r=4"
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     grow: int = 3
     """Rates by which an arm's grid may grow where its best is at an edge."""

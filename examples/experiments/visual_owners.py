@@ -37,7 +37,7 @@ from commonsense import KINDS, write_recipe
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.quickstart.stamp_data import find_stamps, same_thing, square
 
-ARMS = "lora,lora-xs,lora@rank=1@alpha=2"
+ARMS = "lora,lora@rank=1@alpha=2"
 EACH = 8
 """Things of a kind."""
 OWNERS = (

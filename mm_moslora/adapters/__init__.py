@@ -12,7 +12,6 @@ from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
 from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
 from mm_moslora.adapters.peft_methods import (
     add_method,
     load_method,
@@ -54,7 +53,6 @@ __all__ = [
     "fused_linear",
     "init_mixer",
     "is_adapter_parameter",
-    "keep_orthonormal",
     "load_adapter",
     "load_method",
     "merge",

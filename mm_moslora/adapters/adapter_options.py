@@ -30,7 +30,7 @@ _OTHER_LAYOUTS = (
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 
-FactorForm = Literal["free", "mixed", "svd", "stella", "orthonormal"]
+FactorForm = Literal["free", "mixed"]
 
 
 @dataclass
@@ -49,10 +49,8 @@ class AdapterOptions(LoraConfig):
     block_diagonal:4 (4 blocks), low_rank:4 (the identity and a product of rank 4), or a name of your own in
     MIXER_FORMS."""
     factor_form: FactorForm = "free"
-    """free: A and B train. mixed: A starts as M A, without a mixer from there (plain LoRA). svd: A and B are frozen at
-    the base weight's leading singular vectors, M trains (LoRA-XS, arXiv 2405.17604). stella: A and B stay orthonormal,
-    M starts as the identity (StelLA, arXiv 2510.01938). orthonormal: A and B stay orthonormal, M starts at zero. For
-    the last two call keep_orthonormal on the optimiser."""
+    """free: A and B train. mixed: A starts as M A, without a mixer from there (plain LoRA)."""
+
     # What makes the adapted layer around a base layer, by the type of that; `tuner` fills it in.
     layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
     # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
@@ -134,28 +132,19 @@ class AdapterOptions(LoraConfig):
         form = form_named(self.mixer_form)
         for rank in {self.r, *(self.rank_pattern or {}).values()}:
             form.check(rank)
-        placed = self.factor_form in ("svd", "stella", "orthonormal")
         if self.mixer_form == "dense" and self.factor_form == "free":
             return
         where = f"mixer_form={self.mixer_form!r}, factor_form={self.factor_form!r}"
         if not self.mixer_trainable and self.factor_form != "mixed":
             raise AdapterError(f"{where} needs a mixer that trains. Set mixer_trainable=True.")
         inits = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
-        if (placed or not form.inits) and inits != {"orthogonal"}:
+        if not form.inits and inits != {"orthogonal"}:
             raise AdapterError(
                 f"{where} brings its own start of the mixer. Leave mixer_init at its default, and let mixer_pattern "
                 "say none at most."
             )
         if unknown := sorted(inits - set(form.inits)) if form.inits else []:
             raise AdapterError(f"{where} has no start {unknown[0]!r}, expected one of {', '.join(form.inits)}.")
-        if placed and self.mixer_pattern:
-            raise AdapterError(f"{where} needs a mixer in every module. Leave mixer_pattern out.")
-        if self.factor_form in ("svd", "orthonormal") and self.mixer_form != "dense":
-            raise AdapterError(f"{where}: fixed subspaces need a dense mixer. Use one of the two.")
-        if self.factor_form == "stella" and self.mixer_form not in ("dense", "diagonal"):
-            raise AdapterError(
-                f"{where}: StelLA's middle factor is dense or diagonal. Set mixer_form to one of the two."
-            )
         if self.factor_form == "mixed" and not form.fixed:
             raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
 

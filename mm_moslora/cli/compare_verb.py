@@ -64,7 +64,7 @@ def compare(
         YAML file, or the name of a shipped preset (see `mm-moslora config`); with --cell the folder of a comparison.
     arms
         lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init, diagonal,
-        block-diagonal, moslora-rslora, moslora-lora+, lora-xs, stella, orthonormal, dora, rslora, lora+,
+        block-diagonal, moslora-rslora, moslora-lora+, dora, rslora, lora+,
         full, or peft:NAME for a method of PEFT;
         with @key=value for other keys of the adapter, of the method or of the recipe: moslora:orthogonal@rank=16.
     lr

@@ -56,18 +56,6 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "MoSLoRA's start alone: A starts as M A, and plain LoRA trains from there",
         {"adapter.mixer_init": "kaiming", "adapter.factor_form": "mixed"},
     ),
-    "lora-xs": (
-        "LoRA-XS: A and B frozen at the weight's leading singular vectors, the mixer alone trains",
-        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "svd"},
-    ),
-    "stella": (
-        "StelLA: A and B stay orthonormal around a mixer that starts as the identity",
-        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "stella"},
-    ),
-    "orthonormal": (
-        "A and B stay orthonormal around a mixer that starts at zero",
-        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "orthonormal"},
-    ),
     "dora": ("DoRA: LoRA and a trained length of every row", _LORA | {"adapter.use_dora": True}),
     "rslora": ("LoRA scaled by alpha / sqrt(rank)", _LORA | {"adapter.use_rslora": True}),
     "lora+": ("LoRA+: the learning rate of B is 16 times that of A", _LORA | {"optim.lora_plus_ratio": 16.0}),

@@ -289,11 +289,8 @@ class AdapterConfig:
     """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1. block_diagonal:4: 4 blocks.
     low_rank:4: the identity and a product of rank 4. Or a form of your own (extending.md in
     `mm-moslora files tutorials`)."""
-    factor_form: Literal["free", "mixed", "svd", "stella", "orthonormal"] = "free"
-    """free: A and B train. mixed: A starts as M A, and there is no mixer (MoSLoRA's start, plain LoRA from there).
-    svd: frozen at the weight's leading singular vectors, M alone trains (LoRA-XS, 2405.17604). stella: A and B stay
-    orthonormal around an M that starts as the identity (StelLA, 2510.01938). orthonormal: the same with an M that
-    starts at zero, the tangent projection as gradient and no scaled steps. The last two not under ZeRO-3."""
+    factor_form: Literal["free", "mixed"] = "free"
+    """free: A and B train. mixed: A starts as M A, and there is no mixer (MoSLoRA's start, plain LoRA from there)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Per-module override of rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

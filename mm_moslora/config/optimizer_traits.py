@@ -21,8 +21,6 @@ class OptimizerTraits:
     """Distribution that has it, and its name for imports; empty: torch."""
     whole_because: str = ""
     """Why it cannot step the flat parts of parameters that ZeRO-1 to 3 give a rank; empty: it can."""
-    off_manifold_because: str = ""
-    """Why it cannot keep factors orthonormal; empty: it can."""
 
 
 OPTIMIZERS: dict[str, OptimizerTraits] = {
@@ -33,7 +31,6 @@ OPTIMIZERS: dict[str, OptimizerTraits] = {
     ),
     "muon": OptimizerTraits(
         state_bytes=4, whole_because="it orthogonalises whole matrices",
-        off_manifold_because="its step is orthogonalised again after the gradient was converted",
     ),
 }  # fmt: skip
 """`optim.optimizer`; the names are those of transformers' `optim`, where it has one."""

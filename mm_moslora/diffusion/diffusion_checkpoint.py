@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters import take_adapter
 from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS
 from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.diffusion.diffusion_export import write_lora_file
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.diffusion.diffusion_setup import CLASS_PICTURES, DiffusionRun
@@ -136,7 +136,7 @@ class Checkpoints:
             for name, parameter in self.trainable.items():
                 parameter.copy_(states[0]["parameters"][name])
         for name in run.family.adapted_names():
-            restore_frozen_factors(getattr(run.family.pipeline, name), folder / "adapter" / name)
+            restore_frozen_mixers(getattr(run.family.pipeline, name), folder / "adapter" / name)
             restore_start(getattr(run.family.pipeline, name), folder / "adapter" / name)
         if self.sharded:
             zero = self.optimizer.optimizer

@@ -58,11 +58,6 @@ class DiffusionAdapterConfig(AdapterConfig):
             "recipe.",
         )
         super().__post_init__()
-        require(
-            self.factor_form not in ("stella", "orthonormal"),
-            f"adapter.factor_form is {self.factor_form}, which only `mm-moslora train` steps along. "
-            "Choose free, mixed or svd.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from mm_moslora.adapters import keep_orthonormal, load_adapter, take_adapter
+from mm_moslora.adapters import load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
@@ -69,8 +69,6 @@ class RunTrainer(ZeroTrainer):
         self.schedule = partial(LambdaLR, lr_lambda=partial(lr_factor, total=run.total_steps, config=optim))
         if not run.sharded:  # else DeepSpeed needs the weights first
             self.stepping = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
-        if run.recipe.adapter.factor_form in ("stella", "orthonormal"):
-            keep_orthonormal(run.peft_model, self.stepping)
         starts = [(parameter, parameter.data) for group in groups for parameter in group.parameters]
         with logits_of_class(run.assembly.model):
             super().__init__(
@@ -143,7 +141,7 @@ class RunTrainer(ZeroTrainer):
         """Put the trained factors of a checkpoint in the place of those of the start."""
         peft_model, folder = self.run.peft_model, checkpoint / "adapter"
         load_adapter(peft_model, folder, trainable=True)
-        restore_frozen_factors(peft_model, folder)
+        restore_frozen_mixers(peft_model, folder)
         restore_start(peft_model, folder)
 
 

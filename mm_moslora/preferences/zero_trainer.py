@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
+from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder, read_manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, largest_adapter
@@ -96,7 +96,7 @@ class ZeroTrainer(Trainer):
         checkpoint = state.parents[1]
         ranks = read_manifest(checkpoint, verify=False).world_size
         load_optimizer(engine, [rank_folder(checkpoint, rank) for rank in range(ranks)])
-        restore_frozen_factors(self.run.peft_model, checkpoint / "adapter")
+        restore_frozen_mixers(self.run.peft_model, checkpoint / "adapter")
         restore_start(self.run.peft_model, checkpoint / "adapter")
         self._load_optimizer_and_scheduler(str(state))
         assert self.lr_scheduler is not None

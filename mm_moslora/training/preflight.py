@@ -201,11 +201,6 @@ def check_zero(recipe: Recipe) -> None:
     """
     train, adapter, optimizer = recipe.train, recipe.adapter, recipe.optim.optimizer
     traits = OPTIMIZERS[optimizer]
-    if traits.off_manifold_because and adapter.factor_form in ("stella", "orthonormal"):
-        raise ConfigError(
-            f"optim.optimizer is {optimizer}, which cannot keep the factors of adapter.factor_form "
-            f"{adapter.factor_form} orthonormal: {traits.off_manifold_because}. Choose an AdamW, or another form."
-        )
     if train.zero == "none":
         if train.precision == "fp16":
             raise ConfigError(
@@ -251,16 +246,11 @@ def check_zero(recipe: Recipe) -> None:
             f"adapter.peft is {adapter.peft.get('type')}, and train.zero {train.zero} is a ZeRO-3, which cuts the "
             "weights up before PEFT's methods have read them. Choose zero0 to zero2."
         )
-    if stage == 3 and adapter.factor_form in ("stella", "orthonormal"):
-        raise ConfigError(
-            f"adapter.factor_form is {adapter.factor_form}, which needs whole matrices, but train.zero {train.zero} is "
-            "a ZeRO-3, which gathers a matrix only while its layer computes. Choose zero0 to zero2."
-        )
 
 
 def _check_zero_of_trl(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse what TRL's trainers were not tried with, or cannot."""
-    zero, form = recipe.train.zero, recipe.adapter.factor_form
+    zero = recipe.train.zero
     groups = {key: value for key, value in settings.items() if key.startswith("offload_") and isinstance(value, dict)}
     odd = [key for key, group in groups.items() if group.get("device", "none") != "none"]
     odd += [key for key, value in settings.items() if key.startswith(("zero_quantized_", "cpu_offload")) and value]
@@ -271,8 +261,6 @@ def _check_zero_of_trl(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         found = f"sets {', '.join(odd)}, with which TRL's trainers are not tried. Choose zero1, zero2 or zero3"
     elif recipe.data.pack_tokens:
         found = "is set with data.pack_tokens, with which it is not tried. Leave one of them out"
-    elif form in ("stella", "orthonormal"):
-        found = f"divides the factors that adapter.factor_form {form} keeps orthonormal. Leave train.zero out"
     if found:
         raise ConfigError(f"objective is {recipe.objective}, and train.zero {zero} {found}.")
 

@@ -191,7 +191,7 @@ def test_a_state_dict_of_a_wrapped_model_is_understood(prefix: str, tmp_path: Pa
     assert all(torch.equal(loaded[name], 2 * tensor) for name, tensor in factors.items())
 
 
-@pytest.mark.parametrize("form", [{}, {"factor_form": "svd"}, {"mixer_init": "butterfly", "mixer_trainable": False}])
+@pytest.mark.parametrize("form", [{}, {"mixer_init": "butterfly", "mixer_trainable": False}])
 def test_copies_pickles_and_other_precisions_of_an_adapted_model_work(form: dict) -> None:
     model = adapted(**form)
     live = logits(model)

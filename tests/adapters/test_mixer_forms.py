@@ -451,7 +451,6 @@ def test_mixed_starts_are_a_fold_into_a(tmp_path: Path) -> None:
         ({"mixer_form": "gated", "factor_form": "mixed"}, "cannot be folded into A"),
         ({"mixer_init": "none"}, "mixer_init is 'none', expected one of orthogonal"),
         ({"factor_form": "mixed", "init_lora_weights": "pissa"}, "product B A a meaning"),
-        ({"factor_form": "svd", "mixer_pattern": {"q_proj": "none"}}, "a mixer in every module"),
     ],
 )
 def test_forms_that_do_not_exist_or_fit_are_one_clear_error(options: dict, words: str) -> None:

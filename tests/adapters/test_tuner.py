@@ -58,7 +58,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "a"
 
 
-FORMS = [{}, {"mixer_form": "diagonal"}, {"factor_form": "svd"}, {"mixer_init": "butterfly", "mixer_trainable": False}]
+FORMS = [{}, {"mixer_form": "diagonal"}, {"mixer_init": "butterfly", "mixer_trainable": False}]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -194,23 +194,6 @@ def train_counting(*arguments: str) -> int:
     return 0
 
 
-def train_with_other_signs(*arguments: str) -> int:
-    """Train where every second singular vector has the other sign, as another LAPACK gives them."""
-    import torch
-    from ranks import train_recipes
-
-    svd = torch.linalg.svd
-
-    def flipped(*args, **kwargs):
-        U, S, Vh = svd(*args, **kwargs)
-        signs = torch.ones_like(S)
-        signs[1::2] = -1
-        return U * signs, S, signs[:, None] * Vh
-
-    torch.linalg.svd = flipped
-    return train_recipes(list(arguments))
-
-
 def train_unseeing(*arguments: str) -> int:
     """Train models with zeros as visual tokens, whatever the picture."""
     import torch

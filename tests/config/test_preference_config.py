@@ -72,20 +72,18 @@ def test_what_the_objective_cannot_follow_is_named(sections: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
-    ("zero", "form", "message"),
+    ("zero", "message"),
     [
-        ("zero0", "free", "train.zero zero0 is a ZeRO-0, which divides nothing"),
-        ("zero2_offload", "free", "zero2_offload sets offload_optimizer, with which TRL's trainers are not tried"),
-        ("zero3_offload", "free", "zero3_offload sets offload_optimizer, offload_param"),
-        ("zeropp", "free", "zeropp sets zero_quantized"),
-        ("zero1", "stella", "divides the factors that adapter.factor_form stella keeps orthonormal"),
-        ("zero4", "free", "train.zero is 'zero4'"),
+        ("zero0", "train.zero zero0 is a ZeRO-0, which divides nothing"),
+        ("zero2_offload", "zero2_offload sets offload_optimizer, with which TRL's trainers are not tried"),
+        ("zero3_offload", "zero3_offload sets offload_optimizer, offload_param"),
+        ("zeropp", "zeropp sets zero_quantized"),
+        ("zero4", "train.zero is 'zero4'"),
     ],
 )
-def test_a_way_to_divide_that_trainers_of_trl_do_not_take_is_named(zero: str, form: str, message: str) -> None:
-    adapter = {"rank": 4, "factor_form": form}
+def test_a_way_to_divide_that_trainers_of_trl_do_not_take_is_named(zero: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_settings(read(train={"zero": zero}, adapter=adapter))
+        check_settings(read(train={"zero": zero}, adapter={"rank": 4}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -42,7 +42,6 @@ def test_the_sdxl_recipe_has_the_settings_of_the_paper() -> None:
         ("adapter.rnk=4", "Did you mean 'rank'"),
         ("data.prompt=null", "give one of prompt"),
         ("data.resolution=30", "multiple of 8"),
-        ("adapter.factor_form=orthonormal", "Choose free, mixed or svd"),
         ("optim.betas=[2,3]", "expected two numbers from 0 to 1"),
         ("optim.eps=0", "optim.eps is 0"),
         ("optim.mixer_factor=0", "optim.mixer_factor is 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -167,20 +166,13 @@ def test_the_plan_says_what_trains_in_each_arm(base: t.LlamaForCausalLM, tmp_pat
     assert "not counted (PEFT's VBLORA does not fit this model: `in_features` 32 must be divisible" in lines[6]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("lora@targets=[nope]", "Target 'nope' matches no module"),
-        ("lora-xs@rank=8,64", "has rank 64"),
-    ],
-)
 def test_an_arm_that_the_model_does_not_take_is_refused_before_the_first_run(
-    base: t.LlamaForCausalLM, tmp_path: Any, name: str, reason: str
+    base: t.LlamaForCausalLM, tmp_path: Any
 ) -> None:
     base.config.save_pretrained(tmp_path)
     shared = replace(recipe(), model=ModelConfig(language=str(tmp_path)))
-    with pytest.raises(AdapterError, match=rf"Arm '{re.escape(name.replace('8,', ''))}': .*{reason}"):
-        size_lines(parse_arms(f"lora,{name}", shared), shared, "lora")
+    with pytest.raises(AdapterError, match=r"Arm 'lora@targets=\[nope\]': .*Target 'nope' matches no module"):
+        size_lines(parse_arms("lora,lora@targets=[nope]", shared), shared, "lora")
 
 
 @pytest.mark.parametrize(("key", "value"), [("rank_pattern", 2), ("alpha_pattern", 2.0), ("mixer_pattern", "identity")])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NAMES = (
-    "lora", "moslora:orthogonal", "moslora:kaiming", "moslora:identity", "moslora-init", "tsm", "lora-xs", "stella",
+    "lora", "moslora:orthogonal", "moslora:kaiming", "moslora:identity", "moslora-init", "tsm", "lora+", "full",
     "dora", "rslora", "peft:HIRA@r=16", "moslora:orthogonal@rank=64@alpha=128", "lora@rank=4@alpha=8",
     "moslora:orthogonal@adapter.use_rslora=true@optim.lora_plus_ratio=16",
 )  # fmt: skip

@@ -41,7 +41,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "adapter in the tower, checkpointed": {
         "vision.mode": "adapter", "train.vision_gradient_checkpointing": True, "train.gradient_checkpointing": True,
     },
-    "StelLA": {"adapter": {"mixer_init": "orthogonal", "factor_form": "stella"}, "train.precision": "fp32"},
     "all weights": {"model.language_mode": "full", "train.precision": "fp32"},
     "text": {},
     "feature cache": {},

@@ -24,7 +24,7 @@ def formed(recipe: Recipe, **form: str) -> Recipe:
 
 
 FORMS = [
-    {"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"}, {"factor_form": "svd"}, {"factor_form": "stella"},
+    {"mixer_form": "diagonal"}, {"mixer_form": "low_rank:2"},
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-OURS = ("bf16", "adapter in the tower, checkpointed", "StelLA", "all weights", "text", "feature cache")
+OURS = ("bf16", "adapter in the tower, checkpointed", "all weights", "text", "feature cache")
 READ = "mm_moslora torch_engine.py _update: reads a value"
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch with CUDA has a device of its own")
 

@@ -25,7 +25,6 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "settings that are not there": ("--train.zero HERE/gone.json", "gone.json', which does not exist"),
     "settings that are no JSON": ("--train.zero HERE/text.json", "no JSON object of DeepSpeed's settings"),
     "fp16 on plain torch": ("--train.zero none --train.precision fp16", "train.precision is fp16"),
-    "orthonormal on ZeRO-3": ("--train.zero zero3 --adapter.factor_form orthonormal", "is a ZeRO-3"),
     "tracker": ("--track.trackers [tensorbord]", "Did you mean 'tensorboard'?"),
     "tracker that is not installed": ("--track.trackers [mlflow]", "needs mlflow, which is not installed"),
     "quantisation": ("--model.quantisation nf4", "needs bitsandbytes, which is not installed"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
 from mm_moslora.adapters.folder_format import (
+    MIXER_PART,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
@@ -109,12 +110,11 @@ def _set_values(
 
 
 @torch.no_grad()
-def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
-    """Set the factors of an adapter that do not train to those of its folder, bit for bit.
+def restore_frozen_mixers(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
+    """Set the mixers of an adapter that do not train to those of its folder, bit for bit.
 
-    They are buffers, so the optimiser's state does not hold them. Computing them again is not exact: with another
-    number of threads or on another device, singular vectors (`factor_form="svd"`) may have other signs, which do not
-    fit the trained mixer.
+    They are buffers, so the optimiser's state does not hold them. Drawing them again is not exact: with another number
+    of threads or on another device, a QR decomposition rounds otherwise.
 
     Args:
         model: holds the adapter.
@@ -122,17 +122,16 @@ def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name
         adapter_name: the adapter.
 
     Returns:
-        How many factors were set.
+        How many were set.
 
     Raises:
-        AdapterError: see `read_folder`; a factor that the folder lacks.
+        AdapterError: see `read_folder`; a mixer that the folder lacks.
     """
     frozen = {
-        f"{PREFIX}{path}.{kind}.{name}": buffer
+        f"{PREFIX}{path}{MIXER_PART}{name}": buffer
         for path, layer in named_adapter_layers(model)
-        for kind in ("lora_A", "lora_mixer", "lora_B")
-        if adapter_name in (modules := cast(nn.ModuleDict, getattr(layer, kind)))
-        for name, buffer in modules[adapter_name].named_buffers(recurse=False)
+        if adapter_name in layer.lora_mixer
+        for name, buffer in layer.lora_mixer[adapter_name].named_buffers(recurse=False)
     }
     if not frozen:
         return 0

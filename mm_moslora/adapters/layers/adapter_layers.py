@@ -16,13 +16,12 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import START_PART
-from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer, orthonormal_rows
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.form_checks import check_form
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import MixerForm, form_named, random_stream_of_mixers
@@ -60,7 +59,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """The base of all adapted layer types; holds the mixers, by adapter name."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
-    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form", "starts")
+    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "starts")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
     outer_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """A and B, as PEFT saves them below the module's path."""
@@ -70,7 +69,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
     """How M starts, or `none`, by adapter; adapters without any mixer in the model are left out."""
-    factor_form: dict[str, str]
     starts: dict[str, Start]
     """By adapter name; values that are loaded without their start remove it."""
     _adding: str
@@ -81,7 +79,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not hasattr(self, "lora_mixer"):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
-            self.factor_form = {}
             self.starts = {}
         # The module's path decides the mixer, and PEFT resolves the variant before it passes the path. For a new layer
         # of some types PEFT does not pass it at all; `create_layer` sets it in the configuration.
@@ -103,22 +100,12 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return self.mixer_variant()
 
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
-        """Create the mixer, and set A and B as the form of the factors demands."""
+        """Create the mixer."""
         like, _ = self.outer_factors(adapter_name)
         rank, form = self.r[adapter_name], form_named(config.mixer_form)
-        self.factor_form[adapter_name] = config.factor_form
-        if config.factor_form != "free":
-            self._start_outer_factors(adapter_name, config)
         with random_stream_of_mixers():
             if like.is_meta:
                 tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
-            elif config.factor_form in ("svd", "orthonormal"):
-                # B A is not zero here. A mixer of (almost) zero makes training start at the base model.
-                scale = 1e-5 if config.factor_form == "svd" else 0.0
-                drawn = torch.randn(rank, rank, dtype=torch.float32, device="cpu")  # the same on every device
-                tensors = {"weight": drawn.mul_(scale)}
-            elif config.factor_form == "stella":
-                tensors = form.identity(rank)
             else:
                 tensors = form.start(rank, self.mixer_init[adapter_name])
         if not like.is_meta:
@@ -138,31 +125,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         with random_stream_of_mixers():
             M = form.matrix(form.start(rank, kind)).to(factor.device)
         factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
-
-    def _start_outer_factors(self, adapter_name: str, config: AdapterOptions) -> None:
-        """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors."""
-        if not isinstance(self, lora.Linear):
-            raise AdapterError(
-                f"factor_form={config.factor_form!r} is for unquantised linear layers; {self._module_path} is a "
-                f"{type(self).__name__}. Choose other targets."
-            )
-        A, B = (cast(Tensor, factor[adapter_name].weight) for factor in (self.lora_A, self.lora_B))
-        rank = self.r[adapter_name]
-        if rank > min(self.widths):
-            raise AdapterError(f"{self._module_path} has rank {rank}, above its smaller width {min(self.widths)}.")
-        if A.device.type == "meta":
-            if config.factor_form == "svd":
-                self.lora_A[adapter_name], self.lora_B[adapter_name] = FrozenFactor(A), FrozenFactor(B)
-            return
-        if config.factor_form == "svd":
-            weight = transpose(dequantize_module_weight(self.get_base_layer()).detach().float(), self.fan_in_fan_out)
-            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-            # Singular values in A, as in the authors' code, which decomposes the transposed weight.
-            self.lora_A[adapter_name] = FrozenFactor((S[:rank, None] * Vh[:rank]).to(A.dtype).contiguous())
-            self.lora_B[adapter_name] = FrozenFactor(U[:, :rank].to(B.dtype).contiguous())
-        else:
-            A.data.copy_(orthonormal_rows(*A.shape))
-            B.data.copy_(orthonormal_rows(*B.shape[::-1]).T)
 
     def _outer(self) -> list[Any]:
         """PEFT's dictionaries of A and B: of modules, or of parameters where a layer keeps them bare."""

@@ -10,7 +10,6 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from mm_moslora.adapters.mixer import MixerForm
@@ -109,28 +108,3 @@ def _as_computed(mixer: nn.Module, state: dict[str, Tensor], prefix: str, _: Any
         for name in [name for name in state if name.startswith(f"{prefix}parametrizations.")]:
             del state[name]
         state |= {f"{prefix}{name}": tensor.detach() for name, tensor in mixer.tensors().items()}
-
-
-class FrozenFactor(_Factor):
-    """A or B that must not train (LoRA-XS): a linear layer with its weight in a buffer."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        """Keep the factor, ``[out, in]``."""
-        super().__init__()
-        self.register_buffer("weight", weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T`` in the dtype of x."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def orthonormal_rows(rank: int, width: int) -> Tensor:
-    """Random ``[R, width]`` with orthonormal rows, float32 on the CPU.
-
-    Args:
-        rank: R, at most `width`.
-        width: length of a row.
-    """
-    return nn.init.orthogonal_(torch.empty(rank, width, dtype=torch.float32, device="cpu"))

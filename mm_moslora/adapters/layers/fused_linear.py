@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import weight_of
-from mm_moslora.adapters.layers.factor_modules import FrozenFactor, Mixer
+from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
@@ -26,7 +26,7 @@ from mm_moslora.utils.errors import AdapterError, suggestion
 Kernel = Literal["auto", "reference", "fused"]
 
 # Other types are wrappers (FSDP's, for example) or replacements by the user.
-_FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
+_FACTOR_TYPES = (nn.Linear, Mixer)
 
 
 class FusedLinear(MoSLoRALayer):

@@ -25,7 +25,7 @@ from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
-from mm_moslora.utils.errors import ConfigError, TrainingError
+from mm_moslora.utils.errors import TrainingError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's loss scalers that are their state."""
@@ -75,11 +75,6 @@ class DeepSpeedEngine(TrainingEngine):
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = optimizer.max_grad_norm
-        if self.stage == 3 and self.manifold.factors:
-            raise ConfigError(
-                "adapter.factor_form keeps A and B orthonormal, which needs whole matrices, but train.zero is a "
-                "ZeRO-3, which gathers a matrix only while its layer computes. Choose zero0 to zero2."
-            )
         if self.stage == 3:
             deepspeed_patches.shard_from_main(module, config, device=self.device)
         on_gpu = self.device.type == "cuda" and not config.get("zero_optimization", {}).get("offload_optimizer")
@@ -100,7 +95,6 @@ class DeepSpeedEngine(TrainingEngine):
             deepspeed_patches.gather_persistent_together(self.engine)
         for parameter, value in precise:
             parameter.data = value.to(parameter.device)
-        self.manifold.convert_before(stepping)
 
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_patches.clear_gradients(self.engine, self.stage)

@@ -18,7 +18,6 @@ from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.optimizers import OptimizerKind
 from mm_moslora.training.engine.parameter_shards import ParameterShard, component_norms
 from mm_moslora.training.engine.step_result import StepResult, Update
-from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
@@ -36,7 +35,6 @@ class TrainingEngine(ABC):
         self.module, self.kind = module, kind
         self.groups = list(groups)
         self.device = distributed.device()
-        self.manifold = StiefelFactors(module, self._named_trainable(), self.device, shards=self.shards)
         self.copies = getattr(module, "share", WHOLE_ROW).of
         """Ranks that get the same micro-batches, and compute their parts."""
 
@@ -67,10 +65,7 @@ class TrainingEngine(ABC):
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
         can_lower_scale = self.can_lower_scale  # asked before the update, which lowers it
-        self.manifold.begin_update(replicated=self.replicated)
         update = self._update(lr_factor, sums)
-        if update.applied:
-            self.manifold.end_update()
         return StepResult(
             loss=update.total / weight, grad_norm=update.grad_norm,
             applied=update.applied, right_tokens=int(update.right), wait_seconds=wait_seconds,

@@ -35,7 +35,6 @@ class TorchEngine(TrainingEngine):
             for pair in zip(masters, group.parameters, strict=True)
         ]
         """Masters and the parameters of the model."""
-        self.manifold.convert_before(self.optimizer)
 
     def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
         return self.module(batch, needs_vision, right)

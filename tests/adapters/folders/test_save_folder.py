@@ -444,7 +444,7 @@ def test_a_bias_without_a_place_is_not_merged() -> None:
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("options", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"mixer_form": "diagonal"}])
+@pytest.mark.parametrize("options", [{"mixer_trainable": False}, {"mixer_form": "diagonal"}])
 def test_factors_that_do_not_train_load_through_the_meta_device(tmp_path: Path, options: dict) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, **options))
     train_a_bit(model)
