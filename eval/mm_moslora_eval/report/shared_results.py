@@ -1,16 +1,14 @@
-"""Results of a run in the forms of others: the model-index of a model card on the hub, and lmms-eval's results file."""
+"""Results of a run as the model-index of a model card on the hub."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.redaction import redact_text
@@ -21,33 +19,34 @@ from mm_moslora_eval.run.run_claim import RUN
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult, strict_json
 
 _TASK_TYPE = "image-text-to-text"
-_OUTPUT_TYPES = {"generate": "generate_until"}
 _DECIDES = (
     "prompt", "decoding", *RULES, "grading", "changed", "code", "selection", "asked_as", "asked_to_think", "seed",
     "video", "video_frames",
 )  # fmt: skip
-"""What `TaskResult.about` knows of how answers were asked for and scored; each form repeats it whole."""
+"""What `TaskResult.about` knows of how answers were asked for and scored; the card repeats it whole."""
 
 
-def write_shared(run: Path, out: Path, *, form: str) -> int:
-    """Write the results of a run with its own pictures in one of `SHARED`.
+MODEL_INDEX = "model-index"
+"""The form, as `eval export --to` names it."""
+
+
+def write_model_index(run: Path, out: Path) -> int:
+    """Write the results of a run with its own pictures.
 
     Returns:
         Number of results that have no score and are left out.
 
     Raises:
-        EvalError: an unknown form, or no results with a score.
+        EvalError: no results with a score.
         ConfigError: `out` is a folder, or a file that exists.
     """
-    if form not in SHARED:
-        raise EvalError(f"No form {form!r}.{suggestion(form, SHARED)} Known: {', '.join(SHARED)}.")
     results = [result for result in read_results(run) if result.mode == "own"]
     scored = [result for result in results if result.scored]
     if not scored:
         raise EvalError(f"{run} holds no scored results of own pictures; expected a run folder with a results.json.")
     model = redact_text(model_of(run), keep_hashes=True)
     output_file(out).parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, SHARED[form](model, scored))
+    replace_text(out, _model_index(model, scored))
     return len(results) - len(scored)
 
 
@@ -74,7 +73,7 @@ def _model_index(model: str, results: Sequence[TaskResult]) -> str:
             "protocol": result.protocol, "version": result.version, "stderr": result.stderr, "low": result.low,
             "high": result.high, "documents": result.n, "failed": counts.failed,
             "not_inferable": counts.not_inferable, "ungraded": counts.ungraded, "judge": _judge(about),
-            **_decided(about),
+            **{name: about[name] for name in _DECIDES if name in about},
         }  # fmt: skip
         part = selection.get("name", "all")
         rows.append(
@@ -89,10 +88,6 @@ def _model_index(model: str, results: Sequence[TaskResult]) -> str:
         )  # fmt: skip
     index = eval_results_to_model_index(Path(model).name or model, rows)
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
-
-
-def _decided(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: about[name] for name in _DECIDES if name in about}
 
 
 def _over_samples(about: Mapping[str, Any]) -> str | None:
@@ -118,59 +113,3 @@ def _judge(about: Mapping[str, Any]) -> str | None:
     return (
         None if judge is None or "wording" not in judge else f"{judge['model']}, prompt {judge['prompt_sha256'][:12]}"
     )
-
-
-def _lmms_eval(model: str, results: Sequence[TaskResult]) -> str:
-    """A results file as lmms-eval writes it, without samples."""
-    named = dict(zip(names_of(results), results, strict=True))
-    scores: dict[str, dict[str, Any]] = {}
-    configs: dict[str, dict[str, Any]] = {}
-    limits: dict[str, int | None] = {}
-    for name, result in named.items():
-        about = result.about
-        metric, decoding = str(about.get("metric", "score")), about.get("decoding", {})
-        by, temperature = _over_samples(about) or "none", decoding.get("temperature", 0.0)
-        selection = about.get("selection", {})
-        limits[name] = None if selection.get("name", "all") == "all" else selection.get("n", result.n)
-        scores[name] = {"alias": name, "samples": result.n, f"{metric},{by}": result.score}
-        scores[name] |= {f"{metric}_stderr,{by}": "N/A" if math.isnan(result.stderr) else result.stderr}
-        scores[name] |= {f"{key},{by}": value for key, value in result.metrics.items() if key != metric}
-        configs[name] = {
-            "task": name, "dataset_path": str(about.get("data", {}).get("path", "")),
-            "output_type": _OUTPUT_TYPES.get(decoding.get("kind", "generate"), "loglikelihood"),
-            "num_fewshot": 0, "repeats": decoding.get("samples", 1),
-            "metric_list": [{"metric": metric, "aggregation": about.get("aggregation"), "higher_is_better": True}],
-            "generation_kwargs": {
-                "max_new_tokens": decoding.get("max_new_tokens"), "num_beams": decoding.get("beams", 1),
-                "do_sample": temperature > 0, "temperature": temperature, "top_p": decoding.get("top_p", 1.0),
-                "top_k": decoding.get("top_k", 0), "until": list(decoding.get("stop", ())),
-            },
-            "metadata": {
-                "version": result.version, "protocol": result.protocol, "judge": _judge(about), **_decided(about),
-            },
-        }  # fmt: skip
-    common = next(iter(limits.values()))
-    content = {
-        "results": scores,
-        "group_subtasks": {name: [] for name in named},
-        "configs": configs,
-        "versions": {name: result.version for name, result in named.items()},
-        "n-shot": dict.fromkeys(named, 0),
-        "higher_is_better": {name: {configs[name]["metric_list"][0]["metric"]: True} for name in named},
-        "n-samples": {
-            name: {"original": result.about.get("data", {}).get("rows") or result.n, "effective": result.n}
-            for name, result in named.items()
-        },
-        "config": {
-            "model": "mm_moslora",
-            "model_args": f"pretrained={model}",
-            "limit": common if len({common, *limits.values()}) == 1 else limits,
-        },
-        "model_name": model,
-        "date": max((str(result.about.get("date") or "") for result in results), default=""),
-    }
-    return json.dumps(strict_json(content), indent=2, ensure_ascii=False) + "\n"
-
-
-SHARED: dict[str, Callable[[str, Sequence[TaskResult]], str]] = {"model-index": _model_index, "lmms-eval": _lmms_eval}
-"""Name of a form -> the file of a model's results."""

@@ -69,18 +69,18 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
     Parameters
     ----------
     answers
-        A folder TASK@PROTOCOL/MODE of a run; for model-index and lmms-eval the run folder.
+        A folder TASK@PROTOCOL/MODE of a run; for model-index the run folder.
     output
         The file.
     to
-        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx. Results: model-index (YAML
-        of a model card on the hub) or lmms-eval (its results file).
+        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit, vlmevalkit_xlsx or omnidocbench. Results:
+        model-index (YAML of a model card on the hub).
     """
-    from mm_moslora_eval.report.shared_results import SHARED, write_shared
+    from mm_moslora_eval.report.shared_results import MODEL_INDEX, write_model_index
     from mm_moslora_eval.run.submissions import write_submission
 
-    if to in SHARED:
-        left = write_shared(answers, output, form=to)
+    if to == MODEL_INDEX:
+        left = write_model_index(answers, output)
         print(f"{output}: written in the form {to}; {left} results have no score and are left out.")
         return 0
     empty = write_submission(answers, output, form=to)

@@ -1,8 +1,7 @@
-"""Results for others: the hub's model-index, lmms-eval's file, one table of several models."""
+"""Results for others: the hub's model-index, one table of several models."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,41 +57,18 @@ def test_protocols_and_selections_of_one_set_stay_apart(question_file: Path, tmp
     evaluate(FakeModel(), get_task(f"{tmp_path / 't.yaml'}@a"), tmp_path / "run", settings=few, modes=("own",))
     unscored = next(result for result in read_results(tmp_path / "run") if result.scored)
     write_results(tmp_path / "run", [type(unscored)(**{**vars(unscored), "task": "other", "score": math.nan})])
-    for form in ("model-index", "lmms-eval"):
-        assert cli.run(["eval", "export", str(tmp_path / "run"), str(tmp_path / form), "--to", form]) == 0
+    assert cli.run(["eval", "export", str(tmp_path / "run"), str(tmp_path / "model-index"), "--to", "model-index"]) == 0
     found = ModelCard(f"---\n{(tmp_path / 'model-index').read_text()}---\n").data.eval_results
     assert {(row.dataset_config, row.metric_args["protocol"]) for row in found} == {
         (None, "a"), (None, "b"), ("first 4 of 12", "a"),
     }  # fmt: skip
-    theirs = json.loads((tmp_path / "lmms-eval").read_text())
-    assert set(theirs["results"]) == {"t@a", "t@b", "t@a, first 4 of 12"}
-    assert theirs["n-samples"]["t@a, first 4 of 12"] == {"original": 12, "effective": 4}
 
 
-def test_the_file_has_the_keys_of_lmms_evals_results(question_file: Path, tmp_path: Path) -> None:
-    """The keys that lmms-eval's `make_table` and its leaderboards read."""
-    result = measured(tmp_path / "run", question_file)[0]
-    assert cli.run(["eval", "export", str(tmp_path / "run"), str(tmp_path / "r.json"), "--to", "lmms-eval"]) == 0
-    found = json.loads((tmp_path / "r.json").read_text())
-    scores = found["results"]["questions"]
-    assert scores["letter_or_exact,none"] == result.score
-    assert scores["letter_or_exact_stderr,none"] == result.stderr
-    assert (scores["alias"], scores["samples"]) == ("questions", 12)
-    assert found["higher_is_better"]["questions"] == {"letter_or_exact": True}
-    assert found["configs"]["questions"]["output_type"] == "generate_until"
-    assert found["configs"]["questions"]["generation_kwargs"]["max_new_tokens"] == 64
-    assert found["versions"]["questions"] == 1
-    assert found["n-shot"]["questions"] == 0
-    assert found["model_name"] == "fake"
-    assert set(found) >= {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples"}
-
-
-def exported(run: Path, folder: Path) -> tuple[dict[str, Any], Any]:
-    """lmms-eval's file, and the only row of the model card."""
-    for form in ("model-index", "lmms-eval"):
-        assert cli.run(["eval", "export", str(run), str(folder / form), "--to", form]) == 0
+def exported(run: Path, folder: Path) -> Any:
+    """The only row of the model card."""
+    assert cli.run(["eval", "export", str(run), str(folder / "model-index"), "--to", "model-index"]) == 0
     (row,) = ModelCard(f"---\n{(folder / 'model-index').read_text()}---\n").data.eval_results
-    return json.loads((folder / "lmms-eval").read_text()), row
+    return row
 
 
 def test_an_export_names_the_draws_and_what_sums_them_up(question_file: Path, tmp_path: Path) -> None:
@@ -103,14 +79,7 @@ def test_an_export_names_the_draws_and_what_sums_them_up(question_file: Path, tm
     task = with_changes(get_task(f"llava:{question_file}"), changes)
     few = EvaluationSettings(batch_size=4, rank=0, world_size=1, limit=4)
     evaluate(FakeModel(), task, tmp_path / "run", settings=few, modes=("own",), baselines=())
-    theirs, row = exported(tmp_path / "run", tmp_path)
-    ((name, config),) = theirs["configs"].items()
-    assert config["repeats"] == 4
-    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    assert config["generation_kwargs"].items() >= drawn.items()
-    assert theirs["config"]["limit"] == 4
-    assert 'letter_or_exact,pass_at {"k": 2} over 4 samples' in theirs["results"][name]
-    assert not any(key.endswith(",none") for key in theirs["results"][name])
+    row = exported(tmp_path / "run", tmp_path)
     for word in ("temperature 0.7", 'pass_at {"k": 2} over 4 samples', "decoding.top_p=0.9"):
         assert word in row.metric_name
 
@@ -123,7 +92,7 @@ def other(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("group", ["prompt", "decoding", "thinking", "grading"])
-def test_every_key_that_decides_answers_is_in_every_form(question_file: Path, tmp_path: Path, group: str) -> None:
+def test_every_key_that_decides_answers_is_in_the_card(question_file: Path, tmp_path: Path, group: str) -> None:
     from mm_moslora_eval.run.result_file import write_results
 
     result = measured(tmp_path / "run", question_file)[0]
@@ -133,21 +102,9 @@ def test_every_key_that_decides_answers_is_in_every_form(question_file: Path, tm
     about = result.about | {group: keys, "changed": [f"{group}.x=1"]}
     (tmp_path / "run" / "results.json").unlink()
     write_results(tmp_path / "run", [replace(result, about=about)])
-    theirs, row = exported(tmp_path / "run", tmp_path)
-    ((_, config),) = theirs["configs"].items()
-    for held in (config["metadata"], row.metric_args):
-        assert held[group] == keys
-        assert held["changed"] == [f"{group}.x=1"]
-
-
-def test_runs_with_several_limits_name_each(question_file: Path, tmp_path: Path) -> None:
-    measured(tmp_path / "run", question_file)
-    few = EvaluationSettings(batch_size=4, rank=0, world_size=1, limit=4)
-    evaluate(FakeModel(fingerprint="fake"), get_task(f"llava:{question_file}"), tmp_path / "run", settings=few,
-             modes=("own",))  # fmt: skip
-    assert cli.run(["eval", "export", str(tmp_path / "run"), str(tmp_path / "r.json"), "--to", "lmms-eval"]) == 0
-    limits = json.loads((tmp_path / "r.json").read_text())["config"]["limit"]
-    assert limits == {"questions": None, "questions, first 4 of 12": 4}
+    row = exported(tmp_path / "run", tmp_path)
+    assert row.metric_args[group] == keys
+    assert row.metric_args["changed"] == [f"{group}.x=1"]
 
 
 def test_an_export_replaces_no_file_and_needs_scores(
@@ -159,7 +116,7 @@ def test_an_export_replaces_no_file_and_needs_scores(
     assert cli.run([*line, str(tmp_path / "kept.yaml"), "--to", "model-index"]) == 1
     assert (tmp_path / "kept.yaml").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    assert cli.run(["eval", "export", str(tmp_path / "empty"), str(tmp_path / "x"), "--to", "lmms-eval"]) == 1
+    assert cli.run(["eval", "export", str(tmp_path / "empty"), str(tmp_path / "x"), "--to", "model-index"]) == 1
     assert "no scored results" in capsys.readouterr().err
 
 
