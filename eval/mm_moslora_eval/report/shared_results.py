@@ -26,10 +26,6 @@ _DECIDES = (
 """What `TaskResult.about` knows of how answers were asked for and scored; the card repeats it whole."""
 
 
-MODEL_INDEX = "model-index"
-"""The form, as `eval export --to` names it."""
-
-
 def write_model_index(run: Path, out: Path) -> int:
     """Write the results of a run with its own pictures.
 
@@ -90,19 +86,14 @@ def _model_index(model: str, results: Sequence[TaskResult]) -> str:
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
 
 
-def _over_samples(about: Mapping[str, Any]) -> str | None:
-    """What sums up the answers to a question; None where each has one answer."""
-    samples = about.get("decoding", {}).get("samples", 1)
-    return f"{about.get('over_samples', 'mean')} over {samples} samples" if samples > 1 else None
-
-
 def _measure(result: TaskResult) -> str:
     """The name of a score, with what makes it another one than the protocol's greedy answers give."""
     about = result.about
-    temperature = about.get("decoding", {}).get("temperature", 0)
+    temperature, samples = (about.get("decoding", {}).get(*usual) for usual in (("temperature", 0), ("samples", 1)))
     parts = [
         result.protocol, temperature and f"temperature {temperature}",
-        _over_samples(about), about.get("changed") and f"changed: {'; '.join(about['changed'])}",
+        samples > 1 and f"{about.get('over_samples', 'mean')} over {samples} samples",
+        about.get("changed") and f"changed: {'; '.join(about['changed'])}",
     ]  # fmt: skip
     name = f"{about.get('aggregation', 'mean')} of {about.get('metric', 'score')}"
     return f"{name} ({', '.join(str(part) for part in parts if part)})"

@@ -44,11 +44,6 @@ def part_text(kind: str, value: Any) -> Any:
     name = value.get("name")
     if not isinstance(name, str) or " " in name:
         raise EvalError(f"{kind} is {dict(value)!r}, expected a mapping with `name` and the options of that {kind}.")
-    return with_options(name, options)
-
-
-def with_options(name: str, options: Mapping[str, Any]) -> str:
-    """The text of a part with options."""
     return f"{name} {json.dumps(options, sort_keys=True, ensure_ascii=False)}" if options else name
 
 

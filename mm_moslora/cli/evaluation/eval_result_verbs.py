@@ -76,10 +76,10 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
         Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit, vlmevalkit_xlsx or omnidocbench. Results:
         model-index (YAML of a model card on the hub).
     """
-    from mm_moslora_eval.report.shared_results import MODEL_INDEX, write_model_index
+    from mm_moslora_eval.report.shared_results import write_model_index
     from mm_moslora_eval.run.submissions import write_submission
 
-    if to == MODEL_INDEX:
+    if to == "model-index":
         left = write_model_index(answers, output)
         print(f"{output}: written in the form {to}; {left} results have no score and are left out.")
         return 0
