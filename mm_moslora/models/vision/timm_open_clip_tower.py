@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _RANDOM = "model.vision: %r without pretrained has random weights, which differ at every load."
 BICUBIC = 3
 """PIL's number for bicubic resampling, as image processors store it."""
+_RESAMPLING = {"bilinear": 2, "bicubic": BICUBIC}
+"""PIL's filters by their names in timm and open_clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +234,7 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
         size=size,
         mean=tuple(pretrained_cfg.get("mean", IMAGENET.mean)),
         std=tuple(pretrained_cfg.get("std", IMAGENET.std)),
+        resample=_RESAMPLING.get(str(pretrained_cfg.get("interpolation")), BICUBIC),
     )
 
 
@@ -275,7 +278,7 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
         content = read_json(folder / "open_clip_config.json", linked=True)
         architecture, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
     else:
-        architecture, preprocess = get_model_config(name), {}
+        architecture, preprocess = get_model_config(name), _pretrained_settings(name, config.pretrained)
         if architecture is None:
             raise ModelError(f"open_clip has no model {name!r}.{suggestion(name, open_clip.list_models())}")
     size = architecture["vision_cfg"].get("image_size", 224)
@@ -294,6 +297,7 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
         size=int(size[0] if isinstance(size, list | tuple) else size),
         mean=tuple(preprocess.get("mean", CLIP.mean)),
         std=tuple(preprocess.get("std", CLIP.std)),
+        resample=_RESAMPLING.get(str(preprocess.get("interpolation")), BICUBIC),
     )
     converted = to_transformers(tower.tower) if config.image_size in (None, statistics.size) else None
     if converted is not None:
@@ -301,6 +305,23 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
     trunk = getattr(tower.tower, "trunk", None)
     tower.config.hidden_size = int(trunk.num_features) if trunk is not None else architecture["vision_cfg"]["width"]
     return tower, statistics
+
+
+def _pretrained_settings(name: str, pretrained: str | None) -> dict[str, Any]:
+    """How open_clip prepares pictures for the weights of a tag: statistics and interpolation.
+
+    Weights of a file, and random ones, have no tag: then what all tags of the model agree on.
+    """
+    import open_clip
+
+    of_tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    settings: list[dict[str, Any]] = [of_tag] if of_tag else [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    return {
+        key: settings[0].get(key)
+        for key in ("mean", "std", "interpolation")
+        if settings and settings[0].get(key) and all(item.get(key) == settings[0][key] for item in settings)
+    }
 
 
 def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:

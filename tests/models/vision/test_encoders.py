@@ -180,3 +180,21 @@ def test_a_tower_trains_as_the_recipe_says(kind, mode, language_folder, tmp_path
         assert trains
         assert len({name.split("towers.")[-1][:1] for name in trains}) == (2 if kind == "fused" else 1)
         assert all(".2." in name for name in trains)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("ViT-B-16-SigLIP", "webli"), ("ViT-B-32", "openai"), ("MobileCLIP-S1", "datacompdr"),
+        ("MobileCLIP-S1", "/weights/of/a/file.pt"), ("MobileCLIP-S1", None),
+    ],
+)  # fmt: skip
+def test_open_clip_takes_statistics_and_interpolation_of_the_pretrained_tag(name, tag):
+    import open_clip
+
+    from mm_moslora.models.vision.timm_open_clip_tower import load_open_clip
+
+    known = open_clip.get_pretrained_cfg(name, tag if tag in ("webli", "openai") else "datacompdr")
+    _, pixels = load_open_clip(name, VisionConfig(name=f"open_clip:{name}", pretrained=tag), weights=False)
+    assert (pixels.mean, pixels.std) == (known["mean"], known["std"])
+    assert pixels.resample == {"bilinear": 2, "bicubic": 3}[known["interpolation"]]
