@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 from ranks import Ranks
 from trials import hexed, make_recipe, metrics, weights, write
+from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREVER, MORE = 100_000, 3
@@ -183,11 +184,15 @@ class Trial:
             raise AssertionError(f"Not over within {self.seconds:.0f} s.\n{log.read_text()[-3000:]}") from None
 
     def _wait(self, condition: Callable[[], bool], processes: list[subprocess.Popen[bytes]], log: Path) -> None:
-        deadline = time.monotonic() + self.seconds
-        while not condition():
-            assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
-            assert all(process.poll() is None for process in processes), log.read_text(errors="replace")[-3000:]
-            time.sleep(0.02)
+        def tail() -> str:
+            return log.read_text(errors="replace")[-3000:]
+
+        def met() -> bool:
+            done = condition()
+            assert done or all(process.poll() is None for process in processes), tail()
+            return done
+
+        wait_until(met, tail, seconds=self.seconds)
 
 
 def _quoted(line: str) -> str:
