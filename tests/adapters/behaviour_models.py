@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -54,21 +54,10 @@ class LayerType:
     make: Callable[[int], nn.Module]
     shape: tuple[int, ...]
     all_linear: bool = False
-    own_factors: bool = True
-    """Whether every layer has an A and a B of its own."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Of the adapter's configuration."""
 
 
 LAYERS = {
     "Linear": LayerType(make=lambda _: _Block(nn.Linear(8, 8)), shape=(4, 5, 8), all_linear=True),
-    "Linear, shared": LayerType(
-        make=lambda _: _Block(nn.Linear(8, 8)),
-        shape=(4, 5, 8),
-        all_linear=True,
-        own_factors=False,
-        options={"share": "layers:2"},
-    ),
     "Conv1D": LayerType(make=lambda _: _Block(Conv1D(8, 8)), shape=(4, 5, 8), all_linear=True),
     "Embedding": LayerType(make=lambda _: _EmbeddingBlock(), shape=(4, 5, 8)),
     "Conv2d-3x3": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 3, padding=1)), shape=(4, 8, 3, 3)),

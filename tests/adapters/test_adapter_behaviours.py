@@ -26,7 +26,6 @@ from tests.adapters.behaviour_models import LAYERS, inputs, network
 
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
 where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
-where_own = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.own_factors])
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -35,7 +34,7 @@ def _config(**changes) -> MoSLoRAConfig:
 
 
 def _adapted(kind: str, *, seed: int = 1, **changes) -> peft.PeftModel:
-    model = add_moslora(network(kind), _config(**LAYERS[kind].options | changes), targets=["target"])
+    model = add_moslora(network(kind), _config(**changes), targets=["target"])
     train_a_bit(model, seed=seed)
     return model.eval()
 
@@ -69,7 +68,7 @@ def _layers(model: nn.Module) -> list[MoSLoRALayer]:
 @every_layer
 def test_starts_at_base(kind: str) -> None:
     """A fresh adapter changes nothing"""
-    model = add_moslora(network(kind), _config(**LAYERS[kind].options), targets=["target"])
+    model = add_moslora(network(kind), _config(), targets=["target"])
     assert torch.equal(_run(model, kind), _run(network(kind), kind))
     assert all("default" in layer.lora_mixer for layer in _layers(model))
 
@@ -141,13 +140,13 @@ def test_state_dict(kind: str) -> None:
     """PEFT's state dict carries A, M and B"""
     model = _adapted(kind)
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    fresh = add_moslora(network(kind), _config(**LAYERS[kind].options), targets=["target"])
+    fresh = add_moslora(network(kind), _config(), targets=["target"])
     result = peft.set_peft_model_state_dict(fresh, state)
     assert not result.unexpected_keys
     _assert_same(_run(fresh, kind), _run(model, kind))
 
 
-@where_own
+@every_layer
 def test_plain_state_dict(kind: str, tmp_path: Path) -> None:
     """A state dict without mixers counts as identity mixers"""
     model = _adapted(kind)
@@ -295,7 +294,7 @@ def test_all_linear(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     """Half-precision base, float32 factors"""
-    model = add_moslora(network(kind, dtype), _config(**LAYERS[kind].options), targets=["target"])
+    model = add_moslora(network(kind, dtype), _config(), targets=["target"])
     train_a_bit(model)
     exact = _run(_adapted(kind), kind)
     with torch.no_grad():
@@ -348,7 +347,7 @@ def test_entrances(kind: str, tmp_path: Path) -> None:
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
 
 
-@where_own
+@every_layer
 def test_rslora_and_patterns(kind: str) -> None:
     """`use_rslora`, `rank_pattern`, `alpha_pattern`, `mixer_pattern`"""
     patterns = {"rank_pattern": {"layers.1.target": 2}, "alpha_pattern": {"layers.1.target": 6}}

@@ -53,7 +53,7 @@ _NO_ARTICLE = r"(?!\s+(?!(?:because|since|as|is|and|or)\b)[a-z])"
 _LETTER = rf"[(\[*\"']*(?:([B-HJ-Z])|([AI]){_NO_ARTICLE})(?![\w'])"
 _STATED = (
     re.compile(rf"(?i:\banswer)(?i:\s+(?:is|would be|must be|should be))?\s*[:=]?\s*(?i:option\s+)?{_LETTER}"),
-    re.compile(rf"\A\s*{_LETTER}"),
+    re.compile(rf"\A\s*{_LETTER}(?=\s*\Z|[^\w\s]|\s+[a-z0-9])"),
     re.compile(rf"(?i:\b(?:option|choice))(?i:\s+is)?\s*[:=]?\s*{_LETTER}"),
     re.compile(r"\(([A-Z])()\)"),
 )
