@@ -59,13 +59,13 @@ def started(monkeypatch: pytest.MonkeyPatch):
 def test_two_contenders_run_on_a_cpu_and_a_second_call_measures_nothing(python: Preloaded, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = [
-        python.ours, str(BENCH / "gpu.py"), "--shape", "tiny", "--device", "cpu", "--only", "hf", "ours-torch", "--out",
+        python.ours, str(BENCH / "gpu.py"), "--shape", "tiny", "--device", "cpu", "--only", "hf", "ours", "--out",
         str(out),
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     rows = {one["contender"]: one for one in map(json.loads, out.read_text().splitlines())}
-    assert rows.keys() == {"hf", "ours-torch"}
+    assert rows.keys() == {"hf", "ours"}
     for found in rows.values():
         assert "error" not in found, found
         assert found["gradients"]["median"] < 0.02  # of bf16
