@@ -129,11 +129,11 @@ def test_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: 
 
         def flood(job: Any, token: int) -> bool:
             original_add = job.text.add
-            job.text.add = lambda token: original_add(token) + "x" * 200_000
+            job.text.add = lambda token: original_add(token) + "x" * 2_000_000
             return bool(original(job, token))
 
         monkeypatch.setattr(engine, "_deliver_token", flood)
-        body = json.dumps(asking("hello", stream=True, max_tokens=60)).encode()
+        body = json.dumps(asking("hello", stream=True, max_tokens=20)).encode()
         with sockets.socket() as connection:
             connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
