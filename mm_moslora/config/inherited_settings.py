@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config.recipe_paths import from_working_folder
-from mm_moslora.utils.run_paths import MANIFEST, PROJECTOR, checkpoints
+from mm_moslora.utils.run_paths import MANIFEST, PROJECTOR, checkpoints, projector_file
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora.utils.untrusted_files import read_text_below
 
@@ -37,11 +37,12 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     remarks: list[str] = []
     changed: dict[str, Any] = copy.deepcopy(dict(data))
-    model = changed.setdefault("model", {})
-    adapter = changed.get("adapter")
-    if not isinstance(model, dict):
+    model, adapter, train = (changed.get(key, {}) for key in ("model", "adapter", "train"))
+    if not all(isinstance(section, dict) for section in (model, adapter, train)):
         return changed, remarks  # the strict reader says so
-    if isinstance(adapter, dict) and (checkpoint := _checkpoint_of(adapter.get("weights"))) is not None:
+    output = train.get("output")
+    if (checkpoint := _trained_in(adapter.get("weights"), output)) is not None:
+        changed["model"] = model
         stored = _recipe_in(checkpoint)
         _take_over(model, stored.get("model"), (*_PICTURES, *_PROMPTS), "model.", remarks, checkpoint)
         _take_over(adapter, stored.get("adapter"), _FACTORS, "adapter.", remarks, checkpoint)
@@ -49,20 +50,35 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if model.get("vision") and (checkpoint / PROJECTOR).is_file():
             projector = model.setdefault("projector", {})
             if isinstance(projector, dict) and not projector.get("weights"):
-                projector["weights"] = str(checkpoint)
+                projector["weights"] = _projector_beside(str(adapter["weights"]), checkpoint, stored)
     projector = model.get("projector")
-    if isinstance(projector, dict) and (checkpoint := _checkpoint_of(projector.get("weights"))) is not None:
+    if isinstance(projector, dict) and (checkpoint := _trained_in(projector.get("weights"), output)) is not None:
         _take_over(model, _recipe_in(checkpoint).get("model"), _PICTURES, "model.", remarks, checkpoint)
     return changed, list(dict.fromkeys(remarks))
 
 
-def _checkpoint_of(weights: object) -> Path | None:
-    """The checkpoint that holds weights: a run's newest, the folder itself, or the one around the file or folder."""
+def _trained_in(weights: object, output: object) -> Path | None:
+    """The checkpoint that holds weights; where nothing is there any more, that of the run which began with them."""
     if not isinstance(weights, str) or not weights:
         return None
     path = Path(weights).expanduser()
+    if not path.exists() and isinstance(output, str):
+        path = Path(output).expanduser()
+    return _checkpoint_of(path)
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    """A run's newest checkpoint, the folder itself, or the one around the file or folder."""
     committed = [folder for _, folder in reversed(checkpoints(path)) if (folder / MANIFEST).is_file()]
     return next((folder for folder in (*committed[:1], path, path.parent) if (folder / MANIFEST).is_file()), None)
+
+
+def _projector_beside(weights: str, checkpoint: Path, stored: Mapping[str, Any]) -> Any:
+    """`model.projector.weights` for an adapter that brings its projector; the same at every call of the command."""
+    if not Path(weights).expanduser().exists():  # the run's own recipe, which named it
+        projector = stored["model"].get("projector")
+        return projector.get("weights") if isinstance(projector, Mapping) else None
+    return weights if projector_file(weights).is_file() else str(checkpoint)
 
 
 def _recipe_in(checkpoint: Path) -> dict[str, Any]:

@@ -323,12 +323,6 @@ def add_up(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def take_from_main(tensor: torch.Tensor) -> None:
-    """Replace a tensor by rank 0's; all ranks pass the same shape, on the device that they train on."""
-    if not _alone():
-        dist.broadcast(tensor, src=0)
-
-
 def barrier() -> None:
     """Wait for all ranks, not for their GPUs."""
     max_over_ranks([0.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 import yaml
@@ -31,6 +32,7 @@ def run(tmp_path):
     (checkpoint / "config.yaml").write_text(load_recipe(recipe).to_yaml())
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {}}))
     (checkpoint / "projector.safetensors").touch()
+    (checkpoint / "adapter").mkdir()
     return checkpoint.parent
 
 
@@ -54,7 +56,7 @@ def test_an_adapter_brings_pictures_prompts_projector_and_frames(tmp_path, run, 
     assert (model.system_prompt, model.chat_template, model.thinking) == ("", "chatml", "mask")
     assert (model.image_aspect, model.vision.feature_layer, model.vision.image_size) == ("resize", -4, 56)
     assert (model.vision.select, model.projector.kind) == ("cls_patch", "mlp3x_gelu")
-    assert model.projector.weights == str(run / "checkpoint-000002")
+    assert model.projector.weights == str(run if way == "the run" else run / "checkpoint-000002")
     assert (recipe.adapter.rank, recipe.adapter.alpha) == (4, 12)
     assert recipe.data.train[0].video_frames == 4
     assert (model.vision.mode, model.lean_layers) == ("frozen", True)
@@ -75,6 +77,22 @@ def test_relative_paths_of_the_run_need_not_be_there_any_more(tmp_path, run, mon
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "train.jsonl").touch()
     assert read(tmp_path, {"adapter": {"weights": "first"}}).model.image_aspect == "resize"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_command_reads_the_same_when_the_first_run_went_on_or_is_gone(tmp_path, run, way):
+    data = {
+        "model": {"language": "lm", "vision": {"name": "tower"}}, "train": {"output": str(tmp_path / "second")},
+        "adapter": {"weights": WAYS[way].format(run=run)}, "data": {"train": [{"path": "more.jsonl"}]},
+    }  # fmt: skip
+    first = read(tmp_path, data)
+    own = tmp_path / "second" / "checkpoint-000001"
+    shutil.copytree(run / "checkpoint-000002", own)
+    (own / "config.yaml").write_text(first.to_yaml())
+    shutil.copytree(run / "checkpoint-000002", run / "checkpoint-000004")
+    assert read(tmp_path, data) == first
+    shutil.rmtree(run)
+    assert read(tmp_path, data) == first
 
 
 def test_a_projector_brings_pictures_alone(tmp_path, run):

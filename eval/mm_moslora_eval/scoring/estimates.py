@@ -233,15 +233,3 @@ def _error(ratios: Sequence[Ratio], numbers: NDArray[np.int_], count: int) -> tu
     variance = float(np.square(brought).sum())
     variance += unseen if lone or variance > ROUNDING**2 else 0.0
     return variance, max(1.0, trace**2 / products if defined else count - 1.0)
-
-
-def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> ScoreEstimate:
-    """The mean difference A - B of scores from 0 to 1 on the same samples.
-
-    Args:
-        a: scores of run A.
-        b: scores of run B on the same samples in the same order.
-        clusters: the cluster (image) of each sample; None: all are independent.
-    """
-    assert len(a) == len(b)
-    return estimate(minus([mean_of(a)], [mean_of(b)]), range(len(a)) if clusters is None else clusters)

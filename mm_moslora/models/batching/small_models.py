@@ -25,9 +25,6 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "n_head": 4, "n_he
 SIZES: tuple[dict[str, int], ...] = (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER)
 """What to try in this order: narrow models, then models with their own widths."""
 
-EQUAL_HEADS: Mapping[str, int] = SIZES[0] | {"num_key_value_heads": 4}
-"""For attention that takes as many keys as queries, as latent attention does, and repeats them all the same."""
-
 
 def small_model(kind: type[PreTrainedModel], config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedModel:
     """A model of a class in fp32 and evaluation mode, with random weights, on the default device.
