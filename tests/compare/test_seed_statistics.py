@@ -10,19 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mm_moslora_eval.scoring import estimates
 
 from mm_moslora.compare.seed_statistics import Components, TaskScores, arm_mean, difference, differences, holm
+from tests.support.paired_scores import paired
 
 
 def scores(rows, clusters=None) -> TaskScores:
     return TaskScores(scores=rows, clusters=clusters or list(range(len(rows[0]))))
-
-
-def paired(a, b, *, clusters=None):
-    """A less B on the same samples, as one run of each is compared."""
-    pairs = estimates.minus([estimates.mean_of(a)], [estimates.mean_of(b)])
-    return estimates.estimate(pairs, range(len(a)) if clusters is None else clusters)
 
 
 def test_one_seed_is_the_paired_t_test():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.scoring import error_bars, estimates
+from mm_moslora_eval.scoring import error_bars
 
 from tests.eval.golden_answers import (
     LETTERS,
@@ -91,6 +91,7 @@ from tests.eval.golden_sets import (
     pope_vlmevalkit,
 )
 from tests.eval.protocol_runs import Runs
+from tests.support.paired_scores import paired
 
 FOLDER = Path(os.environ.get("MM_MOSLORA_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 
@@ -106,9 +107,9 @@ def mean_stderr(row: Row) -> Any:
     }
 
 
-def paired(row: Row) -> Any:
+def paired_t_test(row: Row) -> Any:
     """Where all differences are alike the source gives an interval of no width and p of 0 or 1; here both are exact."""
-    result = estimates.paired(row["current"], row["baseline"])
+    result = paired(row["current"], row["baseline"])
     if result.stderr == 0:
         assert result.low < result.high
         return row["expected"] | {"mean_diff": result.value, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
@@ -210,7 +211,7 @@ CHECKS: dict[str, Check] = {
     "simplevqa_vlmevalkit": whole(simplevqa),
     "stats_clustered_stderr": each(lambda row: error_bars.clustered_stderr(row["scores"], row["clusters"])),
     "stats_mean_stderr": each(mean_stderr),
-    "stats_paired_ttest": each(paired),
+    "stats_paired_ttest": each(paired_t_test),
     "vqa_accuracy_textvqa": scores("textvqa_val@lmms_eval", "vqa_accuracy.textvqa", all_at_once),
     "vqa_accuracy_vizwiz_official": scores("vizwiz_val@official", "vqa_accuracy.vizwiz_official", all_at_once),
     "vqa_accuracy_vlmevalkit": scores("textvqa_val@vlmevalkit", "vqa_accuracy.vlmevalkit", all_at_once),

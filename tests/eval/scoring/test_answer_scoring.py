@@ -21,7 +21,6 @@ from mm_moslora_eval.run.request_preparation import Preparation, deal
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
-from mm_moslora_eval.scoring.estimates import paired
 from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
@@ -29,6 +28,7 @@ from mm_moslora_eval.sources.image_controls import Hasher, derangement, mean_ima
 
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
+from tests.support.paired_scores import paired
 
 OPTIONS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
 

@@ -15,7 +15,7 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of, paired
+from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.scored_sample import Scored
@@ -24,6 +24,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
+from tests.support.paired_scores import paired
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 WITH_OPTIONS = {
