@@ -112,9 +112,8 @@ class ConversationEncoder(SegmentEncoder):
         """Tokenise a conversation for training.
 
         Args:
-            turns: an optional system turn, then questions and answers in turn, ending with an answer; or a document.
-            max_length: tokens; whole question-answer pairs, or texts and pictures of a document, are dropped from the
-                end until the rest fits.
+            turns: an optional system turn, then questions and answers in turn, ending with an answer; or a plain text.
+            max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
             pictures: placeholders of every picture and video, where they depend on it; None: all alike.
             truncate: cut a longer text off instead, within an answer too, where it has no pictures.
             whole: supervise every token but the first and those of answers that weigh 0; for texts without pictures.
@@ -125,7 +124,7 @@ class ConversationEncoder(SegmentEncoder):
             DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if len(turns) == 1 and turns[0].role == "document":
-            return self._document(turns[0], max_length, pictures, truncate=truncate)
+            return self._document(turns[0], max_length, truncate=truncate)
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
         grown = self._grow(turns, pictures, whole=whole)
@@ -251,30 +250,20 @@ class ConversationEncoder(SegmentEncoder):
             grown.weights[0] = 0.0
         return grown
 
-    def _document(
-        self, turn: Turn, limit: int | None, pictures: Sequence[Placeholders] | None, *, truncate: bool
-    ) -> Encoded:
-        """Tokenise a document: every text is supervised, and the end of a whole one; no chat template is used."""
-        grown = GrowingConversation(pictures=pictures)
+    def _document(self, turn: Turn, limit: int | None, *, truncate: bool) -> Encoded:
+        """Tokenise a plain text: all of it is supervised, and its end; no chat template is used."""
+        grown = GrowingConversation()
         grown.add(self._bos)
-        for images, part in enumerate(turn.parts()):
-            if images:
-                grown.base = 0.0
-                self._add_picture_in_text(grown)
-            grown.base = 1.0
-            grown.run.append(TextSpan(part, False))
-            self._flush(grown)
-            grown.ends.append((images, len(grown.ids)))
+        grown.base = 1.0
+        grown.run.append(TextSpan(turn.text, False))
+        self._flush(grown)
         if self.tokenizer.eos_token_id is not None:
             grown.add([int(self.tokenizer.eos_token_id)])
         if limit is None or len(grown.ids) <= limit:
             return grown.encoded()
-        images, length = max((end for end in grown.ends if end[1] <= limit), default=(0, 0))
-        if truncate and not grown.images:
-            length = limit
-        if not any(grown.weights[:length]):
+        if not truncate or not any(grown.weights[:limit]):
             raise TooLong(f"no text fits, data.max_length is {limit}; raise data.max_length or cut the document up")
-        return replace(grown.encoded(length), images=images, dropped_turns=1)
+        return replace(grown.encoded(limit), dropped_turns=1)
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and the number of turns added for it."""

@@ -1,6 +1,6 @@
 """Forms of records besides LLaVA's `conversations` with the pictures in the text.
 
-Here are documents, `texts`, `question` and `answer`, `caption`, contents in parts, and the placeholders of videos.
+Here are `text`, `texts`, `question` and `answer`, `caption`, contents in parts, and the placeholders of videos.
 `records` reads the rest, and checks what comes from here.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mm_moslora.data.chat.record_keys import check_turn, checked_text, is_empty, thinking_of, weight_of
-from mm_moslora.data.record_faults import Code, RecordError, Where, is_nothing, kind_of
+from mm_moslora.data.record_faults import Code, RecordError, Where, kind_of
 
 IMAGE = "<image>"
 """Marks where an image belongs in a question."""
@@ -30,57 +30,23 @@ class Mark(NamedTuple):
     """The image or video, if the conversation itself names it."""
 
 
-def document_items(value: Mapping[str, Any], where: Where) -> list[str | Mark] | None:
-    """The texts and pictures of a document in order; None for another form.
-
-    The forms are parallel lists `texts` and `images` with null where the other has an item (OBELICS), `text_list` and
-    `image_info` with the number of the text before which a picture stands (MMC4), and `text` alone.
+def plain_text(value: Mapping[str, Any], where: Where) -> str | None:
+    """The text of a record that is learned whole; None for another form.
 
     Raises:
-        RecordError: the lists do not fit together, a text has a fault, or the record has keys of conversations.
+        RecordError: the text has a fault, is empty, or the record has keys of conversations.
     """
-    texts = value.get("texts", value.get("text_list"))
-    if value.keys() & {"conversations", "messages", "question", "caption"}:
+    others = {"conversations", "messages", "texts", "question", "caption", "image", "images", "video", "videos"}
+    if not isinstance(value.get("text"), str) or value.keys() & others:
         return None
-    if "text" in value and texts is None and not value.keys() & {"image", "images", "video", "videos"}:
-        texts = value["text"]
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list | tuple) or not any(isinstance(text, str) for text in texts):
-        return None
-    for key in ("system", "image", "video", "videos", "objects", "tools"):
+    for key in ("system", "objects", "tools"):
         if not is_empty(value.get(key)):
-            remedy = "a document has texts and images alone; drop the key, or the record"
+            remedy = "a plain text stands alone; drop the key, or the record"
             raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedy)
-    before = _before_texts(value, len(texts), where)
-    items: list[str | Mark] = []
-    for index, text in enumerate(texts):
-        items += [Mark("image", item) for item in before[index]]
-        if not is_nothing(text) and text != "":
-            items.append(checked_text(text, f"texts[{index}]", where))
-    return [*items, *(Mark("image", item) for item in before[len(texts)])]
-
-
-def _before_texts(value: Mapping[str, Any], count: int, where: Where) -> list[list[Any]]:
-    """The pictures before each text of a document, and behind the last."""
-    before: list[list[Any]] = [[] for _ in range(count + 1)]
-    images, infos = value.get("images"), value.get("image_info")
-    if isinstance(infos, list | tuple):
-        for number, info in enumerate(infos):
-            at = info.get("matched_text_index") if isinstance(info, Mapping) else None
-            if not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < count:
-                what = f"matched_text_index is {ascii(at)[:40]}, and there are {count} texts"
-                raise where.error(Code.IMAGE_COUNT, f"image_info[{number}]", what, f"write 0 to {count - 1}")
-            before[at].append(info.get("image_name") or info.get("raw_url"))
-    elif isinstance(images, list | tuple):
-        if len(images) != count:
-            what = f"has {len(images)} items, and texts {count}"
-            remedy = "write lists of one length, with null where the other has an item"
-            raise where.error(Code.IMAGE_COUNT, "images", what, remedy)
-        for at, image in enumerate(images):
-            before[at] += [] if is_nothing(image) else [image]
-    elif not is_nothing(images):
-        raise where.error(Code.IMAGE_COUNT, "images", f"is {kind_of(images)}", "write a list beside texts")
-    return before
+    text = checked_text(value["text"], "text", where)
+    if not text.strip():
+        raise where.error(Code.NO_TURNS, "text", "there is no text to learn from", "write a text, or drop the record")
+    return text
 
 
 def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, float]] | None:

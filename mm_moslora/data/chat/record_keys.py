@@ -29,7 +29,6 @@ READ = {
     "texts": _SHOWN | {"texts", "system"},
     "question": _SHOWN | {"question", "answer", "system", *REASONING},
     "caption": _SHOWN | {"caption", "system"},
-    "text_list": {"id", "text_list", "image_info", "images"},
     "text": {"id", "text"},
 }
 """Form of a record, by the key that decides it -> keys that are read."""

@@ -1,4 +1,4 @@
-"""A record: turns of a conversation, or a document, with pictures in places."""
+"""A record: turns of a conversation, or a plain text, with pictures in places."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mm_moslora.data.boxes.record_objects import Objects
-from mm_moslora.data.chat.record_forms import (
-    IMAGE,
-    VIDEO,
-)
+from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
 from mm_moslora.data.images.record_picture import Picture
 from mm_moslora.data.record_faults import Code, Where
 
@@ -40,7 +37,7 @@ class Turn:
 
     def parts(self) -> list[str]:
         """The texts before, between and after the images: one more than the number of images."""
-        if self.role not in ("user", "document"):
+        if self.role != "user":
             return [self.text]
         if self.offsets is None:
             return self.text.split(IMAGE)
@@ -107,7 +104,7 @@ class Record:
     id: str
     """The record's id, or its number."""
     turns: tuple[Turn, ...]
-    """An optional system turn, then questions and answers in turn; or one document."""
+    """An optional system turn, then questions and answers in turn; or one plain text."""
     images: tuple[Picture, ...] = ()
     """In order of their placeholders."""
     objects: Objects | None = None
@@ -133,7 +130,7 @@ class Record:
 
     @property
     def is_document(self) -> bool:
-        """Whether it is a text with pictures in places, all of which is learned, and no conversation."""
+        """Whether it is a text, all of which is learned, and no conversation."""
         return self.turns[0].role == "document"
 
     @property

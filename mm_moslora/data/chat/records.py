@@ -1,10 +1,9 @@
 """Turns the value of a record, in any accepted form, into one form of turns and pictures (`record_turns`).
 
 Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`, and documents, in
-which texts and pictures alternate; `record_forms` reads those besides conversations. A video becomes several frames,
-which are pictures like any other. Every fault has the form
-`CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
+(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`, and `text` alone;
+`record_forms` reads those besides conversations. A video becomes several frames, which are pictures like any other.
+Every fault has the form `CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
     Mark,
-    document_items,
     filled_marks,
     formless,
+    plain_text,
     single_texts,
     text_of_parts,
     video_mark,
@@ -83,8 +82,9 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     name = _id(value, where)
     where = where.named(name)
     check_record(value, where)
-    if (items := document_items(value, where)) is not None:
-        return _document(items, value, where, rules)
+    if (text := plain_text(value, where)) is not None:
+        turn = Turn(role="document", text=text)
+        return Record(id=name, turns=(turn,), where=where, ignored=ignored_keys(value))
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
     turns, marks, marked = _turns(value, where, videos=video_mark(value, named))
     if marked:
@@ -106,24 +106,6 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     return Record(
         id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
     )
-
-
-def _document(items: Sequence[str | Mark], value: Mapping[str, Any], where: Where, rules: PictureRules) -> Record:
-    """A record whose only turn is the whole text, with its pictures in place."""
-    text, offsets, shown, before = "", [], [], ""
-    for item in items:
-        if isinstance(item, Mark):
-            offsets.append(len(text))
-            shown.append(item)
-            text, before = text + IMAGE, ""
-        else:
-            text, before = text + before + item, "\n\n"
-    turn = Turn(role="document", text=text, offsets=tuple(offsets))
-    if not any(part.strip() for part in turn.parts()):
-        raise where.error(Code.NO_TURNS, "texts", "there is no text to learn from", "write a text, or drop the record")
-    pictures = [_named_by(mark, index, where, rules) for index, mark in enumerate(shown)]
-    images = tuple(picture for picture in pictures if not isinstance(picture, Clip))
-    return Record(id=str(where.id), turns=(turn,), images=images, where=where, ignored=ignored_keys(value))
 
 
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:

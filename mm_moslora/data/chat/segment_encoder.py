@@ -21,7 +21,7 @@ from mm_moslora.data.chat.answer_thinking import AnswerThinking
 from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.guarded_tokens import TextSpan, Tokens
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
-from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.errors import ConfigError
 
 _PROBE = ("user", "assistant", "user", "assistant")
 
@@ -119,24 +119,6 @@ class SegmentEncoder(AnswerThinking):
         self.notes = notes_of(str(self.template.source))
         # A model with a tokenizer that adds BOS was trained with it; LLaVA and the stock processor add it too.
         self._bos = self.template.missing_bos()
-
-    def _add_picture_in_text(self, grown: GrowingConversation) -> None:
-        """Append a picture with the text that the template writes around it between two texts.
-
-        Raises:
-            DataError: the template does not write it there.
-        """
-        if not isinstance(self.template, ProcessorTemplate):
-            self._add_image(grown)
-            return
-        between = self.template.plan(("user:tit", "assistant")).slots[1].before
-        if len(self.template.media.findall(between)) != 1:
-            raise DataError(
-                "The chat template of this model writes no picture between texts, as documents have them. Leave "
-                "records with interleaved texts and pictures out."
-            )
-        self._add_scaffold(grown, between)
-        self._flush(grown)
 
     def _add_scaffold(self, grown: GrowingConversation, text: str) -> None:
         """Append text of the template, with the pictures and videos that the template places itself."""

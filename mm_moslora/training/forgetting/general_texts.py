@@ -68,7 +68,7 @@ def _documents(path: str | None) -> list[Callable[[], Sequence[Turn]]]:
 
 
 def _document(text: str) -> Sequence[Turn]:
-    return [Turn(role="document", text=text, offsets=())]
+    return [Turn(role="document", text=text)]
 
 
 def _turns(source: RecordSource, row: int) -> Sequence[Turn]:
