@@ -92,7 +92,8 @@ def _task_file(run: PublishedRun, folder: Path) -> Path:
     documents = folder / "documents.jsonl"
     documents.write_text("".join(json.dumps(row) + "\n" for row in run.documents), encoding="utf-8")
     prompt = {**data.get("prompt", {}), **changes.pop("prompt", {}), "image_tags": "none"}
-    source = {"kind": "hf", "path": str(documents), "columns": columns}
+    kept = {key: source[key] for key in source.keys() & {"answer_is"}}
+    source = {"kind": "hf", "path": str(documents), "columns": columns, **kept}
     data |= {**changes, "protocol": protocol, "source": source, "prompt": prompt, "expected_count": len(run.documents)}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")

@@ -44,7 +44,7 @@ def math_v(folder: Path) -> None:
 
 def mmmu(folder: Path) -> None:
     rows = [
-        {"id": f"test_Art_{n}", "question": "<image 1>?", "options": "['x', 'y']", "answer": "A", "response": text,
+        {"id": f"test_Art_{n}", "question": "<image 1>?", "options": "['y', 'A']", "answer": "A", "response": text,
          "if_right": right}
         for n, (text, right) in enumerate([("Answer: A", True), ("So (B) it is. Answer: A", True), ("no idea", True)])
     ]  # fmt: skip
