@@ -75,6 +75,16 @@ def test_golden_values_come_from_runs_of_the_registrys_tasks() -> None:
     assert len(names) > 30
 
 
+def test_cv_bench_is_asked_as_each_source_asks_it() -> None:
+    document = Document(
+        id="1", question="How many?", options={"A": "0", "B": "3"},
+        extra={"prompt": "How many? Select from the following choices.\n(A) 0\n(B) 3 (or so)"},
+    )  # fmt: skip
+    official, vlmevalkit = (get_task(f"cv_bench@{name}").prompt.text(document) for name in ("official", "vlmevalkit"))
+    assert official == document.extra["prompt"]
+    assert vlmevalkit == "How many? Select from the following choices.\nA 0\nB 3 (or so)"
+
+
 def test_beams_are_for_generated_answers_of_local_models_and_change_no_other_task() -> None:
     assert get_task("commonsense_boolq@paper").decoding.beams == 4
     assert "beams" not in get_task("commonsense_boolq@official").decoding.to_dict()  # stored answers stay valid

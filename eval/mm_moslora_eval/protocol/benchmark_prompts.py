@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -37,6 +38,11 @@ def _letters_only(document: Document, *, between: str) -> str:
     letters = ", ".join(document.options)
     ask = f"Note: You only need to respond with {letters} without providing any additional information.\n"
     return f"{ask}{between}{document.extra.get('prompt', '')}"
+
+
+def _cv_bench_vlmevalkit(document: Document) -> str:
+    """The data set's own prompt with options as VLMEvalKit's files write them: `A red` in place of `(A) red`."""
+    return re.sub(r"(?m)^\((\w)\)", r"\1", document.extra.get("prompt", ""))
 
 
 def _vstar(document: Document) -> str:
@@ -83,6 +89,7 @@ BENCHMARK_WORDINGS: dict[str, Callable[[Document], str]] = {
     "blink": _blink,
     "blink_lmms_eval": partial(_letters_only, between=""),
     "cv_bench_lmms_eval": partial(_letters_only, between="\n"),
+    "cv_bench_vlmevalkit": _cv_bench_vlmevalkit,
     "vstar_lmms_eval": _vstar,
     "naturalbench": _naturalbench,
     "dynamath": _dynamath,

@@ -11,8 +11,8 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 
 LETTERS = string.ascii_uppercase
-_BRACKETED = re.compile(r"\(([A-Za-z])\)")
-_OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.*)", re.S)
+_BRACKETED = re.compile(r"[(（]([A-Za-z])[)）]")
+_OWN_LETTER = re.compile(r"[(（]?([A-Z])[)）.:]\s*(.*)", re.S)
 _NONE = ("", "nan", "None", "[]")
 """Texts of questions without options."""
 
@@ -26,10 +26,12 @@ def options_of(value: Any, *, lettered: bool = False, optional: bool = False) ->
         optional: a text without options is none, since it is that of the question.
     """
     if isinstance(value, str):
-        texts: Any = parse_list(value) or _written(value)
+        texts: Any = parse_list(value) or parse_list(value.strip()[1:-1]) or _written(value)
         if not texts and not optional and value.strip() not in _NONE:
             return {}, f"the options are {value[:60]!r}, expected a list, or `(A) ... (B) ...`"
         value = texts
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
+        (value,) = value  # one row of MMMU-Pro has its list in a list
     if isinstance(value, Mapping):
         named = {str(letter): text for letter, text in value.items()}
     elif isinstance(value, list | tuple):
@@ -56,9 +58,9 @@ def _written(text: str) -> list[str]:
 
 
 def _without_letters(values: Sequence[Any]) -> Sequence[Any]:
-    """The texts of options; where each begins with its own letter, such as `(A) red` or `A. red`, without it."""
+    """The texts of options; where each is a text behind its own letter, such as `(A) red` or `A. red`, without it."""
     parts = [_OWN_LETTER.fullmatch(str(value)) for value in values]
-    own = [part[2] for part, letter in zip(parts, LETTERS, strict=False) if part and part[1] == letter]
+    own = [part[2] for part, letter in zip(parts, LETTERS, strict=False) if part and part[2] and part[1] == letter]
     return own if len(own) == len(values) > 1 else values
 
 

@@ -242,11 +242,29 @@ def test_a_letter_that_is_also_the_text_of_another_option_is_an_error(answer: st
 
 
 @pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        ("[['A', 'B', 'neither']]", "A B neither"),
+        ([["A", "B", "neither"]], "A B neither"),
+        ("['(A)', '(B)']", "(A) (B)"),
+        ("['(A) red', '(B)']", "(A) red (B)"),
+        (["A. red", "B. green"], "red green"),
+        (["(A) 红", "（B） 绿", "（C）蓝"], "红 绿 蓝"),
+        ("（A） 红 （B） 绿", "红 绿"),
+    ],
+)
+def test_options_are_texts_behind_their_own_letters(options: Any, read: str) -> None:
+    found = hf_dataset.document({"question": "q", "options": options, "answer": "B"}, {}, answer_is="letter")
+    assert (" ".join(found.options.values()), found.problem) == (read, None)
+
+
+@pytest.mark.parametrize(
     ("options", "problem"),
     [
         ("red, green", "the options are 'red, green', expected a list"),
         ([str(number) for number in range(40)], "there are 40 options, at most 26"),
         ([{"text": "red"}], "an option is .*, expected text"),
+        (["red", ["green", "blue"]], "an option is .*, expected text"),
         (7, "the options are 7, expected a list"),
     ],
 )
