@@ -310,15 +310,15 @@ class _AnswerJob:
         self._answered = self._failed = self._done = 0
         self._asked_by_this_rank: set[str] = set()
         self._stored: set[str] = set()
+        self._failed_before: set[str] = set()
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
         """Items without an answer; with `retry` also failed items of an earlier run."""
         rows = read_folder(self.folder)
-        again = (
-            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_by_this_rank
-            if retry
-            else set()
-        )
+        failed = {key for key, row in rows.items() if row.get("error") is not None}
+        again = failed - self._asked_by_this_rank if retry else set()
+        if rows.keys() - failed:  # the model has answered, so these may fail again for reasons of their own
+            self._failed_before |= again
         self._stored = rows.keys() - again
         self._done = sum(item.key in self._stored for item in self.items)
         return [item for item in items if item.key not in self._stored]
@@ -397,7 +397,7 @@ class _AnswerJob:
         self._done += item.key not in self._stored
         self._stored.add(item.key)
         self._answered += error is None
-        self._failed += error is not None and item.problem is None
+        self._failed += error is not None and item.problem is None and item.key not in self._failed_before
         self._report()
         if self._failed >= _HOPELESS and not self._answered:
             raise EvalError(

@@ -251,6 +251,17 @@ def test_endpoint_failure_costs_only_its_own_sample(question_file: Path, tmp_pat
     assert (result.counts.total, result.counts.failed) == (12, 2)
 
 
+@pytest.mark.parametrize("data", [b"", b"no picture", picture(1)[:8] + bytes(40), picture(1)[:60]])
+def test_a_damaged_picture_is_not_sent_to_an_endpoint(data: bytes, question_file: Path, tmp_path: Path) -> None:
+    (question_file.parent / "2.png").write_bytes(data)
+    with serve(lambda _: "yes") as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m"))
+        (result,) = evaluate(
+            model, get_task(f"llava:{question_file}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
+        )
+    assert (result.counts.total, result.counts.failed, len(server.payloads)) == (12, 3, 9)
+
+
 @pytest.mark.parametrize("code", [401, 404])
 def test_endpoint_that_refuses_everything_ends_the_run_at_once(code: int) -> None:
     with serve(lambda _: "never", faults=[code] * 50) as server:

@@ -250,6 +250,14 @@ def test_a_model_that_always_fails_stops_the_run(tmp_path: Path) -> None:
         evaluate(broken, task_of(path), tmp_path / "run", modes=("own",), settings=ONE)
 
 
+def test_samples_that_fail_again_stop_no_run_that_has_answers(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "data", count=40)
+    half = FakeModel(fail_on=[f"q{n}" for n in range(40) if n // 4 % 2])
+    for _ in range(2):
+        (result,) = evaluate(half, task_of(path), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+        assert (result.counts.scored, result.counts.failed) == (20, 20)
+
+
 def test_pictures_shown_in_each_mode(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
     evaluate(model, task_of(question_file), tmp_path / "run", modes=MODES, baselines=(), settings=ONE)
     own, blind, wrong = model.requests[:12], model.requests[12:24], model.requests[24:]

@@ -33,17 +33,20 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 
 
 def data_url(image: ImageLike) -> str:
-    """A picture as a data URL: files unchanged, opened pictures as PNG."""
+    """A picture as a data URL: files unchanged, opened pictures as PNG.
+
+    Raises:
+        DataError: a file that no local model could read, either.
+    """
     if isinstance(image, bytes | Path | StoredImage):
         from mm_moslora.data.images.record_picture import read_picture
+        from mm_moslora_eval.sources.image_controls import open_image
 
         data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
+        image = open_image(data)
         kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
         if kind is not None:
             return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        from mm_moslora_eval.sources.image_controls import open_image
-
-        image = open_image(data)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
