@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, read_picture
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
+from mm_moslora.data.sources.dataset_card import check_named_files
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.file_locks import lock_file
@@ -243,7 +244,7 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
     import datasets
 
     with hub_or_cache(None if path in _FORMATS else path):
-        if "data_files" not in options:
+        if path not in _FORMATS:
             files = _own_files(path, options)
             if Path(path).is_dir():
                 options["cache_dir"] = str(_kept() / _state(files))
@@ -254,7 +255,8 @@ def _own_files(path: str, options: Mapping[str, Any]) -> list[str]:
     """The files of a data set, by its README or by their names; all are its own."""
     import datasets
 
-    given = {key: options[key] for key in ("name", "revision") if options.get(key) is not None}
+    check_named_files(path, options)
+    given = {key: options[key] for key in ("name", "revision", "data_files") if options.get(key) is not None}
     files = datasets.load_dataset_builder(path, **given).config.data_files or {}
     found = [str(file) for own in files.values() for file in own]
     if odd := next((file for file in found if not _is_own(file, path)), None):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_hub import fake_hub, run_beside
+from mm_moslora_eval.sources import hf_dataset
+from mm_moslora_eval.sources.source import Source
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources import hf_tables
 from mm_moslora.data.sources.open_sources import open_source
-from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.errors import ConfigError, DataError, MoSLoRAError
 from tests.data.sets import chat, colour_of, picture
 
 
@@ -44,6 +47,12 @@ for _ in range(4):
     record = endless.take()()
     print(json.dumps([2, record.turns[1].text, record.images[0].rgb().getpixel((0, 0))]))
 """
+
+WAYS: dict[str, Callable[[str], object]] = {
+    "training": lambda path: open_source(SourceConfig(path=path)),
+    "streamed": lambda path: open_source(SourceConfig(path=path, streaming=True, limit=1, limit_by="first")),
+    "harness": lambda path: hf_dataset.load(Source(kind="hf", path=path, split="train")),
+}
 
 
 class TestTables:
@@ -278,20 +287,44 @@ class TestTables:
         shown = next(iter(hf_tables.undecoded(table.to_iterable_dataset())))
         assert (shown["more"][0]["deep"]["photo"], shown["sound"]) == (inside, inside)
 
-    @pytest.mark.parametrize("streamed", [False, True])
-    @pytest.mark.parametrize("named", ["{folder}/private.jsonl", "../private.jsonl", "link.jsonl"])
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        "named",
+        [
+            "data_files: {folder}/private.jsonl", "data_files: ../private.jsonl", "data_files: link.jsonl",
+            "data_files: http://127.0.0.1:9/a.jsonl", "data_files: ['reference://b.jsonl::d/refs.json']",
+            "data_files: [{{split: train, path: ['zip://a.jsonl::http://127.0.0.1:9/a.zip']}}]",
+            "data_dir: file:///etc", "data_files: hf://datasets/other/set/a.jsonl", "data_files: '*.jsonl'",
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
     def test_the_readme_of_a_data_set_names_no_file_elsewhere(
-        self, tmp_path: Path, monkeypatch, named, streamed
+        self, tmp_path: Path, monkeypatch, card, named, way
     ) -> None:
+        """What is refused by its name is resolved by no library."""
         import datasets
 
         monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        if "*" not in named:
+            monkeypatch.setattr(datasets, "load_dataset_builder", None)
         (tmp_path / "private.jsonl").write_text(json.dumps({"question": "q", "answer": "secret"}) + "\n")
-        (tmp_path / "d").mkdir()
-        (tmp_path / "d" / "link.jsonl").symlink_to(tmp_path / "private.jsonl")
-        config = f"configs:\n- config_name: default\n  data_files: {named.format(folder=tmp_path)}"
-        (tmp_path / "d" / "README.md").write_text(f"---\n{config}\n---\n")
-        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
-        with pytest.raises(DataError, match=r"not one of its own files|does not load"):
-            open_source(SourceConfig(path=str(tmp_path / "d"), **options))
+        folder = tmp_path / "d"
+        folder.mkdir()
+        (folder / "link.jsonl").symlink_to(tmp_path / "private.jsonl")
+        rule = "---\n" if card == "README.md" else ""
+        config = f"configs:\n- config_name: default\n  {named.format(folder=tmp_path)}\n"
+        (folder / card).write_text(f"{rule}{config}{rule}")
+        with pytest.raises(MoSLoRAError, match="not one of its own files"):
+            WAYS[way](str(folder))
+
+    @pytest.mark.parametrize("options", [{}, {"data_files": "http://127.0.0.1:9/a.jsonl"}])
+    def test_a_set_of_the_hub_names_no_file_elsewhere(self, tmp_path: Path, options) -> None:
+        code = f"from mm_moslora.data.sources.hf_tables import load_checked; load_checked('me/x', **{options})"
+        named = "configs:\n- config_name: default\n  data_files: reference://a.jsonl::http://127.0.0.1:9/refs.json\n"
+        with fake_hub() as hub:
+            hub.files = {("datasets", "me/x"): {"a.jsonl": b"{}"}}
+            if not options:
+                hub.files["datasets", "me/x"] |= {"README.md": f"---\n{named}---\n".encode()}
+            done = run_beside(hub, tmp_path, code)
+        assert "DataError: me/x names the data file" in done.stderr.splitlines()[-1], done.stderr[-2000:]
