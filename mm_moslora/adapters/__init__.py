@@ -7,10 +7,9 @@ from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
 from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
-from mm_moslora.adapters.mixer import MIXER_FORMS, MIXER_INITS, MixerForm, MixerInit, butterfly, init_mixer
+from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.peft_methods import (
     add_method,
@@ -29,13 +28,11 @@ from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_line
 patch_peft()
 
 __all__ = [
-    "MIXER_FORMS",
     "MIXER_INITS",
     "AdaptedModule",
     "Layout",
     "Mixer",
     "MixerCallback",
-    "MixerForm",
     "MixerInit",
     "MoSLoRAConfig",
     "MoSLoRALayer",

@@ -25,13 +25,12 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     adapted_path,
     is_factor,
+    mixers_in,
 )
-from mm_moslora.adapters.folders.folder_tensors import mixer_matrices
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 
@@ -121,7 +120,7 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
         AdapterError: see `load_adapter`; no factor in the folder.
     """
     content = read_folder(folder)
-    form, mixers = form_named(content.config.mixer_form), _mixers(content)
+    mixers = mixers_in(content.tensors)
     other = None if against is None else read_folder(against)
     reports = []
     for name, A in content.tensors.items():
@@ -130,7 +129,7 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
             continue
         B = content.tensors[_name_of_B(name)]
         M, scaling = mixers.get(f"{PREFIX}{path}"), content.config.scaling_for(path)
-        start = _other_module(other, name, A, B) if other else ModuleStart.read(content.start, path, form, len(A))
+        start = _other_module(other, name, A, B) if other else ModuleStart.read(content.start, path, len(A))
         reports.append(describe(path, A, M, B, scaling, start=start))
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")
@@ -155,10 +154,6 @@ def trained_parameters(folder: str | Path) -> int:
     )
 
 
-def _mixers(content: AdapterFolder) -> dict[str, Tensor]:
-    return mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
-
-
 def _name_of_B(name: str) -> str:  # noqa: N802
     suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
     return f"{name.removesuffix(suffix)}{suffix.replace('_A', '_B')}"
@@ -169,7 +164,7 @@ def _other_module(other: AdapterFolder, name: str, A: Tensor, B: Tensor) -> Modu
     if name not in other.tensors:
         return ModuleStart()
     old_A, old_B = other.tensors[name], other.tensors[_name_of_B(name)]
-    M = _mixers(other).get(f"{PREFIX}{adapted_path(name)}", torch.eye(len(old_A)))
+    M = mixers_in(other.tensors).get(f"{PREFIX}{adapted_path(name)}", torch.eye(len(old_A)))
     rows, columns = ((A, old_A), (B.flatten(1).T, old_B.flatten(1).T))
     return ModuleStart(M=M, rows=Overlap.of(rows[0].flatten(1), rows[1].flatten(1)), columns=Overlap.of(*columns))
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init, form_named
+from mm_moslora.adapters.mixer import MIXER_INITS, NO_MIXER, MixerInit, check_mixer_init
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # These give the product B A a meaning at the start (a part of the base weight, or zero by construction).
@@ -44,10 +44,6 @@ class AdapterOptions(LoraConfig):
     """False freezes M. Identity and frozen is plain LoRA, bit for bit."""
     mixer_pattern: dict[str, str] = field(default_factory=dict)
     """Module name, or regular expression on its end, to mixer_init, or to none (no mixer); like rank_pattern."""
-    mixer_form: str = "dense"
-    """What M is made of: dense (R x R weights), diagonal (R weights, one per rank-1 subspace, starting at 1),
-    block_diagonal:4 (4 blocks), low_rank:4 (the identity and a product of rank 4), or a name of your own in
-    MIXER_FORMS."""
     factor_form: FactorForm = "free"
     """free: A and B train. mixed: A starts as M A, without a mixer from there (plain LoRA)."""
 
@@ -64,7 +60,7 @@ class AdapterOptions(LoraConfig):
         for key, kind in self.mixer_pattern.items():
             check_mixer_init(kind, f"mixer_pattern[{key!r}]", choices=(*MIXER_INITS, NO_MIXER))
         self._check_ranks()
-        self._check_forms()
+        self._check_factor_form()
         for name in _OTHER_LAYOUTS:
             if getattr(self, name):
                 raise AdapterError(
@@ -122,31 +118,13 @@ class AdapterOptions(LoraConfig):
         values.pop("peft_type", None)
         return LoraConfig(**values)
 
-    def _check_forms(self) -> None:
+    def _check_factor_form(self) -> None:
         choices = get_args(FactorForm)
         if self.factor_form not in choices:
             raise AdapterError(
                 f"factor_form is {self.factor_form!r}, expected one of {', '.join(choices)}."
                 f"{suggestion(str(self.factor_form), choices)}"
             )
-        form = form_named(self.mixer_form)
-        for rank in {self.r, *(self.rank_pattern or {}).values()}:
-            form.check(rank)
-        if self.mixer_form == "dense" and self.factor_form == "free":
-            return
-        where = f"mixer_form={self.mixer_form!r}, factor_form={self.factor_form!r}"
-        if not self.mixer_trainable and self.factor_form != "mixed":
-            raise AdapterError(f"{where} needs a mixer that trains. Set mixer_trainable=True.")
-        inits = {self.mixer_init, *self.mixer_pattern.values()} - {NO_MIXER}
-        if not form.inits and inits != {"orthogonal"}:
-            raise AdapterError(
-                f"{where} brings its own start of the mixer. Leave mixer_init at its default, and let mixer_pattern "
-                "say none at most."
-            )
-        if unknown := sorted(inits - set(form.inits)) if form.inits else []:
-            raise AdapterError(f"{where} has no start {unknown[0]!r}, expected one of {', '.join(form.inits)}.")
-        if self.factor_form == "mixed" and not form.fixed:
-            raise AdapterError(f"{where}: a mixer that depends on its input cannot be folded into A.")
 
     def _check_kinds(self) -> None:
         if not isinstance(self.mixer_trainable, bool):

@@ -20,7 +20,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.adapter_options import check_expression
-from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
@@ -336,9 +335,9 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
         for name in layer.adapter_names():
             if adapter_name not in (None, name):
                 continue
-            mixer, mixed = layer.mixer_tensors(name).values(), name in layer.lora_mixer
-            trains = mixed and cast(Mixer, layer.lora_mixer[name]).trainable
-            every = (*layer.outer_factors(name), *(mixer if trains else ()))
+            M = layer.mixer(name)
+            trains = M is not None and bool(layer.lora_mixer[name].trainable)
+            every = (*layer.outer_factors(name), *([M] if M is not None and trains else ()))
             factors = [factor for factor in every if id(factor) not in counted]
             counted |= {id(factor) for factor in factors}
             width_in, width_out = layer.widths
@@ -349,7 +348,7 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
                     out_features=width_out,
                     rank=layer.r[name],
                     scaling=layer.scaling[name],
-                    mixer=layer.mixer_init[name] if mixed else "none",
+                    mixer="none" if M is None else layer.mixer_init[name],
                     mixer_trainable=trains,
                     # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
                     parameters=sum(int(getattr(factor, "ds_numel", factor.numel())) for factor in factors),

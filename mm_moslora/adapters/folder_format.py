@@ -4,7 +4,6 @@
 
     adapter_config.json         stock PEFT's configuration, without keys of this package
     adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
-                                (mixers without a matrix: a file that every reader of safetensors refuses)
     moslora.safetensors         A, M and B in float32, under PEFT's names
     moslora_start.safetensors   the mixers as training began, for `adapter_inspection`; see `folders.kept_start`
     moslora.json                full configuration, format version, sha256 of all of them, the base they belong to
@@ -40,11 +39,11 @@ OWN_TYPE = "MOSLORA"
 """`peft_type` of an `adapter_config.json` written by hand with keys of `MoSLoRAConfig`. PEFT alone refuses it."""
 USE_MIXER, USE_MIXER_PATTERN = "lora_use_mixer", "lora_use_mixer_pattern"
 """The authors' options."""
-MIXER = ".lora_mixer.weight"
 MIXER_PART = ".lora_mixer."
-"""Before the names of a mixer's tensors; forms name them, and `weight` is M itself."""
+MIXER = f"{MIXER_PART}weight"
 START_PART = ".lora_start."
 """Before the names of what is kept of the start of training."""
+START_MIXER = f"{START_PART}weight"
 # Embeddings keep their factors as bare parameters.
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
@@ -78,18 +77,13 @@ def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 
 
 def is_factor(name: str) -> bool:
-    """Whether a name, as in the folder, is that of A, of B or of a mixer's tensor."""
+    """Whether a name, as in the folder, is that of A, of B or in a mixer."""
     return name.endswith((*FACTORS_A, *FACTORS_B)) or (MIXER_PART in name and "." not in name.rpartition(MIXER_PART)[2])
 
 
-def mixers_in(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The mixers' tensors by their names, by what stands before ``.lora_mixer.`` in the folder."""
-    mixers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        start, part, name = key.rpartition(MIXER_PART)
-        if part:
-            mixers.setdefault(start, {})[name] = tensor
-    return mixers
+def mixers_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """M ``[R, R]`` of every mixer, by what stands before ``.lora_mixer.weight`` in its name in the folder."""
+    return {name.removesuffix(MIXER): tensor for name, tensor in tensors.items() if name.endswith(MIXER)}
 
 
 def adapted_path(name: str) -> str | None:

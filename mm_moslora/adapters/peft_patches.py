@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mm_moslora.adapters.folder_format import (
-    MIXER_PART,
     OWN_CONFIG,
     OWN_TYPE,
     OWN_WEIGHTS,
     PREFIX,
-    START_PART,
+    START_MIXER,
     STOCK_WEIGHTS,
     downloaded,
 )
@@ -41,7 +40,6 @@ from mm_moslora.adapters.folders.kept_start import start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.mixer import attach_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
@@ -75,11 +73,9 @@ def load_peft_weights(
         return stock
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
-    mixers = {name: tensor for name, tensor in content.start.items() if "." not in name.rpartition(START_PART)[2]}
+    mixers = {name: tensor for name, tensor in content.start.items() if name.endswith(START_MIXER)}
     stored = content.tensors | mixers
-    tensors = {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in stored.items()}
-    attach_form((tensor for name, tensor in tensors.items() if MIXER_PART in name), content.config.mixer_form)
-    return tensors
+    return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in stored.items()}
 
 
 def _renamed(name: str, key_mapping: dict[str, str]) -> str:

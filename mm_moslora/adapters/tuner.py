@@ -33,10 +33,8 @@ from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, unexpected_entry
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import stop_repacking
-from mm_moslora.adapters.layers.form_checks import check_named
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
-from mm_moslora.adapters.mixer import attach_form, attached_form
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
@@ -161,16 +159,10 @@ class MoSLoRAModel(LoraModel):
     ) -> dict[str, Tensor]:
         if isinstance(config, MoSLoRAConfig):
             for _, layer in named_adapter_layers(model):
-                if layer.mixer_tensors(adapter_name):  # refuses what no reader knows
-                    mixer: Any = layer.lora_mixer[adapter_name]
-                    device = layer.outer_factors(adapter_name)[0].device
-                    check_named(mixer.form, config.mixer_form, layer.r[adapter_name], device)
+                layer.mixer(adapter_name)  # refuses what no reader knows
             # In place: PEFT goes on with it for the modules that train whole.
             state_dict |= named_as_modules(model, state_dict)
-        adapter_state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if isinstance(config, MoSLoRAConfig):
-            attach_form((tensor for name, tensor in adapter_state.items() if MIXER_PART in name), config.mixer_form)
-        return adapter_state
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -194,12 +186,6 @@ class MoSLoRAModel(LoraModel):
         if extra := unexpected_entry(state_dict, config, embeddings=_embeddings(model)):
             raise AdapterError(
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
-            )
-        form = attached_form(tensor for name, tensor in state_dict.items() if MIXER_PART in name)
-        if form not in (None, config.mixer_form):
-            raise AdapterError(
-                f"The values are of mixer_form {form!r}, adapter {adapter_name!r} has {config.mixer_form!r}. Load them "
-                "under another adapter name, or delete that adapter (delete_adapter) first."
             )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):

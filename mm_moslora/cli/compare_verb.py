@@ -63,9 +63,8 @@ def compare(
     recipe
         YAML file, or the name of a shipped preset (see `mm-moslora config`); with --cell the folder of a comparison.
     arms
-        lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init, diagonal,
-        block-diagonal, moslora-rslora, moslora-lora+, dora, rslora, lora+,
-        full, or peft:NAME for a method of PEFT;
+        lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, moslora-init,
+        moslora-rslora, moslora-lora+, dora, rslora, lora+, full, or peft:NAME for a method of PEFT;
         with @key=value for other keys of the adapter, of the method or of the recipe: moslora:orthogonal@rank=16.
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.

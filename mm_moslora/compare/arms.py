@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
-from mm_moslora.adapters.mixer import MIXER_INITS, form_named
+from mm_moslora.adapters.mixer import MIXER_INITS
 from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.strict_reading import parse_scalar, set_dotted
@@ -36,14 +36,6 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"adapter.mixer_init": "butterfly", "adapter.mixer_trainable": False},
     ),
     **{f"moslora:{init}": (f"MoSLoRA, mixer started {init}", {"adapter.mixer_init": init}) for init in MIXER_INITS},
-    "diagonal": (
-        "a diagonal mixer: one trained weight per rank-1 subspace",
-        {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "diagonal"},
-    ),
-    "block-diagonal": (
-        "a mixer of 4 blocks: subspaces mix within four groups",
-        {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "block_diagonal:4"},
-    ),
     "moslora-rslora": (
         "MoSLoRA scaled by alpha / sqrt(rank)",
         {"adapter.mixer_init": "orthogonal", "adapter.use_rslora": True},
@@ -67,7 +59,6 @@ _RESET = {
     "adapter.peft": {},
     "adapter.mixer_trainable": True,
     "adapter.mixer_pattern": {},
-    "adapter.mixer_form": "dense",
     "adapter.factor_form": "free",
     "adapter.use_dora": False,
     "adapter.use_rslora": False,
@@ -312,6 +303,4 @@ def _size(arm: Arm, recipe: Recipe) -> tuple[int | None, list[str]]:
         limits.append(reason_of(error))
     else:
         trained = sum(mine for _, mine in meta.parameters().values())
-    if recipe.model.language_mode == "adapter" and not form_named(recipe.adapter.mixer_form).fixed:
-        limits.append("cannot be merged (its mixers depend on their input), evaluated live")
     return trained, limits

@@ -285,10 +285,6 @@ class AdapterConfig:
     """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
     mixer_pattern: dict[str, ModuleMixerInit] = field(default_factory=dict)
     """Per-module override of mixer_init, by regular expression on the end of the module path; none: no mixer there."""
-    mixer_form: str = "dense"
-    """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1. block_diagonal:4: 4 blocks.
-    low_rank:4: the identity and a product of rank 4. Or a form of your own (extending.md in
-    `mm-moslora files tutorials`)."""
     factor_form: Literal["free", "mixed"] = "free"
     """free: A and B train. mixed: A starts as M A, and there is no mixer (MoSLoRA's start, plain LoRA from there)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -11,8 +11,6 @@ PROJECTOR_KINDS = (
     *(f"mlp{depth}x_gelu" for depth in range(1, 10)),
 )  # fmt: skip
 """`model.projector.kind`."""
-MIXER_FORMS = ("dense", "diagonal")
-"""`adapter.mixer_form`. Forms with a size are left to their registry, which knows the ranks that a size fits."""
 ATTENTION = (
     "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
     "mm_moslora_segments",

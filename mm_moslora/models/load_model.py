@@ -21,7 +21,6 @@ from transformers import (
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folder_format import read_json
-from mm_moslora.adapters.mixer import form_named
 from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
@@ -55,8 +54,8 @@ def load(
 
     Args:
         path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
-        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`. Adapters with
-            mixers that depend on their input stay live, and so do those on packed weights, which would be rounded anew.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`. Those on
+            packed weights stay live, as a merge would round them anew.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         packed: for a run on a base of 4 or 8 bits. `keep`: as it trained; `dense`: with the same values in `dtype`, or
@@ -143,7 +142,7 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, packed: s
 
 
 def _merge(assembly: Parts) -> None:
-    """Merge the adapter, unless it stays live: mixers that depend on their input, methods of PEFT without a merge."""
+    """Merge the adapter, unless it stays live: on packed weights, and methods of PEFT without a merge."""
     assert assembly.peft_model is not None
     if is_packed(assembly.model):
         logger.info("The adapter stays live: merged, the packed weights would be rounded anew.")
@@ -155,10 +154,9 @@ def _merge(assembly: Parts) -> None:
         except AdapterError as reason:
             logger.info("The adapter stays live. %s", reason)
             return
-        assembly.peft_model = None
-    elif form_named(config.mixer_form).fixed:
+    else:
         adapters.merge(assembly.peft_model)
-        assembly.peft_model = None
+    assembly.peft_model = None
 
 
 def _load_trained(assembly: Parts, file: Path) -> None:

@@ -113,7 +113,6 @@ def moslora_config(adapter: AdapterConfig, **more: Any) -> adapters.MoSLoRAConfi
         mixer_init=adapter.mixer_init,
         mixer_trainable=adapter.mixer_trainable,
         mixer_pattern=dict(adapter.mixer_pattern),
-        mixer_form=adapter.mixer_form,
         factor_form=adapter.factor_form,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.factor_modules import Mixer
+from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
 from mm_moslora.config.value_checks import check_mixers_train

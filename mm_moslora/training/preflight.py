@@ -153,8 +153,7 @@ def _require_rewards(names: Sequence[str]) -> None:
 
 
 def check_adapter_names(adapter: AdapterConfig) -> None:
-    """Refuse a form of mixers, a method of PEFT or an option of it, or a word for targets, that does not
-    exist; see `check_names`."""
+    """Refuse a method of PEFT or an option of it, or a word for targets, that does not exist; see `check_names`."""
     targets, words = adapter.targets, {"all-linear", str(type(adapter)().targets)}
     is_word = isinstance(targets, str) and targets.replace("-", "_").isidentifier()
     if is_word and targets not in words and (hint := suggestion(str(targets), words)):
@@ -162,8 +161,7 @@ def check_adapter_names(adapter: AdapterConfig) -> None:
             f"adapter.targets is {targets!r}, expected {' or '.join(sorted(words))}, or a list of names of layers."
             f"{hint}"
         )
-    usual = adapter.mixer_form in usual_names.MIXER_FORMS
-    if adapter.peft or not usual:
+    if adapter.peft:
         from mm_moslora.models.trainable_parts import adapter_config
 
         adapter_config(adapter)

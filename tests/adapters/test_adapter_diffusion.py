@@ -15,7 +15,6 @@ import diffusers
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, load_adapter, merge, save_adapter
 from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
 from mm_moslora.utils.errors import AdapterError
-from tests.adapters.adapter_models import train_a_bit
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
@@ -52,21 +51,6 @@ def test_what_the_savers_of_diffusers_write_draws_the_same_picture(name: str, tm
     with pytest.raises(AdapterError, match="save_lora_adapter would write mixers"):
         pipeline.unet.save_lora_adapter(tmp_path / "alone")
     assert not (tmp_path / "alone").exists()
-
-
-@pytest.mark.parametrize("form", ["block_diagonal:2", "low_rank:2"])
-def test_the_savers_of_diffusers_fold_every_form(form: str, tmp_path: Path) -> None:
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    pipeline = tiny_pipeline("tiny-sd")
-    pipeline.unet.add_adapter(MoSLoRAConfig(r=4, lora_alpha=4, mixer_form=form, target_modules=["to_q", "to_v"]))
-    train_a_bit(pipeline.unet)
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=state)
-    read = tiny_pipeline("tiny-sd")
-    read.load_lora_weights(str(tmp_path))
-    torch.testing.assert_close(_drawn(read), _drawn(pipeline), atol=1e-5, rtol=0)
 
 
 def test_a_mixer_without_its_factor_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def small() -> peft.PeftModel:
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"mixer_form": "diagonal"}])
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}])
 def test_a_training_step_compiles_into_one_graph(options: dict) -> None:
     """Every adapted layer broke the graph, an error with fullgraph."""
     model = adapted(llama(num_hidden_layers=1), **options).train()

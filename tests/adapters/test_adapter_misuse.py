@@ -164,7 +164,7 @@ def test_a_configuration_alone_leaves_the_weights_of_its_folder_alone(saved: Pat
 
 
 def test_a_configuration_alone_comes_back_whole(tmp_path: Path) -> None:
-    config(mixer_init="kaiming", mixer_form="dense").save_pretrained(str(tmp_path))
+    config(mixer_init="kaiming").save_pretrained(str(tmp_path))
     assert MoSLoRAConfig.from_pretrained(str(tmp_path)).mixer_init == "kaiming"
     assert peft.PeftConfig.from_pretrained(str(tmp_path)).r == 4
     with pytest.raises(AdapterError, match=r"has moslora.json but no moslora.safetensors"):

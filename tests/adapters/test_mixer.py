@@ -1,13 +1,31 @@
-"""Mixers: how they start, what is refused, and what two-subspaces mixing is."""
+"""Mixers: how they start, what is refused, where they are left out, and what two-subspaces mixing is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils.parametrizations import orthogonal
 
-from mm_moslora.adapters import MoSLoRAConfig, butterfly, delta_weight, fold, init_mixer
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    butterfly,
+    delta_weight,
+    fold,
+    init_mixer,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
 from mm_moslora.utils.errors import AdapterError
-from tests.adapters.adapter_models import two_subspaces
+from tests.adapters.adapter_models import llama, llava, llava_inputs, logits, train_a_bit, two_subspaces
 
 
 def test_orthogonal_keeps_lengths() -> None:
@@ -40,6 +58,10 @@ def test_fold_has_the_same_update() -> None:
     [
         ({"mixer_init": "zeros"}, "gradients of A, M and B are all exactly zero"),
         ({"mixer_init": "orthogonl"}, "Did you mean 'orthogonal'"),
+        ({"mixer_init": "none"}, "mixer_init is 'none', expected one of orthogonal"),
+        ({"factor_form": "mixd"}, "Did you mean 'mixed'"),
+        ({"factor_form": "mixed", "init_lora_weights": "pissa"}, "product B A a meaning"),
+        ({"use_dora": True}, "use_dora is set together with a mixer"),
         ({"mixer_pattern": {"q_proj": "zeros"}}, "mixer_pattern"),
         ({"r": 0}, "r is 0"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
@@ -70,3 +92,89 @@ def test_meaningful_inits_are_fine_with_an_identity_mixer(init: str) -> None:
 def test_butterfly_needs_an_even_rank() -> None:
     with pytest.raises(AdapterError, match="even"):
         butterfly(5)
+
+
+def layers(model: nn.Module) -> Iterator[MoSLoRALinear]:
+    return (module for module in model.modules() if isinstance(module, MoSLoRALinear))
+
+
+def test_a_pattern_leaves_modules_without_a_mixer(tmp_path: Path) -> None:
+    model = add_moslora(llava(), MoSLoRAConfig(r=4, mixer_pattern={r"vision_tower\..*": "none"}), targets=["q_proj"])
+    train_a_bit(model)
+    mixed = {name.partition(".self_attn")[0] for name, _ in model.named_parameters() if "lora_mixer" in name}
+    assert len(mixed) == 2
+    assert all("language_model" in name for name in mixed)
+    save_adapter(model.eval(), tmp_path / "a")
+    with torch.no_grad():
+        live = model(**llava_inputs()).logits
+        loaded = load_adapter(llava(), tmp_path / "a", trainable=True).eval()
+        assert torch.equal(loaded(**llava_inputs()).logits, live)
+        torch.testing.assert_close(merge(model)(**llava_inputs()).logits, live, atol=1e-5, rtol=0)
+
+
+def test_mixed_starts_are_a_fold_into_a(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    plain = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init="identity", mixer_trainable=False), targets=["q_proj"])
+    A = next(layers(plain)).factors("default").A.detach()
+    torch.manual_seed(3)
+    config = MoSLoRAConfig(r=4, factor_form="mixed", mixer_init="kaiming", target_modules=["q_proj", "embed_tokens"])
+    model = add_moslora(llama(), config, targets=["q_proj"])
+    layer = next(layers(model))
+    assert not layer.lora_mixer
+    mixed = layer.factors("default").A
+    M = torch.linalg.lstsq(A.T, mixed.T).solution.T
+    torch.testing.assert_close(M @ A, mixed, atol=1e-6, rtol=1e-4)
+    assert (M - torch.eye(4)).abs().max() > 0.1
+    assert M.abs().max() <= 0.5 + 1e-5  # kaiming: uniform within 1 / sqrt(R)
+    save_adapter(model, tmp_path / "a")
+    assert load_adapter(llama(), tmp_path / "a").peft_config["default"].factor_form == "mixed"
+    embedded = add_moslora(llama(), config)
+    assert torch.equal(logits(embedded), logits(llama()))
+
+
+@pytest.mark.parametrize("way", ["save_adapter", "save_pretrained"])
+@pytest.mark.parametrize("name", ["Sequential", "ParametrizedMixer"])
+def test_a_module_in_the_place_of_a_mixer_is_refused_before_anything_is_written(
+    way: str, name: str, tmp_path: Path
+) -> None:
+    """It trained and merged; its folder was one that no reader took, with a wrong fold."""
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    for layer in layers(model):
+        if name == "Sequential":
+            layer.lora_mixer["default"] = nn.Sequential(nn.Linear(4, 4, bias=False))
+        else:
+            orthogonal(layer.lora_mixer["default"])
+    with pytest.raises(AdapterError, match=f"replaced by a {name}"):
+        save_adapter(model, tmp_path / "a") if way == "save_adapter" else model.save_pretrained(tmp_path / "a")
+    assert not list(tmp_path.glob("a/*.safetensors"))
+
+
+def test_the_flops_of_a_mixer_are_those_of_its_product_with_b() -> None:
+    """Beside an adapter without mixers, in one micro-batch: 8 per row of B and product."""
+    shape = StepShape(tokens=14, pairs=56, supervised=12, images=0, micro_batches=1)
+
+    def flops(**options: object) -> float:
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, **options), targets=["q_proj"])
+        return FlopCounter(model.get_base_model()).count(shape).adapters
+
+    assert flops() - flops(mixer_pattern={".*": "none"}) == 2 * 8 * 32 * 4 * 4
+
+
+def test_forward_mode_derivatives_take_the_modules() -> None:
+    """Dual numbers in the input, and in the factors."""
+    model = add_moslora(
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double(), MoSLoRAConfig(r=3)
+    ).double()
+    train_a_bit(model)
+    x, tangent = torch.randn(2, 3, 5, dtype=torch.float64)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+    step = 1e-6
+    expected = (model(x + step * tangent) - model(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
+    M = next(layers(model)).lora_mixer["default"].weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is M)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(M.detach(), torch.ones_like(M))
+        out = torch.func.functional_call(model, {name: dual}, (x,))
+        assert forward_ad.unpack_dual(out).tangent.abs().max() > 0

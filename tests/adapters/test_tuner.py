@@ -58,7 +58,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "a"
 
 
-FORMS = [{}, {"mixer_form": "diagonal"}, {"mixer_init": "butterfly", "mixer_trainable": False}]
+FORMS = [{}, {"mixer_init": "butterfly", "mixer_trainable": False}]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -261,7 +261,7 @@ def test_trl_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(language_folder:
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume and str(resume))
         starts = starts_of(trainer.model, "default")
-        return factors(trainer.model) | {f"start of {path}": start.mixer["weight"] for path, start in starts.items()}
+        return factors(trainer.model) | {f"start of {path}": start.mixer for path, start in starts.items()}
 
     whole = run("whole", None)
     torch.rand(1)  # so that the mixers that the checkpoint replaces are drawn as others

@@ -16,8 +16,8 @@ import torch
 from mm_moslora_eval.protocol import task_registry
 from mm_moslora_eval.protocol.task_registry import all_tasks
 
-from mm_moslora.adapters import MIXER_FORMS, MIXER_INITS, peft_methods
-from mm_moslora.adapters.mixer import NO_MIXER, Dense
+from mm_moslora.adapters import MIXER_INITS, peft_methods
+from mm_moslora.adapters.mixer import NO_MIXER
 from mm_moslora.cli import run
 from mm_moslora.config import Recipe, load_recipe, recipe_names, usual_names
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES
@@ -62,7 +62,6 @@ MISSPELT = {  # overrides, the last of them misspelt
     "model.projector.kind": ("model.projector.kind=mlp2x_geluu",),
     "model.chat_template": ("model.chat_template=llama3",),
     "model.attention": ("model.attention=sdpaa",),
-    "adapter.mixer_form": ("adapter.mixer_form=block_diagonl:4",),
     "adapter.targets": ("adapter.targets=all-linaer",),
     "adapter.peft": ("adapter.peft={type: HIRRA}",),
     "adapter.peft.KEY": ("adapter.peft={type: HIRA, rr: 3}",),
@@ -150,7 +149,6 @@ def test_misspelt_names_of_diffusion_recipes_are_refused(verb: list[str], capsys
     ]
     for item in (
         *words,
-        "adapter.mixer_form=block_diagonl:4",
         "adapter.targets=atention",
         "track.trackers=[wandbb]",
     ):
@@ -161,7 +159,6 @@ REGISTRIES = {
     "model.projector.kind": [name for name in PROJECTORS if name != "mlpNx_gelu"],
     "model.chat_template": list(CHAT_TEMPLATES),
     "model.attention": list(usual_names.ATTENTION),
-    "adapter.mixer_form": list(MIXER_FORMS),
     "train.zero": ["auto", "none", *(path.stem for path in shipped_folder("deepspeed_configs").glob("*.json"))],
     "train.compile": torch.compiler.list_backends(exclude_tags=()),
     "track.trackers": list(TRACKERS),
@@ -200,8 +197,6 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
     assert set(own) - {"mlpNx_gelu"} <= set(usual_names.PROJECTOR_KINDS)
     for kind in usual_names.PROJECTOR_KINDS:
         projector_class(kind)
-    sizeless = {name for name, form in MIXER_FORMS.items() if not form.size_means and form.__module__.startswith("mm_")}
-    assert sizeless == set(usual_names.MIXER_FORMS)
     assert tuple(REWARDS) == usual_names.REWARDS
     for name in usual_names.ATTENTION:
         if not name.startswith("flash"):  # needs its package
@@ -217,19 +212,14 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
 
 
 def test_names_of_a_users_own_are_known_once_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(PRESET, ["adapter.mixer_form=own_form", "model.projector.kind=own_kind"])
-    with pytest.raises(MoSLoRAError, match="own_form"):
-        check_settings(recipe)
-    monkeypatch.setitem(MIXER_FORMS, "own_form", type("OwnForm", (Dense,), {}))
+    recipe = load_recipe(PRESET, ["model.projector.kind=own_kind"])
     with pytest.raises(MoSLoRAError, match="own_kind"):
         check_settings(recipe)
     monkeypatch.setitem(PROJECTORS, "own_kind", type("OwnKind", (LinearProjector,), {}))
     check_settings(recipe)
 
 
-def test_sizes_are_checked_with_the_rank(capsys: Any) -> None:
-    assert run(["config", PRESET, "adapter.mixer_form=block_diagonal:4", "adapter.rank=64"]) == 0
-    assert "block_diagonal:5" in refused(["config", PRESET, "adapter.mixer_form=block_diagonal:5"], capsys)
+def test_a_factor_of_mixers_is_refused_where_none_trains(capsys: Any) -> None:
     alone = ["config", PRESET, "optim.mixer_factor=6", "adapter.mixer_trainable=false", "adapter.mixer_init=identity"]
     assert "optim.mixer_factor is 6, which is of the mixers" in refused(alone, capsys)
 

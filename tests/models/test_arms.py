@@ -98,7 +98,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:HIRA@hira_dropot=0.1", r"no key 'hira_dropot'. Did you mean 'hira_dropout'"),
         ("peft:HIRA@r=many", r"adapter.peft.r is 'many' \(str\), expected int"),
         ("peft:HIRA@init_weights=gausian", r"init_weights is 'gausian'.*"),
-        ("peft:HIRA@mixer_form=diagonal", r"adapter.mixer_form would have no effect on PEFT's HIRA"),
+        ("peft:HIRA@mixer_init=kaiming", r"adapter.mixer_init would have no effect on PEFT's HIRA"),
         ("peft:PREFIX_TUNING", r"it learns what stands before the input"),
         ("peft:ADALORA", r"PEFT's own forward pass around the model"),
         ("peft:EVA", r"EVA is a start of PEFT's LORA: write peft:LORA@init_lora_weights=eva"),

@@ -15,6 +15,7 @@ from trials import hexed, with_train
 from mm_moslora.config import ProjectorConfig, Recipe, load_recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
+from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.training.checkpointing.resume_choice import changed_keys
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import CheckpointError, ModelError
@@ -263,3 +264,14 @@ def test_keys_that_change_the_tokens_or_the_records_belong_to_another_run():
     assert list(changes.other_run) == [
         "data.too_long: 'refuse' -> 'truncate'", "data.train.0.hold_out: 0 -> 120", "data.train_on: 'answers' -> 'all'"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_recipe_lacks_a_key_goes_on_with_its_default(recipe: Recipe) -> None:
+    recipe = with_train(recipe, steps=2, rehearsal=False)
+    train(recipe, stop_at=1)
+    folder = Path(recipe.train.output) / "checkpoint-000001"
+    manifest = read_manifest(folder)
+    del manifest.recipe["adapter"]["factor_form"]
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    assert train(recipe).step == 2

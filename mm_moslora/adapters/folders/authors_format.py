@@ -30,7 +30,6 @@ from mm_moslora.adapters.folder_format import (
     mixers_in,
     names_mixers,
 )
-from mm_moslora.adapters.mixer import attach_form
 from mm_moslora.utils.errors import AdapterError
 
 _MIXER_SIGNS = ("lora_AB", ".downB.")
@@ -76,7 +75,6 @@ def _check_mixer(name: str, tensor: Tensor) -> None:
         content = f"{list(tensor.shape)} of {tensor.dtype}"
         content = "NaN or infinity" if square and tensor.is_floating_point() else content
         raise AdapterError(f"{name} holds {content}, expected [R, R] of finite floats. Copy the file again.")
-    attach_form([tensor], "dense")
 
 
 def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:

@@ -31,10 +31,11 @@ from mm_moslora.adapters.folder_format import (
     STOCK_WEIGHTS,
     PlainPair,
     adapted_path,
+    mixers_in,
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
-from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, mixer_matrices
+from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.folders.save_folder import config_to_dict, stock_config
@@ -94,7 +95,7 @@ def export_adapter(
         )
     content = read_folder(*folders.values())
     if layout == "peft":
-        tensors = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
+        tensors = fold_state_dict(content.tensors)
         config = stock_config(content.config, target_paths(content.tensors), None)
     else:
         tensors, config = _vllm_files(content)
@@ -171,7 +172,7 @@ def largest_difference(
     prefix = f"{component}." if layout == "diffusers" else PREFIX
     exported = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
     generator = torch.Generator().manual_seed(0)
-    mixers = mixer_matrices(content.tensors, mixer_form=content.config.mixer_form)
+    mixers = mixers_in(content.tensors)
     worst = 0.0
     for path in target_paths(content.tensors):
         A, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
@@ -201,7 +202,7 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
             f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
             "be wrong. Export with layout='peft' (--to lora), or merge."
         )
-    folded = fold_state_dict(content.tensors, mixer_form=content.config.mixer_form)
+    folded = fold_state_dict(content.tensors)
     pairs: dict[str, PlainPair] = {}
     used = set()
     for name, A in folded.items():

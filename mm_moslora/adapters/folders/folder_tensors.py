@@ -12,14 +12,12 @@ from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     FACTORS_B,
     MIXER,
-    MIXER_PART,
     PREFIX,
     adapted_path,
     is_factor,
     mixers_in,
     target_paths,
 )
-from mm_moslora.adapters.mixer import form_named, form_of
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 
@@ -100,7 +98,7 @@ def shapes_by_rank(config: AdapterOptions, tensors: Mapping[str, Tensor]) -> dic
         tensors: the folder's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    mixers, form = mixers_in(tensors), form_named(config.mixer_form)
+    mixers = mixers_in(tensors)
     for name, A in tensors.items():
         path = adapted_path(name)
         if path is None:
@@ -112,19 +110,15 @@ def shapes_by_rank(config: AdapterOptions, tensors: Mapping[str, Tensor]) -> dic
         B = tensors.get(other)
         shapes[other] = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
         if start in mixers or not config.is_plain(path):
-            shapes |= {f"{start}{MIXER_PART}{part}": shape for part, shape in form.shapes(rank).items()}
+            shapes[f"{start}{MIXER}"] = (rank, rank)
     return shapes
 
 
-def fold_state_dict(
-    tensors: Mapping[str, Tensor], *, mixer_form: str | None = None, names_of_B: tuple[str, ...] = FACTORS_B
-) -> dict[str, Tensor]:
+def fold_state_dict(tensors: Mapping[str, Tensor], *, names_of_B: tuple[str, ...] = FACTORS_B) -> dict[str, Tensor]:
     """Factors with mixers as a plain LoRA of the same rank with the same update.
 
     Args:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-        mixer_form: of the mixers; None takes the form that is attached to them (`mixer.attach_form`), else M itself,
-            ``[R, R]`` or the ``[R]`` of a diagonal.
         names_of_B: the ends of B's names.
 
     Returns:
@@ -132,15 +126,15 @@ def fold_state_dict(
         that a plain LoRA rounds as the live adapter does.
 
     Raises:
-        AdapterError: the form has no matrix, or must be named; a mixer without its B, of another rank, or with NaN.
+        AdapterError: a mixer without its B, of another rank, or with NaN.
     """
-    matrices = mixer_matrices(tensors, mixer_form=mixer_form)
+    mixers = mixers_in(tensors)
     folded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if MIXER_PART in name:
+        if name.endswith(MIXER):
             continue
         suffix = next((suffix for suffix in names_of_B if name.endswith(suffix)), None)
-        mixer = None if suffix is None else matrices.pop(name.removesuffix(suffix), None)
+        mixer = None if suffix is None else mixers.pop(name.removesuffix(suffix), None)
         if mixer is not None:
             rank = tensor.shape[1]
             if mixer.shape != (rank, rank) or not torch.isfinite(mixer).all():
@@ -148,18 +142,9 @@ def fold_state_dict(
                 raise AdapterError(f"The mixer of {name} is {content}, expected {[rank, rank]} of finite numbers.")
             tensor = fold_right(tensor, mixer).to(tensor.dtype)
         folded[name] = tensor.contiguous()
-    if matrices:
+    if mixers:
         raise AdapterError(
-            f"{min(matrices)}{MIXER} has no B beside it, so it cannot be folded, and a reader of plain LoRA would drop "
+            f"{min(mixers)}{MIXER} has no B beside it, so it cannot be folded, and a reader of plain LoRA would drop "
             "it. Save the adapter again (mm_moslora.adapters.save_adapter)."
         )
     return folded
-
-
-def mixer_matrices(tensors: Mapping[str, Tensor], *, mixer_form: str | None = None) -> dict[str, Tensor]:
-    """M ``[R, R]`` of every mixer, by what stands before ``.lora_mixer.`` in its name; see `fold_state_dict`."""
-    matrices = {}
-    for start, parts in mixers_in(tensors).items():
-        form = form_of(parts) if mixer_form is None else form_named(mixer_form)
-        matrices[start] = form.matrix(parts)
-    return matrices

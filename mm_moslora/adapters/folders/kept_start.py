@@ -2,7 +2,7 @@
 
 ::
 
-    base_model.model.PATH.lora_start.NAME            the mixer's tensors at the start, by their names in its form
+    base_model.model.PATH.lora_start.weight          the mixer at the start
     base_model.model.PATH.lora_start.rows.cross      A A0^T [R, R], float64, where A0 is known
     base_model.model.PATH.lora_start.rows.start      A0 A0^T
     base_model.model.PATH.lora_start.columns.*       the same of B^T, where B does not start at zero
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,13 @@ from mm_moslora.adapters.folder_format import (
     FACTORS_B,
     OWN_WEIGHTS,
     PREFIX,
+    START_MIXER,
     START_PART,
     START_WEIGHTS,
     read_manifest,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
-from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.mixer import MixerForm
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import sha256_of
@@ -86,35 +85,28 @@ class ModuleStart:
             B: the whole factor, now.
         """
         start = layer.starts.get(adapter_name, Start())
-        has_start = start.mixer is not None and adapter_name in layer.lora_mixer
-        form = cast(Mixer, layer.lora_mixer[adapter_name]).form if has_start else None
-        M = form.matrix(start.mixer or {}) if form is not None and form.fixed else None
-        return cls(M=M, **_overlaps(start, A, B))
+        return cls(M=start.mixer if adapter_name in layer.lora_mixer else None, **_overlaps(start, A, B))
 
     @classmethod
-    def read(cls, stored: Mapping[str, Tensor], path: str, form: MixerForm, rank: int) -> ModuleStart:
+    def read(cls, stored: Mapping[str, Tensor], path: str, rank: int) -> ModuleStart:
         """From the tensors of a folder; parts of another shape, and NaN, are not known.
 
         Args:
             stored: of `read_start`.
             path: module path.
-            form: of the folder's mixers.
             rank: R of the module.
         """
 
-        def part(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        def part(name: str) -> Tensor | None:
             tensor = stored.get(f"{PREFIX}{path}{START_PART}{name}")
-            fits = tensor is not None and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
+            fits = tensor is not None and tensor.shape == (rank, rank) and bool(tensor.isfinite().all())
             return tensor if fits else None
 
         def overlap(side: str) -> Overlap | None:
-            cross, start = (part(f"{side}.{name}", (rank, rank)) for name in ("cross", "start"))
+            cross, start = (part(f"{side}.{name}") for name in ("cross", "start"))
             return None if cross is None or start is None else Overlap(cross=cross.double(), start=start.double())
 
-        mixer = {name: part(name, shape) for name, shape in form.shapes(rank).items()}
-        parts = {name: tensor for name, tensor in mixer.items() if tensor is not None}
-        whole = form.fixed and len(parts) == len(mixer)
-        return cls(M=form.matrix(parts) if whole else None, rows=overlap("rows"), columns=overlap("columns"))
+        return cls(M=part("weight"), rows=overlap("rows"), columns=overlap("columns"))
 
 
 def _overlaps(start: Start, A: Tensor, B: Tensor) -> dict[str, Overlap | None]:
@@ -142,7 +134,8 @@ def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) ->
     stored: dict[str, Tensor] = {}
     for path, start in starts.items():
         name = f"{PREFIX}{path}"
-        stored |= {f"{name}{START_PART}{part}": tensor for part, tensor in (start.mixer or {}).items()}
+        if start.mixer is not None:
+            stored[f"{name}{START_MIXER}"] = start.mixer
         A, B = (
             next((tensors[name + end].flatten(1) for end in ends if name + end in tensors), None)
             for ends in (FACTORS_A, FACTORS_B)
@@ -167,7 +160,7 @@ def set_starts(model: nn.Module, adapter_name: str, stored: Mapping[str, Tensor]
     mixers = mixer_starts(stored)
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
-            layer.keep_start(adapter_name, mixers.get(path, {}))
+            layer.keep_start(adapter_name, mixers.get(path))
 
 
 @torch.no_grad()
@@ -203,18 +196,14 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
     return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-5 * expected.norm())
 
 
-def mixer_starts(stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of mixers at the start, by module path and name.
+def mixer_starts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mixers at the start, by module path.
 
     Args:
         stored: of `read_start`.
     """
-    mixers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in stored.items():
-        path, _, name = key.removeprefix(PREFIX).rpartition(START_PART)
-        if "." not in name:
-            mixers.setdefault(path, {})[name] = tensor
-    return mixers
+    names = [name for name in stored if name.endswith(START_MIXER)]
+    return {name.removeprefix(PREFIX).removesuffix(START_MIXER): stored[name] for name in names}
 
 
 def read_start(root: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

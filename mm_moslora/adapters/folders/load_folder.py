@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_targets import inject
 from mm_moslora.adapters.folder_format import (
-    MIXER_PART,
+    MIXER,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
-    mixers_in,
     read_manifest,
 )
 from mm_moslora.adapters.folders.authors_format import read_tensors
@@ -32,7 +31,6 @@ from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_fore
 from mm_moslora.adapters.folders.kept_start import read_start, set_starts
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
-from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -128,10 +126,10 @@ def restore_frozen_mixers(model: nn.Module, folder: str | Path, *, adapter_name:
         AdapterError: see `read_folder`; a mixer that the folder lacks.
     """
     frozen = {
-        f"{PREFIX}{path}{MIXER_PART}{name}": buffer
+        f"{PREFIX}{path}{MIXER}": buffer
         for path, layer in named_adapter_layers(model)
         if adapter_name in layer.lora_mixer
-        for name, buffer in layer.lora_mixer[adapter_name].named_buffers(recurse=False)
+        for buffer in layer.lora_mixer[adapter_name].buffers()
     }
     if not frozen:
         return 0
@@ -158,8 +156,6 @@ def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder
         problem = (
             f"{differing[0]} is {expected[differing[0]]} there and {shapes.get(differing[0], 'missing')} in the folder"
         )
-    elif own.mixer_form != theirs.mixer_form and mixers_in(content.tensors):
-        problem = f"mixer_form is {theirs.mixer_form!r} there and {own.mixer_form!r} in the folder"
     elif own.use_dora != theirs.use_dora:
         problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
     elif scaled:
@@ -243,8 +239,7 @@ def _read_own(root: Path) -> AdapterFolder:
         config = config_from_dict(manifest["config"])
     except AdapterError as error:
         raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
-    expected = {STOCK_WEIGHTS, OWN_WEIGHTS} if form_named(config.mixer_form).fixed else {OWN_WEIGHTS}
-    if lost := expected - manifest["files"].keys():
+    if lost := {STOCK_WEIGHTS, OWN_WEIGHTS} - manifest["files"].keys():
         raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
     for name, digest in manifest["files"].items():
         path = root / name

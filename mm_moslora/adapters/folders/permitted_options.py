@@ -35,7 +35,6 @@ _WORDS = {
     "init_weights": "uniform",  # TinyLoRA annotates a text
     "mixer_init": r"[a-z_]+",
     "mixer_pattern": r"[a-z_]+",
-    "mixer_form": r"[a-z_]+(:\d+)?",
     "factor_form": r"[a-z_]+",
 }
 """Options whose words are in no annotation; PEFT or this package checks them against a table."""

@@ -37,7 +37,6 @@ from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state
 from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, starts_of
 from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.mixer import form_named
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import discard, read_json, replace_text, sha256_of, staging
@@ -197,34 +196,18 @@ def write_folder(
     """
     paths = target_paths(tensors)
     check_tensors(tensors, shapes_by_rank(config, tensors))
-    fixed = form_named(config.mixer_form).fixed
-    contents = {OWN_WEIGHTS: tensors}
-    if fixed:
-        contents = {STOCK_WEIGHTS: fold_state_dict(tensors, mixer_form=config.mixer_form), OWN_WEIGHTS: tensors}
+    contents = {STOCK_WEIGHTS: fold_state_dict(tensors), OWN_WEIGHTS: tensors}
     if start:
         contents[START_WEIGHTS] = start
-    names = tuple({STOCK_WEIGHTS: None} | contents)
-    with writing(folder), staging(folder, (STOCK_CONFIG, *names, OWN_CONFIG)) as staged:
+    with writing(folder), staging(folder, (STOCK_CONFIG, *contents, OWN_CONFIG)) as staged:
         for name, content in contents.items():
             save_file(_apart(content), staged / name, metadata={"format": "pt"})
-        if not fixed:
-            (staged / STOCK_WEIGHTS).write_bytes(_refused_by_readers())
         _write_json(staged / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
         own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
-        files = {name: sha256_of(staged / name) for name in names}
+        files = {name: sha256_of(staged / name) for name in contents}
         _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
         if not start:
             discard(folder / START_WEIGHTS)  # of an earlier adapter
-
-
-def _refused_by_readers() -> bytes:
-    """The weights of plain LoRA where none computes the same: safetensors' readers stop, with its text in their error.
-
-    Trainers look for the file before they load a checkpoint, with `load_adapter` then, which does not read it.
-    """
-    message = "nothing: the mixers of this adapter depend on their input and only mm_moslora.adapters loads them"
-    header = json.dumps({"weights": {"dtype": message, "shape": [], "data_offsets": [0, 0]}}).encode()
-    return len(header).to_bytes(8, "little") + header
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,13 +18,12 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import START_PART
-from mm_moslora.adapters.layers.factor_modules import Mixer
-from mm_moslora.adapters.layers.form_checks import check_form
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
-from mm_moslora.adapters.mixer import MixerForm, form_named, random_stream_of_mixers
+from mm_moslora.adapters.mixer import Mixer, init_mixer, random_stream_of_mixers
 from mm_moslora.kernels.lora.lora_math import delta_weight, fold
 from mm_moslora.utils.errors import AdapterError
 
@@ -47,8 +46,8 @@ class Factors:
 class Start:
     """What is known of one adapter's factors in one layer as training began: float32, on the CPU, not for training."""
 
-    mixer: dict[str, Tensor] | None = None
-    """The mixer's tensors by name; None: not kept."""
+    mixer: Tensor | None = None
+    """``[R, R]``; None: not kept."""
     A: Tensor | None = None
     """``[R, D_in]``; None: not kept, as A is large. `mm-moslora train` keeps it on its first rank."""
     B: Tensor | None = None
@@ -102,18 +101,16 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer."""
         like, _ = self.outer_factors(adapter_name)
-        rank, form = self.r[adapter_name], form_named(config.mixer_form)
+        rank = self.r[adapter_name]
         with random_stream_of_mixers():
             if like.is_meta:
-                tensors = {name: torch.empty(shape, device="meta") for name, shape in form.shapes(rank).items()}
+                M = torch.empty(rank, rank, device="meta")
             else:
-                tensors = form.start(rank, self.mixer_init[adapter_name])
+                M = init_mixer(rank, self.mixer_init[adapter_name])
+        M = M.to(like)
+        self.lora_mixer[adapter_name] = Mixer(M, trainable=config.mixer_trainable)
         if not like.is_meta:
-            check_form(form, rank, tensors)
-        tensors = {name: tensor.to(like) for name, tensor in tensors.items()}
-        self.lora_mixer[adapter_name] = Mixer(form, tensors, trainable=config.mixer_trainable)
-        if not like.is_meta:
-            self.keep_start(adapter_name, tensors)
+            self.keep_start(adapter_name, M)
 
     @torch.no_grad()
     def _mix_start(self, adapter_name: str, config: AdapterOptions) -> None:
@@ -121,9 +118,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         kind, factor = config.mixer_for(self._module_path), self.outer_factors(adapter_name)[self.random_factor]
         if kind == "none" or factor.is_meta:
             return
-        form, rank = form_named(config.mixer_form), self.r[adapter_name]
         with random_stream_of_mixers():
-            M = form.matrix(form.start(rank, kind)).to(factor.device)
+            M = init_mixer(self.r[adapter_name], kind).to(factor.device)
         factor.copy_(fold(factor.T, M.T).T if self.random_factor else fold(factor, M))
 
     def _outer(self) -> list[Any]:
@@ -144,47 +140,41 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return getattr(A, "weight", A), getattr(B, "weight", B)
 
     def factors(self, adapter_name: str) -> Factors:
-        """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M.
-
-        Raises:
-            AdapterError: M depends on its input.
-        """
+        """A, M, B and s of one adapter; A, M and B are the parameters themselves."""
         A, B = self.outer_factors(adapter_name)
-        M = cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
+        M = cast(Mixer, self.lora_mixer[adapter_name]).weight if adapter_name in self.lora_mixer else None
         return Factors(A=A, M=M, B=B, scaling=self.scaling[adapter_name])
 
-    def mixer_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of one adapter's mixer by name; empty: the frozen identity.
+    def mixer(self, adapter_name: str) -> Tensor | None:
+        """M of one adapter, the parameter or buffer itself; None: the frozen identity.
 
         Raises:
-            AdapterError: another module has replaced the `Mixer`.
+            AdapterError: another module has replaced the `Mixer`, or computes M (torch.nn.utils.parametrize).
         """
         if adapter_name not in self.lora_mixer:
-            return {}
-        mixer: Any = self.lora_mixer[adapter_name]
-        if not isinstance(getattr(mixer, "form", None), MixerForm):  # wrappers such as FSDP's pass attributes on
+            return None
+        module: Any = self.lora_mixer[adapter_name]
+        own = isinstance(getattr(module, "trainable", None), bool)  # wrappers such as FSDP's pass attributes on
+        if not own or is_parametrized(module):
             raise AdapterError(
-                f"The mixer of adapter {adapter_name!r} was replaced by a {type(mixer).__name__}, which no reader of a "
-                "folder knows. Write it as a MixerForm and name it in mixer_form "
-                "(extending.md in `mm-moslora files tutorials`)."
+                f"The mixer of adapter {adapter_name!r} was replaced by a {type(module).__name__}, which no reader of "
+                "a folder knows. Put the Mixer back."
             )
-        return cast("dict[str, Tensor]", mixer.tensors())
+        return cast(Tensor, module.weight)
 
-    def keep_start(self, adapter_name: str, mixer: Mapping[str, Tensor]) -> None:
-        """Keep these tensors as the mixer's start; tensors of another form, shards and NaN leave the start unknown."""
+    def keep_start(self, adapter_name: str, mixer: Tensor | None) -> None:
+        """Keep this M as the mixer's start; one of another rank, a shard and NaN leave the start unknown."""
         self.starts.pop(adapter_name, None)
-        if adapter_name not in self.lora_mixer:
+        if adapter_name not in self.lora_mixer or mixer is None:
             return
-        shapes = cast(MixerForm, self.lora_mixer[adapter_name].form).shapes(self.r[adapter_name])
-        fit = {name: tuple(tensor.shape) for name, tensor in mixer.items()} == shapes
-        if fit and all(bool(tensor.isfinite().all()) for tensor in mixer.values()):
-            copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in mixer.items()}
-            self.starts[adapter_name] = Start(mixer=copies)
+        if mixer.shape == (self.r[adapter_name],) * 2 and bool(mixer.isfinite().all()):
+            self.starts[adapter_name] = Start(mixer=mixer.detach().to("cpu", torch.float32, copy=True))
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M's tensors."""
+        """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M."""
         factors = dict(zip(self.outer_names, self.outer_factors(adapter_name), strict=True))
-        factors |= {f"lora_mixer.{name}": tensor for name, tensor in self.mixer_tensors(adapter_name).items()}
+        if (M := self.mixer(adapter_name)) is not None:
+            factors["lora_mixer.weight"] = M
         for name, factor in factors.items():
             yield name, tuple(getattr(factor, "ds_shape", factor.shape))
 
@@ -212,16 +202,12 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         Folded factors and plain LoRA have no mixer. Beside the random start of a mixer they would be silently wrong;
         with the identity they are exact. The start that belongs to the values comes with them, or is not known.
         """
-        for adapter_name, mixer in self.lora_mixer.items():
-            start = f"{prefix}lora_mixer.{adapter_name}."
+        for adapter_name in self.lora_mixer:
+            mixer = f"{prefix}lora_mixer.{adapter_name}.weight"
             names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
             factor = next((state_dict[name] for name in names if name in state_dict), None)
-            mixed = any(name.startswith(start) for name in state_dict)
-            if factor is not None or mixed:
-                begin = f"{prefix}{START_PART[1:]}{adapter_name}."
-                stored = [name for name in state_dict if name.startswith(begin)]
-                self.keep_start(adapter_name, {name.removeprefix(begin): state_dict.pop(name) for name in stored})
-            if factor is not None and not mixed:
-                identity = cast(MixerForm, mixer.form).identity(self.r[adapter_name])
-                state_dict |= {f"{start}{name}": tensor.to(factor) for name, tensor in identity.items()}
+            if factor is not None or mixer in state_dict:
+                self.keep_start(adapter_name, state_dict.pop(f"{prefix}{START_PART[1:]}{adapter_name}.weight", None))
+            if factor is not None and mixer not in state_dict:
+                state_dict[mixer] = torch.eye(self.r[adapter_name], device="cpu").to(factor)
         super()._load_from_state_dict(state_dict, prefix, *args)

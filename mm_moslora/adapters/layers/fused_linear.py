@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import weight_of
-from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
+from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
-from mm_moslora.kernels.lora.lora_math import is_traced, without_autocast
+from mm_moslora.kernels.lora.lora_math import is_traced
 from mm_moslora.kernels.lora.mixed_product import mixed_product
 from mm_moslora.kernels.lora.seeded_dropout import exact_rate
 from mm_moslora.utils.errors import AdapterError, suggestion
@@ -62,14 +62,10 @@ class FusedLinear(MoSLoRALayer):
         if not all(map(self._only_holds, parts)):
             return None
         A, B = (cast(Tensor, part[adapter].weight) for part in (self.lora_A, self.lora_B))
-        M = cast(Mixer, self.lora_mixer[adapter]) if adapter in self.lora_mixer else None
-        if M is not None and not M.form.fixed:
-            return None
+        M = cast(Tensor, self.lora_mixer[adapter].weight) if adapter in self.lora_mixer else None
         dropout = self.lora_dropout[adapter]
         rate = exact_rate(dropout.p) if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        with without_autocast(x.device):
-            matrix = None if M is None else M.matrix()
-        C = mixed_product(B, matrix, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
+        C = mixed_product(B, M, self.scaling[adapter] / (1.0 - rate), compute_dtype(x))
         return LinearOperands(weight=weight, bias=base.bias, A=A, C=C, dropout=rate)
 
     @staticmethod

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_report, summary
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
-from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.supervision.run_summary import only_measuring
@@ -45,15 +43,15 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         model: the model with its adapters; it supplies the parameters that do not train.
         state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
     """
-    for _, layer, name, (A, mixer, B) in _factors(model, state):
+    for _, layer, name, (A, M, B) in _factors(model, state):
         A0, B0 = (factor if factor.any() else None for factor in (A, B))
-        layer.starts[name] = Start(mixer=mixer, A=A0, B=B0)
+        layer.starts[name] = Start(mixer=M, A=A0, B=B0)
 
 
 def _factors(
     model: nn.Module, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, dict[str, Tensor], Tensor]]]:
-    """Path, layer, adapter, and its whole A, tensors of M and B: of a state, and of the layer where they are frozen.
+) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, Tensor | None, Tensor]]]:
+    """Path, layer, adapter, and its whole A, M and B: of a state, and of the layer where they are frozen.
 
     Of the adapter of the run alone; a trainer of preferences has a frozen copy of the start beside it.
 
@@ -67,9 +65,10 @@ def _factors(
                 _whole(state, factor, f"{path}.lora_{side}.{name}.weight", f"{path}.lora_embedding_{side}.{name}")
                 for side, factor in own.items()
             )
-            tensors = layer.mixer_tensors(name)
-            mixer = {part: _whole(state, value, f"{path}{MIXERS}.{name}.{part}") for part, value in tensors.items()}
-            yield path, layer, name, (A.cpu(), {part: value.cpu().float() for part, value in mixer.items()}, B.cpu())
+            M = layer.mixer(name)
+            if M is not None:
+                M = _whole(state, M, f"{path}{MIXERS}.{name}.weight").cpu().float()
+            yield path, layer, name, (A.cpu(), M, B.cpu())
 
 
 def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
@@ -82,19 +81,13 @@ def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
 
 @torch.no_grad()
 def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[ModuleReport]:
-    """A report per adapted module; none of those whose mixers depend on their input.
+    """A report per adapted module.
 
     Args:
         model: see `keep_start`.
         state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`: live weights may be shards.
     """
-    reports = []
-    for path, layer, name, (A, mixer, B) in _factors(model, state):
-        form = cast(Mixer, layer.lora_mixer[name]).form if mixer else None
-        if form is None or form.fixed:
-            M = None if form is None else form.matrix(mixer)
-            reports.append(layer_report(path, layer, name, A, M, B))
-    return reports
+    return [layer_report(path, layer, name, A, M, B) for path, layer, name, (A, M, B) in _factors(model, state)]
 
 
 def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:

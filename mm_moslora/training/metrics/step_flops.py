@@ -6,9 +6,8 @@ A multiply-add counts as two. With ``g`` the share of checkpointed layers, a lin
 costs per token: ``2 n`` forward, ``2 n`` for the input's gradient, ``2 n`` for the weight's gradient where it trains,
 and ``2 n g`` for the recomputation.
 A frozen base therefore costs 4 N per token (6 N checkpointed), an adapter of ``a = r (d_in + d_out)`` weights 6 a, full
-tuning 6 N. The fused mixer costs ``8 d_out r^2`` per layer and micro-batch, whatever the tokens, and less if its form
-has zeros; one that depends on its input costs ``6 r^2`` per token. Causal attention costs
-``12 D`` per pair of tokens with attention between them. The head runs on supervised positions only, and so do the
+tuning 6 N. The fused mixer costs ``8 d_out r^2`` per layer and micro-batch, whatever the tokens. Causal attention
+costs ``12 D`` per pair of tokens with attention between them. The head runs on supervised positions only, and so do the
 operations after the last layer's attention where the layers are lean. A frozen tower runs forward once. Embeddings,
 norms and activations are left out (below 1 %).
 
@@ -28,7 +27,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.factor_modules import Mixer
 from mm_moslora.adapters.tree import named_base_modules
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.models.pretrained_vlm import decoder_layers, tower_path
@@ -88,7 +86,7 @@ class _Linears:
     trained: float = 0.0
     adapters: float = 0.0
     mixers: float = 0.0
-    """Multiplications of the mixers with B, ``d_out r^2`` for a dense one; see `MixerForm.products`."""
+    """Multiplications of the mixers with B, ``d_out r^2``."""
 
     @property
     def forward(self) -> float:
@@ -268,11 +266,7 @@ def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linea
                 rank = around.r[name]
                 adapters += rank * sum(sides)
                 if name in around.lora_mixer:
-                    form = cast(Mixer, around.lora_mixer[name]).form
-                    if form.fixed:
-                        mixers += form.products(rank) * sides[1]
-                    else:  # M is applied to every token
-                        adapters += form.products(rank)
+                    mixers += rank * rank * sides[1]
         elif isinstance(around, BaseTunerLayer):  # an estimate: every trained weight of the method is one of a product
             adapters += sum(weight.numel() for weight in around.parameters() if weight.requires_grad)
     return _Linears(frozen=frozen, trained=trained, adapters=adapters, mixers=mixers)

@@ -11,20 +11,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mm_moslora.adapters import (
     MoSLoRAConfig,
     add_moslora,
     export_adapter,
     load_adapter,
-    merge,
     save_adapter,
 )
 from mm_moslora.adapters.folders.export_adapter import largest_difference
 from mm_moslora.utils.errors import AdapterError, ConfigError
 from tests.adapters.adapter_models import folded, llama, logits, train_a_bit
-from tests.adapters.behaviour_models import inputs, network
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 
@@ -147,28 +145,6 @@ def test_a_convolution_is_an_error_to_vllm(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="0 is a convolution"):
         export_adapter(tmp_path / "ours", tmp_path / "out", layout="vllm")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3"])
-def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path) -> None:
-    config = MoSLoRAConfig(r=4, lora_alpha=8, mixer_form="diagonal")
-
-    def output(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return model.eval()(inputs(kind))
-
-    model = add_moslora(network(kind), config, targets=["target"])
-    train_a_bit(model)
-    live = output(model)
-    save_adapter(model, tmp_path / "a")
-    found = {
-        "loaded": load_adapter(network(kind), tmp_path / "a"),
-        "exported": load_adapter(network(kind), export_adapter(tmp_path / "a", tmp_path / "plain", layout="peft")),
-        "stock": folded(network(kind), tmp_path / "a"),
-    }
-    found["merged"] = merge(model)
-    for name, other in found.items():
-        assert (output(other) - live).abs().max() < 1e-5 * live.abs().max(), name
 
 
 def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Dropout in the fused kernel, autocast, and the sub-forms of the three factors."""
+"""Dropout in the fused kernel, and autocast."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,7 @@ from mm_moslora.adapters import (
     MoSLoRALinear,
     add_moslora,
     fused_linear,
-    load_adapter,
-    merge,
     reference_linear,
-    save_adapter,
     use_kernel,
 )
 from mm_moslora.kernels.lora.lora_linear import TENSORS, _FusedLinears
@@ -149,43 +145,6 @@ def test_autocast_equals_the_modules_under_autocast() -> None:
     exact = logits(model)
     assert (results[1] - exact).abs().max() <= 1.5 * (results[0] - exact).abs().max()
     assert (gradients[1] - right).norm() <= 1.5 * (gradients[0] - right).norm()
-
-
-# Sub-forms.
-
-
-def test_diagonal_mixer_trains_saves_merges_and_starts_as_lora(tmp_path: Path) -> None:
-    fresh = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="diagonal"))
-    assert torch.equal(logits(fresh), logits(llama()))
-    model = _model(mixer_form="diagonal")
-    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    assert layer.lora_mixer["default"].weight.shape == (4,)
-    model(IDS, labels=IDS).loss.backward()
-    assert layer.lora_mixer["default"].weight.grad.abs().min() > 0
-    fused = _gradients(model)
-    model.zero_grad()
-    with use_kernel(model, "reference"):
-        model(IDS, labels=IDS).loss.backward()
-    for name, gradient in fused.items():
-        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
-    model.eval()
-    save_adapter(model, tmp_path / "a")
-    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
-    live = logits(model)
-    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"mixer_form": "diagnal"}, "Did you mean 'diagonal'"),
-        ({"factor_form": "mixd"}, "Did you mean 'mixed'"),
-        ({"use_dora": True}, "use_dora is set together with a mixer"),
-    ],
-)
-def test_forms_that_contradict_each_other_are_errors(options: dict, words: str) -> None:
-    with pytest.raises(AdapterError, match=words):
-        MoSLoRAConfig(r=4, **options)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "fused"])
