@@ -52,20 +52,28 @@ def doctor(
     resolved = None if recipe is None else load_recipe(recipe, override_items(overrides))
     if resolved is None:
         return _report(diagnose())
-    first = _settings(resolved)
-    rest = [item for item in diagnose(Path(resolved.train.output), resolved) if item.detail != first.detail]
-    return _report([first, *rest])
+    refused = _refused(resolved)
+    said = {item.detail for item in refused}
+    return _report(
+        [*refused, *(item for item in diagnose(Path(resolved.train.output), resolved) if item.detail not in said)]
+    )
 
 
-def _settings(recipe: Recipe) -> Diagnosis:
-    """What every verb refuses in a recipe."""
+def _refused(recipe: Recipe) -> list[Diagnosis]:
+    """What `train` refuses in a recipe on this machine, every fault of it at once."""
     from mm_moslora.planning.doctor import Diagnosis
+    from mm_moslora.training.preflight import checks_here
 
-    try:
-        refuse_early(recipe)
-    except MoSLoRAError as error:
-        return Diagnosis(name="recipe", status="bad", detail=str(error), remedy="Correct the recipe.")
-    return Diagnosis(name="recipe", detail="its keys and names are known")
+    checks = {"recipe": lambda: refuse_early(recipe)} | checks_here(recipe)
+    found = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except MoSLoRAError as error:
+            found[str(error)] = Diagnosis(name=name, status="bad", detail=str(error))
+    if not found:
+        return [Diagnosis(name="recipe", detail="its keys, names and files are known")]
+    return list(found.values())
 
 
 def _report(findings: list[Diagnosis]) -> int:

@@ -121,7 +121,7 @@ def _hand_on(
     find_checkpoint(model)
     quiet_libraries()
     from mm_moslora.data.preprocessing_print import check_preprocessing, hand_on_preprocessing
-    from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter
+    from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter, refuse_own_class
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
     from mm_moslora.models.memory_efficient.packed_weights import is_packed
@@ -149,6 +149,12 @@ def _hand_on(
     check_preprocessing(model, assembly, accepted=other_preprocessing)
     if needs_adapter and assembly.peft_model is None:
         raise ConfigError(f"{model} has no adapter to merge. Write it unchanged with mm-moslora export --to hf.")
+    if to == "gguf":
+        from mm_moslora.models.export.gguf_model import refuse_gguf
+
+        refuse_gguf(assembly)  # before minutes of merging
+    elif to == "llava":
+        refuse_own_class(assembly.model)
     moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
     if moved is not None:
         rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"

@@ -81,7 +81,7 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[D
     checks: list[Callable[[], Iterator[Diagnosis]]] = [
         _python,
         partial(_libraries, recipe),
-        _accelerator,
+        partial(_accelerator, recipe),
         partial(_engine, recipe),
         _precision,
         _kernels,
@@ -159,7 +159,7 @@ def _libraries(recipe: Recipe | None) -> Iterator[Diagnosis]:
         yield check_version(package, installed_version(package), use=use, needed=needed)
 
 
-def _accelerator() -> Iterator[Diagnosis]:
+def _accelerator(recipe: Recipe | None) -> Iterator[Diagnosis]:
     torch = importlib.import_module("torch")
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -182,8 +182,13 @@ def _accelerator() -> Iterator[Diagnosis]:
             detail=f"an NVIDIA driver is installed, but torch finds no GPU (torch is built for {built})",
             remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
         )  # fmt: skip
-    else:
+    elif recipe is None:
         yield Diagnosis(name="accelerator", detail="none; the CPU is used")
+    else:
+        yield Diagnosis(
+            name="accelerator", status="warn", detail="none; the recipe would train on the CPU",
+            remedy="Go on where the model is small; `mm-moslora plan` tells which GPUs hold a larger one.",
+        )  # fmt: skip
 
 
 def _runs(built: Sequence[str], capability: tuple[int, int]) -> bool:

@@ -157,7 +157,6 @@ train:
   global_batch: {batch}
   micro_batch: {micro_batch or batch}   # {fits}
   gradient_checkpointing: {json.dumps(again)}
-  zero: none
   save_every: 50
 track: {{trackers: []}}
 """

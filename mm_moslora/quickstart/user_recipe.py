@@ -259,7 +259,6 @@ train:
   steps: {schedule.steps}
   global_batch: {schedule.batch}
   micro_batch: {schedule.batch}
-  zero: none
   save_every: 50
 track: {{trackers: []}}
 """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example, join_images
-from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig
+from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.projectors.projector_start import (
@@ -60,15 +60,20 @@ def resumed_start(
 
 
 @torch.no_grad()
-def start_projector(wanted: ProjectorConfig, assembly: Parts, data: MeasuredRecords) -> None:
+def start_projector(config: ModelConfig, assembly: Parts, data: MeasuredRecords) -> None:
     """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
 
     Rank 0 computes on the device that it trains on; the other ranks get its weights.
     """
-    model = assembly.model
+    model, wanted = assembly.model, config.projector
     if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
         return
     if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
+        if config.language_mode != "frozen":
+            logger.warning(
+                "The projector starts from random weights while the language model trains. LLaVA trains the projector "
+                "alone before: give that run as model.projector.weights, or set model.projector.fit_to_answers: true."
+            )
         return
     projector = model.model.multi_modal_projector
     with distributed.failing_together("Fitting the projector"):

@@ -8,7 +8,7 @@ asks them. All run before models and records are loaded. `check_model` asks a mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,15 +65,39 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
 
         require_imports(before)
     check_settings(recipe, tasks=tasks)
-    refuse_folder(run)
-    refuse_resume(run, resume)
-    check_zero(recipe)  # again: its file must be here
-    refuse_lacking(recipe)
-    check_data(recipe.data)
-    _check_caches(recipe)
-    goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
-    if not goes_on:  # on resume, the checkpoint helps to find moved parts
-        _check_parts(recipe.model, recipe.adapter)
+    for check in checks_here(recipe, resume=resume).values():
+        check()
+
+
+def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[], None]]:
+    """The checks of a recipe that depend on this machine's files and packages, by what they are about.
+
+    Args:
+        recipe: resolved.
+        resume: as for `train`.
+
+    Returns:
+        Functions that raise a `MoSLoRAError`.
+    """
+    run = Path(recipe.train.output)
+
+    def folder() -> None:
+        refuse_folder(run)
+        refuse_resume(run, resume)
+
+    def model() -> None:
+        goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
+        if not goes_on:  # on resume, the checkpoint helps to find moved parts
+            _check_parts(recipe.model, recipe.adapter)
+
+    return {
+        "run folder": folder,
+        "deepspeed file": lambda: check_zero(recipe),
+        "packages": lambda: refuse_lacking(recipe),
+        "data": lambda: check_data(recipe.data),
+        "caches": lambda: _check_caches(recipe),
+        "model": model,
+    }
 
 
 def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> None:

@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
                 check_preprocessing(checkpoint, assembly, accepted=True)
     validation_set = _validation_data(replace(recipe, data=data), assembly)
     if checkpoint is None:
-        start_projector(model_start.projector, assembly, training_set.at_hand)
+        start_projector(model_start, assembly, training_set.at_hand)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)

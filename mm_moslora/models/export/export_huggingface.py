@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora import adapters
@@ -48,6 +48,16 @@ class Exported:
     """Between the model in memory and the folder loaded back, fp32."""
 
 
+def refuse_own_class(model: nn.Module) -> None:
+    """Refuse a model that transformers alone cannot load.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    if isinstance(model, VlmForConditionalGeneration):
+        raise ModelError(why_not_stock(model))
+
+
 def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) -> Exported:
     """Write the whole model, adapters merged, as a Hugging Face folder.
 
@@ -64,8 +74,8 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
     if assembly.peft_model is not None:
         raise ModelError("The model still carries live adapters; load it with merge=True before exporting it whole.")
     stock = not isinstance(model, VlmForConditionalGeneration)
-    if require_stock and isinstance(model, VlmForConditionalGeneration):
-        raise ModelError(why_not_stock(model))
+    if require_stock:
+        refuse_own_class(model)
     savable_generation_config(model)
     with writing(folder), new_folder(folder) as part:
         model.save_pretrained(part)

@@ -73,9 +73,7 @@ def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFil
     Raises:
         ModelError: llama.cpp has no place for a part, with the reason and the nearest choice.
     """
-    reason = why_not_gguf(assembly)
-    if reason:
-        raise ModelError(reason)
+    refuse_gguf(assembly)
     text, sees = dict(_text_tensors(assembly.model)), is_multimodal(assembly.model)
     with new_folder(folder) as part:
         _write(part / "model.gguf", _text_metadata(assembly), text, half=half)
@@ -89,9 +87,18 @@ def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFil
     )
 
 
-def why_not_gguf(assembly: Parts) -> str | None:
-    """Why llama.cpp cannot hold the model, and the nearest choice; None where it can."""
-    model, nearest = assembly.model, "Export with --to llava or hf, and use llama.cpp's own converter on that."
+def refuse_gguf(assembly: Parts) -> None:
+    """Refuse a model that llama.cpp cannot hold.
+
+    Raises:
+        ModelError: the reason, and the nearest choice.
+    """
+    if reason := _why_not(assembly):
+        raise ModelError(reason)
+
+
+def _why_not(assembly: Parts) -> str | None:
+    model, nearest = assembly.model, "Export with --to hf, and see whether llama.cpp's own converter knows this family."
     text: Any = model.config.get_text_config()
     if text.model_type not in FAMILIES:
         return f"The GGUF export knows {', '.join(FAMILIES)}, not {text.model_type}. {nearest}"
@@ -104,6 +111,7 @@ def why_not_gguf(assembly: Parts) -> str | None:
         )
     if not is_multimodal(model):
         return None
+    nearest = "Export with --to hf for transformers, or tune parts that llama.cpp holds (mm-moslora init --parts gguf)."
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, VlmForConditionalGeneration):
         return f"llama.cpp's LLaVA holds one CLIP tower and mlp2x_gelu, not {type(model).__name__}. {nearest}"
     config: Any = model.config
