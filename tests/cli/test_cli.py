@@ -418,3 +418,25 @@ def test_report_of_a_run(trained, capsys):
 def test_doctor_runs(capsys):
     assert run(["doctor"]) in (0, 1)
     assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ({"data.train.0.path": "/gone/records.jsonl"}, "data"),
+        ({"model.language": "/gone/model"}, "model"),
+        ({"model.projector.weights": "/gone/run"}, "model"),
+        ({"adapter.weights": "/gone/run"}, "model"),
+        ({"train.zero": "/gone/zero.json"}, "deepspeed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_doctor_finds_what_train_refuses(overrides, found, tmp_path, capsys):
+    words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    recipe = ["quickstart_tune", "--data.train.0.path", "x.jsonl", *words, "--train.output", str(tmp_path / "run")]
+    assert run(["train", *recipe]) == 1
+    said = capsys.readouterr().err.removeprefix("error: ").split()
+    assert run(["doctor", *recipe]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["bad", found] for line in lines)
+    assert set(said[:4]) <= {word for line in lines for word in line.split()}

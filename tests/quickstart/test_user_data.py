@@ -640,15 +640,20 @@ class TestReadyMade:
         assert not (tmp_path / "my").exists()
 
 
-def test_the_parts_for_llama_cpp_train_and_become_its_files(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_parts_for_llama_cpp_train_on_two_ranks_and_become_its_files(tmp_path: Path) -> None:
     made(photos(tmp_path / "photos", cat=4, dog=3), tmp_path / "my", parts="gguf")
-    recipe = load_recipe(str(tmp_path / "my" / "recipe.yaml"))
-    assert recipe.model.vision is not None
-    assert recipe.model.vision.name == "openai/clip-vit-base-patch32"
-    vision = replace(recipe.model.vision, name=str(make_vision(tmp_path / "clip", "clip")))
-    model = replace(recipe.model, language=make_language_of(tmp_path / "language", "smollm2"), vision=vision)
-    run = replace(recipe, model=model, train=replace(recipe.train, steps=1, precision="fp32"))
-    assert train(run).finished
+    recipe = tmp_path / "my" / "recipe.yaml"
+    assert "openai/clip-vit-base-patch32" in recipe.read_text()
+    parts = {
+        "model.language": make_language_of(tmp_path / "language", "smollm2"),
+        "model.vision.name": make_vision(tmp_path / "clip", "clip"),
+    }
+    overrides = [word for key, value in parts.items() for word in (f"--{key}", str(value))]
+    assert (
+        cli.run(["launch", str(recipe), "--nproc", "2", *overrides, "--train.steps", "1", "--train.precision", "fp32"])
+        == 0
+    )
     files = export_gguf(load(tmp_path / "my" / "run"), tmp_path / "gguf")
     assert files.mmproj is not None
     assert files.largest_difference == 0

@@ -111,3 +111,9 @@ def test_data_without_a_picture_fit_nothing_and_the_run_says_so(recipe, tmp_path
     path.write_text("\n".join(json.dumps({"id": str(n), "conversations": turns}) for n in range(8)))
     prepared(recipe, SourceConfig(path=str(path)))
     assert "starts from random weights: no record of the training data has a picture" in caplog.text
+
+
+@pytest.mark.parametrize(("mode", "remarked"), [("adapter", True), ("frozen", False)])
+def test_a_random_projector_is_remarked_where_the_language_model_learns(mode, remarked, recipe, caplog):
+    prepare(replace(recipe, model=replace(recipe.model, language_mode=mode)))
+    assert ("starts from random weights while the language model trains" in caplog.text) == remarked
