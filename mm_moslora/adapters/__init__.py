@@ -1,7 +1,6 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
 from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
-from mm_moslora.adapters.folders.diffusers_saving import plain_pipeline_weights
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
@@ -55,7 +54,6 @@ __all__ = [
     "merge",
     "method_config",
     "method_named",
-    "plain_pipeline_weights",
     "reference_linear",
     "resolve_targets",
     "restore_method",

@@ -23,6 +23,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mm_moslora.utils import files
@@ -33,7 +34,7 @@ FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLED_WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_model.bin", "pytorch_lora_weights.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 OWN_CONFIG, OWN_WEIGHTS, START_WEIGHTS = "moslora.json", "moslora.safetensors", "moslora_start.safetensors"
 OWN_TYPE = "MOSLORA"
 """`peft_type` of an `adapter_config.json` written by hand with keys of `MoSLoRAConfig`. PEFT alone refuses it."""
@@ -111,8 +112,7 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     """
     root = Path(model_id, subfolder or "")
     if root.is_dir():
-        own = any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS))
-        if own or _declares_mixers(root / STOCK_CONFIG):
+        if any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS)):
             return root
         try:
             with safe_open(root / STOCK_WEIGHTS, framework="pt") as file:
@@ -131,15 +131,12 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
             return None
         return Path(first)
 
-    if first := fetched(*names):
-        if OWN_WEIGHTS in names:
-            fetched(START_WEIGHTS)
-        return first.parent
-    config = fetched(STOCK_CONFIG)
-    if config is None or not _declares_mixers(config):
+    first = fetched(*names)
+    if first is None:
         return None
-    weights = fetched(STOCK_WEIGHTS) or fetched(PICKLED_WEIGHTS)
-    return None if weights is None else weights.parent
+    if OWN_WEIGHTS in names:
+        fetched(START_WEIGHTS)
+    return first.parent
 
 
 def declares_mixers(config: Mapping[str, Any]) -> bool:
@@ -150,13 +147,6 @@ def declares_mixers(config: Mapping[str, Any]) -> bool:
 def names_mixers(names: Iterable[str]) -> str | None:
     """The first name of a mixer's tensor, of this package or of the authors' fork of PEFT; None: there is none."""
     return next((name for name in names if "lora_mixer" in name or "lora_AB" in name), None)
-
-
-def _declares_mixers(path: Path) -> bool:
-    try:
-        return declares_mixers(read_json(path))
-    except AdapterError:  # the reader of the configuration says so
-        return False
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -190,3 +180,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(files.read_json(path))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{error}. Copy the folder again.") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        AdapterError: damaged or truncated.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error

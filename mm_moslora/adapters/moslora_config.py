@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     OWN_TYPE,
     STOCK_CONFIG,
-    USE_MIXER,
-    declares_mixers,
     downloaded,
     read_json,
     read_manifest,
 )
-from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, peft_tensors, with_known_names
 from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.folders.save_folder import complete_folder
 from mm_moslora.adapters.mixer import MixerInit
@@ -52,8 +48,7 @@ class MoSLoRAConfig(AdapterOptions):
         """Read the configuration of an adapter folder.
 
         Args:
-            pretrained_model_name_or_path: a folder of `save_adapter`, of the authors' fork of PEFT, or of stock PEFT
-                (then: frozen identity mixer).
+            pretrained_model_name_or_path: a folder of `save_adapter`, or of stock PEFT (then: frozen identity mixer).
             subfolder: folder inside it.
             **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders of other libraries.
 
@@ -63,15 +58,13 @@ class MoSLoRAConfig(AdapterOptions):
         folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
         if folder is not None and (folder / OWN_CONFIG).is_file():
             return config_from_dict(read_manifest(folder)["config"])
-        source = Path(pretrained_model_name_or_path, subfolder or "") if folder is None else folder
-        data = read_json(source / STOCK_CONFIG) if (source / STOCK_CONFIG).is_file() else None
         if folder is not None:
-            if data is not None and declares_mixers(data):
-                return read_authors(folder, data)[0]
             raise AdapterError(
-                f"{folder} holds mixers and no configuration of them ({OWN_CONFIG}, or {USE_MIXER} in {STOCK_CONFIG}). "
-                "Copy the whole folder, or save the adapter again."
+                f"{folder} holds mixers and no configuration of them ({OWN_CONFIG}). Copy the whole folder, or save "
+                "the adapter again; load_adapter alone reads folders of the MoSLoRA authors."
             )
+        source = Path(pretrained_model_name_or_path, subfolder or "")
+        data = read_json(source / STOCK_CONFIG) if (source / STOCK_CONFIG).is_file() else None
         kind = "LORA" if data is None else data.get("peft_type")
         if data is not None and kind == OWN_TYPE:
             return config_from_dict(data)
@@ -133,19 +126,3 @@ def from_lora_config(
 def lora_fields() -> set[str]:
     """The options of stock PEFT's `LoraConfig` that a folder may hold."""
     return {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
-
-
-def read_authors(folder: Path, data: Mapping[str, Any]) -> tuple[MoSLoRAConfig, dict[str, Tensor]]:
-    """An adapter of the authors' fork of PEFT, under this package's names.
-
-    Args:
-        folder: the folder.
-        data: its `adapter_config.json`.
-
-    Raises:
-        AdapterError: a damaged file, mixers that are missing, an option that is not understood.
-    """
-    check_options(data, lora_fields(), str(folder))
-    tensors = with_known_names(peft_tensors(folder, pickled=True))
-    stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
-    return from_lora_config(stock, **mixer_settings(data, tensors, str(folder))), tensors

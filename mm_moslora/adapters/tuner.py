@@ -28,7 +28,7 @@ from mm_moslora.adapters.folder_format import (
     is_factor,
     named_as_modules,
 )
-from mm_moslora.adapters.folders.authors_format import holds_their_mixers, with_known_names
+from mm_moslora.adapters.folders.authors_format import holds_their_mixers
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, unexpected_entry
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -59,8 +59,7 @@ class LoraConfigOfFolder(LoraConfig):
         if declares_mixers(kwargs):
             raise AdapterError(
                 "The folder holds mixers (lora_use_mixer), which this way of loading drops. Load it with "
-                "mm_moslora.adapters.load_adapter or peft.PeftModel.from_pretrained, or read its configuration with "
-                "MoSLoRAConfig.from_pretrained."
+                "mm_moslora.adapters.load_adapter."
             )
         return LoraConfig(*args, **kwargs)
 
@@ -88,12 +87,7 @@ class MoSLoRAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or nothing of it; see `peft.tuners.tuners_utils.BaseTuner`."""
         config = self.peft_config.get(adapter_name)
-        late = patch_diffusers()
-        if late and holds_their_mixers(kwargs.get("state_dict") or {}):
-            raise AdapterError(
-                "The state holds mixers of the MoSLoRA authors' code, and diffusers was imported after "
-                "mm_moslora.adapters, which could not change its reader in time. Load the weights again."
-            )
+        patch_diffusers()
         if not isinstance(config, MoSLoRAConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
@@ -170,9 +164,11 @@ class MoSLoRAModel(LoraModel):
     ) -> dict[str, Tensor]:
         starts = {name: tensor for name, tensor in state_dict.items() if START_PART in name}
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in starts}
-        theirs = holds_their_mixers(state_dict)
-        if theirs:
-            state_dict = with_known_names(state_dict)
+        if holds_their_mixers(state_dict):
+            raise AdapterError(
+                "The values hold mixers of the MoSLoRA authors' code. Load their folder with "
+                "mm_moslora.adapters.load_adapter."
+            )
         if not isinstance(config, MoSLoRAConfig):
             mixed = any(MIXER_PART in name for name in state_dict)
             state_dict = fold_state_dict(state_dict) if mixed else state_dict
@@ -188,7 +184,7 @@ class MoSLoRAModel(LoraModel):
                 f"The values hold {extra!r}, for which the configuration of adapter {adapter_name!r} has no place."
             )
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if problem := _misfit(model, adapter_name, renamed, every_mixer=theirs):
+        if problem := _misfit(model, adapter_name, renamed):
             raise AdapterError(
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
@@ -269,7 +265,7 @@ def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
                 setattr(parent, name, layer.get_base_layer())
 
 
-def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, every_mixer: bool) -> str | None:
+def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> str | None:
     """Why values under the model's names are not those of an adapter in it; None if they are."""
     layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -284,8 +280,8 @@ def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor], *, e
     present = named_as_modules(model, model.state_dict())
     adapter_state = {name: tensor for name, tensor in present.items() if name.endswith(ends) or mixer in name}
     mixed = {name.partition(mixer)[0] for name in values if mixer in name}
-    # Values without a mixer mean the identity; in the authors' code every module has one.
-    named = [name for name in adapter_state if mixer not in name or every_mixer or name.partition(mixer)[0] in mixed]
+    # Values without a mixer mean the identity.
+    named = [name for name in adapter_state if mixer not in name or name.partition(mixer)[0] in mixed]
     lost = [name for name in named if name not in values]
     if lost:
         return f"they lack {min(lost)}"

@@ -178,7 +178,6 @@ READERS_OF = {
 }  # fmt: skip
 """The same of modules."""
 ALLOWED = {
-    "mm_moslora/adapters/folders/authors_format.py:peft_tensors": "a regular file, of weights alone",
     "mm_moslora/diffusion/diffusion_checkpoint.py:_state_of": "a stream",
     "mm_moslora/models/importing/import_checkpoint.py:_tensors": "a stream",
     "mm_moslora/models/weights_fingerprint.py:fingerprint": "regular files of a model that a recipe names",

@@ -10,20 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mm_moslora.adapters.folder_format import (
     MIXER,
-    PICKLED_WEIGHTS,
     STOCK_CONFIG,
-    STOCK_WEIGHTS,
     USE_MIXER,
     USE_MIXER_PATTERN,
     adapted_path,
@@ -108,7 +103,7 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
     return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
 
 
-def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFIG) -> None:
+def check_declared(names: Iterable[str], source: str) -> None:
     """Refuse mixers in a folder whose configuration declares none.
 
     Raises:
@@ -116,13 +111,13 @@ def check_declared(names: Iterable[str], source: str, *, file: str = STOCK_CONFI
     """
     if name := names_mixers(names):
         raise AdapterError(
-            f"{source} holds mixers ({name!r}), and its {file} declares none. As plain LoRA the adapter would "
+            f"{source} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
             "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
             "trained it."
         )
 
 
-def check_options(config: Mapping[str, Any], understood: set[str], source: str, *, file: str = STOCK_CONFIG) -> None:
+def check_options(config: Mapping[str, Any], understood: set[str], source: str) -> None:
     """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes.
 
     Raises:
@@ -132,41 +127,5 @@ def check_options(config: Mapping[str, Any], understood: set[str], source: str, 
     if unknown:
         raise AdapterError(
             f"{source} sets {unknown[0]} to {config[unknown[0]]!r}, which is not understood. The adapter may compute "
-            f"something else with it; remove it from {file} if it has no effect."
+            f"something else with it; remove it from {STOCK_CONFIG} if it has no effect."
         )
-
-
-def peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
-    """The tensors of a folder in PEFT's layout; `pickled` reads a pickle, too: the authors' older fork writes nothing
-    else.
-
-    Raises:
-        AdapterError: missing, damaged or truncated.
-    """
-    if (root / STOCK_WEIGHTS).is_file():
-        return read_tensors(root / STOCK_WEIGHTS)
-    path = root / PICKLED_WEIGHTS
-    if pickled and path.is_file():
-        try:  # weights_only keeps a pickle from running code
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
-            what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-            raise AdapterError(
-                f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again."
-            ) from error
-        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-            raise AdapterError(f"{path} holds no tensors by name. Copy the folder again.")
-        return {str(name): tensor for name, tensor in loaded.items()}
-    raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        AdapterError: damaged or truncated.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error

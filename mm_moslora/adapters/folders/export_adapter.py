@@ -32,9 +32,9 @@ from mm_moslora.adapters.folder_format import (
     PlainPair,
     adapted_path,
     mixers_in,
+    read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.load_folder import read_folder
@@ -87,7 +87,7 @@ def export_adapter(
     target = Path(out)
     if layout in ("diffusers", "kohya"):
         return _write_components(
-            {name: plain_pairs(read_folder(path)) for name, path in folders.items()}, target, layout
+            {name: plain_pairs(read_folder(path, component=name)) for name, path in folders.items()}, target, layout
         )
     if len(folders) != 1:
         raise AdapterError(
@@ -167,7 +167,7 @@ def largest_difference(
     Raises:
         AdapterError: one of the two cannot be read, or the export lacks a layer.
     """
-    content = read_folder(folder)
+    content = read_folder(folder, component=component)
     written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
     prefix = f"{component}." if layout == "diffusers" else PREFIX
     exported = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}

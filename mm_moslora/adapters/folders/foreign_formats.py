@@ -24,22 +24,23 @@ from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     PREFIX,
     STOCK_CONFIG,
+    STOCK_WEIGHTS,
     USE_MIXER,
     adapted_path,
     declares_mixers,
     is_factor,
     mixers_in,
     read_json,
+    read_tensors,
     target_paths,
 )
 from mm_moslora.adapters.folders.authors_format import (
     check_declared,
+    check_options,
     mixer_settings,
-    peft_tensors,
-    read_tensors,
     with_known_names,
 )
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields, read_authors
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
 from mm_moslora.utils.untrusted_data import parse_object
@@ -86,12 +87,19 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
             f"{root} holds an adapter of peft_type {data.get('peft_type')!r}; LORA (MoSLoRA and plain LoRA) is read "
             "here. Load it with PEFT itself."
         )
-    if declares_mixers(data):
-        return _content(*read_authors(root, data))
-    tensors = peft_tensors(root, pickled=False)
-    check_declared(tensors, str(root))
-    stock = LoraConfig(**{key: value for key, value in data.items() if key in lora_fields()})
-    return _plain(stock, tensors, trainable)
+    if not (root / STOCK_WEIGHTS).is_file():
+        raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
+    tensors = read_tensors(root / STOCK_WEIGHTS)
+    if not declares_mixers(data):
+        check_declared(tensors, str(root))
+        return _plain(_stock(data), tensors, trainable)
+    check_options(data, lora_fields(), str(root))
+    tensors = with_known_names(tensors)
+    return _content(from_lora_config(_stock(data), **mixer_settings(data, tensors, str(root))), tensors)
+
+
+def _stock(options: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(**{key: value for key, value in options.items() if key in lora_fields()})
 
 
 def _plain(stock: LoraConfig, tensors: dict[str, Tensor], trainable: bool) -> AdapterFolder:
@@ -139,7 +147,7 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
                 "module is unknown. Save it again with a diffusers that writes the options (lora_adapter_metadata)."
             )
         options = {"r": ranks[0], "lora_alpha": ranks[0]}
-    stock = LoraConfig(**{key: value for key, value in options.items() if key in lora_fields()})
+    stock = _stock(options)
     if not mixers_in(tensors):
         return _plain(stock, tensors, trainable)
     settings = mixer_settings({USE_MIXER: True}, tensors, str(path))

@@ -30,8 +30,8 @@ from mm_moslora.adapters.folder_format import (
     START_PART,
     START_WEIGHTS,
     read_manifest,
+    read_tensors,
 )
-from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError

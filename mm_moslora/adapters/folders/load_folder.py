@@ -20,8 +20,8 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     STOCK_WEIGHTS,
     read_manifest,
+    read_tensors,
 )
-from mm_moslora.adapters.folders.authors_format import read_tensors
 from mm_moslora.adapters.folders.folder_tensors import (
     check_tensors,
     shapes_by_rank,

@@ -1,12 +1,10 @@
-"""Folders of other libraries coming in, layouts for other programs going out."""
+"""Layouts for other programs."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -32,34 +30,6 @@ def _trained(**changes) -> peft.PeftModel:
     model = add_moslora(llama(), config, targets=TARGETS)
     train_a_bit(model)
     return model.eval()
-
-
-class _Huge:
-    def __init__(self, call) -> None:
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"no pickle", b"", pickle.dumps([1, 2]), pickle.dumps({"a.lora_A": _Huge((np.ndarray, ((2**40,),)))}),
-        pickle.dumps({"a.lora_A": _Huge((np.zeros(1).__reduce__()[0], (np.ndarray, (2**40,), b"b")))}),
-        pickle.dumps({"a.lora_A": np.zeros(4)})[:-20],
-    ],
-    ids=["no pickle", "empty", "a list", "a huge array", "a huge array, by its maker", "cut short"],
-)  # fmt: skip
-def test_pickled_weights_that_are_damaged_or_huge_are_one_clear_error(tmp_path: Path, content: bytes) -> None:
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_use_mixer": True}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    (tmp_path / "adapter_model.bin").write_bytes(content)
-    with pytest.raises(AdapterError, match=r"damaged, or holds more|no tensors by name"):
-        load_adapter(llama(), tmp_path)
-
-
-# Going out.
 
 
 @pytest.fixture
