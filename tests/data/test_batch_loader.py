@@ -20,8 +20,6 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import damage, make_set
 
-FOUR = MicroBatchLimit(examples=4)
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:

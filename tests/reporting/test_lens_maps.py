@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -26,32 +25,6 @@ CALLS = {
     " 'effective_rank': 1.0}], Path('a.png'), most=1)",
     "svg_charts": "line_chart([Series(name='a', points=[(0.0, 1.0), (1.0, 2.0)])], title='a')",
 }
-
-
-def matplotlib_imports(source: str) -> list[str]:
-    """What is imported from matplotlib, as `MODULE NAME`; a leading `!`: on import of the module itself."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "matplotlib":
-            names = [f"{node.module} {alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.partition(".")[0] == "matplotlib"]
-        found += [name if getattr(node, "col_offset", 0) else f"!{name}" for name in names]
-    return found
-
-
-def test_matplotlib_is_imported_and_styled_in_one_place() -> None:
-    found = {
-        path.name: names
-        for folder in (ROOT / "mm_moslora", ROOT / "eval")
-        for path in folder.rglob("*.py")
-        if (names := matplotlib_imports(path.read_text(encoding="utf-8")))
-    }
-    assert found.keys() == {"lens_maps.py", "svg_charts.py"}
-    assert not [name for names in found.values() for name in names if name.startswith("!")]
-    assert not {"matplotlib style", "matplotlib rc_context", "matplotlib"} & set(found["svg_charts.py"])
-    assert matplotlib_imports("import matplotlib.pyplot as p") == ["!matplotlib.pyplot"]
 
 
 @pytest.mark.slow

@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 CHECKOUT = Path(__file__).parents[3]
 EVAL, COMPARE = "eval/mm_moslora_eval", "mm_moslora/compare"
 LOW_LEVEL = {
@@ -79,23 +77,3 @@ def test_scores_are_measured_in_one_place() -> None:
         place = path.relative_to(CHECKOUT).as_posix()
         found += [f"{place}: {text}" for text in _shortcuts(ast.parse(path.read_text("utf-8")), place)]
     assert found == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "from mm_moslora_eval.scoring.error_bars import binomial_interval",
-        "from mm_moslora_eval.scoring.estimates import paired",
-        "error_bars.t_quantile(0.95, 3)",
-        "from statistics import NormalDist",
-        "statistics.NormalDist()",
-        "import scipy.stats",
-        "half = 1.96 * error",
-        "low = result.score - 2 * result.stderr",
-        "high = row['mean'] + 3 * row['stderr']",
-        "gain = a.score - b.score",
-        "Difference(value=1, low=0, high=2)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(line: str) -> None:
-    assert list(_shortcuts(ast.parse(line), "mm_moslora/reporting/other.py"))
