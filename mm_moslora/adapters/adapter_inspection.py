@@ -19,14 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import (
-    FACTORS_A,
-    MIXER_PART,
-    PREFIX,
-    adapted_path,
-    is_factor,
-    mixers_in,
-)
+from mm_moslora.adapters.folder_format import FACTORS_A, MIXER_PART, PREFIX, adapted_path, is_factor, mixers_in
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
@@ -183,9 +176,9 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
     reports = []
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
-            A, B = (factor.cpu() for factor in layer.outer_factors(adapter_name))
-            M = layer.factors(adapter_name).M
-            reports.append(layer_report(path, layer, adapter_name, A, None if M is None else M.cpu(), B))
+            own = layer.factors(adapter_name)
+            M = None if own.M is None else own.M.cpu()
+            reports.append(layer_report(path, layer, adapter_name, own.A.cpu(), M, own.B.cpu()))
     if not reports:
         raise AdapterError(f"The model has no adapter {adapter_name!r} to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))

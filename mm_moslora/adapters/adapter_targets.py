@@ -58,7 +58,7 @@ class AdaptedModule:
     mixer_trainable: bool
     """Whether M trains."""
     parameters: int
-    """Parameters of A, B and a trainable M; a factor that layers share counts in the first of them."""
+    """Parameters of A, B and a trainable M."""
 
 
 def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
@@ -330,16 +330,14 @@ def inject(
 
 def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:
     """The adapted modules, one row each: of one adapter, or of all (None) in the order of their names."""
-    rows, counted = [], set[int]()
+    rows = []
     for path, layer in named_adapter_layers(model):
         for name in layer.adapter_names():
             if adapter_name not in (None, name):
                 continue
             M = layer.mixer(name)
             trains = M is not None and bool(layer.lora_mixer[name].trainable)
-            every = (*layer.outer_factors(name), *([M] if M is not None and trains else ()))
-            factors = [factor for factor in every if id(factor) not in counted]
-            counted |= {id(factor) for factor in factors}
+            factors = (*layer.outer_factors(name), *([M] if M is not None and trains else ()))
             width_in, width_out = layer.widths
             rows.append(
                 AdaptedModule(

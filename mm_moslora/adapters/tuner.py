@@ -189,10 +189,8 @@ class MoSLoRAModel(LoraModel):
                 f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
                 "name, or delete that adapter (delete_adapter) first."
             )
-        named = (
-            name.replace(START_PART, f"{START_PART}{adapter_name}.") for name in starts
-        )  # for the layers' own hook
-        return renamed | dict(zip(named, starts.values(), strict=True))
+        # For the layers' own hook.
+        return renamed | {name.replace(START_PART, f"{START_PART}{adapter_name}."): starts[name] for name in starts}
 
 
 def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -98,13 +98,11 @@ def load_adapter(
     return wrapped
 
 
-def _set_values(
-    model: peft.PeftModel, adapter_name: str, tensors: dict[str, Tensor], source: str, **options: Any
-) -> Any:
+def _set_values(model: peft.PeftModel, adapter_name: str, tensors: dict[str, Tensor], source: str) -> None:
     problem = _misfit(model, adapter_name, tensors)
     if problem:
         raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
-    return set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, **options)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
 @torch.no_grad()

@@ -308,11 +308,11 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether the folder holds A, M and B, their fold where there is one, and no other weights."""
+    """Whether the folder holds A, M and B, their fold, and no other weights."""
     try:
         files = read_json(folder / OWN_CONFIG)["files"]
-        present = {name for name in (STOCK_WEIGHTS, OWN_WEIGHTS) if (folder / name).is_file()}
-        return OWN_WEIGHTS in present == set(files) and all(sha256_of(folder / name) == files[name] for name in present)
+        names = (STOCK_WEIGHTS, OWN_WEIGHTS)
+        return set(files) == set(names) and all(sha256_of(folder / name) == files[name] for name in names)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

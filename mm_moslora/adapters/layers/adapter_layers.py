@@ -98,7 +98,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             return super().resolve_lora_variant(config=config.to_lora_config(), **kwargs)
         return self.mixer_variant()
 
-    def start_factors(self, adapter_name: str, config: AdapterOptions) -> None:
+    def add_mixer(self, adapter_name: str, config: AdapterOptions) -> None:
         """Create the mixer."""
         like, _ = self.outer_factors(adapter_name)
         rank = self.r[adapter_name]
@@ -140,10 +140,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return getattr(A, "weight", A), getattr(B, "weight", B)
 
     def factors(self, adapter_name: str) -> Factors:
-        """A, M, B and s of one adapter; A, M and B are the parameters themselves."""
+        """A, M, B and s of one adapter; A, M and B are the parameters themselves. See `mixer` for what is refused."""
         A, B = self.outer_factors(adapter_name)
-        M = cast(Mixer, self.lora_mixer[adapter_name]).weight if adapter_name in self.lora_mixer else None
-        return Factors(A=A, M=M, B=B, scaling=self.scaling[adapter_name])
+        return Factors(A=A, M=self.mixer(adapter_name), B=B, scaling=self.scaling[adapter_name])
 
     def mixer(self, adapter_name: str) -> Tensor | None:
         """M of one adapter, the parameter or buffer itself; None: the frozen identity.

@@ -21,7 +21,7 @@ class MoSLoRAVariant(LoraVariant):
     @staticmethod
     def init(module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
         """Create the mixer next to A and B, on their device and in their dtype."""
-        module.start_factors(adapter_name, config)
+        module.add_mixer(adapter_name, config)
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
