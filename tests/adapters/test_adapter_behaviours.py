@@ -167,6 +167,7 @@ def test_merge(kind: str) -> None:
 
 
 @every_layer
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_checked_merge(kind: str) -> None:
     """`mm_moslora.adapters.merge` compares outputs before and after"""
     model = _adapted(kind)
@@ -265,6 +266,7 @@ def test_modules_to_save(kind: str, tmp_path: Path) -> None:
     model.base_model.model.head.modules_to_save["default"].weight.data.add_(0.5)
     save_adapter(model, tmp_path / "a")
     _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), _run(model, kind))
+    torch.testing.assert_close(_run(folded(network(kind), tmp_path / "a"), kind), _run(model, kind), **CLOSE)
 
 
 @every_layer

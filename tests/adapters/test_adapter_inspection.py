@@ -194,7 +194,9 @@ def test_a_start_that_does_not_fit_is_no_start() -> None:
 
 def test_folders_keep_the_start_of_mixers(tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, mixer_init="kaiming"))
-    before = {report.path: report.mixer for report in inspect_model(model)}
+    fresh = inspect_model(model)
+    assert {report.effective_rank for report in fresh} == {0.0}
+    before = {report.path: report.mixer for report in fresh}
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
     live = inspect_model(model)
@@ -263,11 +265,6 @@ def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     assert "12 modules are not in the other adapter" in str(why_unknown(reports, against_other=True))
 
 
-def test_a_fresh_adapter_has_no_update(tmp_path: Path) -> None:
-    save_adapter(add_moslora(llama(), MoSLoRAConfig(r=4)), tmp_path / "a")
-    assert {report.effective_rank for report in inspect_adapter(tmp_path / "a")} == {0.0}
-
-
 def test_measures_of_a_mixer_are_none_without_one_and_their_means_leave_it_out() -> None:
     given = _drawn()
     mixed, plain = (describe("m", given.A, M, given.B, 1.0) for M in (given.M, None))
@@ -312,15 +309,6 @@ def test_table_summary_and_picture(tmp_path: Path) -> None:
     assert [path.name for path in picture.parent.iterdir()] == ["mixers.png"]
 
 
-def test_a_live_model_gives_the_figures_of_its_folder(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
-    train_a_bit(model)
-    save_adapter(model, tmp_path / "a")
-    assert inspect_model(model) == inspect_adapter(tmp_path / "a")
-    with pytest.raises(AdapterError, match="no adapter 'second'"):
-        inspect_model(model, adapter_name="second")
-
-
 def test_every_measure_has_a_heading() -> None:
     assert tuple(lens_maps.MEASURES) == MEASURES
 
@@ -332,9 +320,11 @@ def test_a_picture_may_be_svg(tmp_path: Path) -> None:
     assert (tmp_path / "m.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
-def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_missing_adapter_are_errors(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapter folder"):
         inspect_adapter(tmp_path / "nothing")
+    with pytest.raises(AdapterError, match="no adapter 'second'"):
+        inspect_model(add_moslora(llama(), MoSLoRAConfig(r=4)), adapter_name="second")
 
 
 class _Tracker(TrainerCallback):

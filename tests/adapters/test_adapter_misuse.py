@@ -39,23 +39,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mixer_pattern": "kaiming"}, "mixer_pattern is 'kaiming', expected a dictionary"),
-        ({"mixer_pattern": {"(": "kaiming"}}, r"mixer_pattern\['\('\] .* no regular expression"),
-        ({"mixer_pattern": {1: "kaiming"}}, "expected text"),
-        ({"mixer_trainable": "yes"}, "mixer_trainable is 'yes', expected True or False"),
-        ({"lora_alpha": 0}, "lora_alpha is 0"),
-        ({"r": "16"}, "r is '16', expected a whole number"),
-        ({"mixer_init": "ortogonal"}, "Did you mean 'orthogonal'"),
-    ],
-)
-def test_a_wrong_option_is_one_line(options: dict, message: str) -> None:
-    with pytest.raises(AdapterError, match=message):
-        config(**options)
-
-
 def test_no_patterns_may_be_none() -> None:
     assert config(mixer_pattern=None, rank_pattern=None) == config()
 
@@ -147,8 +130,9 @@ def test_a_folder_does_not_take_the_place_of_an_adapter_that_computes_otherwise(
 def test_a_merged_adapter_gets_no_new_values(saved: Path) -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.raises(AdapterError, match="it is merged into the weights"):
-        load_adapter(model, saved)
+    for load in (lambda: load_adapter(model, saved), lambda: model.load_adapter(saved, "default")):
+        with pytest.raises(AdapterError, match="it is merged into the weights"):
+            load()
 
 
 def test_a_configuration_alone_leaves_the_weights_of_its_folder_alone(saved: Path, tmp_path: Path) -> None:

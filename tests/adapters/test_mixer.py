@@ -63,6 +63,13 @@ def test_fold_has_the_same_update() -> None:
         ({"factor_form": "mixed", "init_lora_weights": "pissa"}, "product B A a meaning"),
         ({"use_dora": True}, "use_dora is set together with a mixer"),
         ({"mixer_pattern": {"q_proj": "zeros"}}, "mixer_pattern"),
+        ({"mixer_pattern": "kaiming"}, "mixer_pattern is 'kaiming', expected a dictionary"),
+        ({"mixer_pattern": {"(": "kaiming"}}, r"mixer_pattern\['\('\] .* no regular expression"),
+        ({"mixer_pattern": {1: "kaiming"}}, "expected text"),
+        ({"mixer_trainable": "yes"}, "mixer_trainable is 'yes', expected True or False"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        *(({"lora_dropout": rate}, "expected 0 <= lora_dropout < 1") for rate in (1.0, -0.1, float("nan"), "0.1")),
+        ({"r": "16"}, "r is '16', expected a whole number"),
         ({"r": 0}, "r is 0"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "destroys"),
@@ -72,7 +79,7 @@ def test_fold_has_the_same_update() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_contradictions_are_refused_with_the_reason(options: dict, words: str) -> None:
+def test_wrong_and_contradicting_options_are_refused_with_the_reason(options: dict, words: str) -> None:
     with pytest.raises(AdapterError, match=words):
         MoSLoRAConfig(**options)
 

@@ -46,15 +46,6 @@ def test_identity_and_frozen_is_peft_lora_bit_for_bit(dtype: torch.dtype, dropou
     assert torch.equal(logits(theirs.eval()), logits(ours.eval()))
 
 
-def test_config_works_with_get_peft_model_directly() -> None:
-    config = MoSLoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(llama(), config)
-    assert isinstance(model, peft.PeftModelForCausalLM)
-    layers = [module for module in model.modules() if isinstance(module, MoSLoRALinear)]
-    assert len(layers) == 2
-    assert all("default" in layer.lora_mixer for layer in layers)
-
-
 @pytest.mark.parametrize("kind", MIXER_INITS)
 def test_training_starts_at_the_base_model(kind: str) -> None:
     base = logits(llama())
@@ -124,17 +115,6 @@ def test_conv1d_layers_merge_right() -> None:
     torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
 
 
-def test_safe_merge_gives_the_same_weights() -> None:
-    models = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        models.append(add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init="butterfly")))
-        train_a_bit(models[-1])
-    safe, unsafe = models[0].merge_and_unload(safe_merge=True), models[1].merge_and_unload()
-    for name, tensor in safe.state_dict().items():
-        torch.testing.assert_close(tensor, unsafe.state_dict()[name])
-
-
 def test_half_precision_merge_rounds_once() -> None:
     model = add_moslora(llama(torch.bfloat16), MoSLoRAConfig(r=4, lora_alpha=8), targets=["q_proj"])
     train_a_bit(model)
@@ -177,30 +157,6 @@ def test_a_merge_that_changes_outputs_is_undone() -> None:
     torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=0)
 
 
-def test_several_adapters_switch_disable_and_delete() -> None:
-    base = logits(llama())
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
-    train_a_bit(model, seed=1)
-    first = logits(model)
-    add_moslora(model, MoSLoRAConfig(r=6, lora_alpha=8, mixer_init="kaiming"), adapter_name="second", targets=TARGETS)
-    assert torch.equal(logits(model), first)
-    model.set_adapter("second")
-    assert torch.equal(logits(model), base)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(".second." in name for name in trained)
-    assert any("lora_mixer.second" in name for name in trained)
-    train_a_bit(model, seed=2)
-    second = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), second)
-    model.delete_adapter("second")
-    assert not any("second" in name for name in model.state_dict())
-    model.set_adapter("default")
-    assert model.active_adapter == "default"
-
-
 def test_two_active_adapters_add_up() -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8), targets=["q_proj"])
     add_moslora(model, MoSLoRAConfig(r=2, lora_alpha=8), adapter_name="second", targets=["q_proj"])
@@ -212,15 +168,6 @@ def test_two_active_adapters_add_up() -> None:
     torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
-def test_a_plain_lora_adapter_can_join() -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
-    model.add_adapter("lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    model.set_adapter("lora")
-    assert torch.equal(logits(model), logits(llama()))
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert list(layer.lora_mixer) == ["default"]
-
-
 def test_a_mixer_on_a_stock_lora_layer_is_refused() -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["v_proj"]))
     names, both = list(model.state_dict()), ["q_proj", "v_proj"]
@@ -230,21 +177,6 @@ def test_a_mixer_on_a_stock_lora_layer_is_refused() -> None:
         model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=both))
     assert list(model.state_dict()) == names
     assert list(model.peft_config) == ["default"]
-
-
-def test_mixed_adapter_batches() -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8), targets=TARGETS)
-    add_moslora(model, MoSLoRAConfig(r=2, lora_alpha=8), adapter_name="second", targets=TARGETS)
-    train_a_bit(model)
-    model.eval()
-    alone = []
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        alone.append(logits(model))
-    with torch.no_grad():
-        mixed = model(IDS, adapter_names=["second", "default"]).logits
-    torch.testing.assert_close(mixed[0], alone[1][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(mixed[1], alone[0][1], atol=1e-5, rtol=0)
 
 
 def test_kernels_agree_for_plain_lora_too() -> None:
