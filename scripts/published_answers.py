@@ -48,7 +48,7 @@ def math_v(folder: Path) -> Iterator[PublishedRun]:
         right = sum(bool(row["correct"]) for row in rows)
         yield PublishedRun(
             task=f"mathvision_test@official{'_cot' if 'CoT' in path.stem else ''}", model=path.stem,
-            published=100 * right / len(rows), documents=documents,
+            published=100 * (right / len(rows)), documents=documents,
             answers={str(row["id"]): row["response"] for row in rows},
             verdicts={str(row["id"]): bool(row["correct"]) for row in rows}, source="outputs",
             why="The code of the repository itself gives this verdict today.",

@@ -92,7 +92,7 @@ def _task_file(run: PublishedRun, folder: Path) -> Path:
     documents = folder / "documents.jsonl"
     documents.write_text("".join(json.dumps(row) + "\n" for row in run.documents), encoding="utf-8")
     prompt = {**data.get("prompt", {}), **changes.pop("prompt", {}), "image_tags": "none"}
-    kept = {key: source[key] for key in source.keys() & {"answer_is"}}
+    kept = {key: source[key] for key in source.keys() & {"answer_is", "unanswerable"}}
     source = {"kind": "hf", "path": str(documents), "columns": columns, **kept}
     data |= {**changes, "protocol": protocol, "source": source, "prompt": prompt, "expected_count": len(run.documents)}
     path = folder / f"{name}.yaml"
@@ -135,8 +135,7 @@ def reproduced_table(rows: Sequence[Reproduced]) -> str:
 
 
 def _shown(score: float | None) -> str:
-    """Two digits; the halves that a sum of thirds misses by rounding are rounded up."""
-    return "-" if score is None else f"{score + 1e-9:.2f}"
+    return "-" if score is None else f"{score:.2f}"
 
 
 def conformance_table(rows: Sequence[Reproduced]) -> str:

@@ -21,17 +21,16 @@ def options_of(value: Any, *, lettered: bool = False, optional: bool = False) ->
     """The options by their letters, and the problem with them if there is one.
 
     Args:
-        value: a list, an object with the letters, or a text: a list, or `(A) red (B) blue`.
+        value: a list, an object with the letters, or a text: a list, or `(A) red (B) blue`. A list within it is text.
         lettered: their texts may begin with their own letters, since the answer is a letter.
         optional: a text without options is none, since it is that of the question.
     """
     if isinstance(value, str):
-        texts: Any = parse_list(value) or parse_list(value.strip()[1:-1]) or _written(value)
+        inner = value.strip()[1:-1].strip()
+        texts: Any = parse_list(value) or ([inner] if parse_list(inner) else _written(value))
         if not texts and not optional and value.strip() not in _NONE:
             return {}, f"the options are {value[:60]!r}, expected a list, or `(A) ... (B) ...`"
         value = texts
-    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
-        (value,) = value  # one row of MMMU-Pro has its list in a list
     if isinstance(value, Mapping):
         named = {str(letter): text for letter, text in value.items()}
     elif isinstance(value, list | tuple):
@@ -42,6 +41,7 @@ def options_of(value: Any, *, lettered: bool = False, optional: bool = False) ->
         return {}, None
     else:
         return {}, f"the options are {value!r}, expected a list"
+    named = {letter: str(text) if isinstance(text, list | tuple) else text for letter, text in named.items()}
     odd = [text for text in named.values() if not isinstance(text, str | int | float | None)]
     if odd:
         return {}, f"an option is {str(odd[0])[:60]!r}, expected text"

@@ -156,7 +156,10 @@ def checked(documents: Iterable[Document], stated: Source, *, path: str, dropped
                 f"further columns: {columns}."
             )
     result = tuple(
-        document.with_problem(_answer_problem(document, needed=some) or _lack(document, stated)) for document in read
+        document.with_problem(
+            None if document.id in stated.unanswerable else _answer_problem(document, needed=some)
+        ).with_problem(_lack(document, stated))
+        for document in read
     )
     if not result:
         raise EvalError(f"{path} holds no documents; expected at least one row.")

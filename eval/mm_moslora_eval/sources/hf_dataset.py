@@ -295,7 +295,8 @@ def _of_row(
     texts, unreadable = texts_beside(named_texts, rules)
     images = (*pictures, *frames)
     read = document({**row, **texts}, columns, default_id=default_id, images=images, answer_is=source.answer_is)
-    read = replace(read, problem=problem or unshown or unreadable or read.problem)
+    own = None if read.id in source.unanswerable else read.problem
+    read = replace(read, problem=problem or unshown or unreadable or own)
     return with_reference_box(read, source.answer_is) if source.answer_is in BOX_FORMS else read
 
 
