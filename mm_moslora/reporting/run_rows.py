@@ -38,6 +38,10 @@ class EvaluationRow:
     """Selected documents of the data: all, `first 5`, `3 chosen`."""
     remarks: tuple[str, ...] = ()
     """Caveats of the score."""
+    not_inferable: int = 0
+    """Answers that could not be read."""
+    failed: int = 0
+    """Questions without an answer."""
     learned_from: str = ""
     """For answers without a model: the data that they were learned from."""
     less: Difference | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from mm_moslora.reporting.run_data import RunData
 from mm_moslora.reporting.run_rows import EvaluationRow, SampleRow
-from mm_moslora.reporting.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text
+from mm_moslora.reporting.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text, unread_text
 from mm_moslora.utils.text_format import format_seconds
 
 EXPLAINED = {
@@ -153,7 +153,13 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
         if lenient is not None:
             shown = score_text(lenient.score.mean, unit, named=False)
             numbers += f", or {shown} if every answer that contains the right word counts"
-    return Verdict(task=task, mood=judgement.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
+    unread = [
+        f"{row.label}: {text}."
+        for row in rows
+        if row is not tuned and row is not lenient and (text := unread_text(row.not_inferable, row.score.n - row.failed))
+    ]
+    sentences = [conclusion, f"{numbers}.", *evidence, *tuned.remarks, *unread]
+    return Verdict(task=task, mood=judgement.mood, sentences=sentences)
 
 
 def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:

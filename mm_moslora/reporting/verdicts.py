@@ -30,6 +30,8 @@ Shown = Literal["more", "less", "not shown"]
 FEWEST = 10
 """Minimum of independent pictures or questions for a conclusion; below it, t-intervals of binary scores are off."""
 SIGNIFICANT = 0.05
+UNREAD = 0.1
+"""Share of answers that cannot be read above which a score says so."""
 LIKELIHOOD = "log-likelihood per token"
 """Name of the score of a general text, in nats."""
 PICTURE_CONTROLS = ("wrong_image", "blind")
@@ -48,6 +50,13 @@ SCORE_NAMES: Mapping[str, str] = {
     "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
 }  # fmt: skip
 """Aggregations with a score that is not a share of right answers -> the name of the score."""
+
+
+def unread_text(unread: int, answers: int) -> str:
+    """What to say of a score with so many answers that could not be read; empty up to a share of `UNREAD`."""
+    if unread <= UNREAD * answers:
+        return ""
+    return f"{unread} of {answers} answers ({unread / answers:.0%}) could not be read and count as wrong"
 
 
 def score_text(value: float, unit: str = "", *, named: bool = True) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
+from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text, unread_text
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.report.evaluation_page import names_of
@@ -95,7 +95,8 @@ def _missing(result: TaskResult) -> str:
         "have no grade and are left out": counts.ungraded,
         "are left out with them": counts.left_out,
     }
-    return "; ".join(f"{count} of {counts.total} answers {text}" for text, count in parts.items() if count)
+    texts = [f"{count} of {counts.total} answers {text}" for text, count in parts.items() if count]
+    return "; ".join(filter(None, (*texts, unread_text(counts.not_inferable, counts.total - counts.failed))))
 
 
 def as_text(table: ModelsTable) -> str:

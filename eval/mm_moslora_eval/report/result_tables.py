@@ -32,6 +32,7 @@ def comparison_text(result: PairedComparison) -> str:
         ),
     ]
     lines += [result.caution] if result.caution else []
+    lines += result.remarks
     lines += [result.nats.text] if result.nats is not None else []
     if max(len(score.seeds_a), len(score.seeds_b)) > 1:
         a, b = (", ".join(score_text(value, score.unit) for value in seeds) for seeds in (score.seeds_a, score.seeds_b))

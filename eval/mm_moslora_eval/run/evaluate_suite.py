@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.reporting.verdicts import unread_text
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
@@ -38,6 +39,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
@@ -152,6 +154,8 @@ class PairedComparison:
     """The difference in the log-likelihood of the references; None where a run has none."""
     samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
     """The rows of A and B (of their first seeds) with different scores."""
+    remarks: tuple[str, ...] = ()
+    """What keeps a score of A or B from being one of its model."""
 
     @property
     def seed_spread(self) -> float:
@@ -265,7 +269,14 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
         score=score,
         nats=likelihood_difference(grids[0], grids[1], [row["cluster"] for row in first.values()]),
         samples=tuple((shown[0][name], shown[1][name]) for name in score.changed),
+        remarks=tuple(text for name, side in zip("AB", sides, strict=True) if (text := _unread(name, side))),
     )
+
+
+def _unread(name: str, seeds: Sequence[Sequence[Scored]]) -> str:
+    given = [sample for samples in seeds for sample in with_scores(samples) if not sample.failed]
+    text = unread_text(sum(not sample.parsed.strip() for sample in given), len(given))
+    return f"{name}: {text}." if text else ""
 
 
 def _judged(rows: dict[str, dict[str, Any]]) -> bool:

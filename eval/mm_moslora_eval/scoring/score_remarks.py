@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mm_moslora.reporting.verdicts import unread_text
 from mm_moslora_eval.scoring.answer_scoring import score_leniently
 from mm_moslora_eval.scoring.score_aggregation import together
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 
 FEWEST = 5
 """Fewest answers for a remark that they are alike."""
-UNREAD = 0.1
-"""Share of answers that cannot be read above which a score says so."""
 ALIKE = 0.95
 """Share of one answer from which the answers count as the same."""
 _APART = 0.2
@@ -120,14 +119,13 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
     """Remarks if (nearly) all answers are the same though the references differ, and if many cannot be read."""
     if len(answered) < FEWEST:
         return
-    unread = [sample for sample in answered if not _answer_of(sample)]
+    unread = [sample for sample in answered if not sample.parsed.strip()]
     if len(unread) == len(answered):
         commonest, _ = Counter(_plain(sample.text) for sample in unread).most_common(1)[0]
         yield f"None of {len(answered)} answers could be read; the most common is {_short(commonest)!r}."
-    elif len(unread) > UNREAD * len(answered):
+    elif text := unread_text(len(unread), len(answered)):
         yield (
-            f"{len(unread)} of {len(answered)} answers ({len(unread) / len(answered):.0%}) could not be read and count "
-            f"as wrong, such as {_short(unread[0].text)!r}: the score is hardly one of the model. Read them with other "
+            f"{text}, such as {_short(unread[0].text)!r}: the score is hardly one of the model. Read them with other "
             "rules (mm-moslora eval score RUN --protocol NAME@PROTOCOL), or ask for a letter alone."
         )
     answers = Counter(_plain(_answer_of(sample)) for sample in answered if _answer_of(sample))
