@@ -10,7 +10,8 @@ Secrets are removed here, so that no report shows one.
                        config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
                          "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks",
-                         "not_inferable", "failed", "learned_from", "pictures", "less": {"value", "low", "high", "groups", "unit"}, "unit"}];
+                         "not_inferable", "failed", "learned_from", "pictures",
+                         "less": {"value", "low", "high", "groups", "unit"}, "unit"}];
                        shares of right answers between 0 and 1, or with `unit` a score of that name, such as CIDEr;
                        95 % intervals; `less` is the tuned model less this row, question by
                        question. Names with a meaning: those of verdicts.AGAINST, and tuned. Rows of unlike

@@ -156,7 +156,9 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
     unread = [
         f"{row.label}: {text}."
         for row in rows
-        if row is not tuned and row is not lenient and (text := unread_text(row.not_inferable, row.score.n - row.failed))
+        if row is not tuned
+        and row is not lenient
+        and (text := unread_text(row.not_inferable, row.score.n - row.failed))
     ]
     sentences = [conclusion, f"{numbers}.", *evidence, *tuned.remarks, *unread]
     return Verdict(task=task, mood=judgement.mood, sentences=sentences)

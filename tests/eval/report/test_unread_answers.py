@@ -39,7 +39,9 @@ def test_every_place_of_a_score_says_that_many_answers_were_not_read(
 ) -> None:
     rows = [{"id": str(n), "question": f"q{n}", "options": ["x", "y"], "answer": "AB"[n % 2]} for n in range(20)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "t.yaml").write_text("name: t\nsource: {kind: llava, path: q.jsonl}\nextraction: letter\nmetric: equal\n")
+    (tmp_path / "t.yaml").write_text(
+        "name: t\nsource: {kind: llava, path: q.jsonl}\nextraction: letter\nmetric: equal\n"
+    )
     task = get_task(str(tmp_path / "t.yaml"))
     settings = EvaluationSettings(rank=0, world_size=1)
     found = {}
