@@ -174,8 +174,8 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        if self.stream is not None:  # the thread may wait for a window, and that for a rank which has stopped
-            self.stream.halt()
+        if self.stream is not None:  # the thread may wait for a window
+            self.stream.stop()
         self._workers = None  # torch ends the processes when their iterator is deleted
         if self._thread is not None:
             # The thread puts at most one more item; the emptied queue has room for it.
@@ -183,8 +183,6 @@ class BatchLoader:
                 self._queue.get()
             self._thread.join(timeout=30)
             self._thread = None
-        if self.stream is not None:
-            self.stream.stop()
 
     def _dealt(self) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every step, as record numbers; endless."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -170,17 +169,3 @@ class RecordError(DataError):
 
 def _rebuild(code: Code, where: Where, field: str, what: str, remedy: str, path: str | None) -> RecordError:
     return RecordError(code=code, where=where, field=field, what=what, remedy=remedy, path=path)
-
-
-def plain_fault(fault: RecordError) -> list[Any]:
-    """A fault as JSON."""
-    where = fault.where
-    record = [str(where.file), where.line, where.row, where.id]
-    return [*record, fault.code, fault.field, fault.what, fault.remedy, fault.path]
-
-
-def read_fault(values: Sequence[Any]) -> RecordError:
-    """The inverse of `plain_fault`."""
-    file, line, row, name, code, field, what, remedy, path = values
-    where = Where(file=Path(file), line=line, row=row, id=name)
-    return where.error(Code(code), field, what, remedy, path=path)

@@ -16,7 +16,6 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_of
 from mm_moslora.data.record_examples import SourceExamples
-from mm_moslora.data.stream_share import StreamShare
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
@@ -198,7 +197,7 @@ def _training_data(recipe: Recipe, assembly: Parts, *, fresh: bool) -> TrainingS
     return TrainingStream(
         config.train, ConversationEncoder.of(assembly), assembly.image_processing, config=config, fresh=fresh,
         seed=recipe.train.seed, global_batch=recipe.train.global_batch,
-        quarantine_path=Path(recipe.train.output) / "quarantine.jsonl", share=StreamShare.of_group(),
+        quarantine_path=Path(recipe.train.output) / "quarantine.jsonl",
     )  # fmt: skip
 
 

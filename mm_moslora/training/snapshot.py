@@ -32,7 +32,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_f
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.errors import CheckpointError, DataError
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora.utils.untrusted_files import read_text_below
 
@@ -77,7 +77,16 @@ def snapshot(run: Run) -> Snapshot:
 
     Raises:
         CheckpointError: the weights to save differ from the trained ones.
+        DataError: the ranks have read different records of a stream.
     """
+    place = run.training_set.place(run.step) if isinstance(run.training_set, TrainingStream) else {}
+    read = distributed.gather_objects(place["taken"]) if place else []
+    if any(taken != read[0] for taken in read):
+        raise DataError(
+            f"The ranks have read different numbers of records from the sources of data.train: {read}, by rank. One of "
+            "them could not read a file or picture that others could; its output says which. Bring it back; the same "
+            "command goes on from the last checkpoint."
+        )
     weights = run.engine.trainable_state(keep=distributed.is_main())
     expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
     if set(weights) != expected:
@@ -88,7 +97,7 @@ def snapshot(run: Run) -> Snapshot:
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
         base=run.assembly.base | run.trained_on,
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
-        place=run.training_set.place(run.step) if isinstance(run.training_set, TrainingStream) else {},
+        place=place,
         precision=run.precision, micro_tokens=run.limit.tokens,
     )  # fmt: skip
     if not distributed.is_main():

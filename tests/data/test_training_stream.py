@@ -6,25 +6,21 @@ import io
 import json
 import os
 import tarfile
-import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.epoch_order import MicroBatchLimit
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.sources.endless_sources import EndlessSource
 from mm_moslora.data.sources.open_sources import beginning, open_source
 from mm_moslora.data.sources.webdataset_tars import TarSource
-from mm_moslora.data.stream_share import StoppedError, StreamShare
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import chat, chatml_encoder, picture, tiny_tower
@@ -48,8 +44,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def stream_of(
-    *paths: Path | SourceConfig, quarantine: Path | None = None, fresh: bool = True, share: StreamShare | None = None,
-    **data,
+    *paths: Path | SourceConfig, quarantine: Path | None = None, fresh: bool = True,     **data,
 ) -> TrainingStream:  # fmt: skip
     sources = [
         path if isinstance(path, SourceConfig) else SourceConfig(path=str(path), streaming=True) for path in paths
@@ -57,7 +52,7 @@ def stream_of(
     config = DataConfig(train=sources, **{"shuffle_buffer": 8, "order": "random"} | data)
     return TrainingStream(
         sources, chatml_encoder(), tiny_tower(), config=config, seed=3, global_batch=BATCH, fresh=fresh,
-        quarantine_path=quarantine, share=share,
+        quarantine_path=quarantine,
     )  # fmt: skip
 
 
@@ -93,60 +88,64 @@ def test_ranks_share_the_steps_of_one(shards: Path) -> None:
         assert sorted(whole) == sorted(parts[0] + parts[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}])
-def test_ranks_measure_shares_and_learn_the_rest_from_each_other(
-    shards: Path, tmp_path: Path, options: dict[str, object]
-) -> None:
-    lines = (shards / "1.jsonl").read_text().splitlines()
-    lines[3], lines[4], lines[7] = "{broken", json.dumps({"id": "x", "messages": []}), json.dumps({"id": 5})
-    (shards / "1.jsonl").write_text("\n".join(lines))
-    alone = stream_of(shards, **options)
-    expected = steps_of(loader_of(alone), 9)
-    store = dist.HashStore()
-
-    def of_rank(rank: int) -> tuple[list[list[str]], list[int], TrainingStream]:
-        share = StreamShare(rank=rank, world=2, store=store, name="s", patience=120)
-        stream = stream_of(shards, share=share, quarantine=tmp_path / f"{rank}.jsonl", **options)
-        window = stream.at_hand
-        known = [entry.number for entry in window._entries if entry.known is not None]
-        return steps_of(loader_of(stream, rank=rank, world=2), 9), known, stream
-
-    with ThreadPoolExecutor(2) as pool:
-        (first, known, one), (second, others, other) = pool.map(of_rank, range(2))
-    for whole, *parts in zip(expected, first, second, strict=True):
-        assert sorted(whole) == sorted(parts[0] + parts[1])
-    assert [number % 2 for number in known + others] == [0] * len(known) + [1] * len(others)
-    assert len(known) + len(others) == 8
-    for stream in (one, other):
-        assert {*stream.quarantine.codes} == {"BAD_JSON", "NO_TURNS"}
-        assert str(stream.quarantine.first) == str(alone.quarantine.first)
-        assert stream.place(8) == alone.place(8), "that of step 9 may lie a window further, by what is read ahead"
-    assert store.num_keys() <= 8, "old messages are deleted"
+def write_tar(path: Path, texts: dict[str, bytes]) -> None:
+    """Records of a caption and a picture, by name."""
+    with tarfile.open(path, "w") as tar:
+        for number, (name, text) in enumerate(texts.items()):
+            for suffix, data in (("txt", text), ("png", picture((number, 0, 0)))):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
-def test_a_rank_that_tells_nothing_ends_the_run_and_a_stopped_one_waits_for_no_one(shards: Path) -> None:
-    share = StreamShare(rank=0, world=2, store=dist.HashStore(), name="s", patience=0.05)
-    with pytest.raises(DataError, match=r"Rank 1 has told nothing .* for 0\.05 s"):
-        stream_of(shards, share=share).at_hand  # noqa: B018
-    stopped = threading.Event()
-    stopped.set()
-    with pytest.raises(StoppedError):
-        StreamShare(rank=0, world=2, store=dist.HashStore(), name="s").gathered({}, stopped)
+def tables(folder: Path) -> None:
+    """Two parquet files of 4 and 3 rows with pictures and classes."""
+    import datasets
+
+    rows = [
+        {"id": f"r{n}", "query": f"what? {n}", "picture": {"bytes": picture((n, 0, 0)), "path": None}, "kind": n % 2}
+        for n in range(7)
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image())
+    table = table.cast_column("kind", datasets.ClassLabel(names=["cat", "dog"]))
+    for part in range(2):
+        table.select(range(4 * part, min(7, 4 * part + 4))).to_parquet(folder / f"{part}.parquet")
 
 
-@pytest.mark.parametrize("options", [{}, {"pack_tokens": 64, "max_length": 64}, {"order": "grouped", "workers": 2}])
-def test_the_place_of_a_step_gives_the_steps_behind_it(shards: Path, options: dict[str, object]) -> None:
-    straight = stream_of(shards, **options)
+def sources_of(kind: str, folder: Path) -> list[SourceConfig]:
+    """A stream of every kind of source, 7 to 10 records long."""
+    if kind == "table":
+        tables(folder)
+        columns = {"question": "query", "answer": "kind", "image": "picture"}
+        return [SourceConfig(path=str(folder / "*.parquet"), streaming=True, columns=columns)]
+    if kind == "tar":
+        for part in range(2):
+            write_tar(folder / f"{part}.tar", {f"{part}{n}": b"red" for n in range(4)})
+        return [SourceConfig(path=str(folder), streaming=True)]
+    for part in range(3):
+        write(folder / "shards" / f"{part}.jsonl", range(3 * part, 3 * part + 3))
+    sources = [SourceConfig(path=str(folder / "shards"), streaming=True, weight=3)]
+    if kind == "jsonl and replay":
+        write(folder / "old.jsonl", range(5), prefix="old")
+        sources.append(SourceConfig(path=str(folder / "old.jsonl")))
+    return sources
+
+
+@pytest.mark.parametrize("options", [{}, {"pack_tokens": 300, "max_length": 300}, {"order": "grouped", "workers": 2}])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl and replay", "tar", "table"])
+def test_the_place_of_a_step_gives_the_steps_behind_it(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
+    sources = sources_of(kind, tmp_path)
+    straight = stream_of(*sources, **options)
     expected, places = [], []
     with loader_of(straight) as loader:
         batches = iter(loader)
-        for number in range(12):
+        for number in range(8):
             places.append(json.loads(json.dumps(straight.place(number))))
             expected.append([name for batch in next(batches) for name in batch.ids])
-    for number in (0, 1, 2, 7, 8):
-        again = stream_of(shards, fresh=False, **options)
+    for number in (0, 1, 5):
+        again = stream_of(*sources, fresh=False, **options)
         again.go_to(places[number])
-        assert steps_of(loader_of(again, start=number), 4) == expected[number : number + 4]
+        assert steps_of(loader_of(again, start=number), 3) == expected[number : number + 3]
 
 
 def test_packed_windows_have_steps_of_about_equal_size(shards: Path) -> None:
@@ -233,49 +232,14 @@ def test_a_file_that_changes_during_a_run_ends_it_and_comes_back(shards: Path, c
 
 
 def test_a_tar_that_is_written_again_gives_no_bytes_of_other_places(tmp_path: Path) -> None:
-    def tar_of(word: bytes) -> None:
-        with tarfile.open(tmp_path / "0.tar", "w") as tar:
-            for name, data in (("a.txt", word), ("a.png", picture((9, 0, 0)))):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-    tar_of(b"red")
+    write_tar(tmp_path / "0.tar", {"a": b"red"})
     record = TarSource(str(tmp_path / "0.tar"), PictureRules(folder=tmp_path))[0]
-    tar_of(b"red" * 9000)
+    write_tar(tmp_path / "0.tar", {"a": b"red" * 9000})
     with pytest.raises(DataError, match=r"0\.tar has .* bytes instead of"):
         record.images[0].rgb()
 
 
-def test_ranks_end_together_where_one_finds_another_file(shards: Path) -> None:
-    store = dist.HashStore()
-    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=120) for rank in range(2)]
-    one, two = (stream_of(shards, share=share) for share in shares)
-    one.sources[0].take()  # rank 0 has opened a file
-    one.sources[0].seek(one._coming.sources[0])
-    grown(shards / "0.jsonl")
-    with ThreadPoolExecutor(2) as pool:
-        asked = [
-            pool.submit(lambda rank, stream: steps_of(loader_of(stream, rank=rank, world=2), 9), *pair)
-            for pair in enumerate((one, two))
-        ]
-        faults = [str(future.exception(timeout=120)) for future in asked]
-    assert all("0.jsonl has" in fault and "bytes instead of" in fault for fault in faults), faults
-    late = StreamShare(rank=1, world=2, store=dist.HashStore(), name="s", patience=120)
-    late._store.set("s/start", json.dumps(one.contents))
-    with pytest.raises(DataError, match=r"Rank 1 finds other training data than rank 0: .*0\.jsonl has"):
-        stream_of(shards, share=late)
-
-
-def test_a_rank_learns_why_another_has_failed() -> None:
-    store = dist.HashStore()
-    shares = [StreamShare(rank=rank, world=2, store=store, name="s", patience=120) for rank in range(2)]
-    shares[0].fail(DataError("0.jsonl is gone"))
-    with pytest.raises(DataError, match=r"Rank 0: 0\.jsonl is gone"):
-        shares[1].gathered({}, threading.Event())
-
-
-@pytest.mark.parametrize("nothing", ["", "\n\n", "[]"])
+@pytest.mark.parametrize("nothing", ["\n\n", "[]"])
 def test_an_empty_file_is_left_out_and_counted(shards: Path, nothing: str, caplog) -> None:
     for number in (1, 3):
         (shards / f"{number}.jsonl").write_text(nothing)
@@ -285,9 +249,6 @@ def test_an_empty_file_is_left_out_and_counted(shards: Path, nothing: str, caplo
     assert Counter(names) == {f"r{n}": 2 for n in (*range(10), *range(20, 30))}
     assert caplog.text.count("1.jsonl is empty and left out") == caplog.text.count("is empty and left out") / 2 == 1
     assert stream.statistics()["empty_files"] == 2
-    again = stream_of(shards, order="sequential", fresh=False)
-    again.go_to(json.loads(json.dumps(stream.place(4))))
-    assert steps_of(loader_of(again, start=4), 3) == steps[4:7]
     assert len(open_source(beginning(SourceConfig(path=str(shards), streaming=True), 100))) == 20
     for path in shards.glob("*"):
         path.write_text(nothing)
@@ -308,42 +269,21 @@ def test_files_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     assert "b/0.jsonl is gone, c/0.jsonl has" in fault
 
 
-def test_tables_go_on_from_their_place(tmp_path: Path) -> None:
-    import datasets
-
-    rows = [
-        {"id": f"t{n}", "query": f"what? {n}", "picture": {"bytes": picture((n, 0, 0)), "path": None}, "kind": n % 2}
-        for n in range(7)
-    ]
-    table = datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image())
-    table = table.cast_column("kind", datasets.ClassLabel(names=["cat", "dog"]))
-    for part in range(2):
-        table.select(range(4 * part, min(7, 4 * part + 4))).to_parquet(tmp_path / f"{part}.parquet")
-    columns = {"question": "query", "answer": "kind", "image": "picture"}
-    parquet = SourceConfig(path=str(tmp_path / "*.parquet"), streaming=True, columns=columns)
-    stream = stream_of(parquet, order="sequential", shuffle_buffer=BATCH)
-    names: list[str] = []
-    colours: list[int] = []
-    for number in range(4):
-        window = stream.at_hand if number == 0 else stream.next_window(steps=1)
-        records = [window.record(row) for row in range(len(window))]
-        names += [record.id for record in records]
-        colours += [record.images[0].rgb().getpixel((0, 0))[0] for record in records]
-        assert [record.turns[1].text for record in records] == ["dog" if n % 2 else "cat" for n in colours[-BATCH:]]
-        again = stream_of(parquet, order="sequential", shuffle_buffer=BATCH, fresh=False)
-        again.go_to(json.loads(json.dumps(stream.place(number))))
-        assert [again.at_hand.record(row).id for row in range(BATCH)] == names[-BATCH:]
-    stream.stop()
+def test_rows_of_tables_in_order_and_files_that_changed(tmp_path: Path) -> None:
+    sources = sources_of("table", tmp_path)
+    stream = stream_of(*sources, order="sequential", shuffle_buffer=16)
+    records = [stream.at_hand.record(row) for row in range(16)]
+    assert [record.id for record in records] == [f"r{n % 7}" for n in range(16)]
+    assert [record.images[0].rgb().getpixel((0, 0))[0] for record in records] == [n % 7 for n in range(16)]
+    assert [record.turns[1].text for record in records[:7]] == ["cat", "dog", "cat", "dog", "cat", "dog", "cat"]
     (tmp_path / "0.parquet").rename(tmp_path / "2.parquet")
-    later = stream_of(parquet, order="sequential", shuffle_buffer=BATCH, fresh=False)
+    later = stream_of(*sources, order="sequential", fresh=False)
     assert later.fingerprint != stream.fingerprint
+    assert "): 0.parquet is gone, 2.parquet is new" in later.what_changed(json.loads(json.dumps(stream.place(0))))
     source = stream.sources[0]
     source.seek(stream.place(0)["sources"][0])
     with pytest.raises(DataError, match=r"broke off .*0\.parquet"):
         source.take()
-    assert "): 0.parquet is gone, 2.parquet is new" in later.what_changed(json.loads(json.dumps(stream.place(0))))
-    assert names == [f"t{n % 7}" for n in range(16)]
-    assert colours == [n % 7 for n in range(16)]
 
 
 def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:
@@ -352,20 +292,9 @@ def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": None, "path": "/etc/passwd"}, "question": "q", "answer": "a"}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
     with pytest.raises(RecordError, match="PATH_ESCAPES"):
-        open_endless(
+        EndlessSource(
             SourceConfig(path=str(tmp_path / "d"), streaming=True), "data.train.0", seed=0, shuffled=True
         ).take()()
-
-
-def test_a_folder_of_tar_files_is_a_stream(tmp_path: Path) -> None:
-    for number in range(2):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for name, data in ((f"{number}.txt", b"red"), (f"{number}.png", picture((number, 0, 0)))):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    window = stream_of(tmp_path, order="sequential").at_hand
-    assert [window.record(row).images[0].rgb().getpixel((0, 0))[0] for row in range(4)] == [0, 1, 0, 1]
 
 
 def test_what_a_stream_cannot_do_is_refused(shards: Path) -> None:

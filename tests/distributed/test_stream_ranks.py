@@ -1,4 +1,4 @@
-"""Two ranks that share the reading of a stream learn what one learns, stop, and go on on another number of ranks."""
+"""Two ranks on a stream learn what one learns, stop, and go on on another number of ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm_moslora.training.training_loop import train
 pytestmark = pytest.mark.slow
 
 
-def test_ranks_share_the_reading_of_a_stream(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+def test_ranks_learn_the_stream_of_one(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
     lines = parts["records"].read_text().splitlines()
     lines[5] = "{broken"
     (tmp_path / "shards").mkdir()

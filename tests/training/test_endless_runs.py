@@ -10,8 +10,7 @@ import pytest
 from trials import hexed, with_train
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.sources.endless_sources import FileStream
+from mm_moslora.data.sources.endless_sources import EndlessSource, Reads
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.training_loop import train
@@ -55,15 +54,15 @@ def test_a_run_outlives_a_source_that_vanishes(stream: Recipe, tmp_path: Path, m
     straight = with_train(stream, output=str(tmp_path / "straight"))
     train(straight)
     file, elsewhere = tmp_path / "shards" / "1.jsonl", tmp_path / "elsewhere"
-    taken = FileStream._next
+    take = EndlessSource.take
 
-    def vanishing(source: FileStream) -> Record | None:
+    def vanishing(source: EndlessSource) -> Reads:
         if source.passes == 1 and file.exists():  # in the second window, which is read ahead
             file.rename(elsewhere)
-        return taken(source)
+        return take(source)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FileStream, "_next", vanishing)
+        patched.setattr(EndlessSource, "take", vanishing)
         with pytest.raises(
             DataError, match=r"data\.train\.0 .*shards\) broke off in pass \d behind record \d+, at .*1\.js"
         ):
@@ -82,6 +81,16 @@ def test_a_run_outlives_a_source_that_vanishes(stream: Recipe, tmp_path: Path, m
     assert hexed(Path(stream.train.output)) == hexed(Path(straight.train.output))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["data"]["records"] >= 48
+
+
+def test_ranks_that_read_other_records_write_no_checkpoint(stream: Recipe, tmp_path: Path, monkeypatch) -> None:
+    def gathered(value: object) -> list[object]:
+        return [value, [9, 0]] if isinstance(value, list) and isinstance(value[0], int) else [value]
+
+    monkeypatch.setattr("mm_moslora.utils.distributed.gather_objects", gathered)
+    with pytest.raises(DataError, match=r"read different numbers of records .*: \[\[\d+, \d+\], \[9, 0\]\], by rank"):
+        train(with_train(stream, rehearsal=False))
+    assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
 
 def test_a_stream_needs_a_number_of_steps(stream: Recipe) -> None:

@@ -31,7 +31,7 @@ def picture_folder(kind: str) -> dict[str, bytes]:
 FROM_THE_HUB = """
 import json
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.sources.endless_sources import open_endless
+from mm_moslora.data.sources.endless_sources import EndlessSource
 from mm_moslora.data.sources.open_sources import open_source
 
 for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
@@ -42,7 +42,7 @@ for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
             print(json.dumps([len(source), source[row].turns[1].text, colour]))
 
 classes = SourceConfig(path="hf:me/classes", columns={"caption": "label"}, streaming=True)
-endless = open_endless(classes, "data.train.0", seed=0, shuffled=True)
+endless = EndlessSource(classes, "data.train.0", seed=0, shuffled=True)
 for _ in range(4):
     record = endless.take()()
     print(json.dumps([2, record.turns[1].text, record.images[0].rgb().getpixel((0, 0))]))
