@@ -15,7 +15,7 @@ from mm_moslora_eval.protocol.coded_prompts import WORDINGS
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
+from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run import answer_log, run_claim, task_runner
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
 from mm_moslora_eval.run.judging.llm_judge import Judge
@@ -121,11 +121,6 @@ def scripted(reply: Callable[[str, float], str]) -> Endpoint:
             return {"choices": [{"message": {"content": text}}], "usage": {}}
 
     return cast(Endpoint, Scripted())
-
-
-def shipped_protocols() -> dict[str, Task]:
-    """Every shipped task, and the two tasks of data files."""
-    return all_tasks() | {name: get_task(name) for name in ("llava:questions.jsonl", "tsv:bench.tsv")}
 
 
 def functions_of(task: Task) -> dict[str, Callable[..., Any]]:

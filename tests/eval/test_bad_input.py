@@ -119,24 +119,6 @@ def test_options_with_equal_texts_are_not_guessed(write_tsv: Writer, encoded: st
     assert result.counts.not_inferable == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "text", "parsed"),
-    [
-        ({"A": "חתול", "B": "כלב"}, "זה כלב", "B"),
-        ({"A": "قطة", "B": "كلب"}, "الجواب هو A", "A"),
-        ({"A": "猫", "B": "狗"}, "是狗。", "B"),
-        ({"A": "猫", "B": "狗"}, "答案是 B 。", "B"),
-        ({"A": "ねこ", "B": "いぬ"}, "いぬです", "B"),
-    ],
-    ids=["Hebrew", "Arabic", "Chinese text", "Chinese letter", "Japanese"],
-)
-def test_right_to_left_and_cjk(
-    options: dict[str, str], text: str, parsed: str, write_tsv: Writer, encoded: str, tmp_path: Path
-) -> None:
-    _, samples = score(write_tsv(rows_of([text], encoded, **options)), [text], tmp_path / "run")
-    assert samples[0]["parsed"] == parsed
-
-
 def test_an_unknown_key_in_a_task_file_gets_a_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nsource: {kind: tsv, path: x.tsv}\nextracton: letter\n")

@@ -14,9 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 from huggingface_hub import constants
-from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
-from mm_moslora_eval.report.evaluation_page import format_score
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.evaluate_suite import compare, read_samples
 from mm_moslora_eval.run.result_file import read_results
@@ -250,20 +248,6 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "is detected" not in out
 
 
-def test_a_comparison_is_of_the_tasks_score(finished: Path, tmp_path: Path, capsys) -> None:
-    place, page = finished / "pope@llava", tmp_path / "page.html"
-    assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
-    out = capsys.readouterr().out
-    scores = {(r.task, r.mode): r.score for r in read_results(finished)}
-    a, b = scores["pope", "own"], scores["pope", "wrong"]
-    assert f"A mean F1 {a:.3f}, B mean F1 {b:.3f}." in out
-    assert f"mean F1 {a - b:+.3f} (95 % " in out
-    assert "mean F1 adds them up differently (pope_splits)" in out
-    text = page.read_text()
-    assert f"mean F1 {a:.3f}" in text
-    assert f"mean F1 {a - b:+.3f} (95 % " in text
-
-
 def test_mmbench_is_compared_by_question(miniature: Path, tmp_path: Path) -> None:
     documents = get_task(str(miniature / "mmbench_en_dev.yaml")).load().documents
     right = {document.id: document.answers[0] for document in documents}
@@ -282,30 +266,6 @@ def test_mmbench_is_compared_by_question(miniature: Path, tmp_path: Path) -> Non
     assert (score.questions, score.wins, score.changed) == (6, 1, ("0",))
     assert result.samples[0][1]["id"] == "1000000"
     assert result.caution == ""
-
-
-def test_a_run_on_a_part_of_the_benchmark_is_noted(miniature: Path, tmp_path: Path, capsys) -> None:
-    task = tmp_path / "part.yaml"
-    text = (miniature / "ai2d.yaml").read_text().replace("expected_count: null", "expected_count: 3088")
-    task.write_text(text.replace("path: AI2D_TEST.tsv", f"path: {miniature / 'AI2D_TEST.tsv'}"))
-    (tmp_path / "answers.json").write_text(json.dumps({str(n): "A" for n in range(6)}))
-    model, run = f"replay:{tmp_path / 'answers.json'}", str(tmp_path / "run")
-    assert cli.run(["eval", "run", str(task), "--model", model, "--output", run, "--no-report"]) == 0
-    assert "the data holds 6 documents, the full set has 3088." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("value", "aggregation", "text"),
-    [
-        (0.5, "mean", "50.0"),
-        (2.31, "caption", "231.0"),
-        (1.25, "mme", "1.2"),
-        (1510.7, "mme", "1510.7"),
-        (None, "", "–"),
-    ],
-)
-def test_scores_are_percent_and_sums_are_sums(value: float | None, aggregation: str, text: str) -> None:
-    assert format_score(value, aggregation) == text
 
 
 def test_report_is_one_escaped_page_without_network(tmp_path: Path) -> None:
@@ -363,15 +323,3 @@ def test_two_ranks_under_torchrun_give_the_files_of_one(
     nats = [[row["reference"].pop("logprob") for row in side] for side in rows]
     assert rows[0] == rows[1]
     assert nats[0] == pytest.approx(nats[1], abs=1e-4), "other batches round otherwise"
-
-
-def test_progress_names_every_pass(question_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    names, bars = [f"llava:{question_file}"], eval_commands.Bars(4)
-    before = FakeModel(fingerprint="before")
-    eval_commands.run(before, names, tmp_path / "run" / "untuned", progress=bars.untuned)
-    eval_commands.run(FakeModel(), names, tmp_path / "run", modes=("own", "wrong", "blind"), progress=bars)
-    told = [found[1] for line in caplog.messages if (found := re.match(r"(.*): \d+/\d+ documents", line))]
-    passes = ("untuned", "own pictures", "wrong pictures", "blind")
-    wanted = [f"pass {number} of 4 (questions, {name})" for number, name in enumerate(passes, start=1)]
-    assert list(dict.fromkeys(told)) == wanted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import re
 import shutil
 import socket
 import threading
@@ -24,7 +23,6 @@ from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, Opti
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
-from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError
@@ -294,21 +292,6 @@ def test_endpoint_that_is_not_there_ends_the_run_at_once(host: str, monkeypatch:
     assert waits == []
 
 
-def test_an_endpoint_that_stops_answering_is_retried_and_then_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    waits: list[float] = []
-    with serve(lambda _: "yes") as server:
-        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3))
-        list(model.generate(QUESTIONS[:1], batch_size=1))
-    monkeypatch.setattr("mm_moslora_eval.backends.openai_endpoint.time.sleep", waits.append)
-    with pytest.raises(EvalError, match="No server answers"):
-        list(model.generate(QUESTIONS[:1], batch_size=1))
-    assert len(waits) == 2
-    (told,) = caplog.messages
-    assert re.fullmatch(r"http\S+: \[Errno \d+\] Connection refused\. Asking again in \d+ s; .* 3 times, .*", told)
-
-
 def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> None:
     def reply(_: dict) -> dict:
         top = [{"token": " B", "logprob": -0.1}, {"token": "A", "logprob": -3.0}, {"token": "B", "logprob": -5.0}]
@@ -364,18 +347,6 @@ def test_replay_without_an_answer_counts_a_failure(question_file: Path, tmp_path
         ReplayModel(question_file)
 
 
-@pytest.mark.parametrize("value", ["NaN", "5", "true", '["yes"]', '{"a": 1}', "1e999"])
-def test_a_stored_answer_that_is_no_text_is_a_failed_sample(value: str, question_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    rows = [f'{{"id": "q{n}", "text": {json.dumps("yes") if n else value}}}\n' for n in range(12)]
-    path.write_text("".join(rows))
-    task = get_task(f"llava:{question_file}")
-    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    assert result.counts.failed == 1
-    (failed,) = [row for row in read_samples(tmp_path / "run" / result.folder) if row["id"] == "q0"]
-    assert "expected text" in failed["error"]
-
-
 def test_replay_finds_ids_that_became_floats_and_names_ids_of_no_question(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,23 +360,6 @@ def test_replay_finds_ids_that_became_floats_and_names_ids_of_no_question(
     model.close()
     assert result.counts.failed == 0
     assert "2 of 6 answers belong to no question that was put: question_id is '4.0', '5.0'." in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "answered"),
-    [
-        ('"A": NaN, "B": -1', False), ('"A": Infinity, "B": -1', False), ('"A": -Infinity, "B": -Infinity', False),
-        ('"A": true, "B": -1', False), ('"A": "-3", "B": -1', False), ('"B": -1', False),
-        ('"A": -Infinity, "B": -1', True), ('"A": -2, "B": -1', True),
-    ],
-)  # fmt: skip
-def test_log_likelihoods_without_a_largest_are_a_failed_sample(options: str, answered: bool, tmp_path: Path) -> None:
-    task, stored = choosing(tmp_path), tmp_path / "a.jsonl"
-    stored.write_text(f'{{"id": "q0", "options": {{{options}}}}}\n{{"id": "q1", "options": {{"A": -3, "B": -2}}}}\n')
-    (result,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    assert result.counts.failed == (not answered)
-    answers = {row["id"]: row["text"] for row in read_samples(tmp_path / "run" / result.folder)}
-    assert answers == {"q0": "B" if answered else None, "q1": "B"}
 
 
 def choosing(folder: Path) -> Task:
@@ -531,17 +485,6 @@ def test_replay_reads_files_of_other_harnesses(name: str, write: Callable[[Path]
     assert result.score == 0.75
 
 
-def test_replay_reads_the_workbook_that_export_writes(question_file: Path, tmp_path: Path) -> None:
-    stored = tmp_path / "a.json"
-    stored.write_text(json.dumps({f"q{n}": f"say <b>{n}</b> & more" for n in range(12)}))
-    task = get_task(f"llava:{question_file}")
-    (first,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    write_submission(tmp_path / "run" / first.folder, tmp_path / "b.xlsx", form="vlmevalkit_xlsx")
-    evaluate(ReplayModel(tmp_path / "b.xlsx"), task, tmp_path / "again", modes=("own",), baselines=(), settings=ONE)
-    texts = [[row["text"] for row in read_samples(tmp_path / run / first.folder)] for run in ("run", "again")]
-    assert texts[0] == texts[1]
-
-
 def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte of a zip file may unpack to a gigabyte; the size in its header is not trusted."""
     monkeypatch.setattr("mm_moslora_eval.backends.stored_answers._MOST_CELLS", 1 << 16)
@@ -555,26 +498,6 @@ def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytes
     bomb.write_bytes(bomb.read_bytes().replace(told, (1 << 10).to_bytes(4, "little")))
     with pytest.raises(EvalError, match=r"bomb\.xlsx is no workbook"):
         ReplayModel(bomb)
-
-
-@pytest.mark.parametrize("kind", ["UTF-16", "encrypted", "an unknown compression", "damaged"])
-def test_a_workbook_of_an_odd_kind_is_one_error(kind: str, tmp_path: Path) -> None:
-    sheet = '<!DOCTYPE x [<!ENTITY a "aaaa">]><worksheet>&a;</worksheet>'.encode("utf-16")
-    path = tmp_path / "a.xlsx"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as book:
-        book.writestr("xl/worksheets/sheet1.xml", sheet)
-    data = bytearray(path.read_bytes())
-    entry, start = data.index(b"PK\1\2"), data.index(b"sheet1.xml") + len("sheet1.xml")
-    if kind == "encrypted":
-        data[6] |= 1
-        data[entry + 8] |= 1
-    elif kind == "an unknown compression":
-        data[8] = data[entry + 10] = 99
-    elif kind == "damaged":
-        data[start : start + 4] = b"\xff" * 4
-    path.write_bytes(data)
-    with pytest.raises(EvalError, match=r"a\.xlsx is no workbook that can be read"):
-        ReplayModel(path)
 
 
 @pytest.mark.parametrize(

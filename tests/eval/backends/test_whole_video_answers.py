@@ -10,8 +10,6 @@ import torch
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
-from mm_moslora_eval.report.evaluation_plan import plan_task
-from mm_moslora_eval.report.prompt_tokens import PromptTokens
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
@@ -97,28 +95,6 @@ def test_answers_are_those_of_the_models_own_processor(folder: Path, data: Path,
     alone = EvaluationSettings(batch_size=1, rank=0, world_size=1)
     (same,) = evaluate(model, task(data), tmp_path / "one", modes=("own",), baselines=(), settings=alone)
     assert [row["text"] for row in read_samples(tmp_path / "one" / same.folder)] == [row["text"] for row in samples]
-
-
-def test_a_plan_counts_the_tokens_that_the_model_is_given(folder: Path, data: Path, tmp_path: Path) -> None:
-    """Of pictures and of videos as such, without the weights and without decoding a frame."""
-    model, given = open_model(str(folder), precision="fp32"), []
-    inputs = model._inputs
-    model._inputs = lambda requests: given.append(inputs(requests)) or given[-1]
-    evaluate(model, task(data), tmp_path / "run", modes=("own",), baselines=(), settings=BATCH)
-    without = tmp_path / "without"
-    without.mkdir()
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (without / file.name).write_bytes(file.read_bytes())
-    plan = plan_task(task(data), BATCH, counter=PromptTokens(without))
-    # SmolVLM's template writes a space before each of the four videos, and the prompts of training do not.
-    spaces = 4 if "smolvlm" in folder.name else 0
-    assert 0 <= sum(int(item["attention_mask"].sum()) for item in given) - plan.prompt_tokens <= spaces
-    assert (plan.documents, plan.unasked) == (7, 1)
-    assert "video" in plan.reason
-    frames = plan_task(task(data), BATCH)
-    assert frames.pictures == 4 * 6 + 1
-    assert frames.prompt_tokens < 100
 
 
 def test_a_clip_is_what_a_file_with_its_frames_alone_would_be(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import read_samples
-from mm_moslora_eval.run.run_claim import open_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora import cli
@@ -79,23 +78,6 @@ def test_shards_have_the_results_of_the_undivided_run(data: Path, tmp_path: Path
     assert again.asked == []
 
 
-def test_every_window_of_a_shard_is_one_of_the_undivided_run(data: Path, tmp_path: Path) -> None:
-    """So batches are the same, and with them the last digits of a model whose batches matter."""
-
-    class Windows(FakeModel):
-        def generate(self, requests, *, batch_size):  # type: ignore[no-untyped-def]
-            windows.append([request.id for request in requests])
-            yield from super().generate(requests, batch_size=batch_size)
-
-    windows: list[list[str]] = []
-    ask(data, tmp_path / "whole", model=Windows())
-    undivided, windows = windows, []
-    for number in range(1, 4):
-        ask(data, tmp_path / "run", f"{number}/3", model=Windows())
-    assert sorted(windows) == sorted(undivided)
-    assert len(windows) > 6
-
-
 def test_an_interrupted_shard_is_missing_until_it_is_repeated(data: Path, tmp_path: Path) -> None:
     class Interrupted(FakeModel):
         def _answer(self, request):  # type: ignore[no-untyped-def]
@@ -116,18 +98,6 @@ def test_an_interrupted_shard_is_missing_until_it_is_repeated(data: Path, tmp_pa
     merge(data, run)
     ask(data, tmp_path / "whole")
     assert contents(run) == contents(tmp_path / "whole")
-
-
-def test_the_same_shard_twice(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    ask(data, run, "1/2")
-    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "invocations.jsonl"}
-    again = FakeModel()
-    ask(data, run, "1/2", model=again)
-    assert again.asked == []
-    assert all(path.read_bytes() == content for path, content in files.items())
-    with open_run(run / "shards" / "2-of-2", FakeModel()):
-        ask(data, run, "1/2")  # two shards at once
 
 
 def test_the_same_shard_twice_at_once_is_asked_once(data: Path, tmp_path: Path) -> None:
@@ -222,15 +192,6 @@ def test_failed_samples_of_a_shard_count_as_in_the_undivided_run(data: Path, tmp
         ask(data, tmp_path / "run", f"{number}/3", model=FakeModel(fail_on=("q3", "q50")))
     own, wrong, _ = merge(data, tmp_path / "run")
     assert (own.counts.failed, wrong.counts.failed, own.n) == (2, 2, 70)
-
-
-def test_scoring_again_looks_at_no_shard(data: Path, tmp_path: Path) -> None:
-    for number in (1, 2):
-        ask(data, tmp_path / "run", f"{number}/2")
-    merge(data, tmp_path / "run")
-    assert len(eval_commands.score(tmp_path / "run")) == 2
-    with pytest.raises(EvalError, match="have no answer yet"):
-        eval_commands.score(tmp_path / "run" / "shards" / "1-of-2")
 
 
 def test_a_tiny_model_answers_alike_in_shards(tmp_path: Path, language_folder: Path, vision_folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import re
 import shutil
@@ -14,26 +12,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, ClassVar
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
 from between import just_before
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
-from mm_moslora_eval.protocol.model_interface import Answer
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run import result_file
-from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
-from mm_moslora_eval.run.answer_views import view_below
+from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.run_claim import hold_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-from mm_moslora import cli as command_line
-from mm_moslora.utils.errors import ConfigError, EvalError, MoSLoRAError
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
@@ -103,15 +97,6 @@ def test_two_processes_that_score_one_run_keep_both_results(tmp_path: Path, monk
     assert {result.key for result in read_results(run)} == {one.key, other.key}
 
 
-def test_results_are_written_where_no_lock_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
-    _, (result,) = asked(run, data)
-    (run / "results.json").unlink()
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    result_file.write_results(run, [result])
-    assert [item.key for item in read_results(run)] == [result.key]
-
-
 def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     easy, hard = write_questions(tmp_path / "easy", count=12), write_questions(tmp_path / "hard", count=12)
     hard.write_text(hard.read_text().replace("colour", "shade"))
@@ -179,19 +164,6 @@ def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path)
     assert restored == before
 
 
-def test_answers_that_another_process_writes_are_not_merged(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, rank=1, batch_size=1) as writing:
-        writing.add(ROW | {"key": "b", "text": "1"})
-        with AnswerLog(tmp_path, rank=0, batch_size=1) as log:
-            log.add(ROW | {"key": "a", "text": "0"})
-        merge(tmp_path, ["a"])
-        assert [path.name for path in tmp_path.glob("answers-*")] == [writing.path.name]
-        writing.add(ROW | {"key": "c", "text": "2"})
-    merge(tmp_path, ["c"])
-    assert list(read_folder(tmp_path)) == ["c", "a", "b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
-
-
 def test_a_model_is_identified_by_its_weights_and_not_by_its_path(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
     asked(run, data)
@@ -257,31 +229,6 @@ def test_scoring_keeps_the_untuned_models_results_apart(tmp_path: Path) -> None:
     assert [json.loads(text)["results"] for text in before] == [json.loads(text)["results"] for text in after]
 
 
-def test_results_keep_the_environment_of_the_answers_when_scored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Detailed(FakeModel):
-        details: ClassVar = {"precision": "bfloat16", "device": "cuda:0"}
-
-    data, run = write_questions(tmp_path / "data", count=8), tmp_path / "run"
-    asked(run, data, model=Detailed(), limit=4)
-    first = read_results(run)[0].about
-    assert first["computed_by"][0]["model"] == {"precision": "bfloat16", "device": "cuda:0"}
-    assert first["computed_by"][0]["environment"]["python"]
-    assert (first["selection"]["name"], first["selection"]["of"]) == ("first 4", 8)
-    monkeypatch.setattr("mm_moslora_eval.run.result_file.environment", lambda: {"python": "9.9"})
-    eval_commands.score(run)
-    assert read_results(run)[0].about == first
-    stored = json.loads((run / "results.json").read_text())
-    assert stored["scored"]["environment"] == {"python": "9.9"}
-    other = Detailed()
-    other.details = {"precision": "float32", "device": "cpu"}
-    asked(run, data, model=other, limit=4)  # asks nothing
-    assert read_results(run)[0].about == first
-    html = write_report(run).read_text()
-    assert "bfloat16" in html
-
-
 @pytest.mark.parametrize("name", ["../secret/v", "{view}/../../../../secret/v", "far", "questions@own/far", "", 7])
 def test_a_report_shows_nothing_from_outside_the_run(name: object, tmp_path: Path) -> None:
     run, secret = tmp_path / "run", tmp_path / "secret"
@@ -315,73 +262,6 @@ def test_links_in_a_view_are_not_followed(file: str, tmp_path: Path) -> None:
         compare(run / result.folder, tmp_path / "other" / other.folder)
     if file == "samples.jsonl":  # a user's path may be a link
         assert len(read_samples(path)) == 4
-
-
-def test_the_places_of_an_outcome_lie_in_the_comparison(tmp_path: Path) -> None:
-    folder, secret = tmp_path / "comparison", tmp_path / "secret"
-    for place in (folder / "runs" / "a", secret):
-        place.mkdir(parents=True)
-        (place / "samples.jsonl").touch()
-    (folder / "runs" / "far").symlink_to(secret)
-    assert view_below(folder, "runs/a").samefile(folder / "runs" / "a")
-    for name in ("../secret", "runs/../../secret", "runs/far", str(secret), None, 7, ["runs/a"]):
-        with pytest.raises(MoSLoRAError):
-            view_below(folder, name)
-
-
-def test_a_report_of_a_stranger_stays(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    asked(run, write_questions(tmp_path / "data", count=4))
-    (run / "report.html").write_text("my own notes")
-    with pytest.raises(ConfigError, match="is not replaced"):
-        write_report(run)
-    assert (run / "report.html").read_text() == "my own notes"
-    (run / "report.html").unlink()
-    assert write_report(run).read_text() == write_report(run).read_text()
-
-
-class Constant(FakeModel):
-    """Gives one word as every answer."""
-
-    def __init__(self, said: str) -> None:
-        super().__init__()
-        self.said = said
-
-    def _answer(self, request: Any) -> Answer:
-        return Answer(text=self.said, tokens=1, finish_reason="stop")
-
-
-def test_one_answer_to_every_question_is_a_remark(tmp_path: Path) -> None:
-    data, run = write_questions(tmp_path / "data", count=48), tmp_path / "run"
-    _, (result,) = asked(run, data, model=Constant("Yes."))
-    said = "All 48 answers are 'yes', the reference answer of 12: the score is that of one answer to every question."
-    assert result.remarks == (said,)
-    assert said in eval_commands.table([result])
-    assert said in json.loads((run / "results.json").read_text())["results"][0]["remarks"]
-    assert "All 48 answers are" in write_report(run).read_text()
-    _, (mixed,) = asked(tmp_path / "mixed", data)
-    assert mixed.remarks == ()
-
-
-def test_one_answer_that_is_right_for_all_questions_is_no_remark(tmp_path: Path) -> None:
-    data = write_questions(tmp_path / "data", count=12)
-    rows = [json.loads(text) | {"answer": "yes"} for text in data.read_text().splitlines()]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, (result,) = asked(tmp_path / "run", data, model=Constant("yes"))
-    assert (result.score, result.remarks) == (1.0, ())
-
-
-def test_the_most_common_error_of_failed_samples_is_a_remark(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_questions(tmp_path / "data", count=5)
-    stored = tmp_path / "stored.json"
-    stored.write_text(json.dumps({"q0": "yes"}))
-    line = ["eval", "run", f"llava:{data}", "--model", f"replay:{stored}", "--output", str(tmp_path / "run")]
-    assert command_line.run(line) == 3
-    reason = "4 of 5 samples failed, all with this error: RuntimeError:"
-    assert reason in capsys.readouterr().out
-    assert reason in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
@@ -431,39 +311,3 @@ def test_an_incomplete_reply_is_requested_again() -> None:
         thread.join(10)
     assert served == 2
     assert EndpointModel(endpoint).endpoint.usage.retries == 1
-
-
-def test_a_description_names_shown_pictures_and_documents_without_a_prompt(tmp_path: Path) -> None:
-    (tmp_path / "0.png").write_bytes(picture(0))
-    rows = [
-        {"question_id": "a", "image": "0.png", "text": "<image>\nWhat?", "answer": "x"},
-        {"question_id": "b", "text": "<image>\nWhat?", "answer": "x"},
-        {"question_id": "c", "image": "gone.png", "text": "What?", "answer": "x"},
-        {"question_id": "d", "image": "../out.png", "text": "What?", "answer": "x"},
-    ]
-    path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    blocks = eval_commands.dry_run([f"llava:{path}"], documents=4).split("--- ")[1:]
-    assert blocks[0].splitlines()[1:] == ["[user] <image>", "What?", f"pictures: {tmp_path / '0.png'}"]
-    assert "cannot be asked: the text has 1 image tags, the document has 0 images" in blocks[1]
-    assert "pictures: none" in blocks[1]
-    assert "gone.png (missing)" in blocks[2]
-    assert "cannot be asked: image '../out.png' leaves" in blocks[3]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [{"score": "high"}, {"counts": 3}, {"counts": {}}, {"low": []}, {"new": 1}, {"remarks": 5}],
-)
-def test_a_damaged_result_does_not_hide_the_others(
-    damage: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
-    asked(run, data, modes=("own", "wrong"))
-    file = run / "results.json"
-    content = json.loads(file.read_text())
-    content["results"][0] |= damage
-    file.write_text(json.dumps(content))
-    (left,) = read_results(run)
-    assert left.mode == content["results"][1]["mode"]
-    assert "entry 0 is damaged" in caplog.text

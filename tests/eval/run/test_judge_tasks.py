@@ -15,11 +15,9 @@ from mm_moslora_eval.protocol.grading import Grading
 from mm_moslora_eval.protocol.task_registry import load_file
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
-from mm_moslora_eval.run.judging.judged_scores import LONGEST_ANSWER
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.measured_scores import aggregate
 
 from mm_moslora.launch.imported_code import import_file
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
@@ -143,19 +141,6 @@ def test_a_judge_that_disagrees_is_remarked_and_the_users_file_comes_first(tmp_p
     assert remark in eval_commands.table([result])
 
 
-def test_replies_of_another_form_are_no_grades_of_graded_answers_either(tmp_path: Path) -> None:
-    """19 of 20 replies can be read: the last counts as a disagreement, not as a grade."""
-    with serve(lambda payload: "maybe" if asked(payload) == ("C", 3) else good(payload)) as server:
-        result = run(tmp_path, judge_at(server.url, tmp_path), graded=20)
-    found = result.about["judge"]["agreement"]
-    assert (found["agreed"], found["unreadable"], found["mean_difference"]) == (19, 1, 0)
-    with serve(lambda payload: "The answer is correct." if asked(payload)[0] == "C" else good(payload)) as server:
-        result = run(tmp_path / "b", judge_at(server.url, tmp_path / "b"))
-    assert math.isnan(result.score)
-    assert "cannot be read" in result.about["unscored"]
-    assert eval_commands.exit_code([result]) == 3
-
-
 @pytest.mark.parametrize(
     ("replies", "reply", "grade"),
     [
@@ -233,26 +218,6 @@ def test_graded_answers_out_of_a_run_of_another_person_are_not_sent(tmp_path: Pa
     assert "graded.jsonl" in result.about["unscored"]
 
 
-def test_a_prompt_that_names_a_missing_column_says_so(tmp_path: Path) -> None:
-    path = written(tmp_path)
-    path.write_text(path.read_text().replace("{topic}", "{subject}").replace("check: graded.jsonl", ""))
-    with serve(good) as server:
-        (result,) = eval_commands.run(
-            GivenAnswers({str(n): "x" for n in range(4)}), [str(path)], tmp_path / "run", settings=ONE,
-            judge=judge_at(server.url, tmp_path),
-        )  # fmt: skip
-    assert "{subject} has no value" in result.about["unscored"]
-
-
-def test_an_answer_of_a_million_characters_is_shown_to_the_judge_in_part(tmp_path: Path) -> None:
-    with serve(good) as server:
-        result = run(tmp_path, judge_at(server.url, tmp_path), said=("a cat", "x" * 10**6, "mice", "none"))
-        longest = max(len(payload["messages"][0]["content"]) for payload in server.payloads)
-    assert longest < LONGEST_ANSWER + 500
-    assert result.score == 0.75
-    assert any("1 answers are so long" in remark for remark in result.remarks)
-
-
 def test_runs_judged_by_other_prompts_are_not_compared(tmp_path: Path) -> None:
     with serve(good) as server:
         run(tmp_path / "a", judge_at(server.url, tmp_path))
@@ -311,13 +276,6 @@ def test_a_local_model_judges_in_batches_is_loaded_when_it_is_needed_and_asked_o
     assert again.cached < 14, "another name of the same weights is another judge"
 
 
-def test_a_greedy_judge_that_cannot_be_read_is_asked_once_per_answer(tmp_path: Path) -> None:
-    model = FakeModel()
-    result = run(tmp_path, Judge(LocalChat(lambda: model, name="m"), cache=tmp_path / "judge"))
-    assert math.isnan(result.score)
-    assert len(model.asked) <= 4
-
-
 def test_a_judge_is_named_as_a_model_is(language_folder: Path, tmp_path: Path) -> None:
     judge = eval_commands.make_judge(f"hf:{language_folder}", tmp_path, thinking_tokens=0)
     assert judge is not None
@@ -332,16 +290,6 @@ def test_a_judge_is_named_as_a_model_is(language_folder: Path, tmp_path: Path) -
         eval_commands.make_judge("nowhere", tmp_path)
     with pytest.raises(EvalError, match="--judge-agreement is 80"):
         eval_commands.make_judge("http://h/v1#m", tmp_path, least_agreement=80)
-
-
-def test_the_share_of_agreement_is_measured_as_a_score_is(tmp_path: Path) -> None:
-    with serve(good) as server:
-        found = run(tmp_path, judge_at(server.url, tmp_path)).about["judge"]["agreement"]
-    from mm_moslora_eval.scoring.scored_sample import Scored
-    from mm_moslora_eval.sources.document import Document
-
-    same = [Scored(document=Document(id=str(n), question=""), text="", parsed="", score=1.0) for n in range(10)]
-    assert (found["low"], found["high"]) == (aggregate("mean", same).low, aggregate("mean", same).high)
 
 
 def test_a_grader_of_an_imported_file_is_named_with_its_hash(tmp_path: Path) -> None:

@@ -142,45 +142,10 @@ def test_input_08_a_judge_that_is_down_is_no_zero_and_does_not_stop_the_next_tas
     assert [result.task for result in read_results(run)] == ["judged", "plain"]
 
 
-def test_grades_survive_scoring_without_a_judge(mmvet: Path, tmp_path: Path) -> None:
-    task, run = judged_task(mmvet, "mmvet"), tmp_path / "run"
-    with serve(grades) as server:
-        judge = Judge(Endpoint(url=server.url, model="j", first_wait=0.01), cache=run / "judge")
-        (graded,) = evaluate(FakeModel(), task, run, modes=("own",), settings=ONE, judge=judge)
-    (result,) = evaluate(FakeModel(), task, run, modes=("own",), settings=ONE)
-    assert math.isnan(result.score)
-    assert [kept.score for kept in read_results(run)] == [graded.score]
-    assert compare(run / "mmvet@own" / "own", run / "mmvet@own" / "own").score.a == pytest.approx(graded.score)
-
-
 def asked(judge: Judge, *, max_tokens: int = 16) -> str:
     found = judge.ask("how good?", str.strip, max_tokens=max_tokens)
     assert found is not None
     return found[1]
-
-
-def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None:
-    with serve(lambda _: "0.5") as server:
-        judge = Judge(Endpoint(url=server.url, model="j"), cache=tmp_path)
-        assert asked(judge) == "0.5"
-        (kept,) = tmp_path.glob("*.json")
-        kept.write_text("{")
-        assert asked(judge) == "0.5"
-        assert len(server.payloads) == 2
-
-
-def test_two_judges_with_one_name_and_two_addresses_share_no_reply(tmp_path: Path) -> None:
-    with serve(lambda _: "0.5") as one, serve(lambda _: "0.9") as other:
-        for _ in range(2):
-            for server, reply in ((one, "0.5"), (other, "0.9")):
-                judge = Judge(Endpoint(url=server.url, model="j"), cache=tmp_path)
-                assert asked(judge) == reply
-                assert asked(judge, max_tokens=8) == reply
-        assert len(one.payloads) == len(other.payloads) == 2
-    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert sorted((entry["url"], entry["reply"]) for entry in kept) == sorted(
-        [(one.url, "0.5"), (other.url, "0.9")] * 2
-    )
 
 
 def test_llavabench_is_relative_to_the_reference(write_tsv: Writer, tmp_path: Path) -> None:

@@ -154,20 +154,6 @@ def test_a_change_that_does_not_fit_is_refused(question_file: Path, change: str,
         with_changes(get_task(f"llava:{question_file}"), [change])
 
 
-def test_pass_at_more_answers_than_there_are_and_means_of_verdicts_are_refused() -> None:
-    with pytest.raises(EvalError, match=r"expected k from 1 to the 4 of decoding.samples"):
-        with_changes(
-            get_task("mmstar"),
-            ["decoding.temperature=1", "decoding.samples=4", "over_samples={name: pass_at, k: 5}"],
-        )
-    with pytest.raises(EvalError, match=r"expected k from 1 to the 1 of decoding.samples"):
-        with_changes(get_task("mmstar"), ["over_samples={name: pass_at, k: 9}"])
-    changes = ["decoding.temperature=1", "decoding.samples=4"]
-    with pytest.raises(EvalError, match="the aggregation circular needs one answer to each question"):
-        with_changes(get_task("mmbench_en_dev"), changes)
-    assert with_changes(get_task("mmbench_en_dev"), [*changes, "over_samples=majority"]).decoding.samples == 4
-
-
 def test_stored_answers_stay_valid_where_nothing_is_drawn() -> None:
     task = get_task("mmstar")
     assert task.decoding.to_dict() == {"kind": "generate", "max_new_tokens": 128, "stop": ()}
@@ -189,41 +175,6 @@ def test_an_endpoint_gets_the_draw_and_stored_answers_may_hold_several(question_
     assert [[one["text"] for one in row["repeated"]] for row in rows_of(tmp_path / "replay")] == [["yes", "no"]] * 12
     assert result.counts.failed == 0
     assert not any("answers are 'yes'" in text for text in result.remarks)  # of all answers half are
-
-
-def test_reasoning_is_removed_by_the_protocols_markers_or_kept(question_file: Path, tmp_path: Path) -> None:
-    class Reasoning(FakeModel):
-        def _answer(self, request: Request) -> Answer:
-            text = "[THINK]yes or no?[/THINK]blue" if request.id != "q0" else "[THINK]" * 100_000
-            return Answer(text=text, tokens=2, finish_reason="stop")
-
-    plain = get_task(f"llava:{question_file}")
-    task = with_changes(plain, ["thinking.markers=[['[THINK]', '[/THINK]']]"])
-    result = result_of(task, tmp_path / "run", Reasoning())
-    assert [row["parsed"] for row in rows_of(tmp_path / "run")][:2] == ["", "blue"]
-    assert (result.counts.thinking, result.counts.unclosed_thinking, result.counts.not_inferable) == (12, 1, 1)
-    assert result.about["thinking"]["markers"] == [["[THINK]", "[/THINK]"]]
-    kept = result_of(with_changes(task, ["thinking.strip=false"]), tmp_path / "kept", Reasoning())
-    assert kept.counts.thinking == 0
-    assert rows_of(tmp_path / "kept")[1]["parsed"].startswith("[THINK]yes or no?")
-
-
-class Unreadable(FakeModel):
-    """Says nothing first, then the right word behind reasoning."""
-
-    def _answer(self, request: Request) -> Answer:
-        text = "<think>hm</think> yes" if request.sample else ""
-        return Answer(text=text, tokens=1, finish_reason="stop")
-
-
-def test_a_question_is_not_inferable_where_no_answer_can_be_read(question_file: Path, tmp_path: Path) -> None:
-    result = result_of(drawn(question_file, samples=3), tmp_path / "run", Unreadable())
-    assert (result.counts.not_inferable, result.counts.thinking) == (0, 12)
-    assert "24 of 36 answers contain <think> blocks" in "".join(result.remarks)
-    assert all(row["inferable"] and row["parsed"] == "yes" for row in rows_of(tmp_path / "run"))
-    once = result_of(drawn(question_file), tmp_path / "once", Unreadable())
-    assert (once.counts.not_inferable, once.counts.thinking) == (12, 0)
-    assert combined(answers(("", 0.0), ("", 0.0)), over_samples="mean").parsed == ""
 
 
 def test_another_measurement_of_the_same_documents_stands_beside_the_first_one(

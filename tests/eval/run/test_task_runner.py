@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import itertools
 import json
@@ -22,7 +21,6 @@ from between import just_before
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
-from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.run_claim import open_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
@@ -86,54 +84,6 @@ def test_the_folder_of_a_run_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(scratch)
     eval_commands.run(FakeModel(), [f"llava:{data}"], tmp_path / "run", settings=ONE, modes=("own",), baselines=())
     assert answers_of(scratch).is_file()
-
-
-def test_folders_of_a_run_are_made_where_links_are_refused() -> None:
-    """`submissions` writes where a user says; a training run makes the folder of a step after its parent."""
-    found = {
-        path.name
-        for path in (ROOT / "eval" / "mm_moslora_eval" / "run").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and node.attr in ("mkdir", "makedirs")
-    }
-    assert found == {"submissions.py", "in_training.py"}, "make it with mm_moslora.utils.files.make_subfolder"
-
-
-def test_progress_counts_answers_without_looking_through_all_items(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every report costs the same, whatever the number of documents; answers of an earlier run count."""
-    looked: list[int] = []
-
-    class Items(list):  # type: ignore[type-arg]
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            looked.append(len(self))
-            return super().__iter__()
-
-    prepare = Preparation.__init__
-
-    def counting(self: Preparation, *given: Any, **options: Any) -> None:
-        prepare(self, *given, **options)
-        self.items = Items(self.items)
-
-    monkeypatch.setattr(Preparation, "__init__", counting)
-    counts = []
-    seen: list[tuple[int, int]] = []
-    for count in (8, 80):
-        looked.clear()
-        seen.clear()
-        for fail_on in (("q1", "q2"), ()):
-            path = write_questions(tmp_path / str(count), count=count)
-            evaluate(
-                FakeModel(fail_on=fail_on), task_of(path), tmp_path / f"run-{count}", modes=("own",), baselines=(),
-                settings=ONE, progress=lambda _, done, total: seen.append((done, total)),
-            )  # fmt: skip
-        counts.append(len(looked))
-        assert {total for _, total in seen} == {count}
-        assert sorted({done for done, _ in seen}) == list(range(count + 1))
-        assert (count - 2, count) in seen[count + 1 :]  # the second run starts with what the first one answered
-        assert seen[-1] == (count, count)
-    assert counts[0] == counts[1]
 
 
 def test_every_document_is_asked_once_and_scored_once(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
@@ -354,22 +304,6 @@ def test_scoring_needs_only_the_answers(question_file: Path, tmp_path: Path, mod
         [sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(results[0].score), "False"]
-
-
-def test_a_hostile_answer_is_only_text(question_file: Path, tmp_path: Path) -> None:
-    class Hostile(FakeModel):
-        def _answer(self, request):  # type: ignore[no-untyped-def]
-            answer = super()._answer(request)
-            return type(answer)(
-                text="__import__('os').system('touch PWNED')\ud800\n\0" + "x" * 10_000, tokens=1, finish_reason="stop"
-            )
-
-    (result,) = evaluate(
-        Hostile(), task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
-    )
-    assert result.score == 0
-    assert not list(tmp_path.rglob("PWNED"))
-    assert len(read_samples(tmp_path / "run" / "questions@own" / "own")) == 12
 
 
 def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel) -> None:

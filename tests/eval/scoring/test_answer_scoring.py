@@ -53,10 +53,6 @@ def test_defaults_do_not_have_the_faults_of_the_reference_implementations() -> N
     assert (right.recall, right.yes_ratio, right.accuracy) == (pytest.approx(1 / 3), 0.25, 0.5)
 
 
-def test_equal_option_texts_are_not_inferable() -> None:
-    assert multiple_choice.extract_letter("same", {"A": "same", "B": "same"}) == ""
-
-
 @given(st.text(max_size=200))
 def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
     extra = {"dataset": "boolq", "question_type": "multi_choice"}
@@ -178,33 +174,6 @@ def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored
     ]
 
 
-def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
-    rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
-    result = aggregate("circular", scored(rows))
-    assert result.value == 0.5
-    assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
-
-
-def test_a_pope_question_of_several_splits_counts_in_each() -> None:
-    rows = [("1", "random,popular", "i1", 1.0), ("2", "popular", "i2", 0.0), ("3", "adversarial", "i3", 1.0)]
-    samples = [replace(one, parsed="yes" if one.score else "no") for one in scored(rows)]
-    both = aggregate("pope", samples).metrics
-    assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
-    splits = aggregate("pope_splits", samples)
-    assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
-    assert splits.value == pytest.approx((1 + 1 + 2 / 3) / 3)
-
-
-def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
-    rows = [("a", "OCR", "same pixels", 1.0), ("b", "OCR", "same pixels", 0.0), ("c", "OCR", "same pixels", 1.0)]
-    names = ("x.png", "x.png", "y.png")
-    samples = [
-        replace(one, document=replace(one.document, extra={"image_path": name}))
-        for one, name in zip(scored(rows), names, strict=True)
-    ]
-    assert aggregate("mme", samples).value == pytest.approx(100 * 2 / 3 + 50)
-
-
 def test_a_sum_is_compared_sample_by_sample() -> None:
     a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
     b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
@@ -216,12 +185,6 @@ def test_a_sum_is_compared_sample_by_sample() -> None:
     assert (better.wins, better.losses, better.ties) == (10, 0, 30)
     found = better.as_difference
     assert (found.value, found.low, found.unit, found.groups) == (75.0, better.estimate.low, "perception", 20)
-
-
-def test_mme_survives_an_image_with_one_question() -> None:
-    rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
-    result = aggregate("mme", scored(rows))
-    assert result.value == pytest.approx(100 * 2 / 3 + 50)
 
 
 def baseline_documents() -> tuple[tuple[Document, ...], DataSet]:

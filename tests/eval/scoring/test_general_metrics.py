@@ -68,13 +68,6 @@ def test_tables_are_compared_by_the_edits_of_their_trees(answer: str, reference:
     assert teds(answer, reference) == pytest.approx(score, abs=0.17 if score == 0 else 1e-9)
 
 
-def test_the_structure_of_tables_is_compared_without_their_texts() -> None:
-    other = CELLS.replace(">a<", ">something else<")
-    assert rated(other, CELLS, metric='teds {"structure_only": true}').score == 1.0
-    assert rated(other, CELLS, metric="teds").score < 1.0
-    assert "the reference is no HTML table" in rated(CELLS, "| a |", metric="teds").fault
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -86,11 +79,6 @@ def test_the_structure_of_tables_is_compared_without_their_texts() -> None:
 def test_a_hostile_table_is_read_in_time(answer: str) -> None:
     # A pair that takes longer has no score.
     assert rated(answer, CELLS, metric='teds {"seconds": 20}').score < 0.2
-
-
-def test_the_end_of_a_text_without_end_tags_is_read() -> None:
-    whole = "<table><tr><td>a &amp; b</td></tr></table>"
-    assert teds("<table><tr><td>a & b", whole) == teds("<table><tr><td>a & b<!-- more", whole) == 1.0
 
 
 def test_tables_that_take_too_long_are_counted_and_the_next_answer_is_scored() -> None:

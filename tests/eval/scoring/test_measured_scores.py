@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mm_moslora_eval.eval_commands import comparison_text, table
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.report.evaluation_page import write_report
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
@@ -22,7 +20,6 @@ from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.utils.errors import EvalError
-from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 from tests.support.paired_scores import paired
 
@@ -177,62 +174,6 @@ def test_captions_of_a_category_are_weighed_by_the_words_of_the_set() -> None:
     assert (2 * parts["land"].value + parts["water"].value) / 3 == pytest.approx(whole.value)
 
 
-class Captioner(FakeModel):
-    """Captions its own pictures, and says one thing of all others."""
-
-    def __init__(self, known: dict[str, str]) -> None:
-        super().__init__()
-        self.known = known
-
-    def _answer(self, request):  # type: ignore[no-untyped-def]
-        answer = super()._answer(request)
-        from mm_moslora_eval.sources.image_controls import Hasher
-
-        text = self.known.get(Hasher()(request.images[0]), "something grey")
-        own = request.id in text  # its own picture, not that of another question
-        return type(answer)(text=text if own else "something grey", tokens=3, finish_reason="stop")
-
-
-def captioned(folder: Path, count: int = 20) -> tuple[Path, Captioner]:
-    """A caption run with blind and wrong pictures."""
-    from mm_moslora_eval.sources.image_controls import Hasher
-
-    nouns = ("cat", "dog", "boat", "tree", "house")
-    rows, known = [], {}
-    for number in range(count):
-        (folder / f"{number}.png").write_bytes(picture(number))
-        name = f"q{number:03d}"
-        text = f"{name} a {nouns[number % 5]} of kind {number} stands near the thing {number * 7}"
-        known[Hasher()(folder / f"{number}.png")] = text
-        rows.append({"id": name, "image": f"{number}.png", "question": "Caption this.", "answer": text})
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = folder / "captions.yaml"
-    task.write_text(
-        "name: captions\nsource: {kind: llava, path: captions.jsonl}\nmetric: exact\naggregation: caption_plain\n"
-    )
-    model = Captioner(known)
-    evaluate(model, get_task(str(task)), folder / "run", settings=ONE, baselines=())
-    return folder / "run", model
-
-
-def test_captions_are_compared_by_cider_in_the_command_and_in_the_report(tmp_path: Path) -> None:
-    run, _ = captioned(tmp_path)
-    place = run / "captions@own"
-    found = compare(place / "own", place / "blind")
-    text = comparison_text(found)
-    assert found.score.a > 5
-    assert found.score.b < 1
-    assert f"A CIDEr {found.score.a:.3f}, B CIDEr {found.score.b:.3f}. A is better than B: CIDEr +" in text
-    assert "points" not in text
-    assert f"A wins {found.score.wins}, B wins 0" in text
-    page = write_report(run).read_text()
-    for control in ("a plain picture", "another item&#39;s picture"):
-        assert f"With its own pictures the model is better than with {control}: CIDEr +" in page
-    assert "not shown to be better" not in page
-    assert f'<span class="quiet">CIDEr</span> <strong>{found.score.a:.3f}</strong>' in page
-    assert 'class="range"' not in page  # a scale from 0 to 100 does not fit
-
-
 def test_circular_needs_numbered_documents_before_anything_is_asked(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q1", "question": "?", "answer": "A"}) + "\n")
     task = tmp_path / "t.yaml"
@@ -241,12 +182,3 @@ def test_circular_needs_numbered_documents_before_anything_is_asked(tmp_path: Pa
     with pytest.raises(EvalError, match=r"1 of 1 ids are no integers \(first: 'q1'\).*rotation k of question n"):
         evaluate(model, get_task(str(task)), tmp_path / "run", settings=ONE)
     assert model.asked == []
-
-
-def test_the_table_says_on_how_many_pictures_an_interval_rests(question_file: Path, tmp_path: Path) -> None:
-    task = get_task(f"llava:{question_file}")
-    results = evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    assert (results[0].clusters, results[0].groups) == (4, 4)
-    assert "own: The interval rests on 4 pictures with 12 questions." in table(results)
-    page = write_report(tmp_path / "run").read_text()
-    assert "on 4 pictures" in page

@@ -6,68 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from mm_moslora_eval.metrics import (
-    caption,
-    document_vqa,
     exact_match,
     judge_scores,
-    mathvista,
-    mmmu,
     multiple_choice,
-    ptb_tokeniser,
-    vqa_accuracy,
-    yes_no,
 )
 from mm_moslora_eval.metrics.benchmarks import video_letters
-
-CAPTIONS = {
-    "A cat (black) sits.": "a cat -lrb- black -rrb- sits",
-    "[sic] {x}": "-lsb- sic -rsb- -lcb- x -rcb-",
-    "It costs $5.00, £3, €4 or 5¢.": "it costs $ 5.00 # 3 $ 4 or 5 cents",
-    "a train at 10:30a.m. in the U.S.": "a train at 10:30 a.m. in the u.s.",
-    "the '90s, the 1990s and 60's": "the '90s the 1990s and 60 's",
-    "5'10\" and .5 miles at 1.5L": "5 10 and .5 miles at 1.5 l",
-    "12/25/2020, 9/11, 2 1/2 cups and ½": "12/25/2020 9/11 2\xa01/2 cups and 1/2",
-    "plan B. The plan": "plan b the plan",
-    "vitamin C.": "vitamin c.",
-    "Mr. Smith vs. Dr. Who, etc.": "mr. smith vs. dr. who etc.",
-    "no. 5 is no. It": "no. 5 is no it",
-    "what?! yes!!! no? ok!": "what ?! yes !!! no ok",
-    ":) and :-( and ;P": ":-rrb- and :--lrb- and ;p",
-    "<b>bold</b> &amp; AT&T": "<b> bold </b> & at&t",
-    "user@mail.com @user #tag #5 http://a.com/b?c=d": "user@mail.com @user #tag # 5 http://a.com/b?c=d",
-    "y'all can't, shouldn't've and 'twas": "y' all ca n't should n't 've and 't was",
-    "cannot gonna lemme": "can not gon na lem me",
-    "O'Hare o'clock ma'am C'mon a'b": "o'hare o'clock ma'am c'mon a b",
-    "rock 'n' roll’s “quoted” ‘single’": "rock 'n' roll 's quoted single",
-    "t-shirt, U.S.-based, 3-year-old, a -- b – c - d": "t-shirt u.s.-based 3-year-old a b c d",
-    "😀 smile ☺ 猫。": "smile ☺ 猫 。",
-    "end.Next cat?dog a,1 v1.2": "end.next cat?dog a ,1 v1 .2",
-    "C++ and C# and **bold** ###": "c++ and c# and ** bold ** ###",
-    "(555) 123-4567 or 555-1234": "-lrb-555-rrb-\xa0123-4567 or 555-1234",
-}
-"""Caption -> tokens of Stanford CoreNLP 3.4.1 as the COCO evaluation runs it (compared with its jar)."""
-
-
-@pytest.mark.parametrize("text", CAPTIONS)
-def test_captions_are_cut_as_by_the_java_tokeniser(text: str) -> None:
-    assert ptb_tokeniser.tokenize(text) == CAPTIONS[text]
-
-
-def test_a_caption_that_is_only_punctuation_has_no_tokens_and_scores_nothing() -> None:
-    assert ptb_tokeniser.tokenize("... - \n '") == ""
-    report = caption.caption_report(["", "a dog"], [["a cat"], ["a dog"]])
-    assert report.cider_per_image[0] == 0.0
-    assert report.cider_per_image[1] > 0
-
-
-def test_mathvista_floats_need_a_precision() -> None:
-    unsaid = mathvista.MathVistaQuestion(question_type="free_form", answer_type="float")
-    assert mathvista.normalize_official("1.25", unsaid) is None
-
-
-def test_mathvista_nothing_equals_nothing() -> None:
-    assert not mathvista.equal(None, "None")
-    assert mathvista.equal(" 14 ", "14")
 
 
 @pytest.mark.parametrize(
@@ -87,11 +30,6 @@ def test_mathvista_nothing_equals_nothing() -> None:
 def test_mmvet_grades(reply: str, strict: float | None, vlmevalkit: float | None, lmms_eval: float | None) -> None:
     readers = (judge_scores.mmvet_grade, judge_scores.mmvet_grade_vlmevalkit, judge_scores.mmvet_grade_lmms_eval)
     assert [read(reply) for read in readers] == [strict, vlmevalkit, lmms_eval]
-
-
-def test_mmvet_table_row_escapes_its_separators() -> None:
-    row = judge_scores.mmvet_table_row("x?", "-1<AND>-5<OR>0", "x = 3")
-    assert row == "x? | -1 <AND> -5 <OR> 0 | x = 3 | "
 
 
 OPTIONS = {"A": "cat", "B": "dog", "C": "bird"}
@@ -177,51 +115,6 @@ def test_options_that_are_empty_or_equal_are_never_guessed() -> None:
     )  # an empty text lies within any
     assert multiple_choice.extract_letter("nothing here", {"A": "", "B": "dog"}) == ""
     assert multiple_choice.extract_letter("same", {"A": "same", "B": "same"}) == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("1_000", 1000.0), ("１２", 12.0), (" -3.0 ", -3.0), ("1,000.256", 1000.26), ("1e3", 1000.0), (".5", 0.5)],
-)
-def test_mmmu_numbers_are_what_float_takes(text: str, number: float) -> None:
-    assert mmmu.normalize(text) == [number]
-
-
-def test_chartqa_takes_what_float_takes_and_nothing_else() -> None:
-    assert document_vqa.relaxed_accuracy("1,000", "1000") == 0.0
-    assert document_vqa.relaxed_accuracy("51%", "0.5") == 1.0
-    assert document_vqa.relaxed_accuracy("5", "5%") == 0.0
-    assert document_vqa.relaxed_accuracy("0.0", "0") == 0.0
-    assert document_vqa.relaxed_lmms_eval(" yes", "yes") == 0.0
-    assert document_vqa.relaxed_accuracy(" yes", "yes") == 1.0
-
-
-def test_gqa_keeps_inner_and_outer_space_where_its_scripts_do() -> None:
-    assert exact_match.gqa_llava("Yes.", "yes") == 1.0
-    assert exact_match.gqa_llava("yes .", "yes") == 0.0
-    assert exact_match.gqa_lmms_eval("yes .", "yes") == 0.0
-    assert exact_match.gqa_vlmevalkit(" YES\n", "yes") == 1.0
-
-
-def test_vqa_normalisers_differ_where_they_are_known_to() -> None:
-    assert [
-        f("3. a dog's")
-        for f in (vqa_accuracy.normalize_evalai, vqa_accuracy.normalize_vlmevalkit, vqa_accuracy.normalize_official)
-    ] == [
-        "3 dog 's",
-        "3. dog's",
-        "3 dog's",
-    ]
-    assert vqa_accuracy.normalize_evalai("1,,2") == "12"
-    assert vqa_accuracy.normalize("." * 40) == ""
-    assert vqa_accuracy.normalize_evalai("." * 40) == "." * 8
-
-
-def test_yes_and_no_in_the_reference_implementations() -> None:
-    readers = (yes_no.vlmevalkit, yes_no.mme_lmms_eval, yes_no.pope_llava, yes_no.pope_lmms_eval)
-    assert [read("Yes, no doubt") for read in readers] == ["", "yes", "no", ""]
-    assert [read("") for read in readers] == ["", "", "yes", ""]
-    assert [read("NO") for read in readers] == ["no", "no", "yes", "no"]
 
 
 @pytest.mark.parametrize(

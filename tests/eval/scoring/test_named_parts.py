@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate
-from mm_moslora_eval.scoring.repeated_answers import combined
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 
@@ -163,14 +160,6 @@ def test_a_tree_of_categories_counts_branches_alike_or_by_their_weights() -> Non
         aggregate('tree {"levels": ["top", "low"], "weights": {"x": 3}}', samples)
 
 
-def test_weights_come_from_a_column_or_from_the_task() -> None:
-    samples = [scored(1.0, cluster="1", level="3"), scored(0.0, cluster="2", level="1")]
-    assert aggregate('weighted {"column": "level"}', samples).value == 0.75
-    assert aggregate('weighted {"column": "level", "weights": {"3": 1, "1": 3}}', samples).value == 0.25
-    with pytest.raises(EvalError, match=r"the weight 'hard' of the column 'level' is nan, expected 0 or more"):
-        aggregate('weighted {"column": "level"}', [scored(1.0, cluster="1", level="hard")])
-
-
 def test_two_runs_are_compared_by_groups(question_file: Path, tmp_path: Path) -> None:
     rules = "aggregation: {name: all_within, columns: [category]}\nmetric: {name: exact}"
     file = task_file(question_file, rules)
@@ -211,14 +200,6 @@ def test_a_number_is_read_whole_or_not_at_all(answer: str, number: float | None)
     """Never a part of it, which would be another number."""
     found = EXTRACTORS["last_number"](answer, Document(id="1", question="?"))
     assert (float(found) if found else None) == (number if number is None else pytest.approx(number))
-
-
-def test_the_last_number_of_a_long_answer_is_its_last() -> None:
-    document = Document(id="1", question="?", answers=("42",))
-    for first in ("I think ", "1: "):
-        answer = first + "word " * 200_000 + "The answer is 42"
-        assert score_answer(document, answer, extraction="text", metric="within").score == 1.0
-        assert EXTRACTORS["last_number"](answer, document) == "42"
 
 
 def test_numbers_are_right_within_a_tolerance() -> None:
@@ -305,32 +286,3 @@ def test_an_aggregation_that_fails_leaves_its_task_without_a_score(
     assert f"The aggregation '{name}' failed on 12 samples" in result.about["unscored"]
     assert error in result.about["unscored"]
     assert eval_commands.exit_code([result], max_failed_share=1.0) == 3
-
-
-def test_an_aggregation_of_ones_own_is_called_with_scored_answers_alone(question_file: Path, tmp_path: Path) -> None:
-    add(tmp_path, ENDS)
-    rules = "aggregation: sums_right\nmetric: metric_exit"
-    result = own_result(task_file(question_file, rules), tmp_path / "run")
-    assert (result.score, result.metrics) == (1.0, {"each": 1.0})
-
-
-def test_an_aggregation_that_fails_on_categories_keeps_the_score(question_file: Path, tmp_path: Path) -> None:
-    add(tmp_path, ENDS)
-    rules = "aggregation: sums_whole"
-    result = own_result(task_file(question_file, rules), tmp_path / "run")
-    assert result.scored
-    if any(row["category"] for row in rows_of(tmp_path / "run")):
-        assert not result.categories
-        assert "No score of a category" in " ".join(result.remarks)
-
-
-@pytest.mark.parametrize(("name", "error"), [("over_exit", "it raised SystemExit: 0"), ("over_none", "it gave None")])
-def test_over_samples_that_fail_are_the_fault_of_their_question(tmp_path: Path, name: str, error: str) -> None:
-    add(tmp_path, ENDS)
-    answers = [replace(scored(1.0, cluster="a"), document=Document(id="q2", question="?", answers=("a",)))] * 2
-    if name == "over_exit":
-        assert combined(answers, over_samples=name).score == 1.0
-        answers = [replace(one, document=replace(one.document, id="q3")) for one in answers]
-    found = combined(answers, over_samples=name)
-    assert math.isnan(found.score)
-    assert error in found.fault

@@ -11,9 +11,8 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
-from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
+from mm_moslora_eval.run.result_file import TaskResult, read_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference, mean_likelihood
 from mm_moslora_eval.sources.document import Document
@@ -84,24 +83,6 @@ def test_a_missing_likelihood_has_a_reason(tmp_path: Path) -> None:
     questions.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "answer"}) + "\n" for row in rows))
     (own,) = evaluate(FakeModel(), task, tmp_path / "none", settings=ONE, modes=("own",))
     assert reason(own) == "the task has no references"
-
-
-def test_answers_and_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    task = get_task(f"llava:{write_questions(tmp_path / 'data', count=4)}")
-    evaluate(Likely(0.0), task, tmp_path / "run", settings=ONE, modes=("own",))
-    view = find_view(tmp_path / "run" / "questions@own" / "own")
-    file = view.parent / "answers.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "reference"}) + "\n" for row in rows))
-    again = score_folder(view)
-    assert reason(again) == "the answers were stored by a version without log-likelihoods"
-    assert compare(view, view).nats is None
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    for result in results["results"]:
-        del result["likelihood"]
-    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
-    assert read_results(tmp_path / "run")[0].likelihood == {}
-    assert "nats" not in eval_commands.table(read_results(tmp_path / "run"))
 
 
 def test_the_reference_is_the_most_frequent_answer_in_the_tasks_own_words() -> None:

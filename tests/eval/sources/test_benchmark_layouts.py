@@ -110,11 +110,6 @@ def test_references_that_are_boxes_are_pixels(
     assert box is None or document.answers == (box,)
 
 
-def test_a_box_without_its_picture_is_a_problem(tmp_path: Path) -> None:
-    (document,) = read(tmp_path, [{"question": "q", "answer": "[0, 0, 1, 1]"}], answer_is="box_norm1")
-    assert "0 pictures, expected one" in str(document.problem)
-
-
 def test_names_of_files_are_made_of_columns_and_texts_may_lie_beside(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "v1.png").write_bytes(png())
@@ -133,12 +128,6 @@ def test_names_of_files_are_made_of_columns_and_texts_may_lie_beside(tmp_path: P
     assert not outside.extra.get("subtitles")
     with pytest.raises(EvalError, match="no column 'names'"):
         read(tmp_path, rows, columns={"image": "data/{names}.png"})
-
-
-def test_no_option_is_what_a_data_set_writes_for_it(tmp_path: Path) -> None:
-    row = {"question": "q", "o0": "red", "o1": "N/A", "o2": "N/A", "right": 0}
-    (document,) = read(tmp_path, [row], columns={"options": "o0, o1, o2", "answer": "right"}, answer_is="index")
-    assert (dict(document.options), document.answers) == ({"A": "red"}, ("A",))
 
 
 def write(path: Path, value: Any) -> None:
@@ -184,22 +173,6 @@ def test_a_column_renamed_in_one_of_several_files_is_an_error(renamed: str, tmp_
         videos.load()
 
 
-@pytest.mark.parametrize("made", [{"parts": {"name": "{question}-{n}"}}, {"texts": {"question": "{name}.txt"}}])
-def test_a_further_column_replaces_none_of_the_data(made: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"name": "1-2", "list": [{"question": "q", "answer": "a"}]}]
-    with pytest.raises(EvalError, match="has a column 'question' already"):
-        read(tmp_path, rows, each="list", **made)
-    with pytest.raises(EvalError, match="has a column 'n' already"):
-        read(tmp_path, rows, each="list", parts={"name": "{n}-{m}"}, texts={"n": "x.txt"})
-    with pytest.raises(EvalError, match="has a column 'name' already"):
-        load(Source(kind="hf", path=str(tmp_path), files={"rows.jsonl": {"name": "x"}}))
-
-
-def test_answers_of_several_types_are_what_the_file_says(tmp_path: Path) -> None:
-    rows = [{"question": "q", "answer": answer} for answer in ("a", ["b", "c"], 4)]
-    assert [document.answers for document in read(tmp_path, rows)] == [("a",), ("b", "c"), ("4",)]
-
-
 def test_objects_with_keys_of_their_own_and_rows_without_objects(tmp_path: Path) -> None:
     asked = [{"uid": str(number), "question": f"{number}?", "answer": "x"} for number in range(3)]
     other = {"key": "v1", "qa": [asked[2] | {"note": "n"}]}
@@ -221,48 +194,6 @@ def test_objects_with_keys_of_their_own_and_rows_without_objects(tmp_path: Path)
         read(tmp_path, [full], each="questions")
     with pytest.raises(EvalError, match="all 1 rows are left out"):
         read(tmp_path, [{"question": "q", "qa": []}], each="qa")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "fits"),
-    [("*il*", True), ("f*l*m", True), ("*[1]?", True), ("film*x", False), ("f?lm*", False), ("*f*f*", False)],
-)
-def test_every_star_in_where_stands_for_any_text(wanted: str, fits: bool, tmp_path: Path) -> None:
-    rows = [{"question": "q", "answer": "a", "type": kind} for kind in ("film\n[1]?m", "film[1]?", "cartoon")]
-    if fits:
-        assert len(read(tmp_path, rows, where={"type": wanted})) in (1, 2)
-    else:
-        with pytest.raises(EvalError, match=r"all 3 rows are left out: none suits source.where"):
-            read(tmp_path, rows, where={"type": wanted})
-
-
-def test_documents_may_stand_in_a_list_of_their_row(tmp_path: Path) -> None:
-    rows = [
-        {"key": "v1", "qa": [{"uid": "1", "q": "a?", "answer": "x"}, {"uid": "2", "q": "b?", "answer": "y"}]},
-        {"key": "v2", "qa": [{"uid": "3", "q": "c?", "answer": "z"}]},
-    ]
-    documents = read(tmp_path, rows, each="qa", columns={"id": "uid", "question": "q"})
-    assert [(document.id, document.question, document.extra["key"]) for document in documents] == [
-        ("1", "a?", "v1"), ("2", "b?", "v1"), ("3", "c?", "v2")
-    ]  # fmt: skip
-    (empty,) = read(tmp_path, [{"key": "v1", "qa": "none", "answer": "x"}], each="qa")
-    assert "expected a list of objects" in (empty.problem or "")
-
-
-def test_parts_of_a_column_name_pictures_and_groups(tmp_path: Path) -> None:
-    rows = [{"name": name, "question": "q", "answer": "a"} for name in ("dev-12-0-1", "dev-3", None)]
-    right, *others = read(tmp_path, rows, parts={"name": "{split}-{set}-{pair}-{number}"}, columns={"id": "name"})
-    assert [right.column(name) for name in ("split", "set", "pair", "number")] == ["dev", "12", "0", "1"]
-    assert [document.problem for document in others] == [
-        f"name is {value!r}, expected the form {{split}}-{{set}}-{{pair}}-{{number}}" for value in ("dev-3", None)
-    ]
-    for form in ("plain", "{a}{b}", "{a}-{a}", "{1}"):
-        with pytest.raises(EvalError, match=r"has no \{name\}"):
-            Source(kind="hf", path="x", parts={"name": form})
-    with pytest.raises(EvalError, match=r"source.pictures is -1, expected 0 or more"):
-        Source(kind="tsv", path="x", pictures=-1)
-    with pytest.raises(EvalError, match="are for kind hf"):
-        Source(kind="tsv", path="x", each="qa")
 
 
 def test_a_document_without_one_of_its_pictures_is_a_problem(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.protocol.task_groups import with_protocol
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_folder
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
@@ -24,7 +23,6 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 from PIL import Image
 
-from mm_moslora.compare.comparison_plan import short_names
 from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
@@ -58,19 +56,6 @@ def test_tsv_cells_with_quotes_tabs_newlines_megabytes_and_foreign_scripts(write
     found = documents(write_tsv([row(n, encoded, question=text) for n, text in enumerate(texts)]))
     assert [found[str(n)].question for n in range(4)] == texts
     assert all(document.problem is None for document in found.values())
-
-
-def test_only_the_rows_asked_for_are_read(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
-    path = write_tsv([row(1, encoded, split="dev"), row(2, "1", split="validation"), row(3, "1", split="validation")])
-    task = tmp_path / "mine.yaml"
-    task.write_text(f"name: mine\nsource: {{kind: tsv, path: {path}, where: {{split: validation}}}}\n")
-    data = get_task(str(task)).load()
-    assert [document.id for document in data.documents] == ["2", "3"]
-    assert data.dropped == 1
-    assert data.documents[0].images  # a dropped row still lends its picture
-    task.write_text(f"name: mine\nsource: {{kind: tsv, path: {path}, where: {{splt: validation}}}}\n")
-    with pytest.raises(EvalError, match="no column splt"):
-        get_task(str(task)).load()
 
 
 def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str) -> None:
@@ -226,29 +211,6 @@ def test_braces_in_a_question_stay_as_they_are(tmp_path: Path) -> None:
     assert task.prompt.text(task.load().documents[0]) == "Is {hint} in {0}?"
 
 
-def test_a_local_parquet_file_is_a_task(tmp_path: Path) -> None:
-    import datasets
-
-    table = {"q": ["What?", "Which?"], "choices": [["cat", "dog"], ["a", "b"]], "label": [1, 0], "topic": ["x", "y"]}
-    datasets.Dataset.from_dict(table).to_parquet(str(tmp_path / "d.parquet"))
-    (tmp_path / "own.yaml").write_text(
-        f"""
-name: mine
-source:
-  kind: hf
-  path: {tmp_path / "d.parquet"}
-  columns: {{question: q, options: choices, answer: label, category: topic}}
-prompt: {{template: "{{question}}\\n{{options}}"}}
-extraction: letter
-metric: equal
-"""
-    )
-    task = get_task(str(tmp_path / "own.yaml"))
-    first, second = task.load().documents
-    assert (first.options, first.answers, second.answers) == ({"A": "cat", "B": "dog"}, ("B",), ("A",))
-    assert task.prompt.text(first) == "What?\nA. cat\nB. dog"
-
-
 def hf_documents(folder: Path, images: list[Any], **source: str) -> list[Document]:
     """Documents of a task file with a parquet file beside it."""
     import datasets
@@ -320,55 +282,6 @@ def test_paths_of_a_task_file_start_at_the_task_file(tmp_path: Path, monkeypatch
     task = get_task("../tasks/own.yaml")
     monkeypatch.chdir("/")
     assert task.load().documents[0].images == (tmp_path / "tasks" / "images" / "a.png",)
-
-
-def test_a_picture_folder_on_the_command_line_starts_at_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my" / "images").mkdir(parents=True)
-    (tmp_path / "my" / "q.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "q", "answer": "a"}\n')
-    monkeypatch.chdir(tmp_path)
-    found = get_task("llava:my/q.jsonl@my/images").load().documents[0]
-    assert found.images == (tmp_path / "my" / "images" / "a.png",)
-    with pytest.raises(EvalError, match=r"which is no folder\. There is .*my/images"):
-        get_task("llava:my/q.jsonl@images").load()
-
-
-def test_folders_and_files_with_an_at_sign_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
-    line = json.dumps({"id": 1, "image": "a.png", "conversations": turns})
-    monkeypatch.chdir(tmp_path)
-    images = tmp_path / "im@ges" / "me@home"
-    images.mkdir(parents=True)
-    for name in ("q@1.jsonl", "plain.jsonl", "im@ges/q.jsonl"):
-        (tmp_path / name).write_text(line)
-        documents = get_task(f"llava:{name}@im@ges/me@home").load().documents
-        assert documents[0].images == (images / "a.png",)
-        assert get_task(f"llava:{tmp_path / name}").load().documents[0].images == ((tmp_path / name).parent / "a.png",)
-        assert (
-            len(eval_commands.training_answers(f"{name}@im@ges/me@home"))
-            == len(eval_commands.training_answers(name))
-            == 1
-        )
-    with pytest.raises(
-        EvalError, match=r"image folder 'im@ges/missing' of .*plain\.jsonl would be .*which is no folder"
-    ):
-        get_task("llava:plain.jsonl@im@ges/missing").load()
-    for folder in ("", "@im@ges"):
-        with pytest.raises(EvalError, match=r"'im@ges/missing\.jsonl' was not found"):
-            get_task(f"llava:im@ges/missing.jsonl{folder}").load()
-    (tmp_path / "im@ges" / "q.tsv").write_text("index\tquestion\tanswer\n1\tq\ta\n")
-    assert len(get_task("tsv:im@ges/q.tsv").load().documents) == 1
-    own = "name: own\nprotocols: {one: , two: {title: second}}\nsource: {kind: llava, path: q.jsonl}\n"
-    (tmp_path / "im@ges" / "own.yaml").write_text(own)
-    assert get_task("im@ges/own.yaml").protocol == "one"
-    assert get_task("im@ges/own.yaml@two").title == "second"
-    assert with_protocol(["im@ges/own.yaml", "im@ges/own.yaml@one", "llava:q@1.jsonl"], "two") == [
-        "im@ges/own.yaml@two", "im@ges/own.yaml@one", "llava:q@1.jsonl",
-    ]  # fmt: skip
-    assert short_names(["llava:q@1.jsonl@im@ges", "tsv:im@ges/q.tsv"]) == {
-        "llava:q@1.jsonl@im@ges": "q@1", "tsv:im@ges/q.tsv": "q",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("protocol", ["../../elsewhere", "/tmp/x", "..", "a/b", "a@b", "", "a\\b", "x" * 300])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -77,26 +76,6 @@ def test_a_frame_is_identified_by_its_file_without_decoding(tmp_path: Path, monk
     assert [frame.identity for frame in frames] == [frame.identity for frame in same]
 
 
-def test_tables_name_videos_too(tmp_path: Path) -> None:
-    questions = rows(tmp_path / "data")[:2]
-    tsv = tmp_path / "data" / "bench.tsv"
-    with tsv.open("w", newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t")
-        writer.writerow(["index", "video", "video_path", "question", "answer"])
-        writer.writerows([number, "a", row["video"], row["text"], "yes"] for number, row in enumerate(questions))
-    table = tmp_path / "data" / "bench.jsonl"
-    renamed = [
-        {"id": row["question_id"], "clip": row["video"], "question": row["text"], "answer": "yes"} for row in questions
-    ]
-    table.write_text("".join(json.dumps(row) + "\n" for row in renamed))
-    for source in (
-        Source(kind="tsv", path=str(tsv), video_frames=2),
-        Source(kind="hf", path=str(table), columns={"video": "clip"}, video_frames=2),
-    ):
-        documents = Task(name="t", source=source).load().documents
-        assert [(len(document.images), document.problem) for document in documents] == [(2, None), (2, None)]
-
-
 CLIPS = [  # a.mp4 has 20 frames, 10 a second
     ("a.mp4", 0.5, 1.2, [5, 9, 12]),
     ("a.mp4", "0:01", "0:01.5", [10, 13, 15]),
@@ -157,30 +136,11 @@ def test_clips_show_the_frames_between_their_seconds_and_others_are_counted_fail
     assert (result.n, result.counts.failed) == (len(CLIPS) + 2, wrong + 1)
 
 
-def test_other_clips_of_a_video_are_other_pictures(clips: Path) -> None:
-    documents = clips_task(clips).load().documents
-    identities = [document.images[0].identity for document in documents[:7]]  # type: ignore[union-attr]
-    assert len(set(identities)) == 7
-    middles = clips_task(clips, video_sampling="middles").load().documents
-    assert numbers(middles[0].images) == [6, 8, 11]
-    assert middles[6].images[0].identity not in identities  # type: ignore[union-attr]
-
-
 def test_a_folder_of_frames_needs_its_rate_for_a_clip(clips: Path) -> None:
     unknown = clips_task(clips, video_folder_fps=None).load().documents[7]
     assert "has no frame rate, which a clip needs" in (unknown.problem or "")
     with pytest.raises(EvalError, match="video_folder_fps 0"):
         Source(kind="llava", path="x", video_folder_fps=0)
-
-
-def test_tables_name_the_columns_of_clips(clips: Path) -> None:
-    rows = [{"file": "a", "from": 0.5, "to": 1.2, "question": "q", "answer": "yes"}]
-    (clips / "table.json").write_text(json.dumps(rows))
-    columns = {"video": "{file}.mp4", "video_start": "from", "video_end": "to"}
-    source = Source(kind="hf", path=str(clips / "table.json"), columns=columns, video_frames=3)
-    (document,) = Task(name="t", source=source).load().documents
-    assert numbers(document.images) == [5, 9, 12]
-    assert not document.extra.keys() & {"from", "to"}
 
 
 @pytest.mark.parametrize(
