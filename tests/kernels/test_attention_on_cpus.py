@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from mm_moslora.kernels.attention import cpu_segments, matmul_attention
+from mm_moslora.kernels.attention import matmul_attention
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
 
@@ -110,25 +109,6 @@ def test_pictures_have_the_output_and_gradients_of_pytorch(
         assert (mine.double() - exact).norm() <= limit * exact.norm()
 
 
-def test_kept_are_small_probabilities_in_half_precision_or_what_the_kernel_needs(made_by_amd) -> None:
-    def kept(tokens: int, dtype: torch.dtype) -> int:
-        q, k, v, _ = tensors(2, 2, tokens, dtype)
-        numbers = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-            segment_attention(LAYER, q.requires_grad_(), k, v, None, **segments(tokens))
-        return sum(numbers) - 3 * q.numel()
-
-    made_by_amd(True)
-    assert kept(128, torch.bfloat16) == 2 * 128 * 128
-    assert kept(129, torch.bfloat16) == 0
-    assert kept(129, torch.float32) == 0
-    by_kernel = kept(128, torch.float32)
-    assert by_kernel == 2 * 128 * (16 + 1)  # the output, and a number per query
-    made_by_amd(False)
-    assert kept(128, torch.bfloat16) == 2 * 128 * 128
-    assert kept(129, torch.bfloat16) == 2 * 129 * (16 + 1)
-
-
 def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, grad = tensors(6, 3, 150, torch.float32)
 
@@ -158,34 +138,3 @@ def test_autocast_does_not_round_the_scores(way: str, attending) -> None:
         found.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for plain, autocast in zip(*found, strict=True):
         assert torch.equal(plain, autocast)
-
-
-def test_little_above_the_diagonal_is_multiplied() -> None:
-    q, k, v, _ = tensors(2, 2, 8 * BLOCK, torch.float32)
-    with FlopCounterMode(display=False) as counted:
-        attend(q[0], k[0], v[0], SCALE, out=torch.empty_like(q[0]))
-    whole = 2 * 2 * 2 * (8 * BLOCK) ** 2 * 16
-    assert counted.get_total_flops() == whole * (1 + 1 / 8) / 2
-
-
-def test_few_short_segments_go_together_at_a_time(monkeypatch: pytest.MonkeyPatch, attending) -> None:
-    """Their copies take memory, so a long row of short segments is computed a part at a time."""
-    attending("products")
-    lengths = (7, 8, 8, 7, 8, 8, 7, 8)
-    monkeypatch.setattr(cpu_segments, "MOST_TOKENS", 24)
-    cpu_segments._parts.cache_clear()
-    try:
-        assert [len(part.positions) for part in cpu_segments._parts(lengths, causal=True)] == [21, 24, 16]
-        q, k, v, grad = tensors(4, 2, sum(lengths), torch.float32)
-        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-        output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, **segments(*lengths))
-        output.backward(grad)
-    finally:
-        cpu_segments._parts.cache_clear()
-    for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_an_empty_segment_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"segments of \(0, 5\) tokens, but each needs at least one"):
-        segments(0, 5)

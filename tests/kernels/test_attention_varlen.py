@@ -6,7 +6,6 @@ tensors. `tests/gpu` has the kernels themselves.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from torch.nn.attention import varlen
 
 from mm_moslora.kernels.attention import gpu_attention, segment_attention
 from mm_moslora.kernels.attention.attention_choice import choose_attention
-from mm_moslora.kernels.attention.gpu_attention import HeadShape, KernelTrial, fault_of, pytorch_kernel
+from mm_moslora.kernels.attention.gpu_attention import HeadShape, fault_of, pytorch_kernel
 from mm_moslora.utils.errors import ConfigError
 
 LENGTHS = (5, 1, 12)
@@ -123,16 +122,6 @@ def test_a_kernel_that_fails_or_is_wrong_is_named_and_the_loop_taken(installed) 
     assert "its output differs" in str(fault_of(across_segments, CPU))
 
 
-def test_a_kernel_is_tried_wherever_attention_is_first_called(installed) -> None:
-    """In inference mode, under autocast, and without drawing from the generator of the run."""
-    installed(documented)
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert pytorch_kernel(CPU).faults == ()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_the_installed_kernel_takes_a_row_forward_and_backward(key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = partial(gpu_attention._varlen_attn, repeats=False)
@@ -148,22 +137,6 @@ def test_the_installed_kernel_takes_a_row_forward_and_backward(key_heads: int, m
     assert output.dtype == torch.bfloat16
     output.sum().backward()
     assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
-
-
-def test_the_installed_kernel_has_the_arguments_that_are_passed() -> None:
-    names = list(inspect.signature(varlen.varlen_attn).parameters)
-    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert {"scale", "window_size"} <= set(names)
-    for number in (2, 3, 4):
-        assert isinstance(gpu_attention.is_installed(f"flash_attention_{number}"), bool)
-        assert f"flash_attention_{number}" in transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()
-
-
-def test_the_kernel_is_not_asked_where_attention_has_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_attention, "varlen_kernel", lambda *_: pytest.fail("it knows no dropout"))
-    rows = [torch.randn(1, HEADS, sum(LENGTHS), WIDTH) for _ in range(3)]
-    given = segment_attention.segment_arguments(LENGTHS, torch.device("cpu"))
-    segment_attention.segment_attention(torch.nn.Module(), *rows, None, dropout=0.1, **given)
 
 
 def test_the_reason_for_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +170,3 @@ def test_attention_that_is_more_than_softmax_runs_on_eager() -> None:
     ids = torch.arange(5)[None]
     with pytest.raises(ConfigError, match=r"Gemma2Attention has softcap.*eager"):
         model(ids, **segment_attention.segment_arguments((5,), ids.device))
-
-
-def test_nothing_is_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [torch.randn(1, HEADS, 4, WIDTH) for _ in range(2)]
-    monkeypatch.setattr(segment_attention, "pytorch_kernel", lambda _: pytest.fail("tried") or KernelTrial(kernel=None))
-    assert segment_attention.varlen_kernel(*rows) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import io
 import json
 import re
 import socket
@@ -275,12 +274,3 @@ def test_a_text_model_refuses_pictures(assembly: Any, serve_with: Any) -> None:
 def test_a_conversation_that_is_too_long_names_the_numbers(server: Any) -> None:
     message = refused(server.post(asking("red " * 2000)), 400, code="context_length_exceeded")
     assert re.search(r"takes \d+ tokens .* context has 512", message)
-
-
-def test_animations_and_rotations_are_ordinary_pictures(server: Any) -> None:
-    stream = io.BytesIO()
-    frames = [Image.new("P", (30, 30), colour) for colour in range(3)]
-    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
-    assert server.post(
-        asking("what?", "data:image/gif;base64," + base64.b64encode(stream.getvalue()).decode())
-    ).is_success

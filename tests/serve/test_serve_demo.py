@@ -13,7 +13,6 @@ import torch
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
-from mm_moslora.serve.api.chat_request import MessagePicture
 from mm_moslora.serve.gradio_demo import Demo, launch, messages_of
 from mm_moslora.serve.inference.attention_maps import attention_maps
 from mm_moslora.serve.inference.served_models import Models, Variant
@@ -86,20 +85,6 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     ]
     assert found.flatten().tolist() == pytest.approx((mean / mean.max()).tolist(), abs=1e-5)
     assert attention_maps(pair, "tiny", input_ids=ids, images=[], answer=[5]) is None
-
-
-def test_history_of_gradio_becomes_turns(picture: Path) -> None:
-    history = [
-        {
-            "role": "user",
-            "content": [{"type": "file", "file": {"path": str(picture)}}, {"type": "text", "text": "what?"}],
-        },
-        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
-    ]
-    messages = messages_of({"text": "sure?", "files": []}, history)
-    assert [message.role for message in messages] == ["user", "assistant", "user"]
-    assert isinstance(messages[0].parts[0], MessagePicture)
-    assert messages[0].parts[1] == "what?"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)

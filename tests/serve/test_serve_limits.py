@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import threading
 import time
@@ -18,40 +16,9 @@ from waiting import wait_until
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_intake import Budget, Reservation
 from mm_moslora.serve.api.request_limits import Limits
-from tests.serve.serve_tools import HEAD, asking, before_steps, data_url
+from tests.serve.serve_tools import HEAD, asking, data_url
 
 MIB = 2**20
-
-
-def heavy_url(side: int) -> str:
-    """A picture that takes ``3 * side ** 2`` bytes on disk, too."""
-    stream = io.BytesIO()
-    Image.effect_noise((side, side), 90).convert("RGB").save(stream, "BMP")
-    return f"data:image/bmp;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def test_a_body_is_counted_until_its_answer_ends_and_not_kept_longer_than_needed(serve_with: Any) -> None:
-    """Eight answers under way hold the pixels that the model sees, no base64; a body beyond the limit is refused."""
-    url = heavy_url(300)  # 270 kB
-    with serve_with(bodies_bytes=MIB, max_tokens=400) as server:
-        engine, go = server.engine, threading.Event()
-        before_steps(engine, lambda: go.wait(60))
-        body = json.dumps(asking("what?", url, max_tokens=3))
-        with ThreadPoolExecutor(8) as pool:
-            replies = [pool.submit(server.post, body) for _ in range(2)]
-            wait_until(lambda: len(engine._waiting) + len(engine._decoded()) == 2)
-            held = server.intake.bodies.used
-            assert 0 < held < 100_000  # two pictures of 28 x 28 pixels and their prompts
-            with server.socket() as slow:  # a third body arrives, and is counted while it does
-                half = body[: len(body) // 2].encode()
-                slow.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + half)
-                wait_until(lambda: server.intake.bodies.used > held + len(half) - 2000)
-                large = json.dumps(asking("what?", heavy_url(500)))
-                assert server.post(large).status_code == 429
-            wait_until(lambda: server.intake.bodies.used == held)
-            go.set()
-            assert [reply.result().status_code for reply in replies] == [200, 200]
-        wait_until(lambda: server.intake.bodies.used == 0)
 
 
 @pytest.mark.parametrize(
@@ -182,21 +149,6 @@ def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serv
         wait_until(lambda: server.intake.bodies.used == 0)
         go.set()
         wait_until(lambda: server.intake.pictures.used == server.intake.bodies.used == 0)
-
-
-def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
-    """Forty bodies without an end, where 3 requests may be in progress."""
-    with serve_with(queue=2, batch=1) as server:
-        slow = [server.socket() for _ in range(40)]
-        try:
-            for connection in slow:
-                connection.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
-            wait_until(lambda: server.intake.bodies.used == len(slow))
-            assert server.post(asking("hello")).status_code == 200
-        finally:
-            for connection in slow:
-                connection.close()
-        wait_until(lambda: server.intake.bodies.used == 0)
 
 
 @pytest.mark.parametrize(

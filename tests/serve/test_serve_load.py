@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
-from transformers import TopPLogitsWarper
 from waiting import wait_until
 
-from mm_moslora.models.decoding.token_sampling import Draw, Sampling, choose
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from tests.serve.serve_tools import HEAD, asking, before_steps, data_url, pixels_of
@@ -213,73 +210,6 @@ def row_of(engine: Any, group: Any, question: str) -> int | None:
     return next((number for number, text in enumerate(texts) if question in text), None)
 
 
-def draw_of(sampling: Sampling, occurrences: dict[int, int] | None = None) -> Draw:
-    return Draw(sampling=sampling, occurrences=Counter(occurrences or {}))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_without_a_finite_maximum_are_an_error_of_their_row(temperature: float, value: float) -> None:
-    sampling = Sampling(temperature=temperature)
-    logits = torch.full((2, 50), float("-inf"))
-    logits[1, 17] = 1.0
-    logits[0] = value if value < 0 else 0.0
-    logits[0, 17] = value
-    wrong, fine = choose(logits, [draw_of(sampling), draw_of(sampling)])
-    assert "no token can be chosen" in str(wrong)
-    assert fine == 17
-
-
-def one_by_one(logits: torch.Tensor, draw: Draw) -> int:
-    """A token of one row, by torch's own sampling."""
-    sampling = draw.sampling
-    logits = logits.clone()
-    for token, count in draw.occurrences.items():
-        penalty = sampling.presence_penalty + sampling.frequency_penalty * torch.tensor(float(count))
-        logits[token] += -penalty
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    scores = ((logits - logits.max()).double() / sampling.temperature)[None]
-    if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
-    return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=draw.generator))
-
-
-def test_rows_that_are_drawn_together_get_the_tokens_of_single_ones_with_one_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each with settings and a generator of its own, for 50 tokens; ties, and a temperature next to zero."""
-    waits: list[int] = []
-    read = torch.Tensor.tolist
-
-    def counted(tensor: torch.Tensor) -> Any:
-        waits.append(1)
-        return read(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    settings = [
-        Sampling(seed=0),
-        Sampling(seed=1, temperature=1.0),
-        Sampling(seed=2, temperature=0.7, top_p=0.9),
-        Sampling(seed=3, temperature=1.5, top_p=0.3, presence_penalty=0.5, frequency_penalty=0.25),
-        Sampling(seed=4, temperature=1e-5),
-        Sampling(seed=5, presence_penalty=1.0, frequency_penalty=1.0),
-        Sampling(seed=6, temperature=2.0, frequency_penalty=1.5),
-    ]
-    together, single = ([draw_of(sampling, {}) for sampling in settings] for _ in range(2))
-    torch.manual_seed(0)
-    for step in range(1, 51):
-        logits = torch.randn(len(settings), 1000).mul(3).round(decimals=1)
-        with monkeypatch.context() as patch:
-            for name in ("item", "__int__", "__bool__", "cpu", "numpy"):
-                patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waits for the device"))
-            tokens = choose(logits, together)
-        assert len(waits) == step
-        assert tokens == [one_by_one(row, draw) for row, draw in zip(logits, single, strict=True)]
-        for draw, token in [*zip(together, tokens, strict=True), *zip(single, tokens, strict=True)]:
-            draw.occurrences[token] = draw.occurrences.get(token, 0) + 1
-
-
 def test_a_row_of_nan_is_an_error_of_that_row_only(serve_with: Any, alone: dict[str, str]) -> None:
     with serve_with() as server:
         engine = server.engine
@@ -293,22 +223,6 @@ def test_a_row_of_nan_is_an_error_of_that_row_only(serve_with: Any, alone: dict[
 
         engine._step = spoiled
         check_one_failed(ask_together(server), QUESTIONS[3], alone)
-
-
-def test_an_error_in_sampling_or_text_ends_one_row_only(
-    serve_with: Any, alone: dict[str, str], monkeypatch: Any
-) -> None:
-    with serve_with() as server:
-        engine = server.engine
-        say = engine._deliver_token
-
-        def faulty(job: Any, token: int) -> bool:
-            if QUESTIONS[5] in engine.models.assembly.tokenizer.decode(job.input_ids) and len(job.tokens) == 2:
-                raise RuntimeError("half a character")
-            return bool(say(job, token))
-
-        engine._deliver_token = faulty
-        check_one_failed(ask_together(server), QUESTIONS[5], alone)
 
 
 def test_after_a_failed_batch_step_only_the_rows_that_fail_alone_end(
@@ -336,38 +250,6 @@ def test_after_a_failed_batch_step_only_the_rows_that_fail_alone_end(
         monkeypatch.setattr(engine.models, "read", unreadable)
         check_one_failed(ask_together(server), QUESTIONS[2], alone)
         assert failed
-
-
-def test_prompts_that_fail_together_are_read_one_by_one(
-    serve_with: Any, alone: dict[str, str], monkeypatch: Any
-) -> None:
-    with serve_with() as server:
-        models = server.engine.models
-        read = models.read
-
-        def unreadable(name: str, prompts: Any) -> Any:
-            if any(QUESTIONS[1] in models.assembly.tokenizer.decode(ids) for ids, _ in prompts):
-                raise RuntimeError("a prompt that no forward pass takes")
-            return read(name, prompts)
-
-        monkeypatch.setattr(models, "read", unreadable)
-        check_one_failed(ask_together(server), QUESTIONS[1], alone)
-
-
-def test_a_fault_outside_any_answer_leaves_the_engine_alive(serve_with: Any) -> None:
-    with serve_with() as server:
-        faults = [RuntimeError("in the queue")]
-        drop = server.engine._drop
-
-        def faulty() -> None:
-            if faults:
-                raise faults.pop()
-            drop()
-
-        server.engine._drop = faulty
-        assert server.post(asking("hello")).status_code == 500
-        assert server.get("/health").status_code == 200
-        assert server.post(asking("hello")).status_code == 200
 
 
 def test_a_client_that_disconnects_while_its_prompt_is_read_frees_its_place(serve_with: Any) -> None:

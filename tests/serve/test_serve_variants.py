@@ -14,15 +14,12 @@ from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 from PIL import Image
 
-from mm_moslora.cli.serve_verbs import parse_adapters
 from mm_moslora.data.preprocessing_print import preprocessing_digest, stored_preprocessing
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.gradio_demo import Demo, messages_of
-from mm_moslora.serve.inference.adapter_compatibility import _flat
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.served_models import load_models, why_no_base
 from mm_moslora.serve.terminal_chat import Chat
-from mm_moslora.utils.errors import AdapterError, ConfigError, EvalError, ModelError
+from mm_moslora.utils.errors import AdapterError, EvalError, ModelError
 from mm_moslora.utils.run_paths import PREPROCESSING
 from tests.serve.serve_tools import asking, data_url
 
@@ -149,15 +146,6 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
         assert torch.equal(weight, next(value for key, value in trained.items() if key.endswith(name)))
 
 
-def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="same name"):
-        load_models(runs[0], name="one", further={"one": runs[1]})
-    with pytest.raises(ModelError, match="not a checkpoint"):
-        load_models(runs[0], further={"two": tmp_path})
-    with pytest.raises(ConfigError, match="NAME=FOLDER"):
-        parse_adapters(["just-a-folder"])
-
-
 def test_an_adapter_of_another_base_is_refused(
     runs: tuple[Path, Path], tmp_path: Path, vision_folder: Path, records: Path
 ) -> None:
@@ -240,29 +228,6 @@ def test_variants_with_the_same_tower_share_visual_tokens(runs: tuple[Path, Path
     assert (models.features.misses, models.features.hits) == (1, 1)
 
 
-def test_the_demo_runs_the_tower_of_the_model_before_tuning(looking: Path, tmp_path: Path) -> None:
-    """Its answer is the same when it is asked second."""
-    from mm_moslora.models.load_model import load
-
-    PICTURE.save(tmp_path / "picture.png")
-    expected = []
-    for tuned in (True, False):
-        assembly = load(looking, merge=False)
-        chat = Chat(assembly, max_new_tokens=8)
-        chat.look(PICTURE)
-        if tuned:
-            expected.append(chat.ask("what is the color?"))
-        else:
-            with assembly.peft_model.disable_adapter():
-                expected.append(chat.ask("what is the color?"))
-    demo = Demo(load_models(looking, with_base=True), max_new_tokens=8)
-    try:
-        said = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(tmp_path / "picture.png")]}, [])))
-    finally:
-        demo.close()
-    assert [said[-1].tuned, said[-1].base] == expected
-
-
 @pytest.mark.parametrize(
     ("change", "keys"),
     [
@@ -336,25 +301,6 @@ def test_the_model_before_tuning_is_refused_without_its_weights(
         load_models(folder, with_base=True)
 
 
-def test_every_variant_of_an_anyres_model_has_its_own_newline(
-    language_folder: Path, records: Path, tmp_path: Path
-) -> None:
-    import torch
-    from tiny import make_vision
-
-    from mm_moslora.models.load_model import load
-    from mm_moslora.training.training_loop import train
-
-    tower = make_vision(tmp_path / "clip", "clip")
-    folders = tmp_path / "a", tmp_path / "another"
-    for folder in folders:
-        train(_recipe(folder, language_folder, tower, records, image_aspect="anyres", anyres_tiles=[(1, 2), (2, 1)]))
-    models = load_models(folders[0], further={"other": folders[1]})
-    for name, folder in zip(("a", "other"), folders, strict=True):
-        with models.use(name):
-            assert torch.equal(models.assembly.model.model.image_newline, load(folder).model.model.image_newline)
-
-
 def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
     runs: tuple[Path, Path], language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path, caplog: Any
 ) -> None:
@@ -380,15 +326,3 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
         models = load_models(folder, with_base=True)
     assert "gets the tuned one" in caplog.text
     assert torch.equal(_tokens(models, "tuned"), _tokens(models, "tuned-base"))
-
-
-def test_the_start_of_a_projector_is_no_difference_of_settings():
-    """Only its weights are compared, not `fit_to_answers` or `weights`."""
-    from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-
-    def settings(**projector):
-        tower = VisionConfig(name="tower")
-        return _flat("model", ModelConfig(language="base", vision=tower, projector=ProjectorConfig(**projector)))
-
-    assert settings(fit_to_answers=True) == settings(weights="runs/first", mode="frozen")
-    assert settings(fit_to_answers=True) != settings(kind="linear")

@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from waiting import wait_until
 from mm_moslora.config import TrackConfig
 from mm_moslora.tracking import JsonlTracker, SampleAnswer, Trackers, build_trackers, read_metrics
 from mm_moslora.tracking.tensorboard_tracker import TensorBoardTracker
-from mm_moslora.tracking.tracker import MOST_FAILURES, namespaced
-from mm_moslora.tracking.wandb_tracker import WandbTracker, has_credentials
+from mm_moslora.tracking.tracker import MOST_FAILURES
+from mm_moslora.tracking.wandb_tracker import WandbTracker
 from mm_moslora.utils.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[2]
@@ -113,26 +112,6 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(
     assert len([r for r in caplog.records if "metrics.jsonl cannot be written (No space left" in r.message]) == 1
 
 
-def test_a_tracker_that_meets_a_full_disk_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class OnAFullDisk(JsonlTracker):
-        name, full = "elsewhere", True
-
-        def log(self, metrics: Mapping[str, float], step: int) -> None:
-            if self.full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().log(metrics, step)
-
-    tracker = OnAFullDisk()
-    trackers = Trackers([tracker], active=True)
-    trackers.start({}, tmp_path, resume_step=None)
-    for step in (1, 2):
-        trackers.log({"loss": 1.0}, step)
-    tracker.full = False
-    trackers.log({"loss": 1.0}, 3)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
-    assert caplog.text.count("it is tried again") == 1
-
-
 def test_failing_tracker_warns_once_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     failing, jsonl = _Failing(), JsonlTracker()
     trackers = Trackers([failing, jsonl], active=True)
@@ -164,11 +143,6 @@ def test_unknown_tracker_is_refused_with_a_suggestion() -> None:
         build_trackers(TrackConfig(trackers=["tensorbord"]))
 
 
-def test_recipe_order_and_default() -> None:
-    assert build_trackers(TrackConfig(), active=True).names == ["jsonl", "tensorboard"]
-    assert build_trackers(TrackConfig(trackers=[]), active=True).names == ["jsonl"]
-
-
 def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Path, sample: SampleAnswer) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -191,39 +165,6 @@ def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Pat
         or b"0.0001" in (reader.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0])
     )
     assert b"<b>" not in reader.Tensors("answers/text_summary")[0].tensor_proto.string_val[0]
-
-
-def test_wandb_offline_file_holds_config_curve_table_and_artifact(
-    tmp_path: Path, sample: SampleAnswer, read_run: ReadRun
-) -> None:
-    run_folder, adapter = tmp_path / "run", tmp_path / "adapter"
-    run_folder.mkdir()
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"r": 8}')
-    trackers = Trackers([WandbTracker(TrackConfig(project="tests"))], active=True)
-    trackers.start({"optim": {"lr": 1e-4}}, run_folder, resume_step=None)
-    for step in (1, 2):
-        trackers.log({"loss": 1.0 / step, "memory_gib": 0.5}, step)
-    trackers.log_samples("answers", [sample], 2)
-    trackers.log_folder("adapter", adapter)
-    trackers.finish(ending="failed")
-    assert trackers.names == ["wandb"]
-    run = read_run(run_folder)
-    curve = [(row["train/step"], row["train/loss"]) for row in run["history"] if "train/loss" in row]
-    assert curve == [(1, 1.0), (2, 0.5)]
-    assert run["config"]["optim"] == {"lr": 1e-4}
-    assert run["project"] == "tests"
-    assert run["exit"] == 1
-    assert ("adapter", "adapter", ["latest"]) in run["artifacts"]
-    assert run["id"] == (run_folder / "wandb_id.txt").read_text().strip()
-    assert any(row.get("eval/answers/nrows") == 1 for row in run["history"])
-    (table,) = [file for name, file in run["files"] if name.endswith("table.json")]
-    stored = json.loads(table.read_text())
-    assert stored["columns"] == ["image", "question", "expected", "prediction", "correct"]
-    picture, *cells = stored["data"][0]
-    assert cells == ["What colour | shape?", "red", "<b>red</b>", True]
-    files = dict(run["files"])
-    assert Image.open(files[picture["path"]]).size == (256, 128)
 
 
 @pytest.mark.parametrize(
@@ -342,14 +283,6 @@ print(trackers.names)"""
     assert "Loading settings" not in done.stderr
 
 
-def test_wandb_is_asked_for_by_the_modules_that_look_at_the_working_folder() -> None:
-    folders = ("mm_moslora", "eval/mm_moslora_eval", "scripts", "examples")
-    files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")]
-    known = re.compile(r"^\s*(import|from) wandb|import_module\(f?[\"']wandb", re.MULTILINE)
-    found = {path.name for path in files if known.search(path.read_text("utf-8"))}
-    assert found == {"wandb_tracker.py"}
-
-
 def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
     ids = []
     for resume_step in (None, 1, None):
@@ -358,17 +291,6 @@ def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
         tracker.finish()
         ids.append((tmp_path / "wandb_id.txt").read_text())
     assert ids[0] == ids[1] != ids[2]
-
-
-def test_a_trial_of_a_sweep_keeps_the_id_that_the_agent_gave_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
-    tracker = WandbTracker(TrackConfig(project="tests"))
-    tracker.start({}, tmp_path, resume_step=None)
-    tracker.finish()
-    assert (tmp_path / "wandb_id.txt").read_text().strip() == "trial7"
-    assert list(tmp_path.glob("wandb/offline-run-*trial7"))
 
 
 def test_unreachable_wandb_falls_back_to_offline(
@@ -403,23 +325,3 @@ def test_no_secret_reaches_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written = b"".join(path.read_bytes() for path in run_folder.rglob("*") if path.is_file())
     assert b"kept-canary" in written
     assert [canary for canary in canaries if canary.encode() in written] == []
-
-
-def test_credentials_are_found_where_wandb_login_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not has_credentials()
-    login = tmp_path / "netrc"
-    login.write_text("machine api.wandb.ai\n login user\n password x\n")
-    login.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(login))
-    assert has_credentials()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not has_credentials()
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [("loss", "train/loss"), ("lr/mixer", "train/lr/mixer"), ("validation_loss", "validation/loss"),
-     ("memory_gib", "system/memory_gib"), ("eval/vqa", "eval/vqa")],
-)  # fmt: skip
-def test_metric_names_in_trackers(name: str, shown: str) -> None:
-    assert namespaced(name) == shown

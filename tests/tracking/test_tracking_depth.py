@@ -19,8 +19,7 @@ from waiting import wait_until
 
 from mm_moslora.config import TRACKERS, TrackConfig, ValidateConfig
 from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
-from mm_moslora.tracking.jsonl_tracker import JsonlTracker
-from mm_moslora.tracking.run_environment import environment, git_state
+from mm_moslora.tracking.run_environment import git_state
 from mm_moslora.tracking.tracker import adapter_digest
 from mm_moslora.utils.errors import ConfigError
 
@@ -155,34 +154,6 @@ def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
     no_secret_below(tmp_path / "run")
 
 
-@needs("mlflow")
-def test_mlflow_has_each_step_once_after_a_kill_and_one_request_for_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow import MlflowClient
-
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    calls, real = [], MlflowClient.log_batch
-    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **more: (calls.append(more), real(*args, **more)))
-    monkeypatch.setattr(MlflowClient, "log_metric", lambda *_, **__: pytest.fail("a request for each metric"))
-    (tmp_path / "run").mkdir()
-    config = {"keys": {f"k{index}": index for index in range(140)}}
-    for resume_step, steps in ((None, range(1, 9)), (5, range(6, 11))):  # killed at step 8, without `finish`
-        trackers = build_trackers(TrackConfig(trackers=["mlflow"], project="tests"), active=True)
-        trackers.start(config, tmp_path / "run", resume_step=resume_step)
-        calls.clear()
-        for step in steps:
-            late = {"validation_loss": 1.0} if step == 8 and resume_step else {}
-            trackers.log({"loss": 1 / step, "grad_norm": 2.0} | late, step)
-        assert len(calls) == len(steps) - (2 if resume_step else 0)
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    for name in ("train/loss", "train/grad_norm"):
-        assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [*range(1, 11)]
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "validation/loss")] == [8]
-    assert run.data.params["keys.k139"] == "139"
-
-
 @needs("trackio")
 def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Path) -> None:
     """In a process of its own: trackio reads its folder from the environment once."""
@@ -216,18 +187,6 @@ def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.M
     for name in TRACKERS:
         with pytest.raises(ConfigError, match=rf"pip install '{name}>="):
             build_trackers(TrackConfig(trackers=[name]), active=True)
-
-
-def test_alerts_and_environment_are_files_of_the_run(tmp_path: Path) -> None:
-    trackers = Trackers([JsonlTracker()], active=True)
-    trackers.start({}, tmp_path, resume_step=None)
-    trackers.alert("Run failed", "Step 3: no space left on device")
-    trackers.finish(ending="failed")
-    alert = json.loads((tmp_path / "alerts.jsonl").read_text())
-    assert alert["title"] == "Run failed"
-    known = json.loads((tmp_path / "environment.json").read_text())
-    assert known["torch"] == environment()["torch"]
-    assert "+" not in known["torch"]
 
 
 def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path, monkeypatch) -> None:
@@ -312,21 +271,3 @@ def test_a_run_and_its_evaluation_are_one_run_of_wandb(
     digest = adapter_digest(weights)
     assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
     assert measured["summary"]["eval/adapter"] == digest
-
-
-@pytest.mark.slow
-def test_wandb_knows_the_facts_of_a_run_and_no_key_of_an_account(measured_run: Path) -> None:
-    from wandb_files import read_finished
-
-    trained = read_finished(min((measured_run / "run").rglob("*.wandb")))
-    assert trained["config"]["adapter"]["rank"] == 4
-    facts = trained["config"]["run"]
-    assert (facts["world_size"], facts["nodes"], facts["precision"], facts["total_steps"]) == (1, 1, "fp32", 2)
-    assert (
-        facts["parameters"]
-        > facts["trainable_parameters"]
-        == sum(item["trainable"] for item in facts["components"].values())
-    )
-    assert trained["config"]["environment"]["slurm_job_id"] == "4711"
-    assert len(trained["config"]["environment"]["git_commit"]) == 40
-    no_secret_below(measured_run)
