@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
-from mm_moslora.config.run_config import OptimConfig, TrainConfig, ValidateConfig
+from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.value_checks import positive, require
 from mm_moslora.utils.errors import suggestion
 
@@ -138,8 +138,10 @@ _NOT_FOLLOWED = {
     "adapter": ("peft", "dropout"),
     "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer"),
     "optim": ("optimizer",),
-    "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile"),
+    "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile",
+              "rehearsal"),
     "validate": ("samples", "tasks", "forgetting", "general_text", "best", "patience"),
+    "track": ("mixers_every",),
 }  # fmt: skip
 """Section -> keys of the project's own training loop."""
 
@@ -153,6 +155,7 @@ def refuse_unfit(
     optim: OptimConfig,
     train: TrainConfig,
     validate: ValidateConfig,
+    track: TrackConfig,
     kto: KtoConfig,
     grpo: GrpoConfig,
 ) -> None:
@@ -166,13 +169,14 @@ def refuse_unfit(
         optim: see `model`.
         train: see `model`.
         validate: see `model`.
+        track: see `model`.
         kto: see `model`.
         grpo: see `model`.
 
     Raises:
         ConfigError: names the key and what to do.
     """
-    sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate}
+    sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate, "track": track}
     changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
     changed += ["data.pack_tokens"] if data.pack_tokens and objective != "dpo" else []
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]

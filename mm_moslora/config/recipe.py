@@ -102,6 +102,7 @@ class Recipe(YamlRecipe):
                 optim=self.optim,
                 train=self.train,
                 validate=self.validate,
+                track=self.track,
                 kto=self.kto,
                 grpo=self.grpo,
             )

@@ -35,12 +35,13 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend,
 from mm_moslora.training.deepspeed_start import fresh_accelerate
 from mm_moslora.training.metrics.mixer_metrics import keep_start, log_adapter
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_faults import SkippedSteps
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.run_summary import peak_memory_gib, write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
-from mm_moslora.utils.errors import ConfigError, DivergedError
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
 from mm_moslora.utils.progress_bar import Progress
 
@@ -121,7 +122,8 @@ class _Session:
         self.accelerator = make_accelerator(run)
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
         self.checkpoints = Checkpoints(run, self.trainable, self.optimizer, self.schedule, self.accelerator)
-        self.stopped_by, self.skipped_in_a_row, self.fresh = 0, 0, checkpoint is None
+        self.stopped_by, self.fresh = 0, checkpoint is None
+        self.skipped = SkippedSteps(self.recipe.train.max_skipped_steps, advice="Lower optim.lr, or use bf16 or fp32.")
         if checkpoint is not None:
             self.checkpoints.restore(*checkpoint)
 
@@ -229,15 +231,9 @@ class _Session:
         }
         for name, value in added.items():
             counters[name] = counters.get(name, 0.0) + value
-        if applied:
-            self.skipped_in_a_row = 0
-        elif self._loss_scale() <= 1:  # fp16 skips steps until its loss scale fits
-            self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
-            raise DivergedError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
-                f"{run.step}. Earlier checkpoints are untouched. Lower optim.lr, or use bf16 or fp32."
-            )
+        if applied or self._loss_scale() <= 1:  # fp16 skips steps until its loss scale fits
+            self.skipped.count(applied=applied)
+        self.skipped.give_up(run.step)
 
     def _log(self, loss: float, norm: float, rates: dict[str, float], seconds: float) -> None:
         run = self.run

@@ -39,6 +39,9 @@ from mm_moslora.utils.progress_bar import Progress
 REFERENCE = "reference"
 """Folder of a checkpoint's trainer state with the adapter that the run started from, if it did not start fresh."""
 
+IDS = "ids"
+"""Key of a batch for the names of its records; no argument of a model."""
+
 
 @dataclass(kw_only=True)
 class PreferenceRun:
@@ -223,12 +226,14 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate rows of `rows_of`."""
+        numbered = [(records, numbers if isinstance(numbers, list) else [numbers])
+                    for records, numbers in map(self.run.of, rows)]  # fmt: skip
+        pairs = [records.item(number) for records, numbers in numbered for number in numbers]
         if self.run.rows is not None:
-            packed = [(records, numbers if isinstance(numbers, list) else [numbers])
-                      for records, numbers in map(self.run.of, rows)]  # fmt: skip
-            return self.run.rows.collate([records.item(number) for records, numbers in packed for number in numbers])
-        pairs = [records.item(number) for records, number in map(self.run.of, rows)]
-        return _padded(self.run, [pair[side] for side in (0, 1) for pair in pairs])
+            batch = self.run.rows.collate(pairs)
+        else:
+            batch = _padded(self.run, [pair[side] for side in (0, 1) for pair in pairs])
+        return batch | _named(rows, [chosen for chosen, _ in pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +250,7 @@ class JudgedCollator:
         judged = [records.item(number) for records, number in map(self.run.of, rows)]
         examples = [example for example, _ in judged]
         batch = _padded(self.run, examples) | {"label": torch.tensor([good for _, good in judged])}
+        batch |= _named(rows, examples)
         if self.run.recipe.kto.loss_type != "kto":
             return batch
         others = [*examples[-1:], *examples[:-1]]
@@ -265,6 +271,11 @@ def _with_answer(example: Example, other: Example, limit: int | None) -> Example
     supervised = torch.cat([example.supervised[:asked], other.supervised[answer:]])
     end = None if limit is None else max(limit, asked + 1)
     return Example(id=example.id, input_ids=ids[:end], supervised=supervised[:end])
+
+
+def _named(rows: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
+    """The names of the records of a batch, which training reads."""
+    return {} if rows[0]["held_out"] else {IDS: [example.id for example in examples]}
 
 
 def _padded(run: PreferenceRun, examples: Sequence[Example]) -> dict[str, Any]:

@@ -16,21 +16,25 @@ from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, amend, folder_name, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import find_resume
-from mm_moslora.training.checkpointing.run_checkpoints import Tidier, set_aside_newer
+from mm_moslora.training.checkpointing.run_checkpoints import set_aside_newer
 from mm_moslora.training.deepspeed_start import fresh_accelerate, prepare_deepspeed
 from mm_moslora.training.engine import check_engine
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
+from mm_moslora.training.run_saves import RunSaves
 from mm_moslora.training.run_setup import trainable_table
 from mm_moslora.training.snapshot import OPTIMIZER
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_faults import telling_errors
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.run_summary import write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.training_loop import FINISHED_AT, TrainResult
+from mm_moslora.training.validation import Best
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import CheckpointError, ConfigError
@@ -38,7 +42,12 @@ from mm_moslora.utils.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from mm_moslora.config import Objective
     from mm_moslora.preferences.reward_trainer import RewardTrainer
-    from mm_moslora.preferences.trl_trainers import JudgedTrainer, PairTrainer
+    from mm_moslora.preferences.trl_trainers import (
+        JudgedTrainer,
+        PairTrainer,
+        PreferenceSaves,
+        RunTrainer,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +70,23 @@ def train_preferences(
         raise ConfigError("objective is sft, which is no learning from preferences. Set it to dpo, kto or grpo.")
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     folder = Path(recipe.train.output)
-    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
-    with distributed.failing_together("Checking the recipe"):
+    watchdog = Watchdog(folder)
+    # Hosts may have other recipes, other files and other libraries.
+    with watchdog.blaming():
+        agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
+    with watchdog.blaming(), distributed.failing_together("Checking the recipe"):
         check_recipe(recipe, resume=resume)
         if is_sharded(recipe):
             precision = resolve_precision(recipe.train.precision)
             check_engine(recipe.train, precision=precision, max_grad_norm=recipe.optim.max_grad_norm)
+    # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
     with (
         run_arithmetic(deterministic=recipe.train.deterministic),
+        watchdog.blaming(),
         exclusive(folder),
         record_run_state(folder) as ending,
+        watchdog.blaming(),
+        watchdog,
         fresh_accelerate(),
     ):
         if is_sharded(recipe):
@@ -80,7 +96,7 @@ def train_preferences(
         run = prepare(recipe, checkpoint=None if checkpoint is None else checkpoint[0])
         agree_on_data(run.identity())
         ending.begun = True
-        result = _Session(run, checkpoint, stop or StopRequest()).go(stop_at)
+        result = _Session(run, checkpoint, stop or StopRequest(), watchdog).go(stop_at)
         ending.finished = result.finished
     return result
 
@@ -88,9 +104,13 @@ def train_preferences(
 class _Session:
     """The state of one training session."""
 
-    def __init__(self, run: PreferenceRun, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest) -> None:
-        self.run, self.stop, self.checkpoint = run, stop, checkpoint
-        self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
+    trainer: RunTrainer
+    """Made by `go`."""
+
+    def __init__(
+        self, run: PreferenceRun, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest, watchdog: Watchdog
+    ) -> None:
+        self.run, self.stop, self.checkpoint, self.watchdog = run, stop, checkpoint, watchdog
         self.trackers = build_trackers(run.recipe.track)
         self.components = [vars(row) for row in component_table(run.assembly)]  # before TRL adds the reference
         if distributed.is_main():
@@ -134,24 +154,29 @@ class _Session:
             files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
         warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's uses of names that transformers renames
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
-        trainer = _trainer(run.recipe.objective)(run, saver=self.saver, tidier=self.tidier)
+        resumed = None if self.checkpoint is None else self.checkpoint[0]
+        saves = self._saves(resumed)
+        trainer = self.trainer = _trainer(run.recipe.objective)(run, saves)
         write_summary(run, run.total_steps, self._of_run)
-        callback = RunCallback(run, self.trackers, self.stop, stop_at=stop_at)
+        callback = RunCallback(trainer, self.trackers, self.stop, stop_at=stop_at)
         trainer.add_callback(callback)
         ending: Ending = "failed"
-        resumed = None if self.checkpoint is None else self.checkpoint[0]
+        limit = run.recipe.train.timeout_minutes
         self.trackers.start(run.recipe.to_dict(), run.folder, resume_step=None if resumed is None else run.step)
         try:
-            distributed.barrier()
-            with self.stop, closing(trainer):
-                if run.step < run.total_steps:
-                    trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
-                elif resumed is not None and distributed.is_main():  # it ended before it was measured
-                    trainer.load_factors(resumed)
-                if run.step >= run.total_steps:
-                    self._finish(trainer.trained_state())
-                write_summary(run, run.total_steps, self._of_run)
-                self.tidier.wait()
+            with telling_errors(self.trackers, lambda what: saves.phase(what, limit), lambda: run.step):
+                distributed.barrier()
+                with self.stop, closing(trainer):
+                    if run.step < run.total_steps:
+                        trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
+                        saves.finish_last()
+                    elif resumed is not None and distributed.is_main():  # it ended before it was measured
+                        trainer.load_factors(resumed)
+                    saves.phase("measuring the end", limit)
+                    if run.step >= run.total_steps:
+                        self._finish(trainer.trained_state())
+                    write_summary(run, run.total_steps, self._of_run)
+                    saves.tidier.wait()
             ending = "stopped" if run.step < run.total_steps else "finished"
         except KeyboardInterrupt:
             ending = "stopped"
@@ -159,6 +184,14 @@ class _Session:
         finally:
             self.trackers.finish(ending=ending)
         return self._result(callback.stopped_by)
+
+    def _saves(self, resumed: Path | None) -> PreferenceSaves:
+        run = self.run
+        is_own = resumed is not None and resumed.resolve().parent == run.folder.resolve()
+        return RunSaves(
+            run, self.watchdog, self.trackers, lambda: self.trainer.taken(), best=Best(config=run.recipe.validate),
+            saved_at=run.step if is_own else -1, extra={},
+        )  # fmt: skip
 
     def _finish(self, trained: dict[str, torch.Tensor]) -> None:
         """Measure the adapter at the end; the last checkpoint records that this is done."""

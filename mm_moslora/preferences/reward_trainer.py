@@ -25,9 +25,7 @@ from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.preferences.rewards import Scorer, box_reader, document_of, scores_together
-from mm_moslora.preferences.trl_trainers import RunTrainer, arguments_of
-from mm_moslora.training.checkpointing.checkpoint_folder import Saver
-from mm_moslora.training.checkpointing.run_checkpoints import Tidier
+from mm_moslora.preferences.trl_trainers import PreferenceSaves, RunTrainer, arguments_of
 from mm_moslora.utils import distributed
 
 # `Scorer` names the first answer that no reward judges; TRL would print one of every batch, with all that it knows.
@@ -42,7 +40,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
     TRL sees token ids only. The pictures of a row are found by the number of its question.
     """
 
-    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+    def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         grpo = run.recipe.grpo
         args = GRPOConfig(
             **arguments_of(run),
@@ -64,7 +62,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         self.scores: list[list[float]] = []
         """Of the answers at hand, by reward."""
         super().__init__(
-            run, saver=saver, tidier=tidier, args=args, rollout_func=self._roll_out,
+            run, saves, args=args, rollout_func=self._roll_out,
             reward_funcs=[self._reward_function(number) for number in range(len(self.scorers))],
         )  # fmt: skip
         self.stops = stop_token_ids(run.assembly.model, run.assembly.tokenizer.eos_token_id)
@@ -92,6 +90,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self.shown = inputs["item"].tolist()
+        self.ids += [self.questions[number].prompt.id for number in self.shown] if model.training else []
         loss: Tensor = super()._compute_loss(model, inputs)
         return loss
 

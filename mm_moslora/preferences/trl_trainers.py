@@ -5,9 +5,12 @@ It imports TRL, so it is imported where the run is known to need it.
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,24 +24,24 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from mm_moslora.adapters import load_adapter, take_adapter
+from mm_moslora.adapters import TakenAdapter, load_adapter, take_adapter
 from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
-from mm_moslora.preferences.preference_setup import REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
+from mm_moslora.preferences.preference_setup import IDS, REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.preferences.zero_trainer import ZeroTrainer, deepspeed_arguments, trained_groups
 from mm_moslora.tracking import Trackers
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, rank_folder
-from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine.optimizers import KINDS
 from mm_moslora.training.parameter_groups import OptimizerSettings
+from mm_moslora.training.run_saves import RunSaves
 from mm_moslora.training.snapshot import OptimizerState, write_model
+from mm_moslora.training.supervision.run_faults import SkippedSteps, name_skipped
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import DivergedError
 from mm_moslora.utils.progress_bar import Progress
 
 logger = logging.getLogger(__name__)
@@ -49,24 +52,70 @@ _OF_SESSION = "train_"
 """Prefix of the trainer's totals of a session."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TakenPreferences:
+    """A run's state at one step, in main memory."""
+
+    run: PreferenceRun
+    manifest: Manifest
+    size: int
+    """Estimate of the bytes that this rank will write."""
+    shards: OptimizerState | None
+    """This rank's part of DeepSpeed's state; None without DeepSpeed."""
+    adapter: TakenAdapter | None
+    """On rank 0 only."""
+    state: dict[str, bytes]
+    """Files of the trainer's state; on rank 0 only."""
+    progress: TrainerState
+    reference: TakenAdapter | None
+    """See `REFERENCE`."""
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
+        own = rank_folder(folder)
+        if self.shards is not None:
+            self.shards.write(own)
+        if not distributed.is_main():
+            return
+        write_model(self.run, folder, weights={}, adapter=self.adapter)
+        for name, content in self.state.items():
+            (own / name).write_bytes(content)
+        self.progress.save_to_json(str(own / "trainer_state.json"))
+        if self.reference is not None:
+            self.reference.write(own / REFERENCE)
+
+
+PreferenceSaves = RunSaves[TakenPreferences]
+
+
+def _serialised(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
 class RunTrainer(ZeroTrainer):
     """What TRL's trainers share here; `train` continues from a checkpoint's `rank_folder`.
 
     Args:
         run: the run. TRL gives its PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
-        saver: writes its checkpoints.
-        tidier: deletes old ones.
+        saves: writes its checkpoints, and has its watchdog.
         args: of the trainer.
         more: further arguments of the trainer.
     """
 
-    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier, args: Any, **more: Any) -> None:
-        self.run, self.saver, self.tidier = run, saver, tidier
-        self.saved_at = -1
-        """Step of the last checkpoint."""
+    def __init__(self, run: PreferenceRun, saves: PreferenceSaves, *, args: Any, **more: Any) -> None:
+        self.run, self.saves = run, saves
+        self.ids: list[str] = []
+        """The records of this rank in the step at hand."""
+        self.loss_before: Tensor | None = None
+        """The trainer's sum of losses at the start of the step."""
         groups, optim = trained_groups(run), run.recipe.optim
         settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
-        self.schedule = partial(LambdaLR, lr_lambda=partial(lr_factor, total=run.total_steps, config=optim))
+        # It follows the applied steps.
+        self.schedule = partial(
+            LambdaLR, lr_lambda=lambda _: lr_factor(int(run.counters.get("applied", 0)), run.total_steps, optim)
+        )
         if not run.sharded:  # else DeepSpeed needs the weights first
             self.stepping = KINDS["adamw"].make(settings, groups, [group.parameters for group in groups], fused=False)
         starts = [(parameter, parameter.data) for group in groups for parameter in group.parameters]
@@ -97,42 +146,73 @@ class RunTrainer(ZeroTrainer):
     def _send_telemetry(self) -> None:
         """Send nothing."""
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, which begins here."""
+        train = self.run.recipe.train
+        # The first data wait for workers to start, and the first step compiles and tries kernels.
+        limit = train.timeout_minutes if self.loss_before is None else train.step_timeout_minutes
+        self.saves.phase("data", limit)
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.saves.phase("step", limit)
+        self.ids, self.step_loss, self.loss_before = [], torch.zeros((), device=device), self._tr_loss.clone()
+        return batches
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A micro-batch, whose loss and records are noted."""
+        self.ids += inputs.pop(IDS, []) if isinstance(inputs, dict) else []
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss += loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients, before the step, which is skipped on all ranks if a value of one is not finite."""
+        norm, loss = super()._get_grad_norm(model, grad_norm=grad_norm), float(self.step_loss)
+        own = [not math.isfinite(loss), self.engine is None and not math.isfinite(float(norm))]
+        bad_loss, bad_norm = distributed.max_over_ranks([float(bad) for bad in own])
+        if self.engine is not None:
+            applied = bool(self.engine.engine.was_step_applied())  # DeepSpeed has looked at the gradients of all ranks
+        elif not (applied := not (bad_loss or bad_norm)):
+            model.zero_grad()  # the optimiser leaves alone what has no gradient
+        if (bad_loss or not applied) and self.loss_before is not None:
+            self._tr_loss.copy_(self.loss_before)  # the mean that is logged is of the other steps
+        if not applied:
+            name_skipped(self.run.step + 1, math.nan if bad_loss else loss, own_loss_is_finite=not own[0], ids=self.ids)
+        counters = self.run.counters
+        for name, value in {"applied": applied, "skipped": not applied}.items():
+            counters[name] = counters.get(name, 0.0) + value
+        self.applied = applied
+        return norm
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """The measures of the held-out records."""
+        self.saves.phase("validation", self.run.recipe.train.timeout_minutes)
+        return super().evaluate(*args, **options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint of this project; all ranks take part. Without DeepSpeed rank 0 has all of the state."""
-        run, trained = self.run, self.trained_state()
-        main = distributed.is_main()
-        adapter = take_adapter(run.peft_model, state=trained, base=run.assembly.base) if main else None
+        """Write a checkpoint of this project; all ranks take part."""
+        self.saves.start()
+
+    def taken(self) -> TakenPreferences:
+        """A copy of the run's state. Without DeepSpeed rank 0 has all of the state."""
+        run, trained, main = self.run, self.trained_state(), distributed.is_main()
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         state = {"scheduler.pt": self.lr_scheduler.state_dict()}
         shards = None if self.engine is None else OptimizerState.copy_of(self.engine)
         if shards is None:
             state["optimizer.pt"] = self.optimizer.state_dict()
-
-        def write(folder: Path) -> None:
-            own = rank_folder(folder)
-            if shards is not None:
-                shards.write(own)
-            if not main:
-                return
-            write_model(run, folder, weights={}, adapter=adapter)
-            for name, content in state.items():
-                torch.save(content, own / name)
-            self.state.save_to_json(str(own / "trainer_state.json"))
-            if self.reference is not None:
-                self.reference.write(own / REFERENCE)
-
         manifest = Manifest(
             step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
             base=run.assembly.base | run.trained_on, counters=dict(run.counters),
             trainable={name: list(p.shape) for name, p in trained.items()}, files={}, data=run.records.fingerprint,
             precision=run.precision,
         )  # fmt: skip
-        self.saver.start(manifest, write, size=16 * sum(p.numel() for p in trained.values()))
-        self.saver.finish()
-        self.saved_at = run.step
-        if distributed.is_main():
-            self.tidier.start(Retention(last=run.recipe.train.keep_last, every=run.recipe.train.keep_every))
+        return TakenPreferences(
+            run=run, manifest=manifest, size=16 * sum(p.numel() for p in trained.values()), shards=shards,
+            adapter=take_adapter(run.peft_model, state=trained, base=run.assembly.base) if main else None,
+            state={name: _serialised(content) for name, content in state.items()} if main else {},
+            progress=copy.deepcopy(self.state), reference=self.reference,
+        )  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_factors(Path(resume_from_checkpoint).parents[1])
@@ -160,7 +240,7 @@ class PairTrainer(RunTrainer, DPOTrainer):
     however it is split.
     """
 
-    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+    def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         preference = run.recipe.preference
         args = DPOConfig(
             **arguments_of(run),
@@ -171,7 +251,7 @@ class PairTrainer(RunTrainer, DPOTrainer):
             max_length=None,  # the encoder bounds it
             train_sampling_strategy="random" if run.rows is None else "sequential",
         )
-        super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=PairCollator(run=run))
+        super().__init__(run, saves, args=args, data_collator=PairCollator(run=run))
         self.pictures = None
         if run.rows is not None:
             self.pictures = take_rows(run.assembly.model)
@@ -212,7 +292,7 @@ def _sizes(completion_mask: Tensor) -> Tensor:
 class JudgedTrainer(RunTrainer, KTOTrainer):
     """TRL's KTOTrainer for one run; for the arguments see `RunTrainer`."""
 
-    def __init__(self, run: PreferenceRun, *, saver: Saver, tidier: Tidier) -> None:
+    def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         kto = run.recipe.kto
         args = KTOConfig(
             **arguments_of(run),
@@ -223,7 +303,7 @@ class JudgedTrainer(RunTrainer, KTOTrainer):
             train_sampling_strategy="sequential",
             max_length=None,  # the encoder bounds it
         )
-        super().__init__(run, saver=saver, tidier=tidier, args=args, data_collator=JudgedCollator(run=run))
+        super().__init__(run, saves, args=args, data_collator=JudgedCollator(run=run))
 
 
 def arguments_of(run: PreferenceRun) -> dict[str, Any]:
@@ -265,33 +345,45 @@ class RunCallback(TrainerCallback):
     """Counts steps, logs to the run's trackers, and stops the trainer on a signal or at a step.
 
     Args:
-        run: the run.
+        trainer: of the run.
         trackers: the receivers.
         stop: the signals.
         stop_at: save and stop after this step.
     """
 
-    def __init__(self, run: PreferenceRun, trackers: Trackers, stop: StopRequest, *, stop_at: int | None) -> None:
-        self.run, self.trackers, self.stop, self.stop_at = run, trackers, stop, stop_at
+    def __init__(self, trainer: RunTrainer, trackers: Trackers, stop: StopRequest, *, stop_at: int | None) -> None:
+        self.trainer, self.trackers, self.stop, self.stop_at = trainer, trackers, stop, stop_at
+        self.run = run = trainer.run
         self.stopped_by = 0
+        self.skipped = SkippedSteps(
+            run.recipe.train.max_skipped_steps,
+            advice="Lower optim.lr, raise beta, look at the records named above, or use fp32.",
+        )
         self.progress = Progress("train", run.total_steps, initial=run.step)
         self.last_loss = math.nan
-        self._clock = time.monotonic()
+        self._clock, self._logged = time.monotonic(), self._counts()
+
+    def _counts(self) -> tuple[float, float]:
+        """Steps so far, and those that were skipped."""
+        return self.run.counters.get("steps", 0.0), self.run.counters.get("skipped", 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count the step; the ranks agree on a signal."""
+        """Count the step; the ranks agree on a signal, and on the end of a save."""
+        saves, train = self.trainer.saves, self.run.recipe.train
+        saves.phase("after the step", train.step_timeout_minutes)
         counters, now = self.run.counters, time.monotonic()
         counters["steps"] = float(state.global_step)
-        counters["samples"] = counters.get("samples", 0.0) + (
-            self.run.packed_pairs or self.run.recipe.train.global_batch
-        )
+        counters["samples"] = counters.get("samples", 0.0) + (self.run.packed_pairs or train.global_batch)
         counters["seconds"] = counters.get("seconds", 0.0) + now - self._clock
         self._clock = now
-        (number,) = distributed.max_over_ranks([float(self.stop.received)])
+        self.skipped.count(applied=self.trainer.applied)
+        number, writing = distributed.max_over_ranks([float(self.stop.received), float(saves.saver.busy)])
+        if not writing:
+            saves.finish()
         self.stopped_by = int(number)
         if number or state.global_step == self.stop_at:
             control.should_training_stop = control.should_save = True
-        if control.should_training_stop:
+        if control.should_training_stop or self.skipped.too_many:
             control.should_log = True
         loss = "" if math.isnan(self.last_loss) else f"loss {self.last_loss:.4f}"  # the first log may be steps away
         self.progress.update(state.global_step, loss)
@@ -300,17 +392,21 @@ class RunCallback(TrainerCallback):
         """Hand the trainer's measures to the trackers.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: too many steps in a row were skipped.
         """
         logs: dict[str, Any] = kwargs["logs"]
-        self.last_loss = float(logs.get("loss", self.last_loss))
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}
+        if "loss" in own:
+            steps, skipped = (now - before for now, before in zip(self._counts(), self._logged, strict=True))
+            self._logged = self._counts()
+            # The trainer divides by all steps, and skipped ones have no part in the sum.
+            own["loss"] *= steps / (steps - skipped) if skipped < steps else math.nan
+            self.last_loss = float(own["loss"])
+            own |= {"skipped_steps": self._logged[1]} | self.trainer.saves.extra
+            self.trainer.saves.extra.clear()
         if measures := held_out or (own if "loss" in own else {}):
             known = {name: float(value) for name, value in measures.items() if value is not None}
             self.trackers.log(known, state.global_step)
-        if "loss" in logs and not math.isfinite(self.last_loss):
-            raise DivergedError(
-                f"The loss of step {state.global_step} is {self.last_loss}. Earlier checkpoints are untouched. Lower "
-                "optim.lr, raise beta, or use fp32."
-            )
+        if "loss" in own:
+            self.skipped.give_up(state.global_step)

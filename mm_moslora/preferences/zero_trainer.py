@@ -115,11 +115,15 @@ class ZeroTrainer(Trainer):
         return nullcontext() if self.engine is None else self.engine.gathered()
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Full values of what trains by their names in the model; all ranks take part, and rank 0 gets them."""
+        """Copies of what trains, in full, by their names in the model; all ranks take part, and rank 0 gets them."""
         if self.engine is not None:
             return self.engine.trainable_state(keep=distributed.is_main())
-        model = self.run.assembly.model
-        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        device = "cpu" if distributed.is_main() else "meta"
+        return {
+            name: parameter.detach().to(device, copy=True)
+            for name, parameter in self.run.assembly.model.named_parameters()
+            if parameter.requires_grad
+        }
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""

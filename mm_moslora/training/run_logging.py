@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
+from mm_moslora.training.supervision.run_faults import name_skipped, records_of_rank
 from mm_moslora.training.supervision.run_summary import note_memory, write_summary
 from mm_moslora.utils import distributed
 
@@ -72,26 +72,22 @@ class RunLog:
             metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
             metrics |= pace | self.speedometer.of(result, micro_batches, own)
             self.trackers.log(metrics | self.extra, step)
-            self.extra = {}
+            self.extra.clear()
         if recipe.track.mixers_every and step % recipe.track.mixers_every == 0:
             self.mixers(self.run.engine.trainable_state(only=ADAPTERS, keep=distributed.is_main()))
 
     def _warn(self, result: StepResult, spike: float, ids: Sequence[str]) -> None:
         step = self.run.step
-        records = f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
         if result.applied:
             if spike > SPIKE:
                 logger.warning(
                     "Step %d: the loss %.4f is %.1f standard deviations above the last %d. %s",
-                    step, result.loss, spike, self.spikes.count, records,
+                    step, result.loss, spike, self.spikes.count, records_of_rank(ids),
                 )  # fmt: skip
         elif result.rescaling:
             logger.info("Step %d skipped: fp16's loss scale is now %g.", step, self.run.engine.loss_scale)
-        elif math.isfinite(result.loss) or not result.own_loss_is_finite:
-            what = "the loss or a gradient is not finite"
-            logger.warning("Step %d skipped: %s (loss %s). %s", step, what, result.loss, records)
-        elif distributed.is_main():
-            logger.warning("Step %d skipped: the loss of another rank is not finite.", step)
+        else:
+            name_skipped(step, result.loss, own_loss_is_finite=result.own_loss_is_finite, ids=ids)
 
     def _of_step(self, result: StepResult, lr_factor: float) -> dict[str, float]:
         engine = self.run.engine

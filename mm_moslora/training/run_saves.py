@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
-from mm_moslora.training.checkpointing.checkpoint_folder import Saver, folder_name
+from mm_moslora.config import Recipe
+from mm_moslora.tracking import Trackers
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
-from mm_moslora.training.run_logging import RunLog
-from mm_moslora.training.snapshot import Snapshot, snapshot
+from mm_moslora.training.supervision.run_faults import ALERT_LENGTH
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best
 from mm_moslora.utils import distributed
@@ -20,31 +23,76 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
 """Consecutive failed saves before the run stops, since training without checkpoints risks the work."""
-ALERT_LENGTH = 1000
-"""Maximum characters of an alert."""
 
 
-class RunSaves:
+class RunInFolder(Protocol):
+    """What saves need of a run, of whatever trainer."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Resolved."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+
+
+class TakenState(Protocol):
+    """A copy of a run's state in main memory, which later steps do not change."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """See `Saver.start`."""
+
+    @property
+    def size(self) -> int:
+        """See `Saver.start`."""
+
+    def write(self, folder: Path) -> None:
+        """See `Saver.start`."""
+
+
+Taken = TypeVar("Taken", bound=TakenState)
+
+
+class RunSaves(Generic[Taken]):
     """Writes the checkpoints of one session; all ranks call each method together.
 
     Args:
-        log: of the run.
+        run: the run.
         watchdog: gets the phases of a save and their time limits.
+        trackers: get an alert of a failed save.
+        take: copies the run's state; all ranks take part.
         best: names a checkpoint that stays.
         saved_at: step of the newest checkpoint in the run folder; -1: there is none.
+        extra: gets what is logged with the next step.
     """
 
-    def __init__(self, log: RunLog, watchdog: Watchdog, *, best: Best, saved_at: int) -> None:
-        self.run, self.log, self.best, self.saved_at = log.run, log, best, saved_at
-        self.saver, self.tidier = Saver(log.run.folder), Tidier(log.run.folder)
-        self._watchdog, self._failed_in_a_row = watchdog, 0
+    def __init__(
+        self,
+        run: RunInFolder,
+        watchdog: Watchdog,
+        trackers: Trackers,
+        take: Callable[[], Taken],
+        *,
+        best: Best,
+        saved_at: int,
+        extra: dict[str, float],
+    ) -> None:
+        self.run, self.best, self.saved_at, self.extra = run, best, saved_at, extra
+        self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
+        self._watchdog, self._trackers, self._take, self._failed_in_a_row = watchdog, trackers, take, 0
 
-    def start(self) -> Snapshot:
+    def start(self) -> Taken:
         """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
         self._phase()
         self.finish()
         started = time.monotonic()
-        taken = snapshot(self.run)
+        taken = self._take()
         try:
             self.saver.start(taken.manifest, taken.write, size=taken.size)
         except CheckpointError as error:
@@ -53,7 +101,7 @@ class RunSaves:
         self.saved_at = self.run.step
         if not self.run.recipe.train.background_save:
             self.finish()
-        self.log.extra["save_seconds"] = time.monotonic() - started
+        self.extra["save_seconds"] = time.monotonic() - started
         return taken
 
     def finish(self) -> None:
@@ -97,18 +145,21 @@ class RunSaves:
             self.best.write(folder, best)
         self.tidier.start(Retention(last=train.keep_last, every=train.keep_every, best=best))
 
+    def phase(self, what: str, limit_minutes: float) -> None:
+        """Set the next phase of the watchdog; see `Watchdog.phase`."""
+        self._watchdog.phase(what, self.run.step, limit_minutes * 60)
+
     def _phase(self) -> None:
         """Time limit of a save: a background save blocks no longer than a step; waiting for a disk may take longer."""
         train = self.run.recipe.train
         brief = train.background_save and not self.saver.busy
-        minutes = train.step_timeout_minutes if brief else train.timeout_minutes
-        self._watchdog.phase("save", self.run.step, minutes * 60)
+        self.phase("save", train.step_timeout_minutes if brief else train.timeout_minutes)
 
     def _count_failure(self, error: CheckpointError) -> None:
         self._failed_in_a_row += 1
-        self.log.extra["failed_saves"] = self._failed_in_a_row
+        self.extra["failed_saves"] = self._failed_in_a_row
         if self._failed_in_a_row >= MAX_FAILED_SAVES:
             raise CheckpointError(f"{error} The last {self._failed_in_a_row} saves failed; stopped.")
         if distributed.is_main():
             logger.error("%s Training continues.", error)
-        self.log.trackers.alert("Save failed", f"Step {self.run.step}: {error}"[:ALERT_LENGTH])
+        self._trackers.alert("Save failed", f"Step {self.run.step}: {error}"[:ALERT_LENGTH])

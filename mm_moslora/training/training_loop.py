@@ -15,7 +15,6 @@ import torch
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe, require_sft
 from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.launch import heartbeat
 from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
@@ -30,8 +29,10 @@ from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import restore
 from mm_moslora.training.run_logging import RunLog
-from mm_moslora.training.run_saves import ALERT_LENGTH, RunSaves
+from mm_moslora.training.run_saves import RunSaves
+from mm_moslora.training.snapshot import Snapshot, snapshot
 from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
+from mm_moslora.training.supervision.run_faults import SkippedSteps, telling_errors
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.run_summary import note_memory
@@ -40,7 +41,7 @@ from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, Measure, Validator
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.distributed import seed_everything
-from mm_moslora.utils.errors import DivergedError, TrainingError
+from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.hardware import keep_freed_memory, spare_cores
 from mm_moslora.utils.progress_bar import Progress
 
@@ -198,8 +199,15 @@ class _Loop:
         is_own = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
         if is_own and distributed.is_main():
             set_aside_newer(run.folder, run.step)
-        self.saves = RunSaves(self.log, watchdog, best=best, saved_at=run.step if is_own else -1)
-        self.skipped_in_a_row = self.stopped_by = 0
+        self.saves = RunSaves(
+            run, watchdog, trackers, self._taken, best=best, saved_at=run.step if is_own else -1, extra=self.log.extra
+        )
+        self.skipped = SkippedSteps(
+            recipe.train.max_skipped_steps,
+            advice="Lower optim.lr or optim.projector_lr, look at the records named above, or use bf16 instead of "
+            "fp16.",
+        )
+        self.stopped_by = 0
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, early stopping, or a signal."""
@@ -217,37 +225,38 @@ class _Loop:
         config = run.recipe.to_dict() | {"run": self.log.metadata()}
         trackers.start(config, run.folder, resume_step=None if self.resumed_from is None else run.step)
         try:
-            self._phase("rehearsal")
-            if self.resumed_from is None and run.recipe.train.rehearsal:
-                rehearse(run, self.saves.saver)
-            if self.resumed_from is None:
-                self._phase("measuring the model before the first step")
-                self.forgetting.measure_start(tokens=self.loader.tokens_per_step * self.total)
-            # No rank stores signals while another rank can still be ended by them and would be waited for.
-            distributed.barrier()
-            with self.stop:  # until the last save, so that a signal does not lose trained steps
-                self._train(stop_at)
-                # Saved first and measured then, so that an error in measuring does not lose the run.
-                folder = self.saves.finish_last()
-                if self._over and run.counters.get(FINISHED_AT) != run.step:
-                    self._measure_end(folder)
-                self.log.write_summary()
-                self.saves.tidier.wait()
-            if self._over and not self.validator.cut_short and distributed.is_main() and (folder / "adapter").is_dir():
-                trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
+            with telling_errors(trackers, self._phase, lambda: run.step):
+                folder = self._go(stop_at)
             ending = "finished" if self._over and not self.validator.cut_short else "stopped"
         except KeyboardInterrupt:
-            self._phase(heartbeat.FAILING)
             ending = "stopped"
-            raise
-        except Exception as error:
-            self._phase(heartbeat.FAILING)
-            title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
-            trackers.alert(title, f"Step {run.step}: {error}"[:ALERT_LENGTH])
             raise
         finally:
             trackers.finish(ending=ending)
         return self._result(folder)
+
+    def _go(self, stop_at: int | None) -> Path:
+        """Train, save and measure the end; returns the last checkpoint."""
+        run, trackers = self.run, self.log.trackers
+        self._phase("rehearsal")
+        if self.resumed_from is None and run.recipe.train.rehearsal:
+            rehearse(run, self.saves.saver)
+        if self.resumed_from is None:
+            self._phase("measuring the model before the first step")
+            self.forgetting.measure_start(tokens=self.loader.tokens_per_step * self.total)
+        # No rank stores signals while another rank can still be ended by them and would be waited for.
+        distributed.barrier()
+        with self.stop:  # until the last save, so that a signal does not lose trained steps
+            self._train(stop_at)
+            # Saved first and measured then, so that an error in measuring does not lose the run.
+            folder = self.saves.finish_last()
+            if self._over and run.counters.get(FINISHED_AT) != run.step:
+                self._measure_end(folder)
+            self.log.write_summary()
+            self.saves.tidier.wait()
+        if self._over and not self.validator.cut_short and distributed.is_main() and (folder / "adapter").is_dir():
+            trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
+        return folder
 
     def _train(self, stop_at: int | None) -> None:
         """Take steps until the run is over or asked to stop."""
@@ -298,7 +307,7 @@ class _Loop:
         # tells why; the images checked before anything can be saved.
         self._count(result, seconds)
         self.log.step(result, micro_batches, lr_factor=factor, seconds=seconds, data_seconds=data_seconds)
-        self._give_up_if_diverged()
+        self.skipped.give_up(run.step)
         if result.images and not self.image_check.done:
             self._phase("image check")
             self.image_check(micro_batches, result)
@@ -313,18 +322,8 @@ class _Loop:
         }  # fmt: skip
         for name, value in added.items():
             counters[name] = counters.get(name, 0) + value
-        if result.applied:
-            self.skipped_in_a_row = 0
-        elif not result.rescaling:
-            self.skipped_in_a_row += 1
-
-    def _give_up_if_diverged(self) -> None:
-        if self.skipped_in_a_row >= self.run.recipe.train.max_skipped_steps:
-            raise DivergedError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
-                f"{self.run.step}. Earlier checkpoints are untouched. Lower optim.lr or optim.projector_lr, look at "
-                "the records named above, or use bf16 instead of fp16."
-            )
+        if not result.rescaling:
+            self.skipped.count(applied=result.applied)
 
     def _periodically(self) -> None:
         """Validate and save where they are due; the last step is saved and measured after the loop."""
@@ -363,6 +362,9 @@ class _Loop:
         note_memory(run.counters)
         if distributed.is_main():
             amend(last, run.counters)
+
+    def _taken(self) -> Snapshot:
+        return snapshot(self.run)
 
     @property
     def _over(self) -> bool:

@@ -153,7 +153,7 @@ def step_of(kind: str, name: str, vocabulary: int, folder: Path) -> Callable[[],
         recipe=recipe, folder=folder, precision="fp32", assembly=parts, records=records, held_out=None, rows=rows,
         rows_per_epoch=1,
     )  # fmt: skip
-    trainer = PairTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    trainer = PairTrainer(run, None)  # type: ignore[arg-type]
     torch.manual_seed(2)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B.default" in parameter_name:  # so that the adapter has an effect

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,40 @@ def train(*arguments: str) -> int:
             if not path.endswith(".py"):
                 train_preferences(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
     return 0
+
+
+def break_steps(fault: str, steps: set[int], set_attribute: Callable[..., None] = setattr) -> None:
+    """In these steps of a run a `loss` or `gradient` is not finite, a `save` finds a full disk, or a signal comes."""
+    import torch
+
+    from mm_moslora.preferences.trl_trainers import RunTrainer, TakenPreferences
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Any) -> Any:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient * float("nan")
+
+    def compute_loss(self: Any, *args: Any, **options: Any) -> Any:
+        loss = super(RunTrainer, self).compute_loss(*args, **options)
+        if self.state.global_step + 1 not in steps or not self.model.training or fault == "save":
+            return loss
+        if fault == "loss":
+            return loss * float("nan")
+        if fault == "gradient":
+            return Poison.apply(loss)
+        signal.raise_signal(getattr(signal, fault))
+        return loss
+
+    real = TakenPreferences.write
+
+    def write(self: Any, folder: Path) -> None:
+        if self.manifest.step in steps and fault == "save":
+            raise OSError(28, "No space left on device")
+        real(self, folder)
+
+    set_attribute(RunTrainer, "compute_loss", compute_loss)
+    set_attribute(TakenPreferences, "write", write)

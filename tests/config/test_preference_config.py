@@ -52,6 +52,8 @@ def read(model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
         ({"model": {"language_mode": "full"}}, "model.language_mode is full: the reference"),
         ({"model": {"projector": {"mode": "full"}}}, "the projector trains.*model.projector.mode"),
         ({"model": {"vision": {"mode": "full"}}}, "model.vision.mode is full"),
+        ({"train": {"rehearsal": False}}, "train.rehearsal is set, which objective: dpo does not follow"),
+        ({"track": {"mixers_every": 2}}, "track.mixers_every is set, which objective: dpo does not follow"),
         ({"model": {"kernels": "triton"}}, "model.kernels is set, which objective: dpo does not follow"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout is set"),
         ({"adapter": {"rank": 4, "peft": {"type": "LORA"}}}, "adapter.peft is set"),

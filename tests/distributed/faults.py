@@ -235,3 +235,12 @@ def late(who: str, folder: str, *words: str) -> int:
     code = cli.run(list(words))
     print(f"late {len(seen)} times")
     return code
+
+
+def preferring(fault: str, rank: str, steps: str, *recipes: str) -> int:
+    """Ranks learn from preferences; in some steps (`2,3`) one has numbers that are not finite, a full disk, or dies."""
+    from pairs import break_steps, train
+
+    if distributed.rank() == int(rank):
+        break_steps(fault, {int(step) for step in steps.split(",")})
+    return train(*recipes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 import yaml
 from pairs import logged, make_pairs, make_questions, make_recipe, train
 from safetensors.torch import load_file
+from waiting import wait_until
 
+from mm_moslora.reporting.run_status import read_state
+from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import shipped_folder
 
@@ -85,3 +90,60 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
     whole, straight, cut = (load_file(tmp_path / name / adapter) for name in ("whole", "straight", "cut"))
     torch.testing.assert_close(whole, straight, rtol=1e-2, atol=5e-4)  # of a tenth of a step
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def faulty(parts: dict[str, Path], folder: Path, zero: str = "auto", **train: Any) -> str:
+    """A recipe of four steps with pairs; gives its file."""
+    pairs = make_pairs(folder.parent / "pairs", pictures=False)
+    section = {"steps": 4, "zero": zero, "save_every": 1, "keep_last": 0, "timeout_minutes": 5} | train
+    recipe = make_recipe(folder, pairs, {"language": str(parts["language"])}, train=section)
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    return str(file)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(
+    fault: str, parts: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    stages = ("auto", "zero1", "zero2", "zero3")
+    group = ranks.run(["faults:preferring", fault, "1", "2", *(faulty(parts, tmp_path / z, z) for z in stages)])
+    assert group.output(1).count("Step 2 skipped: the loss or a gradient is not finite") == len(stages)
+    assert "Records of rank 1: p" in group.output(1)
+    assert group.output(0).count("Step 2 skipped: the loss of another rank") == (fault == "loss") * len(stages)
+    for zero in stages:
+        assert logged(tmp_path / zero, "skipped_steps") == [0, 1, 1, 1]
+        losses = logged(tmp_path / zero)
+        assert losses[2:] == pytest.approx(logged(tmp_path / "auto")[2:], rel=1e-4)
+        assert losses[1] is None
+
+
+def test_a_save_that_fails_on_one_rank_loses_that_checkpoint_only(
+    parts: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    for zero in ("auto", "zero2"):
+        group = ranks.run(["faults:preferring", "save", "0", "2", faulty(parts, tmp_path / zero, zero)])
+        assert "Training continues" in group.output(0)
+        saved = sorted(path.name for path in (tmp_path / zero).glob("checkpoint-*"))
+        assert saved == ["checkpoint-000001", "checkpoint-000003", "checkpoint-000004"]
+
+
+def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on_exactly(
+    parts: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    straight = faulty(parts, tmp_path / "straight")
+    for fault, code in (("SIGKILL", 1), ("SIGSTOP", watchdog.EXIT_HANG)):
+        recipe = faulty(parts, tmp_path / fault, step_timeout_minutes=0.1)
+        group = ranks.start(["faults:preferring", fault, "1", "3", recipe])
+        if fault == "SIGSTOP":
+            wait_until(lambda: "No progress for" in group.output(0), lambda: group.outputs)  # noqa: B023
+            os.kill(group.pids[1], signal.SIGKILL)
+        ranks.finish(group)
+        assert group.codes == [code, -signal.SIGKILL], group.outputs
+        state = read_state(tmp_path / fault)
+        assert (state.name, state.ranks) == ("failed", (1,)), group.outputs
+        assert f"rank 1 (process {group.pids[1]} on" in str(state.reason)
+    assert (tmp_path / "SIGSTOP" / "stacks" / "rank-00000.txt").stat().st_size > 0
+    ranks.run(["pairs:train", straight, *(str(tmp_path / f"{fault}.yaml") for fault in ("SIGKILL", "SIGSTOP"))])
+    for fault in ("SIGKILL", "SIGSTOP"):
+        assert logged(tmp_path / fault) == logged(tmp_path / "straight")

@@ -72,9 +72,9 @@ def test_log_probabilities_of_answers(objective: str, model: Any, picture_pairs:
     run = prepare(recipe_of(tmp_path, pairs, model, objective=objective[:3], data=data))
     config = dict(vars(run.assembly.model.config.get_text_config()))
     if objective == "kto":
-        trainer: Any = JudgedTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+        trainer: Any = JudgedTrainer(run, None)  # type: ignore[arg-type]
     else:
-        trainer = PairTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+        trainer = PairTrainer(run, None)  # type: ignore[arg-type]
         trainer.mean_sizes = torch.ones(2)
     assert dict(vars(run.assembly.model.config.get_text_config())) == config
     items = [run.records.item(number) for number in range(6)]
@@ -96,7 +96,7 @@ def test_log_probabilities_of_drawn_answers(model: Any, picture_pairs: Path, tmp
     grpo = {"generations": 4, "max_new_tokens": 4, "temperature": 0.5}
     run = prepare(recipe_of(tmp_path, make_questions(picture_pairs), model, objective="grpo", grpo=grpo))
     config = dict(vars(run.assembly.model.config.get_text_config()))
-    trainer = RewardTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    trainer = RewardTrainer(run, None)  # type: ignore[arg-type]
     assert dict(vars(run.assembly.model.config.get_text_config())) == config
     question = run.records.item(0)
     trainer.shown, trainer.questions = [0], {0: question}

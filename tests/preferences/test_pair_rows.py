@@ -85,7 +85,7 @@ def losses_and_gradients(recipe: Recipe, batches: list[list[int]]) -> tuple[list
     from mm_moslora.preferences.trl_trainers import PairTrainer
 
     run = prepare(recipe)
-    trainer = PairTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    trainer = PairTrainer(run, None)  # type: ignore[arg-type]
     with_effect(run)
     run.peft_model.train()
     losses = []
@@ -129,7 +129,7 @@ def test_a_picture_is_encoded_once_for_both_answers(model: dict[str, Any], mixed
     from mm_moslora.preferences.trl_trainers import PairTrainer
 
     run = prepare(make_recipe(tmp_path / "run", mixed_pairs, model, data=PACKED))
-    trainer = PairTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    trainer = PairTrainer(run, None)  # type: ignore[arg-type]
     inner: Any = run.assembly.model.model
     seen: list[int] = []
     tower = inner.vision_tower if hasattr(inner, "vision_tower") else inner.visual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pairs import logged, make_recipe, plain_recipe
+from pairs import break_steps, logged, make_questions, make_recipe, plain_recipe
 from safetensors.torch import load_file
 from tiny import make_experts
 from vlms import make_vlm
@@ -425,12 +426,61 @@ def test_pairs_that_do_not_fit_are_left_out_or_named(language_folder: Path, text
     train_preferences(make_recipe(tmp_path / "b", file, model, train={"steps": 1}, data={"too_long": "drop"}))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
+def test_a_loss_that_stays_not_finite_ends_the_run(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
-        tmp_path / "run", text_pairs, {"language": str(language_folder)}, optim={"lr": 1e30, "max_grad_norm": 0.0}
-    )
-    with pytest.raises(DivergedError, match=r"loss of step \d is"):
+        tmp_path / "run", text_pairs, {"language": str(language_folder)}, optim={"lr": 1e30, "max_grad_norm": 0.0},
+        train={"max_skipped_steps": 2, "save_every": 1, "log_every": 10},
+    )  # fmt: skip
+    with pytest.raises(DivergedError, match=r"2 steps in a row .* not finite; stopped at step 3"):
         train_preferences(recipe)
+    assert "2 steps in a row" in str(read_json(tmp_path / "run" / "state.json")["reason"])
+    assert logged(tmp_path / "run", "skipped_steps") == [2]
+    assert "Diverged" in (tmp_path / "run" / "alerts.jsonl").read_text()
+    assert load(tmp_path / "run").model is not None
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "grpo"])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_records_are_named(
+    fault: str,
+    objective: str,
+    language_folder: Path,
+    text_pairs: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    break_steps(fault, {2}, monkeypatch.setattr)
+    records = make_questions(text_pairs) if objective == "grpo" else text_pairs
+    grpo = {"grpo": {"generations": 2, "max_new_tokens": 3}} if objective == "grpo" else {}
+    for every in (1, 4):
+        recipe = make_recipe(
+            tmp_path / str(every), records, {"language": str(language_folder)}, objective=objective, **grpo,
+            train={"steps": 4, "log_every": every}, optim={"schedule": "linear"},
+        )  # fmt: skip
+        train_preferences(recipe)
+    losses, rates = logged(tmp_path / "1"), logged(tmp_path / "1", "learning_rate")
+    assert [loss is None for loss in losses] == [False, True, False, False]
+    assert logged(tmp_path / "4") == pytest.approx([(losses[0] + losses[2] + losses[3]) / 3])
+    assert logged(tmp_path / "1", "skipped_steps") == [0, 1, 1, 1]
+    assert rates[1] == rates[2] > rates[3]
+    assert re.search(r"Step 2 skipped: .*Records of rank 0: p\d", caplog.text)
+    assert load(tmp_path / "1").model is not None
+
+
+def test_saves_that_fail_lose_their_checkpoints_only_and_three_end_the_run(
+    language_folder: Path, text_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"language": str(language_folder)}
+    break_steps("save", {2, 4}, monkeypatch.setattr)
+    for background in (True, False):
+        train = {"save_every": 2, "keep_last": 0, "background_save": background}
+        result = train_preferences(make_recipe(tmp_path / f"some {background}", text_pairs, model, train=train))
+        assert result.finished
+        assert [path.name for path in result.checkpoint.parent.glob("checkpoint-*")] == ["checkpoint-000006"]
+    break_steps("save", {1, 2, 3}, monkeypatch.setattr)
+    with pytest.raises(CheckpointError, match="The last 3 saves failed; stopped"):
+        train_preferences(make_recipe(tmp_path / "all", text_pairs, model, train={"save_every": 1}))
 
 
 def test_progress_shows_no_loss_before_one_is_logged(

@@ -100,7 +100,7 @@ def test_answers_and_their_probabilities_are_those_of_each_question_alone(
         grpo={**ANSWERS, "temperature": 1e-4}, train={"global_batch": 48, "micro_batch": 16},
     )  # fmt: skip
     run = prepare(recipe)
-    trainer = RewardTrainer(run, saver=None, tidier=None)  # type: ignore[arg-type]
+    trainer = RewardTrainer(run, None)  # type: ignore[arg-type]
     trainer.shown = [1, 11, 3]
     trainer.questions = {number: run.records.item(number) for number in trainer.shown}
     rolled = trainer._roll_out([""] * 3, trainer)

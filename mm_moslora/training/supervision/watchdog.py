@@ -344,13 +344,16 @@ def _blocking_line(phase: str) -> str:
     """Function and line of the main thread; empty when it waits for other ranks.
 
     On a GPU, collectives are queued and the host continues until it reads a value. Within a step, the position of the
-    main thread is therefore not informative.
+    main thread is therefore not informative. Nor is it within autograd's own code: torch's data-parallel wrapper waits
+    there.
     """
     if phase == "step" and distributed.device().type == "cuda":
         return ""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = traceback.extract_stack(frame)
     waits = ("torch/distributed/", "deepspeed/comm/", "mm_moslora/utils/distributed.py")
-    if not stack or any(part in entry.filename.replace(os.sep, "/") for entry in stack for part in waits):
+    if not stack or stack[-1].filename.endswith("torch/autograd/graph.py"):
+        return ""
+    if any(part in entry.filename.replace(os.sep, "/") for entry in stack for part in waits):
         return ""
     return f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"

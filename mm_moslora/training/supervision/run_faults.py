@@ -1,0 +1,94 @@
+"""Faults of a running run, of whatever trainer: steps that are skipped, and errors that end it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from mm_moslora.launch import heartbeat
+from mm_moslora.tracking import Trackers
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import DivergedError
+
+logger = logging.getLogger(__name__)
+
+ALERT_LENGTH = 1000
+"""Maximum characters of an alert."""
+
+
+class SkippedSteps:
+    """Counts the steps in a row that were skipped because a loss or a gradient is not finite.
+
+    Args:
+        limit: `train.max_skipped_steps`.
+        advice: what to do where there are too many; sentences.
+    """
+
+    def __init__(self, limit: int, *, advice: str) -> None:
+        self.limit, self.advice, self.in_a_row = limit, advice, 0
+
+    def count(self, *, applied: bool) -> None:
+        """Count a step."""
+        self.in_a_row = 0 if applied else self.in_a_row + 1
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run has diverged."""
+        return self.in_a_row >= self.limit
+
+    def give_up(self, step: int) -> None:
+        """End a run that has diverged.
+
+        Raises:
+            DivergedError: there are too many.
+        """
+        if self.too_many:
+            raise DivergedError(
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step {step}. "
+                f"Earlier checkpoints are untouched. {self.advice}"
+            )
+
+
+def name_skipped(step: int, loss: float, *, own_loss_is_finite: bool, ids: Sequence[str]) -> None:
+    """Warn of a skipped step, and name this rank's records where they may be the reason.
+
+    Args:
+        step: its number.
+        loss: over all ranks.
+        own_loss_is_finite: of this rank.
+        ids: this rank's records.
+    """
+    if math.isfinite(loss) or not own_loss_is_finite:
+        logger.warning(
+            "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", step, loss, records_of_rank(ids)
+        )
+    elif distributed.is_main():
+        logger.warning("Step %d skipped: the loss of another rank is not finite.", step)
+
+
+def records_of_rank(ids: Sequence[str]) -> str:
+    """The first of this rank's records, for messages."""
+    return f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
+
+
+@contextmanager
+def telling_errors(trackers: Trackers, phase: Callable[[str], None], step: Callable[[], int]) -> Iterator[None]:
+    """A run: its other ranks and whoever watches its trackers learn of an error that ends it.
+
+    Args:
+        trackers: get an alert.
+        phase: sets the phase of the rank's heartbeat.
+        step: optimiser steps so far.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        phase(heartbeat.FAILING)
+        raise
+    except Exception as error:
+        phase(heartbeat.FAILING)
+        title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
+        trackers.alert(title, f"Step {step()}: {error}"[:ALERT_LENGTH])
+        raise
