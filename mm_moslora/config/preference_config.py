@@ -176,7 +176,15 @@ def refuse_unfit(
     Raises:
         ConfigError: names the key and what to do.
     """
-    sections = {"model": model, "adapter": adapter, "data": data, "optim": optim, "train": train, "validate": validate, "track": track}
+    sections = {
+        "model": model,
+        "adapter": adapter,
+        "data": data,
+        "optim": optim,
+        "train": train,
+        "validate": validate,
+        "track": track,
+    }
     changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
     changed += ["data.pack_tokens"] if data.pack_tokens and objective != "dpo" else []
     changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
