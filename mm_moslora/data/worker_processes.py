@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from mm_moslora.launch.child_processes import fork_context, forked_pool
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.hardware import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,8 +25,7 @@ _work: Callable[[Any], Any] | None = None  # forked processes inherit it, so it 
 
 def usable_processes() -> int:
     """Processors that this process may use, 16 at most."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, count))
+    return min(16, usable_cores())
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:

@@ -1,6 +1,6 @@
 """The door to child processes: what this project starts passes here, and so do the signals that it forwards.
 
-`tests/launch/test_child_processes.py` finds any other way. What holds for all children:
+`tests/packaging/test_doors.py` refuses any other way. What holds for all children:
 
 - A command is a list of words, never a line for a shell.
 - A Python starts with `-P` and passes `PYTHONSAFEPATH=1` on, so that files of the working folder (`regex.py`,

@@ -26,7 +26,7 @@ from mm_moslora.config import Recipe, needs
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.utils.errors import MoSLoRAError
-from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks
+from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks, usable_cores
 from mm_moslora.utils.package_requirements import (
     declared,
     declared_anywhere,
@@ -298,7 +298,7 @@ def _memory() -> Iterator[Diagnosis]:
 
 
 def _threads() -> Iterator[Diagnosis]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
     detail = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"

@@ -1,7 +1,7 @@
 """Writing, copying, replacing and deleting files. No other module deletes, overwrites or copies files of a run.
 
 A folder is emptied or replaced only if it bears this project's mark, and a file only if this project wrote it.
-`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`, or writes where
+`tests/packaging/test_doors.py` lists modules that may call `unlink`, `rename`, `replace` or `rmtree`, or write where
 somebody's link may stand.
 """
 

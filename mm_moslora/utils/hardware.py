@@ -39,12 +39,17 @@ def available_memory() -> int:
     return min(limits, default=0)
 
 
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def spare_cores(ranks: int) -> int:
     """Processes, 8 at most, that may prepare data for one of the ranks of this machine; two cores stay with the rank.
 
     0 where the shared memory, through which they send pictures, is small, as in a container by default (64 MiB).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     return max(0, min(8, cores // max(1, ranks) - 2)) if free >= 2**30 * ranks else 0
 

@@ -1,8 +1,7 @@
-"""Child processes: one module starts them, and nothing of the working folder runs in them."""
+"""Child processes: nothing of the working folder runs in them."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shlex
@@ -17,100 +16,6 @@ from mm_moslora.launch.child_processes import child_environment, output_of, pyth
 from mm_moslora.tracking.run_environment import git_state
 
 CHECKOUT = Path(__file__).parents[2]
-DOOR = CHECKOUT / "mm_moslora" / "launch" / "child_processes.py"
-MODULES = {
-    "subprocess", "multiprocessing", "pty", "torch.multiprocessing", "billiard", "pexpect", "webbrowser", "joblib",
-    "torch.utils.cpp_extension", "ctypes.util", "tqdm.contrib.concurrent",
-}  # fmt: skip
-NAMES = {
-    "ProcessPoolExecutor", "Popen", "create_subprocess_exec", "create_subprocess_shell", "multiprocessing",
-    "process_map", "cpp_extension", "find_library", "StatefulDataLoader",
-}  # fmt: skip
-OF_OS = ("exec", "spawn", "posix_spawn", "fork", "system", "popen", "startfile")
-
-
-def _ways(source: str) -> list[int]:
-    """Lines that start a process, or import what does."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import(names=names):
-                bad = any(
-                    name.name in MODULES or name.name.split(".")[0] in MODULES or (name.name == "os" and name.asname)
-                    for name in names
-                )
-            case ast.ImportFrom(module=module, names=names):
-                from_os = module == "os" and any(name.name.startswith(OF_OS) for name in names)
-                whole = (module or "").split(".")[0] in MODULES or module in MODULES
-                renamed = any(name.name == "DataLoader" and name.asname for name in names)
-                bad = whole or from_os or renamed or any(name.name in NAMES | MODULES for name in names)
-            case ast.Attribute(value=ast.Name(id="os" | "posix"), attr=name):
-                bad = name.startswith(OF_OS)
-            case ast.Attribute(attr=name):
-                bad = name in NAMES
-            case ast.Name(id="StatefulDataLoader"):
-                bad = True
-            case ast.Call(func=ast.Name(id="DataLoader") | ast.Attribute(attr="DataLoader"), args=args, keywords=words):
-                given = {word.arg: word.value for word in words}
-                context = given.get("multiprocessing_context")
-                door = isinstance(context, ast.Call) and getattr(context.func, "id", "") == "fork_context"
-                bad = (not door and not {"num_workers", None}.isdisjoint(given)) or len(args) > 5
-            case ast.keyword(arg="shell" | "num_proc") | ast.Constant(value="num_proc"):
-                bad = True
-            case _:
-                bad = False
-        if bad:
-            found.append(node.lineno)
-    return found
-
-
-def test_only_the_door_starts_processes() -> None:
-    files = [path for folder in ("mm_moslora", "eval/mm_moslora_eval") for path in (CHECKOUT / folder).rglob("*.py")]
-    assert len(files) > 300
-    places = [
-        f"{path.relative_to(CHECKOUT)}:{line}"
-        for path in files
-        if path != DOOR
-        for line in _ways(path.read_text("utf-8"))
-    ]
-    assert places == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import subprocess as s",
-        "from subprocess import run",
-        "import multiprocessing.pool",
-        "import torch.multiprocessing",
-        "from concurrent.futures import ProcessPoolExecutor",
-        "os.execvp(a, b)",
-        "os.system(a)",
-        "os.posix_spawn(a, b, c)",
-        "from os import fork",
-        "futures.ProcessPoolExecutor(2)",
-        "asyncio.create_subprocess_exec(a)",
-        "psutil.Popen(a)",
-        "DataLoader(data, num_workers=2)",
-        "data.map(f, num_proc=4)",
-        "from torch import multiprocessing",
-        "torch.multiprocessing.spawn(f, nprocs=4)",
-        "DataLoader(data, **options)",
-        "DataLoader(data, 4, False, None, None, 2)",
-        "from torch.utils.data import DataLoader as Loader",
-        "StatefulDataLoader(data, num_workers=2)",
-        "data.map(f, **{'num_proc': 4})",
-        "import os as system",
-        "import webbrowser",
-        "torch.utils.cpp_extension.load(a, b)",
-        "from ctypes.util import find_library",
-        "ctypes.util.find_library(a)",
-        "from tqdm.contrib.concurrent import process_map",
-        "import joblib",
-    ],
-)
-def test_the_search_finds_other_ways(line: str) -> None:
-    assert _ways(line) == [1]
 
 
 def test_the_shell_scripts_start_safe_pythons() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,69 +164,6 @@ def test_known_keys_are_taken_from_more() -> None:
     assert build_known(_Row, {"name": "a", "score": 1, "new": {}, "count": None}, source="") == _Row("a", 1.0)
     with pytest.raises(ConfigError, match="unknown key 'new'"):
         build_strictly(_Row, {"name": "a", "score": 1, "new": {}}, source="")
-
-
-CHECKOUT = Path(__file__).parents[2]
-DOOR = "mm_moslora/utils/untrusted_data.py"
-PARSERS = {
-    "json": {"load", "loads", "JSONDecoder"}, "tomllib": {"load", "loads"}, "pickle": {"load", "loads"},
-    "yaml": {"load", "load_all", "safe_load", "safe_load_all", "full_load", "unsafe_load", "compose", "parse"},
-    "": {"raw_decode", "literal_eval"},
-}  # fmt: skip
-ALLOWED = {
-    "mm_moslora/training/checkpointing/checkpoint_folder.py:to_json": "text that the same line wrote",
-    "mm_moslora/utils/package_requirements.py:_all": "the pyproject.toml of this package",
-    "mm_moslora/data/sources/json_scan.py:__init__": "finds where values end; `parse_json` reads them",
-    "mm_moslora/data/sources/json_scan.py:value": "finds where values end; `parse_json` reads them",
-}
-
-
-def parsers(path: Path) -> list[str]:
-    """Calls of a module that parse a text, by the function they stand in."""
-    found = []
-
-    def walk(node: ast.AST, function: str) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            function = node.name
-        if isinstance(node, ast.Attribute | ast.ImportFrom | ast.Call) and _parses(node):
-            found.append(f"{path.relative_to(CHECKOUT)}:{function}")
-        for child in ast.iter_child_nodes(node):
-            walk(child, function)
-
-    walk(ast.parse(path.read_text()), "")
-    return found
-
-
-def _parses(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call):  # of a reply
-        return isinstance(node.func, ast.Attribute) and node.func.attr == "json"
-    if isinstance(node, ast.ImportFrom):
-        return any(name.name in PARSERS.get(node.module or "-", ()) for name in node.names)
-    if not isinstance(node, ast.Attribute):
-        return False
-    owner = node.value.id if isinstance(node.value, ast.Name) else "-"
-    return node.attr in PARSERS[""] or node.attr in PARSERS.get(owner, ())
-
-
-@pytest.mark.parametrize(
-    ("code", "parses"),
-    [
-        ("json.loads(t)", True), ("json.load(f)", True), ("from json import loads", True), ("map(json.loads, t)", True),
-        ("yaml.load(t, Loader=L)", True), ("yaml.safe_load(t)", True), ("tomllib.load(f)", True),
-        ("d.raw_decode(t)", True), ("reply.json()", True), ("json.dumps(t)", False), ("yaml.safe_dump(t)", False),
-        ("torch.load(f)", False), ("from json import dumps", False),
-    ],
-)  # fmt: skip
-def test_parsers_are_recognised(code: str, parses: bool) -> None:
-    assert any(_parses(node) for node in ast.walk(ast.parse(code))) is parses
-
-
-def test_no_other_module_parses_what_it_did_not_write() -> None:
-    packages = (CHECKOUT / "mm_moslora", CHECKOUT / "eval" / "mm_moslora_eval")
-    modules = [path for package in packages for path in package.rglob("*.py")]
-    found = {place for path in modules for place in parsers(path) if str(path.relative_to(CHECKOUT)) != DOOR}
-    assert sorted(found - ALLOWED.keys()) == [], f"read JSON, YAML and TOML through {DOOR}"
-    assert sorted(ALLOWED.keys() - found) == [], "these parse nothing any more: take them off the list"
 
 
 def test_what_python_writes_is_read_back() -> None:
