@@ -124,9 +124,6 @@ class VlmFamily:
     """Whether the processor does not tile pictures that come together."""
     adds_text: bool = False
     """Whether the processor puts tokens behind a picture that belong to the question: BOS and a line break."""
-    one_by_one: bool = False
-    """Whether pictures are encoded one by one: several in a call would be taken for others. A processor that joins
-    pictures shows it."""
     prefix: bool = False
     """Whether all before the first answer sees each other; types of tokens then mark the answer and not pictures."""
     host_inputs: tuple[str, ...] = ()
@@ -159,7 +156,6 @@ VLMS = {
         boxes="qwen3_vl",
     ),
     "paligemma": VlmFamily(processor="PaliGemmaProcessor", adds_text=True, prefix=True),
-    "molmo2": VlmFamily(processor="Molmo2Processor", one_by_one=True),  # image_token_pooling counts over all pictures
     "fuyu": VlmFamily(tower="model.vision_embed_tokens", projectors=()),
 }  # fmt: skip
 
@@ -172,11 +168,7 @@ PROJECTOR_ITSELF = re.compile(rf"(^|\.)({_PROJECTORS})$")
 """Finds projectors by their paths."""
 PROJECTOR = re.compile(rf"(^|\.)({_PROJECTORS}|image_newline)(\.|$)")
 """Finds what belongs to a projector, the newline embedding behind rows of patches included."""
-PICTURE_TOKENS = "picture_tokens"
-"""An image input that no model takes, ``[N, tokens]``: what processors mark as a picture's besides the image token."""
-PICTURE_SHAPES = "picture_shapes"
-"""Another one, ``[N, tensors, dimensions]``: the shapes of tensors that a batch holds flat."""
-HOST_INPUTS = frozenset({PICTURE_TOKENS, PICTURE_SHAPES}.union(*(family.host_inputs for family in VLMS.values())))
+HOST_INPUTS = frozenset().union(*(family.host_inputs for family in VLMS.values()))
 """Image inputs that models read as numbers and do nothing else with: they stay in main memory."""
 READ_INPUTS = HOST_INPUTS.union(*(family.read_inputs for family in VLMS.values()))
 """Image inputs that the host reads: from main memory, so that it does not wait for the device."""

@@ -44,8 +44,7 @@ def saved(folder: Path, kind: str, **changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [
-        ("minicpmv4_6", AdapterConfig()),  # recurrences and attention by turns
-        ("molmo2", AdapterConfig()),
+        ("qwen3_5", AdapterConfig()),  # recurrences and attention by turns
         ("gemma4", AdapterConfig()),  # heads of two widths
         ("lfm2_vl", AdapterConfig()),
         ("kimi_k25", ATTENTION),  # its first layer has none
@@ -137,5 +136,5 @@ def test_memory_that_cannot_be_counted_is_one_error(tmp_path: Path, monkeypatch:
         raise NotImplementedError("no kernel for it")
 
     monkeypatch.setattr(activation_memory, "kept_bytes", fails)
-    with pytest.raises(ModelError, match=r"cannot be counted: Molmo2.* \(NotImplementedError: no kernel for it\)"):
-        plan(Recipe(model=saved(tmp_path, "molmo2")), parse_gpus("8xH100"), SIZE)
+    with pytest.raises(ModelError, match=r"cannot be counted: Lfm2.* \(NotImplementedError: no kernel for it\)"):
+        plan(Recipe(model=saved(tmp_path, "lfm2_vl")), parse_gpus("8xH100"), SIZE)

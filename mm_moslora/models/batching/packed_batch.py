@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
-from mm_moslora.models.batching.single_pictures import ENCODED
 from mm_moslora.models.families import vlm_family
 from mm_moslora.models.memory_efficient.decoder_layers import packed_row_hidden
 from mm_moslora.utils.errors import ModelError
+
+ENCODED = "mm_encoder_outputs"
+"""Keyword argument of forward passes: pictures that are already encoded."""
 
 
 def packs(model: PreTrainedModel) -> bool:

@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
-from mm_moslora.models.batching.single_pictures import encoded_one_by_one
-from mm_moslora.models.families import HOST_INPUTS, PICTURE_SHAPES, PICTURE_TOKENS, READ_INPUTS, vlm_family
+from mm_moslora.models.families import HOST_INPUTS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError
 
 
@@ -86,7 +85,7 @@ def padded_inputs(
         device: of the result; None: the model's.
     """
     device = model.device if device is None else device
-    whole = text_inputs(model, rows, picture_tokens=image_inputs.get(PICTURE_TOKENS), left=left)
+    whole = text_inputs(model, rows, left=left)
     if vlm_family(model.config.model_type).prefix:
         starts = torch.tensor([whole["input_ids"].shape[1]] * len(rows) if answers is None else [*answers])[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
@@ -114,14 +113,8 @@ class PaddedCollator:
 
         Raises:
             DataError: no example can be used.
-            ModelError: the model must encode pictures one by one.
         """
         batch = Batch.from_examples(usable(examples))
-        if PICTURE_SHAPES in batch.image_inputs:
-            raise ModelError(
-                f"{type(base_model(self.model)).__name__} must encode pictures one by one, which a collator cannot do. "
-                "Train it with mm-moslora train."
-            )
         rows = list(batch.input_ids.split(batch.segment_lengths))
         inputs = padded_inputs(
             cast(PreTrainedModel, base_model(self.model)),
@@ -135,15 +128,12 @@ class PaddedCollator:
         return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
 
-def text_inputs(
-    model: PreTrainedModel, rows: Sequence[Tensor], *, picture_tokens: Tensor | None = None, left: bool = False
-) -> dict[str, Tensor]:
+def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor], *, left: bool = False) -> dict[str, Tensor]:
     """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
 
     Args:
         model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
-        picture_tokens: see `PICTURE_TOKENS`; None: the image token.
         left: see `padded_inputs`.
     """
     side = "left" if left else "right"
@@ -153,10 +143,9 @@ def text_inputs(
     taken = [name for name in ("mm_token_type_ids", "token_type_ids") if takes(model, name)]
     if not taken:  # also a language model alone, which has no image token
         return inputs
-    of_pictures = torch.tensor(model.config.image_token_id) if picture_tokens is None else picture_tokens.cpu()
-    types = torch.isin(ids, of_pictures).long()
+    types = (ids == model.config.image_token_id).long()
     if (video := getattr(model.config, "video_token_id", None)) is not None:
-        types += 2 * ((ids == video) & (types == 0))  # Molmo 2 has one token for both
+        types += 2 * ((ids == video) & (types == 0))  # some have one token for both
     return inputs | dict.fromkeys(taken, types * mask)
 
 
@@ -188,14 +177,12 @@ def picture_inputs(
     device = model.device if device is None else device
     inputs: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}
     inputs |= image_inputs
-    inputs.pop(PICTURE_TOKENS, None)
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
-    shapes = inputs.pop(PICTURE_SHAPES, None)
     if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
         inputs = {name: value[None] for name, value in inputs.items()}
     dtype = model.dtype
-    inputs = {
+    return {
         name: value
         if name in HOST_INPUTS
         else value.to(
@@ -203,7 +190,6 @@ def picture_inputs(
         )
         for name, value in inputs.items()
     }
-    return inputs if shapes is None else encoded_one_by_one(model, inputs, shapes)
 
 
 def readable(batch: Batch) -> dict[str, Tensor]:

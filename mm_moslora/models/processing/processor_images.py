@@ -10,7 +10,6 @@ Qwen-VL). A small video shows which. For other models a video is several picture
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +24,7 @@ from transformers.video_utils import VideoMetadata
 
 from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
 from mm_moslora.config import BoxFormName
-from mm_moslora.models.batching.single_pictures import flat
-from mm_moslora.models.families import PICTURE_TOKENS, processor_family
+from mm_moslora.models.families import processor_family
 from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.utils.errors import ModelError, reason_of
 
@@ -132,29 +130,33 @@ class ProcessorImageProcessing:
         return np.asarray(tensors["pixel_values"].double())
 
     def _one(self, image: Image.Image) -> ProcessedImage:
+        if self._joins:
+            raise ModelError(
+                f"{type(self.processor).__name__} joins the pictures of a call, so a batch cannot hold those of "
+                "several samples. Choose another model."
+            )
         ids, tensors = self._call([image])
         if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
-        if self._one_by_one:
-            tensors = flat(tensors)
         if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
 
     @functools.cached_property
-    def _one_by_one(self) -> bool:
-        """Whether pictures must be encoded one by one: also where the processor joins two of them to one tensor."""
-        if self._family.one_by_one or self._family.one_image_list:
-            return self._family.one_by_one
+    def _joins(self) -> bool:
+        """Whether two pictures become one tensor, or places that count over both."""
+        if self._family.one_image_list:
+            return False
         pictures = [Image.new("RGB", size) for size in _PROBED]
         try:
-            apart, together = (
-                [len(self._call(call)[1]["pixel_values"]) for call in calls]
-                for calls in ([[picture] for picture in pictures], [pictures])
-            )
+            *apart, together = (self._call(call)[1] for call in ([pictures[0]], [pictures[1]], pictures))
+            if len(together["pixel_values"]) < sum(len(tensors["pixel_values"]) for tensors in apart):
+                return True
         except (ModelError, KeyError):  # takes no two pictures, or no pixels
             return False
-        return together[0] < sum(apart)
+        places = [name for name, value in together.items() if not value.is_floating_point()]
+        lists = [(together[name], [tensors[name] for tensors in apart]) for name in places]
+        return any(len(value) == sum(map(len, own)) and not torch.equal(value, torch.cat(own)) for value, own in lists)
 
     def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
         """Several pictures of one sample, for a processor that does not tile them then (LLaVA-OneVision)."""
@@ -183,12 +185,7 @@ class ProcessorImageProcessing:
                 "do_resize and the sizes of its preprocessor_config.json with those of the model on the hub."
             ) from error
         tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
-        if self._marked - {self.image_token_id}:
-            tensors[PICTURE_TOKENS] = torch.tensor([sorted(self._marked)] * len(images))
-        ids = output["input_ids"][0].tolist()
-        # Some put the start of a text before it, which a picture is not.
-        start = {self.processor.tokenizer.bos_token_id, self.processor.tokenizer.eos_token_id}
-        return list(itertools.dropwhile(start.__contains__, ids)), tensors
+        return output["input_ids"][0].tolist(), tensors
 
     def _count_tokens(self, width: int, height: int) -> tuple[int, ...] | str:
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
@@ -196,11 +193,6 @@ class ProcessorImageProcessing:
             return self._one(Image.new("RGB", (width, height))).placeholders
         visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
         return (self.image_token_id,) * (visual + self._uncounted)
-
-    @functools.cached_property
-    def _marked(self) -> set[int]:
-        """The tokens whose type the processor gives as that of a picture."""
-        return {number for number in getattr(self.processor, "image_token_ids", ()) or () if number is not None}
 
     @functools.cached_property
     def _uncounted(self) -> int:

@@ -22,7 +22,6 @@ from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs
-from mm_moslora.models.families import PICTURE_SHAPES
 from mm_moslora.models.memory_efficient.loss_head import forward_instead
 from mm_moslora.models.meta_execution import (
     FUSED_ATTENTION,
@@ -254,8 +253,6 @@ def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[]
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
         pixels = tensors.pop("pixel_values")
-        if PICTURE_SHAPES in tensors:  # they are encoded one by one already
-            return lambda: picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         inputs = picture_inputs(model, pixels, tensors, device=torch.device("cpu"))
         return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
     if (spec := bones.image) is not None and not has_own_forward(model):
