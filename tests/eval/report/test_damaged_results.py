@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.report import run_evidence
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-from mm_moslora.utils.errors import EvalError, MoSLoRAError
+from mm_moslora.utils.errors import MoSLoRAError
 from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
 from tests.odd_values import ODD, damaged, places
@@ -63,7 +62,7 @@ def _each(data: Any, number: int) -> Iterator[Any]:
         yield damaged(data, place, ODD[number])
 
 
-@pytest.mark.parametrize("number", range(len(ODD)))
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
 def test_an_odd_value_in_an_entry_hides_no_other_result_and_stops_no_evaluation(
     run: Path, evaluated: tuple[Path, list[TaskResult]], number: int
 ) -> None:
@@ -91,7 +90,7 @@ def test_other_odd_parts_of_the_file_hide_no_result(run: Path, value: Any) -> No
     assert read_results(run) == []
 
 
-@pytest.mark.parametrize("number", range(len(ODD)))
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
 @pytest.mark.parametrize("file", ["samples.jsonl", "documents.jsonl", "task.json", "invocations.jsonl"])
 def test_an_odd_value_beside_the_answers_hides_no_score(run: Path, number: int, file: str) -> None:
     (path,) = run.glob("questions@own/own/*/" + file) if file != "invocations.jsonl" else [run / file]
@@ -102,7 +101,7 @@ def test_an_odd_value_beside_the_answers_hides_no_score(run: Path, number: int, 
         assert page.count("<strong>") == 3
 
 
-@pytest.mark.parametrize("number", range(len(ODD)))
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
 @pytest.mark.parametrize("file", ["answers.jsonl", "*/documents.jsonl", "*/task.json", "*/samples.jsonl"])
 def test_an_odd_value_in_a_view_stops_neither_the_scores_of_others_nor_a_resumed_run(
     run: Path, evaluated: tuple[Path, list[TaskResult]], number: int, file: str
@@ -125,32 +124,3 @@ def test_an_odd_value_in_a_view_stops_neither_the_scores_of_others_nor_a_resumed
             path.write_text("\n".join([json.dumps(odd), *lines[1:], ""]))
         again = evaluated_again(run, data=evaluated[0].parent / "data" / "questions.jsonl")
         assert [(result.mode, result.n) for result in again] == [("own", 4), ("wrong", 4), ("majority", 4)]
-
-
-@pytest.mark.parametrize("key", ["key", "text", "tokens", "finish_reason", "options", "error"])
-def test_an_answer_without_a_part_is_asked_again(run: Path, evaluated: tuple[Path, list[TaskResult]], key: str) -> None:
-    path = run / "questions@own" / "own" / "answers.jsonl"
-    first, *others = path.read_text().splitlines()
-    less = json.loads(first)
-    del less[key]
-    path.write_text("\n".join([json.dumps(less), *others, ""]))
-    with pytest.raises(EvalError, match="1 of 4 documents have no answer yet"):
-        eval_commands.score(run)
-    again = evaluated_again(run, data=evaluated[0].parent / "data" / "questions.jsonl")
-    assert [result.score for result in again] == [result.score for result in evaluated[1]]
-
-
-@pytest.mark.parametrize("value", ODD)
-@pytest.mark.parametrize("key", ["name", "task", "subject", "model", "metric", "n", "failed"])
-def test_scores_join_those_of_a_run_with_an_odd_row(tmp_path: Path, key: str, value: Any) -> None:
-    row = {"name": "tuned", "label": "", "task": "t", "subject": "s", "n": 3, "model": "a", "failed": 0,
-           "metric": "t", "mean": 0.5, "protocol": "own", "selection": "all"}  # fmt: skip
-    path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps([row | {key: value}, row | {"task": "u", "metric": "u", "subject": "v"}, value]))
-    known = run_evidence._stored_rows(path)
-    rows = run_evidence._better([row | {"mean": 0.75}], known)
-    run_evidence._name_metrics(rows, known)
-    run_evidence._merge(path, known, rows)
-    kept = [(item.get("task"), item.get("mean")) for item in json.loads(path.read_text())]
-    assert ("u", 0.5) in kept
-    assert ("t", 0.75) in kept or (key, value) == ("failed", -1)

@@ -15,7 +15,6 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import Hasher
 
 from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
-from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny
 
@@ -58,28 +57,3 @@ def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
     assert f"Cost: at most {asked / 1e6:,.2f}" in said
     eval_plan(name, model="openai:http://127.0.0.1:1/v1#m")
     assert "bytes of text for one. --model with a folder counts them." in capsys.readouterr().out
-
-
-def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    eval_plan("mmstar", "mme@llava", limit=100)
-    said = capsys.readouterr().out
-    assert "Hours: unknown. Give --measured RUN" in said
-    assert "mmstar@llava: its prompts are unknown: " in said
-    assert "Cost" not in said
-    assert "Prompts: unknown.\n" in said
-    (row,) = (line.split() for line in said.splitlines() if line.startswith("mmstar@llava "))
-    new = int(row[-1].replace(",", ""))
-    assert row[1:5] == ["100", "100", "?", "?"]
-    assert new == 100 * get_task("mmstar").decoding.max_new_tokens
-    eval_plan("mmstar", price="3/15", limit=100)
-    assert f"Cost: unknown, since prompts are; new tokens alone at most {15e-6 * new:,.2f}, at 3/15 " in (
-        capsys.readouterr().out
-    )
-    eval_plan("mmstar", "pixmo_count", price="3/15")
-    said = capsys.readouterr().out
-    assert "pixmo_count@lmms_eval ? ? ? ? ?" in " ".join(said.split())
-    assert "but for 1 tasks of which the number of documents is unknown" in said
-    with pytest.raises(EvalError, match="'3' is no price; expected IN/OUT"):
-        eval_plan("mmstar", price="3")
-    with pytest.raises(EvalError, match="holds no answers with their time"):
-        measured(tmp_path)

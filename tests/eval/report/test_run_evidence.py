@@ -12,20 +12,13 @@ from typing import Any
 import pytest
 from between import just_before
 from mm_moslora_eval.backends.open_model import open_model
-from mm_moslora_eval.protocol.model_interface import Answer, Request
-from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report import run_evidence
-from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.sources.image_controls import MODES, Hasher
 from trials import write_questions
 from wandb_files import read_finished
 
 from mm_moslora import cli
-from mm_moslora.reporting import build_report
 from mm_moslora.tracking.tracker import adapter_digest
-from tests.eval.eval_data import picture
-from tests.eval.eval_fake import FakeModel
 
 RECIPE = """
 name: tiny
@@ -131,28 +124,6 @@ def test_the_folder_of_a_model_without_a_run_gets_no_scores(measured: Path, tmp_
     line = ["eval", "run", task, "--model", str(measured / "run"), "--output", str(tmp_path / "quiet"), "--no-track"]
     assert cli.run(line) == 0
     assert (measured / "run" / "evaluations.jsonl").read_text() == kept
-
-
-def test_differences_of_an_earlier_model_are_removed(tmp_path: Path) -> None:
-    less = {"value": 0.5, "low": 0.4, "high": 0.6, "groups": 20}
-    shared = {"subject": "s", "task": "t", "n": 20, "less": less}
-    known = [shared | {"name": "tuned", "model": "a"}, shared | {"name": "untuned", "model": None}]
-    for model, kept in (("a", less), ("b", None)):
-        run_evidence._merge(tmp_path / "evaluation.json", known, [shared | {"name": "tuned", "model": model}])
-        rows = {row["name"]: row for row in json.loads((tmp_path / "evaluation.json").read_text())}
-        assert rows["untuned"]["less"] == kept
-
-
-def test_baselines_learn_from_the_training_file(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
-    """Its pictures are in the folder that the recipe names."""
-    (tmp_path / "train.jsonl").write_text(records.read_text())
-    task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
-    line = ["eval", "run", task, "--model", str(measured / "run"), "--no-track", "--baselines", "majority",
-            "--baselines", "question_majority", "--output", str(tmp_path / "eval"), "--train-answers"]  # fmt: skip
-    assert cli.run([*line, f"{tmp_path / 'train.jsonl'}@{records.parent / 'images'}"]) == 0
-    assert "learned from training answers" in capsys.readouterr().out
-    assert cli.run([*line, str(tmp_path / "missing.jsonl")]) == 1
-    assert "missing.jsonl" in capsys.readouterr().err
 
 
 def test_an_export_has_no_model_before_tuning(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
@@ -264,61 +235,3 @@ def test_a_run_of_another_person_shows_no_file_of_this_machine(
     results = [result for result in read_results(foreign) if result.mode == "own"]
     run_evidence._keep_samples(tmp_path / "run", results, foreign)
     assert not (tmp_path / "run" / "pictures").exists()
-
-
-CAPTIONED = 24
-
-
-def _caption(number: int) -> str:
-    return " ".join(f"w{chr(97 + (7 * number + 5 * place) % 26)}{chr(97 + number)}" for place in range(8))
-
-
-class Describer(FakeModel):
-    """Describes the picture with the given number of right words out of eight."""
-
-    def __init__(self, folder: Path, *, right: int) -> None:
-        super().__init__(fingerprint=f"describes{right}")
-        self._right = right
-        self._known = {Hasher()(folder / f"{number}.png"): number for number in range(CAPTIONED)}
-
-    def _answer(self, request: Request) -> Answer:
-        number = self._known.get(Hasher()(request.images[0]))
-        words = ["nothing"] * 8 if number is None else _caption(number).split()
-        text = " ".join([*words[: self._right], *(["nothing"] * (8 - self._right))])
-        return Answer(text=text, tokens=8, finish_reason="stop")
-
-
-@pytest.mark.parametrize("right", [2, 7])
-def test_caption_scores_are_named_cider(tmp_path: Path, right: int) -> None:
-    """CIDEr is not a share: it may be above 1, and single captions are neither right nor wrong."""
-    for number in range(CAPTIONED):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
-    rows = [
-        {"question_id": str(number), "image": f"{number}.png", "text": "Describe.", "answer": _caption(number)}
-        for number in range(CAPTIONED)
-    ]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = replace(get_task(f"llava:{tmp_path / 'test.jsonl'}"), metric="exact", aggregation="caption")
-    output = tmp_path / "eval"
-    results = evaluate(Describer(tmp_path, right=right), task, output, modes=MODES, baselines=("majority",))
-    before = evaluate(Describer(tmp_path, right=0), task, output / run_evidence.UNTUNED, modes=("own",), baselines=())
-    named = run_evidence._complete_subjects(list(run_evidence._named_results(results, before, output)))
-    kept = {item.name: run_evidence._row(item, step=1, model="m") for item in named}
-    assert kept.keys() == {"tuned", "untuned", "wrong_image", "blind", "majority"}
-    assert (kept["tuned"]["mean"] > 1) == (right == 7)
-    for name in kept.keys() - {"tuned"}:
-        assert kept[name]["less"]["value"] == pytest.approx(kept["tuned"]["mean"] - kept[name]["mean"])
-        assert kept[name]["less"]["unit"] == "CIDEr"
-        assert kept[name]["less"]["low"] > 0 or name == "majority"
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "evaluation.json").write_text(json.dumps(list(kept.values())))
-    run_evidence._keep_samples(run, [result for result in results if result.mode == "own"], output)
-    assert {row["after_correct"] for row in json.loads((run / "samples.json").read_text())} == {None}
-    page = build_report(run, tmp_path / "page.html").read_text()
-    assert f"After tuning, CIDEr is {kept['tuned']['mean']:.3f} on 24 held-out questions" in page
-    assert ("Tuning helped, and the model looks" if right == 7 else "The model looks at the picture, but it is") in page
-    assert "answered right" not in page
-    assert " points" not in page
-    lost = replace(results[0], counts=replace(results[0].counts, scored=0))
-    assert run_evidence._complete_subjects([replace(named[0], result=lost), *named[1:]]) == []

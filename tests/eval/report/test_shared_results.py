@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from mm_moslora_eval.protocol.grading import Grading
-from mm_moslora_eval.protocol.task import AnswerReasoning, Decoding
-from mm_moslora_eval.protocol.task_prompt import TaskPrompt
-from mm_moslora_eval.protocol.task_registry import get_task, with_changes
+from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import TaskResult, read_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -71,40 +67,11 @@ def exported(run: Path, folder: Path) -> Any:
     return row
 
 
-def test_an_export_names_the_draws_and_what_sums_them_up(question_file: Path, tmp_path: Path) -> None:
-    changes = [
-        "decoding.temperature=0.7", "decoding.samples=4", "decoding.top_p=0.9",
-        "over_samples={name: pass_at, k: 2}",
-    ]  # fmt: skip
-    task = with_changes(get_task(f"llava:{question_file}"), changes)
-    few = EvaluationSettings(batch_size=4, rank=0, world_size=1, limit=4)
-    evaluate(FakeModel(), task, tmp_path / "run", settings=few, modes=("own",), baselines=())
-    row = exported(tmp_path / "run", tmp_path)
-    for word in ("temperature 0.7", 'pass_at {"k": 2} over 4 samples', "decoding.top_p=0.9"):
-        assert word in row.metric_name
-
-
 def other(value: Any) -> Any:
     """A value of the same kind that no task has."""
     if isinstance(value, bool):
         return not value
     return value + 0.5 if isinstance(value, float) else value + 3 if isinstance(value, int) else "changed"
-
-
-@pytest.mark.parametrize("group", ["prompt", "decoding", "thinking", "grading"])
-def test_every_key_that_decides_answers_is_in_the_card(question_file: Path, tmp_path: Path, group: str) -> None:
-    from mm_moslora_eval.run.result_file import write_results
-
-    result = measured(tmp_path / "run", question_file)[0]
-    kinds = {"prompt": TaskPrompt(), "decoding": Decoding(), "thinking": AnswerReasoning(),
-             "grading": Grading(prompt="{response}", replies={"yes": 1})}  # fmt: skip
-    keys = {key: other(value) for key, value in asdict(kinds[group]).items()}  # type: ignore[call-overload]
-    about = result.about | {group: keys, "changed": [f"{group}.x=1"]}
-    (tmp_path / "run" / "results.json").unlink()
-    write_results(tmp_path / "run", [replace(result, about=about)])
-    row = exported(tmp_path / "run", tmp_path)
-    assert row.metric_args[group] == keys
-    assert row.metric_args["changed"] == [f"{group}.x=1"]
 
 
 def test_an_export_replaces_no_file_and_needs_scores(
