@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from between import just_before
-from preloaded import Preloaded
 
 from mm_moslora.config import Recipe, TrackConfig, load_recipe
 from mm_moslora.planning import doctor
 from mm_moslora.planning.doctor import USES, check_version, diagnose
-from mm_moslora.utils import hardware
 from mm_moslora.utils.hardware import extensions_folder, stale_locks
 from mm_moslora.utils.package_requirements import declared
 
@@ -131,18 +127,6 @@ def test_extension_cache_is_of_this_environment_alone_where_that_can_be(monkeypa
     assert extensions_folder({"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/torch_extensions")
 
 
-def test_the_machine_is_named_with_and_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = f"{os.cpu_count()} cores"
-    cpuinfo, meminfo = tmp_path / "cpuinfo", tmp_path / "meminfo"
-    monkeypatch.setattr(hardware, "CPUINFO", cpuinfo)
-    monkeypatch.setattr(hardware, "MEMINFO", meminfo)
-    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
-    assert hardware.hardware() == f"arm, {cores}"
-    cpuinfo.write_text("processor : 0\nmodel name : A chip\nprocessor : 1\nmodel name : A chip\n")
-    meminfo.write_text("MemTotal:       25165824 kB\n")
-    assert hardware.hardware() == f"A chip, {cores}, 24 GiB"
-
-
 STEPS = """
 import resource, sys, torch
 from mm_moslora.utils.hardware import keep_freed_memory
@@ -157,25 +141,6 @@ print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="the setting is one of glibc's")
-def test_kept_memory_is_not_cleared_again_and_the_environment_wins(
-    python: Preloaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*arguments: str) -> tuple[str, int]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        command = [python.ours, "-c", STEPS, *arguments]
-        asked, faults = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True
-        ).stdout.split()
-        return asked, int(faults)
-
-    (_, plain), (asked, kept) = run(), run("keep")
-    assert asked == "True"
-    assert kept < plain / 4
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert not hardware.keep_freed_memory()
-
-
 def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     findings = diagnose(tmp_path / "not" / "yet")
@@ -183,13 +148,6 @@ def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.Mo
     names = {finding.name for finding in findings}
     assert {"python", "torch", "accelerator", "bf16", "compiler", "disk for runs", "threads", "wandb login"} <= names
     assert len(names) == len(findings)
-
-
-def test_a_missing_compiler_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "compiler"]
-    assert finding.status == "ok"
-    assert "none is needed" in finding.detail
 
 
 def test_one_broken_library_does_not_hide_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +159,6 @@ def test_one_broken_library_does_not_hide_the_rest(tmp_path: Path, monkeypatch: 
     assert findings["accelerator"].status == "bad"
     assert "libtorch.so is damaged" in findings["accelerator"].detail
     assert findings["python"].status == "ok"
-
-
-def test_threads_that_fight_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "threads"]
-    assert finding.status == "warn"
-    assert "OMP_WAIT_POLICY=passive" in finding.remedy
-    assert "OMP_NUM_THREADS=" in finding.remedy
 
 
 @pytest.mark.parametrize(

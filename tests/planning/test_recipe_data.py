@@ -101,21 +101,6 @@ def test_streams_are_looked_at_in_their_first_records(recipe, tmp_path, capsys):
     assert "records is 0, expected 1 or more" in capsys.readouterr().err
 
 
-def test_check_shows_every_fault_when_asked(recipe, tmp_path, capsys):
-    name = recipe()
-    path = tmp_path / "train.jsonl"
-    path.write_text("\n".join([*path.read_text().splitlines(), *['{"id": "x"}'] * 33]))
-    run(["data", "check", name])
-    text = capsys.readouterr().out
-    assert "... and 13 more; --all shows them" in text
-    run(["data", "check", name, "--all"])
-    text = capsys.readouterr().out
-    assert all(f"train.jsonl:{line} " in text for line in range(21, 54))
-    assert "more;" not in text
-    run(["data", "check", name, "--json"])
-    assert len(json.loads(capsys.readouterr().out)["train"]["faults"]) == 33
-
-
 def test_check_counts_truncation_repeats_and_special_text(recipe, tmp_path, capsys):
     name = recipe()
     path = tmp_path / "train.jsonl"
@@ -130,29 +115,6 @@ def test_check_counts_truncation_repeats_and_special_text(recipe, tmp_path, caps
     assert row(text, "spelling special tokens") == "1"
     assert row(text, "repeated ids") == "1"
     assert "records repeat an id: 'r0'" in text
-
-
-def test_check_looks_at_validation_data_too(recipe, tmp_path, capsys):
-    other = tmp_path / "other.jsonl"
-    other.write_text("null\n")
-    assert run(["data", "check", recipe(validation=[{"path": str(other)}])]) == 1
-    assert "NOT_AN_OBJECT" in capsys.readouterr().out
-
-
-def test_check_of_missing_data_is_one_line(recipe, capsys):
-    name = recipe(train=[{"path": "/nowhere/train.jsonl"}])
-    assert run(["data", "check", name]) == 1
-    assert "error: /nowhere/train.jsonl does not exist" in capsys.readouterr().err
-
-
-def test_view_shows_records_as_they_are_trained_on(recipe, capsys):
-    assert run(["data", "view", recipe(), "--start", "2", "--count", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "r2:" in text
-    assert "r3:" in text
-    assert "r4:" not in text
-    assert "[image: 16 tokens]" in text
-    assert "<|im_start|>user" in text.replace("\n", "")
 
 
 def test_view_colours_exactly_the_supervised_tokens(recipe):
@@ -172,22 +134,6 @@ def test_view_colours_exactly_the_supervised_tokens(recipe):
     assert green == "red<|im_end|>yes<|im_end|>"
 
 
-def test_view_shows_a_bad_record_with_its_fault(recipe, tmp_path, capsys):
-    name = recipe()
-    path = tmp_path / "train.jsonl"
-    path.write_text("null\n" + path.read_text())
-    assert run(["data", "view", name, "--count", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "NOT_AN_OBJECT" in text
-    assert "r0:" in text
-
-
-@pytest.mark.parametrize("options", [["--start", "20"], ["--start", "-1"], ["--count", "0"]])
-def test_view_outside_the_data_says_so(recipe, options, capsys):
-    assert run(["data", "view", recipe(), *options]) == 1
-    assert "data.train has 20 records" in capsys.readouterr().err
-
-
 def test_check_names_what_would_hurt(recipe, tmp_path, capsys):
     name = recipe()
     path = tmp_path / "train.jsonl"
@@ -200,18 +146,6 @@ def test_check_names_what_would_hurt(recipe, tmp_path, capsys):
     assert found["duplicates"] == 2
     assert found["repeated_ids"] == {"r0": 1, "r3": 1}
     assert {status[name] for name in ("records", "ends of answers", "supervision", "length", "modality")} == {"ok"}
-
-
-def test_separators_typed_by_users_are_counted(recipe, tmp_path, capsys):
-    name = recipe()
-    path = tmp_path / "train.jsonl"
-    lines = path.read_text().splitlines()
-    lines[3] = lines[3].replace("say red", "say ASSISTANT: red")
-    path.write_text("\n".join(lines))
-    assert run(["data", "check", name, "--model.chat_template", "v1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["train"]
-    assert found["separator_text"] == 1
-    assert any(item["name"] == "separators" and item["status"] == "warn" for item in found["findings"])
 
 
 def test_pictures_that_are_evaluated_on_are_found_in_other_sizes(recipe, tmp_path, capsys):
@@ -231,15 +165,6 @@ def test_pictures_that_are_evaluated_on_are_found_in_other_sizes(recipe, tmp_pat
     assert run(["data", "check", name, "--against", str(other)]) == 0
     assert f"{tmp_path}/images/4.pnglookslike{other}/copy.jpg" in "".join(capsys.readouterr().out.split())
     assert run(["data", "check", name, "--against", str(tmp_path / "nowhere")]) == 1
-
-
-def test_validation_pictures_are_compared_by_themselves(recipe, tmp_path, capsys):
-    name = recipe()
-    source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images"), "limit": 3}
-    assert run(["data", "check", recipe(validation=[source]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["leakage"]["findings"][0]["status"] == "warn"
-    assert run(["data", "check", name]) == 0
-    assert "17.pngisinboth" in "".join(capsys.readouterr().out.split())
 
 
 def test_held_out_records_that_are_trained_on_as_copies_are_counted(recipe, tmp_path, capsys):
@@ -358,31 +283,9 @@ def test_a_plan_counts_data_of_ones_own(recipe, tmp_path, capsys):
     assert "Size of the data" not in text
 
 
-def test_a_plan_counts_epochs_as_they_are_mixed(recipe, tmp_path, capsys):
-    source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images")}
-    twice = {**source, "weight": 2.0, "hold_out": 5}
-    assert planned(recipe(train=[twice]), capsys)[0] == 30
-    (tmp_path / "more.jsonl").write_text((tmp_path / "train.jsonl").read_text())
-    two = [{**source, "weight": 3.0}, {**source, "path": str(tmp_path / "more.jsonl")}]
-    assert planned(recipe(train=two, mixing="parts", epoch_records=64), capsys)[0] == 64
-
-
 def test_a_plan_estimates_large_data_from_some_records(recipe, capsys, monkeypatch):
     monkeypatch.setattr("mm_moslora.planning.recipe_data.COUNTED", 8)
     samples, tokens, text = planned(recipe(), capsys)
     assert samples == 20
     assert "estimated from a random 8 of 20 records" in text
     assert planned(recipe(), capsys)[:2] == (samples, tokens)
-
-
-def test_a_plan_fetches_nothing_to_count_it(recipe, tmp_path, capsys):
-    for source, words in (
-        ({"path": "hf:me/data"}, "hf:me/data would be fetched"),
-        ({"path": str(tmp_path / "train.jsonl"), "image_hosts": ["example.org"]}, "would be fetched"),
-        ({"path": str(tmp_path / "nothing.json")}, "nothing.json"),
-    ):
-        assert run(["plan", recipe(train=[source]), "--gpus", "1xA100-80G"]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: The size of the data is not known: ")
-        assert words in error
-        assert error.endswith("Give --samples and --tokens-per-sample.\n")

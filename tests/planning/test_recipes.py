@@ -24,7 +24,6 @@ from mm_moslora.models.model_sizes import config_to_count, shipped_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
 from mm_moslora.planning.run_plan import DataSize, RunPlan, known_data, plan
-from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus, parse_gpus
@@ -135,14 +134,6 @@ def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, fo
         assert recipe.train.global_batch == 64
         assert lr_factor(310, 10_395, optim) < 1.0 <= lr_factor(312, 10_395, optim)
     assert lr_factor(10_000, 10_000, optim) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("name", "largest"), [("llava15_7b_moslora", 128 * 11_008), ("internlm2_7b_qmoslora", 512 * 14_336)]
-)
-def test_zero3_leaves_the_adapters_of_large_ranks_whole(name: str, largest: int, folders, bones) -> None:
-    groups = parameter_groups(bones(name).model, shipped(name, folders).optim)
-    assert largest_adapter(groups) == largest
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -292,53 +283,6 @@ def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(planne
     assert halved.hours(halved.best) == pytest.approx(2 * found.hours(found.best), rel=0.02)
 
 
-@pytest.mark.parametrize("count", [3, 1000])
-def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(
-    count, folders, planned, monkeypatch, capsys
-):
-    monkeypatch.setenv("COLUMNS", "300")
-    recipe = shipped("llava15_7b_moslora", folders)
-    batch = recipe.train.global_batch
-    found, alone = (planned("llava15_7b_moslora", f"{gpus}xA100-80G") for gpus in (count, 1))
-    for option in found.options:
-        assert batch % option.micro_batch == 0
-    # A step takes as long as ceil(batch / count) records do on one GPU; ZeRO-2's exchange is small.
-    one = next(o for o in alone.options if o.micro_batch == found.own.micro_batch and not o.checkpointing)
-    assert found.own.tokens_per_second / one.tokens_per_second == pytest.approx(batch / -(-batch // count), rel=0.05)
-    words = ["plan", "llava15_7b_moslora", "--gpus", f"{count}xA100-80G", "--model.vision.name"]
-    words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
-    assert cli.run(words) == 0
-    assert ("872 of 1000 GPUs are idle" in capsys.readouterr().out) == (count == 1000)
-
-
-def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    recipe = shipped("llava15_7b_moslora", folders)
-    size = planned("llava15_7b_moslora", "8xA100-80G").data
-    alike = dataclasses.replace(recipe.data, max_length=round(size.tokens))
-    rows = dataclasses.replace(alike, pack_tokens=4 * round(size.tokens))
-    found, packed = (
-        plan(dataclasses.replace(recipe, data=data), parse_gpus("8xA100-80G")) for data in (alike, rows)
-    )  # fmt: skip
-    assert packed.data.per_row == pytest.approx(4, rel=1e-3)
-    of = {(o.zero, o.checkpointing, o.micro_batch): o for o in found.options}
-    compared = 0
-    for option in packed.options:
-        alike = of.get((option.zero, option.checkpointing, 4 * option.micro_batch))
-        if alike is not None:
-            compared += 1
-            assert option.memory.total == pytest.approx(alike.memory.total, rel=1e-3)
-            # A step has four times as many examples, which share an exchange.
-            assert option.tokens_per_second == pytest.approx(alike.tokens_per_second, rel=5e-3)
-    assert compared > 5
-    words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--gpus", "8xA100-80G"]
-    words += ["--model.vision.name", recipe.model.vision.name, "--data.pack_tokens", "4096", "--train.steps", "100"]
-    cli.run(words)
-    shown = capsys.readouterr().out
-    epochs = 100 * recipe.train.global_batch * (4096 / size.tokens) / size.samples
-    assert f"{4096 / size.tokens:.1f} to a packed row (batch sizes count rows), {epochs:g} epochs" in shown
-
-
 def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
     recipe = shipped("llama3_8b_clip_moslora", folders)
     whole = memory_of(recipe)
@@ -421,27 +365,6 @@ def test_ranks_that_share_rows_take_longer_ones(folders) -> None:
     assert plan(changed(recipe, sequence_parallel=4, global_batch=1, micro_batch=1), gpus).idle == 4
 
 
-def test_a_second_copy_of_the_weights_in_each_host_is_planned(folders) -> None:
-    """72B on eight cards: 147 GB of weights in bf16, an eighth of them once more, so smaller micro-batches."""
-    recipe, gpus, data = (
-        shipped("qwen25_vl_72b_moslora", folders),
-        parse_gpus("8xA100-80G"),
-        DataSize(samples=9, tokens=9),
-    )
-    tokens = recipe.train.micro_batch * recipe.data.longest
-    plain, hpz = (plan(changed(recipe, zero=zero, micro_tokens=tokens), gpus, data) for zero in ("zero3", "zero3_hpz"))
-    size = memory_of(recipe)
-    copy = (size.weight_bytes + 2 * size.trainable) / 8
-    assert hpz.own.memory.total - plain.own.memory.total == pytest.approx(copy)
-    assert [found.own.memory.total / 2**30 for found in (plain, hpz)] == pytest.approx([57.7, 75.0], abs=0.1)
-    assert (plain.own.fits, hpz.own.fits) == (True, False)
-    fits = int(re.match(r"train\.micro_tokens up to (\d+) fits, or leave it out", hpz.remedy)[1])
-    left_out = plan(changed(recipe, zero="zero3_hpz"), gpus, data).own
-    assert (left_out.fits, left_out.most) == (True, fits)
-    assert recipe.data.longest < fits < tokens
-    assert left_out.main_memory == size.weight_bytes + 2 * size.trainable  # of rank 0, while it loads
-
-
 @pytest.mark.parametrize("validate", [{"tasks": ["pope"]}, {"samples": 4}])
 def test_a_validation_that_gathers_the_model_under_zero3_must_fit(validate, folders) -> None:
     recipe, data = shipped("qwen25_vl_72b_moslora", folders), DataSize(samples=9, tokens=9)
@@ -460,42 +383,6 @@ def test_a_validation_that_gathers_the_model_under_zero3_must_fit(validate, fold
     smaller = shipped("llava15_7b_full", folders)  # ZeRO-3 for the optimiser's state: the weights fit whole
     smaller = dataclasses.replace(smaller, validate=dataclasses.replace(smaller.validate, **validate))
     assert plan(smaller, parse_gpus("8xA100-80G")).own.fits
-
-
-def test_a_quantised_base_takes_the_time_in_which_its_weights_are_made_dense(folders) -> None:
-    recipe = changed(shipped("llava15_7b_moslora", folders), micro_batch=1, global_batch=1)
-    data = DataSize(samples=1000, tokens=512)
-    packed = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-
-    def seconds(quantisation: str, gpus: str, **settings: Any) -> float:
-        model = dataclasses.replace(recipe.model, quantisation=quantisation, lean_layers=False)
-        own = plan(dataclasses.replace(changed(recipe, **settings), model=model), parse_gpus(gpus), data).own
-        return 512 / own.tokens_per_second
-
-    for gpus, bandwidth in (("1xA100-80G", 2039e9), ("1xRTX4090-24G", 1008e9)):
-        for again, passes in ((False, 2), (True, 3)):
-            plain = seconds("none", gpus, gradient_checkpointing=again)
-            for kind, each in (("nf4", 0.516), ("int8", 1.0)):
-                more = seconds(kind, gpus, gradient_checkpointing=again) - plain
-                assert more == pytest.approx(passes * packed * (each + 2) / bandwidth)
-
-
-def test_a_token_budget_far_below_what_fits_is_told(folders) -> None:
-    recipe, gpus = shipped("llava15_7b_moslora", folders), parse_gpus("8xA100-80G")
-    fits = plan(recipe, gpus).own.most
-    told = plan(changed(recipe, micro_tokens=recipe.data.max_length), gpus).remedy
-    assert told == f"train.micro_tokens is {recipe.data.max_length}, and {fits} fit, which is faster: leave it out."
-    assert plan(changed(recipe, micro_tokens=fits * 2 // 3), gpus).remedy == ""
-
-
-def test_fp32_takes_the_time_of_fp32_also_where_a_card_has_no_bf16(folders) -> None:
-    recipe = shipped("llava15_7b_moslora", folders)
-    half, full = (plan(changed(recipe, precision=kind), parse_gpus("8xB200-180G")) for kind in ("bf16", "fp32"))
-    assert full.hours(full.own) == pytest.approx(half.hours(half.own) * 2250 / 75, rel=0.05)
-    old = parse_gpus("8xV100-32G")
-    auto, named, fp16 = (plan(changed(recipe, precision=kind), old).own for kind in ("auto", "fp32", "fp16"))
-    assert auto == named
-    assert auto.memory.weights == 2 * fp16.memory.weights
 
 
 @pytest.mark.parametrize(
@@ -542,30 +429,6 @@ def test_trained_weights_are_gathered_and_gradients_exchanged_at_the_speed_of_th
     assert seconds("zero3_hpz", many, micro_batch=2) == pytest.approx(expected, rel=2e-3)
     slow, fast = (dataclasses.replace(many, network=1e9 * number) for number in (1, 100))
     assert seconds("zero2", slow) - seconds("zero2", fast) == pytest.approx(2 * trained * (1 / 1e9 - 1 / 20e9))
-
-
-def test_a_plan_prints_its_bandwidths_and_takes_that_of_the_network(folders, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    recipe = shipped("llava15_7b_moslora", folders)
-    words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--model.vision.name"]
-    words += [recipe.model.vision.name, "--gpus"]
-    for more, said in (
-        (["8xA100-80G"], "Assumed bandwidth: 230 GB/s between the GPUs of a host."),
-        (["64xA100-80G"], "230 GB/s between the GPUs of a host, 200 GB/s between hosts of 8 GPUs (--network)."),
-        (["64xA100-80G", "--network", "25"], "25 GB/s between hosts of 8 GPUs"),
-    ):
-        assert cli.run([*words, *more]) == 0
-        assert said in capsys.readouterr().out
-    assert cli.run([*words, "64xA100-80G", "--network", "0"]) == 1
-    assert "--network is 0, expected GB/s above 0" in capsys.readouterr().err
-
-
-def test_a_plan_judges_the_micro_batch_that_a_rank_gets(folders) -> None:
-    recipe = shipped("llava15_7b_moslora", folders)  # 128 records a step, micro-batches of 16
-    for gpus, more, given in ((8, {}, 16), (64, {}, 2), (48, {}, 3), (64, {"sequence_parallel": 4}, 8)):
-        found = plan(changed(recipe, **more), parse_gpus(f"{gpus}xA100-80G"))
-        assert found.own.micro_batch == given
-        assert max(option.micro_batch for option in found.options) == {3: 2}.get(given, given)
 
 
 @pytest.mark.parametrize(
