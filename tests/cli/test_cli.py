@@ -183,19 +183,6 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_command_freezes_nothing_for_libraries_to_report_as_leaked():
-    """nanobind, which Triton uses, prints some thirty lines about objects that are never collected."""
-    code = """
-import atexit, gc, sys
-atexit.register(lambda: print(gc.get_freeze_count()))
-sys.argv[1:] = ["eval", "list"]
-from mm_moslora.__main__ import main
-main()"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0"
-    assert done.stderr == ""
-
-
 def test_a_second_ctrl_c_while_the_interpreter_ends_is_quiet():
     code = """
 import atexit, signal, sys, time
@@ -232,15 +219,6 @@ def test_a_closed_terminal_ends_a_verb_after_it_has_cleaned_up(number, name, cod
         assert run(["export"]) == 0
     finally:
         signal.signal(number, previous)
-
-
-def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):
-    assert run(["eval", "run", "--help"]) == run(["compare", "--help"]) == 0
-    shown = "".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "[default:own]" in shown
-    assert "[default:runs/compare]" in shown
-    for clutter in ("--empty-", "[default:]", "[default:False]", "[default:None]", "[default:()]", '[default:""]'):
-        assert clutter not in shown
 
 
 def test_the_list_of_tasks_takes_several_words(capsys):

@@ -214,16 +214,6 @@ def test_it_ends_cleanly_at_any_moment(path, workers):
     wait_until(lambda: threading.active_count() <= threads and not multiprocessing.active_children())
 
 
-def test_the_rehearsal_tries_the_longest_examples_within_the_budget(path):
-    data = make_set(path)
-    longest = max(data.lengths)
-    for tokens in (longest, 3 * longest):
-        batch = largest_batch(data, MicroBatchLimit(examples=8, tokens=tokens))
-        assert batch.images
-        assert tokens - longest < batch.tokens <= tokens
-    assert len(largest_batch(data, MicroBatchLimit(examples=8)).ids) == 8
-
-
 class TestPackedLoader:
     def loader(self, data, *, rank=0, world_size=1, start_step=0, micro_batch=1, tokens=None) -> BatchLoader:
         return BatchLoader(
@@ -265,11 +255,6 @@ class TestPackedLoader:
         whole = self.steps(self.loader(data), 3 * per_epoch)
         for start in (1, per_epoch, 2 * per_epoch + 1):
             assert self.steps(self.loader(data, start_step=start), 2) == whole[start : start + 2]
-
-    def test_the_rehearsal_tries_a_full_row(self, tmp_path: Path) -> None:
-        batch = largest_batch(self.data(tmp_path), MicroBatchLimit(examples=2))
-        assert 480 < batch.tokens <= 512
-        assert batch.images
 
     def test_rows_share_a_micro_batch_within_the_budget(self, tmp_path: Path) -> None:
         data = self.data(tmp_path)

@@ -123,12 +123,6 @@ class TestMixture:
         assert sorted(epochs[0] + epochs[1]) == list(range(10))
         assert set(Counter(number for epoch in epochs for number in epoch).values()) == {2}
 
-    def test_a_tiny_weight_still_gives_a_record(self):
-        assert len(records_of_epoch([range(10), range(10, 13)], [1, 0.01], seed=0, epoch=0)) == 11
-
-    def test_gaps_in_the_numbers_stay_gaps(self):
-        assert records_of_epoch([[0, 2, 5], [7]], [1, 2], seed=0, epoch=0) == [0, 2, 5, 7, 7]
-
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=64), st.integers(1, 8), st.integers(1, 5))
@@ -151,22 +145,11 @@ class TestPacking:
         rows = pack([0, 1, 0], [5, 6], tokens=8)
         assert Counter(number for row in rows for number in row) == {0: 2, 1: 1}
 
-    def test_a_row_takes_the_oldest_and_then_the_best_fit(self) -> None:
-        # 40 tokens are left beside 60; 12 and 27 fill them better than 30, the oldest, and 35, the longest.
-        assert set(pack(range(5), [60, 30, 12, 27, 35], tokens=100)[0]) == {0, 2, 3}
-        # While there is room for more than three average examples, the oldest come in their order.
-        assert pack(range(30), [20, 5, 3, 9, *[10] * 26], tokens=100)[0][:4] == [0, 1, 2, 3]
-
     def test_lengths_like_those_of_instruction_data_fill_the_rows(self) -> None:
         rng = random.Random(0)
         lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + 576 * (rng.random() < 0.94)) for _ in range(4000)]
         rows = pack(range(4000), lengths, tokens=4096)
         assert fill_rate(rows, lengths, tokens=4096) >= 0.97
-
-    def test_nobody_waits_long(self) -> None:
-        lengths = [90] + [10] * 500
-        rows = pack([1, 0, *range(2, 501)], lengths, tokens=95, waiting=20)
-        assert any(0 in row for row in rows[:20])
 
 
 @settings(max_examples=150, deadline=None)
@@ -234,23 +217,3 @@ def test_thousands_of_examples_are_dealt_fast_into_few_micro_batches_that_end_to
     assert max(map(sum, sizes)) <= 1.01 * sum(lengths) / world + 500
     waits = sum(map(max, zip(*sizes, strict=True)))  # every micro-batch takes as long as its slowest rank
     assert waits <= 1.03 * sum(lengths) / world
-
-
-def test_padded_micro_batches_hold_examples_of_like_lengths():
-    lengths = [2000] * 8 + [600] * 8
-    limit = MicroBatchLimit(examples=8, tokens=4000, padded=True)
-    (micro_batches,) = deal(range(16), lengths, world_size=1, limit=limit)
-    assert len(micro_batches) == 6  # 4 of 2 x 2000, 2 of at most 6 x 600
-    assert {len({lengths[number] for number in micro}) for micro in micro_batches} == {1}
-
-
-def test_short_examples_are_kept_for_micro_batches_that_would_not_reach_their_number_of_examples():
-    """Eight long ones fill a micro-batch by tokens; 16 short ones by number, with half of the tokens."""
-    lengths = [2000] * 64 + [600] * 64
-    (micro_batches,) = deal(range(128), lengths, world_size=1, limit=MicroBatchLimit(examples=16, tokens=16_384))
-    assert len(micro_batches) == 11  # 12 where the long ones come first
-
-
-def test_an_example_beyond_the_budget_is_alone():
-    limit = MicroBatchLimit(examples=4, tokens=100)
-    assert [0] in deal([0, 1, 2], [500, 40, 40], world_size=1, limit=limit)[0]

@@ -43,9 +43,3 @@ def test_measures_that_fail_end_no_run(parts, ranks, tmp_path):
     assert "The adapter could not be measured (IndexError: out of range). Training continues." in group.output(0)
     assert len(metrics(tmp_path / "run")) == 4
     assert {f"checkpoint-{step:06d}" for step in (1, 2, 3, 4)} <= {path.name for path in (tmp_path / "run").iterdir()}
-
-
-def test_only_the_engine_turns_names_of_its_module_into_those_of_the_model():
-    sources = {path.name: path.read_text() for path in (PRESETS.parent / "mm_moslora").rglob("*.py")}
-    assert [name for name, text in sources.items() if "._trainable_state(" in text] == ["engine_base.py"]
-    assert not [name for name, text in sources.items() if 'removeprefix("model.")' in text]

@@ -103,29 +103,6 @@ def test_links_lead_somewhere(document: Path):
     assert not missing
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_skipped_block_says_what_it_needs(document: Path):
-    found = blocks(document)
-    fences = re.findall(r"^`{3,}", document.read_text(encoding="utf-8"), re.M)
-    assert len(found) == len(fences) / 2, "a block is not read"
-    for block in found:
-        assert block.skip is None or len(block.skip.split()) >= 3, f"{block}: skipped for {block.skip!r}"
-
-
-def test_a_wrong_command_in_a_document_is_found(tmp_path: Path, trained: Path, monkeypatch):
-    monkeypatch.chdir(trained)
-    wrong = {
-        "bash": "mm-moslora trian RECIPE.yaml", "yaml": "model: {langage: x}", "python": "import mm_moslora.nothing",
-        "sh": "make nothing-like-it", "fortran": "end",
-    }  # fmt: skip
-    for kind, text in wrong.items():
-        document = ROOT / "docs" / f".wrong-{kind}.md"
-        found = Block(document, 1, kind, text, None)
-        monkeypatch.setattr("tests.docs.test_docs.blocks", lambda _, block=found: [block])
-        with pytest.raises(BaseException):  # noqa: B017, PT011  (whatever the block's kind raises)
-            run_document(document)
-
-
 def test_the_readme_of_the_tests_names_files_that_exist() -> None:
     named = re.findall(r"`(\w+/[\w/.]*)`", (ROOT / "tests" / "README.md").read_text())
     assert [name for name in named if not (ROOT / "tests" / name).exists()] == []

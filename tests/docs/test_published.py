@@ -154,16 +154,3 @@ def test_the_script_runs_the_harness_with_mixers_known_to_peft(
         script.main([str(harness), "rank32"])
     with pytest.raises(FileNotFoundError, match=r"has no run\.py"):
         script.main([str(harness.parent), EXPERIMENTS[0]])
-
-
-def test_the_tiny_copy_leaves_the_harness_alone_and_another_version_is_refused(
-    script: ModuleType, harness: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "_tiny_llama", lambda folder: folder.mkdir())
-    before = {path.name: path.read_text() for path in harness.iterdir()}
-    copy = script.tiny_copy(harness, tmp_path / "tiny")
-    assert (copy / "utils.py").read_text() == 'KINDS = ["cuda", "xpu", "cpu"]\n'
-    assert {path.name: path.read_text() for path in harness.iterdir()} == before
-    (harness / "utils.py").write_text("KINDS = []\n")
-    with pytest.raises(ValueError, match=r"0 times, expected once\. Adapt CHANGES"):
-        script.tiny_copy(harness, tmp_path / "other")

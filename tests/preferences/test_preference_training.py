@@ -483,16 +483,6 @@ def test_saves_that_fail_lose_their_checkpoints_only_and_three_end_the_run(
         train_preferences(make_recipe(tmp_path / "all", text_pairs, model, train={"save_every": 1}))
 
 
-def test_progress_shows_no_loss_before_one_is_logged(
-    language_folder: Path, text_pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}, train={"steps": 1})
-    with caplog.at_level("INFO"):
-        train_preferences(recipe)
-    (line,) = [text for text in caplog.messages if text.startswith("train: 1/1 steps")]
-    assert "loss" not in line
-
-
 def test_a_batch_that_the_ranks_cannot_share_is_refused(
     language_folder: Path, text_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

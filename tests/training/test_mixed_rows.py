@@ -108,14 +108,6 @@ def test_the_first_fault_is_the_reason() -> None:
     assert "keep packed sequences apart" in rows_of(model, "auto").fault
 
 
-def test_a_class_is_probed_once(monkeypatch) -> None:
-    with torch.device("meta"):
-        model = made("llama")
-    found = rows_of(model, "auto")
-    monkeypatch.setattr(row_probe, "_probed", lambda *_: pytest.fail("probed again"))
-    assert rows_of(model, "auto") is found
-
-
 def test_a_decoder_that_cannot_be_probed_is_refused_with_the_reason(recipe, monkeypatch) -> None:
     monkeypatch.setattr(row_probe, "_FINDINGS", {})
     monkeypatch.setattr(row_probe, "_moved", lambda _: 1 / 0)
@@ -125,15 +117,6 @@ def test_a_decoder_that_cannot_be_probed_is_refused_with_the_reason(recipe, monk
     ):
         check_model(recipe, model, layers=2)
     check_model(replace(recipe, train=replace(recipe.train, micro_batch=1)), model, layers=2)
-
-
-@pytest.mark.parametrize("kind", ["Cwm", "Blt", "ProphetNet", "ModernBertDecoder"])
-def test_a_class_with_a_configuration_of_another_kind_raises_nothing(kind: str) -> None:
-    """No layers of the usual name, token ids that must be there, a decoder without a configuration."""
-    with torch.device("meta"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")())
-    found = rows_of(model, "auto")
-    assert found.apart or found.moved is not None or found.fault
 
 
 def test_such_a_decoder_is_refused_unless_a_row_holds_one_conversation(recipe, tmp_path) -> None:

@@ -50,13 +50,6 @@ def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(rank_folder(checkpoint, 0) / OPTIMIZER)
 
 
-def test_the_names_are_those_of_the_tables():
-    assert tuple(OPTIMIZERS) == tuple(KINDS) == NAMES
-    assert OptimConfig().optimizer == "adamw"
-    with pytest.raises(ConfigError, match="Did you mean 'muon'"):
-        OptimConfig(optimizer="mwon")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_a_stopped_run_continues_bit_for_bit(name, recipe, tmp_path):
     """With a rehearsal, held-out records measured at every step, and checkpoints between.

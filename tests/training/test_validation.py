@@ -27,7 +27,6 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Saver
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.run_setup import prepare
-from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
 from mm_moslora.training.training_loop import train
 from mm_moslora.training.validation import Best, Validator, lower_is_better
 from mm_moslora.utils.errors import CheckpointError, ConfigError, EvalError, TrainingError
@@ -283,14 +282,6 @@ def test_a_full_disk_does_not_end_a_run_for_the_sake_of_best_json(tmp_path, monk
     assert "best.json is not written: [Errno 28]" in caplog.text
     best.write(tmp_path, "checkpoint-000004")
     assert Best.of(tmp_path, best.config, resume_step=4).value == 1.0
-
-
-def test_a_spike_stands_out_and_a_slow_fall_does_not():
-    spikes = SpikeScore()
-    scores = [spikes.update(3.0 - 0.01 * step + 0.02 * (step % 3)) for step in range(40)]
-    assert max(scores) < SPIKE
-    assert spikes.update(9.0) > SPIKE
-    assert spikes.update(float("nan")) == float("inf")
 
 
 def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_path):

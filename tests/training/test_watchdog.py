@@ -8,42 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-from between import just_before
 from preloaded import Preloaded
 from ranks import free_port
 from waiting import wait_until
 
 from mm_moslora.launch import heartbeat
-from mm_moslora.launch.heartbeat import Heartbeat
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
-
-
-def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
-    """`verdict` does it in the main thread, beside the watching one."""
-    watched = Watchdog(tmp_path)
-    watched.beats.mkdir()
-
-    def beside():
-        other = threading.Thread(target=watched._write)
-        other.start()
-        other.join()
-
-    just_before(monkeypatch, Path, "replace", beside, when=lambda *_: True)
-    watched._write()
-    assert [beat.rank for beat in watched.read()] == [0]
-    assert len(list(watched.beats.iterdir())) == 1
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch):
@@ -253,23 +231,3 @@ import signal, sys, time
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))
 print(flush=True)
 time.sleep(60)"""
-
-
-def test_ranks_of_one_launcher_are_asked_for_their_stacks() -> None:
-    here = socket.gethostname()
-    beat = Heartbeat(rank=1, host=here, pid=os.getpid(), step=0, phase="step", age=0.0)  # has its own parent
-    assert not watchdog._is_sibling(beat), "it does not handle the signal"
-    previous = signal.signal(signal.SIGUSR2, lambda *_: None)
-    try:
-        assert watchdog._is_sibling(beat)
-        assert not watchdog._is_sibling(replace(beat, host="elsewhere"))
-    finally:
-        signal.signal(signal.SIGUSR2, previous)
-
-
-def test_the_line_at_which_a_rank_stands_within_a_step_on_a_gpu_accuses_nobody(monkeypatch):
-    """Collectives are queued there: the host waits at the next value that it reads."""
-    assert watchdog._blocking_line("step")
-    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
-    assert not watchdog._blocking_line("step")
-    assert watchdog._blocking_line("data")

@@ -69,12 +69,3 @@ def test_leaving_the_block_in_a_forked_process_frees_nothing(tmp_path: Path) -> 
         assert os.waitpid(child, 0)[1] == 0
         with pytest.raises(BlockingIOError):
             lock_file(tmp_path / "lock", wait=False)
-
-
-def test_locks_leave_nothing_behind_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "register_at_fork", lambda **_: pytest.fail("it would be kept for ever"))
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        with lock_file(tmp_path / "lock", wait=True), pytest.raises(BlockingIOError):
-            lock_file(tmp_path / "lock", wait=False)
-    assert len(os.listdir("/proc/self/fd")) == before
