@@ -1,11 +1,9 @@
 #!/usr/bin/env python
 """MoSLoRA in a plain training loop of diffusers: Stable Diffusion learns one subject.
 
-    python examples/dreambooth.py                                        random weights and drawn pictures, on a CPU
-    python examples/dreambooth.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 --pictures cat/ \
-        --prompt "a photo of sks cat" --steps 500 --side 512 --lr 1e-4
+    python examples/dreambooth.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 --pictures cat/
 
-`mm-moslora diffusion train` does this with other families, precisions, several GPUs, validation and resuming.
+`mm-moslora diffusion train` does this with other families and precisions, prior preservation and resuming.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageOps
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, save_adapter
-from mm_moslora.diffusion.tiny_pipelines import SIDE, drawn_pictures, tiny_pipeline
 
 
 def train(
@@ -62,21 +59,15 @@ def train(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--base", help="folder or hub id of a Stable Diffusion 1 or 2 pipeline; default: random weights"
-    )
-    parser.add_argument("--pictures", type=Path, help="folder of the subject's pictures; default: drawn ones")
-    parser.add_argument("--prompt", default="a photo of an ikat cat")
+    parser.add_argument("--base", required=True, help="folder or hub id of a Stable Diffusion 1 or 2 pipeline")
+    parser.add_argument("--pictures", type=Path, required=True, help="folder of the subject's pictures")
+    parser.add_argument("--prompt", default="a photo of sks cat")
     parser.add_argument("--out", type=Path, default=Path("runs/dreambooth"), help="folder to write into")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--side", type=int, default=SIDE, help="side of the pictures, pixels")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--side", type=int, default=512, help="side of the pictures, pixels")
+    parser.add_argument("--lr", type=float, default=1e-4)
     given = parser.parse_args()
-    subject = [Image.open(path).convert("RGB") for path in sorted(given.pictures.iterdir())] if given.pictures else []
-    pipeline = tiny_pipeline("tiny-sd")
-    if given.base:
-        pipeline = StableDiffusionPipeline.from_pretrained(given.base, use_safetensors=True, trust_remote_code=False)
-    losses = train(
-        pipeline, subject or drawn_pictures(), given.prompt, given.out, steps=given.steps, side=given.side, lr=given.lr,
-    )  # fmt: skip
+    subject = [Image.open(path).convert("RGB") for path in sorted(given.pictures.iterdir())]
+    pipeline = StableDiffusionPipeline.from_pretrained(given.base, use_safetensors=True, trust_remote_code=False)
+    losses = train(pipeline, subject, given.prompt, given.out, steps=given.steps, side=given.side, lr=given.lr)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; {given.out}")

@@ -66,7 +66,7 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
 
 @diffusion_app.command
 def export(run: Path, output: Path, *, to: Literal["diffusers", "kohya"] = "diffusers") -> int:
-    """Write the adapters of a run into one file that other programs read; mixers are folded into B.
+    """Write the adapter of a run as a file that other programs read; mixers are folded into B.
 
     Parameters
     ----------
@@ -77,7 +77,8 @@ def export(run: Path, output: Path, *, to: Literal["diffusers", "kohya"] = "diff
     to
         diffusers: `pipeline.load_lora_weights`. kohya: AUTOMATIC1111, ComfyUI.
     """
-    from mm_moslora.diffusion.diffusion_export import write_lora_file
+    from mm_moslora.adapters import export_adapter
+    from mm_moslora.diffusion.diffusion_training import denoiser_adapter
 
-    print(write_lora_file(run, output, layout=to))
+    print(export_adapter(denoiser_adapter(run), output, layout=to))
     return 0

@@ -72,7 +72,7 @@ def launch(
     recipe
         YAML file, or the name of a shipped preset.
     diffusion
-        The recipe is one of `diffusion train`.
+        The recipe is one of `diffusion train`, which trains in one process.
     nproc
         Processes on each host; default: $NPROC, else one per accelerator of that host.
     nnodes
@@ -118,9 +118,12 @@ def launch(
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
             spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
+            if nproc is None:
+                nproc = 1 if diffusion else whole_number(os.environ, "NPROC", 0, least=1) or None
+            if diffusion and (nproc, nnodes, hostfile) != (1, 1, None):
+                raise ConfigError("Diffusion models train in one process. Leave out --nproc, --nnodes and --hostfile.")
             topology = Topology(
-                nproc=nproc if nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None,
-                nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
+                nproc=nproc, nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
                 deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
                 python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
             )  # fmt: skip

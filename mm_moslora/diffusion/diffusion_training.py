@@ -1,13 +1,13 @@
-"""Training a diffusion run: load, adapt, step, draw, save. Any start continues where the last checkpoint ended.
+"""Training a diffusion run in one process: load, adapt, step, save. Any start continues where the last one ended.
 
-accelerate brings precision, several processes and DeepSpeed's ZeRO. A step draws all its random numbers from the seed,
-its number and its rank, so a resumed run repeats the straight run bit for bit.
+A step draws all its random numbers from the seed and its number, so a resumed run repeats the straight run bit for bit.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -15,265 +15,272 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from mm_moslora.diffusion.denoising_loss import DenoisingLoss
-from mm_moslora.diffusion.diffusion_checkpoint import Checkpoints, find_resume
-from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
-from mm_moslora.diffusion.diffusion_setup import (
-    DiffusionRun,
-    make_accelerator,
-    make_optimizer,
-    prepare,
-)
-from mm_moslora.diffusion.pipeline_families import need_diffusers
-from mm_moslora.diffusion.subject_pictures import generator
-from mm_moslora.diffusion.subject_scores import log_scores
-from mm_moslora.models.precision import resolve_precision, run_arithmetic
-from mm_moslora.tracking import Trackers, build_trackers
+from mm_moslora.adapters import add_moslora, export_adapter, load_adapter, take_adapter
+from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, OWN_CONFIG
+from mm_moslora.adapters.folders.kept_start import restore_start
+from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
+from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
+from mm_moslora.diffusion.picture_batches import LatentBatches, generator
+from mm_moslora.diffusion.pipeline_families import DenoisingLoss, PipelineFamily, load_family, pipeline_source
+from mm_moslora.models.model_paths import COMMITS, marks_of
+from mm_moslora.models.precision import dtype_of, resolve_precision, run_arithmetic
+from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.tracking import build_trackers
 from mm_moslora.tracking.tracker import Ending
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, amend, folder_name
-from mm_moslora.training.deepspeed_start import fresh_accelerate
-from mm_moslora.training.metrics.mixer_metrics import keep_start, log_adapter
-from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
-from mm_moslora.training.supervision.run_faults import SkippedSteps
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name, rank_folder
+from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, remove_old, set_aside_newer
+from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_start, log_adapter
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.run_summary import peak_memory_gib, write_summary
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
-from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.package_requirements import install_command, is_installed
+from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, DivergedError
+from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.run_paths import checkpoints
+from mm_moslora.utils.untrusted_files import find_below, opened
 
 logger = logging.getLogger(__name__)
+STATE = "state.pt"  # parameters in fp32, optimiser, schedule, loss scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionResult:
-    """The outcome of a session."""
+    """The outcome of a session; `stopped_by` is the signal that stopped it early, 0 for none."""
 
     checkpoint: Path
     step: int
     total_steps: int
     stopped_by: int
-    """The signal that stopped it early, 0 for none."""
 
 
 def train_diffusion(
     recipe: DiffusionRecipe, *, resume: str = "auto", stop_at: int | None = None, stop: StopRequest | None = None
 ) -> DiffusionResult:
-    """Train a recipe, from the start or from a checkpoint.
-
-    Args:
-        recipe: resolved.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-        stop_at: save and return after this optimiser step, as after a signal.
-        stop: handles signals from the first step on.
-
-    Raises:
-        MoSLoRAError: the recipe, the pictures, the pipeline or the checkpoint is not acceptable, or training diverged.
-    """
-    need_diffusers()
+    """Train a resolved recipe, from the start or from a checkpoint; `resume` and `stop_at` are those of the verb."""
+    if not is_installed("diffusers"):
+        raise ConfigError(f"Diffusion models need diffusers, which is missing. Run: {install_extra('diffusion')}")
+    if distributed.world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE is {distributed.world_size()}, but diffusion models train in one process.")
     precision = resolve_precision(recipe.train.precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision is fp16, which needs a GPU. Choose bf16 or fp32: --train.precision fp32.")
-    if recipe.optim.optimizer == "adamw_8bit" and not is_installed("bitsandbytes"):
-        raise ConfigError(f"optim.optimizer is adamw_8bit, which needs: {install_command('bitsandbytes')}")
-    distributed.join()
-    agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
     folder = Path(recipe.train.output)
-    with (
-        run_arithmetic(deterministic=recipe.train.deterministic),
-        exclusive(folder),
-        record_run_state(folder) as ending,
-        fresh_accelerate(),
-    ):
-        checkpoint = find_resume(recipe, folder, resume)
-        run = prepare(recipe, folder, precision, base=checkpoint[1].base if checkpoint else {})
-        agree_on_data({"the fingerprint of data.pictures": run.data[:12]})
-        session = _Session(run, build_trackers(recipe.track), checkpoint, stop or StopRequest())
+    arithmetic = run_arithmetic(deterministic=recipe.train.deterministic)
+    with arithmetic, exclusive(folder), record_run_state(folder) as ending:
+        session = _Session(recipe, precision, find_resume(recipe, resume), stop or StopRequest())
         ending.begun = True
         result = session.go(stop_at)
         ending.finished = result.step >= result.total_steps
     return result
 
 
+def find_resume(recipe: DiffusionRecipe, resume: str) -> tuple[Path, Manifest] | None:
+    """The checkpoint to resume from; see `mm_moslora.training.checkpointing.resume_choice.find_resume`."""
+
+    def check(checkpoint: Path, manifest: Manifest) -> None:
+        if changed := changed_keys(manifest.recipe, recipe.to_dict()).other_run:
+            raise CheckpointError(
+                f"{checkpoint} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another "
+                f"train.output. To start from its weights: --adapter.weights {checkpoint}."
+            )
+
+    return choose_checkpoint(Path(recipe.train.output), resume, check)
+
+
 class _Session:
     """The state of one training session."""
 
     def __init__(
-        self, run: DiffusionRun, trackers: Trackers, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest
+        self, recipe: DiffusionRecipe, precision: str, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest
     ) -> None:
+        self.recipe, self.precision, self.stop, self.folder = recipe, precision, stop, Path(recipe.train.output)
+        marks = marks_of(checkpoint[1].base if checkpoint else {})
+        self.family = load_family(recipe, dtype=dtype_of(precision), commits=marks.get(COMMITS, {}))
         from diffusers.optimization import get_scheduler
 
-        self.run, self.recipe, self.trackers, self.stop = run, run.recipe, trackers, stop
-        self.total = self.recipe.train.steps
-        loss = DenoisingLoss(run.family)
-        self.trainable = {name: p for name, p in loss.parts.named_parameters() if p.requires_grad}
-        self.parts = loss.parts
-        if distributed.is_main():
-            keep_start(self.parts, {n: p.detach().to("cpu", copy=True).float() for n, p in self.trainable.items()})
-        optimizer = make_optimizer(loss, self.recipe.optim)
-        optim = self.recipe.optim
+        self.source, self.batches = pipeline_source(recipe.model, marks), LatentBatches(self.family)
+        self.batches.fill_caches()
+        adapt(self.family)
+        self.denoiser, self.loss = self.family.denoiser, DenoisingLoss(self.family)
+        self.trainable = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        keep_start(self.denoiser, self._values())
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.trainable, recipe.optim))
+        schedule = "constant_with_warmup" if recipe.optim.schedule == "constant" else recipe.optim.schedule
         self.schedule = get_scheduler(
-            "constant_with_warmup" if optim.schedule == "constant" else optim.schedule, optimizer,
-            num_warmup_steps=optim.warmup, num_training_steps=self.total,
-        )  # fmt: skip
-        self.accelerator = make_accelerator(run)
-        self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
-        self.checkpoints = Checkpoints(run, self.trainable, self.optimizer, self.schedule, self.accelerator)
-        self.stopped_by, self.fresh = 0, checkpoint is None
-        self.skipped = SkippedSteps(self.recipe.train.max_skipped_steps, advice="Lower optim.lr, or use bf16 or fp32.")
+            schedule, self.optimizer, num_warmup_steps=recipe.optim.warmup, num_training_steps=recipe.train.steps
+        )
+        self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+        self.stateful: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        self.trackers, self.saver, self.data = build_trackers(recipe.track), Saver(self.folder), self.batches.digest()
+        self.step, self.stopped_by, self.counters = 0, 0, dict[str, float]()
         if checkpoint is not None:
-            self.checkpoints.restore(*checkpoint)
+            self._restore(*checkpoint)
+
+    def _values(self) -> dict[str, Tensor]:
+        """The trained parameters in fp32 on the CPU."""
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.trainable.items()}
 
     def go(self, stop_at: int | None) -> DiffusionResult:
         """Train until the last step, `stop_at`, or a signal."""
-        run = self.run
-        if run.step >= self.total and run.counters.get("finished"):
-            logger.info("The run is finished at step %d. Nothing is left to train.", run.step)
-            return self._result()
-        if distributed.is_main():
-            files.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
-        write_summary(run, self.total, self._of_run)
-        ending: Ending = "failed"
-        self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
-        try:
-            distributed.barrier()
-            with self.stop:
-                self._train(stop_at)
-                if run.step >= self.total and not self.stopped_by:
-                    self._finish()
-                if self.checkpoints.saved_at != run.step:
-                    self.checkpoints.save()
-                write_summary(run, self.total, self._of_run)
-                self.checkpoints.tidier.wait()
-            ending = "finished" if run.step >= self.total and not self.stopped_by else "stopped"
-        except KeyboardInterrupt:
-            ending = "stopped"
-            raise
-        finally:
-            self.trackers.finish(ending=ending)
-        return self._result()
+        total, began = self.recipe.train.steps, self.step
+        if began < total:
+            files.replace_text(self.folder / "config.yaml", self.recipe.to_yaml())
+            ending: Ending = "failed"
+            self.trackers.start(self.recipe.to_dict(), self.folder, resume_step=began or None)
+            try:
+                with self.stop, Progress("train", total, initial=began) as progress:
+                    write_summary(self, total, self._of_run)
+                    while self._advance(stop_at, progress):
+                        pass
+                    write_summary(self, total, self._of_run)
+                ending = "finished" if self.step >= total else "stopped"
+            except KeyboardInterrupt:
+                ending = "stopped"
+                raise
+            finally:
+                self.trackers.finish(ending=ending)
+        checkpoint = self.folder / folder_name(self.step)
+        return DiffusionResult(checkpoint=checkpoint, step=self.step, total_steps=total, stopped_by=self.stopped_by)
 
-    def _result(self) -> DiffusionResult:
-        run = self.run
-        return DiffusionResult(
-            checkpoint=run.folder / folder_name(run.step), step=run.step, total_steps=self.total,
-            stopped_by=self.stopped_by,
-        )  # fmt: skip
-
-    def _train(self, stop_at: int | None) -> None:
-        run, train = self.run, self.recipe.train
-        with Progress("train", self.total, initial=run.step) as progress:
-            while run.step < self.total:
-                loss = self._step()
-                progress.update(run.step, f"loss {loss:.4f}")
-                if run.validate_every and run.step % run.validate_every == 0 and run.step < self.total:
-                    self._validate()
-                saved = run.step < self.total and bool(train.save_every) and run.step % train.save_every == 0
-                if saved:
-                    self.checkpoints.save()
-                every = self.recipe.track.mixers_every
-                if saved or (run.step < self.total and every and run.step % every == 0):
-                    self._log_adapter()
-                (number,) = distributed.max_over_ranks([float(self.stop.received)])
-                self.stopped_by = int(number)
-                if number and distributed.is_main():
-                    logger.info("%s: saving step %d.", signal.Signals(self.stopped_by).name, run.step)
-                if number or run.step == stop_at:
-                    return
+    def _advance(self, stop_at: int | None, progress: Progress) -> bool:
+        """A step and what is due after it; returns whether the session goes on."""
+        train, mixers_every = self.recipe.train, self.recipe.track.mixers_every
+        loss = self._step()
+        progress.update(self.step, f"loss {loss:.4f}")
+        last, self.stopped_by = self.step == train.steps, int(self.stop.received)
+        if self.stopped_by:
+            logger.info("%s: saving step %d.", signal.Signals(self.stopped_by).name, self.step)
+        if last or (mixers_every and self.step % mixers_every == 0):
+            file = self.folder / "mixers.json" if last else None
+            log_adapter(self.denoiser, self._values(), self.trackers, self.step, file=file)
+        ends = last or bool(self.stopped_by) or self.step == stop_at
+        if ends or (train.save_every and self.step % train.save_every == 0):
+            self._save()
+        return not ends
 
     def _step(self) -> float:
-        """One optimiser step; returns the mean loss over all ranks."""
-        run, train, started = self.run, self.recipe.train, time.monotonic()
-        self.loss.train()
-        torch.manual_seed(generator(train.seed, "dropout", run.step, distributed.rank()).initial_seed())
-        total, norm = 0.0, 0.0
+        """One optimiser step; returns the mean loss."""
+        train, device, started, total = self.recipe.train, distributed.device(), time.monotonic(), 0.0
+        self.denoiser.train()
+        torch.manual_seed(generator(train.seed, "dropout", self.step, 0).initial_seed())
         for micro in range(train.accumulation):
-            batch = run.batches.batch(run.step, micro, self.accelerator.device)
-            with self.accelerator.accumulate(self.loss):
-                loss = self.loss(batch)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    limit = self.recipe.optim.max_grad_norm or math.inf
-                    clipped = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
-                    # None: DeepSpeed clips in its own step.
-                    norm = float((self.loss.get_global_grad_norm() or 0.0) if clipped is None else clipped)
-                    if math.isfinite(norm) or self.accelerator.scaler is not None:
-                        self.optimizer.step()
-                applied = math.isfinite(norm) and not self.optimizer.step_was_skipped
-                self.optimizer.zero_grad()
-            total += float(loss.detach()) / train.accumulation
+            batch = self.batches.batch(self.step, micro, device)
+            with torch.autocast(device.type, dtype_of(self.precision), enabled=self.precision != "fp32"):
+                loss = self.loss(batch) / train.accumulation
+            self.scaler.scale(loss).backward()
+            total += float(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.optim.max_grad_norm or math.inf))
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:  # fp16 skips steps until its loss scale fits
+            raise DivergedError(f"The loss or gradient of step {self.step + 1} is not finite. Lower optim.lr.")
         rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        if applied:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if math.isfinite(norm):
             self.schedule.step()
-        run.step += 1
-        mean = distributed.sum_over_ranks([total])[0] / distributed.world_size()
-        self._count(applied, time.monotonic() - started)
-        if run.step % train.log_every == 0 or run.step == self.total:
-            self._log(mean, norm, rates, time.monotonic() - started)
-        return mean
+        self.step += 1
+        seconds, pictures = time.monotonic() - started, train.batch * train.accumulation
+        for name, value in {"steps": 1.0, "samples": float(pictures), "seconds": seconds}.items():
+            self.counters[name] = self.counters.get(name, 0.0) + value
+        if self.step % train.log_every == 0 or self.step == train.steps:
+            metrics = {"loss": total, "grad_norm": norm, "step_seconds": seconds, "memory_gib": peak_memory_gib()}
+            self.trackers.log(metrics | {"pictures_per_second": pictures / seconds} | rates, self.step)
+        return total
 
-    def _loss_scale(self) -> float:
-        """fp16's factor on the loss, 1 in other precisions."""
-        if self.accelerator.scaler is not None:
-            return float(self.accelerator.scaler.get_scale())
-        return float(self.optimizer.optimizer.loss_scale) if self.checkpoints.sharded else 1.0
+    def _save(self) -> None:
+        """Write the checkpoint of this step, and apply the retention policy."""
+        values, base = self._values(), {"id": self.recipe.model.base, "revision": self.recipe.model.revision}
+        name = self.family.denoiser_name
+        trainer = {"parameters": values} | {key: part.state_dict() for key, part in self.stateful.items()}
 
-    def _count(self, applied: bool, seconds: float) -> None:
-        counters, run = self.run.counters, self.run
-        added = {
-            "steps": 1.0,
-            "samples": float(run.batches.per_step),
-            "seconds": seconds,
-            "skipped": float(not applied),
-        }
-        for name, value in added.items():
-            counters[name] = counters.get(name, 0.0) + value
-        if applied or self._loss_scale() <= 1:  # fp16 skips steps until its loss scale fits
-            self.skipped.count(applied=applied)
-        self.skipped.give_up(run.step)
+        def write(folder: Path) -> None:
+            torch.save(trainer, rank_folder(folder) / STATE)
+            (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+            take_adapter(self.denoiser, base=base | {"component": name}).write(folder / "adapter" / name)
+            try:
+                export_adapter(denoiser_adapter(folder), folder, layout="diffusers")
+            except AdapterError as error:  # the file cannot express DoRA
+                files.discard(folder / DIFFUSERS_WEIGHTS)
+                logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
 
-    def _log(self, loss: float, norm: float, rates: dict[str, float], seconds: float) -> None:
-        run = self.run
-        metrics = {"loss": loss, "grad_norm": norm, "epoch": run.step * run.batches.per_step / len(run.batches.sets[0])}
-        metrics |= {"step_seconds": seconds, "pictures_per_second": run.batches.per_step / seconds} | rates
-        metrics |= {"memory_gib": peak_memory_gib(), "skipped_steps": run.counters["skipped"]}
-        if (scale := self._loss_scale()) != 1:
-            metrics["loss_scale"] = scale
-        self.trackers.log(metrics, run.step)
+        manifest = Manifest(
+            step=self.step, world_size=1, recipe=self.recipe.to_dict(), base=base | self.source, data=self.data,
+            counters=dict(self.counters), trainable={name: list(value.shape) for name, value in values.items()},
+            files={}, precision=self.precision,
+        )  # fmt: skip
+        self.saver.start(manifest, write, size=sum(value.numel() for value in values.values()) * 4 * 6)
+        self.saver.finish()
+        remove_old(self.folder, Retention(last=self.recipe.train.keep_last))
 
-    def _validate(self) -> list[Path]:
-        self.loss.eval()
-        return self.run.pictures(self.run.step, self.trackers)
-
-    def _log_adapter(self, file: Path | None = None) -> None:
-        """What the adapters learned; all ranks take part."""
-        log_adapter(self.parts, self.checkpoints.state(), self.trackers, self.run.step, file=file)
-
-    def _finish(self) -> None:
-        """Draw and score the end; the last checkpoint records that this is done."""
-        run = self.run
-        if self.checkpoints.saved_at != run.step:
-            self.checkpoints.save()
-        drawn = self._validate()
-        self._log_adapter(run.folder / "mixers.json")
-        if distributed.is_main():
-            log_scores(run.family, run.batches.sets[0], drawn, run.pictures, self.trackers, run.step)
-        run.counters["finished"] = 1.0
-        if distributed.is_main():
-            amend(run.folder / folder_name(run.step), run.counters)
+    def _restore(self, folder: Path, manifest: Manifest) -> None:
+        """Restore a checkpoint; training then goes on bit for bit."""
+        if manifest.data != self.data:
+            raise CheckpointError(f"The pictures or prompts are not those of {folder}. Choose another train.output.")
+        restore_frozen_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
+        restore_start(self.denoiser, folder / "adapter" / self.family.denoiser_name)
+        path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
+        with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
+            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["parameters"][name])
+        for key, part in self.stateful.items():
+            part.load_state_dict(state[key])
+        self.step, self.counters = manifest.step, dict(manifest.counters)
+        if folder.resolve().parent == self.folder.resolve():
+            set_aside_newer(self.folder, self.step)
+        logger.info("Continuing from %s, step %d.", folder.name, self.step)
 
     def _of_run(self) -> dict[str, Any]:
         """What the run's `summary.json` has beside the parts of all runs."""
-        run, rows = self.run, []
-        for name in run.family.adapted_names():
-            parameters = list(getattr(run.family.pipeline, name).named_parameters())
-            total = sum(p.numel() for key, p in parameters if "lora_" not in key)
-            trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
-            rows.append({"name": name, "total": total, "trainable": trainable})
-        data = {"pictures": len(run.batches.sets[0].pictures), "resolution": run.family.resolution}
-        if len(run.batches.sets) > 1:
-            data["class_pictures"] = len(run.batches.sets[1].pictures)
-        return {"kind": "diffusion", "components": rows, "base": {"pipeline": self.recipe.model.base}, "data": data}
+        total = sum(p.numel() for name, p in self.denoiser.named_parameters() if "lora_" not in name)
+        trainable = sum(map(torch.numel, self.trainable.values()))
+        row = {"name": self.family.denoiser_name, "total": total, "trainable": trainable}
+        data = {"pictures": len(self.batches.sets[0].files), "resolution": self.family.resolution}
+        return {"kind": "diffusion", "components": [row], "base": {"pipeline": self.recipe.model.base}, "data": data}
+
+
+def denoiser_adapter(folder: Path) -> dict[str, Path]:
+    """The adapter folder of a run's newest checkpoint, or of a checkpoint, by its component, for `export_adapter`."""
+    newest = [path for _, path in checkpoints(folder)][-1:] if folder.is_dir() else []
+    for parent in (folder, *newest):
+        for name in ("unet", "transformer"):
+            if (parent / "adapter" / name / OWN_CONFIG).is_file():
+                return {name: parent / "adapter" / name}
+    raise AdapterError(f"{folder} holds no adapter of a diffusion pipeline. Name a run of `diffusion train`.")
+
+
+def adapt(family: PipelineFamily) -> None:
+    """Put the adapter into the denoiser; that of `adapter.weights`, where the recipe names one."""
+    recipe, denoiser = family.recipe, family.denoiser
+    torch.manual_seed(recipe.train.seed)
+    adapter, targets = recipe.adapter, recipe.adapter.targets
+    if targets == ATTENTION:
+        paths = [path for path, _ in denoiser.named_modules()]
+        targets = [target for target in family.attention if any(path.endswith(f".{target}") for path in paths)]
+    start = "gaussian" if adapter.factor_init == "gaussian" else True
+    adapted = add_moslora(denoiser, moslora_config(adapter, task_type=None, init_lora_weights=start), targets=targets)
+    if adapter.weights is not None:
+        (folder,) = denoiser_adapter(Path(adapter.weights)).values()
+        load_adapter(adapted, folder, trainable=True)
+    if recipe.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+
+
+def parameter_groups(trainable: dict[str, nn.Parameter], config: DiffusionOptimConfig) -> list[dict[str, Any]]:
+    """Groups of the factors and the mixers."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        label, lr, decay = "adapter", config.lr, config.weight_decay if parameter.ndim > 1 else 0.0
+        if MIXERS in name:
+            label, decay = "mixer", config.mixer_weight_decay
+            lr = config.lr if config.mixer_lr is None else config.mixer_lr
+        group = groups.setdefault(f"{label}/{decay}", {"params": [], "lr": lr, "weight_decay": decay, "name": label})
+        group["params"].append(parameter)
+    return list(groups.values())

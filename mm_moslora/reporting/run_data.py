@@ -22,8 +22,6 @@ Secrets are removed here, so that no report shows one.
                          "after", "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "pairs": [[..]], and those of
                          lens_maps.MEASURES that are known}], the adapted modules
-    drawings.json      [{"step", "prompt", "seed", "image", "untuned"}], validation pictures of a diffusion run as paths
-                       below the run folder, beside the untuned model's with the same noise; see `drawing_grid`
     environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
     state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",

@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 from markupsafe import Markup
 
 from mm_moslora.reporting import summary_text
-from mm_moslora.reporting.drawing_grid import drawing_grid
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.page_templates import render_page, write_page
@@ -78,7 +77,6 @@ def _context(data: RunData) -> dict[str, Any]:
         "tiles": summary_text.tiles(data),
         "assembly": _assembly(summary),
         "tasks": [_task(task, rows) for task, rows in tasks],
-        "drawings": drawing_grid(data.folder),
         "draws": data.summary.get("kind") == "diffusion",
         "of_one_score": OF_ONE_SCORE,
         "samples": _samples(data),

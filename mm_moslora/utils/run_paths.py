@@ -21,7 +21,7 @@ RUN_FILES = (
     RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "best", "metrics.jsonl",
     "tracked_samples.jsonl", "alerts.jsonl", "evaluations.jsonl", "environment.json", "mixers.json", "quarantine.jsonl",
     "validation_quarantine.jsonl", "heartbeat", "stacks", "validation", "tensorboard", "evaluation.json",
-    "samples.json", "pictures", "drawings.json", "subject_scores.json", "STOPPED",
+    "samples.json", "pictures", "STOPPED",
 )  # fmt: skip
 """Files that a run writes into its folder, besides checkpoints and files of tracking services."""
 MANIFEST = "manifest.json"

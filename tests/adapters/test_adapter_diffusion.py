@@ -13,8 +13,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 import diffusers
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, load_adapter, merge, save_adapter
-from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
 from mm_moslora.utils.errors import AdapterError
+from tests.builders.tiny_pipelines import SIDE, tiny_pipeline
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])

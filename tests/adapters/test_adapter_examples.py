@@ -52,9 +52,14 @@ def test_a_plain_loop_of_diffusers_trains_what_a_pipeline_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from mm_moslora.diffusion.tiny_pipelines import SIDE, tiny_pipeline
+    from tests.builders.tiny_pipelines import SIDE, save_pictures, tiny_pipeline
 
-    monkeypatch.setattr(sys, "argv", ["dreambooth.py", "--out", str(tmp_path / "cat"), "--steps", "40"])
+    tiny_pipeline("tiny-sd").save_pretrained(tmp_path / "base")
+    save_pictures(tmp_path / "pictures")
+    folders = [
+        f"--{name}={tmp_path / folder}" for name, folder in (("base", "base"), ("pictures", "pictures"), ("out", "cat"))
+    ]
+    monkeypatch.setattr(sys, "argv", ["dreambooth.py", *folders, "--steps=40", f"--side={SIDE}", "--lr=1e-2"])
     found = runpy.run_path(str(EXAMPLES / "dreambooth.py"), run_name="__main__")
     assert sum(found["losses"][-10:]) < 0.98 * sum(found["losses"][:10])
     assert "loss " in capsys.readouterr().out

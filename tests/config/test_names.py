@@ -36,7 +36,7 @@ from mm_moslora.utils.run_paths import shipped_folder
 
 PRESET = "llava15_7b_moslora"
 FREE_TEXT = {
-    "name", "model.system_prompt", "data.prompt", "data.prior.prompt", "validate.prompts", "track.project",
+    "name", "model.system_prompt", "data.prompt", "data.prior.prompt", "track.project",
     "track.entity", "track.name", "track.group", "track.job_type", "track.notes", "track.tags",
 }  # fmt: skip
 PATHS = {
@@ -46,14 +46,13 @@ PATHS = {
 }  # fmt: skip
 IDS = {  # of hubs and hosts, and names inside of data
     "model.language", "model.vlm", "model.language_revision", "model.vlm_revision", "model.vision.revision",
-    "model.vision.pretrained", "model.base", "model.revision", "model.variant", "model.vae", "validate.dino",
-    "validate.clip", "data.train.image_hosts", "data.train.subset", "data.train.split", "data.train.revision",
+    "model.vision.pretrained", "model.base", "model.revision", "model.variant", "model.vae",
+    "data.train.image_hosts", "data.train.subset", "data.train.split", "data.train.revision",
     "data.train.columns", "data.validation.image_hosts", "data.validation.subset", "data.validation.split",
-    "data.validation.revision", "data.validation.columns", "data.caption_column",
+    "data.validation.revision", "data.validation.columns",
 }  # fmt: skip
 LAYERS = {  # names and patterns of layers, which `plan` and `train` look for in the model
     "adapter.mixer_pattern.KEY", "adapter.rank_pattern.KEY", "adapter.alpha_pattern.KEY",
-    "adapter.text_encoder_targets",
 }  # fmt: skip
 FITTING = ("objective=grpo", "train.zero=none", "model.projector.mode=frozen", "model.projector.weights=PROJECTOR")
 MISSPELT = {  # overrides, the last of them misspelt

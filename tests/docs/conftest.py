@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,12 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
     for row in questions:
         shutil.copy(folder / "images" / row["image"], folder / row["image"])
     shutil.copy(folder / "images" / questions[0]["image"], folder / "picture.png")
+    if importlib.util.find_spec("diffusers"):
+        from tests.builders.tiny_pipelines import save_pictures, tiny_pipeline
+
+        tiny_pipeline("tiny-sdxl").save_pretrained(folder / "PIPELINE")
+        save_pictures(folder / "pictures" / "cat")
+        shutil.copytree(folder / "pictures" / "cat", folder / "pictures" / "cats")
     (folder / "RECIPE.yaml").write_text(
         f"""
 model: {{language: {LANGUAGES[0]}, vision: {{name: {TOWERS[0]}}}}}

@@ -345,13 +345,15 @@ def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
 
 
 def test_diffusion_recipes_are_launched_too(capsys):
-    assert cli.run(["launch", "--diffusion", "--dry-run", "--nproc", "2", "tiny_subject", "--train.zero", "zero2"]) == 0
+    assert cli.run(["launch", "--diffusion", "--dry-run", "sdxl_subject", "--train.steps", "9"]) == 0
     shown = capsys.readouterr()
-    assert "base: tiny-sdxl" in shown.out
-    assert "-m mm_moslora diffusion train tiny_subject --train.zero zero2" in shown.err
-    assert "--nproc_per_node 2 --standalone " in shown.err
-    assert cli.run(["launch", "tiny_subject"]) == 1
-    assert "`mm-moslora launch --diffusion tiny_subject`" in capsys.readouterr().err
+    assert "steps: 9" in shown.out
+    assert "-m mm_moslora diffusion train sdxl_subject --train.steps 9" in shown.err
+    assert "nproc_per_node" not in shown.err
+    assert cli.run(["launch", "--diffusion", "--nproc", "2", "sdxl_subject"]) == 1
+    assert "Diffusion models train in one process" in capsys.readouterr().err
+    assert cli.run(["launch", "sdxl_subject"]) == 1
+    assert "`mm-moslora launch --diffusion sdxl_subject`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

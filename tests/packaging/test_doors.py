@@ -87,13 +87,13 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     # Pickles
     "pandas": "trackio_tracker",
     "pickle": "import_checkpoint",
-    "torch.load": "asset_conversion diffusion_checkpoint examples import_checkpoint",
+    "torch.load": "asset_conversion diffusion_training examples import_checkpoint",
     # Names of models and data sets
-    ".from_config": "assembly denoising_loss dual_tower examples language_model load_model pretrained_vlm scripts"
+    ".from_config": "assembly dual_tower examples language_model load_model pipeline_families pretrained_vlm scripts"
     " vision_tower",
-    ".from_config without trust_remote_code": "denoising_loss examples",
+    ".from_config without trust_remote_code": "examples pipeline_families",
     ".from_pretrained": "asset_conversion examples export_huggingface import_checkpoint language_model load_model"
-    " model_sizes moslora_config peft_methods pipeline_families pretrained_vlm scripts subject_scores"
+    " model_sizes moslora_config peft_methods pipeline_families pretrained_vlm scripts"
     " transformers_model tuner vision_tower",
     ".from_pretrained without trust_remote_code": "examples export_huggingface moslora_config peft_methods tuner",
     ".get_config_dict": "load_model model_sizes",
@@ -150,7 +150,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".rename": "files",
     ".replace": "files",
     ".rmdir": "files",
-    ".save": "chat_content diffusion_checkpoint diffusion_training drawing evaluation_page examples html_view"
+    ".save": "chat_content diffusion_training evaluation_page examples html_view"
     " inline_images scripts source_videos stamp_data token_cache trl_trainers",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
@@ -160,7 +160,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".touch": "in_training",
     ".unlink": "files",
     ".write_bytes": "quickstart_evaluation remote_files run_evidence sample_thumbnails scripts submissions",
-    ".write_text": "asset_conversion diffusion_checkpoint examples export_adapter export_huggingface import_checkpoint"
+    ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
     "numpy.memmap": "token_cache",
@@ -170,7 +170,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     " import_checkpoint peft_methods save_folder snapshot",
     "shutil": "asset_cache debian_packages examples files scripts",
     "tempfile": "doctor files folder_marks launcher lexicons scripts",
-    "torch.save": "diffusion_checkpoint examples trl_trainers",
+    "torch.save": "diffusion_training examples trl_trainers",
     # For developers
     "grimp": "scripts",
     "mkdocs": "scripts",

@@ -147,7 +147,7 @@ def _their_pipeline(folder: Path):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     from diffusers.utils import convert_state_dict_to_diffusers
 
-    from mm_moslora.diffusion.tiny_pipelines import tiny_pipeline
+    from tests.builders.tiny_pipelines import tiny_pipeline
 
     pipeline = tiny_pipeline("tiny-sdxl")
     written = {}
@@ -161,7 +161,7 @@ def _their_pipeline(folder: Path):
 
 
 def _drawn(pipeline) -> Tensor:
-    from mm_moslora.diffusion.tiny_pipelines import SIDE
+    from tests.builders.tiny_pipelines import SIDE
 
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": SIDE, "width": SIDE, "num_inference_steps": 1}
@@ -171,7 +171,7 @@ def _drawn(pipeline) -> Tensor:
 
 def test_the_authors_sdxl_file_draws_the_same_picture(tmp_path: Path) -> None:
     theirs, written = _their_pipeline(tmp_path / "a")
-    from mm_moslora.diffusion.tiny_pipelines import tiny_pipeline
+    from tests.builders.tiny_pipelines import tiny_pipeline
 
     assert any("downB" in name for name in written)
     expected = _drawn(theirs)
@@ -210,7 +210,7 @@ def test_what_an_sdxl_file_lacks_is_one_clear_error(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match=words):
             load_adapter(pipeline.unet, tmp_path / "a", component="unet")
     save_file(written, path)
-    from mm_moslora.diffusion.tiny_pipelines import tiny_pipeline
+    from tests.builders.tiny_pipelines import tiny_pipeline
 
     with pytest.raises(AdapterError, match=r"mixers.*load_adapter"):
         tiny_pipeline("tiny-sdxl").load_lora_weights(tmp_path / "a")

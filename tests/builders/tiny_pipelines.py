@@ -1,9 +1,10 @@
-"""Pipelines of random weights from a config, and drawn pictures: a trial of the whole way in seconds on a CPU."""
+"""Pipelines of random weights from a config, and drawn pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,12 +142,15 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
     "tiny-sd3": _sd3,
     "tiny-flux": _flux,
 }
-"""Name in `model.base` to maker."""
+"""Kind to maker."""
 
 
-def drawn_pictures() -> list[Image.Image]:
-    """Drawings of one subject, a patterned cat, on different grounds."""
-    return [_drawn(number) for number in range(4)]
+def save_pictures(folder: Path) -> Path:
+    """A new folder with four drawings of one subject, a patterned cat, on different grounds."""
+    folder.mkdir(parents=True)
+    for number in range(4):
+        _drawn(number).save(folder / f"{number}.png")
+    return folder
 
 
 def _drawn(number: int) -> Image.Image:
