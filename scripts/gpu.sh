@@ -8,17 +8,18 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/gpu.sh
 
-Installs the wheels of build/gpu_wheels (scripts/gpu_wheels.py) into a folder of their own, runs tests/gpu on the GPU, and
-then scripts/bench/gpu.py until the time is over. Files of tests that have ended on the same sources, and rows that are
-there, are not repeated: run the same command again until it exits with 0. Nothing is fetched from a network. Where the
-machine lacks something (scripts/gpu_preflight.py), a list is all that comes of it.
+Installs the wheels of build/gpu_wheels (scripts/gpu_wheels.py) into a folder of their own. Then it runs the tests of the
+kernels, the rows of scripts/bench/gpu.py that the targets compare, all of tests/gpu, and the other rows, until the time is
+over. Tests that have ended on the same sources, and rows that are there, are not repeated: run the same command again until
+it exits with 0. Nothing is fetched from a network. Where the machine lacks something (scripts/gpu_preflight.py), a list is
+all that comes of it.
 
 On a machine that starts bare each time, bring build/gpu_wheels and, from the second call on, build/gpu with the results
 of the earlier calls.
 
 Environment
   OUT       folder of results (default build/gpu): rows.jsonl, table.md, tests.log
-  LIMIT     seconds of one call (default 570); a file of tests that takes longer is stopped, with exit code 124
+  LIMIT     seconds of one call (default 570); a test that is cut off twice counts as failed
   SHAPES    shapes of the benchmark, in order (default "llava-1.5-7b 1b 3b")
   DEVICE    cuda (default), or cpu for a try with SHAPES=tiny
   WHEELS    folder of wheels (default build/gpu_wheels)
@@ -45,47 +46,29 @@ install_wheels() {
   "$PYTHON" scripts/gpu_preflight.py --device "$device" --wheels "$site" || exit 1
 }
 
-# Run the files of tests/gpu that have not ended on these sources. Returns 1 where tests failed, 75 where files are left.
-# Only tests that ran are recorded: pytest's other exit codes speak of the machine, such as errors in the collection.
+# Run tests of tests/gpu that have not ended on these sources: SECONDS, then pytest's arguments. The tests record
+# themselves one by one (tests/gpu/conftest.py). Returns 75 where the time was over, 1 where pytest could not run them.
 run_tests() {
-  local sources file code began failed=0
-  if ! compgen -G "tests/gpu/test_*.py" >/dev/null; then
-    say "There are no tests in tests/gpu."
-    return 0
-  fi
-  sources=$(find mm_moslora tests/gpu -name '*.py' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c 1-12)
-  touch "$out/tests.ended"
-  for file in tests/gpu/test_*.py; do
-    code=$(sed -n "s|^$sources $file ||p" "$out/tests.ended")
-    if [ -n "$code" ]; then
-      say "$file has ended on these sources with exit code $code; delete $out/tests.ended to run it again."
-    else
-      began=$SECONDS
-      [ $((limit - began)) -ge 60 ] || return 75
-      timeout --signal INT --kill-after 10 "$((limit - began - 15))" "$PYTHON" -m pytest -q -n0 -p no:cacheprovider \
-        "$file" 2>&1 | tee -a "$out/tests.log"
-      code=${PIPESTATUS[0]}
-      if [ "$code" -ge 124 ] && [ "$began" -gt 60 ]; then  # stopped, and it had less than a whole call
-        return 75
-      fi
-      case "$code" in
-        0 | 1 | 124 | 137) echo "$sources $file $code" >>"$out/tests.ended" ;;
-        *) say "The tests of $file did not run (exit code $code of pytest); the next call tries them again." ;;
-      esac
-    fi
-    [ "$code" -eq 0 ] || failed=1
-  done
-  return "$failed"
+  local seconds=$1 code
+  shift
+  [ "$seconds" -ge 30 ] || return 75
+  timeout --signal INT --kill-after 10 "$seconds" "$PYTHON" -m pytest -q -n0 -p no:cacheprovider "$@" 2>&1 |
+    tee -a "$out/tests.log"
+  code=${PIPESTATUS[0]}
+  case "$code" in
+    0 | 1 | 5) return 0 ;;  # 5: all have ended before
+    2 | 124 | 137) return 75 ;;
+  esac
+  say "The tests did not run (exit code $code of pytest); the next call tries them again."
+  return 1
 }
 
-# Measure every shape as far as the time goes. Returns 75 where rows are left.
+# Measure contenders of a shape as far as the time goes: SHAPE, then options of the benchmark. Returns 75 where rows are left.
 run_benchmark() {
-  local shape code=0 left
-  for shape in $shapes; do
-    left=$((limit - SECONDS))
-    "$PYTHON" scripts/bench/gpu.py --out "$out/rows.jsonl" --shape "$shape" --device "$device" --budget "$left" || code=$?
-    [ "$code" -eq 0 ] || break
-  done
+  local shape=$1 code=0
+  shift
+  "$PYTHON" scripts/bench/gpu.py --out "$out/rows.jsonl" --shape "$shape" --device "$device" \
+    --budget "$((limit - SECONDS))" "$@" || code=$?
   if [ -f "$out/rows.jsonl" ]; then
     "$PYTHON" scripts/bench/gpu.py --table "$out/rows.jsonl" >"$out/table.md"
   fi
@@ -105,6 +88,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 find_python
 own_pip=${PIP:-} PIP=${PIP:-$PYTHON -m pip}
 wheels=${WHEELS:-build/gpu_wheels} out=${OUT:-build/gpu} shapes=${SHAPES:-llava-1.5-7b 1b 3b} device=${DEVICE:-cuda}
+claims="ours hf-best hf ours-zero2 ours-torch ours-lora ours-dropout"
 limit=${LIMIT:-570}
 if ! [[ "$limit" =~ ^[0-9]+$ ]] || [ "$limit" -lt 60 ]; then
   fail "LIMIT is '$limit', expected a number from 60 on"
@@ -118,13 +102,22 @@ for name in rows.jsonl tests.ended; do  # of earlier calls, whose folder of resu
   fi
 done
 install_wheels
-run_tests
+sources=$(find mm_moslora tests/gpu -name '*.py' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c 1-12)
+export GPU_TESTS_ENDED="$out/tests.ended" GPU_TESTS_SOURCES="$sources"
+# A wrong kernel makes the rest worthless. Then come the rows that the targets compare, all tests, and the other rows.
+run_tests 90 tests/gpu -k "segments_agree or lean_layers"
+kernels=$?
+# shellcheck disable=SC2086  # several words
+run_benchmark "${shapes%% *}" --only $claims || exit
+run_tests "$((limit - SECONDS - 15))" tests/gpu
 tests=$?
-[ "$tests" -ne 75 ] || exit 75
-run_benchmark
-rows=$?
-[ "$rows" -eq 0 ] || exit "$rows"
-if [ "$tests" -ne 0 ]; then
+for shape in $shapes; do
+  [ "$tests" -ne 75 ] || exit 75
+  run_benchmark "$shape" || exit
+done
+if grep -q "^$sources \(failed\|cut\) " "$GPU_TESTS_ENDED" 2>/dev/null; then
   say "Tests of tests/gpu failed, see $out/tests.log."
+  exit 1
 fi
+[ "$kernels" -ne 1 ] || exit 1
 exit "$tests"

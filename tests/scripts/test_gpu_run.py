@@ -103,31 +103,54 @@ def run(checkout: Path, *, tests: int = 0, rows: int = 0, **more: str) -> tuple[
     return done.returncode, calls.read_text().splitlines(), done.stderr
 
 
-def test_wheels_then_tests_then_the_shapes(checkout: Path) -> None:
+def test_the_rows_of_the_targets_come_before_the_tests_and_the_other_rows(checkout: Path) -> None:
     code, calls, _ = run(checkout)
     assert code == 0
-    install, tests, path, *shapes = calls
-    assert "--no-index --no-deps" in install
-    assert install.endswith("build/gpu_wheels/two-2.0-py3-none-any.whl")
-    assert tests.endswith("tests/gpu/test_one.py")
-    site = Path(path.split(":")[0])
-    assert str(site) in install
+    assert "--no-index --no-deps" in calls[0]
+    assert calls[0].endswith("build/gpu_wheels/two-2.0-py3-none-any.whl")
+    work = [call for call in calls if ("-m pytest" in call and "-k" not in call) or "gpu.py --out" in call]
+    shapes = [call.split("--shape ")[1].split()[0] if "--shape" in call else "tests" for call in work]
+    assert shapes == ["llava-1.5-7b", "tests", "llava-1.5-7b", "1b", "3b"]
+    assert "--only ours hf-best hf " in work[0]
+    assert "--only" not in work[2]
+    site = Path(next(call for call in calls if call.startswith("/")).split(":")[0])
+    assert str(site) in calls[0]
     assert not site.exists()  # removed at the end
-    assert [call.split("--shape ")[1].split()[0] for call in shapes] == ["llava-1.5-7b", "1b", "3b"]
 
 
-def test_failed_tests_do_not_stop_the_benchmark_and_are_not_repeated(checkout: Path) -> None:
+def test_failed_tests_do_not_stop_the_benchmark(checkout: Path) -> None:
+    ended = checkout / "build" / "gpu" / "tests.ended"
+    sources = "cat mm_moslora/code.py tests/gpu/test_one.py | sha256sum | cut -c 1-12"
+    digest = subprocess.run(sources, shell=True, cwd=checkout, capture_output=True, text=True).stdout.strip()
+    ended.parent.mkdir(parents=True)
+    ended.write_text(f"other failed tests/gpu/test_one.py::test_a\n{digest} passed tests/gpu/test_one.py::test_a\n")
+    assert run(checkout)[0] == 0
+    ended.write_text(ended.read_text() + f"{digest} failed tests/gpu/test_one.py::test_b\n")
     code, calls, said = run(checkout, tests=1)
     assert code == 1
     assert "Tests of tests/gpu failed" in said
-    assert sum("gpu.py --out" in call for call in calls) == 3
-    code, calls, _ = run(checkout, tests=0)
-    assert code == 1  # as it was on these sources
-    assert not any("-m pytest" in call for call in calls)
-    (checkout / "mm_moslora" / "code.py").write_text("changed = 1\n")
-    code, calls, _ = run(checkout, tests=0)
+    assert sum("gpu.py --out" in call for call in calls) == 4
+
+
+def test_a_test_that_ended_or_was_cut_off_twice_is_not_run_again(tmp_path: Path) -> None:
+    file, ended = "tests/gpu/test_gpu_budget.py", tmp_path / "ended"
+    environment = os.environ | {"GPU_TESTS_ENDED": str(ended), "GPU_TESTS_SOURCES": "now", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("GPU_TESTS", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", file]
+
+    def noted(text: str) -> tuple[int, list[str]]:
+        ended.write_text(text)
+        done = subprocess.run(command, cwd=SCRIPTS.parent, env=environment, capture_output=True, text=True)
+        return done.returncode, ended.read_text().removeprefix(text).splitlines()
+
+    code, lines = noted("")  # no GPU: each is skipped
+    tests = [line.split(" ", 2)[2] for line in lines if line.startswith("now skipped ")]
     assert code == 0
-    assert any("-m pytest" in call for call in calls)
+    assert len(tests) > 1
+    first, rest = tests[0], "".join(f"now passed {name}\n" for name in tests[1:])
+    assert noted(f"{rest}now begun {first}\n") == (0, [f"now begun {first}", f"now skipped {first}"])
+    assert noted(f"{rest}now begun {first}\nnow begun {first}\n") == (5, [f"now cut {first}"])
+    assert noted(f"{rest}now failed {first}\n") == (5, [])
 
 
 def test_this_environment_lacks_nothing_for_a_try_on_the_cpu() -> None:
@@ -162,5 +185,4 @@ def test_rows_that_are_left_ask_for_another_call_with_the_results_of_this_one(ch
     (checkout / "build" / "gpu" / "rows.jsonl").write_text("{}\n")
     code, calls, _ = run(checkout, OUT=str(checkout / "elsewhere"))
     assert code == 0
-    assert not any("-m pytest" in call for call in calls)
     assert (checkout / "elsewhere" / "rows.jsonl").read_text() == "{}\n"

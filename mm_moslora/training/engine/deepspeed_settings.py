@@ -66,6 +66,7 @@ def deepspeed_config(
         swapped["nvme_path"] = nvme_folder()
     fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=distributed.ranks_of_host())
     config.pop("train_batch_size", None)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device in every forward pass
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     unused = [key for key in ("optimizer", "scheduler") if config.pop(key, None) is not None]
