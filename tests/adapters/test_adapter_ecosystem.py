@@ -18,7 +18,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    MambaConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -33,7 +32,6 @@ from mm_moslora.adapters import (
     load_adapter,
     merge,
     save_adapter,
-    use_kernel,
 )
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
@@ -78,12 +76,6 @@ def test_a_model_is_exported(strict: bool) -> None:
     torch.testing.assert_close(program.module()(X), model(X))
 
 
-def test_a_traced_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = small()
-    torch.jit.save(torch.jit.trace(model, (X,)), tmp_path / "traced.pt")
-    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(X), model(X))
-
-
 def test_gradients_per_sample_and_forward_mode_work() -> None:
     model = small()
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -100,23 +92,6 @@ def test_gradients_per_sample_and_forward_mode_work() -> None:
                 torch.testing.assert_close(together[name][index], parameter.grad)
     _, tangent = torch.func.jvp(model, (X,), (torch.ones_like(X),))
     torch.testing.assert_close(tangent, torch.func.jacfwd(model)(X).sum((2, 3)))
-
-
-@pytest.mark.parametrize("part", ["lora_A", "lora_mixer", "lora_B"])
-def test_a_hook_on_a_factor_runs(part: str) -> None:
-    """FSDP and offloading fetch weights so; the kernel read what was not there."""
-    model = adapted().train()
-    calls: list[str] = []
-    layers = model.get_base_model().model.layers
-    getattr(layers[0].self_attn.k_proj, part)["default"].register_forward_pre_hook(lambda *_: calls.append(part))
-    model(IDS, labels=IDS).loss.backward()
-    assert calls == [part]
-    hooked = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    model.zero_grad()
-    with use_kernel(model, "reference"):
-        model(IDS, labels=IDS).loss.backward()
-    for own, expected in zip(hooked, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
-        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_fsdp_trains_and_a_shard_is_named(python: Preloaded, tmp_path: Path) -> None:
@@ -199,26 +174,6 @@ def test_an_injection_that_fails_halfway_is_taken_back(way: str) -> None:
     assert torch.equal(logits(model), live)
 
 
-class LooksLikeMamba(torch.nn.Module):
-    """PEFT goes by the names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = MambaConfig()
-        self.in_proj, self.out_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.in_proj(x))
-
-
-def test_what_peft_refuses_in_a_model_leaves_it_alone() -> None:
-    model = LooksLikeMamba()
-    names = list(model.state_dict())
-    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-        add_moslora(model, MoSLoRAConfig(r=4))
-    assert list(model.state_dict()) == names
-
-
 def test_a_classifier_that_trains_whole_gets_no_adapter(tmp_path: Path) -> None:
     def base() -> BertForSequenceClassification:
         torch.manual_seed(0)
@@ -258,19 +213,6 @@ def test_an_offloaded_base_takes_no_adapter_and_an_offloaded_adapter_works(tmp_p
     for refused in (lambda: save_adapter(whole, tmp_path / "b"), lambda: merge(whole)):
         with pytest.raises(AdapterError, match=r"on the meta device .*remove_hook_from_module"):
             refused()
-
-
-def test_a_model_of_mixed_methods_merges_and_is_not_saved(tmp_path: Path) -> None:
-    """What it saved could not be loaded by anybody."""
-    config = MoSLoRAConfig(r=4, target_modules=["q_proj", "v_proj"])
-    model = peft.get_peft_model(llama(), config, mixed=True)
-    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["q_proj", "k_proj"], init_weights=False))
-    train_a_bit(model)
-    model.set_adapter(["default", "other"])
-    live = logits(model.eval())
-    with pytest.raises(AdapterError, match="PeftMixedModel cannot be saved"):
-        save_adapter(model, tmp_path / "a")
-    torch.testing.assert_close(logits(model.merge_and_unload()), live, atol=1e-5, rtol=0)
 
 
 def test_tied_modules_that_train_whole_are_saved(tmp_path: Path) -> None:
@@ -314,16 +256,6 @@ def test_wrapped_blocks_save_as_the_blocks_in_them(wrap: Callable[[nn.Module], n
     ):
         with pytest.raises(AdapterError, match="Parts of the model are wrapped"):
             refused()
-
-
-@pytest.mark.parametrize("active", ["default", "second"])
-def test_a_model_merges_whose_layers_do_not_all_hold_the_active_adapter(active: str) -> None:
-    model = adapted(target_modules=["q_proj"])
-    add_moslora(model, MoSLoRAConfig(r=2), targets=["v_proj"], adapter_name="second")
-    train_a_bit(model, seed=3)
-    model.set_adapter(active)
-    live = logits(model.eval())
-    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
 
 
 def test_lora_plus_with_8_bit_states_trains_mixers_at_the_rate_of_a(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mm_moslora.adapters import (
     MixerCallback,
     MoSLoRAConfig,
-    MoSLoRALinear,
     add_moslora,
     butterfly,
     init_mixer,
@@ -34,10 +32,8 @@ from mm_moslora.adapters.adapter_inspection import (
     why_unknown,
 )
 from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
-from mm_moslora.reporting import lens_maps
-from mm_moslora.reporting.lens_maps import draw_lens, heat_maps, measures_table, module_names
+from mm_moslora.reporting.lens_maps import draw_lens, measures_table
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import sha256_of
 from tests.adapters.adapter_models import llama, train_a_bit
 
 
@@ -77,12 +73,6 @@ def _rotation(rank: int, seed: int) -> Tensor:
     return init_mixer(rank, "orthogonal", generator=torch.Generator().manual_seed(seed)).double().svd().U
 
 
-def _numbers(report: ModuleReport) -> Tensor:
-    angles = [*(report.row_angles or ()), *(report.column_angles or ())]
-    pairs = [value for row in report.pair_energy for value in row]
-    return torch.tensor([*report.measures().values(), *angles, *report.singular_values, *pairs], dtype=torch.float64)
-
-
 def _measured(report: ModuleReport, name: str) -> list[float]:
     value = getattr(report, name)
     return [value] if isinstance(value, float) else torch.tensor(value, dtype=torch.float64).flatten().tolist()
@@ -96,14 +86,6 @@ def test_measures_are_the_same_in_all_coordinates(name: str) -> None:
     if name == "moved":  # which compares numbers: the start is turned and scaled along
         turned = replace(turned, M0=P @ given.M0 @ Q.T / 0.75)
     assert _measured(turned.seen(), name) == pytest.approx(_measured(given.seen(), name), rel=1e-6, abs=1e-6)
-
-
-def test_a_start_in_other_coordinates_gives_the_same_angles_and_reshaping() -> None:
-    given = _drawn()
-    P, Q = _rotation(6, 3), _rotation(6, 4)
-    turned = replace(given, A0=2 * Q @ given.A0, M0=P @ given.M0 @ Q.T / 3, B0=given.B0 @ P.T)
-    for name in ("reshaped", "row_angles", "column_angles"):
-        assert _measured(turned.seen(), name) == pytest.approx(_measured(given.seen(), name), rel=1e-6, abs=1e-6)
 
 
 def test_measures_agree_with_the_whole_update() -> None:
@@ -128,14 +110,6 @@ def test_measures_agree_with_the_whole_update() -> None:
     assert sum(map(sum, report.pair_energy)) == pytest.approx(1.0)
 
 
-def test_directions_of_equal_singular_values_share_their_energy() -> None:
-    given = _drawn()
-    flat = replace(given, A=torch.linalg.qr(given.A.T).Q.T.contiguous(), B=torch.linalg.qr(given.B).Q)
-    seen, turned = flat.seen(), flat.turned(_rotation(6, 5), _rotation(6, 6), 1.0, 1.0).seen()
-    torch.testing.assert_close(_numbers(turned)[-36:], torch.full((36,), 1 / 36, dtype=torch.float64))
-    assert seen.effective_pairs == pytest.approx(36.0)
-
-
 def test_how_far_a_mixer_is_from_orthogonal_and_from_its_start() -> None:
     given = _drawn()
     Q = _rotation(6, 7)
@@ -156,15 +130,6 @@ def test_how_far_a_mixer_is_from_orthogonal_and_from_its_start() -> None:
     assert describe("m", given.A, torch.diag(torch.arange(1.0, 7)), given.B, 1.0).condition == pytest.approx(6.0)
 
 
-def test_a_mixer_of_half_the_rank_has_half_the_angles() -> None:
-    given = replace(_drawn(), M0=butterfly(6).double())
-    angles = given.seen().row_angles
-    assert angles is not None
-    start = torch.linalg.svd(given.M0 @ given.A0, full_matrices=False).Vh[:3]
-    now = torch.linalg.svd(given.A, full_matrices=False).Vh
-    assert angles == pytest.approx(torch.rad2deg(torch.linalg.svdvals(now @ start.T).arccos()).tolist(), abs=1e-5)
-
-
 @pytest.mark.parametrize("broken", ["A", "M"])
 def test_factors_that_are_not_finite_have_no_measures(broken: str) -> None:
     given = _drawn()
@@ -172,24 +137,6 @@ def test_factors_that_are_not_finite_have_no_measures(broken: str) -> None:
     assert all(math.isnan(value) for value in report.measures().values())
     assert report.moved is None
     assert measures_table([report.row()]).count("nan") == len(report.measures())
-
-
-def test_ranks_of_one_and_above_the_width() -> None:
-    given = _drawn(rank=1)
-    report = given.seen()
-    assert (report.effective_rank, report.stable_rank, report.effective_pairs) == pytest.approx((1.0, 1.0, 1.0))
-    assert (report.orthogonal_distance, report.reshaped) == pytest.approx((0.0, 0.0), abs=1e-7)
-    wide = describe("m", torch.randn(6, 4), torch.randn(6, 6), torch.randn(5, 6), 1.0)
-    assert len(wide.singular_values) == 6
-    assert wide.effective_rank <= 4
-    assert sum(map(sum, wide.pair_energy)) == pytest.approx(1.0)
-
-
-def test_a_start_that_does_not_fit_is_no_start() -> None:
-    given = _drawn()
-    other = ModuleStart(M=torch.eye(3), rows=Overlap.of(given.A, torch.randn(6, 8)))
-    report = describe("m", given.A, given.M, given.B, 1.0, start=other)
-    assert (report.moved, report.reshaped, report.row_angles, report.column_angles) == (None,) * 4
 
 
 def test_folders_keep_the_start_of_mixers(tmp_path: Path) -> None:
@@ -229,25 +176,6 @@ def test_a_folder_without_its_start_loads_and_says_so(tmp_path: Path, caplog: py
     assert "damaged" in caplog.text
 
 
-def test_a_start_that_is_not_of_its_adapter_is_no_start(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
-    train_a_bit(model)
-    save_adapter(model, tmp_path / "a")
-    kept, manifest = tmp_path / "a" / "moslora_start.safetensors", tmp_path / "a" / "moslora.json"
-    tensors = load_file(kept)
-    first, second = sorted(tensors)
-    overlap = {
-        f"{first.removesuffix('weight')}rows.{part}": torch.full((4, 4), math.inf) for part in ("cross", "start")
-    }
-    save_file({first: torch.eye(3), second: torch.full((4, 4), math.nan), "noise": torch.ones(2)} | overlap, kept)
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"start": sha256_of(kept)}))
-    assert all(report.moved is None and report.row_angles is None for report in inspect_adapter(tmp_path / "a"))
-    again = load_adapter(llama(), tmp_path / "a", trainable=True)
-    assert all(report.moved is None for report in inspect_model(again))
-    save_adapter(again, tmp_path / "b")
-    assert "start not kept" in str(why_unknown(inspect_adapter(tmp_path / "b"), against_other=False))
-
-
 def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
     train_a_bit(model)
@@ -263,29 +191,6 @@ def test_another_adapter_takes_the_place_of_the_start(tmp_path: Path) -> None:
     save_adapter(add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"]), tmp_path / "small")
     reports = inspect_adapter(tmp_path / "late", against=tmp_path / "small")
     assert "12 modules are not in the other adapter" in str(why_unknown(reports, against_other=True))
-
-
-def test_measures_of_a_mixer_are_none_without_one_and_their_means_leave_it_out() -> None:
-    given = _drawn()
-    mixed, plain = (describe("m", given.A, M, given.B, 1.0) for M in (given.M, None))
-    assert (plain.orthogonal_distance, plain.condition) == (None, None)
-    means = summary([mixed, plain])
-    assert means["mixer/orthogonal_distance"] == mixed.orthogonal_distance
-    assert means["mixer/condition_max"] == mixed.condition
-    assert not {"mixer/orthogonal_distance", "mixer/condition_max"} & summary([plain]).keys()
-
-
-def test_a_start_of_nan_is_not_known() -> None:
-    given = _drawn()
-    damaged = torch.full_like(given.A0, math.nan)
-    starts = (
-        ModuleStart(M=given.M0, rows=Overlap.of(given.A, damaged)),
-        ModuleStart(M=given.M0 * math.nan, rows=Overlap.of(given.A, given.A0)),
-    )
-    for start in starts:
-        report = describe("m", given.A, given.M, given.B, 1.0, start=start)
-        assert (report.row_angles, math.isfinite(report.norm_update)) == (None, True)
-    assert report.moved is None
 
 
 def test_table_summary_and_picture(tmp_path: Path) -> None:
@@ -307,17 +212,6 @@ def test_table_summary_and_picture(tmp_path: Path) -> None:
     draw_lens(rows[:1], picture, most=5)
     assert mine.read_bytes() == before != picture.read_bytes()
     assert [path.name for path in picture.parent.iterdir()] == ["mixers.png"]
-
-
-def test_every_measure_has_a_heading() -> None:
-    assert tuple(lens_maps.MEASURES) == MEASURES
-
-
-def test_a_picture_may_be_svg(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
-    train_a_bit(model)
-    draw_lens([report.row() for report in inspect_model(model)], tmp_path / "m.svg")
-    assert (tmp_path / "m.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
 def test_a_missing_folder_and_a_missing_adapter_are_errors(tmp_path: Path) -> None:
@@ -385,20 +279,6 @@ def test_hf_trainer_logs_the_mixers_to_its_trackers(tmp_path: Path) -> None:
     assert b"mixer/effective_pairs" in written
 
 
-def test_the_callback_has_its_own_rhythm_and_leaves_out_what_is_infinite(tmp_path: Path) -> None:
-    tracker = _Tracker()
-    trainer = _trainer(tmp_path, tracker, max_steps=3, report_to="none")
-    for layer in trainer.model.modules():
-        if isinstance(layer, MoSLoRALinear):
-            layer.lora_mixer["default"].weight.data.copy_(butterfly(4))
-            layer.lora_mixer["default"].weight.requires_grad_(False)
-    trainer.add_callback(MixerCallback(trainer, every=1))
-    trainer.train()
-    mixers = [logs for _, logs in tracker.seen if "mixer/norm_update" in logs]
-    assert len(mixers) == 3
-    assert "mixer/condition_max" not in mixers[0]
-
-
 def test_the_callback_refuses_a_model_without_the_adapter_before_the_first_step(tmp_path: Path) -> None:
     tracker = _Tracker()
     trainer = _trainer(tmp_path, tracker, report_to="none")
@@ -407,12 +287,3 @@ def test_the_callback_refuses_a_model_without_the_adapter_before_the_first_step(
         trainer.train()
     with pytest.raises(AdapterError, match="every is 0, expected at least 1"):
         MixerCallback(trainer, every=0)
-
-
-def test_numbers_that_every_module_of_a_kind_has_are_no_layers():
-    unet = [f"up.1.blocks.{layer}.{name}" for layer in (0, 1) for name in ("attn1.to_q", "attn1.to_out.0")]
-    (found,) = heat_maps([(path, {"moved": float(place)}) for place, path in enumerate(unet)])
-    assert (found.rows, found.columns, found.cells) == (["to_q", "to_out.0"], ["0", "1"], [[0.0, 2.0], [1.0, 3.0]])
-    assert module_names(["layers.0.q_proj", "layers.0.mlp.up_proj", "layers.1.q_proj", "layers.1.mlp.up_proj"]) == [
-        "0 q_proj", "0 up_proj", "1 q_proj", "1 up_proj"
-    ]  # fmt: skip

@@ -39,10 +39,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_patterns_may_be_none() -> None:
-    assert config(mixer_pattern=None, rank_pattern=None) == config()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -164,17 +160,6 @@ def test_a_wrapped_model_saves_and_merges_as_the_model_in_it(wrap, tmp_path: Pat
     torch.testing.assert_close(logits(merge(wrap(model))), live, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
-def test_a_state_dict_of_a_wrapped_model_is_understood(prefix: str, tmp_path: Path) -> None:
-    model = adapted()
-    state = {prefix + name: tensor * 2 for name, tensor in model.state_dict().items()}
-    save_adapter(model, tmp_path / "a", state=state)
-    loaded = load_adapter(llama(), tmp_path / "a").state_dict()
-    factors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    assert factors
-    assert all(torch.equal(loaded[name], 2 * tensor) for name, tensor in factors.items())
-
-
 @pytest.mark.parametrize("form", [{}, {"mixer_init": "butterfly", "mixer_trainable": False}])
 def test_copies_pickles_and_other_precisions_of_an_adapted_model_work(form: dict) -> None:
     model = adapted(**form)
@@ -193,16 +178,6 @@ def test_copies_pickles_and_other_precisions_of_an_adapted_model_work(form: dict
     assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.requires_grad)
     meta = model.to("meta").to_empty(device="cpu")
     assert not any(tensor.is_meta for tensor in meta.state_dict().values())
-
-
-def test_plain_lora_and_moslora_live_in_one_model_and_switch(saved: Path) -> None:
-    model = load_adapter(llama(), saved)
-    live = logits(model)
-    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM"))
-    model.set_adapter("plain")
-    assert torch.equal(logits(model), logits(llama()))
-    model.set_adapter("default")
-    assert torch.equal(logits(model), live)
 
 
 def test_pefts_own_loading_trains_on_with_the_mixers_where_it_is_given_the_configuration(saved: Path) -> None:
@@ -254,16 +229,6 @@ def test_the_layers_that_a_pass_does_not_call_are_refused(kind: str) -> None:
     uncalled = linear.keys() - called
     assert uncalled <= {path for path, reason in reasons.items() if reason}
     assert {path for path, reason in reasons.items() if reason and "never calls" in reason} <= uncalled
-
-
-def test_a_layer_of_any_class_that_is_only_read_is_found() -> None:
-    head = t.MobileBertForMaskedLM(t.MobileBertConfig(vocab_size=32, num_hidden_layers=1)).cls.predictions
-    assert "never calls" in (why_not_called(head, "dense") or "")
-    assert why_not_called(llama().model.layers[0].self_attn, "q_proj") is None
-    assert "never calls" in (why_not_called(nn.MultiheadAttention(4, 1), "out_proj") or "")
-    processors = pytest.importorskip("diffusers.models.attention_processor", reason="diffusers is not installed")
-    attention = processors.Attention(8, heads=1, dim_head=8)
-    assert why_not_called(attention, "to_q") is None, "a processor calls it"
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("mamba", 3), ("mamba 2", 1), ("falcon mamba", 3)])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-
 import peft
 import pytest
 import torch
@@ -76,21 +73,6 @@ def test_targets_that_do_not_fit_are_errors(component: str, targets: str | list[
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "mixer_pattern"])
-def test_a_pattern_that_matches_nothing_is_an_error(field: str) -> None:
-    value = "kaiming" if field == "mixer_pattern" else 2
-    with pytest.raises(AdapterError, match=field):
-        add_moslora(llama(), MoSLoRAConfig(r=4, **{field: {"no_such_layer": value}}))
-
-
-def test_odd_rank_with_butterfly_leaves_the_model_alone() -> None:
-    model = llama()
-    config = MoSLoRAConfig(r=4, mixer_init="butterfly", rank_pattern={"down_proj": 3})
-    with pytest.raises(AdapterError, match="even"):
-        add_moslora(model, config)
-    assert not any("lora" in name for name, _ in model.named_modules())
-
-
 def test_language_model_of_a_llava() -> None:
     model = llava()
     inputs = llava_inputs()
@@ -150,21 +132,6 @@ def test_quantised_layers_raise_and_never_become_plain_lora() -> None:
         add_moslora(model, MoSLoRAConfig(r=2))
 
 
-def test_adding_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=6.0))
-    of_libraries = (FutureWarning, DeprecationWarning)  # for those who call them
-    assert [warning for warning in caught if not issubclass(warning.category, of_libraries)] == []
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-def test_the_callers_config_is_not_changed() -> None:
-    config = MoSLoRAConfig(r=4, target_modules=["q_proj"])
-    add_moslora(llama(), config)
-    assert config.target_modules == {"q_proj"}
-
-
 def test_a_taken_name_and_an_unwrapped_model_are_errors() -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4))
     before = logits(model)
@@ -189,20 +156,6 @@ def test_options_that_take_targets_out_are_heard(options: dict, layers: list[str
     ]
     assert [path.split(".")[2] for path in paths] == layers
     assert [path.rpartition(".")[2] for path in paths] == names
-
-
-def test_without_targets_those_of_the_configuration_count() -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=["q_proj"]))
-    assert {row.path.rpartition(".")[2] for row in adapted_modules(model)} == {"q_proj"}
-    with pytest.raises(AdapterError, match=r"'q_porj' matches no module.*Did you mean 'q_proj'"):
-        add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=["q_porj", "v_proj"]))
-
-
-def test_options_that_leave_no_target_are_an_error() -> None:
-    model = llama()
-    with pytest.raises(AdapterError, match=r"exclude_modules=\{'q_proj'\} leaves none of the 2 targets"):
-        add_moslora(model, MoSLoRAConfig(r=4, exclude_modules=["q_proj"]), targets=["q_proj"])
-    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")

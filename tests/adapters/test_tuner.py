@@ -10,16 +10,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import hotswap, save_and_load
+from peft.utils import hotswap
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora, load_adapter, peft_patches, save_adapter
 from mm_moslora.adapters.folders.kept_start import starts_of
-from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
+from mm_moslora.adapters.tuner import MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 
@@ -135,15 +134,6 @@ def test_a_configuration_written_by_hand_names_the_type_moslora(tmp_path: Path) 
             way(str(tmp_path))
 
 
-def test_folders_of_plain_lora_are_what_they_were(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
-    model = peft.get_peft_model(llama(), config)
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert type(loaded.peft_config["default"]) is peft.LoraConfig
-    assert same(factors(loaded), factors(model))
-
-
 def test_an_adapter_on_the_hub_and_in_a_subfolder_comes_back(saved: Path, tmp_path: Path) -> None:
     """The hub's cache answers as the hub does."""
     snapshot = tmp_path / "models--someone--adapter" / "snapshots" / ("a" * 40)
@@ -177,14 +167,6 @@ def test_values_of_another_adapter_are_refused_and_nothing_is_loaded(saved: Path
     assert same(factors(model), before)
 
 
-@pytest.mark.parametrize("change", [lambda path: path.write_text("{"), lambda path: path.write_text('{"format": 1}')])
-def test_a_damaged_manifest_is_one_clear_error(saved: Path, tmp_path: Path, change) -> None:
-    folder = Path(shutil.copytree(saved, tmp_path / "a"))
-    change(folder / "moslora.json")
-    with pytest.raises(AdapterError, match=r"moslora\.json is not"):
-        peft.PeftModel.from_pretrained(llama(), folder)
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -206,19 +188,6 @@ def test_the_configuration_of_a_folder_is_its_own_or_an_error(
         (folder / "adapter_config.json").write_text(content)
     with pytest.raises(AdapterError, match=words):
         MoSLoRAConfig.from_pretrained(folder)
-
-
-def test_a_key_mapping_renames_the_mixers_too(saved: Path) -> None:
-    class Outer(nn.Module):
-        prepare_inputs_for_generation = None  # a `PeftModelForCausalLM` looks for it
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = llama()
-
-    model = peft.PeftModel.from_pretrained(Outer(), saved, key_mapping={"^never": "no", "^model": "inner.model"})
-    found = {name.replace("model.inner.model", "model.model"): t for name, t in factors(model).items()}
-    assert same(found, factors(adapted()))
 
 
 def test_mixed_models_load_mixers_and_x_lora_loads_the_fold(saved: Path) -> None:
@@ -275,15 +244,6 @@ def test_the_models_that_peft_and_this_package_load_train_like_the_one_that_was_
     assert all(same(found, gradients[0]) for found in gradients)
 
 
-def test_peft_adds_up_no_mixers() -> None:
-    model = adapted()
-    with pytest.raises(AdapterError, match=r"'default' has mixers.*A and B alone"):
-        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
-    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS))
-    plain.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
-    assert "sum" in plain.peft_config
-
-
 def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     """Read the new function, and its callers, before the expected words change."""
     replaced = (
@@ -302,15 +262,6 @@ def test_what_is_replaced_in_peft_is_what_was_read() -> None:
     for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
         assert "load_peft_weights(" in inspect.getsource(caller)
         assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights
-
-
-def test_peft_asks_its_tables_for_the_tuner_and_the_configuration() -> None:
-    assert PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] is MoSLoRAModel
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] is LoraConfigOfFolder
-    for caller in (peft.PeftModel.__init__, save_and_load.get_peft_model_state_dict, peft.inject_adapter_in_model):
-        assert "PEFT_TYPE_TO_TUNER_MAPPING[" in inspect.getsource(caller)
-    for caller in (peft.PeftModel.from_pretrained, peft.PeftModel.load_adapter):
-        assert "PEFT_TYPE_TO_CONFIG_MAPPING[" in inspect.getsource(caller)
 
 
 @pytest.mark.parametrize(

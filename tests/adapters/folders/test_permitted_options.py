@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import pytest
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
 from mm_moslora import adapters
@@ -103,19 +102,6 @@ def test_an_option_of_a_recipe_names_no_file(options: dict[str, Any]) -> None:
         adapter_config(AdapterConfig(peft={"type": "LORA"} | options))
 
 
-def test_what_recipes_need_is_permitted() -> None:
-    pissa = {"init_lora_weights": "pissa", "exclude_modules": r".*\.v_proj", "modules_to_save": ["lm_head"]}
-    assert adapter_config(AdapterConfig(peft={"type": "LORA"} | pissa))
-    for options in (
-        {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm", "prune_temporary_fields": True}},
-        {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}, "rank_pattern": {"layers.0.q_proj": 3}},
-        {"init_lora_weights": "pissa_niter_16"},
-    ):
-        assert permitted_options(peft.LoraConfig, options, "a")
-    assert adapter_config(AdapterConfig(peft={"type": "PEANUT", "act_fn": "gelu"}))
-    assert adapter_config(AdapterConfig(peft={"type": "WAVEFT", "wavelet_family": "sym2"}))
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", method_names())
 def test_what_peft_writes_is_permitted_and_no_option_takes_a_path(name: str) -> None:
@@ -157,17 +143,6 @@ def test_a_new_option_of_a_later_release_is_refused_until_it_is_known() -> None:
     for option in ({"teacher": "word"}, {"start": "third"}, {"places": {"a": 1}}):
         with pytest.raises(AdapterError, match=r"a sets (teacher|start|places) to"):
             permitted_options(Later, option, "a")
-
-
-def test_every_configuration_of_peft_that_names_models_is_refused_as_a_folder() -> None:
-    """SHADOW and XLORA name models; so may what follows. Of those that are taken no option is named so."""
-    words = ("file", "path", "folder", "directory", "cache", "model_id")
-    for name in method_names():
-        config = method_named(name).config
-        odd = [item.name for item in dataclasses.fields(config) if any(word in item.name for word in words)]
-        assert set(odd) <= {"base_model_name_or_path"}
-    named = {kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if "shadow_model" in dir(config)}
-    assert not named & set(method_names())
 
 
 def test_peft_does_not_look_for_the_base_that_a_folder_names(tmp_path: Path, monkeypatch: Any) -> None:

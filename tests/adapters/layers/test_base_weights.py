@@ -10,10 +10,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, merge, use_kernel
-from mm_moslora.adapters.layers.base_weights import stop_repacking, weight_of
+from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.models.meta_execution import kept_bytes
 
@@ -202,24 +201,6 @@ def test_where_the_compute_dtype_is_not_the_inputs_the_modules_compute(autocast:
         assert layers(model)[0].fused_operands(x) is None
 
 
-def test_a_compute_dtype_that_is_not_set_is_that_of_the_first_input() -> None:
-    for dtype in (FULL, HALF):
-        model = with_adapter(Block(lambda layer, _: four_bit(layer, compute=None), dtype))
-        model(rows(dtype))
-        assert [layer.get_base_layer().compute_dtype for layer in layers(model)] == [dtype] * 4
-        assert layers(model)[0].fused_operands(rows(HALF if dtype == FULL else FULL)) is None
-
-
-def test_checkpointing_repeats_dropout() -> None:
-    model, x = adapted(lora_dropout=0.3), rows()
-    one = run(model, x)
-    inner = model.base_model.model.forward
-    model.base_model.model.forward = lambda x: checkpoint(inner, x, use_reentrant=False)
-    twice = run(model, x)
-    for name, value in one.items():
-        assert error(twice[name], value) < 1e-6, name
-
-
 @pytest.mark.parametrize("kind", BASES)
 def test_hooks_and_replaced_forwards_of_the_base_still_run(kind: str) -> None:
     model, x = adapted(kind), rows()
@@ -296,16 +277,6 @@ packs = pytest.mark.skipif(
 
 
 @packs
-def test_evaluation_leaves_the_base_of_a_model_that_trains_alone() -> None:
-    model, x = adapted(), rows()
-    before = run(model, x)
-    with torch.no_grad():
-        model.eval()(x.detach())
-    after = run(model.train(), x)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-@packs
 @pytest.mark.parametrize("kernel", ["fused", "reference"])
 def test_training_after_an_evaluation_has_every_gradient(kernel: str) -> None:
     """bitsandbytes repacks weights in evaluation, and its kernel for that layout has no gradient."""
@@ -322,15 +293,3 @@ def test_training_after_an_evaluation_has_every_gradient(kernel: str) -> None:
         after = run(model.train(), x)
     for name, value in before.items():
         assert error(after[name], value) < 0.02, name
-
-
-@packs
-def test_a_bare_model_goes_back_to_the_usual_layout() -> None:
-    block, x = Block(BASES["nf4"], FULL), rows()
-    with torch.no_grad():
-        block.eval()(x)
-    stop_repacking(block)
-    with torch.no_grad():
-        block(x)
-    block.train()(x).sum().backward()
-    assert x.grad.abs().max() > 0
