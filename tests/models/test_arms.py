@@ -173,19 +173,3 @@ def test_an_arm_that_the_model_does_not_take_is_refused_before_the_first_run(
     shared = replace(recipe(), model=ModelConfig(language=str(tmp_path)))
     with pytest.raises(AdapterError, match=r"Arm 'lora@targets=\[nope\]': .*Target 'nope' matches no module"):
         size_lines(parse_arms("lora,lora@targets=[nope]", shared), shared, "lora")
-
-
-@pytest.mark.parametrize(("key", "value"), [("rank_pattern", 2), ("alpha_pattern", 2.0), ("mixer_pattern", "identity")])
-def test_patterns_that_name_a_layer_among_alike_ones_are_counted(
-    base: t.LlamaForCausalLM, tmp_path: Any, key: str, value: Any
-) -> None:
-    config = t.LlamaConfig(**{**base.config.to_dict(), "num_hidden_layers": 6})
-    config.save_pretrained(tmp_path)
-    adapter = {"targets": ["q_proj"], key: {"layers.2.self_attn.q_proj": value}}
-    given = replace(recipe(**adapter), model=ModelConfig(language=str(tmp_path)))
-    names = ["moslora:orthogonal", "moslora:orthogonal@rank=8"]
-    plain = {**adapter, key: {}}
-    without = size_lines(parse_arms(names, given), replace(given, adapter=replace(given.adapter, **plain)), names[0])
-    for line, other in zip(size_lines(parse_arms(names, given), given, names[0]), without, strict=True):
-        assert "trainable parameters" in line
-        assert (line == other) == (key != "rank_pattern")

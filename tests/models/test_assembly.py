@@ -18,12 +18,10 @@ from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, Visio
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.processing.image_processing import dummy_image_example, image_transform
-from mm_moslora.models.processing.llava_processor import image_processor, save_processor
+from mm_moslora.models.processing.image_processing import dummy_image_example
+from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
-from mm_moslora.models.projectors.square_projectors import PixelShuffleProjector
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import image_features
 from mm_moslora.utils.errors import ModelError
 
@@ -146,28 +144,6 @@ def test_placeholders_that_do_not_match_the_images_are_named(language_folder, vi
     bad = replace(good, input_ids=good.input_ids[:-6], supervised=good.supervised[:-6])
     with pytest.raises(ModelError, match=r"14 image placeholders.*16 visual tokens.*row 17"):
         supervised_logits(assembly.model, Batch.from_examples([bad]))
-
-
-def test_pixel_shuffle_keeps_every_feature():
-    shape = ProjectorShape(vision_width=3, language_width=8, grid=4, shuffle=2)
-    projector = PixelShuffleProjector(shape)
-    seen = []
-    projector.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    features = torch.arange(2 * 16 * 3, dtype=torch.float32).view(2, 16, 3)
-    assert projector(features).shape == (2, 4, 8)
-    assert seen[0].shape == (2, 4, 12)
-    first_square = features[0].view(4, 4, 3)[:2, :2].reshape(-1)
-    torch.testing.assert_close(seen[0][0, 0], first_square)
-
-
-def test_what_data_preparation_needs_is_known_without_the_language_model(language_folder, vision_folder):
-    config = config_for(language_folder, str(vision_folder), "pixel_shuffle")
-    parts, assembly = load_parts(config, weights="none"), load_parts(config)
-    assert parts.tokens_per_image == assembly.tokens_per_image == 4
-    assert parts.image_token_id == assembly.image_token_id
-    picture = Image.new("RGB", (30, 20), (10, 200, 10))
-    ours = image_transform(parts.processor.image_processor)(picture)
-    torch.testing.assert_close(ours, image_transform(assembly.processor.image_processor)(picture), rtol=0, atol=0)
 
 
 def test_data_preparation_and_planning_need_no_weights(language_folder, tmp_path):
@@ -294,21 +270,3 @@ def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluat
     assert model.training
     torch.testing.assert_close(seen, expected, rtol=0, atol=0)
     assert all(torch.equal(value, before[name]) for name, value in tower.named_buffers())
-
-
-def test_the_last_layer_is_the_same_however_many_are_asked_for(language_folder):
-    tower = load_parts(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)).model.model.vision_tower
-    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        alone, among = tower(pixels, output_hidden_states=-1), tower(pixels, output_hidden_states=True)
-    torch.testing.assert_close(among.hidden_states[-1], alone.hidden_states[-1], rtol=0, atol=0)
-
-
-def test_padding_centres_the_picture_on_the_mean_colour():
-    """LLaVA's rule: a square as large as the longer side, in the channel mean cut to integers."""
-    spec = ImageSpec(size=8, tokens=1, width=1, prefix=0, patch=8, mean=(0.5, 0.25, 0.0), std=(1.0, 1.0, 1.0))
-    pixels = image_transform(image_processor(spec, "pad"))(Image.new("RGB", (8, 4), (255, 255, 255)))
-    border = torch.tensor([127 / 255 - 0.5, 63 / 255 - 0.25, 0.0])
-    for row in (0, 1, 6, 7):
-        torch.testing.assert_close(pixels[:, row, :], border[:, None].expand(3, 8), rtol=0, atol=1e-6)
-    torch.testing.assert_close(pixels[:, 2:6, :].amin(dim=(1, 2)), torch.tensor([0.5, 0.75, 1.0]), rtol=0, atol=1e-6)

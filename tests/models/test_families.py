@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny import make_vision
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 from vlms import FAMILIES
 
 from mm_moslora.config import VisionConfig
@@ -18,9 +18,7 @@ from mm_moslora.models.families import (
     LEAN_LAYERS,
     TOWERS,
     VLMS,
-    DecoderFamily,
     VlmFamily,
-    decoder_family,
     processor_family,
     tower_family,
     vlm_family,
@@ -60,21 +58,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if not name.endswith("_text")])
-def test_the_layers_of_a_decoder_are_lean_where_its_family_says_so(name):
-    family = DECODERS[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL))
-    layers = [type(layer).__name__ for layer in model.get_decoder().layers]
-    assert layers == [family.lean_layer] * 2 or (family.lean_layer is None and not LEAN_LAYERS.keys() & set(layers))
-    assert use_lean_layers(model) == (2 if family.lean_layer else 0)
-
-
-def test_a_decoder_without_an_entry_runs_on_the_defaults():
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2))
-    assert decoder_family("gpt2") == DecoderFamily()
-    assert use_lean_layers(model) == 0
-
-
 @pytest.mark.parametrize("name", GGUF)
 def test_a_decoder_that_is_exported_to_gguf_has_an_entry(name):
     assert name in DECODERS
@@ -94,20 +77,6 @@ def test_a_ready_made_model_has_the_parts_of_its_family(name):
     assert processor_family(processor) in ((family,) if family.processor else (VlmFamily(),))
     decoder = type(model.get_decoder().layers[0]).__name__
     assert use_lean_layers(model) == (2 if decoder in LEAN_LAYERS else 0)
-
-
-@pytest.mark.parametrize("name", VLMS)
-def test_the_paths_of_a_family_are_in_transformers_model(name):
-    """Of its default size, with one decoder layer, on the meta device."""
-    config = AutoConfig.for_model(name)
-    config.get_text_config().num_hidden_layers = 1
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    assert tower_path(model) == VLMS[name].tower
-    paths = [path for path, _ in model.named_modules()]
-    missing = [end for end in VLMS[name].projectors if not any(re.search(rf"(^|\.){end}$", path) for path in paths)]
-    assert missing == []
-    assert bool(projectors(model)) == bool(VLMS[name].projectors)
 
 
 @pytest.mark.parametrize("name", VLMS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import peft
 import pytest
 import torch
 from mm_moslora_eval.backends.open_model import open_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from trials import with_train
 
 from mm_moslora.cli import run as mm_moslora
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
-from mm_moslora.models.model_paths import resolve_model_paths, trained_on
+from mm_moslora.models.model_paths import resolve_model_paths
 from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.serve.inference.adapter_compatibility import _differing_keys
 from mm_moslora.training.training_loop import train
@@ -167,15 +164,6 @@ def test_a_newer_commit_in_the_cache_is_not_taken(hub_run: Recipe, cache: Path, 
         load(run)
 
 
-def test_another_commit_with_the_same_weights_will_do(hub_run: Recipe, cache: Path) -> None:
-    run = Path(hub_run.train.output)
-    before = _embedding(run)
-    old = cache / "models--acme--tiny" / "snapshots" / OLD
-    _commit(cache, "acme/tiny", old, NEW)
-    shutil.rmtree(old)
-    assert torch.equal(_embedding(run), before)
-
-
 WAYS: dict[str, Callable[[str, Recipe], Any]] = {
     "load": lambda run, _: load(run),
     "eval": lambda run, _: open_model(run),
@@ -230,14 +218,6 @@ def test_a_path_is_not_looked_up_on_the_hub(
     (tmp_path / "parts").rename(tmp_path / "gone")
     with pytest.raises(ModelError, match="nothing is there"):
         load(recipe.train.output)
-
-
-@pytest.mark.parametrize("odd", [None, 3, "x", ["a"], {"a": "b"}, {"model.language": 3}, {"model.language": "../x"}])
-def test_a_manifest_of_a_stranger_is_read(hub_run: Recipe, odd: Any) -> None:
-    run = Path(hub_run.train.output)
-    for key in ("contents", "commits"):
-        _rewrite(run, lambda base, key=key: base.update({key: odd}))
-        assert load(run)
 
 
 def _sharded(folder: Path) -> Path:
@@ -350,40 +330,6 @@ def test_a_fingerprint_notices_any_tensor(tmp_path: Path, index: int) -> None:
     assert before.startswith("2-")
 
 
-def test_a_fingerprint_reads_any_file(tmp_path: Path) -> None:
-    """Files of strangers: no header, a header without end, offsets that lead nowhere, an index with other paths."""
-    file = tmp_path / "model.safetensors"
-    for content in (b"", b"abc", b"\xff" * 40, (8).to_bytes(8, "little") + b'{"a": 1}', b"\x02" + b"\0" * 7 + b"[]"):
-        file.write_bytes(content)
-        assert fingerprint(tmp_path).startswith("2-")
-    header = json.dumps({"a": {"data_offsets": [-(10**30), 10**30]}, "b": {"data_offsets": ["x", None]}}).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert fingerprint(tmp_path).startswith("2-")
-    header = json.dumps({"a": {"data_offsets": [-(10**30), 10**30]}}).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert fingerprint(tmp_path).startswith("2-")
-    file.unlink()
-    (tmp_path / os.fsdecode(b"\xff.bin")).touch()
-    assert fingerprint(tmp_path).startswith("2-")
-    for index in (
-        "[]",
-        "{",
-        json.dumps({"weight_map": {"a": "x" * 5000, "b": "\0"}}),
-        '{"weight_map": {"a": "../../x.safetensors", "b": 3}}',
-    ):
-        (tmp_path / "model.safetensors.index.json").write_text(index)
-        assert fingerprint(tmp_path).startswith("2-")
-
-
-def test_only_the_weights_that_are_read_count(hub_run: Recipe, cache: Path) -> None:
-    """A cache grows: another program fetches the same weights in another form."""
-    snapshot = cache / "models--acme--tiny" / "snapshots" / OLD
-    for name in ("pytorch_model.bin", "README.md", "tf_model.h5", "preprocessor_config.json", "vocab.txt"):
-        (snapshot / name).write_bytes(b"other")
-    assert load(hub_run.train.output)
-    assert trained_on(hub_run.model)["commits"]
-
-
 def test_adapters_of_runs_on_equal_weights_go_together_wherever_those_lie(hub_run: Recipe, tmp_path: Path) -> None:
     served, added = Path(hub_run.train.output) / "checkpoint-000002", tmp_path / "added"
     shutil.copytree(served, added)
@@ -395,23 +341,6 @@ def test_adapters_of_runs_on_equal_weights_go_together_wherever_those_lie(hub_ru
     content["base"]["contents"]["model.language"] = "2-" + "0" * 64
     (added / "manifest.json").write_text(json.dumps(content))
     assert [line.split()[0] for line in _differing_keys(served, added)] == ["model.language"]
-
-
-def test_an_adapter_says_which_base_it_names(
-    language_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="mm_moslora")
-    base = AutoModelForCausalLM.from_pretrained(language_folder)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
-    assert load(tmp_path / "a")
-    assert f"its base is {language_folder} ({Path(language_folder).resolve()})" in caplog.text
-    file = tmp_path / "a" / "adapter_config.json"
-    for named in ("no/such-model", {"a": "b"}, ["x"], 7, ""):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
-        with pytest.raises(ModelError, match="--base"):
-            load(tmp_path / "a")
-    assert "its base is no/such-model (the hub, newest commit)" in caplog.text
 
 
 def test_a_run_goes_on_with_the_commit_of_its_data(

@@ -34,7 +34,6 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
-from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import part_of
@@ -261,20 +260,6 @@ def test_a_projector_that_trains_beside_adapters_in_the_tower_comes_back(family,
     assert export_model(tuned, tmp_path / "out").max_logit_difference < 1e-5
 
 
-def test_keys_of_an_assembled_model_are_refused_beside_a_ready_made_one(folders, tmp_path):
-    """They would have no effect."""
-    options = {
-        "image_aspect": "crop", "vision": VisionConfig(mode="adapter", image_size=448),
-        "projector": ProjectorConfig(kind="linear", mode="full"),
-    }  # fmt: skip
-    recipe = recipe_for(folders("qwen2_5_vl"), write_records(tmp_path), tmp_path / "run", **options)
-    for use in (lambda: train(recipe), lambda: build_meta_model(recipe.model, recipe.adapter)):
-        with pytest.raises(
-            ModelError, match=r"model\.image_aspect, model\.vision\.image_size, model\.projector\.kind are"
-        ):
-            use()
-
-
 def test_a_system_prompt_goes_into_the_processors_template(folders):
     assembly = load_parts(ModelConfig(vlm=str(folders("qwen2_5_vl")), system_prompt="Be brief."))
     text = assembly.tokenizer.decode(example_of(assembly, conversation("say red")).input_ids)
@@ -294,11 +279,6 @@ def test_a_system_prompt_goes_into_the_processors_template(folders):
 def test_a_recipe_names_either_parts_or_a_whole_model(options, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**options)
-
-
-def test_a_language_model_is_no_ready_made_one(language_folder):
-    with pytest.raises(ModelError, match=r"takes no pictures.*model\.language"):
-        load_parts(ModelConfig(vlm=str(language_folder)))
 
 
 @pytest.mark.parametrize(

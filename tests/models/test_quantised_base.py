@@ -144,36 +144,6 @@ def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_
     assert means[0] < 1.1 * means[1] < 0.1
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], None])
-def test_layers_without_an_adapter_are_lean_over_four_bits_too(
-    language_folder: Path, targets: list[str] | None
-) -> None:
-    """As where the projector alone trains: what reaches the first layer needs a gradient."""
-    model = language(language_folder, "nf4", targets=targets, dtype=torch.float32)
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with adapters.use_kernel(model, "reference"):
-        stock, before = loss_and_gradients(model), kept(model)
-    use_lean_layers(model)
-    lean = loss_and_gradients(model)
-    assert kept(model) < (0.8 if targets is None else 0.7) * before
-    assert lean.keys() == stock.keys()
-    for name, value in stock.items():
-        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
-
-
-def test_plain_lora_is_lean_over_four_bits_too(language_folder: Path) -> None:
-    plain = {"mixer_init": "identity", "mixer_trainable": False}
-    model = language(language_folder, "nf4", targets=[], dtype=torch.float32, **plain)
-    assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
-    stock, before = loss_and_gradients(model), kept(model)
-    use_lean_layers(model)
-    lean = loss_and_gradients(model)
-    assert kept(model) < 0.7 * before
-    assert lean.keys() == stock.keys()
-    for name, value in stock.items():
-        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
-
-
 def test_eight_bits_run_in_stock_layers(language_folder: Path) -> None:
     model = language(language_folder, "int8", targets=[], dtype=torch.float32)
     stock, before = loss_and_gradients(model), kept(model)

@@ -126,40 +126,6 @@ def test_beams_of_a_damaged_model_are_refused_as_greedy_answers_are(assembly, mo
     assert assembly.model.generation_config is own
 
 
-def test_a_picture_is_run_once_and_one_token_answers_need_no_decoding_step(assembly, monkeypatch):
-    given = prompts(assembly)
-    seen = []
-    decoder = assembly.model.get_decoder()
-    handle = decoder.register_forward_pre_hook(
-        lambda _, arguments, named: seen.append(tuple(named["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    try:
-        generate(assembly.model, given[4:8], max_new_tokens=1, stop_ids=[])
-    finally:
-        handle.remove()
-    shared = 2 + assembly.tokens_per_image + 1
-    (first, second) = seen
-    assert first == (1, shared)  # the picture, its header and the common token, for all four
-    assert second[0] == 4
-    assert second[1] == max(len(prompt.input_ids) for prompt in given[4:8]) - shared
-
-
-def test_the_output_layer_reads_rows_that_lie_together(assembly):
-    """Of longer rows in bf16, torch's linear layers take hundreds of times as long for last positions left in place."""
-    given = prompts(assembly)
-    together = []
-    hook = assembly.model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, read: together.append(read[0].is_contiguous())
-    )
-    try:
-        generate(assembly.model, given, max_new_tokens=3, stop_ids=[])
-        score_options(assembly.model, given[:2], [[[5, 6], [7]]] * 2)
-    finally:
-        hook.remove()
-    assert together
-    assert all(together)
-
-
 @pytest.mark.parametrize("options", [[[5], [9], [200], [201]], [[5, 6], [9], [200, 4, 77, 5], [12, 13, 14]]])
 def test_option_scores_in_a_batch_equal_the_full_forward_pass(assembly, options):
     given = prompts(assembly)

@@ -123,11 +123,6 @@ def test_layers_compiled_to_machine_code_give_the_numbers_of_the_others(recipe: 
     assert numbers(recipe) == pytest.approx(numbers(plain), rel=1e-5)
 
 
-def test_an_unknown_backend_is_named_with_a_suggestion(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match=r"train.compile is 'inducter'.*inductor"):
-        train(compiled(recipe, "inducter"))
-
-
 def test_the_default_backend_needs_a_compiler_on_a_cpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm_moslora.models.memory_efficient.compiled_layers.shutil.which", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*leave train.compile out"):

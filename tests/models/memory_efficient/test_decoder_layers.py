@@ -14,12 +14,12 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
 from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
-from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, RotaryFactors
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.utils.errors import AdapterError, ConfigError
+from mm_moslora.utils.errors import ConfigError
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -102,26 +102,6 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     assert kept_bytes(model, given) < 0.75 * before
 
 
-def test_plain_lora_is_lean_like_a_mixer() -> None:
-    model, given = adapted("llama", mixer_init="identity", mixer_trainable=False), batch()
-    assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
-    before = kept_bytes(model, given)
-    stock_loss, stock = loss_and_gradients(model, given)
-    use_lean_layers(model)
-    assert kept_bytes(model, given) == kept_bytes(lean_with_mixers(), given) < 0.75 * before
-    loss, gradients = loss_and_gradients(model, given)
-    assert loss == pytest.approx(stock_loss, rel=1e-6)
-    assert_close(gradients, stock)
-    with adapters.use_kernel(model, "reference"):
-        assert loss_and_gradients(model, given)[0] == stock_loss
-
-
-def lean_with_mixers() -> t.PreTrainedModel:
-    model = adapted("llama")
-    use_lean_layers(model)
-    return model
-
-
 def test_gradient_checkpointing_of_lean_layers_changes_nothing() -> None:
     model, given = adapted("llama"), batch()
     use_lean_layers(model)
@@ -179,24 +159,6 @@ def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) ->
     assert kept_bytes(model, given) < 0.8 * before
 
 
-def test_the_position_embeddings_are_prepared_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = adapted("qwen3"), batch()
-    use_lean_layers(model)
-    made: list[torch.dtype] = []
-    prepare = RotaryFactors.of
-
-    def counted(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> RotaryFactors:
-        made.append(dtype)
-        return prepare(cos, sin, dtype)
-
-    monkeypatch.setattr(RotaryFactors, "of", counted)
-    loss_and_gradients(model, given)
-    assert made == [torch.float32]
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss_and_gradients(model, given)
-    assert len(made) == 2
-
-
 def test_biases_that_train_learn_in_lean_layers() -> None:
     model, given = adapted("qwen2", bias="lora_only"), batch()
     _, stock = loss_and_gradients(model, given)
@@ -204,14 +166,6 @@ def test_biases_that_train_learn_in_lean_layers() -> None:
     use_lean_layers(model)
     _, lean = loss_and_gradients(model, given)
     assert_close(lean, stock)
-
-
-def test_lean_layers_have_no_second_derivative() -> None:
-    model, given = adapted("llama", target_modules=["q_proj", "v_proj"]), batch()
-    use_lean_layers(model)
-    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
-    with pytest.raises(AdapterError, match="no second derivative"):
-        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
 
 
 def test_an_output_projection_without_an_adapter_keeps_nothing() -> None:
@@ -334,18 +288,6 @@ def test_no_input_of_a_checkpointed_layer_is_kept_where_it_was_computed(offload:
     assert [tensor() is not None for tensor in inputs[1:]] == [not offload] * 2  # the first is the embeddings
     loss.backward()
     assert len(inputs) == 3  # hooks run once
-
-
-def test_a_pass_without_its_backward_pass_is_forgotten() -> None:
-    model, given = checkpointed(offload=True), batch()
-    torch.manual_seed(3)
-    loss, gradients = loss_and_gradients(model, given)
-    del loss
-    head_loss_sum(model, supervised_hidden(model, given), given.targets)
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    again = loss_and_gradients(model, given)[1]
-    assert all(torch.equal(again[name], gradients[name]) for name in gradients)
 
 
 def test_so_many_layers_are_checkpointed_and_not_more_than_there_are() -> None:

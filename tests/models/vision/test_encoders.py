@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from tiny import make_vision
-from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from mm_moslora.config import AdapterConfig, ModelConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
@@ -124,28 +122,6 @@ def test_towers_with_other_patches_cannot_be_joined(tmp_path):
     names = [str(make_vision(tmp_path / kind, kind)) for kind in ("dinov2", "dinov3")]
     with pytest.raises(ModelError, match=r"gives 64 patches at 64 pixels; .* gives 81"):
         load_vision(VisionConfig(name=names[0], fuse_with=names[1], image_size=64))
-
-
-def test_several_layers_lie_side_by_side_and_stay_stock(language_folder, tmp_path):
-    vision = VisionConfig(name=str(make_vision(tmp_path / "clip", "clip")), feature_layer=[-3, -2])
-    assembly = load_parts(ModelConfig(language=str(language_folder), vision=vision))
-    assert assembly.image.width == 64
-    assert isinstance(assembly.model, LlavaForConditionalGeneration)
-    exported = export_model(assembly, tmp_path / "out", require_stock=True)
-    assert exported.max_logit_difference < 1e-5
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_feature_layer"] == [-3, -2]
-
-
-def test_an_architecture_is_measured_once_for_a_size_and_a_layer(vision_folder, monkeypatch):
-    def features(size, layer):
-        spec = load_vision(VisionConfig(name=str(vision_folder), image_size=size, feature_layer=layer))[1]
-        return spec.tokens, spec.width
-
-    wanted = {(28, -2): (16, 32), (56, -2): (64, 32)}
-    assert {key: features(*key) for key in wanted} == wanted
-    assert features(28, [-1, -2]) == (16, 64)
-    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *_, **__: pytest.fail("it runs again"))
-    assert {key: features(*key) for key in wanted} == wanted
 
 
 def test_a_siglip2_whose_patches_depend_on_the_picture_is_refused(tmp_path):

@@ -142,24 +142,6 @@ def test_beyond_the_limit_nothing_is_added_and_it_is_logged(assembly, tmp_path, 
     assert "reached its limit" in caplog.text
 
 
-def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path):
-    FeatureStore(tmp_path, "tower").write("ab", torch.zeros(64, 64))
-    (tmp_path / "tower" / "ab" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    made = FeatureStore(tmp_path, "tower", limit_gib=1)
-    made.write("cd", torch.zeros(64, 64))
-    assert made.counts.written == 1
-    assert made._size > 2 * 64 * 64 * 4
-
-
-def test_what_another_run_writes_counts_towards_the_limit(tmp_path):
-    one, other = (FeatureStore(tmp_path, "tower", limit_gib=96 * 64 * 64 * 4 / 2**30) for _ in range(2))
-    for made in (one, other):
-        for number in range(64):
-            made.write(f"{id(made)}-{number:02}", torch.zeros(64, 64))
-    assert 24 < other.counts.written < 40
-    assert len([*tmp_path.glob("*/*/*.safetensors")]) <= 96
-
-
 def _fill(folder, key, value, repeats):
     made, expected = FeatureStore(folder, "tower"), torch.full((64, 64), value)
     made._damaged = lambda path, why: pytest.fail(why)
@@ -181,18 +163,6 @@ def test_processes_that_write_the_same_entry_never_read_half_of_it(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not list(tmp_path.glob("*/*/.*")), "nothing is left aside"
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), RuntimeError("unable to open "
-    "file <x> in read-only mode: No such file or directory (2)")])  # fmt: skip
-def test_an_entry_that_goes_while_it_is_opened_is_made_again(error, tmp_path, monkeypatch):
-    FeatureStore(tmp_path, "tower").write("ab", torch.full((64, 64), 0.5))
-
-    def gone(*_, **__):
-        raise error
-
-    monkeypatch.setattr("mm_moslora.models.vision.feature_cache.safe_open", gone)
-    _fill(tmp_path, "ab", 0.5, 1)
 
 
 def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeypatch, caplog):
