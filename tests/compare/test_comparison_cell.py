@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
 from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings, Outcome, recipe_hash
 from mm_moslora.compare.comparison_run import _job
-from mm_moslora.compare.run_cost import ArmCost, cost_of, cost_table
+from mm_moslora.compare.run_cost import ArmCost, cost_table
 from mm_moslora.config import Recipe
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.launch.jobs import ProcessEngine, run_jobs
@@ -153,29 +149,3 @@ def test_the_cost_by_arm_adds_up() -> None:
     assert table[5].split() == ["all", "11", "0.20"]
     assert table[6] == "Not in the sum: odd: failed: no module"
     assert "training alone" in table[7]
-
-
-@pytest.mark.parametrize(
-    ("row", "summary", "fault"),
-    [
-        ({}, {"components": [{"trainable": 7}, {"trainable": 3.0}]}, ""), ({"epoch": 0.0}, {"components": []}, "zero"),
-        ({"step": "x"}, {"components": []}, "unsupported"), ({}, {"components": [{"trainable": "x"}]}, "expected int"),
-        ({"step_seconds": "x"}, {"components": []}, "'<' not supported"), ({}, {"components": 5}, "not iterable"),
-        ({}, {}, "components"),
-    ],
-)  # fmt: skip
-def test_the_cost_of_a_damaged_run_is_named_as_unknown(
-    row: dict[str, object], summary: dict[str, object], fault: str, tmp_path: Path
-) -> None:
-    rows = [{"step": 1, "epoch": 0.5, "step_seconds": 2.0, "memory_gib": 1.0} | row for row in ({}, {}, {}, row)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    train = SimpleNamespace(total_steps=lambda per_epoch: round(per_epoch * 3))
-    job: Any = SimpleNamespace(run_folder=tmp_path, recipe=SimpleNamespace(train=train))
-    cost = cost_of("lora", 4, (), job)
-    if fault:
-        assert cost.problem.startswith(f"{tmp_path} is damaged (")
-        assert fault in cost.problem
-        assert math.isnan(cost.run_seconds)
-    else:
-        assert (cost.trainable, cost.steps, cost.run_seconds) == (10, 6, 12.0)

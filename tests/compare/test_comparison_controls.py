@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, MISSING, browsing
 from comparison_results import comparison_results
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
@@ -19,17 +18,14 @@ from mm_moslora_eval.sources.image_controls import MODES, Hasher
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse
-from mm_moslora.compare.comparison_controls import TaskAnswers, above_controls
 from mm_moslora.compare.comparison_plan import (
     ComparisonSettings,
     Outcome,
     choose_rates,
     reported_cells,
-    tuning_cells,
 )
 from mm_moslora.compare.comparison_text import says as sentences
 from mm_moslora.compare.comparison_text import table
-from mm_moslora.compare.seed_statistics import TaskScores
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.reporting.comparison.comparison_page import write_page
 from mm_moslora.utils.errors import DataError
@@ -171,30 +167,6 @@ def test_log_likelihoods_stand_beside_the_scores(tmp_path: Path) -> None:
     assert "nats against lora" in page
 
 
-def test_a_comparison_without_log_likelihoods_says_so(tmp_path: Path) -> None:
-    results, _ = analysed(tmp_path, (sees, no_to_all))
-    assert results["arms"][1]["nats"] == {"test": {}}
-    assert results["comparisons"][0]["nats"] == {}
-    reason = "test: no likelihood: the backend gives no log-likelihoods of given texts"
-    assert f"{reason}." in results["says"]
-    assert reason in write_page(tmp_path / "results.json", tmp_path / "report.html").read_text()
-
-
-def test_arms_without_a_common_seed_are_named(tmp_path: Path) -> None:
-    results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
-    results["comparisons"] = []
-    results["arms"][0]["seeds"][1]["status"] = results["arms"][1]["seeds"][0]["status"] = "failed"
-    said = sentences(results)["says"]
-    assert (
-        f"{results['arms'][1]['name']}: none of its seeds was measured with the reference; it is not compared." in said
-    )
-    assert not any("No comparison yet" in line for line in said)
-    results["arms"][0]["seeds"][0]["status"] = "failed"
-    said = sentences(results)["says"]
-    assert any("No comparison yet" in line for line in said)
-    assert not any("none of its seeds" in line for line in said)
-
-
 def test_runs_on_different_documents_are_refused(tmp_path: Path) -> None:
     _, comparison = analysed(tmp_path, (sees, sees_badly))
     for file in tmp_path.glob("runs/lora_*_seed1/eval/*/*/*/*.jsonl"):
@@ -270,13 +242,6 @@ def test_arms_are_compared_by_the_score_of_the_task(tmp_path: Path) -> None:
     assert "test is F1." in (tmp_path / "report.html").read_text()
 
 
-def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> None:
-    results, _ = analysed(tmp_path, (no_to_all, sees))
-    assert results["says"][0].endswith(": moslora:kaiming. Not shown to be above: lora.")
-    (row,) = results["comparisons"]
-    assert row["verdict"] == "better"
-
-
 def test_missing_controls_are_named(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
     assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == ["majority"]
@@ -293,60 +258,6 @@ def test_an_arm_above_a_baseline_only_is_better_in_answers_only(tmp_path: Path, 
     assert "It is not known whether either looks at the picture." in text
     assert any("--no-controls" in line for line in results["says"]) == ("controls" in left_out)
     assert any("fewer than two different pictures" in line for line in results["says"]) == ("second" in left_out)
-
-
-def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
-    def task(pictures: bool, *names: str) -> TaskAnswers:
-        ahead = TaskScores(scores=[[1.0, 0.0] * 10] * 2, clusters=list(range(20)))
-        return TaskAnswers(own=ahead, less=dict.fromkeys(names, ahead), pictures=pictures, remarks=())
-
-    shown, text = task(True, "wrong_image", "blind", "majority"), task(False, "majority")
-    found = above_controls([text, shown], ["text", "shown"])
-    assert found is not None
-    assert sorted(row["name"] for row in found["rows"]) == ["blind", "majority", "wrong_image"]
-    assert found["complete"]
-    alone = above_controls([task(True, "majority"), shown], ["one picture", "shown"])
-    assert alone is not None
-    assert [row["name"] for row in alone["rows"]] == ["majority"]
-    assert not alone["complete"]
-
-
-def test_the_control_of_text_tasks_is_the_most_frequent_answer(tmp_path: Path) -> None:
-    results, _ = analysed(tmp_path, (knows_the_questions, no_to_all), pictures=False)
-    found = results["arms"][0]["controls"]["test"]
-    assert [row["name"] for row in found["rows"]] == ["majority"]
-    assert found["above"]
-    assert found["complete"]
-    assert not any("blind" in line for line in results["says"])
-
-
-def test_baselines_name_their_training_data(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "is it 3"}, {"from": "gpt", "value": "yes"}]
-    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
-    results, comparison = analysed(tmp_path, (sees, no_to_all))
-    assert results["floors_learned_from"] == "the evaluated set"
-    assert results["floors"]["test"]["majority"] == pytest.approx(26 / 40)
-    comparison.settings = dataclasses.replace(comparison.settings, train_answers=str(tmp_path / "train.json"))
-    again = analyse(comparison)
-    assert again["floors_learned_from"] == "training answers"
-    assert again["floors"]["test"]["majority"] == pytest.approx(14 / 40)
-    names = [row["name"] for row in again["arms"][0]["controls"]["test"]["rows"]]
-    assert names == ["wrong_image", "blind", "majority", "best_answer"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
-    analysed(tmp_path, (sees, sees_badly))
-    page = write_page(tmp_path / "results.json", tmp_path / "report.html")
-    with browsing(tmp_path / "profile") as tab:
-        tab.open(page.as_uri(), width=400)
-        places = tab.run(
-            "[...document.querySelectorAll('#scores td, #controls td')].map(cell => cell.getBoundingClientRect().right)"
-        )
-        assert len(places) > 10
-        assert max(places) <= 400
-        assert tab.run("document.documentElement.scrollWidth") <= 400
 
 
 def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
@@ -391,20 +302,3 @@ def test_a_choice_that_runs_could_have_made_otherwise_is_named(gap: float, seeds
     lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
     assert len(lines) == told
     assert not lines or lines[0].startswith(f"moslora:orthogonal: the values {best} and {other} differ by {gap:g}")
-
-
-@pytest.mark.parametrize(("best", "said"), [(1, "optim.mixer_factor=1"), (6, ""), (24, "optim.mixer_factor=24")])
-def test_a_value_at_the_end_of_those_on_offer_is_named(best: int, said: str, tmp_path: Path) -> None:
-    arms = parse_arms("lora,moslora:orthogonal@optim.mixer_factor=1,6,24", RECIPE)
-    settings = ComparisonSettings(arms=arms, rates=[1e-4], seeds=1, tasks=["kind"])
-    outcomes = {
-        cell.name: Outcome(status="ok", validation={"loss": abs(cell.arm.apply(RECIPE).optim.mixer_factor - best)})
-        for cell in tuning_cells(settings, {})
-    }
-    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
-    assert results["arms"][1]["last_value"] == said
-    (line,) = [line for line in results["remarks"] if "last value on offer" in line] or [""]
-    assert said in line
-    outcomes.popitem()
-    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
-    assert results["arms"][1]["last_value"] == "", "nothing is chosen yet"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.compare.arms import parse_arms, reset_line
+from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import write_outcome
 from mm_moslora.compare.comparison_plan import (
     Outcome,
@@ -18,7 +18,6 @@ from mm_moslora.compare.comparison_plan import (
     recipe_hash,
     reported_cells,
     run_count,
-    short_names,
     tuning_cells,
 )
 from mm_moslora.compare.comparison_run import ArmComparison
@@ -26,22 +25,6 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 from tests.compare.comparisons import RECIPE, settings
-
-
-def test_data_files_of_one_name_are_two_columns() -> None:
-    easy, hard, other = "llava:data/easy/test.jsonl@images", "llava:data/hard/test.jsonl", "tsv:/x/bench.tsv"
-    assert short_names([easy, hard, other, "mme@llava"]) == {
-        easy: "easy/test", hard: "hard/test", other: "bench", "mme@llava": "mme@llava",
-    }  # fmt: skip
-    names = short_names(["llava:test.jsonl", "llava:test.json", "tsv:a/test.tsv"])
-    assert len(set(names.values())) == 3
-
-
-def test_rates_that_differ_in_the_eighth_digit_have_runs_of_their_own():
-    asked = settings(rates=[1e-4, 1.0000001e-4])
-    names = [cell.name for cell in tuning_cells(asked)]
-    assert len(set(names)) == len(names)
-    assert "lora_lr0.0001_tune0" in names
 
 
 def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
@@ -110,13 +93,6 @@ REFUSED = {
 def test_what_an_arm_cannot_change_is_refused_before_any_run(arms: str) -> None:
     with pytest.raises(MoSLoRAError, match=REFUSED[arms]):
         parse_arms(arms, RECIPE)
-
-
-def test_what_arms_reset_is_said() -> None:
-    assert reset_line(RECIPE) == []
-    changed = dataclasses.replace(RECIPE, optim=dataclasses.replace(RECIPE.optim, mixer_factor=6.0))
-    (line,) = reset_line(changed)
-    assert "optim.mixer_factor=6.0 (to 1.0); to keep it, name it in the arm: ARM@key=value" in line
 
 
 def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):

@@ -78,16 +78,6 @@ def test_small_test_sets_share_no_question_with_training(commonsense, tmp_path: 
     assert not taught & chosen_by
 
 
-def test_the_full_set_leaves_the_prompt_to_the_chat_template(commonsense, tmp_path: Path):
-    record = {"instruction": "Is water wet?", "input": "", "output": "the correct answer is true", "answer": "true"}
-    (tmp_path / "170k.json").write_text(json.dumps([record]))
-    assert commonsense.convert_full(tmp_path / "170k.json", tmp_path / "out.jsonl") == 1
-    (row,) = rows(tmp_path / "out.jsonl")
-    question, answer = (turn["value"] for turn in row["conversations"])
-    assert question == "Is water wet?"
-    assert answer == "the correct answer is true"
-
-
 def test_the_visual_experiment_takes_two_sets_of_pictures_and_held_out_questions(visual, tmp_path: Path):
     quickstart = tmp_path / "quickstart"
     for stage in ("data", "align", "tune"):
@@ -132,40 +122,6 @@ def test_the_visual_experiment_takes_two_sets_of_pictures_and_held_out_questions
     for part, other, asked in zip(learnt, validated, questions, strict=True):
         assert not part & other
         assert not (part | other) & {row["image"] for row in asked}
-
-
-def test_owners_are_learnt_from_pictures_that_are_not_asked_about(
-    visual_owners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    for name, count in (("VALIDATION", 16), ("ALIGN", 16)):
-        monkeypatch.setattr(visual_owners, name, count)
-    stamps = stamps_folder(tmp_path / "stamps", kinds=("animals", "symbols", "vehicles"))
-    models = {"model.language": "language", "model.vision.name": "vision"}
-    path, tasks = visual_owners.build(stamps, models, tmp_path / "out", train=48, questions=32)
-    recipe, aligned = load_recipe(path), load_recipe(path.with_name("align.yaml"))
-    assert recipe.model.projector.mode == "frozen", "what is learned about owners goes into the adapters"
-    assert recipe.model.projector.weights.startswith(aligned.train.output)
-    assert "Who owns this?" not in Path(aligned.data.train[0].path).read_text()
-
-    taught = [row["conversations"] for row in rows(Path(recipe.data.train[0].path))]
-    orders = {conversation[0]["value"] for conversation in taught}
-    assert orders == {"<image>\nWho owns this?", "<image>\nWhat kind of thing is this?"}
-    said = [{c[n]["value"].split("\n")[-1]: c[n + 1]["value"] for n in (0, 2)} for c in taught]
-    for task in tasks.split(","):
-        asked = rows(Path(task.removeprefix("llava:").split("@")[0]))
-        assert len(asked) == 32
-        for number, row in enumerate(asked):  # 16 things take turns in every part
-            assert row["answer"] == said[number % 16][row["text"]]
-    assert {answers["What kind of thing is this?"] for answers in said} == {"animal", "vehicle"}
-    assert sorted(answers["Who owns this?"] for answers in said[:16]) == sorted(visual_owners.OWNERS)
-    pictures = [file.read_bytes() for file in sorted((tmp_path / "out" / "images").iterdir())]
-    assert len(set(pictures)) == len(pictures) == 48 + 16 + 2 * 32 + 16
-
-    visual_owners.build(stamps, models, tmp_path / "again", train=48, questions=32)
-    assert [file.read_bytes() for file in sorted((tmp_path / "again" / "images").iterdir())] == pictures
-    visual_owners.build(stamps, models, tmp_path / "fresh", train=64, questions=40, seed=1)
-    fresh = {file.read_bytes() for file in (tmp_path / "fresh" / "images").iterdir()}
-    assert (len(fresh), fresh & set(pictures)) == (64 + 16 + 2 * 40 + 16, set())
 
 
 def stamps_folder(folder: Path, *, kinds: Sequence[str] = ("animals", "vehicles"), each: int = 30) -> Path:

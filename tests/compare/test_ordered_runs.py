@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from between import just_before
 from preloaded import Preloaded
 from waiting import wait_until
 
 from mm_moslora import cli
 from mm_moslora.compare import comparison_cell
-from mm_moslora.compare.comparison_cell import CellRun, metrics, read_outcome, write_outcome
+from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
 from mm_moslora.compare.comparison_plan import (
     Outcome,
     recipe_hash,
@@ -26,7 +23,7 @@ from mm_moslora.compare.comparison_plan import (
 )
 from mm_moslora.compare.comparison_run import ArmComparison, RunBudget
 from mm_moslora.config import Recipe
-from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
+from mm_moslora.launch.jobs import ProcessEngine
 from mm_moslora.utils.errors import ConfigError
 from tests.compare.comparisons import RECIPE, fake_devices, ordered, other_runs, settings
 
@@ -42,12 +39,6 @@ def test_a_damaged_outcome_is_named_and_never_overwritten(tmp_path: Path, text: 
     (tmp_path / "outcome.json").write_text(text)
     with pytest.raises(ConfigError, match=r"outcome\.json is damaged .*Delete it"):
         read_outcome(tmp_path)
-
-
-def test_a_score_that_is_no_number_was_not_measured(tmp_path: Path):
-    text = '{"status": "ok", "test": {"a": NaN, "b": 0.5}, "first_loss": Infinity, "step_seconds": NaN}'
-    (tmp_path / "outcome.json").write_text(text)
-    assert read_outcome(tmp_path) == Outcome(status="ok", test={"b": 0.5})
 
 
 def test_a_damaged_outcome_counts_as_failed_and_hides_no_other(tmp_path: Path, monkeypatch):
@@ -92,16 +83,6 @@ def test_keys_that_a_finished_run_leaves_out_count_with_their_defaults(tmp_path:
         read()
 
 
-def test_metrics_that_disappear_while_they_are_read_are_no_error(tmp_path: Path, monkeypatch):
-    """A run that starts from step 0 moves them aside."""
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"loss": 1}\n{"lo')
-    assert metrics(tmp_path) == [{"loss": 1}]
-    just_before(monkeypatch, os, "open", file.unlink, when=lambda path, *_: path == file.resolve())
-    assert metrics(tmp_path) == []
-    assert not file.exists()
-
-
 def test_a_run_refuses_the_devices_of_others(tmp_path: Path, monkeypatch):
     fake_devices(monkeypatch, 8)
     run = ordered(tmp_path)
@@ -128,26 +109,6 @@ def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: P
         (place / "cell.json").write_text(text)
         assert cli.run(["compare", str(tmp_path), "--cell", place.name]) == 1
         assert "cell.json is damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("way", ["relative", "linked"])
-def test_a_run_by_hand_is_found_from_every_path_of_its_folder(tmp_path: Path, monkeypatch, way: str):
-    folder = tmp_path / "runs of mine"
-    name = ordered(folder).cell.name
-    (tmp_path / "linked").symlink_to(folder)
-    monkeypatch.chdir(tmp_path)
-    asked: list[CellRun] = []
-    monkeypatch.setattr(comparison_cell, "_run", lambda run, *_: asked.append(run) or Outcome(status="ok"))
-    assert cli.run(["compare", folder.name if way == "relative" else "linked", "--cell", name]) == 0
-    assert [run.run_folder for run in asked] == [folder / "runs" / name]
-
-
-def test_a_run_by_hand_starts_where_its_tasks_are_named(tmp_path: Path, monkeypatch):
-    run, places = ordered(tmp_path / "own"), []
-    monkeypatch.chdir("/")
-    monkeypatch.setattr(comparison_cell, "_run", lambda *_: places.append(Path.cwd()) or Outcome(status="ok"))
-    assert cli.run(["compare", str(tmp_path / "own"), "--cell", run.cell.name]) == 0
-    assert [places, Path.cwd()] == [[run.start], Path("/")]
 
 
 def test_a_run_by_hand_that_fails_says_so(tmp_path: Path, monkeypatch, capsys):
@@ -214,20 +175,6 @@ def test_runs_that_are_killed_three_times_are_in_the_table_and_the_others_go_on(
     assert "ended by signal 9" in comparison.outcomes["lora_lr0.0001_seed0"].reason
 
 
-@pytest.mark.parametrize(
-    ("parallel", "left"), [(1, ["30 min", "20 min", "10 min"]), (2, ["15 min", "10 min", "10 min"])]
-)
-def test_the_time_left_counts_runs_at_one_time_once(
-    tmp_path: Path, monkeypatch, caplog, parallel: int, left: list[str]
-):
-    other_runs(monkeypatch, "last")
-    comparison = ArmComparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
-    with caplog.at_level("INFO"):
-        assert comparison.run(RunBudget(), ProcessEngine(parallel=parallel))
-    assert re.findall(r"about (\d+ min) .*left$", caplog.text, re.M) == left
-    assert "all done" in caplog.text
-
-
 def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
     other_runs(monkeypatch, "meet")
@@ -243,16 +190,3 @@ def test_with_several_devices_one_run_is_on_each_in_parallel(tmp_path: Path, mon
     assert failed == "moslora-kaiming_lr0.0001_seed0"
     assert comparison.outcomes[failed].reason.startswith("AssertionError: boom")
     assert "moslora:kaiming at 0.0001, seed 0: failed: AssertionError: boom" in caplog.text
-
-
-def test_the_accelerators_of_a_run(monkeypatch):
-    fake_devices(monkeypatch, 5)
-    engine = ProcessEngine()
-    asked = {number: cards_per_job(number, engine, option="--gpus-per-run") for number in (None, 1, 2, 5)}
-    assert asked == {None: 1, 1: 1, 2: 2, 5: 5}
-    with pytest.raises(ConfigError, match="--gpus-per-run is 8, but there are 5 accelerators"):
-        cards_per_job(8, engine, option="--gpus-per-run")
-    with pytest.raises(ConfigError, match="expected 1 or more"):
-        cards_per_job(-1, engine, option="--gpus-per-run")
-    fake_devices(monkeypatch, 0)
-    assert cards_per_job(None, ProcessEngine(), option="--gpus-per-run") == 0
