@@ -117,6 +117,13 @@ def test_check_counts_truncation_repeats_and_special_text(recipe, tmp_path, caps
     assert "records repeat an id: 'r0'" in text
 
 
+def test_check_looks_at_validation_data_too(recipe, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("null\n")
+    assert run(["data", "check", recipe(validation=[{"path": str(other)}])]) == 1
+    assert "NOT_AN_OBJECT" in capsys.readouterr().out
+
+
 def test_view_colours_exactly_the_supervised_tokens(recipe):
     from rich.console import Console
 
@@ -165,6 +172,15 @@ def test_pictures_that_are_evaluated_on_are_found_in_other_sizes(recipe, tmp_pat
     assert run(["data", "check", name, "--against", str(other)]) == 0
     assert f"{tmp_path}/images/4.pnglookslike{other}/copy.jpg" in "".join(capsys.readouterr().out.split())
     assert run(["data", "check", name, "--against", str(tmp_path / "nowhere")]) == 1
+
+
+def test_validation_pictures_are_compared_by_themselves(recipe, tmp_path, capsys):
+    name = recipe()
+    source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images"), "limit": 3}
+    assert run(["data", "check", recipe(validation=[source]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["leakage"]["findings"][0]["status"] == "warn"
+    assert run(["data", "check", name]) == 0
+    assert "17.pngisinboth" in "".join(capsys.readouterr().out.split())
 
 
 def test_held_out_records_that_are_trained_on_as_copies_are_counted(recipe, tmp_path, capsys):

@@ -151,6 +151,21 @@ def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serv
         wait_until(lambda: server.intake.pictures.used == server.intake.bodies.used == 0)
 
 
+def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
+    """Forty bodies without an end, where 3 requests may be in progress."""
+    with serve_with(queue=2, batch=1) as server:
+        slow = [server.socket() for _ in range(40)]
+        try:
+            for connection in slow:
+                connection.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
+            wait_until(lambda: server.intake.bodies.used == len(slow))
+            assert server.post(asking("hello")).status_code == 200
+        finally:
+            for connection in slow:
+                connection.close()
+        wait_until(lambda: server.intake.bodies.used == 0)
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -14,12 +14,13 @@ from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 from PIL import Image
 
+from mm_moslora.cli.serve_verbs import parse_adapters
 from mm_moslora.data.preprocessing_print import preprocessing_digest, stored_preprocessing
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import GenerationEngine
 from mm_moslora.serve.inference.served_models import load_models, why_no_base
 from mm_moslora.serve.terminal_chat import Chat
-from mm_moslora.utils.errors import AdapterError, EvalError, ModelError
+from mm_moslora.utils.errors import AdapterError, ConfigError, EvalError, ModelError
 from mm_moslora.utils.run_paths import PREPROCESSING
 from tests.serve.serve_tools import asking, data_url
 
@@ -144,6 +145,15 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
     assert len(trained) == len(projector.state_dict()) > 0
     for name, weight in projector.state_dict().items():
         assert torch.equal(weight, next(value for key, value in trained.items() if key.endswith(name)))
+
+
+def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="same name"):
+        load_models(runs[0], name="one", further={"one": runs[1]})
+    with pytest.raises(ModelError, match="not a checkpoint"):
+        load_models(runs[0], further={"two": tmp_path})
+    with pytest.raises(ConfigError, match="NAME=FOLDER"):
+        parse_adapters(["just-a-folder"])
 
 
 def test_an_adapter_of_another_base_is_refused(
