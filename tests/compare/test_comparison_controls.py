@@ -187,13 +187,9 @@ def _row(**changes: Any) -> Callable[[str], str]:
 
 
 DAMAGE: tuple[tuple[str, Any], ...] = (
-    ("places", {}), ("places", {"blind": "runs"}), ("places", {"own": "../../etc"}), ("samples.jsonl", _row(id=None)),
-    ("samples.jsonl", _row(cluster=None)), ("samples.jsonl", _row(reference="x")), ("samples.jsonl", _row(score=1e300)),
-    ("samples.jsonl", _row(score=-1e10)), ("samples.jsonl", _row(text=7)), ("samples.jsonl", lambda text: text[:-30]),
-    ("samples.jsonl", lambda text: text[: text.rindex("{")]), ("samples.jsonl", lambda _: ""),
-    ("samples.jsonl", None), ("task.json", lambda _: "{}"), ("task.json", lambda _: "{"),
-    ("task.json", lambda text: text.replace('"mean"', '"x"')), ("documents.jsonl", _row(extra=7)),
-    ("documents.jsonl", None),
+    ("places", {}), ("places", {"own": "../../etc"}), ("samples.jsonl", _row(id=None)),
+    ("samples.jsonl", _row(score=1e300)), ("samples.jsonl", lambda text: text[:-30]), ("samples.jsonl", None),
+    ("task.json", lambda _: "{"), ("documents.jsonl", None),
 )  # fmt: skip
 
 

@@ -6,17 +6,13 @@ import json
 import math
 import re
 from html import unescape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, MISSING, browsing
 from comparison_results import NAMES, comparison_results
-from matplotlib.figure import Figure
 
-from mm_moslora.reporting.comparison.comparison_charts import Column, Measure
-from mm_moslora.reporting.comparison.comparison_curves import dodge
 from mm_moslora.reporting.comparison.comparison_page import draw, render, write_page
 from mm_moslora.utils.errors import ConfigError
 
@@ -58,66 +54,6 @@ def test_a_damaged_file_is_one_clear_error(change: dict[str, Any], tmp_path: Pat
         with pytest.raises(ConfigError, match=r"results\.json (is not valid JSON|holds a list)"):
             write_page(tmp_path / "results.json", tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
-
-
-def test_marks_of_a_row_stand_at_their_numbers() -> None:
-    measure = Measure(value=5.0, low=2.0, high=8.0, seeds=(4.0, 6.5), text="5.0")
-    far = Measure(value=-90.0, low=-91.0, high=-89.0)
-    column = Column(
-        heading="h", unit="points", rows=[("a", measure), *[("b", measure)] * 3, ("c", far)], zero=True, band=3
-    )
-    axes = Figure().subplots()
-    assert len(column.draw(axes)) == 5
-    assert -30 < axes.get_xlim()[0] < -3, "a far arm does not squeeze the others"
-    lines = [(list(map(float, line.get_xdata())), line.get_marker()) for line in axes.lines]
-    assert ([5.0], "s") in lines
-    assert ([4.0, 6.5], "o") in lines
-    assert ([axes.get_xlim()[0]], "<") in lines
-    assert [
-        segment for bar in (axes.containers[0], axes.containers[-1])
-        for segment in [[float(x) for x, _ in bar.lines[2][0].get_segments()[0]]]
-    ] == [[2.0, 8.0], [-91.0, -89.0]]  # fmt: skip
-
-
-def test_seeds_and_floors_are_told() -> None:
-    results = comparison_results(("lora",), tasks=("test",), nats=False, tuned=False)
-    measure = results["arms"][0]["tasks"]["test"]
-    measure |= {"mean": 0.6, "low": 0.5, "high": 0.7, "seeds": [0.48, 0.6, 0.72]}
-    results["floors"]["test"]["majority"] = 0.525
-    page = render(results)
-    ((_, marks),) = plots(page)
-    assert told(marks) == ["lora: 60.0 ± 1.2 percent; seeds 48, 60, 72"]
-    assert "answers without a model (majority 52.5)" in page
-
-
-def test_rates_have_a_chart_per_arm_with_the_chosen_rate_and_the_edge() -> None:
-    results = comparison_results(("lora", "tsm"))
-    curve = [
-        {"rate": rate, "seed": 0, "value": value, "status": "ok"}
-        for rate, value in ((1e-4, 3.0), (1e-3, 2.0), (1e-2, 1.0))
-    ]
-    results["arms"][0] |= {"rate": 1e-2, "edge": True, "curve": curve}
-    broken = [curve[0], curve[1], {"rate": 1e-2, "seed": 0, "value": None, "status": "diverged"}]
-    results["arms"][1] |= {"rate": 1e-3, "edge": False, "curve": broken}
-    page = render(results)
-    first, second = [(label, marks) for label, marks in plots(page) if "chosen" in label]
-    assert first[0] == "lora: chosen 0.01; 0.0001: 3; 0.001: 2; 0.01: 1"
-    assert told(second[1]) == ["0.0001: 3", "0.001: 2", "0.01: failed"]
-    assert ("→" in first[1], "→" in second[1]) == (True, False)
-    assert ("var(--bad)" in first[1], "var(--bad)" in second[1]) == (False, True)
-    assert "chosen 0.01, <strong>an edge of the grid</strong>" in page
-
-
-def test_arms_of_equal_cost_stand_side_by_side() -> None:
-    results = comparison_results(("lora", "tsm", "dora", "lora@rank=64"))
-    label, marks = next(item for item in plots(render(results)) if item[0].startswith("Score, percent, by trained"))
-    assert len(told(marks)) == 4
-    assert "lora@rank=64: " in label
-    assert dodge([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
-    assert dodge([0.5, 0.5, 0.5], 0.04) == pytest.approx([0.5, 0.54, 0.58])
-    assert dodge([0.99, 0.2, 1.0], 0.04) == pytest.approx([0.94, 0.2, 0.98])
-    crowd = dodge([0.5] * 40, 0.04)
-    assert min(b - a for a, b in pairwise(crowd)) == pytest.approx(0.025)
 
 
 def failed_arm(results: dict[str, Any]) -> None:

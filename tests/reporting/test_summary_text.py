@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from mm_moslora.reporting.run_rows import EvaluationRow, SampleRow, Score
-from mm_moslora.reporting.summary_text import explained, format_count, sample_kind, verdict
-from mm_moslora.reporting.svg_charts import downsample, format_number, smooth
+from mm_moslora.reporting.summary_text import explained, sample_kind, verdict
 from mm_moslora.reporting.verdicts import Difference
-from mm_moslora.utils.text_format import format_seconds
 
 
 def _row(name: str, low: float, high: float, **more: Any) -> EvaluationRow:
@@ -77,30 +75,3 @@ def test_samples_are_sorted_by_what_happened_to_them(before: bool | None, after:
         image=None, question="q", answer="a", before="b", after="c", before_correct=before, after_correct=after
     )
     assert sample_kind(row) == kind
-
-
-def test_downsampling_keeps_the_mean_and_the_order() -> None:
-    points = [(float(x), float(x * x % 7)) for x in range(960)]
-    fewer = downsample(points, 240)
-    assert len(fewer) == 240
-    assert [x for x, _ in fewer] == sorted(x for x, _ in fewer)
-    assert sum(y for _, y in fewer) / 240 == pytest.approx(sum(y for _, y in points) / 960)
-    assert downsample(points[:5], 240) == points[:5]
-
-
-def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
-    assert smooth([(0, 5.0), (1, 1.0)])[0] == (0, 5.0)
-    assert [y for _, y in smooth([(x, 3.0) for x in range(50)])] == pytest.approx([3.0] * 50)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (2e-4, "2e-4"), (0.0123456, "0.0123"), (2.5, "2.5"), (1234, "1234"), (25_000, "25 k"), (3.2e6, "3.2 M")],
-)
-def test_numbers_on_axes(value: float, text: str) -> None:
-    assert format_number(value) == text
-
-
-def test_counts_and_durations() -> None:
-    assert [format_count(n) for n in (17, 1200, 134_515_008, 7e9)] == ["17", "1.2 k", "134.5 M", "7.0 G"]
-    assert [format_seconds(s) for s in (42, 185, 7620)] == ["42 s", "3 min 05 s", "2 h 07 min"]
