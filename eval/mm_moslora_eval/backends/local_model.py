@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,8 @@ class LocalModel:
 
     @property
     def thinking_tokens(self) -> int:
-        """New tokens that an answer needs if the model is asked to think, at most half of its context; 0: it is not."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2 * THINKING_TOKENS
-        return min(THINKING_TOKENS, int(context) // 2) if self.encoder.asks_to_think else 0
+        """See `thinking_tokens_of`; 0: the model is not asked to think."""
+        return thinking_tokens_of(self.model.config) if self.encoder.asks_to_think else 0
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
@@ -208,6 +208,16 @@ def _batches(requests: Sequence[Request], keys: Sequence[tuple[str, ...]], batch
 
 def _size(request: Request) -> int:
     return sum(len(message.text) for message in request.messages) + 1000 * len(request.images)
+
+
+def thinking_tokens_of(config: Any) -> int:
+    """New tokens that an answer needs of a model that is asked to think, at most half of its context.
+
+    Args:
+        config: transformers' configuration of the model.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2 * THINKING_TOKENS
+    return min(THINKING_TOKENS, int(context) // 2)
 
 
 def turn_of(message: Message) -> Turn:

@@ -38,11 +38,10 @@ from mm_moslora.utils.errors import EvalError, ModelError, reason_of
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import PREPROCESSING
 from mm_moslora_eval.backends.answer_boxes import boxes_of
-from mm_moslora_eval.backends.local_model import draws_of
+from mm_moslora_eval.backends.local_model import draws_of, thinking_tokens_of
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
-from mm_moslora_eval.protocol.task import THINKING_TOKENS
 from mm_moslora_eval.sources.image_controls import open_image
 from mm_moslora_eval.sources.source_videos import WholeVideo
 
@@ -198,7 +197,7 @@ class TransformersModel:
     @property
     def thinking_tokens(self) -> int:
         """See `LocalModel.thinking_tokens`."""
-        return THINKING_TOKENS if self._thinks else 0
+        return thinking_tokens_of(self.model.config) if self._thinks else 0
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:

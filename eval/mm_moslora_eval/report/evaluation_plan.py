@@ -15,7 +15,9 @@ from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.answer_views import views_below
+from mm_moslora_eval.run.evaluate_suite import shown_as_trained
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
+from mm_moslora_eval.scoring.score_remarks import kind_of
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.source_videos import WholeVideo, with_whole_videos
 
@@ -68,9 +70,10 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
     Args:
         task: the protocol.
         settings: which documents are asked.
-        counter: counts the tokens of prompts; None: by the length of their texts.
+        counter: knows the model; None: prompts are counted by the length of their texts, and no answer thinks.
     """
-    decoding = task.within(settings.max_new_tokens).decoding
+    task = task if counter is None else shown_as_trained(task, counter)
+    decoding = task.within(settings.max_new_tokens, thinking_tokens=counter.thinking_tokens if counter else 0).decoding
     most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
     try:
         data = task.load_cached()
@@ -186,14 +189,24 @@ def plan_text(
             likely = price.cost(prompt=prompts, completion=round(answers * before.tokens))
             cost += f", {likely:,.2f} with answers as long as in that run"
         lines.append(f"Cost: {cost}, at {price.prompt:g}/{price.completion:g} for a million tokens, without a judge's.")
-    lines += [f"{plan.name}: its prompts are unknown: {plan.fault}" for plan in plans if plan.fault]
+    for faults in _alike([plan for plan in plans if plan.fault]):
+        more = f" and of {len(faults) - 1} more" if len(faults) > 1 else ""
+        lines.append(f"The prompts of {faults[0].name}{more} are unknown: {faults[0].fault}")
     lines += [
         f"{plan.name}: {plan.unasked:,} documents cannot be asked, and their prompts are not counted (first: "
         f"{plan.reason})." for plan in plans if plan.unasked
     ]  # fmt: skip
-    if new:
+    if new and not counted:
         lines.append(f"A model that is asked to think gets at least {THINKING_TOKENS} new tokens for an answer.")
     return "\n".join(lines)
+
+
+def _alike(plans: Sequence[TaskPlan]) -> list[list[TaskPlan]]:
+    """Plans whose faults differ only in names are together."""
+    kinds: dict[str, list[TaskPlan]] = {}
+    for plan in plans:
+        kinds.setdefault(kind_of(plan.fault), []).append(plan)
+    return [*kinds.values()]
 
 
 def _hours(answers: int, before: Measured | None) -> str:

@@ -89,7 +89,7 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     with nullcontext() if locked else open_run(output, model, rank=settings.rank):
-        task = _shown_as_trained(task, model)
+        task = shown_as_trained(task, model)
         data, hasher = task.load(), Hasher()
         results: list[TaskResult] = []
         for mode in modes:
@@ -118,7 +118,7 @@ def evaluate(
         return results
 
 
-def _shown_as_trained(task: Task, model: Model) -> Task:
+def shown_as_trained(task: Task, model: Any) -> Task:
     """The task with as many frames of a video as the model was trained with, unless it names its own number."""
     source, frames, fps = task.source, getattr(model, "trained_frames", None), getattr(model, "trained_fps", None)
     if frames is None and fps is None:

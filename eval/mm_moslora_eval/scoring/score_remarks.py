@@ -27,14 +27,19 @@ _LONGEST = 200
 _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
 
+def kind_of(error: str) -> str:
+    """An error without what is particular in it: names, numbers, paths."""
+    return _PARTICULAR.sub("...", error)
+
+
 def failures(errors: Sequence[str | None]) -> Iterator[str]:
     """The most common error; errors that differ only in names and numbers count as one."""
     messages = [error for error in errors if error is not None]
     if not messages:
         return
-    kinds = Counter(_PARTICULAR.sub("...", error) for error in messages)
+    kinds = Counter(map(kind_of, messages))
     kind, count = kinds.most_common(1)[0]
-    example = next(error for error in messages if _PARTICULAR.sub("...", error) == kind)
+    example = next(error for error in messages if kind_of(error) == kind)
     most = "all" if count == len(messages) else f"{count} of them"
     yield f"{len(messages)} of {len(errors)} samples failed, {most} with this error: {_short(example)}"
 

@@ -19,6 +19,9 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_file, picture_folder
 from mm_moslora_eval.sources.source_images import rules_of
 
+VLMEVALKIT = "https://opencompass.openxlab.space/utils/VLMEval/"
+"""Where the files are whose checksums shipped tasks know."""
+
 __all__ = ["Source", "find_file", "load"]
 
 
@@ -34,7 +37,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     """
     if source.kind == "hf":
         return hf_dataset.load(source, beside=beside)
-    path = find_file(source.path, beside=beside)
+    where = f" VLMEvalKit's files are at {VLMEVALKIT}{source.path}." if source.kind == "tsv" and source.md5 else ""
+    path = find_file(source.path, beside=beside, where=where)
     sha256 = _checksum(path, source.md5)
     folder = picture_folder(source.image_folder, path, beside=beside)
     rules = rules_of(folder, source)

@@ -19,12 +19,13 @@ _DERIVED = "cache-"
 """Prefix of the cache files that `datasets` writes into the folder of the data."""
 
 
-def find_file(path: str, *, beside: Path | None = None) -> Path:
+def find_file(path: str, *, beside: Path | None = None, where: str = "") -> Path:
     """Look a data file up: beside the task file, then below MM_MOSLORA_DATA, LMUData and ~/LMUData.
 
     Args:
         path: as the task names it.
         beside: folder of the task file; None (for a task built in Python): the working directory.
+        where: where the file comes from, for the message.
 
     Raises:
         EvalError: it is in none of these places.
@@ -33,7 +34,7 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
     if file is None:
         tried = ", ".join(map(str, _candidates(path, beside)))
         raise EvalError(
-            f"Data file {path!r} was not found; looked at {tried}. Put it there or set MM_MOSLORA_DATA to its folder."
+            f"Data file {path!r} was not found; looked at {tried}.{where} Put it there or set MM_MOSLORA_DATA to its folder."
         )
     return file
 

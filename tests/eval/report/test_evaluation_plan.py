@@ -57,3 +57,11 @@ def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
     assert f"Cost: at most {asked / 1e6:,.2f}" in said
     eval_plan(name, model="openai:http://127.0.0.1:1/v1#m")
     assert "bytes of text for one. --model with a folder counts them." in capsys.readouterr().out
+
+
+def test_data_that_are_not_at_hand_are_named_once_with_their_address(capsys: pytest.CaptureFixture[str]) -> None:
+    eval_plan("mmstar", "mme@llava", "pixmo_count", limit=100)
+    (tsv, hub) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The prompts of ")]
+    assert tsv.startswith("The prompts of mmstar@llava and of 1 more are unknown: Data file 'MMStar.tsv' was not found")
+    assert "VLMEvalKit's files are at https://opencompass.openxlab.space/utils/VLMEval/MMStar.tsv." in tsv
+    assert hub.startswith("The prompts of pixmo_count@lmms_eval are unknown: ")
