@@ -131,7 +131,7 @@ def test_on_bad_error_stops_at_the_first(path):
 
 
 def test_nothing_usable_is_an_error(path):
-    rewrite(path, lambda index, record: "null")
+    rewrite(path, lambda index, record: "{}")
     with pytest.raises(DataError, match="None of the 20 records"):
         make_set(path, max_bad_share=1.0)
 

@@ -24,6 +24,7 @@ from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
@@ -138,7 +139,7 @@ class RecordFile(RecordSource):
         rules: rules for its pictures; None: files below the file's folder.
 
     Raises:
-        DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
+        DataError: the file is missing, empty, not UTF-8, of another kind, or a list that breaks off or has no values.
     """
 
     def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
@@ -150,7 +151,14 @@ class RecordFile(RecordSource):
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
             raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
         self._lines: array[int] | None = None
-        if head.removeprefix(BOM).lstrip()[:1] == b"[":
+        text = head.removeprefix(BOM).lstrip()
+        lines = text.splitlines()
+        if lines and text[:1] != b"[" and not any(line.lstrip()[:1] == b"{" for line in lines):
+            raise DataError(
+                f"{path} begins with {visible(lines[0][:40].decode(errors='replace'))!r}, expected a JSON list, or JSON "
+                "in each line. A table such as CSV is not read: write its rows as JSON. Unpack an archive."
+            )
+        if text[:1] == b"[":
             self._starts, self._ends = scan_list(path)
         else:
             self._starts, self._ends, self._lines = scan_lines(path)

@@ -224,6 +224,22 @@ class TestLimits:
         assert len(open_source(SourceConfig(path=str(path), limit=100))) == 40
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "read"),
+    [
+        ("q.csv", b"image,question,answer\na.jpg,what?,cat\n", False),
+        ("q.json", b'image\tquestion\n"a.jpg"\t"{what?}"\n', False),
+        ("photos.zip", b"PK\x03\x04\x14\x00\x00\x00\x08\x00{}\n", False),
+        ("late.jsonl", b'no record\n\n  {"question": "q", "answer": "a"}\n', True),
+        ("marked.json", b'\xef\xbb\xbf [{"question": "q", "answer": "a"}]', True),
+    ],
+)
+def test_a_file_of_another_kind_is_one_error(name: str, content: bytes, read: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with contextlib.nullcontext() if read else pytest.raises(DataError, match="A table such as CSV is not read"):
+        assert len(RecordFile(tmp_path / name)) in (1, 2)
+
+
 def test_parts_share_an_epoch(tmp_path: Path) -> None:
     from mm_moslora.data.batch_loader import BatchLoader
     from mm_moslora.data.epoch_order import MicroBatchLimit
