@@ -303,8 +303,7 @@ def _closing_text(output: Path, data: OwnData, steps: int) -> str:
         ("train", str(output / "recipe.yaml")),
         ("eval", "run", *([short] if data.test else []), *([str(output / "captions.yaml")] if data.captions else []),
          "--model", run, "--output", str(output / "eval"), "--untuned",
-         *(word for mode in modes for word in ("--modes", mode)),
-         *(("--baselines", "majority", "--baselines", "question_majority") if data.test else ()),
+         "--modes", ",".join(modes), *(("--baselines", "majority,question_majority") if data.test else ()),
          *(word for file in trained if data.test for word in ("--train-answers", f"{output / file}@{data.images}"))),
         ("report", run),
     )  # fmt: skip

@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path, miniature: Pa
     run = tmp_path_factory.mktemp("finished") / "run"
     names = [str(miniature / f"{name}.yaml") for name in RUN]
     code = cli.run(
-        ["eval", "run", *names, "--model", str(tiny), "--output", str(run), "--modes", "own", "--modes", "wrong",
+        ["eval", "run", *names, "--model", str(tiny), "--output", str(run), "--modes", "own,wrong,own",
          "--precision", "fp32", "--batch-size", "16", "--baselines", "majority"]
     )  # fmt: skip
     assert code == 0

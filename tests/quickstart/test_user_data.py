@@ -426,7 +426,7 @@ class TestRecipe:
     ) -> None:
         told = made(records(tmp_path, count), tmp_path / "my")
         assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
-        assert ("--modes own --modes wrong --modes blind" in told) == (held_out > 1)
+        assert ("--modes own,wrong,blind" in told) == (held_out > 1)
         assert ("Only 1 picture is held out" in told) == (held_out == 1)
 
     def test_nothing_of_the_user_is_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

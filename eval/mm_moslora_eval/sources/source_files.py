@@ -34,7 +34,8 @@ def find_file(path: str, *, beside: Path | None = None, where: str = "") -> Path
     if file is None:
         tried = ", ".join(map(str, _candidates(path, beside)))
         raise EvalError(
-            f"Data file {path!r} was not found; looked at {tried}.{where} Put it there or set MM_MOSLORA_DATA to its folder."
+            f"Data file {path!r} was not found; looked at {tried}.{where} Put it there or set MM_MOSLORA_DATA to its "
+            "folder."
         )
     return file
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, convert
 
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
 
 
+def by_commas(kind: Any, words: Sequence[Token]) -> tuple[Any, ...]:
+    """Values of an option that takes them with commas, or is given again; each counts once."""
+    each = [word.evolve(value=value) for word in words for value in word.value.split(",")]
+    return tuple(dict.fromkeys(convert(kind, each)))
+
+
+Modes = Annotated[tuple[Literal["own", "blind", "wrong"], ...], Parameter(converter=by_commas)]
+Baselines = Annotated[tuple[Literal["majority", "question_majority"], ...], Parameter(converter=by_commas)]
 ModelNames = Annotated[
     tuple[str, ...],
     Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE; several: given again."),

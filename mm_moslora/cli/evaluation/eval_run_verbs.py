@@ -14,11 +14,13 @@ from mm_moslora.cli.evaluation.eval_options import (
     NO_LIMITS,
     PLAIN_JUDGE,
     Attempts,
+    Baselines,
     JudgeBudget,
     JudgeName,
     JudgeOptions,
     JudgeThinking,
     ModelNames,
+    Modes,
     OtherPreprocessing,
     ServiceOptions,
     Timeout,
@@ -34,8 +36,8 @@ def eval_run(
     model: ModelNames = (),
     output: Path = Path("runs/eval"),
     protocol: str | None = None,
-    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
-    baselines: tuple[Literal["majority", "question_majority"], ...] = (),
+    modes: Modes = ("own",),
+    baselines: Baselines = (),
     train_answers: tuple[str, ...] = (),
     batch_size: int | Literal["auto"] = 8,
     limit: int | None = None,
@@ -77,9 +79,9 @@ def eval_run(
     protocol
         Protocol of tasks that are given without one.
     modes
-        Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's).
+        Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's); several with commas.
     baselines
-        Answers without a model, scored alike.
+        Answers without a model, scored alike; several with commas.
     train_answers
         Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
+from mm_moslora.cli.evaluation.eval_options import Modes
 from mm_moslora.cli.library_notices import quiet_libraries
 
 
@@ -12,7 +12,7 @@ def eval_plan(
     *tasks: str,
     model: str = "",
     protocol: str | None = None,
-    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
+    modes: Modes = ("own",),
     limit: int | None = None,
     max_new_tokens: int | None = None,
     change: tuple[str, ...] = (),
