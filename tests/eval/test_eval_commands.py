@@ -165,7 +165,7 @@ def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: py
         assert cli.run(["eval", "describe", "mathvision_test"]) == 0
         assert "`mm-moslora eval check TASK` fetches it" in capsys.readouterr().out
         assert cli.run(["eval", "plan", "mathvision_test", "blink_val", "--limit", "5"]) == 0
-        assert "mathvision_test@official: its prompts are unknown" in capsys.readouterr().out
+        assert "The prompts of mathvision_test@official and of 1 more are unknown" in capsys.readouterr().out
         hub.setblocking(False)
         with pytest.raises(BlockingIOError):
             hub.accept()

@@ -24,7 +24,7 @@ _APART = 0.2
 _WORDS = 5
 """Most words of a reference for the lenient score; longer references are whole texts."""
 _LONGEST = 200
-_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
+_PARTICULAR = re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
 
 def kind_of(error: str) -> str:

@@ -155,8 +155,8 @@ class RecordFile(RecordSource):
         lines = text.splitlines()
         if lines and text[:1] != b"[" and not any(line.lstrip()[:1] == b"{" for line in lines):
             raise DataError(
-                f"{path} begins with {visible(lines[0][:40].decode(errors='replace'))!r}, expected a JSON list, or JSON "
-                "in each line. A table such as CSV is not read: write its rows as JSON. Unpack an archive."
+                f"{path} begins with {visible(lines[0][:40].decode(errors='replace'))!r}, expected a JSON list, or "
+                "JSON in each line. A table such as CSV is not read: write its rows as JSON. Unpack an archive."
             )
         if text[:1] == b"[":
             self._starts, self._ends = scan_list(path)
