@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -51,8 +52,9 @@ PLAIN_TEMPLATE = (
 _REMEMBERED = 512
 """Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 
-# Letters, quotes and brackets reveal templates that change or escape contents; the symbol occurs in no template.
-MARK = "<&\"'\u241fSlot {}\u241f>"
+# Letters, quotes and brackets reveal templates that change or escape contents. The number differs in every process, so
+# that no text of a data set, which stands beside the markers in tools and their results, can spell one.
+MARK = f"<&\"'\u241f{secrets.token_hex(8)}Slot {{}}\u241f>"
 _LEFT = {"keep": "\n \t", "lines": " \t", "space": ""}
 """Kind of trimming -> remainder of the white space that was put before a marker."""
 _RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
