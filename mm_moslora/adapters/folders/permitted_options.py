@@ -27,6 +27,11 @@ _BY_MODULE = ("trainable_token_indices", "target_svd_config")
 """Mappings with names of modules as keys, besides those whose name ends in `_pattern`."""
 _MODULE = re.compile(r"[^/~:\x00-\x1f]{0,1000}")
 """Names of modules and regular expressions for them; no path with a folder and no address."""
+_ENDLESS = re.compile(r"\)[*+{]")
+"""A group that repeats: its search can take exponential time, and names of modules need none."""
+_WIDE = re.compile(r"(?:\.|\\[wWDS]|\])[*+{]")
+"""A repetition that matches almost anything; each multiplies the time of a search by the length of a name."""
+_MOST_WIDE = 4
 _WORDS = {
     "bias": r"none|all|[a-z0-9]+_only",
     "act_fn": r"[a-z0-9_]+",  # of transformers' table
@@ -59,7 +64,7 @@ def permitted_options(kind: type[Any], options: Mapping[str, Any], source: str) 
         if value != fields[name].default and (odd := next(_refused(name, value, hints[name]), None)):
             raise AdapterError(
                 f"{source} sets {odd[0]} to {odd[1]!r}. Options may be numbers, words that PEFT lists, and names of "
-                "modules; others may name files, models or code, which PEFT would open. Leave it out."
+                "modules; others may name files, models or code, which PEFT would open, or never end. Leave it out."
             )
     return {name: value for name, value in options.items() if name in fields}
 
@@ -76,7 +81,7 @@ def _refused(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any]]:
         words = [_pattern(word) for part in literals for word in typing.get_args(part)]
         words += [_WORDS[option]] if option in _WORDS else []
         fits = any(re.fullmatch(word, value, re.IGNORECASE) for word in words)
-        if not fits and not (option in _MODULES and _MODULE.fullmatch(value)):
+        if not fits and not (option in _MODULES and _is_module(value)):
             yield name, value
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
@@ -88,11 +93,21 @@ def _refused(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any]]:
             yield from _refused(f"{name}.{key}", item, inner[key]) if key in inner else [(f"{name}.{key}", item)]
     elif isinstance(value, Mapping) and (option.endswith("_pattern") or option in _BY_MODULE):
         for key, item in value.items():
-            if not (isinstance(key, str) and _MODULE.fullmatch(key)):
+            if not (isinstance(key, str) and _is_module(key)):
                 yield name, key
             yield from _refused(name, item, None)
     else:
         yield name, value
+
+
+def _is_module(text: str) -> bool:
+    """Whether a text is the name of a module, or an expression for some that is found in short time."""
+    try:
+        re.compile(text if _MODULE.fullmatch(text) else "(")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    plain = re.sub(r"\\[^wWDS]", "x", text)  # escaped signs repeat nothing
+    return not _ENDLESS.search(plain) and len(_WIDE.findall(plain)) <= _MOST_WIDE
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -106,4 +121,4 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 def _pattern(word: Any) -> str:
     """A word of an annotation as an expression; brackets stand for a number, as in `pissa_niter_[number of iters]`."""
-    return re.sub(r"\\\[.*?\\\]", r"\\d+", re.escape(str(word)))
+    return re.sub(r"\\\[.*?\\\]", r"\\d{1,3}", re.escape(str(word)))

@@ -50,6 +50,10 @@ BAD: dict[str, Any] = {
     "bias": {"bias": "../x"},
     "rank_pattern": {"rank_pattern": {"q_proj": "there/is.pt"}},
     "r": {"r": "2"},
+    "alpha_pattern": {"alpha_pattern": {"([a-z_.0-9]+)+X": 2}},
+    "modules_to_save": {"modules_to_save": ["(.*"]},
+    "exclude_modules": {"exclude_modules": ".*.*.*.*.*.*.*X"},
+    "init_lora_weights ": {"init_lora_weights": "pissa_niter_999999999"},
     "eva_config.other": {"eva_config": {"other": "x"}},
 }
 
@@ -70,7 +74,7 @@ def test_an_option_of_a_folder_names_no_file(tmp_path: Path, monkeypatch: Any, n
     with pytest.raises(AdapterError):
         load(llama(), folder)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "a_module_here.py"]
-    with pytest.raises(AdapterError, match=f"sets {named} to .*Leave it out"):
+    with pytest.raises(AdapterError, match=f"sets {named.strip()} to .*Leave it out"):
         permitted_options(peft.LoraConfig, json.loads((folder / "adapter_config.json").read_text()), "a")
 
 
@@ -100,6 +104,12 @@ def test_an_option_of_a_recipe_names_no_file(options: dict[str, Any]) -> None:
         MoSLoRAError, match=r"adapter.peft sets .* Leave it out|unknown key 'adapter.peft.lora_ga_config.cache_file'"
     ):
         adapter_config(AdapterConfig(peft={"type": "LORA"} | options))
+
+
+def test_short_expressions_for_modules_are_permitted() -> None:
+    wanted = r"^(?!.*vision).*layers\.(0|1|2)\..*(q_proj|k_proj)$"
+    options = {"target_modules": wanted, "rank_pattern": {r"^a\.\d+\.b": 3}, "init_lora_weights": "pissa_niter_16"}
+    assert permitted_options(peft.LoraConfig, options, "a")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
