@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.folder_marks import MARK, is_built, is_regular, kinds_of, names_in, refuse_unmarked
+from mm_moslora.utils.folder_marks import (
+    MARK,
+    in_construction,
+    is_built,
+    is_regular,
+    kinds_of,
+    names_in,
+    refuse_unmarked,
+)
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, MOST_TEXT_BYTES, find_in_model, opened, read_bytes
 
@@ -222,7 +230,15 @@ def staging(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     Args:
         folder: the final folder; created in one rename if it is missing.
         names: names of the files, in the order in which they move into an existing folder.
+
+    A folder that `building` has just made is the temporary folder itself: the next call clears what a killed process
+    leaves in it.
     """
+    if in_construction(folder):
+        yield folder
+        for path in folder.iterdir():
+            sync(path)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as outer:
         staged = Path(outer, "staged")

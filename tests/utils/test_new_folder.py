@@ -9,6 +9,7 @@ import pytest
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import new_folder
+from mm_moslora.utils.files import staging
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -21,6 +22,14 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
         "out", "out/a", "out/inner", "out/inner/b"
     ]  # fmt: skip
+
+
+def test_what_is_staged_in_a_new_folder_lies_in_its_temporary_one(tmp_path: Path) -> None:
+    """So the next call clears what a killed process leaves."""
+    with new_folder(tmp_path / "out") as part, staging(part, ["a"]) as staged:
+        (staged / "a").write_text("1")
+        assert {path.name for path in tmp_path.iterdir()} <= {".out.partial", ".out.lock"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
