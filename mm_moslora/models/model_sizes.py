@@ -118,11 +118,12 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
     values: Any = {}
     with contextlib.suppress(Exception):  # the loader says what is wrong
         values, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    parts = [("", values)]
+    parts: list[tuple[str, Any]] = [("", values if isinstance(values, dict) else {})]
     for path, part in parts:
-        for key, value in part.items() if isinstance(part, dict) else ():
-            parts += [(f"{path}{key}.", value)] if isinstance(value, dict) else []
-            if "implementation" in str(key) and any("/" in str(item) for item in _texts(value)):
+        items: Any = part.items() if isinstance(part, dict) else enumerate(part)
+        for key, value in items:
+            parts += [(f"{path}{key}.", value)] if isinstance(value, dict | list) else []  # towers are a list
+            if "implementation" in f"{path}{key}" and isinstance(value, str) and "/" in value:
                 raise ModelError(
                     f"{name}: {path}{key} of its config.json is {value!r}, which has transformers fetch native code "
                     "and run it. Code that comes with a model is never run: delete the key."
@@ -132,11 +133,6 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
                 raise ModelError(
                     f"{name}: {path}{key} of its config.json is {value:,}, expected at most {most:,}. Correct the file."
                 )
-
-
-def _texts(value: Any) -> list[Any]:
-    """The values of a dictionary, one for each part of a model, or the value of all."""
-    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:

@@ -148,6 +148,7 @@ FOREIGN = "kernels-community/flash-attn@0123456789012345678901234567890123456789
         {"attn_implementation": {"": "sdpa", "text_config": FOREIGN}},
         {"text_config": {"attn_implementation": FOREIGN}},
         {"experts_implementation": FOREIGN},
+        {"towers": [{"model_type": "clip_vision_model"}, {"_attn_implementation": FOREIGN}]},
     ],
     ids=lambda values: next(iter(values)),
 )
