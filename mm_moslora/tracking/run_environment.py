@@ -28,7 +28,10 @@ _SCHEDULER = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, the scheduler's job and the git state of the working folder; unknown values are left out."""
+    """Versions, hardware, the scheduler's job, and the git state of the working folder and of this code's checkout.
+
+    Unknown values are left out.
+    """
     facts: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         version = installed_version(package)
@@ -37,7 +40,8 @@ def environment() -> dict[str, Any]:
             facts[package] = version.partition("+")[0]
     facts["processors"] = os.cpu_count() or 0
     facts |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
-    return facts | git_state(Path.cwd())
+    own = git_state(CHECKOUT) if os.path.lexists(CHECKOUT / ".git") else {}
+    return facts | git_state(Path.cwd()) | {f"code_{name}": value for name, value in own.items()}
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -204,6 +204,8 @@ def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path, monkeyp
     assert "secret" not in json.dumps(git_state(tmp_path))
     monkeypatch.setattr(run_environment, "CHECKOUT", tmp_path)  # whose code runs anyway
     assert git_state(tmp_path)["git_changed"] is False
+    monkeypatch.chdir(tmp_path.parent)
+    assert run_environment.environment()["code_git_commit"] == git_state(tmp_path)["git_commit"]
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path)["git_changed"] is True
 
