@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.network.http_fetch import TimeLimit
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
@@ -149,11 +150,13 @@ class Endpoint:
     def get(self, path: str) -> Any:
         """What the server says at a path below the address, in seconds; None where it says nothing useful."""
         asked = urllib.request.Request(f"{self.url}{path}", headers=self._key_headers())  # noqa: S310
+        seconds = min(self.timeout, _ASIDE)
         with (
             suppress(OSError, http.client.HTTPException, ValueError, RuntimeError),
-            _OPENER.open(asked, timeout=min(self.timeout, _ASIDE)) as response,
+            TimeLimit(seconds) as limit,
+            limit.opener().open(asked, timeout=seconds) as response,
         ):
-            return parse_json(self._body(response))
+            return parse_json(self._body(response, limit))
 
     def _key_headers(self) -> Mapping[str, str]:
         key = next((value for name in KEY_NAMES if (value := os.environ.get(name))), "")
@@ -182,17 +185,19 @@ class Endpoint:
     def _post(self, body: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", **self._key_headers()}
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
-        try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
-                said = parse_json(self._body(response))
-        except urllib.error.HTTPError as error:
-            self._refused(error, body)
-        except (OSError, http.client.HTTPException) as error:  # no connection, or an incomplete reply
-            reason = getattr(error, "reason", error)
-            unreachable = isinstance(reason, ConnectionRefusedError | socket.gaierror)
-            raise _TryAgainError(str(reason) or type(error).__name__, unreachable=unreachable) from error
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise _TryAgainError(f"the reply {error}") from error
+        with TimeLimit(self.timeout) as limit:  # a socket's own timeout starts again with every byte that arrives
+            try:
+                with limit.opener().open(request, timeout=self.timeout) as response:
+                    said = parse_json(self._body(response, limit))
+            except urllib.error.HTTPError as error:
+                self._refused(error, body)
+            except (OSError, http.client.HTTPException) as error:  # no connection, or an incomplete reply
+                reason = getattr(error, "reason", error)
+                unreachable = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+                late = f"no whole reply within {self.timeout:g} seconds" if limit.passed else ""
+                raise _TryAgainError(late or str(reason) or type(error).__name__, unreachable=unreachable) from error
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise _TryAgainError(f"the reply {error}") from error
         try:
             answered = has_message(said)
         except NoAnswerError as error:
@@ -220,16 +225,13 @@ class Endpoint:
                 raise _RefusedParameterError(refused) from error
         raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
 
-    def _body(self, response: http.client.HTTPResponse) -> bytes:
-        """The body of a reply. The socket's own timeout starts again with every byte that arrives."""
-        ends, body = time.monotonic() + self.timeout, bytearray()
+    def _body(self, response: http.client.HTTPResponse, limit: TimeLimit) -> bytes:
+        body = bytearray()
         while data := response.read1(2**16):
             body += data
             if len(body) > _MOST_REPLY_BYTES:
                 raise RuntimeError(f"{self.url} sent a reply of more than {_MOST_REPLY_BYTES} bytes")
-            if time.monotonic() > ends:
-                raise TimeoutError(f"no whole reply within {self.timeout:g} seconds")
-        if response.length:
+        if response.length or limit.passed:
             raise http.client.IncompleteRead(bytes(body), response.length)
         return bytes(body)
 
@@ -258,16 +260,6 @@ class ServiceSettings:
             limit=RateLimit(requests=self.requests_per_minute, tokens=self.tokens_per_minute),
             prices=None if self.price is None else Prices.parse(self.price),
         )  # fmt: skip
-
-
-class _Stays(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, because Python would send the key to the new host."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        """Refuse."""
-
-
-_OPENER = urllib.request.build_opener(_Stays)
 
 
 class _TryAgainError(Exception):

@@ -62,8 +62,8 @@ def fetch(url: str, *, hosts: Collection[str], most: int, seconds: float) -> byt
     Raises:
         FetchError: the host is not allowed, does not answer in time, closes early or sends too much.
     """
-    limit = _TimeLimit(seconds)
-    opener = urllib.request.build_opener(_Guarded(limit), _NoRedirects())
+    limit = TimeLimit(seconds)
+    opener = limit.opener()
     with limit:
         address = ""
         for _ in range(_MOST_REDIRECTS + 1):
@@ -102,7 +102,7 @@ def _checked(url: str, hosts: Collection[str], *, base: str) -> str:
     return urlunsplit((parts.scheme, netloc, parts.path or "/", parts.query, ""))
 
 
-def _content(answer: http.client.HTTPResponse, most: int, limit: _TimeLimit) -> bytes:
+def _content(answer: http.client.HTTPResponse, most: int, limit: TimeLimit) -> bytes:
     data = answer.read(most + 1)
     if len(data) > most:
         raise FetchError(FetchFault.TOO_LARGE, f"gives more than {most} bytes")
@@ -112,7 +112,7 @@ def _content(answer: http.client.HTTPResponse, most: int, limit: _TimeLimit) -> 
     return data
 
 
-class _TimeLimit:
+class TimeLimit:
     """Closes the connections of a download at its deadline, even while bytes arrive.
 
     Args:
@@ -120,12 +120,12 @@ class _TimeLimit:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._passed = seconds, False
+        self._seconds, self.passed = seconds, False  # the latter turns true at the deadline
         self._sockets: list[socket.socket] = []
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
 
-    def __enter__(self) -> _TimeLimit:
+    def __enter__(self) -> TimeLimit:
         self._timer.start()
         return self
 
@@ -135,16 +135,20 @@ class _TimeLimit:
     def holds(self, connection: http.client.HTTPConnection) -> None:
         """Register a new connection."""
         self._sockets.append(connection.sock)
-        if self._passed:
+        if self.passed:
             self._end()
+
+    def opener(self) -> urllib.request.OpenerDirector:
+        """What opens http and https under this deadline, and follows no redirects."""
+        return urllib.request.build_opener(_Guarded(self), _NoRedirects())
 
     def check(self) -> None:
         """Raise a FetchError after the deadline."""
-        if self._passed:
+        if self.passed:
             raise FetchError(FetchFault.FAILED, f"takes longer than {self._seconds:g} s")
 
     def _end(self) -> None:
-        self._passed = True
+        self.passed = True
         for each in self._sockets:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -153,7 +157,7 @@ class _TimeLimit:
 class _Guarded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Opens http and https under a deadline."""
 
-    def __init__(self, limit: _TimeLimit) -> None:
+    def __init__(self, limit: TimeLimit) -> None:
         super().__init__()
 
         class Plain(http.client.HTTPConnection):
@@ -183,7 +187,7 @@ def _context() -> ssl.SSLContext:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to `fetch`, which checks them."""
+    """Leaves redirects to the caller: they may lead anywhere, and a key would be sent on."""
 
     def redirect_request(self, *_: Any) -> None:
         """None follows."""

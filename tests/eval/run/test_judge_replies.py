@@ -298,13 +298,13 @@ def test_a_server_that_refuses_single_questions_does_not_end_a_run(question_file
 
 
 def slowly(first: bytes, pause: float, stopped: threading.Event) -> Iterator[bytes]:
-    yield b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + first
+    yield b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + first
     while not stopped.wait(pause):
         yield b" "
 
 
-@pytest.fixture
-def dripping() -> Iterator[str]:
+@pytest.fixture(params=[b"X: ", b"\r\n{"], ids=["headers", "body"])
+def dripping(request: pytest.FixtureRequest) -> Iterator[str]:
     """A server that sends one byte after the other and never ends its reply."""
     stopped = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -312,7 +312,7 @@ def dripping() -> Iterator[str]:
         def answer(connection: socket.socket) -> None:
             with connection, contextlib.suppress(OSError):
                 connection.recv(2**16)
-                for data in slowly(b"{", 0.05, stopped):
+                for data in slowly(request.param, 0.05, stopped):
                     connection.sendall(data)
 
         def accept() -> None:
