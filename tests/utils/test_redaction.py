@@ -146,7 +146,9 @@ def test_what_only_looks_like_an_assignment_stays() -> None:
 
 def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-looking canary")
+    monkeypatch.setenv("STRIPE_KEY", "another-looking canary")  # a name that code uses for other things, too
     assert redact_text("sent plain-looking canary over") == f"sent {REDACTED} over"
+    assert redact_text("sent another-looking canary over") == f"sent {REDACTED} over"
 
 
 @pytest.mark.parametrize("secret", ['can"ary-12345', "can\\ary-12345", "can'ary-\"12345", "can ary/é&<1>+%2345"])

@@ -62,6 +62,9 @@ def test_the_working_directory_decides_nothing(root: Path, name: str, monkeypatc
 
 def test_links_are_followed_within_the_root_alone(root: Path) -> None:
     (root / "near").symlink_to(root / "inside" / "a.txt")
+    (root.parent / "alias").symlink_to(root)
+    assert read_bytes(find_below(root, str(root.parent / "alias" / "inside" / "a.txt")), most=9) == b"own"
+    assert find_below(root, str(root / "far"), follow_links=True) == root / "far"
     (root / "far").symlink_to(root.parent / "private.txt")
     (root / "folder").symlink_to(root.parent)
     assert read_bytes(find_below(root, "near"), most=9) == b"own"

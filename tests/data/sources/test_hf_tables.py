@@ -213,6 +213,14 @@ class TestTables:
         lines = [(2, "cat", [1, 0, 0]), (2, "dog", [2, 0, 0])]
         assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 6
 
+    def test_a_path_into_the_hubs_cache_is_absolute(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(picture())
+        assert hf_tables.fetched_file("a.png", [tmp_path]) is None
+        assert hf_tables.fetched_file(str(tmp_path / "a.png"), [tmp_path / "other"]) is None
+        found = hf_tables.fetched_file(str(tmp_path / "a.png"), [tmp_path])
+        assert found is not None
+        assert found.read() == picture()
+
     @pytest.mark.parametrize("where", ["table", "split"])
     def test_a_saved_set_names_no_table_elsewhere(self, tmp_path: Path, where: str) -> None:
         import datasets

@@ -23,6 +23,7 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source, open_sources
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.network.http_fetch import FetchError, fetch
 from tests.data.sets import chatml_encoder, colour_of, make_set, picture, tiny_tower
 
 
@@ -154,6 +155,10 @@ class TestRemotePictures:
         assert asked == []
         assert [colour_of(record), colour_of(record)] == [(200, 30, 20)] * 2
         assert asked == ["/a.png"]
+
+    def test_a_download_that_breaks_off_is_no_download(self, server) -> None:
+        with pytest.raises(FetchError, match="breaks off after 48 bytes"):
+            fetch(f"{server[0]}/cut.png", hosts=["127.0.0.1"], most=10**6, seconds=60)
 
     @pytest.mark.parametrize("name", ["cut.png", "cut-without-length.png"])
     def test_a_picture_that_breaks_off_is_not_kept(self, tmp_path: Path, server, name: str) -> None:
