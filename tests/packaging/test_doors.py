@@ -159,7 +159,8 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".symlink_to": "files",
     ".touch": "in_training",
     ".unlink": "files",
-    ".write_bytes": "quickstart_evaluation remote_files run_evidence sample_thumbnails scripts submissions",
+    ".write_bytes": "quickstart_evaluation remote_files run_evidence sample_thumbnails scripts submissions"
+    " trl_trainers",
     ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
