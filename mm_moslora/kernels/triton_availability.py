@@ -16,12 +16,7 @@ OLDEST_CAPABILITY = (7, 0)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run on a device, as a clause; None: they can.
-
-    Args:
-        device: the model's.
-        dtype: that the model computes in.
-    """
+    """Why Triton's kernels cannot run on a device, as a clause; None: they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreted():

@@ -21,12 +21,7 @@ _MASKS = ((3, 1638), (2**40 + 1, 8192), (2**62 - 1, 16384))
 
 
 def wrong_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The operations with values that differ from PyTorch's by more than their rounding; empty: all are right.
-
-    Args:
-        device: where they run.
-        dtype: of their inputs.
-    """
+    """The operations with values that differ from PyTorch's by more than their rounding; empty: all are right."""
     generator = torch.Generator().manual_seed(0)  # the run's generators stay as they are
 
     def draw(*shape: int) -> Tensor:

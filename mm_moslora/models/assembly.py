@@ -145,11 +145,9 @@ def load_parts(
     """Load a recipe's model, or as much of it as is needed, without adapters.
 
     Args:
-        config: the recipe's `model`.
         weights: `all`: the model, to train or to use. `none`: no model, but all that turns records into tensors, for
             data preparation. `shapes`: the model on the meta device with a few of its decoder layers, and no tokenizer
             and processor, for planning; only configurations are read.
-        dtype: dtype of every weight.
         device: where `all` puts the weights, without a copy in main memory; None: main memory. On `meta` the weights of
             transformers' models are not read; other parts (new projectors, towers of open_clip and timm) are in main
             memory.
@@ -281,12 +279,8 @@ def pretrained_parts(
     """A ready-made model with its processor.
 
     Args:
-        processor: of transformers.
         model: None where weights are not needed.
         image_token_id: what visual features replace; None: the model says it.
-        base: where it came from.
-        thinking: the recipe's `model.thinking`.
-        boxes: the recipe's `model.boxes`.
     """
     parts = Parts(
         model=cast(PreTrainedModel, model if model is None else model.eval()), tokenizer=processor.tokenizer,

@@ -149,10 +149,6 @@ def savable_generation_config(model: PreTrainedModel) -> None:
 def refuse_head_extras(language: PreTrainedModel, name: str) -> None:
     """Refuse a model that does more behind its head, or has no plain one: LLaVA's head is one linear layer.
 
-    Args:
-        language: with or without weights.
-        name: for the message.
-
     Raises:
         ModelError: training would leave it out.
     """

@@ -56,7 +56,6 @@ def load(
         path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
         merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`. Those on
             packed weights stay live, as a merge would round them anew.
-        dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         packed: for a run on a base of 4 or 8 bits. `keep`: as it trained; `dense`: with the same values in `dtype`, or
             in float32 where adapters are merged; `reload`: the base's own weights, which were not rounded.

@@ -117,9 +117,6 @@ def without_autocast_on_meta() -> Iterator[None]:
 def layer_calls(model: PreTrainedModel) -> list[int]:
     """How often a forward pass of a model runs each of its decoder layers: classes may loop over some of them.
 
-    Args:
-        model: on the meta device, as it was built.
-
     Raises:
         ModelError: it runs none, but reads their weights itself.
     """

@@ -107,9 +107,6 @@ def build_meta_model(
     """Build a recipe's model on the meta device, adapters and what trains included.
 
     Args:
-        config: the recipe's `model`; only the configurations of its parts are read.
-        adapter: the recipe's `adapter`.
-        dtype: of the weights.
         picture: width and height of the one that stands for all; see `size_decides`.
 
     Raises:
@@ -179,10 +176,6 @@ def _share(model: PreTrainedModel) -> bool:
 
 def _keep_kinds(model: PreTrainedModel, *, every: bool) -> list[int]:
     """Leave of the decoder's layers the first one and the last of every kind of shapes, in place.
-
-    Args:
-        model: on the meta device, without adapters.
-        every: keep all.
 
     Returns:
         How many layers each one that is left stands for.

@@ -149,7 +149,6 @@ def trained_on(
     """What a manifest keeps of the parts of a model: `CONTENTS` and `COMMITS`.
 
     Args:
-        config: the recipe's `model`, loaded by now.
         data: commits of data sets, by recipe key.
         before: a checkpoint of the same run, whose entries stay.
     """
@@ -243,10 +242,6 @@ def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
     Paths are looked for where the recipe names them, then in the folders of `MM_MOSLORA_MODELS`, then in the folders
     above the checkpoint, also by the last parts of an absolute path. Models of the hub get the commit of the training.
     A projector with other weights than those at the start is left out, with a warning.
-
-    Args:
-        config: of the checkpoint's recipe.
-        checkpoint: its folder.
 
     Raises:
         ModelError: a part is not there, or has other weights.

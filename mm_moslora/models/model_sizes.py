@@ -41,7 +41,6 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     Args:
         name: folder or hub id. The models of shipped recipes are known where the hub is out of reach or asks for a
             licence to be accepted; InternLM2 in Llama's layout.
-        revision: of the hub.
 
     Raises:
         ModelError: it asks for a model that is too large for any machine.
@@ -74,11 +73,6 @@ def shipped_config(name: str) -> PreTrainedConfig:
 def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
     """`config_to_count` of a recipe's model.
 
-    Args:
-        name: folder or hub id.
-        revision: of the hub.
-        key: of the recipe.
-
     Raises:
         ModelError: there is no configuration, or none that a model can be made of.
     """
@@ -108,10 +102,6 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
     transformers fetches and runs native code where an implementation of attention or experts is the name of a
     repository, and the configuration names repository and commit.
 
-    Args:
-        name: folder or hub id.
-        revision: of the hub.
-
     Raises:
         ModelError: names the value.
     """
@@ -138,10 +128,6 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
     """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names instead.
 
-    Args:
-        name: folder or hub id.
-        revision: of the hub.
-
     Raises:
         ModelError: there is one.
     """
@@ -161,11 +147,7 @@ def load_base(
     """A model of a folder or of the hub with all its weights: `loader.from_pretrained`, which makes up missing ones.
 
     Args:
-        loader: an `Auto` class or a model class of transformers.
-        name: folder or hub id.
-        revision: of the hub.
         needed: gets the model and the names of the missing weights, gives those that matter; None: all do.
-        **options: of `from_pretrained`.
 
     Raises:
         ModelError: an adapter lies beside it, its class cannot be built, or a weight of the model is not in its files.

@@ -33,9 +33,6 @@ def load_pretrained_vlm(
     """Load a ready-made model with its processor.
 
     Args:
-        name: folder or hub id.
-        revision: on the hub.
-        dtype: of the weights.
         device: of the weights, read straight to it; None: main memory. On `meta` they are not read.
         packed: what to pack while reading; None: nothing.
 
@@ -63,10 +60,6 @@ def load_pretrained_vlm(
 
 def refuse_without_head(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that training cannot take apart.
-
-    Args:
-        model: an image-text-to-text model.
-        name: for the message.
 
     Raises:
         ModelError: it has no decoder with a head.
@@ -166,22 +159,13 @@ def _checkpoints(layers: nn.ModuleList) -> bool:
 
 
 def side_of(tower: Any, key: str) -> int:
-    """A length of a vision tower's configuration, in pixels; some give one per side. 0: it has none.
-
-    Args:
-        tower: the configuration.
-        key: `image_size` or `patch_size`.
-    """
+    """A length of a vision tower's configuration, in pixels; some give one per side. 0: it has none."""
     value = getattr(tower, key, None) or 0
     return int(value if isinstance(value, int) else max(value))
 
 
 def outside_decoder(config: PreTrainedConfig, kind: str) -> list[str]:
     """Paths of a ready-made model's parts besides the language model, which stay dense: head, tower, projector.
-
-    Args:
-        config: of the model.
-        kind: the recipe's `model.quantisation`, for the message.
 
     Raises:
         ModelError: experts, which bitsandbytes does not pack, are most of the language model.

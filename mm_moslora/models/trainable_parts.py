@@ -33,8 +33,6 @@ def attach_adapters(
 
     Args:
         assembly: from `load_parts`; its model is changed in place.
-        config: the recipe's `model`.
-        adapter: the recipe's `adapter`.
         seed: seeds the factors, so that every rank makes the same.
 
     Returns:
@@ -186,7 +184,6 @@ def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> N
     """Keep the inputs of a component's layers alone; the backward pass runs each layer again.
 
     Args:
-        component: a decoder or a tower.
         first: so many layers from the first, which the backward pass recomputes when all others are freed; None: all.
 
     Raises:

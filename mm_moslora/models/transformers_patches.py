@@ -43,10 +43,6 @@ def attention_within(model: PreTrainedModel, name: str) -> Iterator[None]:
 
     `set_attn_implementation` visits every module and may load packages; here the attention changes for one forward
     pass, and while decoding that is for one token.
-
-    Args:
-        model: causal language model or VLM.
-        name: of a registered attention, or `eager`.
     """
     config = model.get_decoder().config
     before = config._attn_implementation
@@ -65,7 +61,6 @@ def wrap_checkpointing(
     `gradient_checkpointing_enable` takes no function of the caller's.
 
     Args:
-        model: any part of a model.
         wrap: from a layer and its checkpoint function to another checkpoint function.
     """
     for layer in model.modules():

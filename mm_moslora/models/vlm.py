@@ -92,7 +92,6 @@ class VlmModel(LlavaModel):
 
         Args:
             pixel_values: ``[N, 3, H, W]``.
-            vision_feature_layer: None: the configured one.
 
         Returns:
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
@@ -153,10 +152,8 @@ def image_features(
     """Encode and project images, once for all images of a batch.
 
     Args:
-        model: a model for which `is_multimodal` holds.
         pixel_values: ``[N, 3, H, W]``.
         keys: hashes of the pictures; a frozen tower encodes those with the same key once.
-        cache: pictures that were encoded before.
 
     Returns:
         ``[N, Q, D]``.
@@ -180,11 +177,6 @@ def _is_frozen(module: nn.Module) -> bool:
 def tower_states(tower: PreTrainedModel, layer: _Layers, pixels: Tensor) -> Tensor:
     """Selected hidden states side by side, ``[N, L, V]``.
 
-    Args:
-        tower: any.
-        layer: one or several.
-        pixels: ``[N, 3, H, W]``.
-
     Raises:
         ModelError: the installed transformers does not give these layers.
     """
@@ -206,9 +198,6 @@ def _unique_states(
     The tower is in evaluation mode: dropout of a frozen tower is off in training, too.
 
     Args:
-        tower: frozen.
-        layer: selected.
-        pixels: ``[N, 3, H, W]``.
         keys: ``N`` of them, or none.
         cache: pictures that were encoded before; None: this call alone counts.
     """
@@ -244,11 +233,8 @@ def supervised_hidden(
     """The hidden states at the supervised positions of a padding-free batch.
 
     Args:
-        model: causal language model or vision-language model, with or without adapters.
-        batch: one micro-batch on the model's device.
         dummy: one picture, for a batch without images where other ranks have some: the vision path runs with a weight
             of zero, so that all ranks take part in the same collectives.
-        cache: pictures that a frozen tower encoded before.
         share: the part of the row that this rank computes; only models without a forward pass of their own take one.
 
     Returns:
@@ -312,10 +298,8 @@ class LossModule(nn.Module):
         """Weighted sum of cross entropies over the supervised tokens of the batch, or of this rank's part; fp32 scalar.
 
         Args:
-            batch: on the model's device.
             needs_vision: some rank has images in this micro-batch, so every rank must run the vision path. It also runs
                 where the language model is frozen.
-            right: see `head_loss_sum`.
         """
         vision = (needs_vision or self.language_is_frozen) and not batch.images
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and vision else None

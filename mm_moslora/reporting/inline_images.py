@@ -29,13 +29,7 @@ _DRAWING = 128
 
 
 def shrunk(path: Path, *, side: int = SIDE, formats: tuple[str, ...] = FORMATS) -> Image.Image | None:
-    """A picture file as RGB on white; None where it is missing, damaged or too large.
-
-    Args:
-        path: the file.
-        side: maximum length of its longest side, pixels.
-        formats: Pillow's names of the accepted formats.
-    """
+    """A picture file as RGB on white; None where it is missing, damaged or too large."""
     try:
         with opened(path, most=LARGEST_BYTES) as file, Image.open(file, formats=formats) as image:
             if image.width * image.height > LARGEST_PIXELS:

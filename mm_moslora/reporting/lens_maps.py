@@ -113,11 +113,7 @@ def _short(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
 
 
 def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The measures as text, one line a module; - for one that is not known.
-
-    Args:
-        rows: see `draw_lens`.
-    """
+    """The measures as text, one line a module; - for one that is not known."""
     shown = {
         name: head for name, head in MEASURES.items() if name != "column_angle" or any(name in row for row in rows)
     }
@@ -136,8 +132,6 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int = 6
 
     Args:
         rows: modules by depth, as `mm_moslora.adapters.adapter_inspection.ModuleReport.row` gives them.
-        picture: file to write; the ending chooses the format (.png, .svg, .pdf).
-        most: number of modules whose energies are drawn, those with the largest updates.
 
     Raises:
         AdapterError: an ending that is no format.

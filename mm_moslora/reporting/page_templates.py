@@ -42,12 +42,7 @@ def render_page(
     """A page as text; what templates print is escaped.
 
     Args:
-        template: its name.
-        context: the variables of the template.
-        filters: functions that it calls.
         package: holds the templates, the style sheets and `report.js`.
-        styles: names of the style sheets.
-        show: see `printable`.
     """
     environment = _environment(package, tuple(filters.items()), show)
     style, script = "".join(asset(name, package) for name in styles), asset("report.js", package)
@@ -72,7 +67,6 @@ def write_page(out: Path, page: Callable[[], str]) -> Path:
     """Write a page atomically.
 
     Args:
-        out: the HTML file; its folder is made.
         page: makes the text, once it is known that `out` can be written.
 
     Raises:

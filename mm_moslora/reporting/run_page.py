@@ -39,7 +39,6 @@ def build_report(run_folder: Path, out: Path) -> Path:
 
     Args:
         run_folder: see `mm_moslora.reporting.run_data` for its files; the report names missing ones.
-        out: the HTML file; replaced atomically.
 
     Returns:
         `out`.

@@ -48,7 +48,6 @@ def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -
 
     Args:
         points: in order of x.
-        most: at least 1.
     """
     if len(points) <= most:
         return list(points)
@@ -127,8 +126,6 @@ def to_svg(figure: Any, label: str, *, titles: Sequence[str] = (), more: str = "
 
     Args:
         figure: drawn in `chart_style`; an artist with the gid `title-3` shows `titles[3]` under the pointer.
-        label: for screen readers.
-        titles: texts of marks.
         more: further elements, for what a page's script does with the pointer and the keys.
     """
     stream = io.StringIO()
@@ -162,8 +159,6 @@ def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> M
 
     Args:
         series: at least one point in total.
-        title: text of the heading and for screen readers.
-        zero: the y axis starts at zero.
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
     data: list[dict[str, Any]] = []
@@ -210,11 +205,7 @@ def _scale_lines(axes: Any, values: Sequence[float], *, zero: bool) -> None:
 
 
 def heat_chart(item: HeatMap) -> Markup:
-    """A figure of a heat map: pale is zero, full colour the largest value; a cell shows its number under the pointer.
-
-    Args:
-        item: at least one known cell; values of at least 0.
-    """
+    """A heat map: pale is zero, full colour the largest value; a cell shows its number under the pointer."""
     from matplotlib.patches import Rectangle
 
     largest = max(cell for line in item.cells for cell in line if cell is not None)

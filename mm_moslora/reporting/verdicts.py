@@ -65,7 +65,6 @@ def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
     Args:
         value: a share, or the score.
         unit: the score's name; empty for a share of right answers.
-        named: whether to write the score's name.
     """
     if not unit:
         return f"{100 * value:.1f} %"
@@ -149,7 +148,6 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
 
     Args:
         differences: the tuned model minus each baseline, by the keys of `AGAINST`; unmeasured ones are missing.
-        pictures: whether the questions show pictures.
     """
     shown = {name: difference.shown for name, difference in differences.items()}
     before = shown.get("untuned_lenient", shown.get("untuned"))
@@ -212,7 +210,6 @@ def own_pictures(difference: Difference, *, control: str) -> str:
     """A model's own pictures against a control, for a table of image modes.
 
     Args:
-        difference: own pictures minus the control.
         control: the pictures of the control, such as "no picture".
     """
     words = {"more": "better than", "less": "worse than", "not shown": "not shown to be better than"}[difference.shown]
@@ -240,7 +237,6 @@ def resting_on(questions: int, pictures: int, groups: int) -> str:
     """On how much an interval rests, as a sentence.
 
     Args:
-        questions: number of them.
         pictures: different ones, with questions that share none.
         groups: pictures with equally many questions that would show as much.
     """
@@ -265,7 +261,6 @@ def verdict_of_arms(difference: Difference, p: float, *, runs: bool, stand: bool
     """An arm against the reference.
 
     Args:
-        difference: arm minus reference.
         p: p-value, corrected for the number of arms.
         runs: whether the variation between runs is known.
         stand: whether at least one of the two is above its controls.
@@ -351,8 +346,6 @@ def above_controls(
     Args:
         arms: arms of a comparison's `results.json`; `controls` holds the results by column.
         column: the task, or the mean over tasks.
-        alone: whether it is the only column of the conclusions.
-        requested: whether measurements with blind and wrong pictures were requested.
     """
     results = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
     if not results:

@@ -52,8 +52,6 @@ class Demo:
 
     Args:
         models: the tuned variant first; the second variant, if any, is the base.
-        max_new_tokens: longest answer, tokens.
-        why_no_base: shown where there is no base.
     """
 
     def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:

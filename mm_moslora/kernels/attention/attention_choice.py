@@ -21,9 +21,6 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 def require_attention(requested: str) -> None:
     """Refuse an attention that transformers does not know, or that needs a missing package.
 
-    Args:
-        requested: `auto`, or a transformers attention name; one with a slash is a kernel on the hub.
-
     Raises:
         ConfigError: no such name, or no such package.
     """
@@ -58,9 +55,7 @@ def choose_attention(
     """The attention to train with on padding-free batches. On a GPU every kernel is tried first.
 
     Args:
-        model: the causal language model or VLM.
         requested: `auto`, or a transformers attention name, which is used unchanged (sdpa builds a dense mask).
-        device: the device that the model will run on; None: its current one.
 
     Raises:
         ConfigError: the kernel that was asked for does not run here.
@@ -98,12 +93,7 @@ def training_attention(model: PreTrainedModel, requested: str = "auto", *, devic
 
 
 def head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
-    """The heads of a decoder, as far as a kernel depends on them.
-
-    Args:
-        model: causal language model or VLM.
-        device: where it runs.
-    """
+    """The heads of a decoder, as far as a kernel depends on them."""
     config = model.get_decoder().config
     heads = config.num_attention_heads
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -112,12 +102,7 @@ def head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the language model's attention, and that of a vision tower that runs transformers' default.
-
-    Args:
-        model: causal language model or VLM.
-        name: a transformers attention name, such as `training_attention` gives.
-    """
+    """Switch the language model's attention, and that of a vision tower that runs transformers' default."""
     model.get_decoder().set_attn_implementation(name)
     tower = getattr(model.base_model, "vision_tower", None)
     if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:

@@ -73,11 +73,7 @@ class KernelTrial:
 
 @cache
 def pytorch_kernel(shape: HeadShape) -> KernelTrial:
-    """PyTorch's kernel where it runs and is right, with shared heads if it can; else nothing.
-
-    Args:
-        shape: of the calls to come.
-    """
+    """PyTorch's kernel where it runs and is right, with shared heads if it can; else nothing."""
     if reason := _why_not_pytorch(shape):
         return KernelTrial(kernel=None, words=f"a loop over segments, since {reason}")
     faults: list[str] = []
@@ -158,12 +154,7 @@ def is_installed(name: str) -> bool:
 
 @cache
 def flash_fault(name: str, shape: HeadShape) -> str | None:
-    """Why one of `FLASH` does not run; None: it runs.
-
-    Args:
-        name: an installed one.
-        shape: of the calls to come.
-    """
+    """Why one of `FLASH` does not run; None: it runs."""
     module = SimpleNamespace(is_causal=True, config=SimpleNamespace(_attn_implementation=name))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
@@ -180,7 +171,6 @@ def fault_of(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], shape: 
 
     Args:
         attend: takes queries, keys and values ``[1, H, T, E]`` and the ends of segments; gives ``[1, T, H, E]``.
-        shape: of queries, keys and values.
 
     Returns:
         The error, or which result differs by how much.

@@ -63,7 +63,6 @@ def attend(
         q: ``[H, T, E]``.
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
-        scale: factor on the scores.
         out: ``[H, T, E]``, is overwritten with the result; like the others in any layout.
         causal: no query sees a later key.
         keep: P of every block is appended to it, in the dtype of q.
@@ -95,9 +94,7 @@ def attend_backward(
         q: ``[H, T, E]``.
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
-        scale: factor on the scores.
         out: are overwritten with the gradients of q, k and v.
-        causal: as for `attend`.
         probabilities: what `attend` kept, in its order; None: P is recomputed.
     """
     rows, pulls = (_grouped(tensor.contiguous(), k) for tensor in (q, grad))
@@ -164,11 +161,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The heads of keys and the queries of every block.
-
-    Args:
-        rows: ``[K, G, T, E]``.
-    """
+    """The heads of keys and the queries of every block."""
     total, groups, tokens, _ = rows.shape
     size = BLOCK if rows.dtype.itemsize >= 4 else HALF_BLOCK
     at_once = max(1, SCORES // (groups * min(size, tokens) * tokens * _wide(rows.dtype).itemsize))
@@ -183,7 +176,6 @@ def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) ->
     Args:
         rows: ``[K, G, T, E]``.
         keys: ``[K, T, E]``.
-        scale: factor on the scores.
         causal: j is the end of the block's queries.
     """
     dtype = _wide(rows.dtype)

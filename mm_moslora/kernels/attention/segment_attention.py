@@ -70,16 +70,11 @@ def segment_attention(
     """Causal attention within each segment of one row.
 
     Args:
-        module: the attention layer.
         query: ``[1, H, S, E]``; key and value may have fewer heads.
         key: ``[1, H_kv, S, E]``.
         value: ``[1, H_kv, S, E]``.
-        attention_mask: always None here.
-        dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
         sliding_window: number of latest tokens that a token sees, itself included; None: all.
-        step_context: the segments.
-        rest: is not read.
 
     Returns:
         ``[1, S, H, E]`` and None.
@@ -155,12 +150,6 @@ def picture_attention(
     Args:
         module: the attention layer; its `is_causal` applies.
         query: ``[N, H, P, E]``, like key and value.
-        key: see query.
-        value: see query.
-        attention_mask: None in all known towers.
-        dropout: attention dropout.
-        scaling: factor on the scores; None: ``E ** -0.5``.
-        rest: arguments for transformers.
 
     Returns:
         ``[N, P, H, E]`` and None.
@@ -195,9 +184,6 @@ def segment_arguments(
     """Keyword arguments with the segments of a row, for this module's attention and for flash-attention.
 
     Args:
-        segment_lengths: tokens of each segment that stand in the row.
-        device: the row's device.
-        target_positions: see `StepContext`.
         shared: tokens before these that each segment has of the last one before it that shares none; this module's
             attention alone follows them. Empty: none.
     """

@@ -32,12 +32,7 @@ def fits(installed: str) -> bool:
 
 
 def why_not_liger(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Liger's kernels cannot run, as a clause; None: they can.
-
-    Args:
-        device: the model's.
-        dtype: that the model computes in.
-    """
+    """Why Liger's kernels cannot run, as a clause; None: they can."""
     installed = installed_liger()
     if installed is None:
         return "liger-kernel is not installed"

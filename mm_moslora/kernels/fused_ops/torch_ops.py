@@ -105,11 +105,7 @@ TORCH_OPS = FusedOps()
 
 @cache
 def compiled(backend: str) -> FusedOps:
-    """The passes compiled for rows of any length; each compiles at its first call.
-
-    Args:
-        backend: of torch.compile.
-    """
+    """The passes compiled for rows of any length; each compiles at its first call."""
     passes = {field.name: getattr(TORCH_OPS, field.name) for field in fields(FusedOps)}
     return FusedOps(
         **{name: torch.compile(function, backend=backend, dynamic=True) for name, function in passes.items()}

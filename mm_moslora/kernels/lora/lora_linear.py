@@ -131,7 +131,6 @@ def fused_linears(x: Tensor, layers: Sequence[LinearOperands]) -> tuple[Tensor, 
 
     Args:
         x: ``[..., D_in]``.
-        layers: their operands; all of one D_in.
 
     Returns:
         One ``[..., D_out]`` per layer.
@@ -166,13 +165,7 @@ class LoraMatmul:
     """The products of siblings, forward and backward, inside of an autograd node."""
 
     def __init__(self, tensors: Sequence[Tensor | None], rules: LinearRules, dtype: torch.dtype) -> None:
-        """Lay the A on top of each other.
-
-        Args:
-            tensors: `LinearOperands.tensors` of every layer.
-            rules: of the same layers.
-            dtype: the compute dtype.
-        """
+        """Lay the A on top of each other."""
         self.weights, self.biases, self.As, self.Cs = (tensors[start::TENSORS] for start in range(TENSORS))
         self.packed, self.masks, self.dtype = rules.packed, rules.masks, dtype
         self.ranks = [0 if C is None else C.shape[1] for C in self.Cs]

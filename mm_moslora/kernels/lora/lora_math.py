@@ -52,7 +52,6 @@ def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tens
         A: ``[R, D_in]``, or ``[R, C, h, w]`` for a convolution.
         M: ``[R, R]``; None is the identity.
         B: ``[D_out, R]``, or ``[D_out, R, 1, 1]``.
-        scaling: s.
 
     Returns:
         ``[D_out, D_in]``, or ``[D_out, C, h, w]``; at least float32.
@@ -75,7 +74,6 @@ def reference_linear(
         A: ``[R, D_in]``.
         M: ``[R, R]``; None is the identity.
         B: ``[D_out, R]``.
-        scaling: s.
     """
     z = F.linear(x, A)
     return F.linear(x, weight, bias) + F.linear(z if M is None else F.linear(z, M), B) * scaling

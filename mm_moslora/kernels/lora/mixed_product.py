@@ -41,8 +41,6 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
     Args:
         B: ``[D_out, R]``.
         M: ``[R, R]``; None is the identity.
-        dtype: of the result.
-        scaling: s.
     """
     if M is None:
         return (B * scaling).to(dtype)
@@ -58,7 +56,6 @@ def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> 
         dC: ``[D_out, R]``.
         B: ``[D_out, R]``.
         M: ``[R, R]``; None is the identity.
-        scaling: s.
 
     Returns:
         ``dB`` and ``dM`` (None without a mixer), each with its factor's shape and dtype.
@@ -94,8 +91,6 @@ def mixed_product(B: Tensor, M: Tensor | None, scaling: float, dtype: torch.dtyp
     Args:
         B: ``[D_out, R]``.
         M: ``[R, R]``; None is the identity.
-        scaling: s.
-        dtype: of the product.
     """
     with without_autocast(B.device):
         return _MixedProduct.apply(B, M, scaling, dtype)  # type: ignore[no-any-return]

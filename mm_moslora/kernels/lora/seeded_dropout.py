@@ -31,11 +31,7 @@ _kernels: Literal["auto", "torch"] = "auto"
 
 
 def set_dropout_kernels(kernels: Literal["auto", "torch"]) -> None:
-    """Choose what draws the masks on a GPU, in this process; not between a forward pass and its backward pass.
-
-    Args:
-        kernels: `auto` (Triton where it runs) or `torch`.
-    """
+    """Choose what draws the masks on a GPU, in this process; not between a forward pass and its backward pass."""
     global _kernels
     _kernels = kernels
 
@@ -159,7 +155,6 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
     Args:
         rows: ``[T, D]``; only its shape, dtype and device count.
         dropout: probability of dropping an entry, a multiple of 2^-15 (`exact_rate`).
-        seed: from `draw_seed`.
 
     Yields:
         The rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.

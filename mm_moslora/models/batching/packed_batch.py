@@ -42,8 +42,6 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     """`packed_row_hidden` of a ready-made model.
 
     Args:
-        model: one that `packs`.
-        batch: see `packed_row_hidden`.
         dummy: for a batch without images where other ranks have some: one more conversation with a weight of zero, so
             that all ranks take part in the same collectives.
 

@@ -32,8 +32,6 @@ def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     """The hidden states at the supervised positions, one sample per row, padded on the right.
 
     Args:
-        model: an image-text-to-text model of transformers, with or without adapters.
-        batch: on the model's device.
         dummy: for a batch without images where other ranks have some: it runs as one more row with a weight of zero, so
             that all ranks take part in the same collectives.
 
@@ -76,9 +74,7 @@ def padded_inputs(
     """Keyword arguments of a model's forward pass.
 
     Args:
-        model: an image-text-to-text model of transformers.
         rows: ``G`` samples of ids in main memory, different lengths.
-        pixel_values: of all pictures in order.
         image_inputs: the other inputs of the pictures, on any device.
         answers: the start of each sample's first answer; None: these are prompts.
         left: pad on the left, so that all samples end together.
@@ -129,13 +125,7 @@ class PaddedCollator:
 
 
 def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor], *, left: bool = False) -> dict[str, Tensor]:
-    """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them.
-
-    Args:
-        model: an image-text-to-text model of transformers.
-        rows: ``G`` samples of ids in main memory, different lengths.
-        left: see `padded_inputs`.
-    """
+    """Ids and mask ``[G, T]`` in main memory, and the positions of pictures for models that take them."""
     side = "left" if left else "right"
     ids = pad_sequence(list(rows), batch_first=True, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
@@ -150,12 +140,7 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor], *, left: bool = 
 
 
 def takes(model: PreTrainedModel, keyword: str) -> bool:
-    """Whether the forward pass of a model has a keyword argument; it ignores unknown ones without an error.
-
-    Args:
-        model: of transformers, with or without its head.
-        keyword: name of the argument.
-    """
+    """Whether the forward pass of a model has a keyword argument; it ignores unknown ones without an error."""
     return keyword in inspect.signature(type(model.base_model).forward).parameters
 
 
@@ -169,7 +154,6 @@ def picture_inputs(
     """The keyword arguments of a model for the pictures and videos of all rows.
 
     Args:
-        model: an image-text-to-text model of transformers.
         pixel_values: of all pictures in order; None where only videos have inputs.
         image_inputs: the other inputs of the pictures, on any device; see `readable`.
         device: of the result; None: the model's.

@@ -54,7 +54,6 @@ def rows_of(model: PreTrainedModel, attention: str, *, shared: bool = False) -> 
 
     Args:
         model: causal language model or VLM, on any device, the meta device too; its weights are not read.
-        attention: the recipe's `model.attention`.
         shared: whether the conversations share their beginning, see `Batch.shared`.
     """
     decoder = model.get_decoder()

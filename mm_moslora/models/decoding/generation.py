@@ -46,13 +46,7 @@ class Prompt:
 
 @torch.inference_mode()
 def encode_images(model: PreTrainedModel, pixel_values: Tensor, cache: StepFeatureCache | None = None) -> Tensor:
-    """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it.
-
-    Args:
-        model: with a vision tower.
-        pixel_values: of the pictures.
-        cache: the tower's features of pictures that were encoded before.
-    """
+    """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it."""
     return image_features(model, pixel_values, cache=cache)
 
 
@@ -95,9 +89,6 @@ def stream(
     The first token comes from the logits of the prompt itself, so `max_new_tokens=1` runs no decoding step.
 
     Args:
-        model: causal language model or VLM in eval mode.
-        prompts: at least one.
-        max_new_tokens: most steps.
         stop_ids: tokens that end an answer; they are not yielded.
 
     Yields:
@@ -172,11 +163,7 @@ def generate_beams(
     The model's generation settings have no effect, as in `generate`.
 
     Args:
-        model: causal language model or VLM in eval mode.
-        prompts: at least one.
         beams: of every prompt; the likeliest per token is the answer.
-        max_new_tokens: most steps.
-        stop_ids: tokens that end an answer.
 
     Raises:
         ModelError: see `likeliest`.
@@ -237,8 +224,6 @@ def score_options(
     Continuations of one token are read off the prompt's logits; longer ones share its keys and values.
 
     Args:
-        model: causal language model or VLM in eval mode.
-        prompts: at least one.
         options: token ids of each continuation of each prompt, at least one token each.
 
     Returns:
@@ -258,11 +243,7 @@ def generate_and_score(
     """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`.
 
     Args:
-        model: causal language model or VLM in eval mode.
-        prompts: at least one.
         options: token ids of the continuations of each prompt; a prompt may have none.
-        max_new_tokens: most tokens of an answer.
-        stop_ids: tokens that end an answer.
         draws: how the tokens of each answer are sampled; None: greedily.
 
     Raises:

@@ -265,11 +265,7 @@ def likeliest(logits: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def logits_error(highest: float) -> ModelError:
-    """The error for logits whose largest is not finite.
-
-    Args:
-        highest: the largest one.
-    """
+    """The error for logits whose largest is not finite."""
     return ModelError(
         f"The largest of the model's logits is {highest}, so no token can be chosen. Its weights or a picture's "
         "features are damaged, or too large for its number format: try another checkpoint, or fp32."

@@ -19,7 +19,6 @@ def prefill_row(model: PreTrainedModel, prompt: Tensor, pictures: Sequence[Proce
     """Run one prompt with its pictures; the decoder stands at its end and can join others.
 
     Args:
-        model: an image-text-to-text model of transformers, in eval mode.
         prompt: int64 ``[T]``, placeholders expanded.
         pictures: in the order of their placeholders.
 
@@ -43,13 +42,6 @@ def stream_padded_row(
     stop_ids: Sequence[int],
 ) -> Iterator[int]:
     """Greedy answer to one prompt, token by token, without the one that ends it.
-
-    Args:
-        model: an image-text-to-text model of transformers, in eval mode.
-        prompt: see `prefill_row`.
-        pictures: see `prefill_row`.
-        max_new_tokens: most tokens.
-        stop_ids: tokens that end the answer.
 
     Raises:
         ModelError: see `likeliest`.

@@ -90,12 +90,9 @@ def shared_prefix_attention(
     """Attention of new tokens to every level and, causally, to their row's own tokens.
 
     Args:
-        module: the attention layer, for its number.
         query: ``[B, heads, t, E]``.
         key: the row's own keys ``[B, H, T, E]``; value alike.
         value: see key.
-        attention_mask: always None here.
-        dropout: not used; models decode in eval mode.
         scaling: factor on the scores; None: ``E ** -0.5``.
         branch_levels: outermost first.
         branch_visible: bool ``[B, t, T]``, which of its row's own tokens each new token sees; None: all.

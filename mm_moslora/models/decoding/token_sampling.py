@@ -67,7 +67,6 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int | ModelError]:
 
     Args:
         logits: fp32 ``[B, C]``; not changed.
-        draws: ``B`` of them.
 
     Returns:
         For every row its token, or the error of logits that are not finite.

@@ -315,11 +315,6 @@ def _in_row_order(value: Tensor, module: str, config: Mapping[str, Any]) -> Tens
     """A weight or bias with its rows as llama.cpp has them.
 
     In the Llama family the rows of a head go from two halves (transformers' rotary layout) to pairs.
-
-    Args:
-        value: ``[rows, ...]``.
-        module: path of its linear layer.
-        config: of the language model; its model_type is one of `FAMILIES`.
     """
     if not (FAMILIES[config["model_type"]].pairs_rows and module.endswith(("q_proj", "k_proj"))):
         return value

@@ -29,9 +29,6 @@ def write_card(
     """Write `README.md`.
 
     Args:
-        assembly: what was exported.
-        folder: where it lies.
-        source: the run or checkpoint that it was made from.
         licence: an SPDX name as the hub knows it; None: the card says that the licences of the parts hold.
         adapter_of: the base, where the folder is an adapter for stock PEFT.
     """

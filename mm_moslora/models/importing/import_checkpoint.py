@@ -111,9 +111,7 @@ def whole_config(imported: Imported, *, vision: str | None = None, language: str
     """How to assemble a whole model from what was imported.
 
     Args:
-        imported: from `import_parts`.
         vision: the vision tower, where the source names none or it lies elsewhere.
-        language: the same for the language model.
 
     Raises:
         ModelError: a part is neither in the source nor named.

@@ -16,11 +16,7 @@ from mm_moslora.models.transformers_patches import wrap_checkpointing
 
 
 def offload_inputs(component: PreTrainedModel) -> None:
-    """Move the inputs of a component's checkpointed layers to pinned main memory in the forward pass, and back in time.
-
-    Args:
-        component: with checkpointing; see `mm_moslora.models.trainable_parts.checkpoint_layers`.
-    """
+    """Keep the inputs of a component's checkpointed layers in pinned main memory until the backward pass."""
 
     def around(_: nn.Module, checkpoint: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -57,10 +57,6 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
     as little as before. Gradient checkpointing recomputes with the compiled code. The loop over segments stays outside
     of the graphs: it would be compiled again for every batch.
 
-    Args:
-        model: causal language model or VLM, adapters inside.
-        backend: of torch.compile.
-
     Returns:
         The number of layers.
 

@@ -140,8 +140,6 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare =
     """The hidden states at the supervised positions of one packed row, or of this rank's part of it.
 
     Args:
-        model: causal language model or vision-language model, with or without adapters.
-        batch: one micro-batch on the model's device.
         share: the part; the model's attention then sees the parts of all ranks.
         inputs: ids or embeddings, and positions, of the whole row.
 
@@ -168,9 +166,6 @@ def normed_linears(
     Args:
         x: ``[S, D]``.
         norm_weight: ``[D]``.
-        eps: of the norm.
-        linears: read the norm's output.
-        passes: the elementwise passes.
 
     Returns:
         ``[S, D_out]`` for each.
@@ -193,11 +188,9 @@ def gated_mlp(
     Args:
         x: ``[S, D]``.
         norm_weight: ``[D]``.
-        eps: of the norm.
         gate: ``D -> F``.
         up: ``D -> F``.
         down: ``F -> D``.
-        passes: the elementwise passes.
 
     Returns:
         ``[S, D]``.
@@ -243,8 +236,6 @@ def rotate(x: Tensor, factors: RotaryFactors, passes: FusedOps, *, norm: Any = N
 
     Args:
         x: ``[S, H, E]``.
-        factors: of the tokens' positions.
-        passes: the elementwise passes.
         norm: RMS norm of every head before the rotation (Qwen3), or None.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)

@@ -30,7 +30,6 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
     """Make the decoder layers of a model lean, in place.
 
     Args:
-        model: causal language model or VLM, with or without adapters.
         depth: number of decoder layers of the whole model, where `model` holds only some of them; None: it holds all.
 
     Returns:
@@ -86,10 +85,7 @@ def choose_kernels(
     """Triton's kernels where they can run, else PyTorch's. Triton's are compiled and tried.
 
     Args:
-        wanted: auto, torch, triton or liger.
-        device: the model's.
         lean: whether the model has lean layers, which the Triton kernels between products need.
-        dtype: that the model computes in.
 
     Raises:
         ConfigError: triton or liger is required and cannot run.
@@ -146,11 +142,6 @@ def attention_words(model: PreTrainedModel) -> str:
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
     """Set the kernels of a model's lean layers, in place.
-
-    Args:
-        model: after `use_lean_layers`.
-        kernels: from `choose_kernels`.
-        lean: as for `choose_kernels`.
 
     Returns:
         A sentence on what runs on them besides attention; empty where nothing does.

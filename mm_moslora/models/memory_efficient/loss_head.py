@@ -91,10 +91,6 @@ class _Output(BaseModelOutput):
 def head_form(model: PreTrainedModel, name: str = "") -> HeadForm:
     """Ask a model's class what it does around its head.
 
-    Args:
-        model: with a head, on any device, with or without weights and adapters.
-        name: for the message.
-
     Raises:
         ModelError: it is none of the forms, so training would learn other logits.
     """
@@ -176,8 +172,6 @@ def token_loss_sum(
     Args:
         logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
         targets: int64 ``[K]``.
-        right: see `head_loss_sum`.
-        weights: see `head_loss_sum`.
     """
     if right is not None and targets.numel():
         values = logits.detach()
@@ -222,7 +216,6 @@ def head_loss_sum(
     """Sum of the cross entropies of the head's logits, fp32 scalar.
 
     Args:
-        model: its head is used.
         hidden: ``[K, D]``.
         targets: int64 ``[K]``.
         right: int64 scalar to which the number of positions is added at which no token is more probable than the
@@ -292,9 +285,6 @@ def _loss_(
         logits: the head's products ``[K, C]``, overwritten; with `pull` by their gradient.
         wanted: targets, int64 ``[K, 1]``.
         weights: fp32 ``[K, 1]``, or None; see `head_loss_sum`.
-        right: see `head_loss_sum`.
-        pull: whether the gradient is computed.
-        form: how the products become logits.
     """
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)

@@ -18,8 +18,6 @@ def packing(kind: str, dtype: torch.dtype, *, keep: Sequence[str] | None = None)
     """What `from_pretrained` is given to pack linear layers while it reads them; None: nothing is packed.
 
     Args:
-        kind: the recipe's `model.quantisation`.
-        dtype: in which the layers compute.
         keep: paths of modules that stay dense; None: transformers' choice, which is the head.
 
     Raises:
@@ -43,11 +41,6 @@ def packing(kind: str, dtype: torch.dtype, *, keep: Sequence[str] | None = None)
 def refuse_packed(config: PreTrainedConfig, kind: str, name: str) -> None:
     """Refuse to pack a model whose weights are packed already: transformers would read them as they are.
 
-    Args:
-        config: of the model.
-        kind: the recipe's `model.quantisation`.
-        name: folder or hub id.
-
     Raises:
         ModelError: they are.
     """
@@ -67,12 +60,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give layers of bitsandbytes dense weights with the values that they compute with.
-
-    Args:
-        model: without adapters, before its first forward pass; changed in place.
-        dtype: of the weights.
-    """
+    """Give layers of bitsandbytes dense weights with the values that they compute with."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     for path, layer in list(model.named_modules()):

@@ -28,10 +28,7 @@ class SquareImageProcessing:
     """One square picture, always the same number of visual tokens.
 
     Args:
-        image_processor: of the tower.
-        image_token_id: the placeholder.
         tokens: visual tokens per picture.
-        boxes: see `ImageProcessing.boxes`.
     """
 
     fixed = True

@@ -59,12 +59,7 @@ AutoProcessor.register(VlmConfig, VlmProcessor)
 
 
 def image_processor(spec: ImageSpec, aspect: str) -> LlavaImageProcessorPil:
-    """The image processor of a tower, PIL backend (the torchvision one gives slightly other pixels).
-
-    Args:
-        spec: the tower.
-        aspect: pad, resize or crop; see `ModelConfig.image_aspect`.
-    """
+    """The image processor of a tower, PIL backend (the torchvision one gives slightly other pixels)."""
     square = {"height": spec.size, "width": spec.size}
     return LlavaImageProcessorPil(
         size=square if aspect == "resize" else {"shortest_edge": spec.size},
@@ -94,8 +89,6 @@ def build_processor(
 
     Args:
         tokenizer: with the image token in its vocabulary.
-        spec: the vision tower.
-        aspect: see `image_processor`.
         tokens_per_image: visual tokens after the projector.
         standard: True for a stock `LlavaProcessor`, which counts tokens from the patch size.
     """

@@ -32,7 +32,6 @@ def probed_frame(size: tuple[int, int], process: Callable[[Image.Image], Pixels]
     """Where the pixels of a picture of this width and height go; None: the whole picture is seen, in patches.
 
     Args:
-        size: width and height.
         process: gives the pixels ``[..., 3, h, w]`` of tiles, or patches in any other shape.
 
     Raises:

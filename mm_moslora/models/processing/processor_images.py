@@ -36,13 +36,7 @@ _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 
 class ProcessorImageProcessing:
-    """Pictures as a processor of transformers prepares them, with its tiles, patches and wrapper tokens.
-
-    Args:
-        processor: with `image_token`.
-        image_token_id: the token that visual features replace.
-        boxes: see `ImageProcessing.boxes`.
-    """
+    """Pictures as a processor of transformers prepares them, with its tiles, patches and wrapper tokens."""
 
     fixed = False
 
@@ -202,11 +196,7 @@ class ProcessorImageProcessing:
 
 
 class ProcessorSampling:
-    """Frames as a video processor chooses them.
-
-    Args:
-        processor: the video processor.
-    """
+    """Frames as a video processor chooses them."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor

@@ -114,7 +114,6 @@ def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance
     """Write the linear map ``weight (x - mean)`` into layers with GELU between them.
 
     Args:
-        layers: in their order.
         weight: ``[D, V]``.
         mean: of the inputs, ``[V]``.
         covariance: of the outputs, ``[D, D]``; where layers are too narrow for all outputs, the directions with the

@@ -98,8 +98,6 @@ class FeatureStore:
     """The features of one tower on disk.
 
     Args:
-        folder: of all towers.
-        tower: from `tower_hash`.
         limit_gib: size of this tower's folder beyond which nothing is added; 0: no limit but the disk's. Of runs at one
             time each may exceed it by what it writes between two looks: 64 pictures, or a sixteenth of the files.
         writers: number of processes that add to it at the same time.
@@ -206,7 +204,6 @@ class FeatureCache:
         """Features of all keys.
 
         Args:
-            keys: of the features; a key may occur several times.
             encode: returns the features at some indices of `keys`. It is called once with the missing ones, even if
                 there are none: ranks may have to agree about them.
             device: of features from disk.

@@ -79,8 +79,6 @@ def load_vision(
     """Load a vision tower, or two side by side, and describe it.
 
     Args:
-        config: the recipe's `model.vision`.
-        dtype: dtype of the weights.
         device: of the weights; None: main memory. On `meta` those of transformers are not read, and others are in main
             memory.
 

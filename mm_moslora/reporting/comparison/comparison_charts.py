@@ -192,13 +192,7 @@ def columns(results: Mapping[str, Any]) -> list[str]:
 
 
 def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = None, *, title: str) -> RowChart | None:
-    """Every arm minus its reference in points, and beside it in nats; None without a compared arm.
-
-    Args:
-        parts: comparisons, each with the heading of its rows or "".
-        task: name of the column; None: the first one of each comparison.
-        title: heading of the chart.
-    """
+    """Every arm minus its reference in points, and beside it in nats; None without a compared arm."""
     rows: list[tuple[str, Sequence[Measure | None]]] = []
     for heading, results in parts:
         column = task or next(iter(columns(results)), "")
@@ -216,13 +210,7 @@ def forest(parts: Sequence[tuple[str, Mapping[str, Any]]], task: str | None = No
 
 
 def score_rows(results: Mapping[str, Any], task: str, *, title: str) -> RowChart | None:
-    """Every arm's mean with its interval and its seeds as points, in percent and beside it in nats.
-
-    Args:
-        results: the comparison's.
-        task: name of the column.
-        title: heading of the chart.
-    """
+    """Every arm's mean with its interval and its seeds as points, in percent and beside it in nats."""
     floors = {name: 100 * value for name, value in results["floors"].get(task, {}).items() if value is not None}
     notes = ["Points: reported runs, one seed each. Square: their mean with its 95 % interval."]
     if floors:
@@ -261,13 +249,7 @@ def means_of(arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:
 
 
 def differences_of(results: Mapping[str, Any], arm: Mapping[str, Any], task: str) -> tuple[Measure, Measure]:
-    """An arm minus the reference in points and in nats.
-
-    Args:
-        results: the comparison's.
-        arm: of the results.
-        task: name of the column.
-    """
+    """An arm minus the reference in points and in nats."""
     name = arm["name"]
     if name == results["settings"]["reference"]:
         return Measure(text="reference"), Measure(text="reference")

@@ -37,7 +37,6 @@ def rate_charts(arms: Sequence[Mapping[str, Any]], *, loss: bool) -> list[RateCh
     """A chart per tuned arm, all with the same axes; none without two rates that worked.
 
     Args:
-        arms: arms of the results.
         loss: whether the value is a loss, otherwise a share. Runs that failed are drawn at the worse edge.
     """
     points = [point for arm in arms for point in arm["curve"]]
@@ -59,7 +58,6 @@ def cost_charts(arms: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str,
 
     Args:
         arms: arms of the results; a point has the number of its arm in this list.
-        task: name of the column.
     """
     kinds = (("Score, percent, by trained parameters", "trainable"),
              ("Score, percent, by seconds of training", "train_seconds"))  # fmt: skip

@@ -32,14 +32,7 @@ _NOTED = 64
 
 
 def create_app(engine: GenerationEngine, limits: Limits, *, key: str | None = None, local: bool = True) -> App:
-    """The ASGI application around an engine, which it starts and stops.
-
-    Args:
-        engine: not started yet.
-        limits: the server's.
-        key: see `Guard`.
-        local: see `Guard`.
-    """
+    """The ASGI application around an engine, which it starts and stops."""
     intake, created = Intake(engine.models, limits), int(time.time())
 
     @asynccontextmanager

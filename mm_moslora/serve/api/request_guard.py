@@ -47,9 +47,6 @@ class Guard:
     """ASGI middleware around all routes.
 
     Args:
-        app: the routes.
-        limits: the server's.
-        logged: whether the log has a line for every request.
         key: the expected token of `Authorization: Bearer`; None: no key.
         local: accept only this machine's names as Host and in Origin, so that no web page reaches the server by making
             its own host name resolve to this machine.

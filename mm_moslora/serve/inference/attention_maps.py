@@ -36,10 +36,7 @@ def attention_maps(
 
     Args:
         models: no other thread may use it meanwhile.
-        name: a variant.
         input_ids: int64 ``[T - A]``, placeholders expanded.
-        images: its pictures in order.
-        answer: token ids.
 
     Returns:
         ``[G, G]`` per picture on the CPU, largest value 1; None where nothing can be drawn: no picture, no answer, a
@@ -67,8 +64,6 @@ def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequ
     Args:
         pixels: ``[3, H, W]``, normalised.
         weights: ``[G, G]`` between 0 and 1.
-        mean: mean of the normalisation.
-        std: standard deviation of the normalisation.
     """
     picture = (pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
     base = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).resize((SIDE, SIDE))

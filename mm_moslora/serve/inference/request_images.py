@@ -50,8 +50,6 @@ def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: t
     """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
     Args:
-        pictures: from the request.
-        limits: the server's.
         stop: set when the result is no longer needed.
 
     Raises:
@@ -80,11 +78,6 @@ def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: t
 
 def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
     """Bytes of memory for decoding pictures one after the other and for processing all of them.
-
-    Args:
-        files: from `picture_files`.
-        limits: the server's.
-        squares: whether the image processor pads pictures to squares.
 
     Raises:
         ApiError: more than `pictures_bytes`.

@@ -112,9 +112,7 @@ class Models:
         """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
 
         Args:
-            turns: the conversation.
             pictures: RGB, in order; empty for a text-only model.
-            thinking: see `ConversationEncoder.encode_prompt`.
 
         Raises:
             ModelError: the model's own processor refuses one of the pictures.
@@ -136,12 +134,7 @@ class Models:
         return []
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
-        """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
-
-        Args:
-            name: a variant.
-            prompts: from `prompt`.
-        """
+        """Run prompts for the active variant, one at a time under `reads_alone`; returns the decoder after them."""
         model = self.assembly.model
         if has_own_forward(model):
             ((ids, images),) = prompts
@@ -218,7 +211,6 @@ def load_models(
         name: its name for clients; None: the folder's name.
         further: runs, checkpoints or adapter folders by their names for clients.
         with_base: also offer the model before tuning, as `NAME-base`.
-        dtype: dtype of the base.
         other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
 
     Raises:
