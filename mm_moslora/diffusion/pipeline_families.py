@@ -32,8 +32,7 @@ class PipelineFamily:
     pipeline_class = "StableDiffusionPipeline"
     denoiser_name = "unet"
     text_encoder_names: tuple[str, ...] = ("text_encoder",)
-    flow = False
-    """Whether the denoiser matches flows; otherwise it predicts noise or v."""
+    flow = False  # whether the denoiser matches flows; otherwise it predicts noise or v
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers meant by `adapter.targets: attention`."""
     options: Mapping[str, Any] = MappingProxyType({"num_images_per_prompt": 1, "do_classifier_free_guidance": False})
@@ -202,8 +201,9 @@ class DenoisingLoss:
         target = scheduler.get_velocity(batch.latents, batch.noise, steps) if velocity else batch.noise
         if gamma is None:
             return noisy, steps, target, torch.ones_like(batch.weights)
-        alphas = scheduler.alphas_cumprod.to(batch.latents)[steps]
-        snr = alphas / (1 - alphas)
+        from diffusers.training_utils import compute_snr
+
+        snr = compute_snr(scheduler, steps)
         weights = snr.clamp(max=gamma) / (snr + 1) if velocity else (gamma / snr).clamp(max=1.0)  # also where SNR is 0
         return noisy, steps, target, weights
 
