@@ -292,7 +292,6 @@ def encode_record(
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
             has no vision encoder.
     """
-    _check_asked(record, config)
     if (record.images or record.objects) and not vision:
         what = f"{len(record.images)} images" if record.images else "objects of pictures"
         raise record.where.error(Code.NO_VISION, "image", what, "set model.vision, or drop the record")
@@ -309,17 +308,6 @@ def encode_record(
     except (TooLong, SpecialTextError, UnlearnedThinking, UnrenderedTools) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
-
-
-def _check_asked(record: Record, config: DataConfig) -> None:
-    """Refuse a question that its own keys ask to be learned where it is context, or the other way round."""
-    learned = config.train_on == "all"
-    for field, weight in (asked for turn in record.turns for asked in turn.asked):
-        if weight != learned:
-            what = (
-                f"asks for another weight than {learned:d}, which data.train_on: {config.train_on} gives to questions"
-            )
-            raise record.where.error(Code.UNFOLLOWED_KEY, field, what, "drop the key, or set data.train_on")
 
 
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:

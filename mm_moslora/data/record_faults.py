@@ -59,7 +59,7 @@ class Code(StrEnum):
     BAD_WEIGHT = "BAD_WEIGHT"
     """A weight of an answer that is negative, not finite or no number, two that differ, or no answer above 0."""
     UNFOLLOWED_KEY = "UNFOLLOWED_KEY"
-    """A key that changes what other trainers learn from the record, and is not followed here."""
+    """A key beside another one that says otherwise, or of an answer that this objective does not learn."""
     BAD_TOOLS = "BAD_TOOLS"
     """Tools that are no list of functions with names."""
     BAD_CALL = "BAD_CALL"

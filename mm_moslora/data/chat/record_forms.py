@@ -67,7 +67,7 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, floa
             if not isinstance(item, Mapping):
                 what, remedy = f"is {kind_of(item)}", "write an object with user and assistant"
                 raise where.error(Code.BAD_TURN, field, what, remedy)
-            check_turn(item, "assistant", field, where)
+            check_turn(item, field, where)
             weight = weight_of(item, field, where)
             asked, answer = (checked_text(item.get(key), f"{field}.{key}", where) for key in ("user", "assistant"))
             thinking = thinking_of(item, "assistant", field, where, content=answer)
@@ -93,8 +93,6 @@ def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tu
     marks: list[Mark] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping):
-            check_turn(part, role, f"{field}.content[{index}]", where, part=True)
         if isinstance(kind, str) and kind in _SHOWN and role == "user":
             shown = _SHOWN[kind]
             keys = (shown, f"{shown}_url", "path", "url")

@@ -1,7 +1,6 @@
-"""The keys and texts of records and turns: what is read, and what other trainers follow and this one does not.
+"""The keys and texts of records and turns that are read, and the answers to be avoided, which are refused.
 
-A key of the second kind changes what another trainer would learn from the record, so it is a fault here. Any other key
-is data about the record; `data check` counts and names it.
+`data check` counts and names all other keys.
 """
 
 from __future__ import annotations
@@ -38,17 +37,14 @@ SPEAKER, CONTENT = ("from", "role"), ("value", "content")
 """Keys of a turn's speaker and content (LLaVA and ShareGPT; chat messages)."""
 READ_OF_TURN = {*SPEAKER, *CONTENT, *CALLS, *REASONING, *WEIGHING}
 """Keys of a turn that are read."""
+ASKING = ("human", "user", "system")
+"""Speakers whose turns have no weight and no calls."""
 READ_OF_RESULT = {"name", "tool_call_id"}
 """Keys of the turn of a tool that are read besides."""
 READ_OF_PART = {"type", "text", "image", "image_url", "video", "video_url", "path", "url"}
 """Keys of a content part that are read."""
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 """Keys of a rejected answer (TRL and LLaMA-Factory; ms-swift)."""
-_OF_SIDES = ("audios", "images", "objects", "tools", "videos")
-OF_REJECTED = tuple(f"rejected_{key}" for key in _OF_SIDES)
-"""Keys of what a rejected answer sees in place of what the chosen one sees (ms-swift)."""
-_OF_RANKED = [f"{side}_{key}" for side in ("positive", "negative") for key in ("messages", *_OF_SIDES)]
-"""Keys of the texts of embeddings and rerankers (ms-swift)."""
 LABELS = ("label", "kto_tag")
 """Keys that say whether an answer is good (TRL and ms-swift; LLaMA-Factory)."""
 REFERENCES = ("solution", "ground_truth", "reference", "answers", "answer")
@@ -63,27 +59,7 @@ READ_OF_OBJECTIVE = {
 """Objective -> keys of a record that are read besides those of its conversation."""
 _PREFERENCE = "it is a preference record: set objective: dpo to learn from its pair, or keep the chosen answer alone"
 _AVOIDED = "answers to be avoided are learned by their label (objective: kto) or in pairs (dpo); drop the record"
-_CALLS = "write the calls into an answer of messages or conversations, or drop the record"
-_RANKED = "texts of embeddings and rerankers are not learned; keep the conversation alone"
-_WEIGHTS = "write loss: false or a weight into the turn of the answer, or drop the key"
-_SOUND = "sounds are not supported; drop the key where the answers need no sound, or drop the record"
-_QUESTION = "write it into the question, or earlier turns and their answer as conversations, and drop the key"
 _CLASS = "; drop the key if it names a class"
-_OF_RECORD = {
-    **dict.fromkeys(("chosen", *REJECTED, *OF_REJECTED), _PREFERENCE),
-    **dict.fromkeys(_OF_RANKED, _RANKED),
-    "audio": _SOUND,
-    "audios": _SOUND,
-    "chat_template_kwargs": "model.thinking holds for all records; set it, and drop the key",
-}
-"""Key of a record that ms-swift, LLaMA-Factory, TRL, Unsloth or Axolotl follow -> what to do."""
-_OF_QUESTION = dict.fromkeys(("instruction", "input", "history"), _QUESTION)
-"""The same of a record with one question or caption."""
-_MASKING = dict.fromkeys(("loss_mask", "mask", "train_detail"), _WEIGHTS)
-_OF_TURN = dict.fromkeys(CALLS, _CALLS) | _MASKING
-"""The same of a turn. Trainers read `mask` both ways."""
-_OF_PART = _OF_TURN | dict.fromkeys(WEIGHING, _WEIGHTS)
-"""The same of a content part: an answer has one weight."""
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 """Bounds of a weight that is not 0; far from those of fp32, in which losses are summed."""
 _BLOCK = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
@@ -91,25 +67,22 @@ _WORDS = {"true": 1.0, "false": 0.0, "default": 1.0}
 
 
 def check_record(value: Mapping[str, Any], where: Where) -> None:
-    """Refuse a record with a key that changes what other trainers learn from it.
+    """Refuse a record of an answer to be avoided: one of a pair, or one that its label marks as bad.
 
     Raises:
         RecordError: names the key and what to do.
     """
-    remedies = _OF_RECORD | (_OF_QUESTION if _form(value) in ("question", "caption") else {})
-    for key in value.keys() & remedies.keys():
-        if not is_empty(value[key]):
-            raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(value[key])}", remedies[key])
-    for key in (*LABELS, "labels"):  # KTO, PRM; any other label is data about the record
-        if _avoids(value.get(key)):
+    key, answer = given(value, ("chosen", *REJECTED))
+    if key:
+        raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(answer)}", _PREFERENCE)
+    for key in LABELS:
+        if truth_of(value.get(key)) is False:
             what = f"is {ascii(value[key])[:60]}, an answer to be avoided"
             raise where.error(Code.UNFOLLOWED_KEY, key, what, _AVOIDED + _CLASS)
 
 
-def check_turn(
-    turn: Mapping[str, Any], role: str, field: str, where: Where, *, part: bool = False, calls: bool = False
-) -> None:
-    """Refuse a turn, or a part of one, with such a key; `calls`: it may call tools. See `check_record`."""
+def check_turn(turn: Mapping[str, Any], field: str, where: Where) -> None:
+    """Refuse a turn with two contents, or with calls under two keys."""
     texts = [turn[key] for key in CONTENT if not is_empty(turn.get(key))]
     if texts[1:] and texts[0] != texts[1]:
         what = f"is {kind_of(texts[1])} beside another value"
@@ -117,14 +90,6 @@ def check_turn(
     if len(named := [key for key in CALLS if not is_empty(turn.get(key))]) > 1:
         what = f"stands beside {named[0]}"
         raise where.error(Code.BAD_CALL, f"{field}.{named[1]}", what, f"keep one of {' and '.join(named)}")
-    remedies = _OF_PART if part else _MASKING if calls else _OF_TURN
-    for key in turn.keys() & remedies.keys():
-        value, weighs = turn[key], remedies[key] is _WEIGHTS
-        if is_empty(value) or (weighs and (role != "assistant" or (key != "mask" and _number(value) == 1))):
-            continue
-        plain = weighs and isinstance(value, int | float | str)
-        shown = f"is {ascii(value)[:60]}" if plain else f"is {kind_of(value)}"
-        raise where.error(Code.UNFOLLOWED_KEY, f"{field}.{key}", shown, remedies[key])
 
 
 def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
@@ -146,13 +111,6 @@ def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
             raise where.error(Code.BAD_WEIGHT, f"{field}.{key}", f"is {number:g} beside {weight:g}", "write one weight")
         weight = number if number != 1.0 else weight
     return weight
-
-
-def weights_of_question(turn: Mapping[str, Any], field: str) -> list[tuple[str, float | None]]:
-    """The keys by which the turn of a user, a system or a tool asks to be learned (Axolotl), or not to be, and their
-    weights; None: it is no number."""
-    asked = [key for key in (*WEIGHING, "loss_mask", "train_detail") if not is_empty(turn.get(key))]
-    return [(f"{field}.{key}", _number(turn[key])) for key in asked]
 
 
 def check_blocks(answer: str, field: str, where: Where) -> None:
@@ -237,8 +195,10 @@ def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     turns = _objects(value.get(form))
     read = {"user", "assistant", *REASONING, *WEIGHING} if form == "texts" else READ_OF_TURN
     for turn in turns:
-        own = READ_OF_RESULT if given(turn, SPEAKER)[1] in RESULTS else set()
-        ignored += [f"{form}[].{key}" for key in turn if key not in read | own]
+        speaker = given(turn, SPEAKER)[1]
+        own = READ_OF_RESULT if speaker in RESULTS else set()
+        answers = {*CALLS, *WEIGHING} if speaker in ASKING else set()
+        ignored += [f"{form}[].{key}" for key in turn if key not in (read | own) - answers]
     parts = [part for turn in turns for part in _objects(content_of(turn))]
     ignored += [f"{form}[].content[].{key}" for part in parts for key in part if key not in READ_OF_PART]
     return tuple(dict.fromkeys(ignored))
@@ -271,13 +231,6 @@ def _number(value: Any) -> float | None:
 def truth_of(value: Any) -> bool | None:
     """A label as a truth value; tables keep them as numbers or strings. None: it is none."""
     return {1.0: True, 0.0: False}.get(_number(value))  # type: ignore[arg-type]
-
-
-def _avoids(value: Any) -> bool:
-    """Whether a label marks an answer, or a step of one, as bad; tables keep booleans as numbers or strings."""
-    if isinstance(value, list | tuple):
-        return any(item is False for item in value)
-    return isinstance(value, bool | int | float | str) and str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def is_empty(value: Any) -> bool:

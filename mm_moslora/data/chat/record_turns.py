@@ -27,8 +27,6 @@ class Turn:
     them from typed text; None: every `<image>` is an image."""
     weight: float = 1.0
     """Of the tokens of an answer in the loss; 0: it is context."""
-    asked: tuple[tuple[str, float | None], ...] = ()
-    """What keys of a turn that is no answer ask for; see `record_keys.weights_of_question`."""
     tools: str = ""
     """JSON text (`tool_records`): the tools that are offered, at the first turn; the calls of an answer; the id and the
     name of the call that a result answers."""

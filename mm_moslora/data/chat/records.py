@@ -40,7 +40,6 @@ from mm_moslora.data.chat.record_keys import (
     ignored_keys,
     thinking_of,
     weight_of,
-    weights_of_question,
 )
 from mm_moslora.data.chat.record_turns import Record, Role, Turn
 from mm_moslora.data.chat.tool_records import (
@@ -191,7 +190,7 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         if not isinstance(item, Mapping):
             raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object per turn")
         speaker, role = _speaker(item, field, where)
-        check_turn(item, role, field, where, calls=role == "assistant")
+        check_turn(item, field, where)
         content = content_of(item)
         thinking = thinking_of(item, role, field, where, content=content)
         try:
@@ -207,8 +206,6 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         if role == "assistant":
             text = checked_text(thinking, field, where) + turn.text
             turn = replace(turn, text=text, weight=weight_of(item, field, where))
-        else:
-            turn = replace(turn, asked=tuple(weights_of_question(item, field)))
         turn = replace(turn, tools=tools)
         if speaker in CALLING and turns and turns[-1].role == "assistant":  # ms-swift: a turn for each call
             turn = _joined(turns.pop(), turn, calls, field, where)

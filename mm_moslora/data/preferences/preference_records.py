@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_moslora.data.chat.record_forms import IMAGE
-from mm_moslora.data.chat.record_keys import OF_REJECTED, READ_OF_OBJECTIVE, REJECTED, content_of, given
+from mm_moslora.data.chat.record_keys import READ_OF_OBJECTIVE, REJECTED, content_of
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
@@ -77,18 +77,10 @@ def _sides(value: Mapping[str, Any], where: Where) -> list[dict[str, Any]]:
     if len(answers) != 1:
         what = f"is given as {' and '.join(answers)}" if answers else "is missing"
         raise where.error(Code.NO_PAIR, "rejected", what, f"{_SHAPE}; for records without pairs set objective: sft")
-    key, other = given(value, OF_REJECTED)
-    if key:
-        remedy = "both answers see the same pictures, videos, boxes and tools; drop the key"
-        raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(other)}", remedy)
     chosen, rejected = value.get("chosen"), value[answers[0]]
     named = next((key for key in ("conversations", "messages") if not is_nothing(value.get(key))), None)
     prompt = next((value[key] for key in _PROMPTS if not is_nothing(value.get(key))), None)
-    rest = {
-        key: item
-        for key, item in value.items()
-        if key not in {*READ_OF_OBJECTIVE["dpo"], *_PROMPTS, *OF_REJECTED, named}
-    }
+    rest = {key: item for key, item in value.items() if key not in {*READ_OF_OBJECTIVE["dpo"], *_PROMPTS, named}}
     if named is not None and is_nothing(chosen):
         turns = listed_turns(value[named], named, where)
         whole = answers[0] == "rejected_messages"
