@@ -254,5 +254,4 @@ def test_a_turn_of_a_user_keeps_no_weight() -> None:
     record = parsed(
         {"messages": [{"role": "user", "content": "a?", "weight": -1}, {"role": "assistant", "content": "a"}]}
     )
-    asked = (("messages[0].weight", -1.0),)  # compared with `data.train_on` when it is encoded
-    assert record.turns == (Turn(role="user", text="a?", asked=asked), Turn(role="assistant", text="a"))
+    assert record.turns == (Turn(role="user", text="a?"), Turn(role="assistant", text="a"))
