@@ -200,7 +200,7 @@ def test_options_are_checked_before_a_model_is_loaded(
     from mm_moslora.cli import run
 
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.delenv("MM_MOSLORA_SERVE_KEY", raising=False)
+    monkeypatch.setenv("MM_MOSLORA_SERVE_KEY", "")  # an empty one is none
     monkeypatch.setattr("mm_moslora.cli.serve_verbs.find_checkpoint", lambda path: path)
     monkeypatch.setattr("mm_moslora.serve.inference.served_models.load_models", pytest.fail)
     assert run(["serve", str(tmp_path), *more]) == 1
