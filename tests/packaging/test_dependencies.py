@@ -162,15 +162,3 @@ def test_a_gpu_image_is_what_is_tested():
     assert sys.version_info[:2] == (3, 12)
     assert Version(version("torch")).release[:2] == (2, 11)
     assert same_release(floor, version("transformers"))
-
-
-def test_whoever_skips_a_test_for_a_package_says_so() -> None:
-    calls = [
-        (path, node)
-        for path in (CHECKOUT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip"
-    ]
-    assert calls
-    silent = [f"{path}:{node.lineno}" for path, node in calls if "reason" not in {word.arg for word in node.keywords}]
-    assert silent == []

@@ -75,7 +75,9 @@ def test_a_step_reads_the_device_once_and_once_more_where_it_is_logged(
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     if zero != "none":
-        accelerator = pytest.importorskip("deepspeed.accelerator").get_accelerator()
+        accelerator = pytest.importorskip(
+            "deepspeed.accelerator", reason="DeepSpeed is not installed"
+        ).get_accelerator()
         monkeypatch.setattr(accelerator, "synchronize", lambda *_: reads.note())
     step = training_loop._Loop._step
 
