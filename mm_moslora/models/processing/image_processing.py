@@ -5,7 +5,6 @@ Shapes: ``H x W`` pixels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mm_moslora.batch import Example, ImageProcessing, PictureFrame, ProcessedImage
 from mm_moslora.config import BoxFormName
-from mm_moslora.models.processing.probed_frame import probed_frame
 from mm_moslora.models.vision.feature_cache import pixel_hash
+from mm_moslora.utils.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -39,7 +38,6 @@ class SquareImageProcessing:
     ) -> None:
         self.boxes, self._processor = boxes, image_processor
         self._transform = image_transform(image_processor)
-        self._probed = functools.lru_cache(maxsize=65_536)(self._probe)
         self._placeholders = (image_token_id,) * tokens
 
     def process(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
@@ -57,19 +55,44 @@ class SquareImageProcessing:
 
     def frame(self, size: tuple[int, int]) -> PictureFrame:
         """See `ImageProcessing.frame`."""
-        side = _whole_square(self._processor)
-        if side is None:
-            return self._probed(size)
-        if not self._processor.do_pad:
-            return PictureFrame(width=side, height=side, scale=(side / size[0], side / size[1]))
+        if found := picture_frame(self._processor, size):
+            return found
+        width, height = (self._processor.size[name] for name in ("width", "height"))
+        return PictureFrame(width=width, height=height, scale=(width / size[0], height / size[1]))
+
+
+def picture_frame(processor: Any, size: tuple[int, int]) -> PictureFrame | None:
+    """Where the pixels of a picture go that an image processor crops or pads; None: the whole picture is stretched.
+
+    Args:
+        processor: an image processor of transformers.
+        size: width and height of the picture.
+
+    Raises:
+        ModelError: it does so in another way than those of CLIP and LLaVA.
+    """
+    crops, pads = (bool(getattr(processor, name, False)) for name in ("do_center_crop", "do_pad"))
+    if getattr(processor, "image_grid_pinpoints", None) or not (crops or pads):  # the whole one comes beside its tiles
+        return None
+    edges, crop = (
+        {name: value for name, value in dict(given or {}).items() if value}
+        for given in (processor.size, getattr(processor, "crop_size", None))
+    )
+    side = edges.get("shortest_edge", 0)
+    known = set(edges) == {"shortest_edge"} and processor.do_resize
+    known &= not crops or crop == {"height": side, "width": side}
+    if not known or (pads and not type(processor).__name__.startswith("LlavaImageProcessor")):
+        raise ModelError(
+            f"{type(processor).__name__} crops or pads pictures in a way that is not known, so boxes cannot be placed. "
+            "Switch do_center_crop and do_pad off, or write the coordinates into the texts."
+        )
+    if pads:
         square, *corner = _square(size)
         left, top = (start * side / square for start in corner)
         return PictureFrame(width=side, height=side, scale=(side / square,) * 2, offset=(left, top))
-
-    def _probe(self, size: tuple[int, int]) -> PictureFrame:
-        found = probed_frame(size, lambda image: self._transform(image)[None].double().numpy())
-        assert found is not None
-        return found
+    wide, high = (side * edge // min(size) for edge in size)
+    offset = (-((wide - side) // 2), -((high - side) // 2))
+    return PictureFrame(width=side, height=side, scale=(wide / size[0], high / size[1]), offset=offset)
 
 
 def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:

@@ -1,7 +1,7 @@
 """The budget of pixels of a picture: `model.min_pixels` and `model.max_pixels`, for any processor that has one.
 
-Image processors with a budget keep it as `size`, with `shortest_edge` and `longest_edge`. Others have sides there. So a
-small budget is tried, and the pixels that come out are counted.
+Image processors with a budget keep it as `size`, with `shortest_edge` and `longest_edge`, and give grids of patches.
+Others have sides there.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from mm_moslora.config import ModelConfig
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.utils.errors import ModelError
-
-_TRIED, _PICTURE = (128**2, 384**2), (900, 700)
-"""A budget, and a picture that is larger."""
 
 
 def limit_pixels(processor: Any, config: ModelConfig) -> None:
@@ -31,7 +26,7 @@ def limit_pixels(processor: Any, config: ModelConfig) -> None:
     images = processor.image_processor
     own: Mapping[str, int] = dict(getattr(images, "size", None) or {})
     least, most = (own.get(name) for name in ("shortest_edge", "longest_edge"))
-    if not least or not most or not _has_budget(processor, own):
+    if not least or not most or "image_grid_thw" not in images.model_input_names:
         raise ModelError(
             f"model.min_pixels or model.max_pixels is set, and {type(images).__name__} has no budget of pixels: its "
             f"size is {own}. Leave them out, or change the size in the model's preprocessor file."
@@ -40,21 +35,6 @@ def limit_pixels(processor: Any, config: ModelConfig) -> None:
     if least > most:
         raise ModelError(f"model.min_pixels is {least}, more than the {most} pixels that the model's processor allows.")
     images.size = {**own, "shortest_edge": least, "longest_edge": most}
-
-
-def _has_budget(processor: Any, own: Mapping[str, int]) -> bool:
-    """Whether the processor keeps to a budget that is tried on it."""
-    images, before = processor.image_processor, processor.image_processor.size
-    try:
-        images.size = {**own, "shortest_edge": _TRIED[0], "longest_edge": _TRIED[1]}
-        output = images(images=[Image.new("RGB", _PICTURE, "white")], return_tensors="pt")
-    finally:
-        images.size = before
-    if "image_grid_thw" in output:
-        pixels = math.prod(output["image_grid_thw"][0].tolist()) * int(images.patch_size) ** 2
-    else:
-        pixels = output["pixel_values"].numel() // 3
-    return _TRIED[0] <= pixels <= _TRIED[1]
 
 
 def fitting_tiles(config: ModelConfig, spec: ImageSpec) -> Sequence[tuple[int, int]]:

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
@@ -25,13 +24,13 @@ from transformers.video_utils import VideoMetadata
 from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
 from mm_moslora.config import BoxFormName
 from mm_moslora.models.families import processor_family
-from mm_moslora.models.processing.probed_frame import probed_frame
+from mm_moslora.models.processing.image_processing import picture_frame
 from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
 
 _PROBED = ((320, 240), (96, 288))
-"""Pictures that show whether any picture is cropped or padded."""
+"""Pictures that show whether a processor joins them."""
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
@@ -95,10 +94,10 @@ class ProcessorImageProcessing:
 
     def _frame(self, size: tuple[int, int]) -> PictureFrame:
         """See `ImageProcessing.frame`."""
-        if not self._shows_all:
-            found = probed_frame(size, self._pixels)
-            if found is not None:
-                return found
+        # Idefics pads lists of pictures alone.
+        found = None if self._family.one_image_list else picture_frame(self.processor.image_processor, size)
+        if found is not None:
+            return found
         if self.boxes != "qwen2_5_vl":  # the others count shares of the picture
             return PictureFrame(width=size[0], height=size[1])
         grid = self._call([Image.new("RGB", size)])[1].get("image_grid_thw")
@@ -109,19 +108,6 @@ class ProcessorImageProcessing:
             )
         height, width = (int(count) * int(self.processor.image_processor.patch_size) for count in grid[0, 1:])
         return PictureFrame(width=width, height=height, scale=(width / size[0], height / size[1]))
-
-    @functools.cached_property
-    def _shows_all(self) -> bool:
-        """Whether pictures of two shapes are seen as a whole and fill what the model sees; then others are, too."""
-        frames = [(size, probed_frame(size, self._pixels)) for size in _PROBED]
-        return all(
-            frame is None or (*frame.offset, *frame.seen(*size)) == (0, 0, frame.width, frame.height)
-            for size, frame in frames
-        )
-
-    def _pixels(self, image: Image.Image) -> NDArray[np.float64]:
-        tensors = self._call([image])[1]
-        return np.asarray(tensors["pixel_values"].double())
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         if self._joins:
