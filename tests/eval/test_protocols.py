@@ -15,7 +15,7 @@ from mm_moslora_eval.protocol.model_interface import Message, Request
 from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.judging.answer_graders import WORDING
-from mm_moslora_eval.run.submissions import write_submission
+from mm_moslora_eval.run.submissions import DEFAULT_FORM, write_submission
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
 from mm_moslora_eval.sources.document import Document
 
@@ -28,6 +28,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
+
+
+def test_hidden_answers_are_exported_as_their_server_reads_them() -> None:
+    hidden = {name for name in all_tasks() if name.startswith("mmbench_") and "_test" in name}
+    assert {DEFAULT_FORM[get_task(name).name] for name in hidden} == {"mmbench"}
+    assert len(hidden) >= 4
 
 
 def test_cv_bench_is_asked_as_each_source_asks_it() -> None:

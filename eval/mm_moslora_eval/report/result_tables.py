@@ -57,8 +57,9 @@ def table(results: Sequence[TaskResult]) -> str:
         if not math.isnan(result.score):
             cells = [f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"]
         if nats:
-            has_nats = "nats" in likelihood
-            cells.append(f"{likelihood['nats']:.4f} ± {likelihood['stderr'] or math.nan:.4f}" if has_nats else "-")
+            stderr = likelihood.get("stderr")
+            error = " ± -" if stderr is None or math.isnan(stderr) else f" ± {stderr:.4f}"
+            cells.append(f"{likelihood['nats']:.4f}{error}" if "nats" in likelihood else "-")
         numbers = (result.n, counts.failed, counts.not_inferable, counts.truncated)
         rows.append((name, result.mode, *cells, *map(str, numbers)))
     measures = ["score", "stderr", "95 %", *(["nats"] if nats else [])]

@@ -206,7 +206,7 @@ def _complete_subjects(results: Sequence[NamedResult]) -> list[NamedResult]:
         if not item.result.counts.scored or not all(map(math.isfinite, numbers)):
             odd.setdefault(_subject(item.result), item.result)
     for result in odd.values():
-        remarks = " ".join(result.remarks) or "there is no score"
+        remarks = result.about.get("unscored") or " ".join(result.remarks) or "there is no score"
         logger.warning("The run's folder gets no scores of %s@%s: %s.", result.task, result.protocol,
                        f"{result.mode}: {remarks}".rstrip("."))  # fmt: skip
     return [item for item in results if _subject(item.result) not in odd]

@@ -142,7 +142,7 @@ def score_folder(
         "mode": described["mode"], "folder": folder_of(view),
         "truncated": sum(any(answer["finish_reason"] == "length" for answer in several) for several in given),
         "errors": [last_line(answer["error"]) for answer in in_order],
-        "likelihood": _likelihood(task, rows, in_order),
+        "likelihood": _likelihood(task, rows, in_order, thinks=bool(described.get("asked_to_think"))),
     }  # fmt: skip
     if reason is not None:
         if not has_scores(view):  # keep the scores of an earlier judge
@@ -175,11 +175,13 @@ def _spent(answers: Sequence[dict[str, Any]], prices: Mapping[str, Any] | None) 
     return {"tokens": tokens}
 
 
-def _likelihood(task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _likelihood(
+    task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], *, thinks: bool
+) -> dict[str, Any]:
     if likelihood := mean_likelihood(answers, [row["cluster"] for row in rows]):
         return likelihood
     referenced = any(row["answers"] for row in rows)
-    return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED)}
+    return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED, thinks=thinks)}
 
 
 ABOUT = (

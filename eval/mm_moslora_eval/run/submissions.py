@@ -195,6 +195,7 @@ of pages that its evaluator reads, one `PICTURE.md` a page, as a ZIP file."""
 DEFAULT_FORM = {
     "mmvet": "mmvet", "llavabench": "llava", "vqav2_testdev": "vqav2", "vizwiz_test": "vizwiz", "docvqa_test": "docvqa",
     "mmbench_en_test": "mmbench", "mmbench_cn_test": "mmbench",
+    "mmbench_en_test_v11": "mmbench", "mmbench_cn_test_v11": "mmbench",
     "omnidocbench_v10": "omnidocbench", "omnidocbench_v15": "omnidocbench",
 }  # fmt: skip
 """Task -> submission format, written when the task cannot be scored locally."""

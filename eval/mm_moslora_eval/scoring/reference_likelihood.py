@@ -19,6 +19,7 @@ LARGEST = 1e9
 _NO_REFERENCES = "the task has no references"
 _JUDGED = "a judge compares the answers with the references"
 _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
+_NO_END = "the model is asked to think, and the reference is scored behind its thinking, which no answer ends"
 _EARLIER = "the answers were stored by a version without log-likelihoods"
 
 
@@ -107,10 +108,12 @@ def likelihood_difference(
     )  # fmt: skip
 
 
-def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judged: bool) -> str:
+def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judged: bool, thinks: bool) -> str:
     """Why no answer of a task has a log-likelihood."""
     if not referenced:
         return _NO_REFERENCES
     if judged:
         return _JUDGED
+    if thinks:
+        return _NO_END
     return _NOT_GIVEN if any("reference" in row for row in rows) else _EARLIER

@@ -61,6 +61,11 @@ def test_it_is_stored_per_document_and_compared_in_pairs(tmp_path: Path) -> None
     assert both.nats.text in eval_commands.comparison_text(both)
     shown = eval_commands.table(read_results(runs[0.0]))
     assert "nats" in shown.splitlines()[0]
+    few = dataclasses.replace(ONE, limit=1)
+    single = eval_commands.table(
+        evaluate(Likely(0.5), task, tmp_path / "one", settings=few, modes=("own",), baselines=())
+    )
+    assert "-0.5000 ± - " in single
 
 
 def reason(result: TaskResult) -> str:
@@ -75,6 +80,9 @@ def test_a_missing_likelihood_has_a_reason(tmp_path: Path) -> None:
     task = get_task(f"llava:{questions}")
     own, *_ = evaluate(FakeModel(), task, tmp_path / "fake", settings=ONE, modes=("own",))
     assert reason(own) == "the backend gives no log-likelihoods of given texts"
+    (thinker := FakeModel()).thinking_tokens = 64  # type: ignore[attr-defined]
+    (own,) = evaluate(thinker, task, tmp_path / "thinks", settings=ONE, modes=("own",), baselines=())
+    assert "asked to think" in reason(own)
     judged = dataclasses.replace(task, metric="judge_mmvet")
     (own,) = evaluate(FakeModel(), judged, tmp_path / "judged", settings=ONE, modes=("own",))
     assert reason(own) == "a judge compares the answers with the references"
