@@ -235,3 +235,15 @@ def test_a_run_of_another_person_shows_no_file_of_this_machine(
     results = [result for result in read_results(foreign) if result.mode == "own"]
     run_evidence._keep_samples(tmp_path / "run", results, foreign)
     assert not (tmp_path / "run" / "pictures").exists()
+
+
+def test_a_task_that_cannot_be_scored_is_named_with_its_reason(
+    measured: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "free.yaml"
+    source = f"{{kind: llava, path: {measured / 'test.jsonl'}, image_folder: {records.parent / 'images'}}}"
+    task.write_text(f"name: free\nsource: {source}\nmetric: judge_mmvet\n")
+    line = ["eval", "run", str(task), "--model", str(measured / "run"), "--output", str(tmp_path / "eval")]
+    cli.run([*line, "--limit", "2"])
+    (said,) = [text for text in capsys.readouterr().err.splitlines() if "gets no scores of free@own" in text]
+    assert "judge" in said
