@@ -163,7 +163,7 @@ class Answers:
             own=TaskScores(scores=own, clusters=clusters, seeds=seeds), less=less,
             pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, views),
             score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
-            nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows),
+            nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows, views[0]["own"]),
         )  # fmt: skip
 
     def _floors(self, task: str, view: Path) -> Mapping[str, list[float]]:
@@ -201,12 +201,16 @@ def _nats(views: Sequence[Path]) -> list[list[float]]:
     return grid if all(any(math.isfinite(value) for value in one) for one in grid) else []
 
 
-def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]], view: Path) -> str:
+    from mm_moslora_eval.run.answer_views import read_view
     from mm_moslora_eval.scoring.answer_scoring import JUDGED
 
     silent = min(rows, key=lambda one: sum(math.isfinite(nats_of(row)) for row in one))
     referenced = any(row.get("answers") for row in silent)
-    return reason_without(silent, referenced=referenced, judged=rules is not None and rules.metric in JUDGED)
+    if rules is None:
+        return reason_without(silent, referenced=referenced, judged=False, thinks=False)
+    thinks = bool(read_view(view).get("asked_to_think"))
+    return reason_without(silent, referenced=referenced, judged=rules.metric in JUDGED, thinks=thinks)
 
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
