@@ -224,6 +224,7 @@ def run_and_hand_on(
     signals: Sequence[int] = STOP_SIGNALS,
     request_stop: Callable[[int], None] = terminate,
     kill: Callable[[int], None] = kill_tree,
+    begin: Callable[..., Child] = start,
     **options: Any,
 ) -> Ended:
     """Run a command. The first signal in the meantime, also while the command is starting, is forwarded. Later ones
@@ -234,7 +235,8 @@ def run_and_hand_on(
         signals: those to forward.
         request_stop: asks the process with this id to save and exit; default: by SIGTERM.
         kill: kills it; default: with all its descendants.
-        options: see `start`.
+        begin: `start`, or `start_tied`.
+        options: of it.
     """
     child: Child | None = None
     early: list[int] = []
@@ -261,7 +263,7 @@ def run_and_hand_on(
 
     previous = install_handler(hand_on, signals)
     try:
-        child = start(words, **options)
+        child = begin(words, **options)
         if early and child.poll() is None:
             request_stop(child.pid)
         return Ended(code=child.wait(), signals=frozenset([*early, *late]))

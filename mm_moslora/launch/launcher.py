@@ -15,10 +15,17 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mm_moslora.launch.child_processes import Ended, child_environment, kill_tree, run_and_hand_on, terminate
+from mm_moslora.launch.child_processes import (
+    Ended,
+    child_environment,
+    python_words,
+    run_and_hand_on,
+    start_tied,
+    terminate,
+)
 from mm_moslora.launch.heartbeat import is_running
 from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
 from mm_moslora.launch.rank_logs import LOG_FOLDER
@@ -35,6 +42,8 @@ EXIT_REQUEUE = 75
 """Exit code after a signal; the same command continues the run."""
 SILENT_SECONDS = 60.0
 STATE = "state.json"
+DEEPSPEED, TORCHRUN = "deepspeed", "torchrun"
+"""Kinds of commands of `tied_command`."""
 STOPPED = "STOPPED"
 """File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
 
@@ -157,14 +166,14 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
     } | child_environment()  # fmt: skip
     if log_folder is not None:
         environment[LOG_FOLDER] = str(log_folder.absolute())
-    request_stop: Callable[[int], None] = terminate
-    kill: Callable[[int], None] = kill_tree
     if topology.uses_deepspeed:
-        request_stop = end_deepspeed
         environment = {"OMP_NUM_THREADS": "1"} | environment  # torchrun sets it, too
     elif topology.job is not None:
-        environment = step_environment(environment)
-        request_stop, kill = topology.job.terminate_step, terminate  # srun kills its step on SIGTERM
+        # srun kills its step on SIGTERM, and ends with its job.
+        return run_and_hand_on(
+            words, request_stop=topology.job.terminate_step, kill=terminate, env=step_environment(environment),
+            process_group=0,
+        )  # fmt: skip
     with contextlib.ExitStack() as stack:
         if topology.hostfile is not None:
             file = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="deepspeed_env-", encoding="utf-8"))
@@ -172,7 +181,9 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
             file.flush()
             environment[DEEPSPEED_ENV_FILE] = file.name
         # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-        return run_and_hand_on(words, request_stop=request_stop, kill=kill, env=environment, process_group=0)
+        kind = DEEPSPEED if topology.uses_deepspeed else TORCHRUN
+        tied = python_words("-m", "mm_moslora.launch.tied_command", kind, *words)
+        return run_and_hand_on(tied, begin=start_tied, changes=environment)
 
 
 def _is_finished(run_folder: Path) -> bool:

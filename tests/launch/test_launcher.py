@@ -464,6 +464,29 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_save_and_end_with_a_launcher_that_is_gone(number, tmp_path):
+    ranks = (
+        "import os, pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: ((folder / 'saved').touch(), sys.exit(0)))\n"
+        "(folder / 'started.tmp').write_text(str(os.getpid()))\n"
+        "(folder / 'started.tmp').rename(folder / 'started')\n"
+        "time.sleep(120)\n"
+    )
+    code = (
+        "import pathlib, sys; from mm_moslora.launch import launcher as launch\n"
+        f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
+        f"launch.launch(launch.Topology(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        wait_until((tmp_path / "started").exists, process=process)
+        process.send_signal(number)
+    wait_until((tmp_path / "saved").exists)
+    pid = int((tmp_path / "started").read_text())
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
 def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all(monkeypatch, tmp_path):
     monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
     started, heard, rank = tmp_path / "started", tmp_path / "heard", tmp_path / "rank"
