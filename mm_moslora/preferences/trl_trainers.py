@@ -25,7 +25,6 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from mm_moslora.adapters import TakenAdapter, load_adapter, take_adapter
-from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
@@ -222,7 +221,6 @@ class RunTrainer(ZeroTrainer):
         peft_model, folder = self.run.peft_model, checkpoint / "adapter"
         load_adapter(peft_model, folder, trainable=True)
         restore_frozen_mixers(peft_model, folder)
-        restore_start(peft_model, folder)
 
 
 def _complete_reference(model: nn.Module) -> None:

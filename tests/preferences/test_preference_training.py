@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import make_experts
 from vlms import make_vlm
 
+from mm_moslora.adapters.folder_format import START_WEIGHTS
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -175,6 +176,9 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     assert (second.step, second.finished) == (6, True)
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
     assert adapter_of(second.checkpoint) == adapter_of(straight.checkpoint)
+    kept = [load_file(end.checkpoint / "adapter" / START_WEIGHTS) for end in (second, straight)]
+    torch.testing.assert_close(*kept)
+    assert any(name.endswith("rows.cross") for name in kept[0])
     again = train_preferences(recipe)
     assert again.checkpoint == second.checkpoint
     assert [path.name for path in sorted((tmp_path / "resumed").glob("checkpoint-*"))] == [

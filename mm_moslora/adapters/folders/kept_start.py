@@ -13,7 +13,7 @@ These are a few KiB per module. They change no output: a folder without them, or
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,37 +149,31 @@ def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) ->
     return stored
 
 
-def set_starts(model: nn.Module, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
-    """Give the layers of an adapter the start of their mixers; those that the folder does not know have none.
+@torch.no_grad()
+def set_starts(
+    model: nn.Module,
+    adapter_name: str,
+    stored: Mapping[str, Tensor],
+    tensors: Callable[[], Mapping[str, Tensor]],
+    *,
+    starts: Mapping[str, Start],
+) -> None:
+    """Give the layers of an adapter the start that a folder keeps; those that it does not know have none.
+
+    A and B at the start are not in the folder. Known ones stay where they give the products in it: the folder is of the
+    same run then.
 
     Args:
         model: holds the adapter.
         adapter_name: the adapter.
         stored: of `read_start`.
+        tensors: gives A, M and B of the folder; asked where a start of A or B is known.
+        starts: what is known, of `starts_of`; values that are loaded into a layer drop its start.
     """
     mixers = mixer_starts(stored)
-    for path, layer in named_adapter_layers(model):
-        if layer.holds(adapter_name):
-            layer.keep_start(adapter_name, mixers.get(path))
-
-
-@torch.no_grad()
-def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
-    """Go on from the start that a checkpoint's adapter folder keeps.
-
-    A and B at the start are not in the folder. Those that the layers hold stay where they give the products in it.
-
-    Args:
-        model: holds the adapter and the start of the same run, drawn or loaded again.
-        folder: of the checkpoint; where it keeps no start, nothing changes.
-        adapter_name: the adapter.
-    """
-    stored, starts = read_start(folder, read_manifest(folder)), starts_of(model, adapter_name)
-    if not stored:
-        return
-    mixers, again = mixer_starts(stored), {}
-    if any(start.A is not None or start.B is not None for start in starts.values()):  # on the first rank
-        again = start_tensors(starts, read_tensors(folder / OWN_WEIGHTS))
+    again: dict[str, Tensor] = {}
+    if stored and any(start.A is not None or start.B is not None for start in starts.values()):
+        again = start_tensors(starts, tensors())
 
     def same(path: str, side: str) -> bool:
         names = (f"{PREFIX}{path}{START_PART}{side}.{part}" for part in ("cross", "start"))
@@ -188,8 +182,27 @@ def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "defaul
     for path, layer in named_adapter_layers(model):
         if layer.holds(adapter_name):
             start = starts.get(path, Start())
-            A, B = (start.A if same(path, "rows") else None, start.B if same(path, "columns") else None)
-            layer.starts[adapter_name] = Start(mixer=mixers.get(path), A=A, B=B)
+            layer.keep_start(adapter_name, mixers.get(path))
+            A = start.A if same(path, "rows") else None
+            B = start.B if same(path, "columns") else None
+            if A is not None or B is not None:
+                mixer = layer.starts.get(adapter_name, Start()).mixer
+                layer.starts[adapter_name] = Start(mixer=mixer, A=A, B=B)
+
+
+def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
+    """Go on from the start that a checkpoint's adapter folder keeps; see `set_starts`.
+
+    Args:
+        model: holds the adapter and the start of the same run, drawn or loaded again.
+        folder: of the checkpoint; where it keeps no start, nothing changes.
+        adapter_name: the adapter.
+    """
+    if stored := read_start(folder, read_manifest(folder)):
+        set_starts(
+            model, adapter_name, stored, lambda: read_tensors(folder / OWN_WEIGHTS),
+            starts=starts_of(model, adapter_name),
+        )  # fmt: skip
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -28,7 +28,7 @@ from mm_moslora.adapters.folders.folder_tensors import (
     unexpected_entry,
 )
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
-from mm_moslora.adapters.folders.kept_start import read_start, set_starts
+from mm_moslora.adapters.folders.kept_start import read_start, set_starts, starts_of
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
@@ -83,9 +83,10 @@ def load_adapter(
             wrapped = inject(
                 model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
+    known = starts_of(wrapped, adapter_name)
     try:
         _set_values(wrapped, adapter_name, content.tensors, source)
-        set_starts(wrapped, adapter_name, content.start)
+        set_starts(wrapped, adapter_name, content.start, lambda: content.tensors, starts=known)
     except AdapterError:
         if wrapped is not model:
             wrapped.unload()
