@@ -19,6 +19,7 @@ from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
 from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers, unwrapped
+from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.utils.errors import AdapterError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def _merge_layer(layer: BaseTunerLayer, tolerance: float | None) -> tuple[float,
     module = cast(nn.Module, layer)
     with ExitStack() as stack:
         stack.callback(module.train, module.training)
+        stack.enter_context(without_autocast(like.device))
         stack.enter_context(use_kernel(module.eval(), "reference"))
         live = module(x).float()
         layer.merge()

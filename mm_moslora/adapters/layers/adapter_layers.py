@@ -24,7 +24,7 @@ from mm_moslora.adapters.adapter_options import AdapterOptions
 from mm_moslora.adapters.folder_format import START_PART
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import Mixer, init_mixer, random_stream_of_mixers
-from mm_moslora.kernels.lora.lora_math import delta_weight, fold
+from mm_moslora.kernels.lora.lora_math import delta_weight, fold, without_autocast
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -191,7 +191,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s B M A`` in the layout of the base weight and the dtype of B."""
         if adapter not in self.lora_mixer:
-            plain: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+            with without_autocast(cast(Any, self).weight.device):
+                plain: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
             return plain
         return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
 

@@ -56,9 +56,10 @@ def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tens
     Returns:
         ``[D_out, D_in]``, or ``[D_out, C, h, w]``; at least float32.
     """
-    folded = fold(A, M)
-    dtype = torch.promote_types(torch.promote_types(folded.dtype, B.dtype), torch.float32)
-    update = B.to(dtype).flatten(1) @ folded.to(dtype).flatten(1)
+    with without_autocast(B.device):
+        folded = fold(A, M)
+        dtype = torch.promote_types(torch.promote_types(folded.dtype, B.dtype), torch.float32)
+        update = B.to(dtype).flatten(1) @ folded.to(dtype).flatten(1)
     return update.view(B.shape[0], *A.shape[1:]) * scaling
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -98,6 +101,20 @@ def test_conv1d_layers_merge_right() -> None:
     live = logits(model)
     assert (live - base).abs().max() > 0.02
     torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("merging", [merge, lambda model: model.merge_and_unload()])
+@pytest.mark.parametrize("options", [{}, {"mixer_init": "identity", "mixer_trainable": False}])
+def test_autocast_does_not_round_what_is_merged(
+    options: dict[str, Any], merging: Callable[[nn.Module], nn.Module]
+) -> None:
+    models = []
+    for on in (False, True):
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, **options), targets=["q_proj", "embed_tokens"])
+        train_a_bit(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            models.append(merging(model).state_dict())
+    torch.testing.assert_close(*models, rtol=0, atol=0)
 
 
 def test_a_merge_that_changes_outputs_is_undone() -> None:
