@@ -69,7 +69,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     if not sorted_in:
         raise ConfigError("The model has no trainable parameter.")
     adapters = [name for members in sorted_in.values() for name, _ in members if is_adapter_parameter(name)]
-    if config.lora_plus_ratio != 1.0 and adapters and not any("lora_B" in name for name in adapters):
+    if config.lora_plus_ratio != 1.0 and adapters and not any(map(_is_lora_b, adapters)):
         raise ConfigError(
             f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
             "Leave it out."
@@ -122,9 +122,14 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
         # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
         label = "mixer" if label == "adapter" else f"{label} mixer"
         return label, _or(config.mixer_lr, lr * config.mixer_factor), config.mixer_weight_decay
-    if "lora_B" in name and config.lora_plus_ratio != 1.0:
+    if _is_lora_b(name) and config.lora_plus_ratio != 1.0:
         label, lr = f"{label} B", lr * config.lora_plus_ratio
     return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay
+
+
+def _is_lora_b(name: str) -> bool:
+    """Whether a parameter is LoRA's B, of an embedding, too."""
+    return "lora_B" in name or "lora_embedding_B" in name
 
 
 def _or(value: float | None, default: float) -> float:

@@ -48,13 +48,17 @@ def test_mixers_decay_by_a_key_of_their_own():
 
 
 def test_mixers_have_a_multiple_of_the_rate_of_a() -> None:
-    module = torch.nn.ModuleDict({n: torch.nn.Linear(2, 2, bias=False) for n in ("lora_A", "lora_mixer", "lora_B")})
+    names = ("lora_A", "lora_mixer", "lora_B", "lora_embedding_B")
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in names})
     rates = {
         name: group.peak_lr
         for group in parameter_groups(module, OptimConfig(lr=1e-3, mixer_factor=6, lora_plus_ratio=2))
         for name in group.names
     }
-    assert rates == {"lora_A.weight": 1e-3, "lora_mixer.weight": 6e-3, "lora_B.weight": 2e-3}
+    expected = {"lora_A": 1e-3, "lora_mixer": 6e-3, "lora_B": 2e-3, "lora_embedding_B": 2e-3}
+    assert rates == {f"{name}.weight": rate for name, rate in expected.items()}
+    alone = torch.nn.ModuleDict({"lora_embedding_B": torch.nn.Linear(2, 2, bias=False)})
+    assert parameter_groups(alone, OptimConfig(lr=1e-3, lora_plus_ratio=2))[0].peak_lr == 2e-3
     with pytest.raises(ConfigError, match=r"optim\.mixer_factor is 6, which is of the mixers, and none trains"):
         parameter_groups(module["lora_A"], OptimConfig(mixer_factor=6))
     with pytest.raises(ConfigError, match="both set the rate"):
