@@ -38,6 +38,7 @@ from mm_moslora.launch.child_processes import end_with_parent, install_handler, 
 from mm_moslora.launch.imported_code import imported, without_imports
 from mm_moslora.launch.slurm_job import leave_foreign_step
 from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.files import is_full
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
 from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
@@ -124,10 +125,14 @@ def run(arguments: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         if reader_left:
             return EXIT_NO_READER
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and not is_full(error):
             raise  # without a path the one-line error would not help
         hidden = _hidden_by(error)
         return _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}", EXIT_ERROR)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        return _fail(_refused(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except _EndedError as error:
@@ -187,9 +192,10 @@ def _nobody_reads() -> bool:
 def _refused(error: OSError) -> str:
     """The file that could not be read or written, and the reason."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = (
-        "Make room on its disk, or give a path on another." if full else "Give a path that can be read and written."
+        "Make room on its disk, or give a path on another."
+        if is_full(error)
+        else "Give a path that can be read and written."
     )
     return f"{' to '.join(names) or 'Writing failed'}: {error.strerror}. {remedy}"
 

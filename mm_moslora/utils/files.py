@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ from mm_moslora.utils.untrusted_files import MOST_BYTES, MOST_TEXT_BYTES, find_i
 logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which raise errors of their own, name the system's reason."""
 _KEPT_BYTES = 2**20
 """Maximum bytes that an `Appender` keeps in memory while the disk is full."""
 
@@ -66,7 +69,10 @@ def sha256_of(file: Path | BufferedReader) -> str:
 
 def is_full(error: BaseException) -> bool:
     """Whether the system refused a write for lack of space, which may be temporary."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    found = _ERROR_OF_RUST.search(str(error))
+    return found is not None and int(found[1]) in _FULL
 
 
 def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:

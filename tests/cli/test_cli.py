@@ -159,6 +159,17 @@ def test_a_full_disk_on_the_way_out_does_not_hide_why_a_save_failed(monkeypatch,
     assert "Give a path" not in told
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_that_a_writer_in_rust_finds_is_one_line(number, monkeypatch, capsys):
+    def refused(words, **_):
+        raise Exception(f"{os.strerror(number)} (os error {number})")  # as tokenizers and safetensors raise it
+
+    monkeypatch.setattr("mm_moslora_eval.eval_commands.list_tasks", refused)
+    assert run(["eval", "list"]) == 1
+    told = f"error: Writing failed: {os.strerror(errno.ENOSPC)}. Make room on its disk, or give a path on another.\n"
+    assert capsys.readouterr().err == told
+
+
 def test_ctrl_c_is_told_and_is_exit_code_130(monkeypatch, capsys):
     def interrupted(words):
         raise KeyboardInterrupt
