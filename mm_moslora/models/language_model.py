@@ -147,11 +147,7 @@ def savable_generation_config(model: PreTrainedModel) -> None:
 
 
 def refuse_head_extras(language: PreTrainedModel, name: str) -> None:
-    """Refuse a model that does more behind its head, or has no plain one: LLaVA's head is one linear layer.
-
-    Raises:
-        ModelError: training would leave it out.
-    """
+    """Refuse a model that does more behind its head, or has no plain one: LLaVA's head is one linear layer."""
     kind = language.config.get_text_config().model_type
     head = language.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:

@@ -79,9 +79,6 @@ def load(
 def load_unweighted(path: str | Path) -> Parts:
     """All that turns conversations into a model's inputs, without its weights.
 
-    Args:
-        path: a run, one of its checkpoints, or an exported folder.
-
     Raises:
         ModelError: nothing loadable there.
     """

@@ -106,9 +106,6 @@ def build_meta_model(
 ) -> MetaModel:
     """Build a recipe's model on the meta device, adapters and what trains included.
 
-    Args:
-        picture: width and height of the one that stands for all; see `size_decides`.
-
     Raises:
         ModelError: a configuration cannot be read, or is of a kind that cannot be built without its weights; see also
             `refuse_without_effect`.

@@ -201,11 +201,7 @@ def _base(checkpoint: Path) -> dict[str, dict[str, str]]:
 
 
 def require_imports(checkpoint: Path) -> None:
-    """Refuse to go on without the files of `--import` that a run had, or with others.
-
-    Raises:
-        CheckpointError: names the option.
-    """
+    """Refuse to go on without the files of `--import` that a run had, or with others."""
     now = import_marks()
     for option, sha256 in _base(checkpoint).get(IMPORTS, {}).items():
         if option not in now:

@@ -59,11 +59,7 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
 
 
 def shipped_config(name: str) -> PreTrainedConfig:
-    """The sizes of a shipped recipe's model.
-
-    Raises:
-        KeyError: no shipped recipe names it.
-    """
+    """The sizes of a shipped recipe's model."""
     values = dict(shipped_shapes()[name])
     kind = values.pop("model_type")
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
@@ -101,9 +97,6 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
 
     transformers fetches and runs native code where an implementation of attention or experts is the name of a
     repository, and the configuration names repository and commit.
-
-    Raises:
-        ModelError: names the value.
     """
     values: Any = {}
     with contextlib.suppress(Exception):  # the loader says what is wrong
@@ -126,11 +119,7 @@ def refuse_configuration(name: str, revision: str | None = None) -> None:
 
 
 def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
-    """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names instead.
-
-    Raises:
-        ModelError: there is one.
-    """
+    """Refuse a model that an adapter lies beside: transformers would put it in, or load the base that it names."""
     file = None
     with contextlib.suppress(OSError, ValueError):  # the loader says what is wrong
         file = find_adapter_config_file(name, revision=revision)
@@ -145,9 +134,6 @@ def load_base(
     loader: Any, name: str | Path, *, revision: str | None = None, needed: Needed | None = None, **options: Any
 ) -> Any:
     """A model of a folder or of the hub with all its weights: `loader.from_pretrained`, which makes up missing ones.
-
-    Args:
-        needed: gets the model and the names of the missing weights, gives those that matter; None: all do.
 
     Raises:
         ModelError: an adapter lies beside it, its class cannot be built, or a weight of the model is not in its files.

@@ -59,11 +59,7 @@ def load_pretrained_vlm(
 
 
 def refuse_without_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that training cannot take apart.
-
-    Raises:
-        ModelError: it has no decoder with a head.
-    """
+    """Refuse a model that training cannot take apart."""
     if not hasattr(model, "model") or model.get_output_embeddings() is None:
         raise ModelError(
             f"{name!r} ({type(model).__name__}) has no decoder with a linear head behind it, which training needs. "
@@ -119,11 +115,7 @@ def pretrained_image_token(name: str, revision: str | None, processor: Any) -> i
 
 
 def tower_path(model: PreTrainedModel) -> str:
-    """Path of a model's vision tower.
-
-    Raises:
-        ModelError: none of the known ones.
-    """
+    """Path of a model's vision tower."""
     names = {name for name, _ in model.named_modules()}
     for path in TOWER_PATHS:
         if path in names:
@@ -140,11 +132,7 @@ def decoder_path(model: PreTrainedModel) -> str:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a model's decoder, whatever its class calls them.
-
-    Raises:
-        ModelError: it has no list of them.
-    """
+    """The layers of a model's decoder, whatever its class calls them."""
     decoder = model.get_decoder()
     own = getattr(decoder, "layers", None)
     lists = [own, *(module for module in decoder.modules() if isinstance(module, nn.ModuleList))]

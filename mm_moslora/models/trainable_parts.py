@@ -197,11 +197,7 @@ def checkpoint_layers(component: PreTrainedModel, first: int | None = None) -> N
 
 
 def refuse_checkpointing(component: PreTrainedModel, first: int | None = None, *, layers: int) -> None:
-    """Refuse to checkpoint a component that cannot be, also on the meta device, or more layers than it has.
-
-    Raises:
-        ConfigError: its class has no checkpointing, or fewer layers.
-    """
+    """Refuse to checkpoint a component that cannot be, also on the meta device, or more layers than it has."""
     if not component.supports_gradient_checkpointing:
         raise ConfigError(
             f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "

@@ -22,7 +22,6 @@ def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
     transformers has no registry of layer classes, as it has one of attention functions.
 
     Args:
-        layer: of a decoder, or a head; its weights, hooks and attributes stay.
         mixin: its `forward` goes first; the gradient checkpointing of transformers stays around both.
     """
     classes: tuple[Any, Any] = (mixin, type(layer))  # mypy takes a class of modules for unhashable

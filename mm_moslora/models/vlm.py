@@ -90,9 +90,6 @@ class VlmModel(LlavaModel):
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
-        Args:
-            pixel_values: ``[N, 3, H, W]``.
-
         Returns:
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
         """

@@ -62,11 +62,7 @@ class HeatMap:
 
 
 def heat_maps(modules: Sequence[tuple[str, Mapping[str, Any]]]) -> list[HeatMap]:
-    """The measures of `TITLES` that are known of any module.
-
-    Args:
-        modules: paths, such as `model.layers.3.self_attn.q_proj`, with their measures.
-    """
+    """The measures of `TITLES` that are known of any module."""
     kinds, layers = _kinds_and_layers([path for path, _ in modules])
     rows, columns = list(dict.fromkeys(kinds)), sorted(set(layers))
     indices = [(rows.index(kind), columns.index(layer)) for kind, layer in zip(kinds, layers, strict=True)]

@@ -39,11 +39,7 @@ def render_page(
     template: str, context: Mapping[str, Any], *, filters: Mapping[str, Any], package: str = OWN,
     styles: Sequence[str] = ("report.css",), show: Callable[[str], str] = visible,
 ) -> str:  # fmt: skip
-    """A page as text; what templates print is escaped.
-
-    Args:
-        package: holds the templates, the style sheets and `report.js`.
-    """
+    """A page as text; what templates print is escaped."""
     environment = _environment(package, tuple(filters.items()), show)
     style, script = "".join(asset(name, package) for name in styles), asset("report.js", package)
     return environment.get_template(template).render(
@@ -65,9 +61,6 @@ def _environment(package: str, filters: tuple[tuple[str, Any], ...], show: Calla
 
 def write_page(out: Path, page: Callable[[], str]) -> Path:
     """Write a page atomically.
-
-    Args:
-        page: makes the text, once it is known that `out` can be written.
 
     Raises:
         ConfigError: `out` is a folder or a file of another program.

@@ -209,12 +209,7 @@ def recipe_text(path: Path, notes: list[str]) -> str | None:
 
 
 def _text_of(path: Path, notes: list[str]) -> str | None:
-    """The content of a file of a run or stage folder; None where it is missing or must not be read.
-
-    Args:
-        path: a file directly in that folder; a link that leads out of it is not followed.
-        notes: gets the reason why the file is not read.
-    """
+    """The content of a file of a run or stage folder; None where it is missing or must not be read."""
     try:
         return read_text_below(path.parent, path.name, errors="replace")
     except FileError as error:

@@ -37,9 +37,6 @@ _COMPONENTS = {
 def build_report(run_folder: Path, out: Path) -> Path:
     """Write the report of a run.
 
-    Args:
-        run_folder: see `mm_moslora.reporting.run_data` for its files; the report names missing ones.
-
     Returns:
         `out`.
 

@@ -44,11 +44,7 @@ class Series:
 
 
 def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of a bucket of consecutive ones.
-
-    Args:
-        points: in order of x.
-    """
+    """At most `most` points, each the mean of a bucket of consecutive ones."""
     if len(points) <= most:
         return list(points)
     edges = [round(index * len(points) / most) for index in range(most + 1)]
@@ -155,11 +151,7 @@ _X_LABEL = "optimiser step"
 
 
 def line_chart(series: Sequence[Series], *, title: str, zero: bool = False) -> Markup:
-    """A figure over optimiser steps with axes, lines, and the data for the page's read-out.
-
-    Args:
-        series: at least one point in total.
-    """
+    """A figure over optimiser steps with axes, lines, and the data for the page's read-out."""
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
     data: list[dict[str, Any]] = []
     legend: list[str] = []

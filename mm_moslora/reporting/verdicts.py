@@ -193,13 +193,7 @@ def _missing_controls(controls: Sequence[str]) -> str:
 
 
 def against(name: str, difference: Difference, *, best: bool = False) -> str:
-    """One comparison of a tuned model as a sentence.
-
-    Args:
-        name: a key of `AGAINST`.
-        difference: the tuned model minus that.
-        best: whether it is the control with the best score.
-    """
+    """One comparison of a tuned model as a sentence."""
     few = f"; {difference.groups} independent questions are too few" if difference.few else ""
     words = {"more": "more", "less": "less", "not shown": f"not shown to be more{few}"}[difference.shown]
     rank = "the best control, " if best else ""
@@ -207,11 +201,7 @@ def against(name: str, difference: Difference, *, best: bool = False) -> str:
 
 
 def own_pictures(difference: Difference, *, control: str) -> str:
-    """A model's own pictures against a control, for a table of image modes.
-
-    Args:
-        control: the pictures of the control, such as "no picture".
-    """
+    """A model's own pictures against a control, for a table of image modes."""
     words = {"more": "better than", "less": "worse than", "not shown": "not shown to be better than"}[difference.shown]
     return f"With its own pictures the model is {words} with {control}: {difference.points}."
 

@@ -48,11 +48,7 @@ class Said:
 
 
 class Demo:
-    """Sends a conversation to two variants and draws attention maps.
-
-    Args:
-        models: the tuned variant first; the second variant, if any, is the base.
-    """
+    """Sends a conversation to two variants and draws attention maps."""
 
     def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:
         self.models, self.max_new_tokens, self.why_no_base = models, max_new_tokens, why_no_base

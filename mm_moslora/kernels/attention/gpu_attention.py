@@ -114,11 +114,7 @@ def _varlen_attn(
 
     Args:
         query: ``[T, H, E]``.
-        key: ``[T, K, E]``.
-        value: ``[T, K, E]``.
         ends: starts of the segments and the end of the last one, int32.
-        longest: tokens of the longest segment.
-        scale: factor on the scores; None: ``E ** -0.5``.
         window: number of earlier tokens that a token sees; -1: all.
         repeats: give the kernel as many heads of keys as of queries.
     """

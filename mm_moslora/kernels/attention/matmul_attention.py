@@ -34,9 +34,6 @@ def products_are_faster(q: Tensor) -> bool:
     """Whether `attend` is taken: faster than PyTorch's kernel by measurements, or on the meta device.
 
     Short segments in half precision are products on every CPU, long ones on AMD's.
-
-    Args:
-        q: ``[H, T, E]``.
     """
     return q.is_meta or (q.dtype.itemsize == 2 if q.shape[1] <= SHORT else made_by_amd())
 
@@ -47,9 +44,6 @@ def keeps_probabilities(q: Tensor) -> bool:
     P is then at most about as large as q, k, v and O together (larger where query heads share keys, or nothing is
     masked). Most of the cost of P is the scores in fp32, and the products of the backward pass read it in half
     precision.
-
-    Args:
-        q: ``[H, T, E]``.
     """
     return q.dtype.itemsize == 2 and q.shape[1] <= 8 * q.shape[2]
 
@@ -60,9 +54,6 @@ def attend(
     """Attention to all keys, or to those up to the query's position.
 
     Args:
-        q: ``[H, T, E]``.
-        k: ``[K, T, E]``.
-        v: ``[K, T, E]``.
         out: ``[H, T, E]``, is overwritten with the result; like the others in any layout.
         causal: no query sees a later key.
         keep: P of every block is appended to it, in the dtype of q.
@@ -90,10 +81,6 @@ def attend_backward(
     """The gradients of q, k and v from that of `attend`'s result.
 
     Args:
-        grad: ``[H, T, E]``.
-        q: ``[H, T, E]``.
-        k: ``[K, T, E]``.
-        v: ``[K, T, E]``.
         out: are overwritten with the gradients of q, k and v.
         probabilities: what `attend` kept, in its order; None: P is recomputed.
     """
@@ -175,7 +162,6 @@ def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) ->
 
     Args:
         rows: ``[K, G, T, E]``.
-        keys: ``[K, T, E]``.
         causal: j is the end of the block's queries.
     """
     dtype = _wide(rows.dtype)

@@ -23,7 +23,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Args:
         x: ``[S, D]``.
         weight: ``[D]``.
-        eps: added to the mean square.
 
     Returns:
         The norm's output, and ``1 / rms`` (fp32 ``[S, 1]``).

@@ -108,13 +108,6 @@ def fused_linear(
     autocast everything runs in autocast's dtype, as the modules would.
 
     Args:
-        x: ``[..., D_in]``, in the dtype of `weight` outside autocast.
-        weight: ``[D_out, D_in]``.
-        bias: ``[D_out]`` or None.
-        A: ``[R, D_in]``.
-        M: ``[R, R]``; None is the identity.
-        B: ``[D_out, R]``.
-        scaling: s.
         dropout: probability of dropping an entry of x before A. The mask is drawn twice from one saved seed (of torch's
             CPU generator, so that checkpointing repeats it) instead of being kept.
 
@@ -128,9 +121,6 @@ def fused_linear(
 
 def fused_linears(x: Tensor, layers: Sequence[LinearOperands]) -> tuple[Tensor, ...]:
     """Several linear layers on one input, in one autograd node; see `fused_linear`.
-
-    Args:
-        x: ``[..., D_in]``.
 
     Returns:
         One ``[..., D_out]`` per layer.

@@ -66,16 +66,7 @@ def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tens
 def reference_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: Tensor | None, B: Tensor, scaling: float
 ) -> Tensor:
-    """The adapted linear layer written out, factor by factor; tests compare `fused_linear` with it.
-
-    Args:
-        x: ``[..., D_in]``.
-        weight: ``[D_out, D_in]``.
-        bias: ``[D_out]`` or None.
-        A: ``[R, D_in]``.
-        M: ``[R, R]``; None is the identity.
-        B: ``[D_out, R]``.
-    """
+    """The adapted linear layer written out, factor by factor; tests compare `fused_linear` with it."""
     z = F.linear(x, A)
     return F.linear(x, weight, bias) + F.linear(z if M is None else F.linear(z, M), B) * scaling
 

@@ -37,10 +37,6 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
     """``C = s B M`` in the wider dtype of the two and at least float32, rounded once; on GPUs one kernel.
 
     Some CPUs take several times as long for so small a product in bfloat16, and so the value is that of `fold_right`.
-
-    Args:
-        B: ``[D_out, R]``.
-        M: ``[R, R]``; None is the identity.
     """
     if M is None:
         return (B * scaling).to(dtype)
@@ -51,11 +47,6 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
 
 def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> tuple[Tensor, Tensor | None]:
     """The gradients of B and M from that of ``C = s B M``, computed as `combine` is.
-
-    Args:
-        dC: ``[D_out, R]``.
-        B: ``[D_out, R]``.
-        M: ``[R, R]``; None is the identity.
 
     Returns:
         ``dB`` and ``dM`` (None without a mixer), each with its factor's shape and dtype.
@@ -86,12 +77,7 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def mixed_product(B: Tensor, M: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``C = s B M``, ``[D_out, R]``, in one autograd node.
-
-    Args:
-        B: ``[D_out, R]``.
-        M: ``[R, R]``; None is the identity.
-    """
+    """``C = s B M``, ``[D_out, R]``, in one autograd node."""
     with without_autocast(B.device):
         return _MixedProduct.apply(B, M, scaling, dtype)  # type: ignore[no-any-return]
 

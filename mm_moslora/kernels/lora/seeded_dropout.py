@@ -65,12 +65,7 @@ def draw_seed() -> int:
 
 
 def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
-    """Dropout of x with the mask that the fused kernel draws: a layer drops the same entries on either path.
-
-    Args:
-        x: ``[..., D]``.
-        dropout: probability of dropping an entry.
-    """
+    """Dropout of x with the mask that the fused kernel draws: a layer drops the same entries on either path."""
     dropout = exact_rate(dropout)
     if not dropout or not x.numel():
         return x
@@ -98,7 +93,6 @@ def kept_rows(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[
     """Rows with zeros where the masks of several layers drop entries.
 
     Args:
-        rows: ``[T, D]``.
         masks: by the layer's index; None: everything stays.
 
     Yields:
@@ -136,10 +130,6 @@ _EVERYTHING = KeptBits(None)
 def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, KeptBits]]:
     """The masks of several layers for the same rows: block by block, and within a block layer by layer.
 
-    Args:
-        rows: ``[T, D]``.
-        masks: by the layer's index; None: everything stays.
-
     Yields:
         The layer's index, the rows, and the entries of them that stay.
     """
@@ -154,7 +144,6 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
 
     Args:
         rows: ``[T, D]``; only its shape, dtype and device count.
-        dropout: probability of dropping an entry, a multiple of 2^-15 (`exact_rate`).
 
     Yields:
         The rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.

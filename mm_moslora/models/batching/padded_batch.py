@@ -78,7 +78,6 @@ def padded_inputs(
         image_inputs: the other inputs of the pictures, on any device.
         answers: the start of each sample's first answer; None: these are prompts.
         left: pad on the left, so that all samples end together.
-        device: of the result; None: the model's.
     """
     device = model.device if device is None else device
     whole = text_inputs(model, rows, left=left)
@@ -156,7 +155,6 @@ def picture_inputs(
     Args:
         pixel_values: of all pictures in order; None where only videos have inputs.
         image_inputs: the other inputs of the pictures, on any device; see `readable`.
-        device: of the result; None: the model's.
     """
     device = model.device if device is None else device
     inputs: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}

@@ -88,9 +88,6 @@ def stream(
 
     The first token comes from the logits of the prompt itself, so `max_new_tokens=1` runs no decoding step.
 
-    Args:
-        stop_ids: tokens that end an answer; they are not yielded.
-
     Yields:
         A list of ``B`` token ids, None for a prompt that has ended. Ends when all have.
 
@@ -244,7 +241,6 @@ def generate_and_score(
 
     Args:
         options: token ids of the continuations of each prompt; a prompt may have none.
-        draws: how the tokens of each answer are sampled; None: greedily.
 
     Raises:
         ModelError: see `stream` and `score_options`.

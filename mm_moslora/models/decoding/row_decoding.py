@@ -41,11 +41,7 @@ def stream_padded_row(
     max_new_tokens: int,
     stop_ids: Sequence[int],
 ) -> Iterator[int]:
-    """Greedy answer to one prompt, token by token, without the one that ends it.
-
-    Raises:
-        ModelError: see `likeliest`.
-    """
+    """Greedy answer to one prompt, token by token, without the one that ends it."""
     decoder = prefill_row(model, prompt, pictures)
     for (token,) in continued(model, decoder, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
         assert token is not None, "the only row has not ended"

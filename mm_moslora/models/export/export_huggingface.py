@@ -49,11 +49,7 @@ class Exported:
 
 
 def refuse_own_class(model: nn.Module) -> None:
-    """Refuse a model that transformers alone cannot load.
-
-    Raises:
-        ModelError: with the reason.
-    """
+    """Refuse a model that transformers alone cannot load."""
     if isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
 
@@ -132,7 +128,6 @@ def export_lora(
     Args:
         assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
         folder: new or empty; it appears once it is written and checked.
-        dtype: of a base that is written.
         final: where the folder will lie, if not here.
 
     Raises:
@@ -193,7 +188,6 @@ def merge_adapter(assembly: Parts, dtype: torch.dtype) -> float | None:
 
     Args:
         assembly: loaded with `merge=False` in float32; changed in place.
-        dtype: of the weights afterwards.
 
     Returns:
         Largest difference of logits from those of the live adapter, the rounding to `dtype` included; None: no adapter.

@@ -67,7 +67,6 @@ def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFil
 
     Args:
         assembly: loaded with `merge=True`.
-        folder: new or empty.
         half: fp16 matrices; vectors stay in fp32, as llama.cpp has them.
 
     Raises:
@@ -88,11 +87,7 @@ def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFil
 
 
 def refuse_gguf(assembly: Parts) -> None:
-    """Refuse a model that llama.cpp cannot hold.
-
-    Raises:
-        ModelError: the reason, and the nearest choice.
-    """
+    """Refuse a model that llama.cpp cannot hold."""
     if reason := _why_not(assembly):
         raise ModelError(reason)
 

@@ -75,7 +75,6 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
 
     Args:
         source: a folder or a .bin file; see the top.
-        folder: new or empty.
         language: the base of a LoRA, where the one that the source names cannot be read.
 
     Raises:

@@ -31,11 +31,7 @@ class CompiledLayer(nn.Module):
 
 
 def require_backend(backend: str) -> None:
-    """Refuse a backend of torch.compile that cannot run here.
-
-    Raises:
-        ConfigError: unknown backend, or a compiler is missing.
-    """
+    """Refuse a backend of torch.compile that cannot run here."""
     backends = torch.compiler.list_backends(exclude_tags=())
     if backend not in backends:
         raise ConfigError(

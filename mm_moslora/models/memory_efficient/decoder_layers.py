@@ -141,7 +141,6 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare =
 
     Args:
         share: the part; the model's attention then sees the parts of all ranks.
-        inputs: ids or embeddings, and positions, of the whole row.
 
     Returns:
         ``[K, D]``.
@@ -187,7 +186,6 @@ def gated_mlp(
 
     Args:
         x: ``[S, D]``.
-        norm_weight: ``[D]``.
         gate: ``D -> F``.
         up: ``D -> F``.
         down: ``F -> D``.

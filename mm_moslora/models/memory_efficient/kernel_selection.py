@@ -53,11 +53,7 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
 
 
 def use_loss_head(model: PreTrainedModel) -> bool:
-    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer.
-
-    Raises:
-        ModelError: see `head_form`.
-    """
+    """Make the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
     head: Any = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
         mix_in(head, LossHead)

@@ -17,9 +17,6 @@ from mm_moslora.utils.package_requirements import install_command, is_installed
 def packing(kind: str, dtype: torch.dtype, *, keep: Sequence[str] | None = None) -> BitsAndBytesConfig | None:
     """What `from_pretrained` is given to pack linear layers while it reads them; None: nothing is packed.
 
-    Args:
-        keep: paths of modules that stay dense; None: transformers' choice, which is the head.
-
     Raises:
         ModelError: bitsandbytes is not installed.
     """
@@ -39,11 +36,7 @@ def packing(kind: str, dtype: torch.dtype, *, keep: Sequence[str] | None = None)
 
 
 def refuse_packed(config: PreTrainedConfig, kind: str, name: str) -> None:
-    """Refuse to pack a model whose weights are packed already: transformers would read them as they are.
-
-    Raises:
-        ModelError: they are.
-    """
+    """Refuse to pack a model whose weights are packed already: transformers would read them as they are."""
     own = getattr(config, "quantization_config", None)
     if kind != "none" and own is not None:
         method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)

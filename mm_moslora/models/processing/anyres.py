@@ -32,11 +32,7 @@ NEWLINE = "image_newline"
 
 
 def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel, *, standard: bool) -> None:
-    """Refuse parts that LLaVA-NeXT does not support.
-
-    Raises:
-        ModelError: with the reason and the nearest choice.
-    """
+    """Refuse parts that LLaVA-NeXT does not support."""
     assert config.vision is not None
     if not standard:
         raise ModelError(

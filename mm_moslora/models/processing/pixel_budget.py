@@ -16,11 +16,7 @@ from mm_moslora.utils.errors import ModelError
 
 
 def limit_pixels(processor: Any, config: ModelConfig) -> None:
-    """Set the budget of a ready-made model's processor, which exports then have, too.
-
-    Raises:
-        ModelError: the processor has none.
-    """
+    """Set the budget of a ready-made model's processor, which exports then have, too."""
     if config.min_pixels is None and config.max_pixels is None:
         return
     images = processor.image_processor

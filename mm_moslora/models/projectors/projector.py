@@ -59,11 +59,7 @@ def projector_tokens(kind: str, shape: ProjectorShape) -> int:
 
 
 def projector_class(kind: str) -> type[Projector]:
-    """The class of a projector.
-
-    Raises:
-        ModelError: no such projector.
-    """
+    """The class of a projector."""
     if kind not in PROJECTORS and _DEEP.fullmatch(kind):
         return DeepMlpProjector
     if kind not in PROJECTORS or kind == "mlpNx_gelu":

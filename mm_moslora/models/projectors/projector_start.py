@@ -27,7 +27,6 @@ def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
 
     Args:
         visual_tokens: of some pictures of the data, ``[..., D]``.
-        embeddings: word embeddings ``[vocabulary, D]``.
     """
     return embedding_size(embeddings) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))
 

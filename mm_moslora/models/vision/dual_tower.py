@@ -55,7 +55,6 @@ class FusedVisionModel(PreTrainedModel):
 
         Args:
             pixel_values: ``[N, 3, H, W]``, normalised for the first tower.
-            output_hidden_states: the layer or layers wanted, counted from the end (towers may differ in depth).
         """
         layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}

@@ -107,7 +107,6 @@ class WrappedVisionModel(PreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: ``[N, 3, H, W]``.
             output_hidden_states: True for all blocks, or the index or indices wanted.
         """
         self._match_statistics()
@@ -241,9 +240,6 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
 def require_named(name: str | None) -> None:
     """Refuse a vision tower of open_clip or timm by a name (`open_clip:MODEL`, `timm:MODEL`) that the library does not
     know.
-
-    Raises:
-        ModelError: no such model.
     """
     library, _, model = (name or "").partition(":")
     if library not in ("open_clip", "timm") or Path(model).is_dir():

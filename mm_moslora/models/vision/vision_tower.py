@@ -94,11 +94,7 @@ def load_vision(
 
 
 def sketch_vision(config: VisionConfig) -> tuple[PreTrainedModel, ImageSpec]:
-    """The result of `load_vision` on the meta device; only configurations are read.
-
-    Raises:
-        ModelError: as `load_vision`.
-    """
+    """The result of `load_vision` on the meta device; only configurations are read."""
     with torch.device("meta"):
         return _load(config, weights=False)
 

@@ -54,11 +54,7 @@ def rate_charts(arms: Sequence[Mapping[str, Any]], *, loss: bool) -> list[RateCh
 
 
 def cost_charts(arms: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, Markup]]:
-    """Score against trained parameters and against seconds of training, on logarithmic axes, with their titles.
-
-    Args:
-        arms: arms of the results; a point has the number of its arm in this list.
-    """
+    """Score against trained parameters and against seconds of training, on logarithmic axes, with their titles."""
     kinds = (("Score, percent, by trained parameters", "trainable"),
              ("Score, percent, by seconds of training", "train_seconds"))  # fmt: skip
     return [(title, chart) for title, key in kinds if (chart := _cost_chart(arms, task, title, key))]

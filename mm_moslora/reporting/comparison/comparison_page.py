@@ -71,12 +71,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def draw(parts: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
-    """Write the forest plot of one or several comparisons as a PNG file; nothing where no arm was compared.
-
-    Args:
-        parts: the content of each `results.json` with the heading of its rows or "".
-        path: file to write.
-    """
+    """Write the forest plot of one or several comparisons as a PNG file; nothing where no arm was compared."""
     chart = forest([(heading, _readable(data)) for heading, data in parts], title="")
     if chart:
         draw_png(chart, path)

@@ -16,7 +16,6 @@ class ApiError(MoSLoRAError):
     Args:
         message: what was found, what was expected, what to do.
         param: the part of the request that is wrong, such as `messages[0].content[1].image_url.url`.
-        retry_after: seconds after which the same request may work.
     """
 
     def __init__(

@@ -106,11 +106,7 @@ class Server(uvicorn.Server):
         """Whether answers get no more time."""
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn.
-
-        Raises:
-            KeyboardInterrupt: a second Ctrl-C ended answers.
-        """
+        """See uvicorn."""
         super().run(sockets)
         if self.hurries:
             raise KeyboardInterrupt

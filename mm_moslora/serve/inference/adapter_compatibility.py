@@ -30,11 +30,7 @@ _REVISIONS = {
 
 
 def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None:
-    """Refuse an adapter that was trained with other prompts, pictures or base weights.
-
-    Raises:
-        ModelError: names every key that differs, with both values.
-    """
+    """Refuse an adapter that was trained with other prompts, pictures or base weights."""
     served = find_checkpoint(main)
     if (served / MANIFEST).is_file():
         differing = _differing_keys(served, checkpoint)

@@ -59,12 +59,7 @@ def attention_maps(
 
 
 def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The picture as the model receives it, darkened where attention is low.
-
-    Args:
-        pixels: ``[3, H, W]``, normalised.
-        weights: ``[G, G]`` between 0 and 1.
-    """
+    """The picture as the model receives it, darkened where attention is low."""
     picture = (pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
     base = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).resize((SIDE, SIDE))
     heat = Image.fromarray((weights.sqrt().numpy() * 255).astype(np.uint8)).resize(

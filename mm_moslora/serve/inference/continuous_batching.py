@@ -133,11 +133,7 @@ class GenerationEngine:
         return len(self._waiting)
 
     def submit(self, jobs: Sequence[GenerationJob]) -> None:
-        """Queue the answers of one request, all or none.
-
-        Raises:
-            ApiError: the queue is full.
-        """
+        """Queue the answers of one request, all or none."""
         for job in jobs:
             job.text = TextStream(self.models.encoder, job.stop, thinking=job.thinking)
         with self._changed:

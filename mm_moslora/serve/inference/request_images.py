@@ -49,9 +49,6 @@ class PictureFile:
 def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: threading.Event) -> list[PictureFile]:
     """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
 
-    Args:
-        stop: set when the result is no longer needed.
-
     Raises:
         ApiError: names the picture that is wrong. The text is this project's own, never a decoder's.
     """
@@ -117,11 +114,7 @@ def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> lis
 
 
 def refuse_stopped(stop: threading.Event) -> None:
-    """Stop work with an abandoned result.
-
-    Raises:
-        ApiError: it was abandoned.
-    """
+    """Stop work with an abandoned result."""
     if stop.is_set():
         raise client_left()
 

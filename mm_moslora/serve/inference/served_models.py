@@ -111,9 +111,6 @@ class Models:
     ) -> tuple[Tensor, list[ProcessedImage]]:
         """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
 
-        Args:
-            pictures: RGB, in order; empty for a text-only model.
-
         Raises:
             ModelError: the model's own processor refuses one of the pictures.
             DataError: the chat template cannot express the conversation.
