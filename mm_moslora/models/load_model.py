@@ -143,15 +143,13 @@ def _merge(assembly: Parts) -> None:
     if is_packed(assembly.model):
         logger.info("The adapter stays live: merged, the packed weights would be rounded anew.")
         return
-    config = assembly.peft_model.peft_config["default"]
-    if not isinstance(config, adapters.MoSLoRAConfig):
-        try:
-            adapters.merge(assembly.peft_model)
-        except AdapterError as reason:
-            logger.info("The adapter stays live. %s", reason)
-            return
-    else:
+    try:
         adapters.merge(assembly.peft_model)
+    except AdapterError as reason:
+        if isinstance(assembly.peft_model.peft_config["default"], adapters.MoSLoRAConfig):
+            raise
+        logger.info("The adapter stays live. %s", reason)
+        return
     assembly.peft_model = None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,6 +21,7 @@ from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
+from mm_moslora.models.transformers_patches import wrap_checkpointing
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vlm import is_multimodal, part_of
 from mm_moslora.utils.errors import ConfigError, suggestion
@@ -208,6 +211,19 @@ def refuse_checkpointing(component: PreTrainedModel, first: int | None = None, *
             f"train.gradient_checkpointing is {first}, but {type(component).__name__} has {layers} layers. Give "
             "fewer, or true for all."
         )
+
+
+def offload_inputs(component: PreTrainedModel) -> None:
+    """Keep the inputs of a component's checkpointed layers in pinned main memory until the backward pass."""
+
+    def around(_: nn.Module, checkpoint: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(function: Callable[..., Tensor], *args: Any) -> Tensor:
+            with save_on_cpu(pin_memory=True):  # the checkpoint's own hooks take what is inside
+                return checkpoint(function, *args)
+
+        return run
+
+    wrap_checkpointing(component, around)
 
 
 @dataclass(frozen=True, kw_only=True)

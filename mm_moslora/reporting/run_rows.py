@@ -133,9 +133,7 @@ def read_mixer(item: dict[str, Any], notes: list[str]) -> MixerRecord | None:
     except (TypeError, ValueError) as error:
         notes.append(f"mixers.json: {path!r} was left out ({error}).")
         return None
-    # Releases without `norm_update` have other numbers under the names of the rest.
-    names = list(MEASURES) if "norm_update" in item else ["moved", "condition"]
-    figures = {name: float(item[name]) for name in names if _is_finite(item.get(name))}
+    figures = {name: float(item[name]) for name in MEASURES if _is_finite(item.get(name))}
     rank = item.get("rank")
     if not isinstance(rank, int):
         rank = len(after) if after else None

@@ -99,7 +99,7 @@ class Chat:
         """
         self.look(open_image(path), name=str(path))
 
-    def watch(self, path: Path, *, frames: int | None = None) -> int:
+    def watch(self, path: Path) -> int:
         """Attach frames of a video file, or of a folder of frames, to the next question, sampled as in training.
 
         Returns:
@@ -108,8 +108,7 @@ class Chat:
         Raises:
             DataError: the path is not a video, or the model has no vision encoder.
         """
-        fps = self.video_fps if frames is None else None
-        clip = Clip(path, str(path), frames or self.video_frames, fps=fps, sampling=self.sampling)
+        clip = Clip(path, str(path), self.video_frames, fps=self.video_fps, sampling=self.sampling)
         shown = clip.frames()
         self.look(*(shown if self.sampling is None else [clip.video()]), name=str(path))
         return len(shown)

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.kernel_selection import (
     choose_kernels,
@@ -297,7 +297,7 @@ def ours(
                 part["default"].weight.copy_(value)
     kernels_too = lean and compiler is None
     kernels = choose_kernels("auto", model.device, lean=kernels_too)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     if lean:
         use_lean_layers(model)
     use_kernels(model, kernels, lean=kernels_too)

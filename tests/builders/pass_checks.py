@@ -13,7 +13,7 @@ from trials import make_recipe
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, use_kernels, use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
@@ -61,7 +61,7 @@ def lean_model(family: str, dtype: torch.dtype) -> t.PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     use_loss_head(model)
     assert use_lean_layers(model) == SIZES["num_hidden_layers"]
     return model.train()

@@ -46,12 +46,12 @@ def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
 
 
 def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> None:
-    from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+    from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm
     model = assembly.model.train()
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     module = LossModule(model, None)
     examples = [data.load(number) for number in (0, 3, 5, 6)]  # with and without pictures
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -78,7 +78,7 @@ def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> 
 def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+    from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm
@@ -87,7 +87,7 @@ def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -
     examples = [data.load(number) for number in (0, 3, 5)]
     batch = collator([*examples, None])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     own = LossModule(model, None)(Batch.from_examples(examples), False).item()
     set_attention(model, "sdpa")
     count = int((batch["labels"] != -100).sum())

@@ -11,10 +11,9 @@ from mm_moslora.config import AdapterConfig, ModelConfig, VisionConfig
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts, load_parts
-from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers
+from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, offload_inputs
 from mm_moslora.models.vlm import supervised_hidden
 
 

@@ -12,7 +12,7 @@ import transformers
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.lora.lora_linear import fused_linear
 from mm_moslora.models.memory_efficient.kernel_selection import (
     choose_kernels,
@@ -68,7 +68,7 @@ def error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> flo
 
 def ready(model: transformers.PreTrainedModel, device: torch.device, *, lean: bool, kernels: str = "torch"):
     model = copy.deepcopy(model).to(device)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     use_loss_head(model)
     if lean:
         use_lean_layers(model)

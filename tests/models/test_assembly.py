@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.processing.image_processing import dummy_image_example
@@ -117,10 +117,10 @@ def test_a_padding_free_batch_gives_each_sample_the_logits_it_has_alone(vision, 
             shown = Batch.from_examples([item]).pixel_values
             logits = assembly.model(input_ids=item.input_ids[None], pixel_values=shown).logits[0]
             alone.append(logits[item.supervised.nonzero().flatten() - 1])
-        for attention in (training_attention(assembly.model), "sdpa"):
+        for attention in (choose_attention(assembly.model).name, "sdpa"):
             set_attention(assembly.model, attention)
             torch.testing.assert_close(supervised_logits(assembly.model, batch), torch.cat(alone), rtol=0, atol=1e-5)
-    assert training_attention(assembly.model) == SEGMENTS
+    assert choose_attention(assembly.model).name == SEGMENTS
 
 
 def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(language_folder, vision_folder):

@@ -11,7 +11,7 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
@@ -39,7 +39,7 @@ def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
     assembly = load_parts(recipe.model, dtype=torch.float32)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     model = assembly.model.train()
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     use_lean_layers(model)
     use_loss_head(model)
     packed = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
@@ -74,7 +74,7 @@ def language(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     use_loss_head(model)
     return model.train()
 

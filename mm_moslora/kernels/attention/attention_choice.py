@@ -83,11 +83,6 @@ def choose_attention(
     return AttentionChoice(name=SEGMENTS, words=tried.words, faults=(*faults, *tried.faults))
 
 
-def training_attention(model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None) -> str:
-    """The name in `choose_attention`."""
-    return choose_attention(model, requested, device=device).name
-
-
 def head_shape(model: PreTrainedModel, device: torch.device) -> HeadShape:
     """The heads of a decoder, as far as a kernel depends on them."""
     config = model.get_decoder().config

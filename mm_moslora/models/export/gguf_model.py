@@ -189,7 +189,6 @@ def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's names and tensors of the language model."""
     text: Any = model.config.get_text_config()
     names = gguf.get_tensor_name_map(FAMILIES[text.model_type].architecture, text.num_hidden_layers)
-    config = text.to_dict()
     decoder: Any = model.get_decoder()
     state = {f"model.{name}": value for name, value in decoder.state_dict().items()}
     head: Any = model.get_output_embeddings()
@@ -199,7 +198,7 @@ def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"llama.cpp has no name for {path!r}. Export with --to hf instead.")
-        yield name, _in_row_order(tensor.detach(), path.rpartition(".")[0], config)
+        yield name, _in_row_order(tensor.detach(), path.rpartition(".")[0], text)
     if _rope(text)["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3_factors(text)
 
@@ -268,7 +267,15 @@ def _write(path: Path, writer: gguf.GGUFWriter, tensors: Mapping[str, Tensor], *
     for name, value in tensors.items():
         matrix = value.ndim > 1 and "position_embd" not in name
         writer.add_tensor(name, value.float().cpu().numpy().astype(np.float16 if half and matrix else np.float32))
-    _write_file(writer, path)
+    with writing(path), replacing(path) as part:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        try:  # numpy does not hear of a full disk when it closes its buffer
+            gguf.GGUFReader(part)
+        except (ValueError, IndexError) as error:
+            raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
 
 
 def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
@@ -287,33 +294,12 @@ def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
     return largest
 
 
-def _write_file(writer: gguf.GGUFWriter, path: Path) -> None:
-    """Write the content of a writer, made without a path, and read it back.
-
-    Raises:
-        OSError: it cannot be written, or is not whole.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            writer.write_header_to_file(part)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            try:  # numpy does not hear of a full disk when it closes its buffer
-                gguf.GGUFReader(part)
-            except (ValueError, IndexError) as error:
-                raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
-
-
-def _in_row_order(value: Tensor, module: str, config: Mapping[str, Any]) -> Tensor:
+def _in_row_order(value: Tensor, module: str, text: Any) -> Tensor:
     """A weight or bias with its rows as llama.cpp has them.
 
     In the Llama family the rows of a head go from two halves (transformers' rotary layout) to pairs.
     """
-    if not (FAMILIES[config["model_type"]].pairs_rows and module.endswith(("q_proj", "k_proj"))):
+    if not (FAMILIES[text.model_type].pairs_rows and module.endswith(("q_proj", "k_proj"))):
         return value
-    heads = int(config["num_attention_heads"])
-    if module.endswith("k_proj"):
-        heads = int(config.get("num_key_value_heads") or heads)
+    heads = text.num_key_value_heads if module.endswith("k_proj") else text.num_attention_heads
     return value[torch.arange(len(value)).view(heads, 2, -1).transpose(1, 2).reshape(-1)]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
-from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.kernel_selection import (
     Kernels,
@@ -23,7 +22,7 @@ from mm_moslora.models.memory_efficient.kernel_selection import (
 )
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.pretrained_vlm import tower_path
-from mm_moslora.models.trainable_parts import checkpoint_layers
+from mm_moslora.models.trainable_parts import checkpoint_layers, offload_inputs
 from mm_moslora.models.vlm import is_multimodal, needs_padding
 from mm_moslora.training.deepspeed_start import prepare_deepspeed
 from mm_moslora.training.engine.ulysses import share_rows

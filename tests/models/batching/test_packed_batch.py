@@ -15,7 +15,7 @@ from vlms import FAMILIES, make_vlm
 from mm_moslora.adapters import MoSLoRALinear
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, ValidateConfig, VisionConfig
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import padded_hidden
@@ -65,7 +65,7 @@ def tuned(folder, *, layers: int = 3, dtype: torch.dtype = torch.float32) -> Par
 
 def pack(model) -> None:
     """As `mm-moslora train` does it."""
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     assert use_lean_layers(model) == len(model.get_decoder().layers)
 
 

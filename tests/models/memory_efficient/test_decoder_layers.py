@@ -11,13 +11,12 @@ import transformers as t
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
-from mm_moslora.kernels.attention.attention_choice import set_attention, training_attention
+from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
-from mm_moslora.models.memory_efficient.activation_offload import offload_inputs
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.trainable_parts import checkpoint_layers
+from mm_moslora.models.trainable_parts import checkpoint_layers, offload_inputs
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import ConfigError
 
@@ -43,7 +42,7 @@ def adapted(family: str, **options: object) -> t.PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     return model.train()
 
 
@@ -146,7 +145,7 @@ def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) ->
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    set_attention(model, training_attention(model))
+    set_attention(model, choose_attention(model).name)
     model.train()
     stock_loss, stock = loss_and_gradients(model, given)
     before = kept_bytes(model, given)
