@@ -57,12 +57,13 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
         output: folder of the evaluation.
         before: results of the model before tuning.
     """
-    from mm_moslora.models.load_model import recipe_of
-    from mm_moslora.tracking.tracker import adapter_digest
     from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
     if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
         return
+    from mm_moslora.models.load_model import recipe_of
+    from mm_moslora.tracking.tracker import adapter_digest
+
     checkpoint = find_checkpoint(model).resolve()
     run = checkpoint.parent
     newest = find_checkpoint(run) == checkpoint

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +249,14 @@ def test_a_task_that_cannot_be_scored_is_named_with_its_reason(
     cli.run([*line, "--limit", "2"])
     (said,) = [text for text in capsys.readouterr().err.splitlines() if "gets no scores of free@own" in text]
     assert "judge" in said
+
+
+def test_stored_answers_are_scored_without_loading_what_models_need(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "1", "question": "q", "answer": "yes"}))
+    (tmp_path / "a.json").write_text(json.dumps({"1": "yes"}))
+    script = (
+        "import sys\nfrom mm_moslora import cli\n"
+        "code = cli.run(['eval', 'run', 'llava:q.jsonl', '--model', 'replay:a.json', '--output', 'run'])\n"
+        "sys.exit(code or 'mm_moslora.models' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120)
