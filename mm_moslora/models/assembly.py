@@ -279,7 +279,6 @@ def pretrained_parts(
     """A ready-made model with its processor.
 
     Args:
-        model: None where weights are not needed.
         image_token_id: what visual features replace; None: the model says it.
     """
     parts = Parts(
@@ -356,7 +355,6 @@ def load_projector(projector: nn.Module, weights: Path, *, newline: nn.Parameter
     """Load `projector.safetensors`.
 
     Args:
-        projector: changed in place.
         weights: the file, or a folder that has it; see `require_projector`.
         newline: the newline embedding of an anyres model; left as it is where the file, made without tiles, has none.
 

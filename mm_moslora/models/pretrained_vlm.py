@@ -34,7 +34,6 @@ def load_pretrained_vlm(
 
     Args:
         device: of the weights, read straight to it; None: main memory. On `meta` they are not read.
-        packed: what to pack while reading; None: nothing.
 
     Raises:
         ModelError: nothing there, or no image-text-to-text model.

@@ -35,7 +35,6 @@ def attach_adapters(
     """Put the adapter into the components with the mode `adapter`, and set what trains everywhere else.
 
     Args:
-        assembly: from `load_parts`; its model is changed in place.
         seed: seeds the factors, so that every rank makes the same.
 
     Returns:

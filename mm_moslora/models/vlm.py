@@ -149,7 +149,6 @@ def image_features(
     """Encode and project images, once for all images of a batch.
 
     Args:
-        pixel_values: ``[N, 3, H, W]``.
         keys: hashes of the pictures; a frozen tower encodes those with the same key once.
 
     Returns:

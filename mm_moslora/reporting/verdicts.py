@@ -60,12 +60,7 @@ def unread_text(unread: int, answers: int) -> str:
 
 
 def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
-    """`82.3 %`, or `CIDEr 0.660` for another named score.
-
-    Args:
-        value: a share, or the score.
-        unit: the score's name; empty for a share of right answers.
-    """
+    """`82.3 %`, or `CIDEr 0.660` for another named score."""
     if not unit:
         return f"{100 * value:.1f} %"
     return f"{unit} {value:.3f}" if named else f"{value:.3f}"
@@ -331,12 +326,7 @@ def _looked(row: Mapping[str, Any]) -> bool:
 def above_controls(
     arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, requested: bool = True
 ) -> list[tuple[Mood, str]]:
-    """Whether the arms of a comparison are above their controls, which all other conclusions require.
-
-    Args:
-        arms: arms of a comparison's `results.json`; `controls` holds the results by column.
-        column: the task, or the mean over tasks.
-    """
+    """Whether the arms of a comparison are above their controls, which all other conclusions require."""
     results = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
     if not results:
         return []

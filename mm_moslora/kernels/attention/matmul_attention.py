@@ -158,12 +158,7 @@ def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Every block and its P ``[heads, G * b, j]``, at least in fp32.
-
-    Args:
-        rows: ``[K, G, T, E]``.
-        causal: j is the end of the block's queries.
-    """
+    """Every block and its P ``[heads, G * b, j]``, at least in fp32."""
     dtype = _wide(rows.dtype)
     future = torch.full((HALF_BLOCK, HALF_BLOCK), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
     wide_rows, wide_keys = (torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x) for x in (rows, keys))

@@ -71,8 +71,6 @@ def segment_attention(
 
     Args:
         query: ``[1, H, S, E]``; key and value may have fewer heads.
-        key: ``[1, H_kv, S, E]``.
-        value: ``[1, H_kv, S, E]``.
         scaling: factor on the scores; None: ``E ** -0.5``.
         sliding_window: number of latest tokens that a token sees, itself included; None: all.
 
@@ -124,12 +122,7 @@ def segment_attention(
 
 
 def varlen_kernel(query: Tensor, key: Tensor) -> VarlenKernel | None:
-    """The kernel that takes all segments in one call; None: there is none for these tensors.
-
-    Args:
-        query: ``[1, H, S, E]``.
-        key: ``[1, H_kv, S, E]``.
-    """
+    """The kernel that takes all segments in one call; None: there is none for these tensors."""
     groups = query.shape[1] // key.shape[1]
     shape = HeadShape(device=query.device, dtype=query.dtype, width=query.shape[-1], groups=groups)
     return pytorch_kernel(shape).kernel if query.device.type == "cuda" else None
@@ -149,7 +142,6 @@ def picture_attention(
 
     Args:
         module: the attention layer; its `is_causal` applies.
-        query: ``[N, H, P, E]``, like key and value.
 
     Returns:
         ``[N, P, H, E]`` and None.

@@ -20,10 +20,6 @@ from torch.nn import functional as F
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMS norm, as transformers computes it.
 
-    Args:
-        x: ``[S, D]``.
-        weight: ``[D]``.
-
     Returns:
         The norm's output, and ``1 / rms`` (fp32 ``[S, 1]``).
     """

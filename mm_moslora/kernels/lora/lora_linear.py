@@ -163,11 +163,7 @@ class LoraMatmul:
         self.A = _joined(factors, 0) if factors else None
 
     def outputs(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Every ``y``, and ``z`` side by side (None without adapters).
-
-        Args:
-            x: ``[..., D_in]``.
-        """
+        """Every ``y``, and ``z`` side by side (None without adapters)."""
         z = None if self.A is None else self._inner(x.reshape(-1, x.shape[-1]), self.A)
         results = []
         for index, (bias, C) in enumerate(zip(self.biases, self.Cs, strict=True)):
@@ -200,10 +196,7 @@ class LoraMatmul:
 
         Args:
             x: ``[T, D_in]``; None: no layer has an adapter or a weight that trains.
-            z: from `outputs`.
             grads: every ``dY`` ``[T, D_out]``; None: nothing reads that layer's output.
-            needs: which of the layers' tensors need a gradient.
-            needs_x: whether x does.
 
         Raises:
             AdapterError: a second derivative is asked for.

@@ -34,7 +34,6 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
 
     Args:
         A: ``[R, D_in]``, or ``[R, ...]`` for a convolution.
-        M: ``[R, R]``; None is the identity.
 
     Returns:
         Same shape as A, in the wider dtype of the two and at least float32.
@@ -50,7 +49,6 @@ def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tens
 
     Args:
         A: ``[R, D_in]``, or ``[R, C, h, w]`` for a convolution.
-        M: ``[R, R]``; None is the identity.
         B: ``[D_out, R]``, or ``[D_out, R, 1, 1]``.
 
     Returns:

@@ -24,7 +24,6 @@ def fold_right(B: Tensor, M: Tensor) -> Tensor:
 
     Args:
         B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
-        M: ``[R, R]``.
 
     Returns:
         Same shape as B, in the wider dtype of the two and at least float32.

@@ -92,9 +92,6 @@ def kernel_masks(masks: Mapping[int, Mask | None]) -> list[tuple[int, int]]:
 def kept_rows(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, Tensor]]:
     """Rows with zeros where the masks of several layers drop entries.
 
-    Args:
-        masks: by the layer's index; None: everything stays.
-
     Yields:
         The layer's index, the rows, and what stays of them.
     """

@@ -24,7 +24,6 @@ def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Copies of `rows` with zeros where a mask drops entries; up to `MASKS_PER_KERNEL` from one read.
 
     Args:
-        rows: ``[T, D]``.
         masks: per copy the seed, and the number of 2^15 random numbers that drop an entry.
 
     Returns:
@@ -53,7 +52,6 @@ def add_kept_products(
         total: ``[T, D]``, contiguous.
         us: ``[T, R]`` per layer.
         As: ``[R, D]`` per layer.
-        masks: as for `kept_copies`.
     """
     assert total.is_contiguous()
     # Products in fp32 run on the cores that draw the masks, and need their registers.

@@ -30,7 +30,6 @@ def small_model(kind: type[PreTrainedModel], config: PreTrainedConfig, sizes: Ma
     """A model of a class in fp32 and evaluation mode, with random weights, on the default device.
 
     Args:
-        config: of the model in question; not changed.
         sizes: one of `SIZES`. Configurations fit together in ways that only their classes know, so some raise.
 
     Raises:

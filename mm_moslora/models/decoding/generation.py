@@ -159,9 +159,6 @@ def generate_beams(
 
     The model's generation settings have no effect, as in `generate`.
 
-    Args:
-        beams: of every prompt; the likeliest per token is the answer.
-
     Raises:
         ModelError: see `likeliest`.
     """
@@ -238,9 +235,6 @@ def generate_and_score(
     max_new_tokens: int, stop_ids: Sequence[int], draws: Sequence[Draw] | None = None,
 ) -> tuple[list[list[int]], list[list[ContinuationScore]]]:  # fmt: skip
     """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`.
-
-    Args:
-        options: token ids of the continuations of each prompt; a prompt may have none.
 
     Raises:
         ModelError: see `stream` and `score_options`.

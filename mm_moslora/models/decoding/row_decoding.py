@@ -18,10 +18,6 @@ from mm_moslora.models.decoding.prefix_cache import Decoder
 def prefill_row(model: PreTrainedModel, prompt: Tensor, pictures: Sequence[ProcessedImage]) -> Decoder:
     """Run one prompt with its pictures; the decoder stands at its end and can join others.
 
-    Args:
-        prompt: int64 ``[T]``, placeholders expanded.
-        pictures: in the order of their placeholders.
-
     Raises:
         ModelError: placeholders and images do not match.
     """

@@ -92,7 +92,6 @@ def shared_prefix_attention(
     Args:
         query: ``[B, heads, t, E]``.
         key: the row's own keys ``[B, H, T, E]``; value alike.
-        value: see key.
         scaling: factor on the scores; None: ``E ** -0.5``.
         branch_levels: outermost first.
         branch_visible: bool ``[B, t, T]``, which of its row's own tokens each new token sees; None: all.

@@ -65,9 +65,6 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int | ModelError]:
     A row's token does not depend on the other rows. It is the token that `torch.multinomial` draws with the row's
     generator on the CPU.
 
-    Args:
-        logits: fp32 ``[B, C]``; not changed.
-
     Returns:
         For every row its token, or the error of logits that are not finite.
     """

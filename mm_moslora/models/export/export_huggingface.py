@@ -60,7 +60,6 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
     Args:
         assembly: loaded with `merge=True`, in the dtype to be written.
         folder: new or empty; it appears once it is written and checked.
-        require_stock: refuse a model that transformers alone cannot load.
 
     Raises:
         ModelError: the model cannot be expressed, or what was written gives other logits.
@@ -127,7 +126,6 @@ def export_lora(
 
     Args:
         assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
-        folder: new or empty; it appears once it is written and checked.
         final: where the folder will lie, if not here.
 
     Raises:

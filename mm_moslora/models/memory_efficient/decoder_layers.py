@@ -139,9 +139,6 @@ def drops_positions(model: PreTrainedModel) -> bool:
 def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare = WHOLE_ROW, **inputs: Any) -> Tensor:
     """The hidden states at the supervised positions of one packed row, or of this rank's part of it.
 
-    Args:
-        share: the part; the model's attention then sees the parts of all ranks.
-
     Returns:
         ``[K, D]``.
     """
@@ -162,10 +159,6 @@ def normed_linears(
 ) -> tuple[Tensor, ...]:
     """RMS norm, then several linear layers that read it; keeps x and the adapters' inner products.
 
-    Args:
-        x: ``[S, D]``.
-        norm_weight: ``[D]``.
-
     Returns:
         ``[S, D_out]`` for each.
     """
@@ -183,12 +176,6 @@ def gated_mlp(
     passes: FusedOps,
 ) -> Tensor:
     """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
-
-    Args:
-        x: ``[S, D]``.
-        gate: ``D -> F``.
-        up: ``D -> F``.
-        down: ``F -> D``.
 
     Returns:
         ``[S, D]``.

@@ -65,11 +65,7 @@ class HeadForm:
         return self.with_slope(output[..., : self.words].float())[0]
 
     def with_slope(self, product: Tensor) -> tuple[Tensor, Tensor | float | None]:
-        """Logits of these products with the head's weight, and their derivatives (None: 1).
-
-        Args:
-            product: fp32, of words alone; not changed.
-        """
+        """Logits of these products with the head's weight, and their derivatives (None: 1)."""
         if self.cap is None:
             return (product, None) if self.scale == 1.0 else (product * self.scale, self.scale)
         share = torch.tanh(product * (self.scale / self.cap))
@@ -171,7 +167,6 @@ def token_loss_sum(
 
     Args:
         logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
-        targets: int64 ``[K]``.
     """
     if right is not None and targets.numel():
         values = logits.detach()

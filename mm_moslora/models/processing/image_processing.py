@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 class SquareImageProcessing:
-    """One square picture, always the same number of visual tokens.
-
-    Args:
-        tokens: visual tokens per picture.
-    """
+    """One square picture, always the same number of visual tokens."""
 
     fixed = True
     videos = None
@@ -63,10 +59,6 @@ class SquareImageProcessing:
 
 def picture_frame(processor: Any, size: tuple[int, int]) -> PictureFrame | None:
     """Where the pixels of a picture go that an image processor crops or pads; None: the whole picture is stretched.
-
-    Args:
-        processor: an image processor of transformers.
-        size: width and height of the picture.
 
     Raises:
         ModelError: it does so in another way than those of CLIP and LLaVA.

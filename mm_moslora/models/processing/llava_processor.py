@@ -88,8 +88,6 @@ def build_processor(
     """The processor of an assembled model.
 
     Args:
-        tokenizer: with the image token in its vocabulary.
-        tokens_per_image: visual tokens after the projector.
         standard: True for a stock `LlavaProcessor`, which counts tokens from the patch size.
     """
     images = image_processor(spec, aspect)

@@ -24,9 +24,6 @@ def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
 
     Tokens of a new projector are several times larger or smaller than word embeddings, which training first has to
     undo.
-
-    Args:
-        visual_tokens: of some pictures of the data, ``[..., D]``.
     """
     return embedding_size(embeddings) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))
 
@@ -113,8 +110,6 @@ def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance
     """Write the linear map ``weight (x - mean)`` into layers with GELU between them.
 
     Args:
-        weight: ``[D, V]``.
-        mean: of the inputs, ``[V]``.
         covariance: of the outputs, ``[D, D]``; where layers are too narrow for all outputs, the directions with the
             largest variance are written.
     """

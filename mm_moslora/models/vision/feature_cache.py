@@ -206,7 +206,6 @@ class FeatureCache:
         Args:
             encode: returns the features at some indices of `keys`. It is called once with the missing ones, even if
                 there are none: ranks may have to agree about them.
-            device: of features from disk.
         """
         indices: dict[str, int] = {}
         for index, key in enumerate(keys):
@@ -260,10 +259,8 @@ class StepFeatureCache:
         """Features of pictures, ``[N, ...]``.
 
         Args:
-            pixels: ``[N, 3, H, W]`` as the tower takes them.
             keys: ``N`` of them, from `pixel_hash`; those with the same key are encoded once. Another number of keys:
                 they are computed.
-            encode: from some of `pixels` to their features.
             together: all ranks run `encode`, or none does (ZeRO-3 gathers the tower's weights while it runs).
         """
         if len(keys) != len(pixels):

@@ -11,12 +11,7 @@ from mm_moslora.utils.errors import MoSLoRAError
 
 
 class ApiError(MoSLoRAError):
-    """A request that gets an error instead of an answer.
-
-    Args:
-        message: what was found, what was expected, what to do.
-        param: the part of the request that is wrong, such as `messages[0].content[1].image_url.url`.
-    """
+    """A request that gets an error instead of an answer."""
 
     def __init__(
         self, message: str, *, status: int = 400, code: str = "invalid_value", param: str | None = None,

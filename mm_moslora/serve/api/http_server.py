@@ -89,7 +89,6 @@ class Server(uvicorn.Server):
     """Logs the address once the server listens, and ends answers before it closes their connections.
 
     Args:
-        limits: its limits; after a stop signal answers get `drain_seconds`.
         end: ends all answers at once; called in a thread after that time, or after a second Ctrl-C.
     """
 

@@ -205,9 +205,7 @@ def load_models(
 
     Args:
         path: the main model; without further variants its adapter is merged, which is faster.
-        name: its name for clients; None: the folder's name.
         further: runs, checkpoints or adapter folders by their names for clients.
-        with_base: also offer the model before tuning, as `NAME-base`.
         other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
 
     Raises:

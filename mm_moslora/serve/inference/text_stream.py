@@ -15,7 +15,6 @@ class TextStream:
     """The text of one answer, piece by piece; the joined pieces equal the text of all tokens.
 
     Args:
-        encoder: holds the tokenizer and the template's text before an answer.
         stop: texts that end the answer. Neither they nor the text after them is returned.
         thinking: the form of the prompt; where the prompt opened a thinking block, the text begins with that.
     """
