@@ -2,7 +2,7 @@
 """Collect wheels of what an image with PyTorch, transformers and PEFT lacks, for a GPU machine without a network.
 
     python scripts/gpu_wheels.py                       into build/gpu_wheels, for Python 3.12 on Linux x86-64
-    python scripts/gpu_wheels.py torchao av            more packages
+    python scripts/gpu_wheels.py av                    more packages
     python scripts/gpu_wheels.py --without datasets    fewer
     python scripts/gpu_wheels.py --have there.txt      and whatever else is required; `pip freeze` there wrote the list
     python scripts/gpu_wheels.py --have /dev/null --limit 5000    everything, with PyTorch and its CUDA libraries
