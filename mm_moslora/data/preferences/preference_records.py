@@ -77,6 +77,10 @@ def _sides(value: Mapping[str, Any], where: Where) -> list[dict[str, Any]]:
     if len(answers) != 1:
         what = f"is given as {' and '.join(answers)}" if answers else "is missing"
         raise where.error(Code.NO_PAIR, "rejected", what, f"{_SHAPE}; for records without pairs set objective: sft")
+    for key, other in value.items():
+        if key.startswith("rejected_") and key not in REJECTED and not is_nothing(other):
+            remedy = "both answers see the same pictures, videos, boxes and tools; drop the key"
+            raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(other)}", remedy)
     chosen, rejected = value.get("chosen"), value[answers[0]]
     named = next((key for key in ("conversations", "messages") if not is_nothing(value.get(key))), None)
     prompt = next((value[key] for key in _PROMPTS if not is_nothing(value.get(key))), None)

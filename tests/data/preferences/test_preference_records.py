@@ -80,6 +80,10 @@ def test_earlier_turns_and_the_system_prompt_belong_to_the_question() -> None:
         ({"messages": [SEEN, YES], "rejected_response": BAD, "images": []}, "IMAGE_COUNT"),
         ({"messages": [ASKED, YES], "rejected_messages": [{**ASKED, "content": "why?"}, NO]}, "NO_PAIR.*another conv"),
         ({"prompt": USER, **SIDES, "tools": [{"a": 1}]}, "BAD_TOOLS.*tools"),
+        (
+            {"prompt": USER, **SIDES, "rejected_images": ["other.png"]},
+            "UNFOLLOWED_KEY.*rejected_images.*the same pictures",
+        ),
         ({"prompt": USER, **SIDES, "kto_tag": False}, "UNFOLLOWED_KEY.*objective: kto"),
         ({"prompt": [ASKED], "chosen": [{**YES, "weight": 2}], "rejected": [NO]}, "UNFOLLOWED_KEY.*weighs an answer"),
         ({"messages": [ASKED, {**YES, "loss": False}, ASKED, YES], "rejected_response": BAD}, "UNFOLLOWED_KEY.*weigh"),
