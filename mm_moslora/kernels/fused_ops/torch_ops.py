@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMS norm, as transformers computes it.
+    """RMS norm of x ``[S, D]``, as transformers computes it.
 
     Returns:
         The norm's output, and ``1 / rms`` (fp32 ``[S, 1]``).

@@ -157,7 +157,7 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare =
 def normed_linears(
     x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[LinearOperands], passes: FusedOps
 ) -> tuple[Tensor, ...]:
-    """RMS norm, then several linear layers that read it; keeps x and the adapters' inner products.
+    """RMS norm, then several linear layers that read it; keeps x ``[S, D]`` and the adapters' inner products.
 
     Returns:
         ``[S, D_out]`` for each.
@@ -175,7 +175,7 @@ def gated_mlp(
     down: LinearOperands,
     passes: FusedOps,
 ) -> Tensor:
-    """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
+    """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x ``[S, D]``, what gate and up give, and inner products.
 
     Returns:
         ``[S, D]``.
