@@ -263,11 +263,6 @@ def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
 def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]:
     """A line per arm: what it is, its trainable parameters beside those of the reference, and what it cannot do.
 
-    Args:
-        arms: the comparison's.
-        recipe: the recipe that all arms share.
-        reference: name of the reference arm.
-
     Raises:
         AdapterError: the model does not take the adapter of an arm, so every run of it would fail.
     """

@@ -154,11 +154,6 @@ def write_outcome(run_folder: Path, outcome: Outcome) -> None:
 def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> None:
     """Refuse the outcome of another recipe. Keys that its recipe leaves out count with their defaults.
 
-    Args:
-        run_folder: the run's folder.
-        outcome: the run's.
-        recipe: as it would be run now.
-
     Raises:
         ConfigError: values differ, or the run's own recipe cannot be read.
     """

@@ -53,14 +53,7 @@ class TaskAnswers:
 def with_readable(
     cells: Sequence[Cell], outcomes: Mapping[str, Outcome], folder: Path, tasks: Sequence[str]
 ) -> dict[str, Outcome]:
-    """The outcomes, in which runs with samples that cannot be read have failed, as the reason says.
-
-    Args:
-        cells: the reported runs.
-        outcomes: by the run's name.
-        folder: the comparison's.
-        tasks: test tasks, of which every run has samples.
-    """
+    """The outcomes, in which runs with samples that cannot be read have failed, as the reason says."""
     checked = dict(outcomes)
     for cell in cells:
         if (outcome := outcomes.get(cell.name)) is None or outcome.status != "ok":
@@ -90,13 +83,6 @@ def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
 
 class Answers:
     """Reads the samples of reported runs.
-
-    Args:
-        settings: the comparison's.
-        outcomes: by the run's name.
-        folder: the comparison's.
-        chosen: learning rates, as `choose_rates` gives them.
-        names: display names of tasks.
 
     Raises:
         DataError: the training file of `settings.train_answers` cannot be read.

@@ -179,12 +179,7 @@ class ArmComparison:
                 self.outcomes[item.name] = outcome
 
     def run(self, budget: RunBudget, engine: JobEngine) -> bool:
-        """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
-
-        Args:
-            budget: the resources.
-            engine: where runs are.
-        """
+        """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training."""
         # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
         self._at_once = engine.width(budget.cards)
@@ -211,11 +206,7 @@ class ArmComparison:
         return False
 
     def write_array(self, budget: RunBudget) -> bool:
-        """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left.
-
-        Args:
-            budget: the resources of a run.
-        """
+        """Write the SLURM array of the runs that can start; returns whether all is done, and no array is left."""
         jobs = [_job(self._order(item, budget)) for item in self._next()]
         if not jobs:
             discard(self.folder / ARRAY)

@@ -153,11 +153,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
 
     def identity(self, key: str) -> dict[str, object]:
-        """What must be the same on every rank, by name, wherever the files lie.
-
-        Args:
-            key: of the sources in the recipe.
-        """
+        """What must be the same on every rank, by name, wherever the files lie."""
         whole = {f"the number of records of {key}": len(self), f"the fingerprint of {key}": self.fingerprint[:12]}
         return whole | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
 

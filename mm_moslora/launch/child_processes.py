@@ -73,11 +73,6 @@ def start_tied(words: Sequence[str | Path], changes: Mapping[str, str], **option
     """Start a command line of this project that is asked to save and exit once this process is gone, however it ended.
 
     Ctrl-C in a terminal does not reach it, only this process.
-
-    Args:
-        words: the command and its arguments.
-        changes: of its environment.
-        options: of `subprocess.Popen`.
     """
     return start(words, env=child_environment({**changes, _TIED: "1"}), stdin=PIPE, process_group=0, **options)
 
@@ -144,11 +139,7 @@ class RequestCounter:
         self._requests, self._since = 0, 0.0
 
     def count(self, number: int) -> int:
-        """The number of requests so far if this signal is a new one, else 0.
-
-        Args:
-            number: the signal.
-        """
+        """The number of requests so far if this signal is a new one, else 0."""
         now = time.monotonic()
         insists = number == signal.SIGINT and now - self._since > ONE_REQUEST_SECONDS
         if self._requests and not insists:
@@ -194,21 +185,13 @@ class Ended:
 
 
 def terminate(process: int) -> None:
-    """Ask a process to save and exit.
-
-    Args:
-        process: its process id.
-    """
+    """Ask a process to save and exit."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGTERM)
 
 
 def kill_tree(process: int) -> None:
-    """Kill a process with all its descendants, without saving.
-
-    Args:
-        process: its process id.
-    """
+    """Kill a process with all its descendants, without saving."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -75,9 +75,6 @@ class Heartbeat:
 def process_start(pid: int) -> int | None:
     """Start of a process of this machine, in ticks since the boot, which no clock that is set changes.
 
-    Args:
-        pid: its process id.
-
     Returns:
         None where it does not run.
     """

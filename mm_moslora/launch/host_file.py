@@ -31,9 +31,6 @@ def exported_lines(environment: Mapping[str, str]) -> str:
 
     Variables with names of secrets are left out, since DeepSpeed writes all values into command lines, which other
     users of the hosts can read. So are values with line breaks, which such a file cannot hold.
-
-    Args:
-        environment: of the launcher.
     """
     chosen = {
         name: value for name, value in environment.items() if name.startswith(PASSED_ON) and name != DEEPSPEED_ENV_FILE

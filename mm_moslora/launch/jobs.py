@@ -248,12 +248,7 @@ class ProcessEngine:
 
 
 def start_process(job: Job, changes: dict[str, str]) -> Child:
-    """Start a job's process on this machine, which ends with this process.
-
-    Args:
-        job: its log is created with its folder.
-        changes: of the environment.
-    """
+    """Start a job's process on this machine, which ends with this process."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with writing_in_place(job.log, append=True) as log:
         return start_tied(job.words, changes, stdout=log, stderr=log, cwd=job.folder)

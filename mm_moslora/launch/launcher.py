@@ -49,11 +49,7 @@ STOPPED = "STOPPED"
 
 
 def stopped_text(number: int) -> str:
-    """The text of `STOPPED`.
-
-    Args:
-        number: the signal.
-    """
+    """The text of `STOPPED`."""
     name = signal.Signals(number).name
     texts = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
     return f"Stopped by {texts.get(name, name)}; nothing is unsaved. The same command continues the run.\n"

@@ -101,11 +101,6 @@ def _files_by_shard(folder: Path, suffix: str) -> dict[Shard, Path]:
 def refuse_others(stored: Any, wanted: Any, *, what: str) -> None:
     """Refuse a shard of another command.
 
-    Args:
-        stored: plain data that identify the shard's work.
-        wanted: the same of this command.
-        what: the shard, for the message.
-
     Raises:
         ConfigError: a value differs; both are named.
     """

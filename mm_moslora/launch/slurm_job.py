@@ -116,11 +116,7 @@ class SlurmJob:
         ]  # fmt: skip
 
     def terminate_step(self, srun: int) -> None:
-        """Ask the ranks to save and exit; where no step has started yet, end srun.
-
-        Args:
-            srun: process id of the `srun` that started the step.
-        """
+        """Ask the ranks to save and exit; where no step has started yet, end srun."""
         if not _tried(lambda: self._signal_step(srun)):
             logger.error(
                 "SLURM does not answer, so the step of job %d was not asked to save. SLURM signals it at the time "
@@ -158,11 +154,7 @@ def _cpus(environment: Mapping[str, str]) -> int | None:
 
 
 def step_tasks(environment: Mapping[str, str]) -> int:
-    """Number of tasks of srun's step that a process is in; 0 in a batch script, a shell of salloc, and outside a job.
-
-    Args:
-        environment: of the process.
-    """
+    """Number of tasks of srun's step that a process is in; 0 in a batch script, a salloc shell, or outside a job."""
     if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
         return 0
     return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)

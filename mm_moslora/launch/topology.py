@@ -113,12 +113,7 @@ def accelerators() -> int:
 
 
 def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
-    """The command that starts the ranks.
-
-    Args:
-        topology: processes and hosts.
-        arguments: the verb of the ranks and its arguments.
-    """
+    """The command that starts the ranks."""
     imports = import_words()
     if topology.uses_deepspeed:
         where = (

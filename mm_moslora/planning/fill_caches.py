@@ -51,9 +51,6 @@ class Filled(NamedTuple):
 def fill_caches(recipe: Recipe) -> Filled:
     """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data.
 
-    Args:
-        recipe: resolved.
-
     Raises:
         ConfigError: the recipe names no cache.
         DataError: a source cannot be read at all.

@@ -177,13 +177,6 @@ def asked_yes_no(
 
     The package has few yes/no questions per picture, and their answers are unbalanced. This function draws the answer
     first, so that over many pictures every text has as many yes as no answers.
-
-    Args:
-        image: path of the picture.
-        caption: from `easy_caption`.
-        wordings: from `yes_no_wordings`.
-        count: number of questions.
-        rng: source of randomness.
     """
     _, color, shape = caption.split()
     by_kind = [[wording for wording in wordings if wording.is_color == kind] for kind in (True, False)]

@@ -71,11 +71,7 @@ def first_of(lines: Sequence[str], *, between: str = "\n", shown: int = _SHOWN) 
 
 
 def lopsided(answers: Mapping[str, Counter[str]]) -> list[str]:
-    """The questions that can often be answered without the picture, the most frequently asked first.
-
-    Args:
-        answers: how often every question has every answer.
-    """
+    """The questions that can often be answered without the picture, the most frequently asked first."""
     lines = []
     for question, counts in sorted(answers.items(), key=lambda item: (-item[1].total(), item[0])):
         [(answer, times)] = counts.most_common(1)

@@ -25,9 +25,6 @@ DEFAULTS = {
 def read_preset(name: str) -> dict[str, Any]:
     """The settings that `train.zero` names.
 
-    Args:
-        name: of a preset, or a path that ends in `.json`.
-
     Raises:
         ConfigError: no such preset or file, or it holds something else than settings.
     """
@@ -110,12 +107,6 @@ class ZeroSettings:
     @classmethod
     def of(cls, name: str, *, world: int, ranks_of_host: int, largest_adapter: int) -> ZeroSettings:
         """The settings that `train.zero` names, with DeepSpeed's defaults for missing keys.
-
-        Args:
-            name: see `read_preset`.
-            world: ranks.
-            ranks_of_host: as for `fill_zero`.
-            largest_adapter: as for `fill_zero`.
 
         Raises:
             ConfigError: see `read_preset`; or a size is no number.

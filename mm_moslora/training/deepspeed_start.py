@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 def import_deepspeed(zero: str) -> None:
     """Import DeepSpeed for the device of this machine.
 
-    Args:
-        zero: the recipe's `train.zero`.
-
     Raises:
         ConfigError: it does not import.
     """
@@ -41,9 +38,6 @@ def import_deepspeed(zero: str) -> None:
 
 def prepare_deepspeed(zero: str) -> None:
     """Start DeepSpeed, also on a machine without a compiler.
-
-    Args:
-        zero: the recipe's `train.zero`.
 
     Raises:
         ConfigError: it does not import.

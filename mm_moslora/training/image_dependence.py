@@ -48,9 +48,6 @@ class ImageCheck:
     gradients of projector and tower.
 
     It changes neither weights nor random generators. All ranks call it together.
-
-    Args:
-        run: the run that trains.
     """
 
     def __init__(self, run: Run) -> None:
@@ -59,10 +56,6 @@ class ImageCheck:
 
     def __call__(self, micro_batches: Sequence[Batch], result: StepResult) -> None:
         """Check once, after the first suitable step.
-
-        Args:
-            micro_batches: this rank's of the last step.
-            result: of that step.
 
         Raises:
             TrainingError: an image has no effect, or a trained part got no gradient.
@@ -179,12 +172,7 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
-    """A batch's images with noise in place of some.
-
-    Args:
-        batch: a batch with images.
-        chosen: the images to replace.
-    """
+    """A batch's images with noise in place of some."""
     assert batch.pixel_values is not None
     noise, pixels = noise_like(batch.pixel_values), batch.pixel_values.clone()
     for item in chosen:

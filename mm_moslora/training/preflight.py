@@ -72,10 +72,6 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
 def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[], None]]:
     """The checks of a recipe that depend on this machine's files and packages, by what they are about.
 
-    Args:
-        recipe: resolved.
-        resume: as for `train`.
-
     Returns:
         Functions that raise a `MoSLoRAError`.
     """
@@ -102,10 +98,6 @@ def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[
 
 def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> None:
     """Refuse a recipe that cannot run on any machine, as far as this can be decided without its files.
-
-    Args:
-        recipe: resolved.
-        tasks: as for `check_recipe`.
 
     Raises:
         MoSLoRAError: names the key, what was found and what was expected.
@@ -214,9 +206,6 @@ def check_data(config: DataConfig) -> None:
 
 def check_zero(recipe: Recipe) -> None:
     """Refuse settings of a run that the engine in `train.zero` does not take; `plan` asks the same.
-
-    Args:
-        recipe: its `train`, `adapter` and `optim` count.
 
     Raises:
         ConfigError: names the key, what was found and what was expected.

@@ -91,10 +91,6 @@ def _restore_statistics(run: Run, folder: Path) -> None:
 def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
     """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
 
-    Args:
-        engine: trains the same parameters.
-        folders: one per rank that wrote.
-
     Raises:
         CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
     """
@@ -124,9 +120,6 @@ def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
 
 class StoredOptimizer:
     """The optimiser state of all ranks of a checkpoint.
-
-    Args:
-        folders: one per rank that wrote.
 
     Raises:
         CheckpointError: there is no folder, or one without state.

@@ -52,15 +52,7 @@ class RunLog:
         seconds: float,
         data_seconds: float,
     ) -> None:
-        """Warn of a loss spike and of a skipped step, and log metrics where they are due.
-
-        Args:
-            result: of the step, which the run's counters include.
-            micro_batches: this rank's.
-            lr_factor: factor on the peak learning rates.
-            seconds: for data and step.
-            data_seconds: for data.
-        """
+        """Warn of a loss spike and of a skipped step, and log metrics where they are due."""
         self.clock.count(result)
         note_memory(self.run.counters)
         spike = self.spikes.update(result.loss)

@@ -156,12 +156,6 @@ def write_model(
     """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
 
     It reads no weight of the live model, which may be training meanwhile.
-
-    Args:
-        run: the run.
-        folder: of the checkpoint.
-        weights: see `Snapshot.weights`.
-        adapter: see `Snapshot.adapter`.
     """
     state, assembly = weights, run.assembly
     model = assembly.model

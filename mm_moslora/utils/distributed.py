@@ -144,9 +144,6 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 
     DeepSpeed keeps references to the group, so the group must outlive all engines of the process.
 
-    Args:
-        timeout_minutes: timeout of one collective.
-
     Raises:
         DistributedError: the other ranks are not reachable; see also `check_launcher`.
     """
@@ -194,9 +191,6 @@ def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
 
     DeepSpeed uses LOCAL_RANK as the index of the GPU. That is wrong where ranks share GPUs, or where each sees its own
     alone. From here on LOCAL_RANK is that index, for which `device` gives the same GPU.
-
-    Args:
-        one_rank_each: ranks cannot share a GPU.
 
     Raises:
         DistributedError: this machine has more ranks than GPUs, or the GPU does not run this PyTorch.
@@ -251,9 +245,6 @@ def leave_at_once(code: int) -> None:
 
     Ranks leave a group of NCCL together: the process would wait for ranks that wait for it in another collective, and
     its launcher, which ends them, would not learn of the failure.
-
-    Args:
-        code: the process's exit code.
     """
     if _alone():
         return
@@ -349,9 +340,6 @@ def gather_objects(value: T) -> list[T]:
 @contextlib.contextmanager
 def failing_together(what: str) -> Iterator[None]:
     """A block that fails on every rank when it fails on any, so that no rank waits for a failed one.
-
-    Args:
-        what: the action, for the message.
 
     Raises:
         DistributedError: on ranks without an error of their own; it names the ranks that failed. The others raise

@@ -317,10 +317,6 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
     The mark is deleted last, so that an interrupted deletion can be completed later. Where the system refuses to delete
     a file, the file and the mark stay.
 
-    Args:
-        folder: the folder to delete.
-        mark: name of the file that marks it as this project's.
-
     Raises:
         ConfigError: it is not empty and has no such file.
     """

@@ -77,11 +77,7 @@ def _all() -> dict[str, list[Requirement]]:
 
 
 def install_command(*packages: str) -> str:
-    """`pip install 'onnx>=1.17'`: packages within their declared range, of any extra.
-
-    Args:
-        packages: names of distributions.
-    """
+    """`pip install 'onnx>=1.17'`: packages within their declared range, of any extra."""
     requirements = {item.name: item for item in declared_anywhere()}
     return _pip(requirements.get(canonicalize_name(name)) or Requirement(name) for name in packages)
 

@@ -44,9 +44,6 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
 def shipped_folder(name: str) -> Path:
     """Path of a shipped folder: within the package, or in the checkout beside it.
 
-    Args:
-        name: one of `SHIPPED`.
-
     Raises:
         ConfigError: no such folder is shipped.
     """
@@ -62,11 +59,7 @@ def shipped_folder(name: str) -> Path:
 
 
 def cache_folder(kind: str) -> Path:
-    """Cache folder for files that can be downloaded or computed again: in `MM_MOSLORA_CACHE`, or `~/.cache/mm_moslora`.
-
-    Args:
-        kind: name of the subfolder.
-    """
+    """Cache folder for what can be downloaded or computed again: in `MM_MOSLORA_CACHE`, or `~/.cache/mm_moslora`."""
     return Path(os.environ.get("MM_MOSLORA_CACHE") or "~/.cache/mm_moslora").expanduser() / kind
 
 
@@ -221,10 +214,6 @@ def require_projector(path: str | Path) -> Path:
 def require_model(key: str, name: str | None) -> None:
     """Refuse a path without a model, for which the hub's error message would be misleading.
 
-    Args:
-        key: the recipe's key.
-        name: a folder, or a name on the hub.
-
     Raises:
         ModelError: the name can only be a path, and nothing exists there; or it is a folder without a configuration.
     """
@@ -260,9 +249,6 @@ def writing(path: str | Path) -> Iterator[None]:
     """Make errors of writing a file or folder name its path.
 
     safetensors reports a full disk by its own exception, and neither it nor Python names the file of a failed write.
-
-    Args:
-        path: the path that the user knows, not a temporary one.
 
     Raises:
         OSError: with `path` as its filename.

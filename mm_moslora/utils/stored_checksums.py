@@ -17,9 +17,6 @@ def check_stored(path: Path) -> None:
 
     Other files may be edited, such as a chat template: `check_preprocessing` compares what they do.
 
-    Args:
-        path: a checkpoint, or a file or folder directly in one.
-
     Raises:
         CheckpointError: the manifest is damaged, or a file is missing, truncated or altered.
     """

@@ -31,12 +31,7 @@ class Thought:
 
 
 class AnswerThinking:
-    """The part of an encoder that handles thinking.
-
-    Args:
-        template: of the model.
-        thinking: see `ModelConfig.thinking`.
-    """
+    """The part of an encoder that handles thinking."""
 
     def __init__(self, template: Template, thinking: Thinking) -> None:
         self.template, self.thinking = template, thinking

@@ -38,10 +38,6 @@ class SpecialTextError(DataError):
 class RenamedTokens:
     """A copy of a tokenizer with private names of the guarded tokens, which no text spells.
 
-    Args:
-        tokenizer: a fast one.
-        guarded: text and id of every token to rename.
-
     Raises:
         SpecialTextError: the tokenizer is not a fast one.
         ConfigError: it cannot be copied.

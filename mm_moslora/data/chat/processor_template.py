@@ -32,9 +32,6 @@ _KINDS = {IMAGE: "i", VIDEO: "v"}
 class ProcessorTemplate(Template):
     """The chat template of a processor.
 
-    Args:
-        processor: of a ready-made model.
-
     Raises:
         ConfigError: it has no chat template and is not a known model without one.
     """

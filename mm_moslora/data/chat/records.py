@@ -68,11 +68,6 @@ _ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
 def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     """Turn one value into a record.
 
-    Args:
-        value: an object in one of the forms at the top.
-        where: for messages.
-        rules: rules for its pictures.
-
     Raises:
         RecordError: with one of `record_faults.Code`.
     """

@@ -81,11 +81,6 @@ def settled(
     """An encoder whose form of thinking follows the records where it is `auto`, and what the records showed.
 
     Where most answers think, `auto` becomes `always`: every answer is learned behind the prompt that is asked.
-
-    Args:
-        encoder: of the model.
-        files: the sources of the training data.
-        supervise: see `DataConfig.supervise`.
     """
     total = sum(len(file) for file in files)
     numbers = [total * sample // SAMPLED for sample in range(SAMPLED)] if total > SAMPLED else range(total)

@@ -25,13 +25,7 @@ _MARK = "<think>"
 
 
 class ToolError(DataError):
-    """A fault of tools, of a call or of a result.
-
-    Args:
-        code: of the fault in a record.
-        what: what was found.
-        remedy: what to do.
-    """
+    """A fault of tools, of a call or of a result."""
 
     def __init__(self, code: Code, what: str, remedy: str) -> None:
         self.code, self.what, self.remedy = code, what, remedy
@@ -136,12 +130,7 @@ class OpenCalls:
 
 
 def names_not_offered(offered: str, *calls: str) -> set[str]:
-    """The names of tools that are called and not offered.
-
-    Args:
-        offered: JSON text of `offered_tools`.
-        calls: JSON texts of calls in OpenAI's form.
-    """
+    """The names of tools that are called and not offered."""
     names = {str(tool["function"]["name"]) for tool in parse_json(offered or "[]", surrogates=True)}
     return {_name(call) for call in _all_calls(*calls)} - names
 

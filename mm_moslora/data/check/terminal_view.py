@@ -30,13 +30,7 @@ SHOWN = 20
 
 
 def view_record(record: Record, encoded: Encoded, encoder: ConversationEncoder) -> RenderableType:
-    """One record with its tokens as they are trained on.
-
-    Args:
-        record: for its id and pictures.
-        encoded: the output of `encoder` for it.
-        encoder: for the tokenizer and the image placeholder.
-    """
+    """One record with its tokens as they are trained on."""
     supervised, tokens = int(encoded.supervised.sum()), int(encoded.input_ids.shape[0])
     share = f"{supervised} of {tokens} tokens supervised ({supervised / tokens:.0%})"
     if encoded.weights is not None:

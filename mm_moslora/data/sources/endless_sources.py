@@ -204,12 +204,7 @@ def sizes_of_files(stamps: Mapping[str, FileStamp], pattern: str) -> list[tuple[
 
 
 def what_changed(before: Sequence[Any], now: Sequence[Any]) -> str:
-    """The files that differ between two `EndlessSource.contents`; empty where no file does.
-
-    Args:
-        before: as a checkpoint holds it.
-        now: of the source as it is.
-    """
+    """The files that differ between two `EndlessSource.contents`; empty where no file does."""
     old, new = ({str(name): size for name, size in filter(_is_file, contents)} for contents in (before, now))
     faults = [f"{name} is gone" for name in old if name not in new]
     faults += [

@@ -317,9 +317,6 @@ def undecoded(table: Any) -> Any:
     """The table with pictures, videos and other files as bytes or paths, so that `datasets` does not open them.
 
     They are opened by the rules of `mm_moslora.data.images` instead.
-
-    Args:
-        table: a `Dataset` or an `IterableDataset`.
     """
     if table.features and hasattr(table, "decode"):  # a stream of the hub decodes in threads, whatever its features
         table = table.decode(False)

@@ -265,12 +265,7 @@ class SelectedRecords(RecordSource):
 
 
 class FirstRecords(RecordSource):
-    """The first records of several files; files behind them are not opened.
-
-    Args:
-        config: of the source, with its limit.
-        files: opened one after the other.
-    """
+    """The first records of several files; files behind them are not opened."""
 
     def __init__(self, config: SourceConfig, files: Iterable[RecordSource]) -> None:
         assert config.limit is not None, "checked by SourceConfig"
@@ -314,12 +309,7 @@ class FirstRecords(RecordSource):
 
 
 class ShownRecords(SelectedRecords):
-    """The records of an objective as conversations; one that does not fit the objective is an error.
-
-    Args:
-        source: of its records.
-        objective: not sft.
-    """
+    """The records of an objective as conversations; one that does not fit the objective is an error."""
 
     def __init__(self, source: RecordSource, objective: Objective) -> None:
         super().__init__(source, range(len(source)))

@@ -75,12 +75,7 @@ def reopened(path: Path, stamp: FileStamp) -> Iterator[BufferedReader]:
 
 
 class RecordSource(ABC):
-    """Random access to the records of one source.
-
-    Args:
-        path: path of the source, for messages.
-        rules: rules for its pictures.
-    """
+    """Random access to the records of one source."""
 
     def __init__(self, path: Path, rules: PictureRules) -> None:
         self.path, self.rules = path, rules

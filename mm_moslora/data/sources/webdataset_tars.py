@@ -37,10 +37,6 @@ class TarSource(RecordSource):
     A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption). Its other members
     are pictures and videos. A json member may name only pictures of the same record.
 
-    Args:
-        pattern: a path, with `*` or `{0000..0012}`.
-        rules: rules for pictures named by path.
-
     Raises:
         DataError: no such file, compressed, damaged, or with members that are neither files nor folders.
     """

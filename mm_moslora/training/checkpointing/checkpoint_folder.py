@@ -86,9 +86,6 @@ class Saver:
     """Writes one checkpoint at a time.
 
     Every rank makes the same calls in the same order: `start`, `busy` any number of times, then `finish` or `discard`.
-
-    Args:
-        run: the run folder, shared by all ranks.
     """
 
     def __init__(self, run: Path) -> None:

@@ -133,11 +133,7 @@ def _why_kept(folder: Path) -> str | None:
 
 
 class Tidier:
-    """Deletes old checkpoints of a run folder in a thread, one policy at a time.
-
-    Args:
-        run: the run folder.
-    """
+    """Deletes old checkpoints of a run folder in a thread, one policy at a time."""
 
     def __init__(self, run: Path) -> None:
         self.run = run

@@ -40,11 +40,6 @@ __all__ = [
 def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) -> None:
     """Check the settings of the engine that `train.zero` names, before a model is loaded.
 
-    Args:
-        train: the recipe's `train`.
-        precision: resolved.
-        max_grad_norm: from `optim`.
-
     Raises:
         ConfigError: DeepSpeed is missing, or it refuses the settings or the precision, or the ranks cannot be grouped.
     """
@@ -67,12 +62,6 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
 
 def check_file(train: TrainConfig, *, precision: str, max_grad_norm: float, trains_here: bool = True) -> dict[str, Any]:
     """Check the settings of DeepSpeed that `train.zero` names, as far as they do not depend on the machine.
-
-    Args:
-        train: the recipe's `train`, on DeepSpeed.
-        precision: resolved.
-        max_grad_norm: from `optim`.
-        trains_here: as for `deepspeed_config`.
 
     Returns:
         The settings, from `deepspeed_config`.

@@ -91,10 +91,6 @@ def nvme_folder() -> str:
 def check_operators(config: Mapping[str, Any], zero: str) -> None:
     """Refuse settings whose operators of DeepSpeed cannot run or be built here.
 
-    Args:
-        config: from `deepspeed_config`.
-        zero: the recipe's `train.zero`.
-
     Raises:
         ConfigError: names the operator and what it needs.
     """
@@ -126,10 +122,6 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
     Outside its groups DeepSpeed ignores unknown keys. A key that resembles a known one is refused here; a warning names
     the others.
 
-    Args:
-        config: from `deepspeed_config`.
-        zero: the recipe's `train.zero`, a JSON file.
-
     Raises:
         ConfigError: DeepSpeed refuses the file, or a key resembles a known one.
     """
@@ -148,12 +140,7 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
 
 
 def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
-    """The error for a file that DeepSpeed refuses.
-
-    Args:
-        zero: the file.
-        error: DeepSpeed's.
-    """
+    """The error for a file that DeepSpeed refuses."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ConfigError(
         f"DeepSpeed refuses train.zero {zero}: {' '.join(line.strip() for line in lines[:3])}. "

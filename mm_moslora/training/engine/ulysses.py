@@ -26,11 +26,7 @@ ULYSSES = "mm_moslora_ulysses"
 
 
 def row_share(ranks: int) -> RowShare:
-    """The part of every row that this rank computes; groups are of consecutive ranks.
-
-    Args:
-        ranks: of a group.
-    """
+    """The part of every row that this rank computes; groups are of consecutive ranks."""
     return RowShare(index=distributed.rank() % ranks, of=ranks)
 
 

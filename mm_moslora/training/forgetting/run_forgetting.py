@@ -49,11 +49,7 @@ class Forgetting:
         self.always = run.recipe.validate.forgetting == "always"
 
     def measure_start(self, *, tokens: float) -> None:
-        """Measure the model before the first step, where it is worth its time.
-
-        Args:
-            tokens: of the whole run, over all ranks.
-        """
+        """Measure the model before the first step, where it is worth its time."""
         if self.forgotten is None:
             return
         with undisturbed(self.run.engine):

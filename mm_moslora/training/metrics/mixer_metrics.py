@@ -93,9 +93,6 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
 def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
     """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
 
-    Args:
-        reports: of `adapter_reports`.
-
     Returns:
         Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
     """
@@ -104,12 +101,7 @@ def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
 
 
 def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> None:
-    """Write `mixers.json` where the model has adapters.
-
-    Args:
-        path: the file.
-        reports: of the end of training.
-    """
+    """Write `mixers.json` where the model has adapters."""
     chosen = set(range(0, len(reports), max(1, len(reports) // SHOWN))[:SHOWN])
     rows: list[dict[str, object]] = []
     for index, report in enumerate(reports):

@@ -123,13 +123,7 @@ class Speedometer:
         self.counter = FlopCounter(model) if counts else None
 
     def of(self, result: StepResult, micro_batches: Sequence[Batch], own: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of one step; every rank calls it.
-
-        Args:
-            result: of the step, over all ranks.
-            micro_batches: this rank's.
-            own: this rank's `rank_figures`.
-        """
+        """Metrics of one step; every rank calls it."""
         tokens = sum(batch.tokens for batch in micro_batches) / self.copies
         table = distributed.table_over_ranks([tokens, *own.values(), *self._seen(micro_batches)])
         loads, *columns = zip(*table, strict=True)

@@ -21,11 +21,6 @@ logger = logging.getLogger(__name__)
 def token_budget(recipe: Recipe, model: ModelConfig, *, precision: str) -> int | None:
     """Most tokens of a micro-batch of one rank; all ranks call it before the model is loaded, and get the same.
 
-    Args:
-        recipe: resolved.
-        model: the recipe's, with the present paths of its parts.
-        precision: resolved.
-
     Returns:
         None: any number, on a CPU and for models that cannot be built on the meta device.
 

@@ -41,11 +41,7 @@ def software() -> dict[str, str]:
 
 
 def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
-    """The values of a recipe by key, without paths, which may differ by host, and with the content of an engine's file.
-
-    Args:
-        recipe: resolved.
-    """
+    """The values of a recipe by key, without paths, which may differ by host, and with what an engine's file holds."""
     facts = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
     if str(zero := facts.get("train.zero", "")).endswith(".json"):
         try:
@@ -56,31 +52,18 @@ def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
 
 
 def agree_on_recipe(recipe: YamlRecipe, **more: object) -> None:
-    """Compare software, recipe and further arguments of all ranks; see `agree`.
-
-    Args:
-        recipe: resolved.
-        more: arguments of the run besides its recipe.
-    """
+    """Compare software, recipe and further arguments of all ranks; see `agree`."""
     facts = {"WORLD_SIZE": distributed.world_size()} | software() | import_marks() | more | settings_of(recipe)
     agree(facts, "Give all hosts the same recipe, and the same environment by a shared file system or one image.")
 
 
 def agree_on_data(identity: Mapping[str, object]) -> None:
-    """Compare the data of all ranks; see `agree`.
-
-    Args:
-        identity: name to value.
-    """
+    """Compare the data of all ranks; see `agree`."""
     agree(identity, "Give all hosts the same data, by a shared file system or by copies of one state.")
 
 
 def agree(facts: Mapping[str, object], remedy: str) -> None:
     """Compare what every rank has; all ranks call it together.
-
-    Args:
-        facts: name to value.
-        remedy: what to do where they differ.
 
     Raises:
         DistributedError: on every rank; names what differs, and the ranks.

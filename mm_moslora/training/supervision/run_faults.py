@@ -52,14 +52,7 @@ class SkippedSteps:
 
 
 def name_skipped(step: int, loss: float, *, own_loss_is_finite: bool, ids: Sequence[str]) -> None:
-    """Warn of a skipped step, and name this rank's records where they may be the reason.
-
-    Args:
-        step: its number.
-        loss: over all ranks.
-        own_loss_is_finite: of this rank.
-        ids: this rank's records.
-    """
+    """Warn of a skipped step, and name this rank's records where they may be the reason."""
     if math.isfinite(loss) or not own_loss_is_finite:
         logger.warning(
             "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", step, loss, records_of_rank(ids)

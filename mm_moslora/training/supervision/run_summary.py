@@ -37,11 +37,7 @@ def write_summary(run: Any, total_steps: int, content: Callable[[], dict[str, An
 
 @contextlib.contextmanager
 def only_measuring(what: str) -> Iterator[None]:
-    """A block without collectives that measures; its failure is logged and does not end the run.
-
-    Args:
-        what: the measured thing, for the message.
-    """
+    """A block without collectives that measures; its failure is logged and does not end the run."""
     try:
         yield
     except Exception as error:

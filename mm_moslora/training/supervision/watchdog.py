@@ -65,11 +65,7 @@ class Blame:
 
 
 class Watchdog:
-    """Watches one rank inside a `with` block.
-
-    Args:
-        folder: the run folder.
-    """
+    """Watches one rank inside a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
@@ -225,11 +221,7 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGUSR2)
 
     def read(self, *, name: str = "rank-*.json") -> list[Heartbeat]:
-        """The ranks' last heartbeats. Ages are relative to this rank's own file, so clocks need not agree.
-
-        Args:
-            name: pattern of the files' names.
-        """
+        """The ranks' last heartbeats. Ages are relative to this rank's own file, so clocks need not agree."""
         own = self.beats / f"rank-{distributed.rank():05d}.json"
         self._say()
         try:

@@ -113,11 +113,7 @@ def _content(answer: http.client.HTTPResponse, most: int, limit: TimeLimit) -> b
 
 
 class TimeLimit:
-    """Closes the connections of a download at its deadline, even while bytes arrive.
-
-    Args:
-        seconds: the deadline, from the start of the block.
-    """
+    """Closes the connections of a download at its deadline, even while bytes arrive."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self.passed = seconds, False  # the latter turns true at the deadline
