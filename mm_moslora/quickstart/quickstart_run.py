@@ -54,15 +54,14 @@ class QuickstartSize:
 
     train_images: int
     align_steps: int
-    tune_epochs: float
     test_questions: int
 
 
 SIZES: dict[tuple[Images, bool], QuickstartSize] = {
-    ("easy-vqa", False): QuickstartSize(train_images=768, align_steps=2, tune_epochs=1.0, test_questions=320),
-    ("easy-vqa", True): QuickstartSize(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): QuickstartSize(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
-    ("stamps", True): QuickstartSize(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
+    ("easy-vqa", False): QuickstartSize(train_images=768, align_steps=2, test_questions=320),
+    ("easy-vqa", True): QuickstartSize(train_images=64, align_steps=4, test_questions=40),
+    ("stamps", False): QuickstartSize(train_images=10_000, align_steps=20, test_questions=10_000),
+    ("stamps", True): QuickstartSize(train_images=96, align_steps=4, test_questions=48),
 }
 TURNS = 8
 """Questions per conversation of easy-VQA."""
@@ -288,7 +287,7 @@ def recipes(
         f"train.precision={options.precision}",
     ]
     align = load_recipe("quickstart_align", [*common, f"train.steps={size.align_steps}"])
-    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[options.images], f"train.epochs={size.tune_epochs}"])
+    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[options.images], "train.epochs=1.0"])
     projector = folder / "align" / f"checkpoint-{size.align_steps:06d}" / "projector.safetensors"
     tune = dataclasses.replace(
         tune,

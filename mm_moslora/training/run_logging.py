@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +18,39 @@ from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
 from mm_moslora.training.supervision.run_faults import name_skipped, records_of_rank
 from mm_moslora.training.supervision.run_summary import note_memory, write_summary
 from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
+_SPIKE = 6.0
+"""Standard deviations above the mean from which a loss counts as a spike."""
+_WINDOW, _LEAST = 128, 16
+
+
+class SpikeScore:
+    """Standard deviations by which a loss exceeds the mean of the last 128 finite ones; 0 until there are 16."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+
+    @property
+    def count(self) -> int:
+        """Number of earlier losses in the window."""
+        return len(self._losses)
+
+    def update(self, loss: float) -> float:
+        """Score a loss, then add it to the window; a loss that is not finite scores infinity and is not added."""
+        if not math.isfinite(loss):
+            return math.inf
+        score = 0.0
+        if len(self._losses) >= _LEAST:
+            mean = sum(self._losses) / len(self._losses)
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in self._losses) / len(self._losses))
+            # Losses on a plateau hardly vary; a change of a thousandth of the mean is not a spike.
+            score = (loss - mean) / max(deviation, 1e-3 * abs(mean), 1e-12)
+        self._losses.append(loss)
+        return score
 
 
 class RunLog:
@@ -71,7 +100,7 @@ class RunLog:
     def _warn(self, result: StepResult, spike: float, ids: Sequence[str]) -> None:
         step = self.run.step
         if result.applied:
-            if spike > SPIKE:
+            if spike > _SPIKE:
                 logger.warning(
                     "Step %d: the loss %.4f is %.1f standard deviations above the last %d. %s",
                     step, result.loss, spike, self.spikes.count, records_of_rank(ids),

@@ -147,10 +147,10 @@ class CheckReport:
         """Records that are too long and left out on purpose."""
         return self.bad[Code.TOO_LONG] if self.too_long == "drop" else 0
 
-    def histogram(self, bins: int = 8) -> list[tuple[int, int]]:
-        """Histogram of lengths: (upper bound in tokens, records), with bounds `max_length` / 2^i."""
-        bounds = [max(1, self.max_length >> shift) for shift in range(bins - 1, -1, -1)]
-        counts = [0] * bins
+    def histogram(self) -> list[tuple[int, int]]:
+        """Histogram of lengths in eight bins: (upper bound in tokens, records), with bounds `max_length` / 2^i."""
+        bounds = [max(1, self.max_length >> shift) for shift in range(7, -1, -1)]
+        counts = [0] * len(bounds)
         for length in self.lengths:
             counts[next(index for index, bound in enumerate(bounds) if length <= bound)] += 1
         return list(zip(bounds, counts, strict=True))
