@@ -41,7 +41,10 @@ def _parts(start_at_once, monkeypatch, language_folder: Path, coarse_tower: Path
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
-    """Hub ids as folders, `my/` with pictures and questions, and what README calls RECIPE.yaml, RUN and so on."""
+    """Hub ids as folders, `my/` with pictures and questions, and what README calls RECIPE.yaml, RUN and so on.
+
+    The run's settings are not the defaults, so an example that starts from it must take them over.
+    """
     folder = tmp_path_factory.mktemp("workspace")
     for names, part in ((LANGUAGES, language_folder), (TOWERS, vision_folder)):
         for name in names:
@@ -70,7 +73,11 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
         shutil.copytree(folder / "pictures" / "cat", folder / "pictures" / "cats")
     (folder / "RECIPE.yaml").write_text(
         f"""
-model: {{language: {LANGUAGES[0]}, vision: {{name: {TOWERS[0]}}}}}
+model:
+  language: {LANGUAGES[0]}
+  vision: {{name: {TOWERS[0]}, feature_layer: -1, select: cls_patch, image_size: 28}}
+  image_aspect: resize
+  system_prompt: ""
 adapter: {{rank: 4, alpha: 8}}
 data: {{train: [{{path: my/train.jsonl, image_folder: my/images}}], max_length: 256}}
 optim: {{lr: 1.0e-4}}

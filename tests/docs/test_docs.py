@@ -12,7 +12,7 @@ import yaml
 from mm_moslora_eval.protocol.task_registry import load_file
 
 from mm_moslora import cli
-from mm_moslora.config import Recipe
+from mm_moslora.config import Recipe, load_recipe
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
 from mm_moslora.models.projectors.projector import PROJECTORS
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
@@ -40,7 +40,8 @@ def run_yaml(block: Block) -> None:
     if "base" in data.get("model", {}):
         DiffusionRecipe.from_yaml(block.text, source=str(block))
     elif "model" in data:
-        Recipe.from_yaml(block.text, source=str(block))
+        Path(".document.yaml").write_text(block.text)
+        load_recipe(".document.yaml")
     elif "source" in data:
         task = Path(".document.yaml")
         task.write_text(block.text)
@@ -58,7 +59,6 @@ def namespace(document: Path) -> dict:
         from mm_moslora_eval.backends.open_model import open_model
 
         return {"model": open_model("RUN")}
-    from mm_moslora.config import load_recipe
     from mm_moslora.models.assembly import load_parts
 
     recipe = load_recipe("RECIPE.yaml")
