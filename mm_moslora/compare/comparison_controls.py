@@ -224,8 +224,7 @@ def _without_model(view: Path, training: Sequence[TrainingAnswer]) -> dict[str, 
         return {}
     return {
         name: _brought(
-            task.aggregation,
-            answer_without_model(baseline, task, documents, clusters=clusters, training=training),
+            task.aggregation, answer_without_model(baseline, task, documents, clusters=clusters, training=training)
         )
         for baseline, name in _BASELINES.items()
     }

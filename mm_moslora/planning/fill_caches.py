@@ -94,10 +94,7 @@ def _tower(recipe: Recipe, vision: VisionConfig, folder: Path) -> tuple[FeatureS
 
 
 def _features(
-    files: Sequence[RecordSource],
-    processing: ImageProcessing,
-    store: FeatureStore,
-    encode: Callable[[Tensor], Tensor],
+    files: Sequence[RecordSource], processing: ImageProcessing, store: FeatureStore, encode: Callable[[Tensor], Tensor]
 ) -> Filled:
     positions = _pictures(files)
     batches: Sequence[Sequence[_Position]] = [

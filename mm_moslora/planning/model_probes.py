@@ -18,13 +18,7 @@ from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vlm import (
-    LossModule,
-    is_multimodal,
-    needs_padding,
-    projectors,
-    supervised_hidden,
-)
+from mm_moslora.models.vlm import LossModule, is_multimodal, needs_padding, projectors, supervised_hidden
 from mm_moslora.planning.doctor import Diagnosis
 from mm_moslora.planning.probe_conversations import (
     conversations_of,

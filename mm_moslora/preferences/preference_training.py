@@ -42,12 +42,7 @@ from mm_moslora.utils.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from mm_moslora.config import Objective
     from mm_moslora.preferences.reward_trainer import RewardTrainer
-    from mm_moslora.preferences.trl_trainers import (
-        JudgedTrainer,
-        PairTrainer,
-        PreferenceSaves,
-        RunTrainer,
-    )
+    from mm_moslora.preferences.trl_trainers import JudgedTrainer, PairTrainer, PreferenceSaves, RunTrainer
 
 logger = logging.getLogger(__name__)
 

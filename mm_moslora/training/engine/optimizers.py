@@ -114,11 +114,7 @@ class _Muon(OptimizerKind):
         return cast(Tensor, state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"])
 
 
-KINDS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(),
-    "adamw_8bit": _BitsAndBytes(),
-    "muon": _Muon(),
-}
+KINDS: dict[str, OptimizerKind] = {"adamw": OptimizerKind(), "adamw_8bit": _BitsAndBytes(), "muon": _Muon()}
 
 
 def set_rates(optimizer: torch.optim.Optimizer, groups: Groups, factor: float) -> None:

@@ -95,11 +95,7 @@ class ParameterShard:
 
 @torch.no_grad()
 def component_norms(
-    shards: Iterable[ParameterShard],
-    groups: Sequence[ParameterGroup],
-    *,
-    device: torch.device,
-    copies: int,
+    shards: Iterable[ParameterShard], groups: Sequence[ParameterGroup], *, device: torch.device, copies: int
 ) -> dict[str, float]:
     """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
 
