@@ -102,15 +102,7 @@ class Arm:
         return whole if len(whole) <= 120 else f"{whole[:100]}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"
 
     def apply(self, recipe: Recipe, **further: Any) -> Recipe:
-        """The recipe of this arm.
-
-        Args:
-            recipe: the recipe that all arms share.
-            **further: dotted keys, `__` for the dot, such as `optim__lr`.
-
-        Raises:
-            ConfigError: a key does not exist, or a value is not acceptable.
-        """
+        """The recipe of this arm, with further dotted keys (`__` for the dot, such as `optim__lr`)."""
         data = recipe.to_dict()
         changes = {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}
         for key, value in changes.items():

@@ -67,11 +67,8 @@ class CellRun:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> CellRun:
-        """The run that a comparison's folder has under a name.
-
-        Raises:
-            ConfigError: it has none, or a damaged one, or one of another folder.
-        """
+        """The run that a comparison's folder has under a name; ConfigError where it is missing, damaged or another
+        folder's."""
         folder = folder.resolve()
         planned = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
         if name not in planned:
@@ -110,11 +107,7 @@ class CellRun:
 
 
 def read_outcome(run_folder: Path) -> Outcome | None:
-    """The outcome of a run; None where it has not ended.
-
-    Raises:
-        ConfigError: the outcome file is damaged.
-    """
+    """The outcome of a run; None where it has not ended, ConfigError where its file is damaged."""
     file = run_folder / OUTCOME
     try:
         outcome = build_strictly(Outcome, _finite(read_json(file)), source="it")
@@ -152,11 +145,7 @@ def write_outcome(run_folder: Path, outcome: Outcome) -> None:
 
 
 def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> None:
-    """Refuse the outcome of another recipe. Keys that its recipe leaves out count with their defaults.
-
-    Raises:
-        ConfigError: values differ, or the run's own recipe cannot be read.
-    """
+    """Refuse the outcome of another recipe. Keys that its recipe leaves out count with their defaults."""
     if outcome.recipe == recipe_hash(recipe):
         return
     file = run_folder / RECIPE
@@ -185,8 +174,6 @@ def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
     """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again.
 
     Args:
-        folder: the comparison's.
-        name: the run's.
         stop_at: number of steps of a probe that measures the speed; None: the whole run.
 
     Raises:

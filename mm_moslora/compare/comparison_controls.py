@@ -84,6 +84,10 @@ def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
 class Answers:
     """Reads the samples of reported runs.
 
+    Args:
+        chosen: learning rates, as `choose_rates` gives them.
+        names: display names of tasks.
+
     Raises:
         DataError: the training file of `settings.train_answers` cannot be read.
     """
@@ -277,10 +281,8 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
 
 
 def above_controls(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """An arm's differences from the controls that all tasks have; None where there are none.
-
-    Tasks without pictures are left out of picture controls.
-    """
+    """An arm's differences from the controls that all tasks have, or None; picture controls leave out tasks without
+    pictures."""
     rows, p_values, above = [], [], True
     for name in dict.fromkeys(name for one in answers for name in one.less):
         among = {t: a for t, a in zip(tasks, answers, strict=True) if a.pictures or name not in PICTURE_CONTROLS}

@@ -165,12 +165,8 @@ _NONE: Mapping[str, Outcome] = MappingProxyType({})
 
 
 def tuning_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
-    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early.
-
-    Args:
-        settings: the comparison's.
-        outcomes: by the run's name; grids grow where they show a best rate at an edge.
-    """
+    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early. Grids
+    grow where the outcomes show a best rate at an edge."""
     ways = [way for arm in settings.arms if settings.chooses(arm) for way in arm.ways]
     grids = {way.name: grid_of(settings, way, outcomes) for way in ways}
     rates = dict.fromkeys([*settings.rates, *(rate for grid in grids.values() for rate in grid)])
@@ -246,11 +242,8 @@ def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _N
 
 
 def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded.
-
-    Returns:
-        Rates by the arm's name; of an arm with alternatives, by the name of the best one.
-    """
+    """The best rate of every arm (with alternatives: of the best one's name) after its tuning runs have ended, if one
+    succeeded."""
     chosen = {}
     for arm in settings.arms:
         if not settings.chooses(arm):

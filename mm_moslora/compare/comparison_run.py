@@ -64,15 +64,8 @@ class RunBudget:
 
 
 class ArmComparison:
-    """A comparison and its folder.
-
-    Args:
-        recipe: the recipe that all arms share.
-        settings: the comparison's.
-        folder: the comparison's.
-        hold_out: share of the training records for the validation split, where neither the recipe nor the settings
-            have one.
-    """
+    """A comparison and its folder; `hold_out`: share of the training records for the validation split, where neither
+    the recipe nor the settings have one."""
 
     def __init__(self, recipe: Recipe, settings: ComparisonSettings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
@@ -84,11 +77,7 @@ class ArmComparison:
         self._cost_logged, self._at_once = False, 1
 
     def check(self) -> None:
-        """Check tasks, data and folder before anything runs, then split the records.
-
-        Raises:
-            MoSLoRAError: a check failed.
-        """
+        """Check tasks, data and folder before anything runs, then split the records."""
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         data = {name: comparison_cell.open_task(name, self.settings).load() for name in names if name != LOSS}
         measured, trained_on = {name: loaded.sha256 for name, loaded in data.items()}, self._trained_on()
@@ -331,12 +320,8 @@ def _problem(run: CellRun, problem: str) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a comparison folder.
-
-    Raises:
-        ConfigError: another comparison holds the lock, or files of another program have names that a comparison
-        writes.
-    """
+    """Lock a comparison folder; ConfigError where it is locked, or other programs' files have names that a comparison
+    writes."""
     refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "comparison")

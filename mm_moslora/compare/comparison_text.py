@@ -204,13 +204,7 @@ def _nats_mean(measure: Mapping[str, Any] | None) -> str:
 
 
 def nats_between(results: Mapping[str, Any], subject: tuple[str, str], mode: str = "own") -> Mapping[str, Any] | None:
-    """The difference in nats between an arm and the reference.
-
-    Args:
-        results: the comparison's.
-        subject: arm and column.
-        mode: own, or a control's name.
-    """
+    """The difference in nats between an arm (and column) and the reference; `mode`: `own`, or a control's name."""
     rows = [row for row in results["comparisons"] if (row["arm"], row["task"]) == subject]
     return rows[0].get("nats", {}).get(mode) if rows else None
 

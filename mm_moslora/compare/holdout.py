@@ -30,11 +30,7 @@ _END = 4096
 
 
 def check_share(share: float) -> float:
-    """The share of the records to hold out.
-
-    Raises:
-        ConfigError: it is not between 0 and 1.
-    """
+    """The share of the records to hold out; ConfigError where it is not between 0 and 1."""
     if not 0 < share < 1:
         raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
     return share
@@ -50,7 +46,6 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float, reuse: bool) -> 
     Args:
         recipe: without validation sources.
         folder: for the two files of every source.
-        share: of the records, see `check_share`.
         reuse: whether files that are there hold the split of these records.
 
     Raises:

@@ -44,14 +44,7 @@ class ArmCost:
 
 
 def cost_of(arm: str, runs: int, outcomes: Sequence[Outcome], probe: CellRun | None) -> ArmCost:
-    """The cost of an arm.
-
-    Args:
-        arm: its name.
-        runs: number of its missing runs.
-        outcomes: of its runs that have ended.
-        probe: a run of which a few steps were done, where none has finished.
-    """
+    """The cost of an arm's missing runs, from its ended runs; from a probe of a few steps where none has finished."""
     done = [outcome for outcome in outcomes if outcome.status == "ok"]
     if done:
         return ArmCost(

@@ -107,11 +107,8 @@ class ArmEstimate:
         return (self.high - self.low) / 2
 
     def detectable(self, *, comparisons: int = 1) -> float:
-        """The smallest true value that a repetition would find significant at 5 %, with 80 % power.
-
-        Args:
-            comparisons: number of p-values that are corrected together (the strictest step of Holm's procedure).
-        """
+        """The smallest true value that a repetition would find significant at 5 %, with 80 % power; `comparisons`:
+        p-values that are corrected together (the strictest step of Holm's procedure)."""
         if math.isnan(self.stderr):
             return self.stderr
         level = 1 - (1 - LEVEL) / comparisons
@@ -128,11 +125,7 @@ def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEst
 
 
 def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
-    """A - B on the same documents: `differences` of one arm.
-
-    Raises:
-        ValueError: see `differences`; or the arms have no seed in common.
-    """
+    """A - B on the same documents: `differences` of one arm; ValueError, too, where they have no seed in common."""
     estimates = differences({"": a}, b, bounded=bounded)
     if not estimates:
         raise ValueError("The arms have no seed in common, so they cannot be compared seed by seed.")

@@ -44,12 +44,7 @@ Handler = Callable[[int, Any], None]
 
 
 def python_words(*arguments: str, python: str = "") -> list[str]:
-    """The command of a Python that does not import files of its working folder.
-
-    Args:
-        arguments: such as `-m`, module, words.
-        python: the interpreter; default: this one.
-    """
+    """The command of a Python (default: this one) that does not import files of its working folder."""
     return [python or sys.executable, "-P", *arguments]
 
 
@@ -59,21 +54,14 @@ def child_environment(changes: Mapping[str, str] = MappingProxyType({})) -> dict
 
 
 def start(words: Sequence[str | Path], **options: Any) -> Child:
-    """Start a command.
-
-    Args:
-        words: the command and its arguments.
-        options: of `subprocess.Popen`; default environment: `child_environment()`, default input: none.
-    """
+    """Start a command; `options` are of `subprocess.Popen`, by default with `child_environment()` and no input."""
     assert "shell" not in options
     return subprocess.Popen([*words], **{"env": child_environment(), "stdin": subprocess.DEVNULL, **options})
 
 
 def start_tied(words: Sequence[str | Path], changes: Mapping[str, str], **options: Any) -> Child:
     """Start a command line of this project that is asked to save and exit once this process is gone, however it ended.
-
-    Ctrl-C in a terminal does not reach it, only this process.
-    """
+    Ctrl-C in a terminal does not reach it, only this process. `changes` are of its environment."""
     return start(words, env=child_environment({**changes, _TIED: "1"}), stdin=PIPE, process_group=0, **options)
 
 
@@ -93,11 +81,6 @@ def output_of(
     words: Sequence[str | Path], *, seconds: float | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; returns exit code, output and errors.
-
-    Args:
-        words: the command and its arguments.
-        seconds: time limit.
-        cwd: working folder; default: that of this process.
 
     Raises:
         OSError: it does not start; `TimeoutError`: it does not end in time.
@@ -119,13 +102,7 @@ def fork_context() -> BaseContext | None:
 
 
 def forked_pool(processes: int, context: BaseContext, initializer: Callable[[int], None]) -> ProcessPoolExecutor:
-    """A pool of forked processes.
-
-    Args:
-        processes: their number.
-        context: from `fork_context`.
-        initializer: called in each of them with the id of this process.
-    """
+    """A pool of forked processes; `initializer` is called in each of them with the id of this process."""
     from concurrent.futures import ProcessPoolExecutor
 
     return ProcessPoolExecutor(processes, mp_context=context, initializer=initializer, initargs=(os.getpid(),))
@@ -151,13 +128,8 @@ class RequestCounter:
 def install_handler(
     handler: Handler, numbers: Sequence[int] = STOP_SIGNALS, *, unless_ignored: bool = True
 ) -> dict[int, Any]:
-    """Handle signals; returns the previous handlers, none outside the main thread.
-
-    Args:
-        handler: of all of them.
-        numbers: the signals.
-        unless_ignored: leave all signals alone that are ignored; otherwise SIGHUP only, which nohup ignores.
-    """
+    """Handle signals; returns the previous handlers, none outside the main thread. With `unless_ignored`, all signals
+    that are ignored are left alone; otherwise SIGHUP only, which nohup ignores."""
     try:
         return {
             number: signal.signal(number, handler)
@@ -210,17 +182,8 @@ def run_and_hand_on(
     begin: Callable[..., Child] = start,
     **options: Any,
 ) -> Ended:
-    """Run a command. The first signal in the meantime, also while the command is starting, is forwarded. Later ones
-    are not, and a third Ctrl-C kills the command.
-
-    Args:
-        words: the command.
-        signals: those to forward.
-        request_stop: asks the process with this id to save and exit; default: by SIGTERM.
-        kill: kills it; default: with all its descendants.
-        begin: `start`, or `start_tied`.
-        options: of it.
-    """
+    """Run a command by `begin`, with its `options`. The first of `signals` in the meantime, also while the command is
+    starting, is forwarded by `request_stop`. Later ones are not, and a third Ctrl-C kills the command."""
     child: Child | None = None
     early: list[int] = []
     late: list[int] = []

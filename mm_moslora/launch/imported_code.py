@@ -30,11 +30,7 @@ class ForeignExitError(RuntimeError):
 
 @contextmanager
 def foreign_code() -> Iterator[None]:
-    """Run code of others: what it raises to end the program becomes an error like any other, except Ctrl-C.
-
-    Raises:
-        ForeignExitError: SystemExit, or another exception that is no `Exception`.
-    """
+    """Run code of others: what it raises to end the program becomes a `ForeignExitError`, except Ctrl-C."""
     try:
         yield
     except (Exception, KeyboardInterrupt):
@@ -44,11 +40,8 @@ def foreign_code() -> Iterator[None]:
 
 
 def without_imports(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """A command line without `--import FILE.py`, wherever it stands, and the files.
-
-    Raises:
-        ConfigError: the last word is the option itself.
-    """
+    """A command line without `--import FILE.py`, wherever it stands, and the files; ConfigError where the option ends
+    it."""
     rest: list[str] = []
     files: list[Path] = []
     words = iter(arguments)
@@ -67,11 +60,7 @@ def without_imports(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 @contextmanager
 def imported(files: Sequence[Path]) -> Iterator[None]:
-    """Execute files, and hand them to command lines that are started within.
-
-    Raises:
-        ConfigError: one is no Python file, or it raises.
-    """
+    """Execute files (see `import_file`), and hand them to command lines that are started within."""
     before = dict(_current)
     try:
         for file in files:

@@ -96,11 +96,7 @@ class JobEngine(Protocol):
         """Jobs with so many cards each that run at the same time."""
 
     def takes(self, job: Job) -> bool:
-        """Whether another job can be handed over now.
-
-        Raises:
-            ConfigError: it will never have the cards.
-        """
+        """Whether another job can be handed over now; ConfigError where it will never have the cards."""
 
     def start(self, job: Job) -> None:
         """Hand a job over."""
@@ -120,7 +116,6 @@ def run_jobs(
 
     Args:
         jobs: those known so far; called again when some have ended, and every second.
-        engine: where they run.
         over: called with a job that is done or failed, and with the reason of a failure.
         stop: whether to end now; running jobs save, and the same call continues them.
     """
@@ -185,11 +180,7 @@ def cards_per_job(wanted: int | None, engine: JobEngine, *, option: str) -> int:
 
 
 class ProcessEngine:
-    """Processes of this machine.
-
-    Args:
-        parallel: most jobs at the same time; None: as many as the accelerators allow, one on a CPU.
-    """
+    """Processes of this machine, `parallel` at the same time; None: as many as the accelerators allow, one on a CPU."""
 
     def __init__(self, *, parallel: int | None = None) -> None:
         if parallel is not None and parallel < 1:
@@ -210,7 +201,7 @@ class ProcessEngine:
         return min(self._parallel, self.cards // cards) if cards else self._parallel
 
     def takes(self, job: Job) -> bool:
-        """Whether another job can start now."""
+        """Whether another job can be handed over now; ConfigError where it will never have the cards."""
         if job.cards > self.cards:
             raise ConfigError(
                 f"A job needs {job.cards} accelerators, but there are {self.cards} here. Give at most that many."
@@ -248,7 +239,7 @@ class ProcessEngine:
 
 
 def start_process(job: Job, changes: dict[str, str]) -> Child:
-    """Start a job's process on this machine, which ends with this process."""
+    """Start a job's process on this machine, which ends with this process; its log is created with its folder."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with writing_in_place(job.log, append=True) as log:
         return start_tied(job.words, changes, stdout=log, stderr=log, cwd=job.folder)

@@ -49,7 +49,7 @@ STOPPED = "STOPPED"
 
 
 def stopped_text(number: int) -> str:
-    """The text of `STOPPED`."""
+    """The text of `STOPPED` for a signal."""
     name = signal.Signals(number).name
     texts = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
     return f"Stopped by {texts.get(name, name)}; nothing is unsaved. The same command continues the run.\n"
@@ -59,10 +59,6 @@ def leave_mark(run_folder: Path, number: int) -> None:
     """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged.
 
     A process that was killed before has left its `state.json` at "running"; where it is gone, this is corrected.
-
-    Args:
-        run_folder: may be missing.
-        number: the signal.
     """
     try:
         refuse_strangers(run_folder, RUN_FILES, kind="run", also=RUN_SIGNS)
@@ -90,8 +86,6 @@ def launch(
     """Start the ranks and wait for them.
 
     Args:
-        topology: processes and hosts.
-        arguments: the verb of the ranks and its arguments.
         run_folder: gets the mark of a run that was stopped.
         log_folder: gets the output of every rank, see `mm_moslora.launch.rank_logs`.
         dry_run: print the command and start nothing.
@@ -190,14 +184,11 @@ def _is_finished(run_folder: Path) -> bool:
 
 
 def end_deepspeed(runner: int) -> None:
-    """Ask a run under DeepSpeed's launcher to end.
+    """Ask a run under DeepSpeed's launcher to end, by the process id of the runner, which is also that of its group.
 
     On one machine DeepSpeed's runner forwards no signal: it would exit while the launcher below it and the ranks train
     on. The signal therefore goes to that launcher, which ends its ranks, and the runner waits for it. With several
     hosts the runner forwards signals itself.
-
-    Args:
-        runner: its process id, which is also that of its process group.
     """
     import psutil
 

@@ -23,9 +23,6 @@ def keep_rank_log(environment: Mapping[str, str]) -> None:
 
     A restarted rank appends to the file. `tee` outlives the rank, and signals that schedulers send to all processes
     are blocked in it, so no line is lost.
-
-    Args:
-        environment: such as `os.environ`.
     """
     folder = environment.get(LOG_FOLDER)
     if not folder:

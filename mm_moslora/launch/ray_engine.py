@@ -40,22 +40,15 @@ _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 
 
 def open_engine(ray: str, *, parallel: int | None) -> JobEngine:
-    """The engine that a verb's options ask for.
-
-    Args:
-        ray: address of a Ray cluster; empty: processes of this machine.
-        parallel: most jobs at the same time on this machine.
-    """
+    """The engine that a verb's options ask for: a Ray cluster, or, without `ray`, `parallel` processes of this
+    machine."""
     if ray and parallel is not None:
         raise ConfigError("--parallel is for this machine; with --ray, Ray starts what its nodes have room for.")
     return RayEngine(ray) if ray else ProcessEngine(parallel=parallel)
 
 
 class RayEngine:
-    """A running Ray cluster.
-
-    Args:
-        address: HOST:PORT of its head, or `auto` for the one of this machine.
+    """A running Ray cluster at the HOST:PORT of its head, or `auto` for the one of this machine.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster is at the address.

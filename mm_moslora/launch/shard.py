@@ -25,11 +25,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """The shard that `I/N` names.
-
-        Raises:
-            ConfigError: it has another form, or I is not one of 1 to N.
-        """
+        """The shard that `I/N` names; ConfigError where it has another form, or I is not one of 1 to N."""
         match = _NAME.fullmatch(text.replace("/", "-of-", 1))
         shard = None if match is None or "/" not in text else cls(int(match[1]), int(match[2]))
         if shard is None or not shard.number <= shard.of <= MOST:
@@ -55,7 +51,6 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     """The files that show that shards are done, in their order.
 
     Args:
-        folder: of all shards.
         suffix: what follows a shard's name in the path of its file.
 
     Raises:
@@ -77,11 +72,7 @@ def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
 
 
 def refuse_other_divisions(folder: Path, suffix: str, *, of: int) -> None:
-    """Refuse a folder that holds finished shards of another division, before this command adds its own.
-
-    Raises:
-        ConfigError: it names some of them.
-    """
+    """Refuse a folder that holds finished shards of another division, before this command adds its own."""
     if others := sorted(shard for shard in _files_by_shard(folder, suffix) if shard.of != of):
         raise ConfigError(
             f"{folder} holds shards of a division by {others[0].of}, expected those of one by {of}. Give "
@@ -99,11 +90,7 @@ def _files_by_shard(folder: Path, suffix: str) -> dict[Shard, Path]:
 
 
 def refuse_others(stored: Any, wanted: Any, *, what: str) -> None:
-    """Refuse a shard of another command.
-
-    Raises:
-        ConfigError: a value differs; both are named.
-    """
+    """Refuse a shard of another command: the plain data that identify its work differ."""
     one, other = dict(_flat(stored, "")), dict(_flat(wanted, ""))
     for name in one | other:
         if one.get(name) != other.get(name):

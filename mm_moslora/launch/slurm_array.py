@@ -34,7 +34,6 @@ def write_array(file: Path, jobs: Sequence[Job]) -> None:
     """Write the batch script. SLURM requeues the elements of a lost node; two minutes before the limit a job saves.
 
     Args:
-        file: the script.
         jobs: in the order of the elements; cards and cores are those of the greatest.
 
     Raises:

@@ -87,11 +87,8 @@ class SlurmJob:
         return f"mm-moslora-{os.getpid()}"
 
     def srun(self) -> list[str]:
-        """The srun prefix that runs a command once on every node of the job.
-
-        Raises:
-            ConfigError: each of several tasks would start it.
-        """
+        """The srun prefix that runs a command once on every node; ConfigError where each of several tasks would start
+        it."""
         if self.tasks_of_step > 1:
             raise ConfigError(
                 f"mm-moslora launch runs in a step of {self.tasks_of_step} tasks, and each would start all ranks. "
@@ -116,7 +113,7 @@ class SlurmJob:
         ]  # fmt: skip
 
     def terminate_step(self, srun: int) -> None:
-        """Ask the ranks to save and exit; where no step has started yet, end srun."""
+        """Ask the ranks to save and exit; where no step has started yet, end `srun`."""
         if not _tried(lambda: self._signal_step(srun)):
             logger.error(
                 "SLURM does not answer, so the step of job %d was not asked to save. SLURM signals it at the time "
@@ -124,11 +121,7 @@ class SlurmJob:
             )  # fmt: skip
 
     def requeue(self) -> bool:
-        """Requeue the job. SLURM then ends this process.
-
-        Returns:
-            Whether SLURM accepted.
-        """
+        """Requeue the job, whereupon SLURM ends this process; returns whether SLURM accepted."""
         return _tried(lambda: _answer("scontrol", "requeue", self.name) is not None)
 
     def _signal_step(self, srun: int) -> bool:
@@ -154,7 +147,8 @@ def _cpus(environment: Mapping[str, str]) -> int | None:
 
 
 def step_tasks(environment: Mapping[str, str]) -> int:
-    """Number of tasks of srun's step that a process is in; 0 in a batch script, a salloc shell, or outside a job."""
+    """Number of tasks of srun's step that a process is in; 0 in a batch script, a shell of salloc, and outside a
+    job."""
     if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
         return 0
     return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)
@@ -173,11 +167,7 @@ def leave_foreign_step() -> None:
 
 
 def refuse_options(words: Sequence[str]) -> None:
-    """Refuse options of srun that choose the nodes or the tasks of a step: torchrun waits for every node of the job.
-
-    Raises:
-        ConfigError: names the option.
-    """
+    """Refuse options of srun that choose the nodes or the tasks of a step: torchrun waits for every node of the job."""
     if wrong := [word for word in words if _CHANGES_NODES.fullmatch(word)]:
         raise ConfigError(
             f"--srun {wrong[0]} changes the nodes or the tasks of the step, which has one task on every node of the "
@@ -232,11 +222,7 @@ class Requeue:
         self.run_folder, self.began_with = run_folder, _newest(run_folder)
 
     def stopped(self, signals: Collection[int], code: int) -> int:
-        """Decide after a requested stop.
-
-        Args:
-            signals: the received ones. SLURM itself requeues preempted jobs, and cancelled jobs must stay ended.
-            code: the exit code otherwise.
+        """Decide after a requested stop. SLURM itself requeues preempted jobs, and cancelled jobs must stay ended.
 
         Returns:
             `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not requeue.

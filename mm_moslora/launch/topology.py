@@ -113,7 +113,7 @@ def accelerators() -> int:
 
 
 def command(topology: Topology, arguments: Sequence[str]) -> list[str]:
-    """The command that starts the ranks."""
+    """The command that starts the ranks: their verb and its arguments."""
     imports = import_words()
     if topology.uses_deepspeed:
         where = (

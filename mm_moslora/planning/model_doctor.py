@@ -21,10 +21,6 @@ from mm_moslora.utils.errors import ConfigError, reason_of
 def diagnose_model(name: str, *, revision: str | None = None) -> list[Diagnosis]:
     """Probe a model: what trains, rows, labels, logits.
 
-    Args:
-        name: folder or hub id.
-        revision: of the hub.
-
     Raises:
         ModelError: no configuration, or the model does not load.
     """

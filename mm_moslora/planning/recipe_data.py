@@ -70,7 +70,6 @@ def check_recipe(
     """Read every record and decode every picture of a recipe's training and validation data.
 
     Args:
-        recipe: resolved.
         against: folders of held-out pictures; training pictures should not occur in them.
         processes: number of processes that share the work; None: one per processor.
         everything: show every fault on the console; the plain data always contain all.
@@ -183,11 +182,8 @@ def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
 
 
 def with_beginnings(recipe: Recipe, records: int) -> tuple[Recipe, list[SourceConfig]]:
-    """The recipe with the first records of its streams in place of these, and the sources that these became.
-
-    Raises:
-        DataError: `records` is below 1.
-    """
+    """The recipe with the first records of its streams (DataError: below 1) in place of these, and what these
+    became."""
     if records < 1:
         raise DataError(f"records is {records}, expected 1 or more: the first ones of a stream without an end.")
     train = [beginning(source, records) for source in recipe.data.train]

@@ -29,10 +29,7 @@ def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int 
     """Training records as renderables, with every token coloured by supervision.
 
     Args:
-        recipe: resolved.
         start: number of the first record over all of data.train, from 0.
-        count: number of records.
-        records: see `check_recipe`.
 
     Raises:
         DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.
@@ -42,15 +39,7 @@ def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int 
 
 
 def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20, records: int = BEGINNING) -> Path:
-    """Write an HTML page of training records; see `view_recipe`.
-
-    Args:
-        recipe: resolved.
-        path: file of the page; must be writable.
-        start: number of the first record.
-        count: number of records.
-        records: see `check_recipe`.
-    """
+    """Write an HTML page of training records; see `view_recipe`."""
     output_file(path, sign=PAGE_SIGN)
     parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
     text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")

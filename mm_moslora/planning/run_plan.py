@@ -206,7 +206,6 @@ def plan(
     """Try every setting and choose the fastest that fits.
 
     Args:
-        recipe: resolved; the configurations of its parts are read.
         gpus: from `parse_gpus`.
         data: size of the data; None: `known_data`.
         picture: width and height of a typical picture, for models that cut pictures into tiles or take them in any

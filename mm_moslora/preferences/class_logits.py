@@ -17,11 +17,8 @@ from mm_moslora.utils.errors import ModelError
 
 
 def ask_class(model: PreTrainedModel) -> None:
-    """Note what the class does around its head, as `use_loss_head` does; no weight is read.
-
-    Raises:
-        ModelError: TRL's head, which computes from the weight and the bias of a linear layer, cannot do it.
-    """
+    """Note what the class does around its head, as `use_loss_head` does; no weight is read. ModelError where TRL's
+    head, which computes from the weight and the bias of a linear layer, cannot do it."""
     head: Any = model.get_output_embeddings()
     form = head_form(model)
     if getattr(type(head), "forward", None) is not nn.Linear.forward:

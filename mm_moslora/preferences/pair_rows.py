@@ -56,10 +56,6 @@ class PairRows:
     def of(cls, model: PreTrainedModel, tokens: int) -> PairRows:
         """Find what a model takes, and set its attention.
 
-        Args:
-            model: causal language model or VLM.
-            tokens: `data.pack_tokens`.
-
         Raises:
             ConfigError: it takes padded rows, or the conversations of a row see each other.
         """
@@ -98,11 +94,7 @@ class PairRows:
         return list(itertools.islice(itertools.chain.from_iterable(epochs), rows))
 
     def collate(self, pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
-        """A micro-batch for DPOTrainer: the answers in a table behind an empty column, and the row for `take_rows`.
-
-        Args:
-            pairs: ``P`` chosen and rejected examples.
-        """
+        """A micro-batch for DPOTrainer: the answers in a table behind an empty column, and the row for `take_rows`."""
         shared = [tokens for pair in pairs for tokens in (0, self.shares * _prompt_of(pair))]
         row = Batch.from_examples([example for pair in pairs for example in pair], shared=shared)
         answers = [pair[side].input_ids[1:][pair[side].supervised[1:]] for side in (0, 1) for pair in pairs]
@@ -122,14 +114,8 @@ def _prompt_of(pair: tuple[Example, Example]) -> int:
 
 
 def take_rows(model: PreTrainedModel) -> StepFeatureCache:
-    """Let a model with TRL's head also take `ROW`, in place; its output is a table ``[2 P, A]`` then.
-
-    Args:
-        model: the base model inside of a trainer.
-
-    Returns:
-        Features of pictures, which the reference takes from the policy where the tower is frozen.
-    """
+    """Let a base model with TRL's head also take `ROW`, in place; its output is a table ``[2 P, A]`` then. Returns the
+    features of pictures, which the reference takes from the policy where the tower is frozen."""
     own, head = model.forward, _RowHead(model)
 
     @functools.wraps(own)
@@ -142,12 +128,8 @@ def take_rows(model: PreTrainedModel) -> StepFeatureCache:
 
 
 def gather_uneven(gather: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Gather the values of all ranks, whose rows hold different numbers of pairs.
-
-    Args:
-        gather: takes as many of every rank.
-        values: ``[P]``; of other shapes all ranks have as many.
-    """
+    """Gather the values ``[P]`` of all ranks, whose rows hold different numbers of pairs; of other shapes all have as
+    many."""
     if values.ndim != 1:
         return gather(values)
     counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
@@ -180,12 +162,8 @@ class _RowHead(nn.Module):
         return BaseModelOutput(last_hidden_state=supervised_hidden(self.whole[0], row, cache=self.pictures)[None])
 
     def table(self, row: Batch, mask: Tensor) -> Any:
-        """The output of TRL's head for the chosen answers, then the rejected ones.
-
-        Args:
-            row: on the model's device.
-            mask: bool ``[2 P, A]``, where the table has tokens.
-        """
+        """The output of TRL's head for the chosen answers, then the rejected ones; bool `mask` ``[2 P, A]`` marks
+        tokens."""
         output = self(row=row, shift_labels=row.targets[None], fused_lm_head=True, output_router_logits=False)
         by_pair = mask.unflatten(0, (2, -1)).transpose(0, 1)  # the order of the row
         for name in FIELDS:

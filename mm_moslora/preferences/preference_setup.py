@@ -167,11 +167,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
 
 
 def _refuse_mixed_media(recipe: Recipe, key: str, media: set[frozenset[str]]) -> None:
-    """Refuse records of several kinds where ranks wait for each other in the tower, which some would not run.
-
-    Raises:
-        ConfigError: names them.
-    """
+    """Refuse records of several kinds where ranks wait for each other in the tower, which some would not run."""
     zero, vision = recipe.train.zero, recipe.model.vision
     waits = stage_of(zero) == 3 or (is_sharded(recipe) and vision is not None and vision.mode == "adapter")
     if waits and len(media) > 1 and distributed.world_size() > 1:
@@ -238,10 +234,8 @@ class PairCollator:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedCollator:
-    """Makes the batches of TRL's KTOTrainer: answers with their labels, and each question with another answer.
-
-    As in TRL's collators, the other answer is that of the row before, from which the divergence is estimated.
-    """
+    """Makes the batches of TRL's KTOTrainer: answers with their labels, and each question with another answer, that of
+    the row before as in TRL's collators, from which the divergence is estimated."""
 
     run: PreferenceRun
 

@@ -53,7 +53,6 @@ def train_preferences(
     """Train a recipe with `objective: dpo`, `kto` or `grpo`, from the start or from a checkpoint.
 
     Args:
-        recipe: resolved.
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         stop: handles signals from the first step on; earlier signals count, too.

@@ -35,10 +35,8 @@ logging.getLogger(GRPOTrainer.__module__).addFilter(
 
 
 class RewardTrainer(RunTrainer, GRPOTrainer):
-    """TRL's GRPOTrainer for one run; for the arguments see `RunTrainer`.
-
-    TRL sees token ids only. The pictures of a row are found by the number of its question.
-    """
+    """TRL's GRPOTrainer for one run; for the arguments see `RunTrainer`. TRL sees token ids only: the pictures of a row
+    are found by the number of its question."""
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         grpo = run.recipe.grpo
@@ -162,16 +160,8 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probabilities and entropies ``[B, C]`` of the answers, from rows as in training.
-
-        Args:
-            model: the policy, or the reference.
-            input_ids: ``[B, P + C]``.
-            attention_mask: of the same shape.
-            logits_to_keep: ``C``.
-            batch_size: rows of one forward pass.
-            compute_entropy: whether entropies are asked for.
-        """
+        """Log-probabilities and entropies ``[B, C]`` of the answers, from rows as in training; `input_ids` ``[B, P +
+        C]``."""
         size = batch_size or len(input_ids)
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
         logps, entropies = [], []

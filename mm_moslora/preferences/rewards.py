@@ -68,11 +68,7 @@ REWARDS: dict[str, Reward] = {
 
 
 def find_rewards(config: GrpoConfig) -> dict[str, Reward]:
-    """The rewards of a recipe by name.
-
-    Raises:
-        ConfigError: nothing has a name.
-    """
+    """The rewards of a recipe by name; ConfigError where nothing has a name."""
     if odd := [name for name in config.rewards if name not in REWARDS]:
         raise ConfigError(
             f"grpo.rewards holds {odd[0]!r}, expected any of {', '.join(REWARDS)}.{suggestion(odd[0], REWARDS)} "
@@ -90,10 +86,8 @@ def document_of(question: Question) -> Document:
 
 
 def box_reader(question: Question, processing: ImageProcessing | None) -> Callable[[str], str]:
-    """A function that gives the boxes of an answer to a question, in pixels of the picture's file.
-
-    It raises ValueError for a question whose references cannot be compared.
-    """
+    """A function that gives the boxes of an answer to a question, in pixels of the picture's file; it raises ValueError
+    for a question whose references cannot be compared."""
 
     def read(text: str) -> str:
         if question.size is None:
@@ -116,11 +110,8 @@ def fault_of_boxes(
 
 
 def check_box_rewards(rewards: Mapping[str, Reward], with_boxes: int, processing: ImageProcessing | None) -> None:
-    """Refuse rewards of boxes for a model whose form of boxes is not known, and references that are boxes without them.
-
-    Raises:
-        ConfigError: names the key.
-    """
+    """Refuse rewards of boxes for a model whose form of boxes is not known, and references that are boxes without
+    them."""
     reading = [name for name, reward in rewards.items() if isinstance(reward, BoxReward)]
     if reading and (processing is None or processing.boxes is None):
         raise ConfigError(
@@ -135,12 +126,7 @@ def check_box_rewards(rewards: Mapping[str, Reward], with_boxes: int, processing
 
 
 class Scorer:
-    """A reward over the answers of a batch; an answer whose reward fails has none, and is counted.
-
-    Args:
-        name: of the reward.
-        reward: the function.
-    """
+    """A reward over the answers of a batch; an answer whose reward fails has none, and is counted."""
 
     def __init__(self, name: str, reward: Reward) -> None:
         self.name, self.reward, self.failed = name, reward, 0
@@ -149,11 +135,6 @@ class Scorer:
         self, texts: Sequence[str], documents: Sequence[Document], boxes: Sequence[Callable[[str], str]] = ()
     ) -> list[float]:
         """One number per answer; NaN where the reward failed.
-
-        Args:
-            texts: the answers.
-            documents: their questions.
-            boxes: what reads their boxes; see `box_reader`.
 
         Raises:
             TrainingError: it failed for every answer.

@@ -99,8 +99,6 @@ class RunTrainer(ZeroTrainer):
     Args:
         run: the run. TRL gives its PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
         saves: writes its checkpoints, and has its watchdog.
-        args: of the trainer.
-        more: further arguments of the trainer.
     """
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves, *, args: Any, **more: Any) -> None:
@@ -340,14 +338,8 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Counts steps, logs to the run's trackers, and stops the trainer on a signal or at a step.
-
-    Args:
-        trainer: of the run.
-        trackers: the receivers.
-        stop: the signals.
-        stop_at: save and stop after this step.
-    """
+    """Counts steps, logs to the run's trackers, and on a signal or after step `stop_at` has the trainer save and
+    stop."""
 
     def __init__(self, trainer: RunTrainer, trackers: Trackers, stop: StopRequest, *, stop_at: int | None) -> None:
         self.trainer, self.trackers, self.stop, self.stop_at = trainer, trackers, stop, stop_at
@@ -387,11 +379,7 @@ class RunCallback(TrainerCallback):
         self.progress.update(state.global_step, loss)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hand the trainer's measures to the trackers.
-
-        Raises:
-            DivergedError: too many steps in a row were skipped.
-        """
+        """Hand the trainer's measures to the trackers; DivergedError where too many steps in a row were skipped."""
         logs: dict[str, Any] = kwargs["logs"]
         held_out = {f"validation_{name[len(_HELD_OUT) :]}": logs[name] for name in logs if name.startswith(_HELD_OUT)}
         own = {name: value for name, value in logs.items() if not name.startswith((_HELD_OUT, _OF_SESSION))}

@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def import_deepspeed(zero: str) -> None:
-    """Import DeepSpeed for the device of this machine.
-
-    Raises:
-        ConfigError: it does not import.
-    """
+    """Import DeepSpeed for the device of this machine; ConfigError where it does not import."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
@@ -37,11 +33,7 @@ def import_deepspeed(zero: str) -> None:
 
 
 def prepare_deepspeed(zero: str) -> None:
-    """Start DeepSpeed, also on a machine without a compiler.
-
-    Raises:
-        ConfigError: it does not import.
-    """
+    """Start DeepSpeed, also on a machine without a compiler; ConfigError where it does not import."""
     import_deepspeed(zero)
     import deepspeed.comm as comm
 

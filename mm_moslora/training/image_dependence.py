@@ -126,7 +126,6 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
     on. A single record of three images then reveals a model that reads the first or the last image alone.
 
     Args:
-        batch: in main memory.
         token: the image placeholder; None: images count wherever they are.
     """
     if batch.pixel_values is None:
@@ -153,14 +152,7 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
 
 
 def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int) -> int:
-    """The number of a conversation's images, from the first on, that surely precede a supervised position.
-
-    Args:
-        ids: the conversation.
-        behind: its supervised positions.
-        token: the image placeholder; None: images count wherever they are.
-        images: number of its images.
-    """
+    """The number of a conversation's images, from the first on, that surely precede one of the positions `behind`."""
     if not images or not len(behind):
         return 0
     if token is None:
@@ -172,7 +164,7 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
-    """A batch's images with noise in place of some."""
+    """A batch's images with noise in place of the chosen ones."""
     assert batch.pixel_values is not None
     noise, pixels = noise_like(batch.pixel_values), batch.pixel_values.clone()
     for item in chosen:
@@ -181,13 +173,8 @@ def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
 
 
 def noise_like(pixels: Tensor) -> Tensor:
-    """Noise in the shape of given images.
-
-    All-zero tiles stay zero: models take them as padding of pictures with fewer tiles.
-
-    Args:
-        pixels: ``[..., 3, H, W]``, or patches ``[P, E]``.
-    """
+    """Noise in the shape of given images ``[..., 3, H, W]``, or patches ``[P, E]``. All-zero tiles stay zero: models
+    take them as padding of pictures with fewer tiles."""
     generator = torch.Generator().manual_seed(_SEED)
     noise = torch.randn(pixels.shape, generator=generator).to(pixels)
     if pixels.ndim < 5:

@@ -46,9 +46,8 @@ def resumed_start(
 ) -> tuple[ModelConfig, AdapterConfig]:
     """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
 
-    `model` is `config`, the recipe's, as `resolve_model_paths` found it.
-
-    Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
+    `model` is `config`, the recipe's, as `resolve_model_paths` found it. Trained weights are loaded from the
+    checkpoint's state later, so only frozen parts and shapes depend on this.
     """
     weights, saved = config.projector.weights, checkpoint / "projector.safetensors"
     fresh = weights is None and model.vlm is None and not model.projector_trains and saved.is_file()
@@ -108,10 +107,8 @@ def _fit(assembly: Parts, data: MeasuredRecords, *, to_answers: bool) -> None:
 def _spread_out(
     data: MeasuredRecords, count: int, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Example, Tensor]]:
-    """Records with pictures, and their pictures or tiles ``[n, 3, H, W]``.
-
-    At most `count`, evenly spaced, since files are often sorted by content.
-    """
+    """At most `count` records with pictures, and their pictures or tiles ``[n, 3, H, W]``, evenly spaced, since files
+    are often sorted by content."""
     with_images = [index for index in range(len(data)) if data.has_image[index]]
     chosen = with_images
     if len(with_images) > count:
@@ -125,12 +122,8 @@ def _spread_out(
 
 
 def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32.
-
-    Args:
-        model: an assembly with tower and projector on the device that it trains on.
-        pictures: real pictures, ``[n, 3, H, W]`` each.
-    """
+    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32, over pictures
+    of ``[n, 3, H, W]``."""
     with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
         for pixels in pictures:
             image_features(model, pixels)

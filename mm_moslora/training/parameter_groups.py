@@ -51,10 +51,6 @@ class OptimizerSettings:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
     """Sort the trainable parameters into groups.
 
-    Args:
-        model: the model; only parameters that require a gradient count.
-        config: the recipe's `optim`.
-
     Raises:
         ConfigError: no parameter is trainable, or there is a rate for B and an adapter without B.
     """

@@ -51,7 +51,6 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     """Refuse a recipe that cannot run, as far as this can be decided without PyTorch.
 
     Args:
-        recipe: resolved.
         resume: as for `train`.
         tasks: names of harness tasks in `validate.tasks`; None: they are not known here.
 
@@ -70,11 +69,8 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
 
 
 def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[], None]]:
-    """The checks of a recipe that depend on this machine's files and packages, by what they are about.
-
-    Returns:
-        Functions that raise a `MoSLoRAError`.
-    """
+    """The checks of a recipe that depend on this machine's files and packages, by what they are about; they raise
+    `MoSLoRAError`."""
     run = Path(recipe.train.output)
 
     def folder() -> None:
@@ -97,11 +93,7 @@ def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[
 
 
 def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> None:
-    """Refuse a recipe that cannot run on any machine, as far as this can be decided without its files.
-
-    Raises:
-        MoSLoRAError: names the key, what was found and what was expected.
-    """
+    """Refuse a recipe that cannot run on any machine, as far as this can be decided without its files."""
     check_names(recipe)
     refuse_without_effect(recipe.model)
     refuse_all_frozen(recipe.model)
@@ -113,11 +105,7 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
 
 
 def check_mixer_factor(recipe: Recipe) -> None:
-    """Refuse a rate of the mixers where none trains.
-
-    Raises:
-        ConfigError: `optim.mixer_factor` is set, and the recipe has no mixer, or a frozen one.
-    """
+    """Refuse a rate of the mixers where none trains: the recipe has no mixer, or a frozen one."""
     adapter = recipe.adapter
     mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
     check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
@@ -127,9 +115,6 @@ def check_names(recipe: Recipe) -> None:
     """Refuse names that no registry holds. Only a name that is not usual imports its registry and is looked up there.
 
     A name of a user's own is in its registry once the file that adds it is imported in this process.
-
-    Raises:
-        MoSLoRAError: names the key, what was found and what was expected.
     """
     model, train = recipe.model, recipe.train
     require_template(model.chat_template)
@@ -194,22 +179,14 @@ def _require_library(key: str, name: str) -> None:
 
 
 def check_data(config: DataConfig) -> None:
-    """Refuse data sources with missing files.
-
-    Raises:
-        DataError: no source is given, or a path does not exist.
-    """
+    """Refuse data sources with missing files."""
     require_sources(config.train)
     if config.validation:
         require_sources(config.validation)
 
 
 def check_zero(recipe: Recipe) -> None:
-    """Refuse settings of a run that the engine in `train.zero` does not take; `plan` asks the same.
-
-    Raises:
-        ConfigError: names the key, what was found and what was expected.
-    """
+    """Refuse settings of a run that the engine in `train.zero` does not take; `plan` asks the same."""
     train, adapter, optimizer = recipe.train, recipe.adapter, recipe.optim.optimizer
     traits = OPTIMIZERS[optimizer]
     if train.zero == "none":
@@ -344,15 +321,8 @@ def _has_adapters(model: ModelConfig) -> bool:
 
 
 def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
-    """Refuse a recipe that the libraries or this machine do not support, before a model is loaded.
-
-    Args:
-        recipe: has passed `check_recipe`.
-        fresh: whether the run starts from the weights in the recipe.
-
-    Raises:
-        MoSLoRAError: names the key, what was found and what was expected.
-    """
+    """Refuse a recipe that the libraries or this machine do not support, before a model is loaded. `fresh`: whether the
+    run starts from the weights in the recipe."""
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
     from mm_moslora.models.precision import resolve_precision
@@ -379,16 +349,8 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
 
 
 def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
-    """Refuse settings of a run that its model does not support; training and `plan` ask the same.
-
-    Args:
-        recipe: resolved.
-        model: on the meta device, it may have a few of its decoder layers.
-        layers: decoder layers of the whole model.
-
-    Raises:
-        ConfigError: names the key, what was found and what was expected.
-    """
+    """Refuse settings of a run that its model does not support; training and `plan` ask the same. `layers` are those of
+    the whole model: on the meta device it may have a few of them."""
     import torch
 
     from mm_moslora.kernels.attention.attention_choice import choose_attention

@@ -119,7 +119,7 @@ def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
 
 
 class StoredOptimizer:
-    """The optimiser state of all ranks of a checkpoint.
+    """The optimiser state of all ranks of a checkpoint, from a folder per rank that wrote.
 
     Raises:
         CheckpointError: there is no folder, or one without state.
@@ -145,11 +145,8 @@ class StoredOptimizer:
                 self._parts[kind, name].append((int(start), file, key))
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """One flat fp32 tensor, put together from its parts.
-
-        Raises:
-            CheckpointError: it is missing, or there is a gap between parts.
-        """
+        """One flat fp32 tensor, put together from its parts; CheckpointError where it is missing, or has a gap between
+        parts."""
         if (kind, name) not in self._parts:
             raise CheckpointError(f"{self.folders[0].parent} has no state of {name}, which trains.")
         parts, end = [], 0

@@ -54,14 +54,7 @@ class SpikeScore:
 
 
 class RunLog:
-    """Logs one training session; all ranks call each method together.
-
-    Args:
-        run: the run.
-        trackers: the receivers of the metrics.
-        total_steps: optimiser steps of the whole run.
-        steps_per_epoch: optimiser steps of an epoch.
-    """
+    """Logs one training session; all ranks call each method together."""
 
     def __init__(self, run: Run, trackers: Trackers, *, total_steps: int, steps_per_epoch: int) -> None:
         self.run, self.trackers, self.total_steps, self.steps_per_epoch = run, trackers, total_steps, steps_per_epoch
@@ -81,7 +74,8 @@ class RunLog:
         seconds: float,
         data_seconds: float,
     ) -> None:
-        """Warn of a loss spike and of a skipped step, and log metrics where they are due."""
+        """Warn of a loss spike and of a skipped step, and log metrics where they are due. The run's counters include
+        the step; `seconds` are for data and step."""
         self.clock.count(result)
         note_memory(self.run.counters)
         spike = self.spikes.update(result.loss)
@@ -131,11 +125,7 @@ class RunLog:
         return metrics
 
     def mixers(self, state: Mapping[str, Tensor]) -> None:
-        """Log the adapter's measures, once for a step.
-
-        Args:
-            state: parameter name to full fp32 value; on rank 0 only.
-        """
+        """Log the adapter's measures, once for a step; `state`, full fp32 values by name, is needed on rank 0 only."""
         if self._measured_at != self.run.step:
             log_adapter(self.run.assembly.model, state, self.trackers, self.run.step)
         self._measured_at = self.run.step

@@ -60,17 +60,9 @@ Taken = TypeVar("Taken", bound=TakenState)
 
 
 class RunSaves(Generic[Taken]):
-    """Writes the checkpoints of one session; all ranks call each method together.
-
-    Args:
-        run: the run.
-        watchdog: gets the phases of a save and their time limits.
-        trackers: get an alert of a failed save.
-        take: copies the run's state; all ranks take part.
-        best: names a checkpoint that stays.
-        saved_at: step of the newest checkpoint in the run folder; -1: there is none.
-        extra: gets what is logged with the next step.
-    """
+    """Writes the checkpoints of one session; all ranks call each method together. `take` copies the run's state, `best`
+    names a checkpoint that stays, and `extra` gets what is logged with the next step. `saved_at` is the step of the
+    newest checkpoint in the run folder; -1: there is none."""
 
     def __init__(
         self,
@@ -120,11 +112,8 @@ class RunSaves(Generic[Taken]):
         logger.debug("Saved %s.", folder)
 
     def finish_last(self) -> Path:
-        """The checkpoint of this step, committed.
-
-        Raises:
-            CheckpointError: it cannot be written: a failure of the last one is an error.
-        """
+        """The checkpoint of this step, committed; CheckpointError where it cannot be written: a failure of the last one
+        is an error."""
         self.finish()
         if self.saved_at != self.run.step:
             self.start()

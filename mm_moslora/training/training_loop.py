@@ -86,7 +86,6 @@ def train(
     """Train a recipe, from the start or from a checkpoint.
 
     Args:
-        recipe: resolved.
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
@@ -141,16 +140,8 @@ def train(
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Factor on every peak learning rate.
-
-    Args:
-        step: optimiser steps applied so far, 0 for the first.
-        total: optimiser steps of the run.
-        config: the recipe's `optim`.
-
-    Returns:
-        Rises linearly over the warm-up to 1, then follows the schedule down to `min_lr_ratio`.
-    """
+    """Factor on every peak learning rate after `step` of `total` optimiser steps, 0 for the first: rises linearly over
+    the warm-up to 1, then follows the schedule down to `min_lr_ratio`."""
     warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -84,15 +84,8 @@ class CutShortError(Exception):
 
 
 class Validator:
-    """Validates a run, logs what it measures, and keeps the best value.
-
-    Args:
-        run: the run.
-        measure: runs harness tasks; None: there are none.
-        stop: a signal that it has received interrupts a validation.
-        trackers: the receivers of the metrics.
-        best: the best value so far.
-    """
+    """Validates a run, logs what it measures, and keeps the best value. A signal that `stop` has received interrupts
+    it."""
 
     def __init__(self, run: Run, measure: Measure | None, stop: StopRequest, *, trackers: Trackers, best: Best) -> None:
         self.run, self.measure, self.stop, self.trackers, self.best = run, measure, stop, trackers, best
@@ -282,11 +275,7 @@ class Best:
         return best
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Add a validation; True when it is the best so far.
-
-        Raises:
-            TrainingError: the metric was not measured.
-        """
+        """Add a validation; True when it is the best so far. TrainingError where the metric was not measured."""
         name = self.config.best
         if name is None:
             return False
@@ -318,12 +307,8 @@ class Best:
         return None if measured.step < 0 else measured.step
 
     def write(self, folder: Path, checkpoint: str | None) -> None:
-        """Store it for people and for a resumed run, and link `best` to its checkpoint.
-
-        Args:
-            folder: the run folder.
-            checkpoint: name of the best existing one; an earlier step's where the best step was not saved.
-        """
+        """Store it for people and for a resumed run, and link `best` to its checkpoint, an earlier step's where the
+        best step was not saved."""
         content: dict[str, Any] = {
             "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
             "history": self.history,

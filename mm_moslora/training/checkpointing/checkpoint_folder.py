@@ -83,7 +83,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 class Saver:
-    """Writes one checkpoint at a time.
+    """Writes one checkpoint at a time into the run folder that all ranks share.
 
     Every rank makes the same calls in the same order: `start`, `busy` any number of times, then `finish` or `discard`.
     """
@@ -170,14 +170,8 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> Path:
-        """Wait until all ranks have written.
-
-        Returns:
-            The temporary folder, complete but not committed.
-
-        Raises:
-            CheckpointError: a rank could not write, the same on every rank; its files are deleted.
-        """
+        """Wait until all ranks have written; returns the temporary folder, complete but not committed. CheckpointError
+        on every rank where one could not write; its files are deleted."""
         assert self.pending is not None and self._thread is not None, "start() comes first"  # noqa: PT018
         self._thread.join()
         self._thread = None
@@ -194,14 +188,8 @@ class Saver:
         return self._temporary
 
     def finish(self) -> Path:
-        """Wait until all ranks have written, and commit.
-
-        Returns:
-            The checkpoint.
-
-        Raises:
-            CheckpointError: a rank could not write, the same on every rank; earlier checkpoints are untouched.
-        """
+        """Wait until all ranks have written, and commit; returns the checkpoint. CheckpointError on every rank where
+        one could not write; earlier checkpoints are untouched."""
         self.wait()
         assert self.pending is not None
         final = self.run / folder_name(self.pending.step)
@@ -276,7 +264,6 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     """Read a checkpoint's manifest and check its files against it.
 
     Args:
-        folder: a checkpoint folder.
         verify: hash every file; False compares sizes only.
 
     Raises:

@@ -81,7 +81,6 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from, the same on every rank.
 
     Args:
-        recipe: resolved.
         resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
 
     Raises:
@@ -155,9 +154,6 @@ def changed_since(recipe: Recipe) -> tuple[str, ...]:
     """Differences between a recipe and the newest checkpoint in its run folder for which training would refuse it.
 
     It writes nothing and verifies no file.
-
-    Returns:
-        Recipe keys as `key: there -> now`; empty where there is no checkpoint.
 
     Raises:
         OtherFormatError: another version of mm_moslora wrote the checkpoint.

@@ -29,9 +29,6 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
 
     Newer checkpoints that are damaged are renamed to `*.corrupt`, logged and skipped.
 
-    Returns:
-        Folder and manifest, or None where the run has no checkpoint and none was put aside.
-
     Raises:
         OtherFormatError: another version of mm_moslora wrote the newest intact checkpoint; nothing is renamed.
         CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.

@@ -61,10 +61,7 @@ def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) ->
 
 
 def check_file(train: TrainConfig, *, precision: str, max_grad_norm: float, trains_here: bool = True) -> dict[str, Any]:
-    """Check the settings of DeepSpeed that `train.zero` names, as far as they do not depend on the machine.
-
-    Returns:
-        The settings, from `deepspeed_config`.
+    """Check and return DeepSpeed's settings that `train.zero` names, as far as they do not depend on the machine.
 
     Raises:
         ConfigError: DeepSpeed refuses a file, or it is missing.
@@ -77,15 +74,8 @@ def check_file(train: TrainConfig, *, precision: str, max_grad_norm: float, trai
 
 
 def refuse_ranks(train: TrainConfig, world: int) -> None:
-    """Refuse a number of ranks on which an engine does not run.
-
-    Args:
-        train: the recipe's `train`, with the preset that `zero: auto` chooses.
-        world: ranks of the run.
-
-    Raises:
-        ConfigError: plain torch on several, or a number that `train.sequence_parallel` does not divide.
-    """
+    """Refuse a number of ranks on which an engine does not run: plain torch on several, or a number that
+    `train.sequence_parallel` does not divide. `train.zero` is the preset that `auto` chooses."""
     if train.zero == "none" and world > 1:
         raise ConfigError(
             f"train.zero is none on {world} ranks; plain torch runs one process. Leave train.zero out, choose zero0 to "
@@ -105,7 +95,6 @@ def weights_device(train: TrainConfig, *, quantised: bool) -> torch.device | Non
     every rank its shard, so the other ranks read none.
 
     Args:
-        train: the recipe's `train`.
         quantised: the base model is packed while it is read, which every rank does by itself.
     """
     device = distributed.device()
@@ -122,15 +111,8 @@ def build_engine(
     precision: str,
     optimizer: OptimizerSettings,
 ) -> TrainingEngine:
-    """The engine that `train.zero` names.
-
-    Args:
-        module: on the CPU or on the device that trains; under ZeRO-3 see `weights_device`.
-        groups: from `parameter_groups`.
-        train: the recipe's `train`.
-        precision: resolved.
-        optimizer: AdamW's settings.
-    """
+    """The engine that `train.zero` names; the module is on the CPU or the device that trains, see `weights_device` for
+    ZeRO-3."""
     if train.zero == "none":
         return TorchEngine(module, groups, optimizer)
     prepare_deepspeed(train.zero)

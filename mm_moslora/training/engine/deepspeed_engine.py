@@ -52,15 +52,8 @@ def _initialise(module: nn.Module, config: dict[str, Any], optimizer: torch.opti
 
 
 class DeepSpeedEngine(TrainingEngine):
-    """DeepSpeed ZeRO, any stage.
-
-    Args:
-        module: see `build_engine`.
-        groups: from `parameter_groups`.
-        optimizer: AdamW's settings.
-        config: from `deepspeed_config`.
-        initialise: makes the live engine with the optimiser, for a trainer of another library; None: DeepSpeed does.
-    """
+    """DeepSpeed ZeRO, any stage. `initialise` makes the live engine with the optimiser, for a trainer of another
+    library; None: DeepSpeed does."""
 
     def __init__(
         self,

@@ -19,10 +19,8 @@ from mm_moslora.utils import distributed
 
 
 def restore_linear() -> None:
-    """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process.
-
-    A later run in half precision would have other digits.
-    """
+    """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process: a later run in half
+    precision would have other digits."""
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replacing
 
     nn.functional.linear = getattr(Replacing, "linear_bk", nn.functional.linear)
@@ -75,11 +73,7 @@ def cpu_adam(adamw: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def skip_at_lowest_scale(scaler: Any) -> None:
-    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first.
-
-    Args:
-        scaler: DeepSpeed's loss scaler, or None.
-    """
+    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first."""
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
@@ -139,8 +133,6 @@ def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.
 
     Args:
         module: weights that are not on the meta device may be in main memory. Parameters stay the same objects.
-        config: DeepSpeed's.
-        device: of this rank.
     """
     from deepspeed.runtime.zero import Init
     from deepspeed.utils import groups

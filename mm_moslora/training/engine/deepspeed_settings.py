@@ -27,9 +27,6 @@ def deepspeed_config(
     """A preset or file with the values of the recipe filled in.
 
     Args:
-        train: the recipe's `train`.
-        precision: resolved.
-        max_grad_norm: from `optim`.
         largest_adapter: elements of it, see `largest_adapter`; ZeRO-3 leaves weights of that size whole.
         trains_here: whether `MM_MOSLORA_NVME` must name the folder for swapped weights.
 
@@ -76,11 +73,7 @@ def deepspeed_config(
 
 
 def nvme_folder() -> str:
-    """The folder of `MM_MOSLORA_NVME`, where weights are swapped to.
-
-    Raises:
-        ConfigError: the variable is not set, or it names no folder.
-    """
+    """The folder of `MM_MOSLORA_NVME`, where weights are swapped to; ConfigError where it is not set or no folder."""
     folder = os.environ.get(NVME_FOLDER, "")
     if not folder or not os.path.isdir(folder):
         fault = f"is {folder!r}, which is no folder" if folder else "is not set"
@@ -89,11 +82,7 @@ def nvme_folder() -> str:
 
 
 def check_operators(config: Mapping[str, Any], zero: str) -> None:
-    """Refuse settings whose operators of DeepSpeed cannot run or be built here.
-
-    Raises:
-        ConfigError: names the operator and what it needs.
-    """
+    """Refuse settings whose operators of DeepSpeed cannot run or be built here."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -121,9 +110,6 @@ def check_settings(config: dict[str, Any], zero: str) -> None:
 
     Outside its groups DeepSpeed ignores unknown keys. A key that resembles a known one is refused here; a warning names
     the others.
-
-    Raises:
-        ConfigError: DeepSpeed refuses the file, or a key resembles a known one.
     """
     import deepspeed
 

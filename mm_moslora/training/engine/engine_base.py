@@ -39,12 +39,7 @@ class TrainingEngine(ABC):
         """Ranks that get the same micro-batches, and compute their parts."""
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
-        """One optimiser step.
-
-        Args:
-            micro_batches: this rank's; every rank must pass the same number.
-            lr_factor: factor on each group's peak learning rate.
-        """
+        """One optimiser step over this rank's micro-batches, of which every rank passes the same number."""
         # One collective before the passes: the loss of a token is divided by the weights of the supervised tokens of
         # all ranks and micro-batches, so that the gradient does not depend on how a step is split.
         started = time.monotonic()
@@ -92,11 +87,8 @@ class TrainingEngine(ABC):
         return counts, sums.pop(0) / self.copies or 1.0, sums
 
     def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
-        """Prepare for a step.
-
-        Args:
-            with_images: ranks with pictures, per micro-batch; may be changed to have the vision path run there.
-        """
+        """Prepare for a step; `with_images`, ranks with pictures by micro-batch, may be changed to have the vision path
+        run there."""
 
     @property
     def loss_scale(self) -> float:
@@ -110,12 +102,8 @@ class TrainingEngine(ABC):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Measure batches without a gradient.
-
-        Returns:
-            fp64 ``[4]`` on the CPU, over all ranks: weighted sum of the cross entropies, supervised tokens that had the
-            highest probability, sum of the weights, supervised tokens.
-        """
+        """Measure batches without a gradient: fp64 ``[4]`` on the CPU, over all ranks: weighted sum of the cross
+        entropies, supervised tokens that had the highest probability, sum of the weights, supervised tokens."""
         counts, weight, with_images = self._counts_of_all_ranks(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -137,20 +125,12 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def _update(self, lr_factor: float, sums: Tensor) -> Update:
-        """Clip, and step if everything is finite.
-
-        Args:
-            lr_factor: factor on each group's peak learning rate.
-            sums: fp64 ``[2]`` on the device, over all ranks: of all token losses, and of the right tokens.
-        """
+        """Clip, and step if everything is finite; `sums`: fp64 ``[2]`` on the device, over all ranks, of losses and
+        right tokens."""
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
-        """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part.
-
-        Args:
-            only: part of the names of the wanted parameters; all have the empty one.
-            keep: whether this rank keeps the values; if not, it gets tensors of their shapes on the meta device.
-        """
+        """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part. `only`
+        is a part of the wanted names. A rank without `keep` gets tensors of their shapes on the meta device."""
         state = self._trainable_state(only=only, keep=keep)
         return {name.removeprefix(MODEL): value for name, value in state.items()}
 
@@ -164,12 +144,8 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
-        """Take over masters that were just written into `shards`.
-
-        Args:
-            stored: gives the whole master of a parameter, flat fp32, by its name.
-            scaler: from `scaler_state`.
-        """
+        """Take over masters that were just written into `shards`; `stored` gives a whole one, flat fp32, by its
+        name."""
 
     def scaler_state(self) -> dict[str, float]:
         """State of the dynamic loss scale (fp16); empty without one."""

@@ -25,14 +25,8 @@ class OptimizerKind:
     def make(
         self, settings: OptimizerSettings, groups: Groups, parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
     ) -> torch.optim.Optimizer:
-        """The optimiser, with one group for each of `groups`, in their order.
-
-        Args:
-            settings: the recipe's.
-            groups: their rates and decays.
-            parameters: what it steps, by group.
-            fused: one kernel reads and writes all states of many parameters; for AdamW's states on a GPU.
-        """
+        """The optimiser, with one group for each of `groups`, in their order; `fused`: one kernel reads and writes all
+        states of many parameters, for AdamW's states on a GPU."""
         # On a CPU a fused kernel has another order of operations, and so other bits.
         return torch.optim.AdamW(
             _as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps, fused=fused or None
@@ -124,11 +118,7 @@ def set_rates(optimizer: torch.optim.Optimizer, groups: Groups, factor: float) -
 
 
 def require_optimizer(name: str, device: torch.device) -> None:
-    """Try one step on a device.
-
-    Raises:
-        ConfigError: the optimiser's library cannot step there.
-    """
+    """Try one step on a device; ConfigError where the optimiser's library cannot step there."""
     if name == "adamw":
         return
     # From 4,096 values on states have 8 bits.

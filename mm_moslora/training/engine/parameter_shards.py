@@ -56,13 +56,9 @@ class ParameterShard:
         """The state that an optimiser keeps of a parameter, made as the optimiser makes it where there is none yet.
 
         Args:
-            name: of the parameter.
-            optimizer: of this kind.
             master: what it steps: the parameter's master, or a flat tensor of several.
             start: first element in the parameter.
             offset: first element in `master`.
-            length: elements, of each tensor; None: all.
-            kind: of the optimiser.
         """
         state = optimizer.state[master]
         if not state:
@@ -103,9 +99,7 @@ def component_norms(
     ZeRO stage keeps.
 
     Args:
-        shards: of this rank.
         groups: of all parameters; the part of a group's name before the slash is its component.
-        device: the one that communicates.
         copies: ranks that hold the same shards.
     """
     component = {name: group.name.partition("/")[0] for group in groups for name in group.names}

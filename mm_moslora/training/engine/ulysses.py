@@ -26,21 +26,13 @@ ULYSSES = "mm_moslora_ulysses"
 
 
 def row_share(ranks: int) -> RowShare:
-    """The part of every row that this rank computes; groups are of consecutive ranks."""
+    """The part of every row that this rank computes; groups are of `ranks` consecutive ones."""
     return RowShare(index=distributed.rank() % ranks, of=ranks)
 
 
 def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> None:
-    """Refuse a model whose rows several ranks cannot compute together.
-
-    Args:
-        model: may be on the meta device.
-        ranks: of a group; with one, nothing is refused.
-        attention: of the decoder, a name of transformers.
-
-    Raises:
-        ConfigError: the model's forward pass or its attention takes whole rows, or its heads cannot be divided.
-    """
+    """Refuse a model, on any device, whose rows `ranks` of a group cannot compute together; with one, nothing is
+    refused."""
     if ranks == 1:
         return
     if has_own_forward(model):
@@ -64,12 +56,8 @@ def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> 
 
 
 def share_rows(model: PreTrainedModel, ranks: int) -> None:
-    """Have the attention of a decoder see the tokens of all ranks of a group; every rank of the run calls it.
-
-    Args:
-        model: its attention is set; DeepSpeed is started.
-        ranks: of a group, see `refuse_row_shares`.
-    """
+    """Have the attention of a decoder, which is set, see the tokens of all ranks of a group; every rank of the run
+    calls it once DeepSpeed is started."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     config: Any = model.get_decoder().config

@@ -34,14 +34,8 @@ SHARE = 0.1
 
 
 class Forgetting:
-    """Measures a run at its two ends.
-
-    Args:
-        run: the run.
-        measure: runs harness tasks; None: there are none.
-        forgotten: compares both ends; None: nothing is measured.
-        stop: a signal that it has received ends a measurement.
-    """
+    """Measures a run at its two ends; nothing where `forgotten`, which compares them, is None. A signal that `stop` has
+    received ends a measurement."""
 
     def __init__(self, run: Run, measure: Measure | None, forgotten: Forgotten | None, stop: StopRequest) -> None:
         self.run, self.measure, self.stop = run, measure, stop
@@ -49,7 +43,8 @@ class Forgetting:
         self.always = run.recipe.validate.forgetting == "always"
 
     def measure_start(self, *, tokens: float) -> None:
-        """Measure the model before the first step, where it is worth its time."""
+        """Measure the model before the first step, where it is worth its time; `tokens`: of the whole run, over all
+        ranks."""
         if self.forgotten is None:
             return
         with undisturbed(self.run.engine):
@@ -66,14 +61,8 @@ class Forgetting:
             files.replace_json(self.run.folder / START, start)
 
     def measure_end(self, *, validated: bool) -> dict[str, float]:
-        """Measure the model at the end if the start was measured, and write the comparison.
-
-        Args:
-            validated: whether the tasks were run at this step.
-
-        Returns:
-            Metrics by name.
-        """
+        """Measure the model at the end if the start was measured, and write the comparison; returns metrics by name.
+        `validated`: whether the tasks were run at this step."""
         start = distributed.from_main(self._start() if self.forgotten and distributed.is_main() else None)
         if start is None or self.forgotten is None:
             return {}

@@ -109,10 +109,6 @@ def activation_memory(
     """Measure a recipe's model on the meta device.
 
     Args:
-        model: the recipe's `model`; the configurations of its parts are read.
-        adapter: the recipe's `adapter`.
-        vision_checkpointing: `train.vision_gradient_checkpointing`.
-        dtype: the compute dtype.
         picture: width and height of a typical picture, for models with a cost that depends on it.
 
     Raises:

@@ -124,11 +124,8 @@ class StepMemory:
         )
 
     def main_memory(self, *, packed: bool = False) -> float:
-        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, or offloaded.
-
-        Args:
-            packed: the base is quantised, which every rank reads to its GPU.
-        """
+        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, or offloaded. `packed`:
+        the base is quantised, which every rank reads to its GPU."""
         size, zero = self.size, self.settings
         trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
         if zero is None:
@@ -143,10 +140,8 @@ class StepMemory:
 
     @property
     def generating(self) -> float:
-        """Bytes while a validation generates, without its cache: ZeRO-3 then has all weights whole on every GPU.
-
-        0 where weights are whole anyway.
-        """
+        """Bytes while a validation generates, without its cache: ZeRO-3 then has all weights whole on every GPU; else
+        0."""
         size, (_, _, whole, gathered) = self.size, self._weights()
         if not whole + gathered:
             return 0.0
@@ -154,11 +149,8 @@ class StepMemory:
         return self.of(0, supervised=0, images=0).total - gathered + model - whole
 
     def cannot_generate(self, capacity: float) -> str:
-        """Why the validation of `validate.samples` and `validate.tasks` does not fit, with the remedy; empty: it does.
-
-        Args:
-            capacity: bytes of the GPU.
-        """
+        """Why the validation of `validate.samples` and `validate.tasks` does not fit into so many bytes, with the
+        remedy, or empty."""
         if self.generating <= FREE_SHARE * capacity:
             return ""
         return (
@@ -205,27 +197,15 @@ class StepMemory:
         return bisect.bisect_right(range(1, 2**31), room, key=lambda tokens: self.worst(tokens).total)
 
     def token_budget(self, capacity: float, *, longest: int) -> int:
-        """The default of `train.micro_tokens` on a GPU: the tokens that surely fit.
-
-        Args:
-            capacity: bytes of the GPU.
-            longest: tokens of the longest example or packed row.
-
-        Returns:
-            At least `longest`, which may take the room that is left for errors of the estimate. 0: it does not fit.
-        """
+        """The default of `train.micro_tokens` on a GPU of so many bytes: the tokens that surely fit; 0: `longest` does
+        not fit. At least `longest`, which may take the room that is left for errors of the estimate."""
         room = FREE_SHARE * capacity
         budget = self.most_tokens(room / (1 + MODEL_ERROR))
         return budget if budget >= longest else longest if self.most_tokens(room) >= longest else 0
 
     def remedies(self, capacity: float, *, longest: int, key: str) -> str:
-        """What would make the longest example or row fit, as the end of a sentence.
-
-        Args:
-            capacity: bytes of the GPU.
-            longest: its tokens.
-            key: the recipe's key for them.
-        """
+        """What would make an example or row of `longest` tokens fit, as the end of a sentence; `key`: the recipe's for
+        them."""
         most = self.most_tokens(FREE_SHARE * capacity)
         remedies = [f"lower {key} to {most}"] if most >= SHORTEST else []
         stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")

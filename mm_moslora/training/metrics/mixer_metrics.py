@@ -37,12 +37,8 @@ ADAPTERS = ".lora_"
 
 @torch.no_grad()
 def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to.
-
-    Args:
-        model: the model with its adapters; it supplies the parameters that do not train.
-        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`; its tensors are kept.
-    """
+    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to. The
+    model supplies the parameters that do not train; the tensors of `state` (full fp32 values by name) are kept."""
     for _, layer, name, (A, M, B) in _factors(model, state):
         A0, B0 = (factor if factor.any() else None for factor in (A, B))
         layer.starts[name] = Start(mixer=M, A=A0, B=B0)
@@ -81,21 +77,13 @@ def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
 
 @torch.no_grad()
 def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[ModuleReport]:
-    """A report per adapted module.
-
-    Args:
-        model: see `keep_start`.
-        state: parameter name to full fp32 value, from `TrainingEngine.trainable_state`: live weights may be shards.
-    """
+    """A report per adapted module; `state` has full fp32 values by name, since live weights may be shards."""
     return [layer_report(path, layer, name, A, M, B) for path, layer, name, (A, M, B) in _factors(model, state)]
 
 
 def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
-    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
-
-    Returns:
-        Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
-    """
+    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`. Finite numbers
+    only (a rank-deficient mixer has no condition number); empty without adapters."""
     means = summary(reports) if reports else {}
     return {name: value for name, value in means.items() if math.isfinite(value)}
 
@@ -126,16 +114,8 @@ def log_adapter(
     model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
     metrics: bool = True,
 ) -> None:  # fmt: skip
-    """Log the measures of an adapter, on rank 0; without an adapter there are none.
-
-    Args:
-        model: with the adapter inside.
-        state: parameter name to full fp32 value.
-        trackers: the receivers.
-        step: of the state.
-        file: for the measures at the end of a run.
-        metrics: log the means, too; False where those of the step are logged already.
-    """
+    """Log the measures of an adapter, on rank 0; without an adapter there are none. `metrics`: False where the means of
+    the step are logged already."""
     if not distributed.is_main():
         return
     with only_measuring("The adapter"):

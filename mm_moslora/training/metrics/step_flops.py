@@ -120,7 +120,6 @@ class FlopCounter:
     """Counts the FLOPs of a model. Construction walks over the model's modules, so make one counter per model.
 
     Args:
-        model: causal language model or VLM with the trainable parameters set; may be on the meta device.
         runs: how often a forward pass runs each decoder layer, and those it stands for where the model holds only some
             of them; None: once.
         picture: FLOPs of one picture; None: computed from the configuration, for transformers' towers and one tile.
@@ -185,13 +184,8 @@ class FlopCounter:
         self.per_patch = (picture.flops - picture.attention - 2 * counted_apart) / picture.patches
 
     def count(self, shape: StepShape, *, checkpointing: float = 0.0, vision_checkpointing: bool = False) -> Flops:
-        """FLOPs of forward and backward passes.
-
-        Args:
-            shape: the step, on one rank or over all.
-            checkpointing: share of the decoder's layers with gradient checkpointing; their recomputation is counted.
-            vision_checkpointing: the same for a tower that trains.
-        """
+        """FLOPs of forward and backward passes of a step, on one rank or over all; recomputation of the share of
+        decoder layers with gradient `checkpointing`, and of a tower that trains, is counted."""
         again, steps = float(checkpointing), shape.micro_batches
         dropped = shape.tokens - shape.supervised if self.drops else 0
         base = self.decoder.cost(shape.tokens, passes_back=self.passes_back, again=again)

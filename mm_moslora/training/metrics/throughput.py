@@ -19,13 +19,9 @@ from mm_moslora.utils import distributed
 
 
 def rank_figures(*, seconds: float, data_seconds: float = 0.0, work_seconds: float = 0.0) -> dict[str, float]:
-    """Measurements of this rank by name; metrics hold the largest and the smallest over all ranks.
-
-    Args:
-        seconds: of the last step, waiting for data included.
-        data_seconds: that the last step waited for data.
-        work_seconds: per step since the last record, without waiting for other ranks at step boundaries.
-    """
+    """Measurements of this rank by name; metrics hold the largest and the smallest over all ranks. `seconds` and
+    `data_seconds` are of the last step: all, and those in which it waited for data. `work_seconds` are per step since
+    the last record, without waiting for other ranks at step boundaries."""
     on_gpu = torch.cuda.is_available()
     return {
         "step_seconds": seconds,
@@ -38,12 +34,8 @@ def rank_figures(*, seconds: float, data_seconds: float = 0.0, work_seconds: flo
 
 
 class Clock:
-    """The wall time of a run, split by activity.
-
-    Args:
-        counters: of the run; `wall_seconds` grows with all time, `seconds` with optimiser steps only.
-        step: optimiser steps done.
-    """
+    """The wall time of a run, split by activity; `wall_seconds` grows with all time, `seconds` with optimiser steps
+    only."""
 
     def __init__(self, counters: MutableMapping[str, float], step: int) -> None:
         self._counters = counters
@@ -73,14 +65,8 @@ class Clock:
         self.tick()
 
     def record(self, step: int, total: int) -> tuple[dict[str, float], float]:
-        """Metrics since the last record, and this rank's `work_seconds` for `rank_figures`.
-
-        Rates include all time in between: saves, validations and waiting.
-
-        Args:
-            step: optimiser steps done.
-            total: optimiser steps of the whole run.
-        """
+        """Metrics since the last record, and this rank's `work_seconds` for `rank_figures`. Rates include all time in
+        between: saves, validations and waiting."""
         now = time.monotonic()
         wall, steps = max(now - self._recorded_at, 1e-9), max(1, step - self._recorded)
         per_step = (now - self._began) / max(1, step - self._first)
@@ -107,8 +93,6 @@ class Speedometer:
     such as a CPU.
 
     Args:
-        model: the model with its trainable parameters set.
-        device_name: name from the driver; None asks torch.
         copies: ranks that get the same micro-batches (`train.sequence_parallel`).
     """
 
@@ -123,7 +107,7 @@ class Speedometer:
         self.counter = FlopCounter(model) if counts else None
 
     def of(self, result: StepResult, micro_batches: Sequence[Batch], own: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of one step; every rank calls it."""
+        """Metrics of one step; every rank calls it with its own micro-batches and `rank_figures`."""
         tokens = sum(batch.tokens for batch in micro_batches) / self.copies
         table = distributed.table_over_ranks([tokens, *own.values(), *self._seen(micro_batches)])
         loads, *columns = zip(*table, strict=True)
@@ -137,11 +121,7 @@ class Speedometer:
         return metrics
 
     def needs(self, result: StepResult, micro_batches: Sequence[Batch]) -> Flops | None:
-        """FLOPs that a step of this rank alone needs.
-
-        Returns:
-            None on a device with an unknown peak.
-        """
+        """FLOPs that a step of this rank alone needs; None on a device with an unknown peak."""
         return self._needed(result, self._seen(micro_batches), micro_batches=len(micro_batches))
 
     def _seen(self, micro_batches: Sequence[Batch]) -> list[float]:

@@ -40,12 +40,8 @@ class VisionWork:
 
 
 class TowerShape:
-    """The dimensions of a tower that decide the work per picture.
-
-    Args:
-        model: a model with a vision tower.
-        entry: input width of the projector; 0: there is no projector.
-    """
+    """The dimensions of a tower that decide the work per picture; `entry`: input width of the projector, 0 without
+    one."""
 
     def __init__(self, model: PreTrainedModel, *, entry: int) -> None:
         tower: Any = model.get_submodule(tower_path(model))

@@ -19,12 +19,8 @@ ALERT_LENGTH = 1000
 
 
 class SkippedSteps:
-    """Counts the steps in a row that were skipped because a loss or a gradient is not finite.
-
-    Args:
-        limit: `train.max_skipped_steps`.
-        advice: what to do where there are too many; sentences.
-    """
+    """Counts the steps in a row that were skipped because a loss or a gradient is not finite; `advice` is in
+    sentences."""
 
     def __init__(self, limit: int, *, advice: str) -> None:
         self.limit, self.advice, self.in_a_row = limit, advice, 0
@@ -39,11 +35,7 @@ class SkippedSteps:
         return self.in_a_row >= self.limit
 
     def give_up(self, step: int) -> None:
-        """End a run that has diverged.
-
-        Raises:
-            DivergedError: there are too many.
-        """
+        """End a run that has diverged: DivergedError where there are too many."""
         if self.too_many:
             raise DivergedError(
                 f"{self.in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step {step}. "
@@ -52,7 +44,7 @@ class SkippedSteps:
 
 
 def name_skipped(step: int, loss: float, *, own_loss_is_finite: bool, ids: Sequence[str]) -> None:
-    """Warn of a skipped step, and name this rank's records where they may be the reason."""
+    """Warn of a skipped step, and name this rank's records where they may be the reason; `loss` is over all ranks."""
     if math.isfinite(loss) or not own_loss_is_finite:
         logger.warning(
             "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", step, loss, records_of_rank(ids)
@@ -68,13 +60,7 @@ def records_of_rank(ids: Sequence[str]) -> str:
 
 @contextmanager
 def telling_errors(trackers: Trackers, phase: Callable[[str], None], step: Callable[[], int]) -> Iterator[None]:
-    """A run: its other ranks and whoever watches its trackers learn of an error that ends it.
-
-    Args:
-        trackers: get an alert.
-        phase: sets the phase of the rank's heartbeat.
-        step: optimiser steps so far.
-    """
+    """A run: its other ranks and whoever watches its trackers learn of an error that ends it."""
     try:
         yield
     except KeyboardInterrupt:

@@ -17,12 +17,7 @@ from mm_moslora.utils.untrusted_files import read_text_below
 
 
 def refuse_folder(run: Path) -> None:
-    """Refuse a run folder that is a file, or that holds files of another program.
-
-    Raises:
-        TrainingError: a file is at the path of the folder.
-        ConfigError: files of another program have names that a run writes.
-    """
+    """Refuse a run folder that is a file, or that holds files of another program."""
     existing = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise TrainingError(f"The run folder {run} cannot be made: {existing} is a file. Choose another train.output.")
@@ -30,15 +25,8 @@ def refuse_folder(run: Path) -> None:
 
 
 def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder.
-
-    Args:
-        run: the run folder.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
-    """
+    """Refuse a value of `--resume` that contradicts the contents of the run folder: `required` without a checkpoint,
+    `never` with one, or a folder that does not exist."""
     resume_folder(resume)
     if resume == "never" and checkpoints(run):
         raise CheckpointError(

@@ -40,7 +40,6 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ru
     surviving rank records the end.
 
     Args:
-        folder: the run folder.
         stages: names of its subfolders that are stages, in order.
     """
     own = os.getpid()
@@ -76,7 +75,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ru
 
 
 def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
-    """Record the end of a run before its process is ended, by the first rank that knows."""
+    """Record the end of a run, with the ranks to blame, before its process is ended, by the first rank that knows."""
     state = _read_state(folder)
     if state is not None and state.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}

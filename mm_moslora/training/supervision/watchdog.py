@@ -65,7 +65,7 @@ class Blame:
 
 
 class Watchdog:
-    """Watches one rank inside a `with` block."""
+    """Watches one rank inside a `with` block; its files are in the run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
@@ -125,13 +125,7 @@ class Watchdog:
         self._say()
 
     def phase(self, what: str, step: int, limit_seconds: float) -> None:
-        """Set the next phase and its time limit.
-
-        Args:
-            what: one or two words.
-            step: optimiser steps done.
-            limit_seconds: time after which this rank gives up.
-        """
+        """Set the next phase, in one or two words, and the time after which this rank gives up."""
         with self._lock:
             self._phase, self._step, self._limit, self._since = what, step, limit_seconds, time.monotonic()
             if what != heartbeat.FAILING:  # the error may come from the standstill
