@@ -171,10 +171,8 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
-    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again.
-
-    Args:
-        stop_at: number of steps of a probe that measures the speed; None: the whole run.
+    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again. A probe
+    that measures the speed stops at step `stop_at`.
 
     Raises:
         MoSLoRAError: the run failed; its outcome says so, too.

@@ -48,10 +48,8 @@ class Shard:
 
 
 def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
-    """The files that show that shards are done, in their order.
-
-    Args:
-        suffix: what follows a shard's name in the path of its file.
+    """The files that show that shards are done, in their order; `suffix` follows a shard's name in the path of its
+    file.
 
     Raises:
         ConfigError: shards are missing, or of two divisions.

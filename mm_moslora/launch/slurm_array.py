@@ -32,9 +32,7 @@ _SIGN = re.compile(re.sub(r"\\\{\w+\\\}", r"(\\d+|#SBATCH --gpus-per-node=\\d+\n
 
 def write_array(file: Path, jobs: Sequence[Job]) -> None:
     """Write the batch script. SLURM requeues the elements of a lost node; two minutes before the limit a job saves.
-
-    Args:
-        jobs: in the order of the elements; cards and cores are those of the greatest.
+    Elements are in the order of the jobs; cards and cores are those of the greatest.
 
     Raises:
         ConfigError: there are none, or another file is there, or one that somebody has changed.

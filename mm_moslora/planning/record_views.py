@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 
 def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
-    """Training records as renderables, with every token coloured by supervision.
-
-    Args:
-        start: number of the first record over all of data.train, from 0.
+    """Training records as renderables, every token coloured by supervision; `start` counts over all of data.train, from
+    0.
 
     Raises:
         DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.

@@ -127,10 +127,8 @@ def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSi
 
 
 def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
-    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures.
-
-    A decoder without adapters that does not train multiplies by its weights alone.
-    """
+    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures. A decoder
+    without adapters that does not train multiplies by its weights alone."""
     decoder, newer = size.counter.decoder, gpus.peak > 5e14
     if not decoder.trained and not decoder.adapters:
         return 0.43 if newer else 0.48

@@ -212,11 +212,9 @@ def _records(
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Makes the batches of TRL's DPOTrainer: all chosen answers, then all rejected ones, in padded rows.
-
-    They have the project's labels and the inputs of `PaddedCollator`, which equal those of the model's processor.
-    `PairRows.collate` makes those of rows without padding.
-    """
+    """Makes the batches of TRL's DPOTrainer: all chosen answers, then all rejected ones, in padded rows. They have the
+    project's labels and the inputs of `PaddedCollator`, which equal those of the model's processor. `PairRows.collate`
+    makes those of rows without padding."""
 
     run: PreferenceRun
 

@@ -96,9 +96,7 @@ def _serialised(content: Any) -> bytes:
 class RunTrainer(ZeroTrainer):
     """What TRL's trainers share here; `train` continues from a checkpoint's `rank_folder`.
 
-    Args:
-        run: the run. TRL gives its PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
-        saves: writes its checkpoints, and has its watchdog.
+    TRL gives the run's PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
     """
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves, *, args: Any, **more: Any) -> None:
@@ -230,11 +228,8 @@ def _complete_reference(model: nn.Module) -> None:
 
 
 class PairTrainer(RunTrainer, DPOTrainer):
-    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`.
-
-    TRL averages over the pairs or tokens of a micro-batch. Weights by their numbers make this the mean over the step,
-    however it is split.
-    """
+    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`. TRL averages over the pairs or tokens of a
+    micro-batch. Weights by their numbers make this the mean over the step, however it is split."""
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         preference = run.recipe.preference

@@ -120,13 +120,11 @@ _REMEDY = (
 
 
 def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
-    """One image of every record that comes before a supervised token of its conversation.
+    """One image of every record that comes before a supervised token of its conversation. Without a placeholder
+    `token`, images count wherever they are.
 
-    For records with several images, the first such record gives its second image, the next record its third, and so
-    on. A single record of three images then reveals a model that reads the first or the last image alone.
-
-    Args:
-        token: the image placeholder; None: images count wherever they are.
+    For records with several images, the first such record gives its second image, the next record its third, and so on.
+    A single record of three images then reveals a model that reads the first or the last image alone.
     """
     if batch.pixel_values is None:
         return []

@@ -60,10 +60,8 @@ def resumed_start(
 
 @torch.no_grad()
 def start_projector(config: ModelConfig, assembly: Parts, data: MeasuredRecords) -> None:
-    """Fit a new projector to pictures of the training data and their answers, as its configuration asks.
-
-    Rank 0 computes on the device that it trains on; the other ranks get its weights.
-    """
+    """Fit a new projector to pictures of the training data and their answers, as its configuration asks. Rank 0
+    computes on the device that it trains on; the other ranks get its weights."""
     model, wanted = assembly.model, config.projector
     if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
         return

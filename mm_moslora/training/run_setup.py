@@ -167,10 +167,8 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
 
 
 def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples | TrainingStream) -> Recipe:
-    """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template.
-
-    A resumed run keeps the form of its checkpoint.
-    """
+    """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template. A
+    resumed run keeps the form of its checkpoint."""
     if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asks or form.mixed):
         if form.mixed:
             logger.warning("%s: %s.", form.words, form.remedy)

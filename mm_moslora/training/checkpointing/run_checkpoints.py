@@ -61,10 +61,8 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
 
 
 def set_aside_newer(run: Path, step: int) -> None:
-    """Rename the checkpoints of a run that are newer than the step it resumes from to `*.superseded`.
-
-    Otherwise the next start would resume from the newest of them, and retention would delete the new checkpoints first.
-    """
+    """Rename a run's checkpoints that are newer than the step it resumes from to `*.superseded`. Otherwise the next
+    start would resume from the newest of them, and retention would delete the new checkpoints first."""
     for number, folder in checkpoints(run):
         if number > step:
             aside = files.set_aside(folder, "superseded")

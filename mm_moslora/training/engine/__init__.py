@@ -92,10 +92,7 @@ def weights_device(train: TrainConfig, *, quantised: bool) -> torch.device | Non
     """Where this rank reads frozen and initial weights to; None: main memory.
 
     Below ZeRO-3 that is the device that trains. Under ZeRO-3 rank 0 reads them into main memory, and the engine sends
-    every rank its shard, so the other ranks read none.
-
-    Args:
-        quantised: the base model is packed while it is read, which every rank does by itself.
+    every rank its shard, so the other ranks read none; a `quantised` base every rank packs by itself while it is read.
     """
     device = distributed.device()
     if stage_of(train.zero) < 3 or quantised:

@@ -29,9 +29,8 @@ def restore_linear() -> None:
 @contextmanager
 def without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """DeepSpeed's half-precision optimiser of stage 0 steps with zero gradients when it is made; not within this block.
-
-    Such a step decays the weights and leaves counts at one. Without it, stage 0 gives the numbers of the other stages.
-    """
+    Such a step decays the weights and leaves counts at one. Without it, stage 0 gives the numbers of the other
+    stages."""
     own = vars(optimizer)
     before = own.get("step")  # of DeepSpeed's AdamW for main memory it was replaced already
     own["step"] = lambda *_, **__: None
@@ -126,13 +125,10 @@ def clear_gradients(engine: Any, stage: int) -> None:
 
 @torch.no_grad()
 def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.device) -> None:
-    """Stage 3: cut rank 0's weights up over all ranks, one after the other.
+    """Stage 3: cut rank 0's weights up over all ranks, one after the other; parameters stay the same objects.
 
     `deepspeed.initialize` would first move the whole model to each rank's device. DeepSpeed's conversion of one weight,
     used here, sends rank 0's values anyway, so the other ranks may have theirs on the meta device.
-
-    Args:
-        module: weights that are not on the meta device may be in main memory. Parameters stay the same objects.
     """
     from deepspeed.runtime.zero import Init
     from deepspeed.utils import groups

@@ -19,10 +19,8 @@ _TABLES = "qmap"
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterShard:
-    """Consecutive elements of one parameter; this rank holds their optimiser state.
-
-    All tensors are flat views into what the optimiser uses; writing to them changes it. AdamW's have equal lengths.
-    """
+    """Consecutive elements of one parameter; this rank holds their optimiser state. All tensors are flat views into
+    what the optimiser uses; writing to them changes it. AdamW's have equal lengths."""
 
     name: str
     """Parameter name in the engine's module."""
@@ -96,11 +94,8 @@ def component_norms(
     """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
 
     The momentum is the mean of the last gradients, after clipping: the one trace of a component's gradients that every
-    ZeRO stage keeps.
-
-    Args:
-        groups: of all parameters; the part of a group's name before the slash is its component.
-        copies: ranks that hold the same shards.
+    ZeRO stage keeps. `groups` are those of all parameters, COMPONENT the part of a group's name before the slash;
+    `copies` ranks hold the same shards.
     """
     component = {name: group.name.partition("/")[0] for group in groups for name in group.names}
     kinds = {"weight_norm": lambda shard: shard.master, "momentum_norm": lambda shard: shard.momentum}

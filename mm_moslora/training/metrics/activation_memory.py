@@ -106,10 +106,7 @@ def activation_memory(
     dtype: torch.dtype = torch.bfloat16,
     picture: tuple[int, int] = PICTURE,
 ) -> ActivationMemory:
-    """Measure a recipe's model on the meta device.
-
-    Args:
-        picture: width and height of a typical picture, for models with a cost that depends on it.
+    """Measure a recipe's model on the meta device; `picture` (width, height) counts where a model's cost depends on it.
 
     Raises:
         ModelError: its configuration cannot be read, or it does not compute without weights.

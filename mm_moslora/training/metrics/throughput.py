@@ -90,10 +90,7 @@ class Speedometer:
 
     MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
     divides by the sum of the ranks' dense half-precision peaks. It is missing where a rank's device has no known peak,
-    such as a CPU.
-
-    Args:
-        copies: ranks that get the same micro-batches (`train.sequence_parallel`).
+    such as a CPU. `copies` ranks get the same micro-batches (`train.sequence_parallel`).
     """
 
     def __init__(self, model: PreTrainedModel, *, device_name: str | None = None, copies: int = 1) -> None:

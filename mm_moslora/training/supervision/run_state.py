@@ -37,10 +37,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ru
     """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
 
     A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
-    surviving rank records the end.
-
-    Args:
-        stages: names of its subfolders that are stages, in order.
+    surviving rank records the end. `stages` are the names of subfolders that are stages, in order.
     """
     own = os.getpid()
     began: dict[str, Any] = {

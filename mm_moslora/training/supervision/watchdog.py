@@ -152,10 +152,8 @@ class Watchdog:
                     self._give_up("The other ranks cannot be reached.")
 
     def _misses_a_rank(self) -> bool:
-        """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0.
-
-        Otherwise a rank that waits for another's address in a new group waits for the timeout of a collective.
-        """
+        """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0. Otherwise a rank
+        that waits for another's address in a new group waits for the timeout of a collective."""
         beats = self.read() if distributed.is_main() else self.read(name="rank-00000.json")
         return any(
             beat.age > _GONE_SECONDS
