@@ -104,8 +104,7 @@ class Arm:
     def apply(self, recipe: Recipe, **further: Any) -> Recipe:
         """The recipe of this arm, with further dotted keys (`__` for the dot, such as `optim__lr`)."""
         data = recipe.to_dict()
-        changes = {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}
-        for key, value in changes.items():
+        for key, value in {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}.items():
             set_dotted(Recipe, data, key.split("."), value, f"{key}={value}")
         return Recipe.from_dict(data, source=f"arm {self.name!r}")
 

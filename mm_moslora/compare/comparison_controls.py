@@ -250,8 +250,7 @@ def _remarks(good: Sequence[tuple[int, Outcome]], views: Sequence[Mapping[str, P
 
 def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
     """Columns of the tables: each task, and all of them together where there are several."""
-    columns = {name: [name] for name in scores}
-    return columns | ({ALL: list(scores)} if len(scores) > 1 else {})
+    return {name: [name] for name in scores} | ({ALL: list(scores)} if len(scores) > 1 else {})
 
 
 def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Difference:

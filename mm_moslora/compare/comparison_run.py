@@ -95,8 +95,7 @@ class ArmComparison:
         self._claim(file, {**trained_on, **measured})
         try:
             if self._hold_out is not None:  # only a folder that is claimed holds a split of these records
-                folder = self.folder / "data"
-                self.recipe = with_holdout(self._given, folder, share=self._hold_out, reuse=claimed)
+                self.recipe = with_holdout(self._given, self.folder / "data", share=self._hold_out, reuse=claimed)
         except MoSLoRAError:
             if not claimed:  # another share may do
                 discard(file)
@@ -298,8 +297,7 @@ class ArmComparison:
             lambda: [dataclasses.replace(_job(run, stop_at=PROBE_STEPS), name=arm) for arm, run in runs.items()],
             engine, over=lambda job, problem: problems.update({job.name: _problem(runs[job.name], problem)}),
         )  # fmt: skip
-        costs = [dataclasses.replace(cost, problem=problems.get(cost.arm, "")) for cost in self._costs(runs)]
-        return cost_table(costs)
+        return cost_table([dataclasses.replace(cost, problem=problems.get(cost.arm, "")) for cost in self._costs(runs)])
 
 
 def _job(run: CellRun, *, stop_at: int | None = None) -> Job:

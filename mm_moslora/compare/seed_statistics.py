@@ -186,8 +186,7 @@ def _runs(tasks: Mapping[str, TaskScores]) -> Runs:
     deviations: dict[int, float] = {}
     for name, task in tasks.items():
         ((grid,), _) = _in_common([task], name)
-        effects = _fit(grid).effects / len(tasks)
-        for number, effect in zip(task.numbers, effects, strict=True):
+        for number, effect in zip(task.numbers, _fit(grid).effects / len(tasks), strict=True):
             deviations[number] = deviations.get(number, 0.0) + effect
     return deviations
 

@@ -135,8 +135,7 @@ class RayEngine:
         except self._ray.exceptions.TaskCancelledError:
             return End(job, EXIT_REQUEUE)  # before it began
         except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            return End(job, 1, reason_of(cause))
+            return End(job, 1, reason_of(getattr(error, "cause", None) or error))
         deadline = time.monotonic() + _SEEN_LATE
         while code == 0 and job.output is not None and not job.output.exists() and time.monotonic() < deadline:
             time.sleep(_PAUSE)

@@ -191,8 +191,7 @@ def _step(parts: Parts) -> Iterator[Diagnosis]:
     trained = {name: weight for name, weight in parts.model.named_parameters() if weight.requires_grad}
     without = [name for name, weight in trained.items() if weight.grad is None or not weight.grad.isfinite().all()]
     size, mixers = sum(weight.numel() for weight in trained.values()), [n for n in trained if "lora_mixer" in n]
-    layers = f"{len(mixers)} layers"
-    detail = f"MoSLoRA trains {size:,} values in {layers} of the language model"
+    detail = f"MoSLoRA trains {size:,} values in {len(mixers)} layers of the language model"
     yield Diagnosis(
         name="a training step", status="bad" if without else "ok",
         detail=f"{detail}, but {len(without)} of {len(trained)} factors get no finite gradient, such as {without[0]}"

@@ -239,8 +239,7 @@ def plan(
         raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
     tokens = min(data.tokens, recipe.data.max_length)
     supervised = 1.0 if recipe.data.train_on == "all" else data.supervised
-    per_row = max(1.0, recipe.data.pack_tokens / tokens)
-    data = replace(data, tokens=tokens, per_row=per_row, supervised=supervised)
+    data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens), supervised=supervised)
     together = train.sequence_parallel
     share = math.ceil(train.global_batch * together / gpus.count)  # of a step's rows, the most that a rank gets
     busy = busy_share(train.global_batch, max(1, gpus.count // together))

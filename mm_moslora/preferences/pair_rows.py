@@ -133,8 +133,7 @@ def gather_uneven(gather: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     if values.ndim != 1:
         return gather(values)
     counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
-    padded = nn.functional.pad(values, (0, max(counts) - len(values)))
-    parts = gather(padded).split(max(counts))
+    parts = gather(nn.functional.pad(values, (0, max(counts) - len(values)))).split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

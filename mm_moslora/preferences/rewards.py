@@ -95,8 +95,7 @@ def box_reader(question: Question, processing: ImageProcessing | None) -> Callab
         for reference in question.asked.references:
             if fault := fault_of_reference(reference, *question.size):
                 raise ValueError(fault)
-        boxes = read_boxes(without_thinking(text).text, processing, question.size)
-        return json.dumps([box.numbers for box in boxes])
+        return json.dumps([box.numbers for box in read_boxes(without_thinking(text).text, processing, question.size)])
 
     return read
 

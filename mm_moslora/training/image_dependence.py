@@ -173,8 +173,7 @@ def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
 def noise_like(pixels: Tensor) -> Tensor:
     """Noise in the shape of given images ``[..., 3, H, W]``, or patches ``[P, E]``. All-zero tiles stay zero: models
     take them as padding of pictures with fewer tiles."""
-    generator = torch.Generator().manual_seed(_SEED)
-    noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(_SEED)).to(pixels)
     if pixels.ndim < 5:
         return noise
     has_content = pixels.flatten(-3).any(dim=-1)

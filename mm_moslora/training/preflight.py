@@ -373,7 +373,6 @@ def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
     if again := train.gradient_checkpointing:
         refuse_checkpointing(decoder, None if again is True else again, layers=layers)
     if train.vision_gradient_checkpointing and is_multimodal(model):
-        tower = cast("PreTrainedModel", model.get_submodule(tower_path(model)))
-        refuse_checkpointing(tower, layers=0)
+        refuse_checkpointing(cast("PreTrainedModel", model.get_submodule(tower_path(model))), layers=0)
     attention = choose_attention(model, recipe.model.attention, device=torch.device("cpu")).name
     refuse_row_shares(model, train.sequence_parallel, attention=attention)

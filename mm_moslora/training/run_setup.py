@@ -148,8 +148,7 @@ def _engine(assembly: Parts, recipe: Recipe, precision: str) -> TrainingEngine:
     optimizer = OptimizerSettings(
         name=optim.optimizer, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
     )
-    groups = parameter_groups(module, optim)
-    return build_engine(module, groups, recipe.train, precision=precision, optimizer=optimizer)
+    return build_engine(module, parameter_groups(module, optim), recipe.train, precision=precision, optimizer=optimizer)
 
 
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:

@@ -363,8 +363,7 @@ class _Loop:
         return self.run.step >= self.total or self.validator.best.out_of_patience
 
     def _phase(self, what: str, limit_minutes: float | None = None) -> None:
-        minutes = limit_minutes or self.run.recipe.train.timeout_minutes
-        self.watchdog.phase(what, self.run.step, minutes * 60)
+        self.watchdog.phase(what, self.run.step, (limit_minutes or self.run.recipe.train.timeout_minutes) * 60)
 
     def _result(self, folder: Path) -> TrainResult:
         return TrainResult(

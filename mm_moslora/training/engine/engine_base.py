@@ -131,8 +131,7 @@ class TrainingEngine(ABC):
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
         """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part. `only`
         is a part of the wanted names. A rank without `keep` gets tensors of their shapes on the meta device."""
-        state = self._trainable_state(only=only, keep=keep)
-        return {name.removeprefix(MODEL): value for name, value in state.items()}
+        return {name.removeprefix(MODEL): value for name, value in self._trainable_state(only=only, keep=keep).items()}
 
     @abstractmethod
     def _trainable_state(self, *, only: str, keep: bool) -> dict[str, Tensor]:

@@ -58,8 +58,7 @@ def _documents(path: str | None) -> list[Callable[[], Sequence[Turn]]]:
             text = read_text(GENERAL_TEXT if path is None else Path(path))
         except UnicodeDecodeError as error:
             raise DataError(f"validate.general_text {path} is not UTF-8 text ({error}). Convert it.") from error
-        parts = [part.strip() for part in text.split("\n\n") if part.strip()]
-        return [partial(_document, part) for part in parts]
+        return [partial(_document, part.strip()) for part in text.split("\n\n") if part.strip()]
     source = open_source(SourceConfig(path=path))
     return [partial(_turns, source, row) for row in range(len(source))]
 

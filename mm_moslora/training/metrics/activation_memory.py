@@ -325,8 +325,7 @@ def _widest(module: nn.Module) -> Iterator[list[int]]:
     sizes: list[int] = [0]
 
     def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [item for item in (*inputs, output) if isinstance(item, Tensor)]
-        sizes.append(sum(item.nbytes for item in tensors))
+        sizes.append(sum(item.nbytes for item in (*inputs, output) if isinstance(item, Tensor)))
 
     handles = [leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())]
     try:

@@ -92,8 +92,7 @@ class StepMemory:
     @property
     def share_again(self) -> float:
         """Share of the decoder layers that the backward pass recomputes."""
-        every = self.checkpointing is True
-        return 1.0 if every else min(self.checkpointing, self.size.layers) / self.size.layers
+        return 1.0 if self.checkpointing is True else min(self.checkpointing, self.size.layers) / self.size.layers
 
     def of(self, tokens: float, *, supervised: float, images: float) -> Memory:
         """Memory with a micro-batch of so many tokens, supervised tokens and images."""

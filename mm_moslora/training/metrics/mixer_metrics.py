@@ -84,8 +84,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
 def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
     """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`. Finite numbers
     only (a rank-deficient mixer has no condition number); empty without adapters."""
-    means = summary(reports) if reports else {}
-    return {name: value for name, value in means.items() if math.isfinite(value)}
+    return {name: value for name, value in (summary(reports) if reports else {}).items() if math.isfinite(value)}
 
 
 def write_mixers(path: Path, reports: Sequence[ModuleReport]) -> None:

@@ -333,8 +333,7 @@ def _blocking_line(phase: str) -> str:
     """
     if phase == "step" and distributed.device().type == "cuda":
         return ""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    stack = traceback.extract_stack(frame)
+    stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
     waits = ("torch/distributed/", "deepspeed/comm/", "mm_moslora/utils/distributed.py")
     if not stack or stack[-1].filename.endswith("torch/autograd/graph.py"):
         return ""
