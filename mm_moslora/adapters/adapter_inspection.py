@@ -105,7 +105,6 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
     """Read an adapter folder and describe every module.
 
     Args:
-        folder: any folder that `load_adapter` reads; no model is needed.
         against: another adapter folder to take for the start, such as that of an earlier checkpoint or of another seed;
             None: the start that the folder keeps.
 
@@ -131,9 +130,6 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
 
 def trained_parameters(folder: str | Path) -> int:
     """How many numbers of A, B and mixers train in an adapter.
-
-    Args:
-        folder: any folder that `load_adapter` reads.
 
     Raises:
         AdapterError: see `load_adapter`.
@@ -168,7 +164,6 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
 
     Args:
         model: PEFT model, or the base model with adapters inside; not sharded.
-        adapter_name: the adapter.
 
     Raises:
         AdapterError: no such adapter.
@@ -191,9 +186,7 @@ def layer_report(
     """The report of one adapted layer.
 
     Args:
-        path: of the layer in the model.
         layer: supplies the scaling and the start; its parameters are not read.
-        adapter_name: the adapter.
         A: the whole factor, as the layer stores it.
         M: None for the identity.
         B: as A.
@@ -203,12 +196,7 @@ def layer_report(
 
 
 def why_unknown(reports: Sequence[ModuleReport], *, against_other: bool) -> str | None:
-    """Why measures that need the start are missing from the reports of a folder; None: they are not.
-
-    Args:
-        reports: of `inspect_adapter`.
-        against_other: whether another folder was the start.
-    """
+    """Why measures that need the start are missing from the reports of a folder; None: they are not."""
     if against_other:
         lost = sum(report.row_angles is None for report in reports)
         return f"{lost} modules are not in the other adapter, or have other widths or NaN there." if lost else None
@@ -226,12 +214,10 @@ def describe(
     """Describe one module's factors; every measure is NaN where one of them is not finite.
 
     Args:
-        path: its name in the report.
         A: ``[R, D_in]``, or a convolution's.
         M: ``[R, R]``, None for the identity.
         B: ``[D_out, R]``, or a convolution's.
         scaling: s.
-        start: what is known of the start.
     """
     A, B, start = A.double().flatten(1), B.double().flatten(1), start or ModuleStart()
     rank = len(A)
@@ -307,9 +293,6 @@ def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tens
     """Principal angles between the spaces of a mixed factor and of its start, degrees.
 
     Args:
-        now: of A^T, or of B.
-        mixer: M, or M^T.
-        overlap: with the start.
         first: the mixer at the start; None: one that leaves the space as it is.
     """
     if overlap is None:

@@ -108,11 +108,7 @@ class AdapterOptions(LoraConfig):
         return self.factor_form == "mixed" or kind == NO_MIXER or (not self.mixer_trainable and kind == "identity")
 
     def to_lora_config(self, **changes: Any) -> LoraConfig:
-        """The same options without the mixer, as stock PEFT's `LoraConfig`.
-
-        Args:
-            **changes: fields of `LoraConfig` to replace.
-        """
+        """The same options without the mixer, as stock PEFT's `LoraConfig`."""
         names = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config"}
         values = {name: getattr(self, name) for name in names} | changes
         values.pop("peft_type", None)
@@ -176,15 +172,7 @@ class AdapterOptions(LoraConfig):
 
 
 def check_expression(expression: object, where: str) -> None:
-    """Refuse what is no regular expression.
-
-    Args:
-        expression: to check.
-        where: the option that holds it, for the message.
-
-    Raises:
-        AdapterError: it is none.
-    """
+    """Refuse what is no regular expression."""
     if not isinstance(expression, str):
         raise AdapterError(
             f"{where} is a {type(expression).__name__}, expected text: a module name or a regular expression."

@@ -31,11 +31,7 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "output_layer", "embed_out")
 # Heads that PEFT trains whole for a task.
-_TASK_HEADS = {
-    "SEQ_CLS": SEQ_CLS_HEAD_NAMES,
-    "TOKEN_CLS": SEQ_CLS_HEAD_NAMES,
-    "QUESTION_ANS": ["qa_outputs"],
-}
+_TASK_HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 _SHOWN = 5
 
 
@@ -65,7 +61,6 @@ def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequen
     """Module paths to adapt inside one component.
 
     Args:
-        model: the model, with or without adapters.
         component: module path of the component, such as `model.language_model`; empty is the whole model.
         targets: `all-linear` (every linear layer but the output head), a list of module names (`q_proj`,
             `self_attn.q_proj`), or a regular expression that matches the whole path within the component.
@@ -80,12 +75,7 @@ def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequen
 
 
 def linear_targets(model: nn.Module, component: str = "") -> str | list[str]:
-    """`all-linear`, or the names of a component's linear layers where it holds experts, which `all-linear` refuses.
-
-    Args:
-        model: without adapters.
-        component: see `resolve_targets`.
-    """
+    """`all-linear`, or the names of a component's linear layers where it holds experts, which `all-linear` refuses."""
     inside = _modules_of(component, dict(named_base_modules(model)))
     if not any(stacked_parameters(inside.items())):
         return ALL_LINEAR
@@ -230,7 +220,6 @@ def add_moslora(
             `layers_pattern` and `modules_to_save` take modules out of the targets, as in PEFT.
         component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
         targets: see `resolve_targets`; None takes the configuration's `target_modules`, `all-linear` if it has none.
-        adapter_name: the adapter's name in PEFT.
         autocast_adapter_dtype: keep the factors in float32 when the base is in half precision (PEFT's default).
 
     Returns:
@@ -291,12 +280,7 @@ def chosen_paths(config: Any, paths: list[str]) -> list[str]:
 
 
 def inject(
-    model: nn.Module,
-    config: MoSLoRAConfig,
-    paths: Sequence[str],
-    *,
-    adapter_name: str,
-    autocast_adapter_dtype: bool,
+    model: nn.Module, config: MoSLoRAConfig, paths: Sequence[str], *, adapter_name: str, autocast_adapter_dtype: bool
 ) -> peft.PeftModel:
     """Put an adapter into exactly the modules at these whole paths; see `add_moslora`.
 

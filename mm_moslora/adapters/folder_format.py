@@ -105,9 +105,7 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     """The folder of an adapter with mixers, on this machine; None for every other adapter.
 
     Args:
-        model_id: folder, or name on the hub.
         names: files to fetch from the hub; the first decides. The start of training is fetched where there is one.
-        subfolder: folder inside it.
         **hub: arguments of `huggingface_hub.hf_hub_download`; others are ignored.
     """
     root = Path(model_id, subfolder or "")

@@ -30,7 +30,6 @@ def init_mixer(rank: int, kind: str, *, generator: torch.Generator | None = None
     """A fresh mixer, in float32 on the CPU: half precision has no QR, and a seed gives one mixer on every device.
 
     Args:
-        rank: R.
         kind: orthogonal (keeps LoRA's scale, condition number 1), kaiming (uniform, a = sqrt(5); the paper's best on
             commonsense reasoning), identity (LoRA's starting point) or butterfly (the paper's two-subspaces mixing).
         generator: source of randomness; None is torch's global CPU generator.
@@ -66,11 +65,7 @@ def random_stream_of_mixers() -> Iterator[None]:
 
 
 def check_mixer_init(kind: str, where: str, *, choices: tuple[str, ...] = MIXER_INITS) -> None:
-    """Refuse what is not a mixer initialisation, with the reason; `where` is the option that holds it.
-
-    Raises:
-        AdapterError: unknown, or `zeros`.
-    """
+    """Refuse what is not a mixer initialisation, with the reason; `where` is the option that holds it."""
     if kind in ("zeros", "zero"):
         raise AdapterError(
             f"{where} is {kind!r}: with M = 0 and B = 0 the gradients of A, M and B are all exactly zero, so training "
@@ -119,7 +114,6 @@ class Mixer(nn.Module):
 
         Args:
             weight: ``[R, R]``.
-            trainable: whether it is a parameter; if not, it is a buffer.
         """
         super().__init__()
         if trainable:

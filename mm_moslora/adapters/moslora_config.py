@@ -10,14 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
-from mm_moslora.adapters.folder_format import (
-    OWN_CONFIG,
-    OWN_TYPE,
-    STOCK_CONFIG,
-    downloaded,
-    read_json,
-    read_manifest,
-)
+from mm_moslora.adapters.folder_format import OWN_CONFIG, OWN_TYPE, STOCK_CONFIG, downloaded, read_json, read_manifest
 from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.folders.save_folder import complete_folder
 from mm_moslora.adapters.mixer import MixerInit
@@ -49,7 +42,6 @@ class MoSLoRAConfig(AdapterOptions):
 
         Args:
             pretrained_model_name_or_path: a folder of `save_adapter`, or of stock PEFT (then: frozen identity mixer).
-            subfolder: folder inside it.
             **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders of other libraries.
 
         Raises:
@@ -109,10 +101,7 @@ def from_lora_config(
     """MoSLoRA with the options of plain LoRA.
 
     Args:
-        config: stock PEFT's configuration.
-        mixer_init: how M starts.
         mixer_trainable: identity and False is the same plain LoRA; True starts MoSLoRA from it.
-        mixer_pattern: exceptions by module.
 
     Raises:
         AdapterError: a value that is not permitted (`permitted_options`).

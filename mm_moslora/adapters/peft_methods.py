@@ -144,8 +144,6 @@ def method_config(method: Method, options: Mapping[str, Any], **shared: float) -
     """A method's configuration, without targets.
 
     Args:
-        method: the method.
-        options: its own options, of the right types.
         shared: rank, alpha and dropout, for methods that have them and for which `options` do not name them.
 
     Raises:
@@ -202,7 +200,6 @@ def add_method(
         model: changed in place.
         config: of `method_config`; not changed.
         component: module paths of the components to adapt.
-        targets: see `resolve_targets`.
 
     Returns:
         The PEFT model around `model`.
@@ -279,7 +276,6 @@ def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor]) -> TakenM
     """The adapter that `PeftModel.save_pretrained` would write.
 
     Args:
-        model: PEFT model.
         state: parameter name in the base model to full tensor, of all that trains; the rest is read from the model.
     """
     config = copy.deepcopy(model.peft_config["default"])
@@ -335,7 +331,6 @@ def restore_method(model: peft.PeftModel, folder: Path) -> None:
 
     Args:
         model: PEFT model; what trains was restored already.
-        folder: of `TakenMethod.write`.
 
     Raises:
         AdapterError: the folder is of another adapter.

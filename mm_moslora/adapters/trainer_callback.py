@@ -60,7 +60,6 @@ class MixerCallback(TrainerCallback):
         Args:
             trainer: the trainer it is added to (TRL's are trainers, too).
             every: optimiser steps from one log to the next; None takes the trainer's `logging_steps`.
-            adapter_name: the adapter.
 
         Raises:
             AdapterError: `every` below 1.

@@ -49,11 +49,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stacked_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that hold several matrices each, as experts do, with their paths.
-
-    Args:
-        modules: with their paths.
-    """
+    """The parameters that hold several matrices each, as experts do, with their paths."""
     for path, module in modules:
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             for name, parameter in module.named_parameters(recurse=False):
@@ -89,9 +85,6 @@ def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base model's structure: module paths and sizes, without adapters, dtype or quantisation.
 
     Two models with equal fingerprints can carry the same adapter. Their ids decide whether it was made for both.
-
-    Args:
-        model: base model, or PEFT model.
 
     Returns:
         64 hexadecimal digits.

@@ -93,9 +93,6 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line.
 
-    Args:
-        arguments: without the program's name.
-
     Returns:
         0 on success, 1 on an error, 2 when the command line cannot be parsed, 75 when a signal stopped a run that can
         be continued, 130 on Ctrl-C, 129 and 143 on SIGHUP and SIGTERM, 141 when the reader of the output has closed the

@@ -20,10 +20,7 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted rec
 
 
 def doctor(
-    recipe: str | None = None,
-    *overrides: Overrides,
-    model: str | None = None,
-    revision: str | None = None,
+    recipe: str | None = None, *overrides: Overrides, model: str | None = None, revision: str | None = None
 ) -> int:
     """Check versions, accelerator, threads and stale locks, or a model; exit code 1 when a finding is bad.
 

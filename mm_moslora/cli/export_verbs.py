@@ -190,12 +190,7 @@ def _writes_base(model: Path) -> bool:
 
 
 def import_model(
-    source: Path,
-    output: Path,
-    *,
-    vision: str | None = None,
-    language: str | None = None,
-    parts: bool = False,
+    source: Path, output: Path, *, vision: str | None = None, language: str | None = None, parts: bool = False
 ) -> int:
     """Import a checkpoint of LLaVA's own code (whole model, projector or LoRA).
 

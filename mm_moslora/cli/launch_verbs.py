@@ -151,15 +151,10 @@ def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe |
 
 
 def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) -> None:
-    """Check a recipe before slow imports, and before anything is queued or started.
+    """Check a recipe before slow imports, and before anything is queued or started; see `training.preflight`.
 
     Args:
-        recipe: resolved.
         resume: as for `train`. None: without the recipe's files and packages, which may be on another machine.
-
-    Raises:
-        MoSLoRAError: see `check_settings` and `check_recipe` of `mm_moslora.training.preflight`; or a task does not
-            exist.
     """
     from mm_moslora_eval.protocol.task_groups import names_own_file, tasks_of
 
@@ -201,7 +196,6 @@ def run_training(
 
     Args:
         folder: the run folder; a stopped run leaves its mark there.
-        train: called with `stop`, which collects the signals.
         advice: what to print about the checkpoint of a finished run.
     """
     from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text

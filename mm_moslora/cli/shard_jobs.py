@@ -64,7 +64,6 @@ class ShardJobs:
         Args:
             commands: the words of a verb by the folder of its shards, which gets their logs.
             done: what follows a shard's name in the path that shows that it is done.
-            script: batch script of an array.
             on_cards: whether a job takes an accelerator, where there are any.
 
         Returns:
@@ -117,23 +116,13 @@ HERE = ShardJobs()
 
 
 def refuse_two_engines(*, slurm: bool, ray: str, parallel: int | None) -> None:
-    """Refuse options of two engines.
-
-    Raises:
-        ConfigError: a batch script is asked for, and jobs that run now.
-    """
+    """Refuse a batch script together with jobs that run now."""
     if slurm and (ray or parallel is not None):
         raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
 
 
 def words_of(verb: Callable[..., Any], arguments: Mapping[str, Any], **changed: Any) -> list[str]:
-    """The words of a command line with which a verb gets its arguments again.
-
-    Args:
-        verb: its options have the names of its keyword arguments.
-        arguments: the arguments.
-        changed: other values of some of them.
-    """
+    """The words of a command line with which a verb gets its arguments again."""
     words: list[str] = []
     for name, parameter in inspect.signature(verb).parameters.items():
         value = changed.get(name, arguments[name])

@@ -168,11 +168,7 @@ def notes_of(source: str) -> TemplateNotes:
 
 
 def require_template(name: str | None) -> None:
-    """Refuse a name that is not in `CHAT_TEMPLATES`; None means the tokenizer's own template.
-
-    Raises:
-        ConfigError: no such name.
-    """
+    """Refuse a name that is not in `CHAT_TEMPLATES`; None means the tokenizer's own template."""
     if name is not None and name not in CHAT_TEMPLATES:
         hint = suggestion(name, CHAT_TEMPLATES)
         raise ConfigError(f"model.chat_template is {name!r}, expected one of {', '.join(CHAT_TEMPLATES)}.{hint}")

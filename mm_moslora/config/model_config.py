@@ -235,11 +235,7 @@ class ModelConfig:
 
 
 def refuse_without_effect(config: ModelConfig) -> None:
-    """Refuse keys of an assembled model where a ready-made model is named; called before a run or a plan.
-
-    Raises:
-        ModelError: some are set.
-    """
+    """Refuse keys of an assembled model where a ready-made model is named; called before a run or a plan."""
     if unused := config.without_effect:
         raise ModelError(
             f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
@@ -249,11 +245,7 @@ def refuse_without_effect(config: ModelConfig) -> None:
 
 
 def refuse_all_frozen(config: ModelConfig) -> None:
-    """Refuse a model without any trainable part; called before a run.
-
-    Raises:
-        ConfigError: all parts are frozen.
-    """
+    """Refuse a model without any trainable part; called before a run."""
     vision = config.vision is not None and config.vision.mode != "frozen"
     if config.language_mode == "frozen" and not vision and not config.projector_trains:
         raise ConfigError(

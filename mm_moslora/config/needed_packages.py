@@ -23,11 +23,7 @@ class Need(NamedTuple):
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """The optional packages that training with these settings needs, found without loading or fetching anything.
-
-    Args:
-        recipe: resolved.
-    """
+    """The optional packages that training with these settings needs, found without loading or fetching anything."""
     return [Need(*need) for need in _needs(recipe)]
 
 
@@ -60,11 +56,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def refuse_lacking(recipe: Recipe) -> None:
-    """Refuse settings that need a package which is not installed.
-
-    Raises:
-        ConfigError: one is not; names the setting and the command that installs it.
-    """
+    """Refuse settings that need a package which is not installed."""
     for need in needs(recipe):
         if not is_installed(need.module):
             raise ConfigError(

@@ -159,23 +159,7 @@ def refuse_unfit(
     kto: KtoConfig,
     grpo: GrpoConfig,
 ) -> None:
-    """Refuse settings that a trainer of TRL cannot follow, before anything is loaded.
-
-    Args:
-        objective: not sft.
-        model: section of the recipe, as are the others.
-        adapter: see `model`.
-        data: see `model`.
-        optim: see `model`.
-        train: see `model`.
-        validate: see `model`.
-        track: see `model`.
-        kto: see `model`.
-        grpo: see `model`.
-
-    Raises:
-        ConfigError: names the key and what to do.
-    """
+    """Refuse settings that a trainer of TRL cannot follow, before anything is loaded."""
     sections = {
         "model": model,
         "adapter": adapter,

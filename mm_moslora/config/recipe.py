@@ -48,10 +48,6 @@ class YamlRecipe:
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "recipe") -> Self:
         """Build a recipe from plain data.
 
-        Args:
-            data: nested mappings with the field names of the dataclasses.
-            source: where the data came from, for messages.
-
         Raises:
             ConfigError: an unknown key, a wrong type or an impossible value.
         """
@@ -131,7 +127,6 @@ class Recipe(YamlRecipe):
         """The recipe with the preset that `train.zero: auto` chooses.
 
         Args:
-            world: number of ranks.
             before: the preset of the checkpoint that the run continues; None: it starts. Plain torch, which runs one
                 process, is not continued on several.
         """
@@ -148,15 +143,7 @@ class Recipe(YamlRecipe):
 
 
 def require_sft(recipe: Recipe, verb: str) -> None:
-    """Refuse a recipe that learns from preferences, for a verb that is about tuning.
-
-    Args:
-        recipe: resolved.
-        verb: its name, for the message.
-
-    Raises:
-        ConfigError: it has another objective.
-    """
+    """Refuse a recipe that learns from preferences, for a verb that is about tuning."""
     require(
         recipe.objective == "sft",
         f"`{verb}` takes recipes with objective: sft, and objective is {recipe.objective}. What it would say holds for "
@@ -180,14 +167,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str] = (), *, presets: Path) -> R:
-    """Read a recipe of any kind; see `load_recipe`.
-
-    Args:
-        kind: dataclass of the recipe.
-        name_or_path: see `load_recipe`.
-        overrides: see `load_recipe`.
-        presets: folder of the shipped presets.
-    """
+    """Read a recipe of any kind; see `load_recipe`."""
     path = Path(name_or_path)
     resolved = path.is_dir()  # a run's: it names every key
     if resolved:
@@ -245,12 +225,7 @@ def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequ
 
 
 def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a recipe's dictionary by dotted key; empty lists and dictionaries are values.
-
-    Args:
-        data: of `to_dict`.
-        prefix: before every key.
-    """
+    """The values of a recipe's dictionary by dotted key; empty lists and dictionaries are values."""
     items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
     below = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
     return below or {prefix.rstrip("."): data}

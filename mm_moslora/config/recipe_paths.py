@@ -37,9 +37,6 @@ def from_working_folder(
     """The plain data of a recipe file, with relative paths rewritten to start at the working directory.
 
     Args:
-        data: the content of the file.
-        folder: of the file.
-        source: the file, for messages.
         typed: keys that overrides will set; their paths are not rewritten.
 
     Raises:
@@ -74,7 +71,6 @@ def may_differ_by_host(key: str, value: object) -> bool:
 
     Args:
         key: dotted.
-        value: of a resolved recipe.
     """
     exists = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
     return exists if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
@@ -120,8 +116,6 @@ def rewritten_task(value: str, start: Path, rewrite: Callable[[str], str]) -> st
 
     Args:
         value: as for `mm-moslora eval run`, such as `FILE.yaml@PROTOCOL`, `llava:FILE@IMAGE_FOLDER`, `@FILE.yaml:NAME`.
-        start: where relative paths start.
-        rewrite: gives the other form of a relative path.
     """
 
     def rewritten(name: str) -> str:

@@ -162,11 +162,7 @@ class TrainConfig:
             at_least(f"train.{name}", getattr(self, name), 1)
 
     def total_steps(self, per_epoch: float) -> int:
-        """Optimiser steps of the run.
-
-        Args:
-            per_epoch: optimiser steps of an epoch.
-        """
+        """Optimiser steps of the run."""
         return self.steps or max(1, math.ceil(round(per_epoch * self.epochs, 6)))
 
 

@@ -68,11 +68,7 @@ def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> 
     """Set one value of nested plain data in place.
 
     Args:
-        kind: the dataclass that the data are for.
-        data: mappings and lists.
         keys: the key path. List items are addressed by number; the number after the last item appends one.
-        value: the new value.
-        item: the override as the user wrote it, for messages.
 
     Raises:
         ConfigError: the path goes through a value, or past the end of a list.

@@ -18,14 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig
-from mm_moslora.data.epoch_order import (
-    MicroBatchLimit,
-    deal,
-    even_size,
-    plan_epoch,
-    plan_rows,
-    records_of_epoch,
-)
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, even_size, plan_epoch, plan_rows, records_of_epoch
 from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sequence_packing import pack
@@ -85,13 +78,8 @@ class BatchLoader:
     estimates, a micro-batch beyond the limit is cut, and one collective per step evens the number out.
 
     Args:
-        data: the training set, or stream.
-        rank: this process.
-        world_size: processes.
         config: the recipe's `data`; 0 workers prepare in a thread, those of a stream are threads.
         global_batch: examples, or packed rows, per optimiser step over all ranks.
-        limit: size of a micro-batch of one rank.
-        seed: seed of the order.
         start_step: optimiser steps already done; the loader has no other state.
         pin: put batches into pinned memory, for asynchronous copies to an accelerator.
 

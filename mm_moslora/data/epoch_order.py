@@ -50,15 +50,7 @@ def repeats_of(
     mixing: str = "repeats",
     records: int | None = None,
 ) -> list[float]:
-    """Repeats per record of each source under the recipe's mixing.
-
-    Args:
-        sizes: usable records of every source.
-        weights: of the sources.
-        replayed: whether a source's weight is its share of all records.
-        mixing: `data.mixing`.
-        records: `data.epoch_records`.
-    """
+    """Repeats per record of each source under the recipe's mixing."""
     if mixing == "parts":
         return source_repeats(sizes, with_replay(weights, replayed), records=records)
     parts = [weight if replay else weight * size for size, weight, replay in zip(sizes, weights, replayed, strict=True)]
@@ -81,11 +73,8 @@ def records_of_epoch(members: Sequence[Sequence[int]], weights: Sequence[float],
     so that over several epochs all records are seen equally often.
 
     Args:
-        members: the record numbers of every source.
         weights: repeats per record: 2 repeats all records, 0.5 takes another half in each epoch. A source gives at
             least one record.
-        seed: seed of the run.
-        epoch: from 0.
     """
     chosen: list[int] = []
     for source, (numbers, weight) in enumerate(zip(members, weights, strict=True)):
@@ -120,9 +109,6 @@ def plan_epoch(
 
     Args:
         lengths: tokens per example.
-        has_image: modality per example.
-        seed: of the run.
-        epoch: from 0.
         global_batch: examples per step; the last step may be shorter.
         order: grouped, random, or sequential (the given order).
     """
@@ -149,14 +135,7 @@ def plan_epoch(
 
 
 def plan_rows(rows: Sequence[list[int]], *, seed: int, epoch: int, global_batch: int) -> list[list[list[int]]]:
-    """The optimiser steps of an epoch of packed rows, each a list of rows; only the last step may be shorter.
-
-    Args:
-        rows: from `sequence_packing.pack`.
-        seed: of the run.
-        epoch: from 0.
-        global_batch: rows per step.
-    """
+    """The optimiser steps of an epoch of packed rows, each a list of rows; only the last step may be shorter."""
     shuffled = list(rows)
     random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # packing closes the fullest rows first
     return _cut(shuffled, global_batch)
@@ -199,10 +178,7 @@ def deal(
     limit, micro-batches are filled with the examples that fit best, and ranks share the filled ones.
 
     Args:
-        batch: example numbers.
         lengths: tokens per example, by example number.
-        world_size: ranks.
-        limit: size of a micro-batch.
 
     Returns:
         ``[rank][micro-batch]`` lists; every example once, every rank the same number of micro-batches. A micro-batch

@@ -87,11 +87,7 @@ def differing_tensors(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list
 
 
 def differing_ids(
-    own: list[int],
-    runs: Sequence[Sequence[Any]],
-    names: Mapping[int, str] | None = None,
-    *,
-    what: str = "the prompt",
+    own: list[int], runs: Sequence[Sequence[Any]], names: Mapping[int, str] | None = None, *, what: str = "the prompt"
 ) -> list[str]:
     """The first difference of a prompt's tokens; stored are runs of one token: number, count, text."""
     stored = _ids(runs)

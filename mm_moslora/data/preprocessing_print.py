@@ -146,8 +146,6 @@ def preprocessing_of(
 
     Args:
         parts: of a model, with or without its weights.
-        video_frames: frames that training took from a video.
-        video_fps: frames a second that it took instead.
     """
     try:
         encoder, images = ConversationEncoder.of(parts), parts.image_processing
@@ -234,7 +232,6 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
     """What differs between a training's preprocessing and another program's; empty: they agree.
 
     Args:
-        path: a run, a checkpoint or an export.
         inputs: what a processor returns for `probe_messages` and `probe_picture`, or as much of it as can be had, such
             as `{"input_ids": request_output.prompt_token_ids}` of vLLM.
 
@@ -257,18 +254,13 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
 
 
 def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
-    """Compare the preprocessing of loaded parts with that of the folder that they were loaded from.
+    """Refuse loaded parts whose preprocessing differs from that of the folder that they were loaded from.
 
     Args:
-        path: a run, a checkpoint or an export.
-        parts: loaded from it.
         accepted: log the differences, and go on.
 
     Returns:
         Whether they differ.
-
-    Raises:
-        ModelError: they differ, and this is not accepted; the text has both values.
     """
     if not (stored := stored_preprocessing(path)) or not (own := preprocessing_of(parts)):
         return False
@@ -290,10 +282,7 @@ def check_processor(
 
     Args:
         path: an export; for other folders nothing is compared.
-        processor: of transformers.
-        images: counts the tokens of pictures as the processor does.
         stop_ids: tokens that end an answer.
-        accepted: see `check_preprocessing`.
     """
     template = getattr(processor, "chat_template", None)
     if not (Path(path) / PREPROCESSING).is_file() or template is None:

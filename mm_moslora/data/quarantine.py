@@ -24,8 +24,6 @@ class Quarantine:
 
     Args:
         path: the file; None keeps the counts only.
-        total: number of all records.
-        config: `on_bad` and `max_bad_share`.
     """
 
     def __init__(self, path: Path | None, total: int, config: DataConfig) -> None:
@@ -49,8 +47,6 @@ class Quarantine:
         """Add one bad record; a second fault of the same record does not count.
 
         Args:
-            index: number of the record.
-            error: its fault.
             write: whether this rank writes the line; False: another one does.
 
         Raises:
@@ -111,7 +107,6 @@ class StreamQuarantine(Quarantine):
 
     Args:
         path: see `Quarantine`.
-        config: see `Quarantine`.
         fresh: whether the run starts; the file is then emptied.
     """
 

@@ -43,10 +43,7 @@ class RecordExamples:
     """The records of some sources, by one number over all, and the examples that they make.
 
     Args:
-        files: at least one source.
-        encoder: tokenises.
         image_processing: turns pictures into tensors; None for a language model alone.
-        config: the recipe's `data`.
     """
 
     def __init__(
@@ -173,7 +170,6 @@ def written(
     """A record with its boxes and points written into its texts, in the model's form; without them, the same record.
 
     Args:
-        record: with `objects` or without.
         processing: of the model; None: it has no vision encoder.
         sizes: widths and heights of its pictures, upright; None: as their headers say, pictures of URLs are fetched.
 
@@ -202,13 +198,8 @@ class SourceExamples(RecordExamples):
     """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
 
     Args:
-        sources: at least one.
-        encoder: tokenises.
         image_processing: turns pictures into tensors; None for a language model alone.
-        config: the recipe's `data`.
-        objective: what is learned from the records.
         settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
-        quarantine_path: file for bad records.
     """
 
     def __init__(
@@ -282,10 +273,6 @@ def encode_record(
     """Tokenise a record whose boxes are `written`.
 
     Args:
-        record: to be tokenised.
-        encoder: of the model.
-        config: `max_length`, `too_long`, `train_on` and `supervise`.
-        vision: whether the model has a vision encoder.
         pictures: placeholders of every picture and video, where they depend on it; None: all alike.
 
     Raises:

@@ -146,12 +146,7 @@ class RecordError(DataError):
     """A record that cannot be used.
 
     Args:
-        code: the fault.
-        where: the record.
         field: the part of the record, such as `conversations[2]`.
-        what: what was found.
-        remedy: what to do.
-        path: the picture, for faults of pictures.
     """
 
     def __init__(

@@ -21,10 +21,8 @@ def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting
     least room. No example waits for more than `waiting` rows.
 
     Args:
-        numbers: numbers of the examples, in shuffled order.
         lengths: tokens per example, by number; none above `tokens`.
         tokens: per row.
-        waiting: see `WAITING`.
     """
     coming, pool = iter(numbers), _Pool()
     rows: list[list[int]] = []

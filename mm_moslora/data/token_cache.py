@@ -86,10 +86,6 @@ class TokenCache:
     """The tokenised records of one source.
 
     Args:
-        folder: a finished cache.
-        source: the source of its records.
-        encode: tokenises a record whose tokens are damaged.
-        image_token_id: the id of the image placeholder.
         tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
 
     Raises:
@@ -153,11 +149,6 @@ class SourceCache:
     """The cache of a source, built or not.
 
     Args:
-        root: folder of all caches.
-        source: the records.
-        encoder: tokenises.
-        encode: function that tokenises a record.
-        settings: other settings that determine the tokens, such as the length limit.
         tokens_per_image: tokens of every picture, or 1 where they differ.
         on_progress: called with (records done, all records) while it is built.
     """
@@ -242,11 +233,7 @@ def _write(folder: Path, parts: Iterable[_TokenisedRecords]) -> None:
 
 
 def _load(folder: Path, records: int) -> tuple[NDArray[np.int32], list[_Fault]]:
-    """Table and faults of a cache.
-
-    Raises:
-        OSError, ValueError: it is damaged.
-    """
+    """Table and faults of a cache; OSError or ValueError where it is damaged."""
     if read_json(folder / _SUMS) != _sums(folder):
         raise ValueError("the checksum of its table differs")
     try:

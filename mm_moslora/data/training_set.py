@@ -80,14 +80,9 @@ class TrainingSet(SourceExamples, MeasuredRecords):
     the characters. A record with a fault that is found later is skipped.
 
     Args:
-        sources: at least one.
-        encoder: tokenises.
         image_processing: turns pictures into tensors; None for a language model alone.
-        config: the recipe's `data`.
         settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
-        quarantine_path: file for bad records.
         on_progress: called with (records read, all records) while the set is built.
-        exact_limit: see `EXACT_LIMIT`.
 
     Raises:
         DataError: a file cannot be read, the share of bad records is too large, or no record is usable.

@@ -64,13 +64,7 @@ class _Entry(NamedTuple):
 
 
 class Window(MeasuredRecords):
-    """The usable records of a stretch of a stream, with their tokens.
-
-    Args:
-        stream: to which it belongs.
-        place: where it begins.
-        entries: its records.
-    """
+    """The usable records of a stretch of a stream, with their tokens."""
 
     def __init__(self, stream: TrainingStream, place: StreamPlace, entries: Sequence[_Entry]) -> None:
         super().__init__((), stream.encoder, stream.image_processing, stream.config)
@@ -101,13 +95,8 @@ class TrainingStream(RecordExamples):
 
     Args:
         sources: mixed by the ratios of their weights.
-        encoder: tokenises.
         image_processing: turns pictures into tensors; None for a language model alone.
-        config: the recipe's `data`.
-        seed: of the order.
-        global_batch: records, or packed rows, of a step.
         fresh: whether the run starts, so that `thinking: auto` follows the first records and the quarantine is new.
-        quarantine_path: file for bad records.
 
     Raises:
         DataError: a source cannot be read.

@@ -61,10 +61,8 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
     """Return the cached folder `name`, building it first where it is missing, incomplete or of another version.
 
     Args:
-        name: folder name inside the cache.
         asset: the package that it is built from; recorded in ``ready.json``.
         build: fills the empty folder it is given.
-        say: receives progress lines.
 
     Raises:
         AssetError: the cache is not writable, a folder that does not belong to the cache is in the way, or `build`
@@ -95,11 +93,7 @@ def _is_ready(folder: Path, marker: dict[str, object]) -> bool:
 
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel frees it when a process dies.
-
-    Raises:
-        AssetError: the cache is not writable.
-    """
+    """Hold an exclusive lock between processes; the kernel frees it when a process dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_file(path, wait=False)
@@ -175,8 +169,6 @@ def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[
     """Extract chosen members of a zip or wheel into `folder` and return their paths.
 
     Args:
-        archive: the zip file.
-        members: returns whether a member is wanted, by its name.
         folder: the target; created if missing.
 
     Raises:

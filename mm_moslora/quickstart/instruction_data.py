@@ -86,14 +86,11 @@ def build_easy_vqa(
     """Write training and held-out files from an easy-VQA folder.
 
     Args:
-        source: folder from `model_assets.easy_vqa`.
-        out: folder for the JSONL files.
         train_images: pictures taken from the package's training half (4,000 there).
         test_questions: held-out questions, half open and half yes/no, from the package's test half.
         turns: maximum number of questions per conversation.
         seed: chooses the training pictures, their questions and the order. The held-out questions are the same for
             every seed.
-        replace: see `write_files`.
 
     Raises:
         DataError: `source` is not an easy-VQA folder, or `turns` is below 1.
@@ -305,11 +302,6 @@ def write_files(
     """Write the three files.
 
     Args:
-        out: folder for the files.
-        images: root of the pictures' paths.
-        align: for `DatasetFiles.align`.
-        train: for `DatasetFiles.train`.
-        test: for `DatasetFiles.test`.
         replace: False: existing files must have the same contents, since a model was trained on them.
 
     Raises:

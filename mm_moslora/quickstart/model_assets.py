@@ -86,11 +86,7 @@ _READERS = {SMOLLM2: "gguf", DINOV2: "onnx", EFFICIENTNET: "timm"}
 
 
 def check_readers(images: str, encoder: str) -> None:
-    """Refuse a quickstart with assets that this environment cannot read, before anything is downloaded.
-
-    Raises:
-        AssetError: a package is not installed; the message holds the command that installs it.
-    """
+    """Refuse a quickstart with assets that this environment cannot read, before anything is downloaded."""
     for asset in used(images, encoder):
         _check_reader(asset)
     if encoder == "open_clip" and not is_installed("open_clip"):
@@ -177,7 +173,6 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
 
     Args:
         deb: path of the Debian package where it was downloaded by hand; None downloads it with apt.
-        say: receives progress lines.
 
     Raises:
         AssetError: it cannot be downloaded, or differs from the pinned file.

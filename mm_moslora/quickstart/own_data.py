@@ -103,11 +103,6 @@ def draw(
 
     The next picture is always one whose answers lack most. An answer that occurs once has no share.
 
-    Args:
-        pictures: the answers to the questions about every picture.
-        whole: whether a picture can be shown.
-        rng: source of randomness.
-
     Returns:
         The pictures to hold out, and those found damaged.
     """

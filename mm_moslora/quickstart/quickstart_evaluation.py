@@ -63,7 +63,6 @@ def subject_of(folder: Path, data: DatasetFiles) -> dict[str, str]:
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
-        data: its data files.
 
     Returns:
         Digests: `model` of the tuned weights, `before` of the aligned ones, `data` of the questions and the training
@@ -104,10 +103,6 @@ def evaluate_all(
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
-        data: its data files.
-        name: the task's name.
-        subject: from `subject_of`.
-        precision: the number format of the models.
 
     Returns:
         The rows of `evaluation.json`, tuned first.

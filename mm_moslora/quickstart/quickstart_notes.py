@@ -31,8 +31,6 @@ def read_earlier(path: Path, kind: type, *, fits: Callable[[Any], object]) -> An
     """The content of a JSON file of an earlier call.
 
     Args:
-        path: the file.
-        kind: expected type.
         fits: uses the content as its reader will; an exception means that the content is damaged.
 
     Returns:
@@ -54,10 +52,6 @@ def refuse_other(folder: Path, requested: Mapping[str, Any]) -> None:
 
     Args:
         folder: may be missing, or have no `QUICKSTART` file.
-        requested: settings of the requested quickstart, in the form of `QUICKSTART`.
-
-    Raises:
-        ConfigError: the folder holds another quickstart.
     """
     recorded = read_earlier(folder / QUICKSTART, dict, fits=len) or {}
     if changed := [key for key, value in requested.items() if recorded.get(key, value) != value]:
@@ -68,16 +62,7 @@ def refuse_other(folder: Path, requested: Mapping[str, Any]) -> None:
 
 
 def refuse_other_recipe(folder: Path, stage: str, changed: tuple[str, ...]) -> None:
-    """Refuse a folder with a stage that was trained with another recipe.
-
-    Args:
-        folder: the quickstart's.
-        stage: name of the stage.
-        changed: differing recipe keys as `key: there -> requested`.
-
-    Raises:
-        ConfigError: `changed` is not empty.
-    """
+    """Refuse a folder with a stage that was trained with another recipe."""
     if changed:
         raise ConfigError(
             f"{folder} holds another quickstart: the recipe of {stage} differs (there -> requested) in "

@@ -115,11 +115,6 @@ class QuickstartOptions:
 def quickstart(options: QuickstartOptions, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
     """Run or continue the quickstart.
 
-    Args:
-        options: the quickstart's settings.
-        output: run folder.
-        stamps_deb: a downloaded tuxpaint-stamps-default package.
-
     Returns:
         0, or 75 after a signal; the same command then continues.
 
@@ -188,11 +183,7 @@ def _quickstart(folder: Path, options: QuickstartOptions, stamps_deb: Path | Non
 def _begin(
     folder: Path, options: QuickstartOptions, stamps_deb: Path | None
 ) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
-    """Download the assets, write the data, and record the settings in the folder.
-
-    Raises:
-        ConfigError: a stage was trained with another recipe or on other data; no file is replaced.
-    """
+    """Download the assets, write the data, and record the settings in the folder."""
     from mm_moslora.training.checkpointing.resume_choice import changed_since
 
     (language, vision), out = _parts(options.tower), folder / "data"
@@ -265,10 +256,7 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int, int]] = {
 
 
 # Conversations have one question each, so a step takes more of them.
-_TUNE_KEYS: dict[Images, list[str]] = {
-    "easy-vqa": [],
-    "stamps": ["train.global_batch=32", "train.micro_batch=32"],
-}
+_TUNE_KEYS: dict[Images, list[str]] = {"easy-vqa": [], "stamps": ["train.global_batch=32", "train.micro_batch=32"]}
 
 
 def recipes(

@@ -44,10 +44,7 @@ def ready_made_recipe(
     """The recipe, and its number of steps.
 
     Args:
-        folder: of the recipe, which holds the training data.
-        data: the training data.
         vlm: folder or hub id of an image-text-to-text model.
-        sources: the lines of `data.train`.
         gpu: the card that the recipe must fit, such as RTX4090; None: this machine's, if it has one.
 
     Raises:

@@ -80,23 +80,13 @@ class Stamp:
 
 
 def build_stamps(
-    source: Path,
-    out: Path,
-    *,
-    test_share: float = 0.15,
-    seed: int = 0,
-    limit: int | None = None,
-    replace: bool = True,
+    source: Path, out: Path, *, test_share: float = 0.15, seed: int = 0, limit: int | None = None, replace: bool = True
 ) -> DatasetFiles:
     """Write square pictures on white, training and held-out files from a stamps folder.
 
     Args:
-        source: folder from `model_assets.stamps`.
-        out: folder for the pictures and JSONL files.
-        test_share: share of each category's pictures that is held out.
         seed: chooses the split and the negative pictures of yes/no questions.
         limit: maximum number of pictures (for a smoke run).
-        replace: see `write_files`.
 
     Raises:
         DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.

@@ -44,9 +44,7 @@ def read_own(path: Path, *, images: Path | None = None, seed: int = 0, follow_li
     """Build data from a folder with a sub-folder per class, or from a LLaVA JSON or JSONL file.
 
     Args:
-        path: the folder or the file.
         images: for a file, the folder of its pictures; None: the file's own folder.
-        seed: chooses the held-out pictures and the questions.
         follow_links: accept links that lead out of the folder of the pictures.
 
     Raises:
@@ -101,11 +99,7 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
 
 
 def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links: bool) -> Iterator[_Picture]:
-    """The readable pictures in the class folders, without duplicates.
-
-    Raises:
-        DataError: a picture is in two classes.
-    """
+    """The readable pictures in the class folders, without duplicates."""
     seen: dict[bytes, _Picture] = {}
     others: Counter[str] = Counter()
     classes: dict[str, tuple[str, str]] = {}
@@ -164,11 +158,7 @@ def _class_name(folder: str, names: dict[str, tuple[str, str]]) -> str:
     """The readable class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
 
     Args:
-        folder: the folder's name.
         names: folder and class name by the answer that exact match compares; gets this one.
-
-    Raises:
-        DataError: a question cannot hold the name, or exact match would not tell it from another name.
     """
     label = " ".join(folder.replace("_", " ").split())
     answer = relaxed(unicodedata.normalize("NFC", label))

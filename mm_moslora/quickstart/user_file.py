@@ -47,10 +47,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     """Build data from a LLaVA JSON or JSONL file.
 
     Args:
-        path: the file.
         images: the folder of its pictures; None: the file's own.
-        rng: chooses the held-out pictures.
-        follow_links: accept links that lead out of that folder.
 
     Raises:
         DataError: no training data can be built; the message holds what was found.
@@ -125,11 +122,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
 
 
 def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
-    """A text that equal files share. Frames are identified by video and number.
-
-    Raises:
-        ImageError: the file cannot be read.
-    """
+    """A text that equal files share. Frames are identified by video and number."""
     if isinstance(picture, StoredPicture):
         return hashlib.sha256(picture.read()).hexdigest()
     return hash_of(picture.path) if isinstance(picture, LocalPicture) else picture.name

@@ -131,9 +131,7 @@ def initialise(
         parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub; gguf: those that
             llama.cpp holds.
         vlm: folder or hub id of a ready-made model that takes the place of the parts.
-        gpu: see `ready_made_recipe`.
         most_left_out: largest share of unusable pictures or records.
-        say: receives progress lines.
 
     Returns:
         A summary, and the next commands.

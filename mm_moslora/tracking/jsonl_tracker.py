@@ -30,11 +30,7 @@ ENVIRONMENT = "environment.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; an incomplete line is skipped.
-
-    Args:
-        path: where it is missing, there are no records.
-    """
+    """The records of a `metrics.jsonl`, in order; an incomplete line is skipped."""
     lines = (read_text_below(path.parent, path.name, errors="replace") or "").splitlines()
     return [record for line in lines if (record := _parse(line)) is not None]
 

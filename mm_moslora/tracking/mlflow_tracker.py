@@ -37,11 +37,7 @@ _SETTINGS = {
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run per run folder.
-
-    Args:
-        config: the recipe's `track`, of which names, tags and notes are read.
-    """
+    """One MLflow run per run folder."""
 
     name = "mlflow"
 

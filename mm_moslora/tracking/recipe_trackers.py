@@ -25,10 +25,6 @@ _MAKERS: dict[str, Callable[[TrackConfig], Tracker]] = {
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
     """The trackers of a recipe, JSONL first.
 
-    Args:
-        config: the recipe's `track`.
-        active: see `Trackers`.
-
     Raises:
         ConfigError: a tracker's package is not installed.
     """

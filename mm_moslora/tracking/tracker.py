@@ -68,7 +68,6 @@ class Tracker:
         """Open the run.
 
         Args:
-            config: the resolved recipe, free of secrets.
             run_folder: exists.
             resume_step: the last step with results to keep; None for a fresh run.
         """
@@ -90,9 +89,7 @@ class Tracker:
         """Record scores with the step and the adapter that they belong to.
 
         Args:
-            rows: rows of `evaluation.json`.
             adapter: sha256 of the adapter's weights; None: no adapter.
-            step: step of the measured checkpoint.
         """
 
     def alert(self, title: str, text: str) -> None:
@@ -106,7 +103,6 @@ class Trackers:
     """Forwards all calls to several trackers, on rank 0 only.
 
     Args:
-        trackers: in order; the first is written first.
         active: False makes every call do nothing; None: whether this process is rank 0.
     """
 
@@ -161,13 +157,7 @@ class Trackers:
         self._each("finish", lambda tracker: tracker.finish(ending=ending))
 
     def _each(self, what: str, call: Callable[[Tracker], None], *, needed: bool = False) -> None:
-        """Call all trackers; a failure is logged once per kind of call.
-
-        Args:
-            what: the action, for messages.
-            call: called with each tracker.
-            needed: whether a tracker is dropped at once where this fails.
-        """
+        """Call all trackers; a failure is logged once per kind of call."""
         for tracker in list(self._trackers):
             try:
                 call(tracker)
@@ -192,13 +182,7 @@ class Trackers:
 
 
 def chosen(of_recipe: str | None, variable: str, key: str) -> str | None:
-    """The recipe's value, else the tracker's environment variable; a warning names a variable that is overridden.
-
-    Args:
-        of_recipe: the recipe's value.
-        variable: name of the tracker's environment variable.
-        key: the recipe's key, for the message.
-    """
+    """The recipe's value, else the tracker's environment variable; a warning names a variable that is overridden."""
     of_environment = os.environ.get(variable)
     if of_recipe and of_environment and of_environment != of_recipe:
         logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, of_recipe, variable, of_environment)

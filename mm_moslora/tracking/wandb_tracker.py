@@ -66,9 +66,6 @@ def refuse_workspace_settings() -> None:
     """Before anything of wandb reads its settings: those of the working folder could send the user's key elsewhere.
 
     wandb reads them first, and has no setting that leaves them out.
-
-    Raises:
-        ConfigError: there are some.
     """
     for file in (Path(name).absolute() / "settings" for name in ("wandb", ".wandb")):
         if os.path.lexists(file):
@@ -79,11 +76,7 @@ def refuse_workspace_settings() -> None:
 
 
 class WandbTracker(Tracker):
-    """One wandb run per run folder.
-
-    Args:
-        config: the recipe's `track`, of which names, tags and notes are read.
-    """
+    """One wandb run per run folder."""
 
     name = "wandb"
 

@@ -98,13 +98,7 @@ def backend() -> str:
 
 
 def check_launcher() -> None:
-    """Refuse variables of a launcher that are missing or contradict each other; torch's own messages name few of them.
-
-    Raises:
-        ConfigError: a number is none.
-        DistributedError: a variable is missing, or the rank is not below the number of ranks, or a program that sets
-            none of them started several processes.
-    """
+    """Refuse variables of a launcher that are missing or contradict each other; torch's messages name few of them."""
     _refuse_lone_tasks()
     remedy = "A launcher sets them all: start the run by one, or unset them."
     if rank() >= world_size():
@@ -191,9 +185,6 @@ def _on_own_gpu(*, one_rank_each: bool) -> dict[str, Any]:
 
     DeepSpeed uses LOCAL_RANK as the index of the GPU. That is wrong where ranks share GPUs, or where each sees its own
     alone. From here on LOCAL_RANK is that index, for which `device` gives the same GPU.
-
-    Raises:
-        DistributedError: this machine has more ranks than GPUs, or the GPU does not run this PyTorch.
     """
     count = torch.cuda.device_count()
     # A single visible GPU may be assigned to this rank by its launcher (its own CUDA_VISIBLE_DEVICES).

@@ -81,8 +81,6 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
     Code that a configuration names (`auto_map`) is not copied, and its name is left out.
 
     Args:
-        source: the model's folder.
-        names: of files in it.
         folder: where to; it has none of them.
 
     Raises:
@@ -106,7 +104,6 @@ def open_in_place(path: Path | str, flags: int) -> int:
     Args:
         path: anybody may have made what is there: a link would lead to a file of the user, and what is appended to a
             hard link to one. The former is refused, the latter becomes a copy.
-        flags: as for `os.open`.
 
     Raises:
         ConfigError: it is a link or no regular file.
@@ -138,7 +135,6 @@ def writing_in_place(path: Path, *, append: bool = False) -> TextIO:
     """Open a text file for writing at its final place; see `open_in_place`.
 
     Args:
-        path: the file.
         append: whether its content is kept. If not, a new file takes its name, and hard links keep what they had.
     """
     if not append and os.path.lexists(path) and is_regular(path):
@@ -157,7 +153,6 @@ def make_subfolder(path: Path, *, below: Path | None = None) -> None:
     """Make a folder inside one of this project, if it is missing.
 
     Args:
-        path: the folder.
         below: the folder that no link may leave; None: its parent.
 
     Raises:
@@ -186,7 +181,6 @@ def replace_text(path: Path, text: str) -> None:
     The new content survives a power loss.
 
     Args:
-        path: the file.
         text: its content; line ends are kept, and so are unpaired surrogates.
     """
     with (
@@ -276,8 +270,6 @@ def read_json(path: Path, kind: type = dict, *, below: Path | None = None, linke
     """The content of a JSON file.
 
     Args:
-        path: the file.
-        kind: expected type of the content.
         below: the folder that no link may leave, such as a run or a checkpoint of anybody; None: the file's own. In the
             hub's cache, links lead to its blobs.
         linked: links are followed, for a file that a user names, a model, or a part of the installed package.
@@ -348,7 +340,6 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
     a lock.
 
     Args:
-        folder: the final folder.
         replaces: name of the file that marks an old folder there, which is then replaced. None: an existing folder is
             kept, such as one that another host made meanwhile, and the new one is deleted; a folder with nothing but
             the project's mark is replaced.

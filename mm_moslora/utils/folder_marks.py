@@ -57,12 +57,7 @@ def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Seq
 
     Args:
         folder: may be missing.
-        names: files and folders to write.
         kind: kind of the mark that shows that the existing files are this project's.
-        also: patterns of other files that show it, too.
-
-    Raises:
-        ConfigError: one of the names exists, and the folder has no such mark.
     """
     present = [name for name in names if os.path.lexists(folder / name)]
     if not present or kind in kinds_of(folder) or any(any(folder.glob(pattern)) for pattern in also):
@@ -77,7 +72,6 @@ def output_file(path: Path, *, sign: re.Pattern[bytes] | None = None) -> Path:
     """Check an output file that a user named.
 
     Args:
-        path: the file.
         sign: how files begin that this project writes there; such files are replaced. None: no file is replaced.
 
     Raises:
@@ -96,11 +90,7 @@ def output_file(path: Path, *, sign: re.Pattern[bytes] | None = None) -> Path:
 
 
 def refuse_full_folder(folder: Path) -> None:
-    """Refuse a folder for new files that cannot be created, or that is not empty.
-
-    Raises:
-        ConfigError: it is not empty, or it cannot be created.
-    """
+    """Refuse a folder for new files that cannot be created, or that is not empty."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ConfigError(f"{folder} cannot be made: {existing} is a file or a broken link. Choose a new folder.")

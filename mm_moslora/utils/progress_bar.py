@@ -19,7 +19,6 @@ class Progress:
     """Progress of a counted task.
 
     Args:
-        what: one or two words, shown first.
         total: units of work.
         unit: name of a unit.
         initial: units that were done before (a resumed run).
@@ -42,7 +41,6 @@ class Progress:
 
         Args:
             done: finished units in total.
-            note: shown last, such as the loss.
         """
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)

@@ -94,7 +94,6 @@ def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
     Args:
         value: mappings, lists, tuples and scalars; not changed.
         name: the key that holds `value`; it may mark a secret (`api_key`) or exclude one (`revision`).
-        keep_hashes: see `redact_text`.
     """
     return _redacted(value, name, keep_hashes, _environment_secrets())
 
@@ -126,7 +125,6 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
     """Free text with every secret replaced.
 
     Args:
-        text: a log line, a file, an error.
         keep_hashes: keep 40-digit hexadecimal numbers, because they are known to be commits.
     """
     return _cleaned(text, _environment_secrets(), keep_hashes=keep_hashes)

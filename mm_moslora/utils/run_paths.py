@@ -197,11 +197,7 @@ def projector_file(path: str | Path) -> Path:
 
 
 def require_projector(path: str | Path) -> Path:
-    """The projector file of `model.projector.weights`, see `projector_file`.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The projector file of `model.projector.weights`, see `projector_file`."""
     file = projector_file(path)
     if not file.is_file():
         what = "is a folder without checkpoints and projector.safetensors" if file.is_dir() else "does not exist"
@@ -212,11 +208,7 @@ def require_projector(path: str | Path) -> Path:
 
 
 def require_model(key: str, name: str | None) -> None:
-    """Refuse a path without a model, for which the hub's error message would be misleading.
-
-    Raises:
-        ModelError: the name can only be a path, and nothing exists there; or it is a folder without a configuration.
-    """
+    """Refuse a path without a model or its configuration, for which the hub's error message would be misleading."""
     if not name:
         return
     if name.startswith(("/", "./", "../")) and not Path(name).exists():

@@ -13,12 +13,9 @@ _RESUME_ONLY = "trainer/"
 
 
 def check_stored(path: Path) -> None:
-    """Compare weights with the manifest of the checkpoint that holds them; elsewhere there is nothing to compare.
+    """Refuse weights that the manifest of the checkpoint that holds them shows as missing, truncated or altered.
 
     Other files may be edited, such as a chat template: `check_preprocessing` compares what they do.
-
-    Raises:
-        CheckpointError: the manifest is damaged, or a file is missing, truncated or altered.
     """
     checkpoint = next((folder for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None)
     if checkpoint is None:

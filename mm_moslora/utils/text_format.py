@@ -19,10 +19,7 @@ def whole_number(
     """The number in an environment variable.
 
     Args:
-        environment: such as `os.environ`.
-        name: of the variable.
         default: its value where it is missing or empty.
-        least: smallest number that makes sense.
         most: largest.
 
     Raises:

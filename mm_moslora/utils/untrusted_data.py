@@ -72,7 +72,6 @@ def parse_json(
 
     Args:
         text: the value; bytes are UTF-8.
-        max_depth: deepest nesting.
         constants: accept NaN and Infinity, which are not JSON, as numbers.
         surrogates: keep unpaired surrogates, for a caller that refuses them.
         repeats: of a key written twice the last value counts, as in what a model answers.
@@ -339,9 +338,6 @@ def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
     """Read one value.
 
     Args:
-        kind: its type, as an annotation has it.
-        data: plain data.
-        source: where it came from, for messages.
         where: the dotted key, for messages.
 
     Raises:

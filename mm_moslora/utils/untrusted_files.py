@@ -69,7 +69,6 @@ def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
 
     Args:
         root: resolved root folder.
-        name: the name in the data.
         follow_links: accept symbolic links that lead out of the root.
 
     Raises:
@@ -103,7 +102,6 @@ def find_in_model(folder: Path, name: str) -> Path | None:
 
     Args:
         folder: the folder. In the hub's cache its files are links to blobs of the repository.
-        name: path below it.
 
     Raises:
         FileError: see `find_below`.
@@ -131,7 +129,6 @@ def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
     Args:
-        path: from `find_below`, or a path from a user.
         most: maximum size, bytes; None: no limit, for files that are not read as a whole.
 
     Raises:
@@ -185,7 +182,6 @@ def read_text_below(root: Path, name: str, *, errors: str = "strict") -> str | N
 
     Args:
         root: the folder, as a user named it.
-        name: path below it.
         errors: what to do with bytes that are not UTF-8, as for `bytes.decode`.
 
     Raises:

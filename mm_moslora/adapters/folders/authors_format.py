@@ -104,11 +104,7 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
 
 
 def check_declared(names: Iterable[str], source: str) -> None:
-    """Refuse mixers in a folder whose configuration declares none.
-
-    Raises:
-        AdapterError: one of the names is a mixer's.
-    """
+    """Refuse mixers in a folder whose configuration declares none."""
     if name := names_mixers(names):
         raise AdapterError(
             f"{source} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
@@ -118,11 +114,7 @@ def check_declared(names: Iterable[str], source: str) -> None:
 
 
 def check_options(config: Mapping[str, Any], understood: set[str], source: str) -> None:
-    """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes.
-
-    Raises:
-        AdapterError: such an option is set.
-    """
+    """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes."""
     unknown = sorted(key for key, value in config.items() if value and key not in understood | _WITHOUT_MEANING)
     if unknown:
         raise AdapterError(

@@ -53,11 +53,7 @@ KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lor
 
 
 def export_adapter(
-    folder: str | Path | Mapping[str, str | Path],
-    out: str | Path,
-    *,
-    layout: Layout,
-    component: str = "unet",
+    folder: str | Path | Mapping[str, str | Path], out: str | Path, *, layout: Layout, component: str = "unet"
 ) -> Path:
     """Write an adapter folder in another program's layout.
 
@@ -65,7 +61,6 @@ def export_adapter(
         folder: an adapter folder of any kind that `load_adapter` reads; for diffusers and Kohya also several, by
             component: one file holds those of a UNet and its text encoders.
         out: folder to write into (made if missing), or Kohya's file. No file is replaced.
-        layout: see the module's text.
         component: diffusers and kohya only: which part of the pipeline one folder adapts, one of `COMPONENTS`.
 
     Returns:
@@ -155,12 +150,6 @@ def largest_difference(
 
     Every layer's ``s B M A x`` is computed from both, in float64, for eight random x.
 
-    Args:
-        folder: the adapter folder.
-        out: what `export_adapter` wrote.
-        layout: in which layout.
-        component: diffusers only: the one it was written for.
-
     Returns:
         The largest difference of an entry, over the largest entry of its layer; the largest of all layers.
 
@@ -241,12 +230,7 @@ def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def layers_read_as_experts(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Layers that PEFT, where this package is not imported, takes for experts by their names, and leaves out.
-
-    Args:
-        model: without adapters.
-        config: plain LoRA's, with whole paths of modules.
-    """
+    """Layers that PEFT, where this package is not imported, takes for experts by their names, and leaves out."""
     read = copy.deepcopy(config)
     try:
         convert_peft_config_for_transformers(read, model=model, conversions=None)

@@ -9,15 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
-from mm_moslora.adapters.folder_format import (
-    FACTORS_B,
-    MIXER,
-    PREFIX,
-    adapted_path,
-    is_factor,
-    mixers_in,
-    target_paths,
-)
+from mm_moslora.adapters.folder_format import FACTORS_B, MIXER, PREFIX, adapted_path, is_factor, mixers_in, target_paths
 from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 
@@ -25,16 +17,7 @@ from mm_moslora.utils.errors import AdapterError
 def check_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
 ) -> None:
-    """Refuse factors that do not fit the model.
-
-    Args:
-        tensors: name to tensor.
-        shapes: every name that must be there, and its shape.
-        source: their folder or model, for the message.
-
-    Raises:
-        AdapterError: a factor is missing, unknown or empty, has another shape or dtype, or holds NaN or infinity.
-    """
+    """Refuse factors that are missing, unknown or empty, of another shape or dtype, or that hold NaN or infinity."""
     factors = set(filter(is_factor, tensors))
     for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
         if names:
@@ -67,7 +50,6 @@ def unexpected_entry(
 
     Args:
         tensors: the folder's, or as PEFT renames them for modules that train whole.
-        config: the adapter's.
         embeddings: names, under PEFT's prefix, and shapes of the base's embedding and head. None: the base is not
             known; up to two matrices of one number of rows may be them, and `load_adapter` compares them with it.
     """
@@ -91,12 +73,7 @@ def unexpected_entry(
 
 
 def shapes_by_rank(config: AdapterOptions, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the factors that a folder must have, by rank; widths are taken from the tensors.
-
-    Args:
-        config: the adapter's configuration.
-        tensors: the folder's.
-    """
+    """Names and shapes of the factors that a folder must have, by rank; widths are taken from the tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     mixers = mixers_in(tensors)
     for name, A in tensors.items():
@@ -119,7 +96,6 @@ def fold_state_dict(tensors: Mapping[str, Tensor], *, names_of_B: tuple[str, ...
 
     Args:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-        names_of_B: the ends of B's names.
 
     Returns:
         The same without mixers, ``B' = B M`` in B's dtype, contiguous: the product that the fused kernel uses, so

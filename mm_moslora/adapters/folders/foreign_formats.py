@@ -34,12 +34,7 @@ from mm_moslora.adapters.folder_format import (
     read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.authors_format import (
-    check_declared,
-    check_options,
-    mixer_settings,
-    with_known_names,
-)
+from mm_moslora.adapters.folders.authors_format import check_declared, check_options, mixer_settings, with_known_names
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
@@ -64,8 +59,6 @@ def read_foreign(root: Path, *, trainable: bool = False, component: str | None =
     """Read a folder of another library.
 
     Args:
-        root: the folder.
-        trainable: for plain LoRA, whether the identity mixer trains.
         component: for a file of diffusers, which part of the pipeline; None: the only one.
 
     Raises:

@@ -51,12 +51,7 @@ class Overlap:
 
     @classmethod
     def of(cls, factor: Tensor, start: Tensor | None) -> Overlap | None:
-        """Of two factors ``[R, D]`` and ``[R0, D]``; None without a start, and for one of zero, NaN or another width.
-
-        Args:
-            factor: A, or B^T.
-            start: the same at the start.
-        """
+        """Of two factors ``[R, D]`` and ``[R0, D]``; None without a start, for one of zero, NaN or another width."""
         if start is None or start.shape[1:] != factor.shape[1:] or not start.any() or not start.isfinite().all():
             return None
         old = start.double()
@@ -80,9 +75,6 @@ class ModuleStart:
 
         Args:
             layer: its parameters are not read.
-            adapter_name: the adapter.
-            A: the whole factor, now.
-            B: the whole factor, now.
         """
         start = layer.starts.get(adapter_name, Start())
         return cls(M=start.mixer if adapter_name in layer.lora_mixer else None, **_overlaps(start, A, B))
@@ -92,9 +84,7 @@ class ModuleStart:
         """From the tensors of a folder; parts of another shape, and NaN, are not known.
 
         Args:
-            stored: of `read_start`.
             path: module path.
-            rank: R of the module.
         """
 
         def part(name: str) -> Tensor | None:
@@ -128,7 +118,6 @@ def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) ->
     """What a folder keeps, by its names in the file.
 
     Args:
-        starts: of `starts_of`.
         tensors: A, M and B of the adapter under their names in the folder.
     """
     stored: dict[str, Tensor] = {}
@@ -164,9 +153,6 @@ def set_starts(
     same run then.
 
     Args:
-        model: holds the adapter.
-        adapter_name: the adapter.
-        stored: of `read_start`.
         tensors: gives A, M and B of the folder; asked where a start of A or B is known.
         starts: what is known, of `starts_of`; values that are loaded into a layer drop its start.
     """
@@ -196,7 +182,6 @@ def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "defaul
     Args:
         model: holds the adapter and the start of the same run, drawn or loaded again.
         folder: of the checkpoint; where it keeps no start, nothing changes.
-        adapter_name: the adapter.
     """
     if stored := read_start(folder, read_manifest(folder)):
         set_starts(
@@ -210,22 +195,13 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def mixer_starts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mixers at the start, by module path.
-
-    Args:
-        stored: of `read_start`.
-    """
+    """The mixers at the start, by module path."""
     names = [name for name in stored if name.endswith(START_MIXER)]
     return {name.removeprefix(PREFIX).removesuffix(START_MIXER): stored[name] for name in names}
 
 
 def read_start(root: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a folder keeps of the start; empty where it keeps nothing, or its file is not the one it was saved with.
-
-    Args:
-        root: the folder.
-        manifest: content of its `moslora.json`.
-    """
+    """What a folder keeps of the start; empty where it keeps nothing, or its file is not the one it was saved with."""
     path, digest = root / START_WEIGHTS, manifest.get("start")
     if digest is None or not path.is_file():
         return {}

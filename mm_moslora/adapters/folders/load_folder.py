@@ -22,11 +22,7 @@ from mm_moslora.adapters.folder_format import (
     read_manifest,
     read_tensors,
 )
-from mm_moslora.adapters.folders.folder_tensors import (
-    check_tensors,
-    shapes_by_rank,
-    unexpected_entry,
-)
+from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, unexpected_entry
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
 from mm_moslora.adapters.folders.kept_start import read_start, set_starts, starts_of
 from mm_moslora.adapters.folders.save_folder import expected_shapes
@@ -53,8 +49,6 @@ def load_adapter(
     Args:
         model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
             modules, ranks and scalings are the same, and is added if there is none.
-        folder: the adapter folder.
-        adapter_name: the adapter's name in PEFT.
         trainable: whether it is going to train; if not, the model is put into evaluation mode. A plain LoRA folder
             gets a trainable identity mixer when it trains, a frozen one (plain LoRA) otherwise.
         base: identity of the base model; an entry that contradicts the folder's is an error.
@@ -112,11 +106,6 @@ def restore_frozen_mixers(model: nn.Module, folder: str | Path, *, adapter_name:
 
     They are buffers, so the optimiser's state does not hold them. Drawing them again is not exact: with another number
     of threads or on another device, a QR decomposition rounds otherwise.
-
-    Args:
-        model: holds the adapter.
-        folder: of `save_adapter`, of the same adapter.
-        adapter_name: the adapter.
 
     Returns:
         How many were set.

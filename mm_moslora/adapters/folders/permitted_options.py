@@ -51,9 +51,7 @@ def permitted_options(kind: type[Any], options: Mapping[str, Any], source: str) 
     """The method's own options in a folder or a recipe, without what its configuration does not know.
 
     Args:
-        kind: class of the configuration.
         options: as read; nested ones may be objects of their classes.
-        source: what holds them, for the message.
 
     Raises:
         AdapterError: a value is neither a number, nor a known word, nor the name of a module.

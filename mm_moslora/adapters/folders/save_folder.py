@@ -54,9 +54,7 @@ def save_adapter(
     """Write one adapter as the double folder.
 
     Args:
-        model: PEFT model, or the base model with adapters inside.
         folder: made if missing; files of an earlier save are replaced.
-        adapter_name: which adapter.
         state: parameter name to full tensor, for values that the model does not hold (ZeRO-3 shards, float32 masters).
             Names are those of `named_parameters`, of the PEFT model or of the base. Must hold every parameter of the
             adapter; anything else in it is ignored.
@@ -185,10 +183,7 @@ def write_folder(
 
     Args:
         folder: made if missing.
-        config: the adapter's configuration.
         tensors: A, M, B and the other tensors that PEFT saves, in float32.
-        base: identity of the base model.
-        auto_mapping: PEFT's class hint for models without a task type.
         start: what is known of the start of training; see `kept_start`.
 
     Raises:
@@ -239,9 +234,7 @@ def stock_config(
     """The content of stock PEFT's `adapter_config.json`.
 
     Args:
-        config: the adapter's configuration.
         paths: the adapted modules; None keeps the targets as they are.
-        auto_mapping: PEFT's class hint.
     """
     changes: dict[str, Any] = {"inference_mode": True, "auto_mapping": auto_mapping}
     if not config.changes_base:  # else PEFT must take the same start out of its base
@@ -269,7 +262,6 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
     Args:
         folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
         config: the adapter's configuration; all that is written where the folder is a double folder already.
-        auto_mapping: PEFT's class hint.
 
     Raises:
         AdapterError: the weights were pickled, hold an empty or broken factor, or lack mixers.
@@ -321,9 +313,6 @@ def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Mo
     """Write into `adapter_config.json` which model the adapter belongs to, so that PEFT's Auto classes load both.
 
     Args:
-        folder: from `save_adapter`.
-        base: folder or hub id.
-        revision: of the hub.
         kind: class of the base, of which `AutoPeftModel` makes one; None: `AutoPeftModelForCausalLM` knows it.
     """
     data = read_json(folder / STOCK_CONFIG)

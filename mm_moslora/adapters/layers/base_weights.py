@@ -39,7 +39,6 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
     """The weight that a linear layer multiplies x with; None where the layer computes more.
 
     Args:
-        base: the layer, without adapters.
         x: its input, ``[..., D_in]``.
     """
     # Hooks and replaced forward methods (offloading, tensor parallelism) run only when the base is called as a module.
@@ -116,11 +115,7 @@ def unpack(weight: Any) -> None:
 
 
 def stop_repacking(model: nn.Module) -> None:
-    """Keep the layout and the values of 4-bit weights in evaluations on a CPU, so that training can read them.
-
-    Args:
-        model: the model to train; changed in place.
-    """
+    """Keep the layout and the values of 4-bit weights in evaluations on a CPU, so that training can read them."""
     for module in model.modules():
         if quantisation(module) == "bitsandbytes 4-bit":
             unpack(module.weight)

@@ -101,7 +101,6 @@ def use_kernel(model: nn.Module, kernel: Kernel) -> Iterator[None]:
     """Choose how the adapted layers of a model compute within the block, in whatever thread.
 
     Args:
-        model: PEFT model, or a part of one.
         kernel: `auto` (fused where it applies; outside of lean layers, PEFT's path for adapters without any mixer),
             `reference` (always factor by factor) or `fused` (those too).
 

@@ -24,12 +24,7 @@ SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
 
 
 def why_not_called(parent: nn.Module | None, name: str) -> str | None:
-    """Why an adapter on a child of a module would have no effect on all or some code paths; None if it has.
-
-    Args:
-        parent: the module that holds the layer.
-        name: of the layer in it.
-    """
+    """Why an adapter on a child of a module would have no effect on all or some code paths; None if it has."""
     if parent is None:
         return None
     kind: Any = type(parent)

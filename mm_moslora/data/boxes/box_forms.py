@@ -103,8 +103,6 @@ def coordinates(numbers: Sequence[float], form: BoxForm, frame: PictureFrame) ->
 
     Args:
         numbers: x1, y1, x2, y2 or x, y in pixels of the file.
-        form: of the model.
-        frame: of the picture.
 
     Raises:
         CroppedError: less than half of the box is seen, or not the point.
@@ -165,7 +163,6 @@ def read_boxes(
 
     Args:
         answer: of the model, with or without special tokens.
-        processing: of the model.
         size: width and height of the upright picture that the answer is about.
         shown: those of the picture that the model saw in its place, of which what it wrote is shares; None: the same.
 

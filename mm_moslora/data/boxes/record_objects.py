@@ -62,7 +62,6 @@ class Objects:
 
         Args:
             sizes: widths and heights of the record's pictures, upright.
-            where: for messages.
 
         Raises:
             RecordError: one lies outside of its picture.
@@ -91,8 +90,6 @@ def objects_of(
     Args:
         value: of the key; None without it.
         texts: of the record. Without pictures and objects, words such as `<bbox>` are text.
-        images: pictures of the record.
-        where: for messages.
         has_video: whether the record has a video, in which boxes are not supported.
 
     Raises:
@@ -242,10 +239,7 @@ def filler(
     """A function that fills the placeholders of the texts of a record, called on them in order.
 
     Args:
-        objects: of the record.
         sizes: see `Objects.in_pixels`.
-        processing: of the model.
-        where: for messages.
 
     Raises:
         RecordError: a box lies outside of its picture, or is cropped away.

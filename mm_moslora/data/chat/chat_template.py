@@ -322,11 +322,7 @@ class Template:
         """The text of a conversation.
 
         Args:
-            roles: of its turns.
-            contents: one for each of `owners`.
             prompt: with the generation prompt at its end.
-            reasoning: more keys of the last message.
-            switch: more variables of the template.
 
         Raises:
             ConfigError: the template refuses the roles.

@@ -145,17 +145,12 @@ class ConversationEncoder(SegmentEncoder):
         raise TooLong(f"{what}, data.max_length is {max_length}; raise data.max_length or shorten the record")
 
     def encode_prompt(
-        self,
-        turns: Sequence[Turn],
-        *,
-        pictures: Sequence[Placeholders] | None = None,
-        thinking: bool | None = None,
+        self, turns: Sequence[Turn], *, pictures: Sequence[Placeholders] | None = None, thinking: bool | None = None
     ) -> Tensor:
         """Tokenise a prompt: int64 ``[T]``, which ends where the answer begins.
 
         Args:
             turns: ends with a question.
-            pictures: see `encode`.
             thinking: ask to think, or to answer at once; None: in the form of `self.thinking`.
         """
         if not turns or turns[-1].role not in ("user", "tool"):
@@ -179,9 +174,6 @@ class ConversationEncoder(SegmentEncoder):
         """The text of a generated answer, without special tokens and without the template's space before it.
 
         An answer that is put back into the conversation as this text gives the same tokens again.
-
-        Args:
-            ids: the answer, or its first tokens.
         """
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return text.removeprefix(self.template.plan(EXCHANGE).slots[1].lead)

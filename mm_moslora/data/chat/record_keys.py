@@ -67,11 +67,7 @@ _WORDS = {"true": 1.0, "false": 0.0, "default": 1.0}
 
 
 def check_record(value: Mapping[str, Any], where: Where) -> None:
-    """Refuse a record of an answer to be avoided: one of a pair, or one that its label marks as bad.
-
-    Raises:
-        RecordError: names the key and what to do.
-    """
+    """Refuse a record of an answer to be avoided: one of a pair, or one that its label marks as bad."""
     key, answer = given(value, ("chosen", *REJECTED))
     if key:
         raise where.error(Code.UNFOLLOWED_KEY, key, f"is {kind_of(answer)}", _PREFERENCE)
@@ -114,11 +110,7 @@ def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
 
 
 def check_blocks(answer: str, field: str, where: Where) -> None:
-    """Refuse an answer with a part of a block of thinking that would be learned as its text.
-
-    Raises:
-        RecordError: its first block has no end or no start, or is followed by another.
-    """
+    """Refuse an answer whose first block of thinking has no end or no start, or is followed by another."""
     first = _BLOCK.match(answer)
     rest = answer[first.end() :] if first else answer
     start, end = rest.find("<think>"), rest.find("</think>")

@@ -90,10 +90,8 @@ class SegmentEncoder(AnswerThinking):
     Args:
         tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
         image_token_id: vocabulary id of the image placeholder; None for a language model alone.
-        tokens_per_image: placeholders per image.
         system_prompt: replaces the template's default. For a template without a system turn it is put before the first
             question. An empty string removes the default, if there is one.
-        processor: processor of a ready-made model; its chat template places pictures itself.
         thinking: handling of thinking in answers; see `ModelConfig.thinking`.
 
     Raises:

@@ -54,13 +54,7 @@ class RecordSample:
 
 
 def page(samples: Sequence[RecordSample], encoder: ConversationEncoder, *, title: str) -> str:
-    """The page as HTML text.
-
-    Args:
-        samples: in order.
-        encoder: the encoder of their tokens.
-        title: such as the recipe's name.
-    """
+    """The page as HTML text."""
     cards = "\n".join(_card(sample, encoder) for sample in samples)
     key = (
         '<p class="key tokens"><span class="s">supervised</span><span>not supervised</span>'

@@ -182,10 +182,6 @@ def check(
     """Check sources as a run would use them.
 
     Args:
-        sources: at least one.
-        encoder: tokenises.
-        config: the recipe's `data`.
-        vision: whether the model has a vision encoder.
         image_processing: counts the tokens of every picture; None: every picture takes the encoder's fixed number.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.

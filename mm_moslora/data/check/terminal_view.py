@@ -85,7 +85,6 @@ def view_report(report: CheckReport, *, everything: bool = False) -> list[Render
     """A check's report: counts, lengths, findings, faults.
 
     Args:
-        report: the report of the check.
         everything: show all faults and repeated ids instead of the first `SHOWN`.
     """
     most = None if everything else SHOWN

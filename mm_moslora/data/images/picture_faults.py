@@ -92,11 +92,7 @@ def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
-    """Refuse a picture with an extreme aspect ratio or too many pixels.
-
-    Raises:
-        ImageError: IMAGE_ASPECT or IMAGE_TOO_LARGE.
-    """
+    """Refuse a picture with an extreme aspect ratio or too many pixels."""
     long, short = max(size), min(size)
     shown = f"is {size[0]} x {size[1]} pixels"
     if short < 1 or long > MAX_ASPECT * short:

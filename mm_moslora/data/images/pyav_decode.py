@@ -64,32 +64,20 @@ def frame_indices(frames: int, count: int, *, middles: bool = False) -> list[int
 
 
 def check_pixels(size: tuple[int, int], count: int, name: str) -> None:
-    """Check the width and height in pixels of a video of which `count` frames are shown.
-
-    Raises:
-        ImageError: extreme aspect ratio, or too large.
-    """
+    """Refuse an extreme aspect ratio, and too many pixels, of a video of which `count` frames are shown."""
     check_size(size, name)
     check_shown(size[0] * size[1] * count, f"{count} frames of {size[0]} x {size[1]} pixels", name)
 
 
 def check_shown(pixels: int, frames: str, name: str) -> None:
-    """Check the pixels of all shown frames together.
-
-    Raises:
-        ImageError: too many.
-    """
+    """Refuse too many pixels in all shown frames together."""
     if pixels > MAX_PIXELS:
         remedy = f"lower video_frames of its source, or scale it down to {MAX_PIXELS} pixels together"
         raise ImageError(Code.VIDEO_TOO_LARGE, name, f"gives {frames}", remedy)
 
 
 def check_decoded(pixels: int, name: str, *, most: int = MAX_DECODED) -> None:
-    """Check the pixels of all frames that are decoded: compressed, a frame may take one byte.
-
-    Raises:
-        ImageError: too many.
-    """
+    """Refuse too many pixels in all frames that are decoded: compressed, a frame may take one byte."""
     if pixels > most:
         what = f"takes more than {most} decoded pixels to show its frames"
         raise ImageError(Code.VIDEO_TOO_LARGE, name, what, "cut it, scale it down, or encode it with more key frames")
@@ -101,7 +89,6 @@ def decode_frames(stream: BinaryIO, choose: Choose | None, *, name: str) -> list
     Args:
         stream: the file; seekable.
         choose: the frames; None: the first one, without reading the rest of the file.
-        name: for messages.
 
     Raises:
         ImageError: of no accepted container, broken, too long or too large.
@@ -173,11 +160,7 @@ def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:
 
 
 def _times(container: Any, track: Any, name: str) -> tuple[list[int], list[int]]:
-    """Times of all frames and of the key frames, in units of the stream.
-
-    Raises:
-        ImageError: no frames, too many, or fewer than the file declares.
-    """
+    """Times of all frames and of the key frames, in units of the stream."""
     times: set[int] = set()
     keys: list[int] = []
     first, end = math.inf, -math.inf

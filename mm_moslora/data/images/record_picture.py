@@ -132,9 +132,6 @@ def find_picture(value: Any, index: int, where: Where, rules: PictureRules) -> L
     Args:
         value: a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
             tables, or a `StoredPicture`.
-        index: number of the picture within the record.
-        where: for messages.
-        rules: rules for names.
 
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
@@ -201,9 +198,6 @@ def check_image(path: Path) -> tuple[int, int]:
 
     Returns:
         Width and height in pixels, upright.
-
-    Raises:
-        ImageError: a fault in the header, as from `open_image`; damage after the header is not detected.
     """
     with _regular_file(path) as stream, _opened(stream, str(path)) as image:
         return _upright_size(image)

@@ -41,11 +41,6 @@ class PreferencePair:
 def parse_pair(value: Any, where: Where, rules: PictureRules) -> PreferencePair:
     """Turn one value into a pair of records.
 
-    Args:
-        value: an object in one of the forms at the top.
-        where: for messages.
-        rules: rules for its pictures.
-
     Raises:
         RecordError: with one of `record_faults.Code`.
     """

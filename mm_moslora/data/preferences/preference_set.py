@@ -47,11 +47,6 @@ class AnswerSet(SourceExamples, Generic[Item]):
 
     Args:
         sources: as for `SourceExamples`, as are the others but the last.
-        encoder: see `sources`.
-        image_processing: see `sources`.
-        config: see `sources`.
-        settle: see `sources`.
-        quarantine_path: see `sources`.
         on_progress: called with (records read, all records) while the set is built.
 
     Raises:

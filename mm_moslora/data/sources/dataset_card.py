@@ -22,7 +22,6 @@ def check_named_files(path: str, options: Mapping[str, Any]) -> None:
     """Refuse a dataset that names a data file other than by a plain path below its folder or repository.
 
     Args:
-        path: a folder, or an id on the hub.
         options: arguments of `datasets.load_dataset`: `revision`, and `data_files`, which are checked as well.
 
     Raises:

@@ -43,21 +43,11 @@ class EndlessSource:
     A source that has an end, such as one to replay beside a stream, is shuffled as a whole in every pass.
 
     Args:
-        config: of the source.
-        key: of the source in the recipe, for messages.
-        seed: of the order.
         shuffled: whether files, and records of a source with an end, are shuffled.
-        processing: see `open_source`.
     """
 
     def __init__(
-        self,
-        config: SourceConfig,
-        key: str,
-        *,
-        seed: int,
-        shuffled: bool,
-        processing: ImageProcessing | None = None,
+        self, config: SourceConfig, key: str, *, seed: int, shuffled: bool, processing: ImageProcessing | None = None
     ) -> None:
         self.config, self.key = config, key
         self.empty: set[str] = set()

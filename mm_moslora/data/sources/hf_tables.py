@@ -41,7 +41,6 @@ class TableSource(RecordSource):
     Args:
         config: path (`hf:NAME`, a folder, or .parquet or .arrow files with wildcards), subset, split, revision,
             columns, streaming.
-        rules: rules for pictures named by path.
 
     Raises:
         DataError: it cannot be loaded, the split is missing, or `columns` names a missing column.
@@ -129,8 +128,6 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
     """A cell as plain data; pictures in it become references.
 
     Args:
-        cell: a cell of a column.
-        name: for messages.
         store: folders of fetched files; a path into one of them is accepted like bytes.
     """
     import pyarrow as pa
@@ -235,8 +232,6 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
 
     Args:
         path: a format such as `parquet` with `data_files` in `options`, a folder, or an id on the hub.
-        streaming: as for `load_dataset`.
-        options: further arguments of `load_dataset`.
 
     Raises:
         DataError: a data file lies outside the folder or the repository.
@@ -361,9 +356,7 @@ def row_of_stream(row: Mapping[str, Any], features: Any, config: SourceConfig) -
     """A row of `table_stream` with the fields of a record; pictures are bytes or paths.
 
     Args:
-        row: its columns.
         features: of the stream; None where they are not known.
-        config: of the source.
     """
     names = {own: field for field, own in config.columns.items()}
     row = _fetched(row, config.path.removeprefix("hf:")) if config.path.startswith("hf:") else row

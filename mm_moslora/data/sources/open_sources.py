@@ -36,11 +36,7 @@ READERS: dict[str, Callable[[Path, PictureRules], RecordSource]] = {}
 
 
 def require_sources(sources: Sequence[SourceConfig]) -> None:
-    """Refuse sources with missing files or picture folders, and a path named twice where one source holds records out.
-
-    Raises:
-        DataError: no source is named, a path does not exist, or held-out records of one source are in another.
-    """
+    """Refuse no sources, missing files or picture folders, and a path named twice where a source holds records out."""
     if not sources:
         raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
     _require_apart(sources)
@@ -80,7 +76,6 @@ def open_source(config: SourceConfig, *, processing: ImageProcessing | None = No
     """Open one source by its configuration.
 
     Args:
-        config: of the source.
         processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
 
     Raises:
@@ -179,9 +174,7 @@ def open_sources(
     """Open several sources.
 
     Args:
-        sources: to be opened.
         objective: what is learned from them; their records become conversations, see `judged_records.SHOWN`.
-        processing: see `open_source`.
 
     Raises:
         DataError: no source is named, or one cannot be read.
@@ -228,12 +221,7 @@ def _kind_of(config: SourceConfig) -> str:
 
 
 class SelectedRecords(RecordSource):
-    """Some rows of a source.
-
-    Args:
-        source: the whole source.
-        rows: numbers of the rows, in order.
-    """
+    """Some rows of a source."""
 
     def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
         super().__init__(source.path, source.rules)

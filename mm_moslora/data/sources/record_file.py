@@ -186,10 +186,6 @@ class RecordFile(RecordSource):
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path without a file.
-
-    Raises:
-        DataError: there is no file.
-    """
+    """Refuse a path without a file."""
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")

@@ -40,9 +40,7 @@ class FetchError(MoSLoRAError):
     """A download that was refused or failed.
 
     Args:
-        fault: the kind.
         what: what is wrong with the URL; it continues a sentence after the URL's name, and holds no text of a library.
-        detail: more, for those who chose the URL.
     """
 
     def __init__(self, fault: FetchFault, what: str, *, detail: str = "") -> None:
