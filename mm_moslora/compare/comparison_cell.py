@@ -67,8 +67,7 @@ class CellRun:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> CellRun:
-        """The run that a comparison's folder has under a name; ConfigError where it is missing, damaged or another
-        folder's."""
+        """A run of a comparison's folder by its name; ConfigError where it is missing, damaged or another folder's."""
         folder = folder.resolve()
         planned = sorted(path.parent.name for path in folder.glob(f"runs/*/{ORDER}"))
         if name not in planned:

@@ -73,8 +73,8 @@ class Heartbeat:
 
 
 def process_start(pid: int) -> int | None:
-    """Start of a process of this machine, in ticks since the boot, which no clock that is set changes; None: it does
-    not run."""
+    """Start of a process of this machine, in ticks since the boot, which no set clock changes; None where it is
+    gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
@@ -83,15 +83,14 @@ def process_start(pid: int) -> int | None:
 
 
 def is_running(pid: int, *, started: int | None = None) -> bool:
-    """Whether a process runs on this machine; None for `started`, its `process_start`: any with this id, which is
-    reused."""
+    """Whether a process runs on this machine. Ids are reused: `started` is its `process_start`; None: any with the id
+    counts."""
     start = process_start(pid)
     return start is not None and started in (None, start)
 
 
 def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Heartbeat]:
-    """The last heartbeats, in order of rank; other files are skipped. `now`: by the file system's clock; None: by this
-    machine's."""
+    """The last heartbeats, in order of rank; other files are skipped. `now` is by the file system's clock."""
     now = time.time() if now is None else now
     beats = []
     for path in sorted(folder.glob(name)):

@@ -69,8 +69,8 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
 
 
 def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[], None]]:
-    """The checks of a recipe that depend on this machine's files and packages, by what they are about; they raise
-    `MoSLoRAError`."""
+    """The checks of a recipe that depend on this machine's files and packages, which raise `MoSLoRAError`, by
+    subject."""
     run = Path(recipe.train.output)
 
     def folder() -> None:

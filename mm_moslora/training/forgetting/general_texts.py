@@ -28,8 +28,7 @@ _DOCUMENTS, _TOKENS = 64, 512
 
 
 def general_texts(run: Run) -> list[Batch]:
-    """The documents of the general text as batches of one, evenly spaced if there are many; DataError where none can be
-    used."""
+    """The documents of the general text as batches of one, evenly spaced if many; DataError where none can be used."""
     encoder = ConversationEncoder.of(run.assembly)
     limit = min(_TOKENS, run.recipe.data.max_length)
     batches: list[Batch] = []

@@ -41,8 +41,7 @@ def software() -> dict[str, str]:
 
 
 def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
-    """The values of a recipe by key, without paths, which may differ by host, and with the content of an engine's
-    file."""
+    """The values of a recipe by key, without paths, which may differ by host, and with an engine's file's content."""
     facts = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
     if str(zero := facts.get("train.zero", "")).endswith(".json"):
         try:

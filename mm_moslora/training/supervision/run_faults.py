@@ -19,8 +19,7 @@ ALERT_LENGTH = 1000
 
 
 class SkippedSteps:
-    """Counts the steps in a row that were skipped because a loss or a gradient is not finite; `advice` is in
-    sentences."""
+    """Counts the steps in a row that were skipped since a loss or a gradient is not finite; `advice` is sentences."""
 
     def __init__(self, limit: int, *, advice: str) -> None:
         self.limit, self.advice, self.in_a_row = limit, advice, 0

@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_summary(run: Any, total_steps: int, content: Callable[[], dict[str, Any]]) -> None:
-    """Write `summary.json` into the folder of a run, of whatever trainer; `content` gives what only this kind of run
-    has."""
+    """Write `summary.json` into a run's folder, of whatever trainer; `content` gives what only this kind of run has."""
     note_memory(run.counters)
     if distributed.is_main():
         with only_measuring("The summary"):
