@@ -67,11 +67,7 @@ def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def may_differ_by_host(key: str, value: object) -> bool:
-    """Whether a key holds a path, such as a copy on a local disk; a model's name on a hub is none.
-
-    Args:
-        key: dotted.
-    """
+    """Whether a key holds a path, such as a copy on a local disk; a model's name on a hub is none."""
     exists = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
     return exists if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
 

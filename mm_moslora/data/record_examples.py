@@ -40,11 +40,7 @@ _NOT_FETCHED = (448, 448)
 
 
 class RecordExamples:
-    """The records of some sources, by one number over all, and the examples that they make.
-
-    Args:
-        image_processing: turns pictures into tensors; None for a language model alone.
-    """
+    """The records of some sources, by one number over all, and the examples that they make."""
 
     def __init__(
         self,
@@ -196,10 +192,6 @@ def _size(record: Record, number: int) -> tuple[int, int]:
 
 class SourceExamples(RecordExamples):
     """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
-
-    Args:
-        image_processing: turns pictures into tensors; None for a language model alone.
-        settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
     """
 
     def __init__(

@@ -80,7 +80,6 @@ class TrainingSet(SourceExamples, MeasuredRecords):
     the characters. A record with a fault that is found later is skipped.
 
     Args:
-        image_processing: turns pictures into tensors; None for a language model alone.
         settle: let `thinking: auto` of the encoder follow these records, see `thinking_form.settled`.
         on_progress: called with (records read, all records) while the set is built.
 

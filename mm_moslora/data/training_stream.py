@@ -95,7 +95,6 @@ class TrainingStream(RecordExamples):
 
     Args:
         sources: mixed by the ratios of their weights.
-        image_processing: turns pictures into tensors; None for a language model alone.
         fresh: whether the run starts, so that `thinking: auto` follows the first records and the quarantine is new.
 
     Raises:

@@ -168,9 +168,6 @@ def verify(path: Path, asset: Asset) -> None:
 def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[Path]:
     """Extract chosen members of a zip or wheel into `folder` and return their paths.
 
-    Args:
-        folder: the target; created if missing.
-
     Raises:
         AssetError: the file is not a zip, no member matches, or a member would be written outside `folder`.
     """

@@ -88,7 +88,6 @@ def build_easy_vqa(
     Args:
         train_images: pictures taken from the package's training half (4,000 there).
         test_questions: held-out questions, half open and half yes/no, from the package's test half.
-        turns: maximum number of questions per conversation.
         seed: chooses the training pictures, their questions and the order. The held-out questions are the same for
             every seed.
 

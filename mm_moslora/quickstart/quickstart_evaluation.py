@@ -101,9 +101,6 @@ def evaluate_all(
 ) -> list[dict[str, Any]]:
     """Evaluate both stages with all controls; existing answers of a model are reused.
 
-    Args:
-        folder: the quickstart's run folder, with `align` and `tune` trained.
-
     Returns:
         The rows of `evaluation.json`, tuned first.
     """

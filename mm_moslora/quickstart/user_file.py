@@ -46,9 +46,6 @@ class _SourceRows(Sequence[Any]):
 def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_links: bool) -> OwnData:
     """Build data from a LLaVA JSON or JSONL file.
 
-    Args:
-        images: the folder of its pictures; None: the file's own.
-
     Raises:
         DataError: no training data can be built; the message holds what was found.
     """

@@ -19,8 +19,6 @@ class Progress:
     """Progress of a counted task.
 
     Args:
-        total: units of work.
-        unit: name of a unit.
         initial: units that were done before (a resumed run).
         every: seconds between lines without a terminal.
     """
@@ -37,11 +35,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=True)
 
     def update(self, done: int, note: str = "") -> None:
-        """Update the number of finished units.
-
-        Args:
-            done: finished units in total.
-        """
+        """Update the number of finished units."""
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.done)

@@ -18,10 +18,6 @@ def whole_number(
 ) -> int:
     """The number in an environment variable.
 
-    Args:
-        default: its value where it is missing or empty.
-        most: largest.
-
     Raises:
         ConfigError: it holds something else.
     """

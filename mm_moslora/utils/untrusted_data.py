@@ -337,9 +337,6 @@ def _known(kind: Any, data: Any) -> Any:
 def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
     """Read one value.
 
-    Args:
-        where: the dotted key, for messages.
-
     Raises:
         ConfigError: a wrong type, or an unknown key of a dataclass.
     """

@@ -81,11 +81,7 @@ class ModuleStart:
 
     @classmethod
     def read(cls, stored: Mapping[str, Tensor], path: str, rank: int) -> ModuleStart:
-        """From the tensors of a folder; parts of another shape, and NaN, are not known.
-
-        Args:
-            path: module path.
-        """
+        """From the tensors of a folder; parts of another shape, and NaN, are not known."""
 
         def part(name: str) -> Tensor | None:
             tensor = stored.get(f"{PREFIX}{path}{START_PART}{name}")

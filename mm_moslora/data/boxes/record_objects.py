@@ -88,7 +88,6 @@ def objects_of(
     """Read `objects` of a record; None where there are none, and no text shows the list of none.
 
     Args:
-        value: of the key; None without it.
         texts: of the record. Without pictures and objects, words such as `<bbox>` are text.
         has_video: whether the record has a video, in which boxes are not supported.
 

@@ -89,7 +89,6 @@ class SegmentEncoder(AnswerThinking):
 
     Args:
         tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
-        image_token_id: vocabulary id of the image placeholder; None for a language model alone.
         system_prompt: replaces the template's default. For a template without a system turn it is put before the first
             question. An empty string removes the default, if there is one.
         thinking: handling of thinking in answers; see `ModelConfig.thinking`.

@@ -294,7 +294,6 @@ def find_clip(value: Any, index: int, where: Where, rules: PictureRules, *, exce
     Args:
         value: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
             `path` as in Hugging Face tables.
-        excerpt: what is shown of it; None: all.
 
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.

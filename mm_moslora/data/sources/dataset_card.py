@@ -23,10 +23,6 @@ def check_named_files(path: str, options: Mapping[str, Any]) -> None:
 
     Args:
         options: arguments of `datasets.load_dataset`: `revision`, and `data_files`, which are checked as well.
-
-    Raises:
-        DataError: a name has a scheme or a chain of protocols, leaves the folder or links out of it; a README is not a
-            regular file of the folder, not UTF-8, or no YAML.
     """
     named = list(_texts(options.get("data_files")))
     for card in _CARDS:

@@ -41,9 +41,6 @@ class EndlessSource:
     """Records of one source in an order that a seed gives every pass, for ever.
 
     A source that has an end, such as one to replay beside a stream, is shuffled as a whole in every pass.
-
-    Args:
-        shuffled: whether files, and records of a source with an end, are shuffled.
     """
 
     def __init__(

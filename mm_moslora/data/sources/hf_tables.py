@@ -353,11 +353,7 @@ def table_stream(config: SourceConfig) -> Any:
 
 
 def row_of_stream(row: Mapping[str, Any], features: Any, config: SourceConfig) -> dict[str, Any]:
-    """A row of `table_stream` with the fields of a record; pictures are bytes or paths.
-
-    Args:
-        features: of the stream; None where they are not known.
-    """
+    """A row of `table_stream` with the fields of a record; pictures are bytes or paths."""
     names = {own: field for field, own in config.columns.items()}
     row = _fetched(row, config.path.removeprefix("hf:")) if config.path.startswith("hf:") else row
     values: dict[str, Any] = {}
