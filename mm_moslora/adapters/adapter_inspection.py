@@ -191,8 +191,7 @@ def layer_report(
         M: None for the identity.
         B: as A.
     """
-    start = ModuleStart.of(layer, adapter_name, A, B)
-    return describe(path, A, M, B, layer.scaling[adapter_name], start=start)
+    return describe(path, A, M, B, layer.scaling[adapter_name], start=ModuleStart.of(layer, adapter_name, A, B))
 
 
 def why_unknown(reports: Sequence[ModuleReport], *, against_other: bool) -> str | None:
@@ -285,8 +284,7 @@ class _FactorSVD:
     @property
     def whitening(self) -> Tensor:
         """The pseudo-inverse of ``inner^T``: ``S^-1 V^T`` without the directions that are rounding."""
-        nonzero = self.values > SMALLEST * self.values.amax()
-        return torch.where(nonzero, 1 / self.values, 0.0)[:, None] * self.right
+        return torch.where(self.values > SMALLEST * self.values.amax(), 1 / self.values, 0.0)[:, None] * self.right
 
 
 def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
@@ -302,8 +300,7 @@ def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tens
     first = torch.eye(len(overlap.start)) if first is None or len(first) != len(overlap.start) else first
     spaces = _space(mixer @ now.inner.T), _space(first.double() @ old.inner.T)
     cosines = torch.linalg.svdvals(spaces[0] @ between @ spaces[1].T)
-    count = min(len(spaces[0]), len(spaces[1]))
-    return tuple(torch.rad2deg(cosines[:count].clamp(max=1).arccos()).tolist())
+    return tuple(torch.rad2deg(cosines[: min(len(spaces[0]), len(spaces[1]))].clamp(max=1).arccos()).tolist())
 
 
 def _space(matrix: Tensor) -> Tensor:
@@ -317,8 +314,7 @@ def _reshaped(mixer: Tensor, first: Tensor, rows: Overlap | None) -> float | Non
     if rows is None or rows.cross.shape != mixer.shape:
         return None
     U, _, Vh = torch.linalg.svd(rows.cross.T)  # A0 A^T
-    fit = torch.linalg.svdvals(mixer @ (U @ Vh).T @ first.T).sum()
-    return _sine(float(fit), float(mixer.norm() * first.norm()))
+    return _sine(float(torch.linalg.svdvals(mixer @ (U @ Vh).T @ first.T).sum()), float(mixer.norm() * first.norm()))
 
 
 def _sine(product: float, lengths: float) -> float:

@@ -95,8 +95,7 @@ def butterfly(rank: int) -> Tensor:
         raise AdapterError(
             f"The butterfly mixer pairs two halves of the rank, but the rank is {rank}. Use an even rank."
         )
-    half = torch.eye(rank // 2, dtype=torch.float32, device="cpu")
-    return half.repeat(2, 2)
+    return torch.eye(rank // 2, dtype=torch.float32, device="cpu").repeat(2, 2)
 
 
 class Mixer(nn.Module):

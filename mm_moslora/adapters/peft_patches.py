@@ -73,8 +73,7 @@ def load_peft_weights(
         return stock
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
-    mixers = {name: tensor for name, tensor in content.start.items() if name.endswith(START_MIXER)}
-    stored = content.tensors | mixers
+    stored = content.tensors | {name: tensor for name, tensor in content.start.items() if name.endswith(START_MIXER)}
     return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in stored.items()}
 
 

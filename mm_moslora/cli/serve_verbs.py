@@ -138,8 +138,7 @@ def serve(
         other_preprocessing=other_preprocessing,
     )  # fmt: skip
     engine = GenerationEngine(models, limits)
-    app = create_app(engine, limits, key=key, local=local)
-    run_app(app, sockets, limits=limits, end=engine.stop)
+    run_app(create_app(engine, limits, key=key, local=local), sockets, limits=limits, end=engine.stop)
     return 0
 
 

@@ -207,7 +207,6 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
     if name == "llama_2" and not adds_bos:  # later rounds have no token to begin with
         source = source.replace("{{ bos_token }}", "")
     if name != "plain":
-        default = "'" + template.system.replace("'", "\\'") + "'"
-        source = _SYSTEM.replace("DEFAULT", default) + source
+        source = _SYSTEM.replace("DEFAULT", "'" + template.system.replace("'", "\\'") + "'") + source
     # LLaVA's tokenizer adds BOS itself; BOS within the text would change the tokens that follow it.
     tokenizer.chat_template = header + ("{{- bos_token -}}" if adds_bos and not faithful else "") + source

@@ -219,8 +219,7 @@ def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequ
         if not separator or not key:
             raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
         keys = key.strip().lstrip("-").split(".")
-        read = parse_text(value) if takes_text(kind, keys) else parse_scalar(value)
-        set_dotted(kind, changed, keys, read, item)
+        set_dotted(kind, changed, keys, parse_text(value) if takes_text(kind, keys) else parse_scalar(value), item)
     return changed
 
 

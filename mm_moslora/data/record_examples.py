@@ -191,8 +191,7 @@ def _size(record: Record, number: int) -> tuple[int, int]:
 
 
 class SourceExamples(RecordExamples):
-    """The examples of a recipe's sources, with the form of thinking that these decide and a count of unusable records.
-    """
+    """The examples of a recipe's sources, with the form of thinking that they decide and counts of unusable records."""
 
     def __init__(
         self,

@@ -161,8 +161,7 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
             continue
         for word in (*COLORS, *SHAPES):
             if word in words:
-                gap = text.replace(word, "{}")
-                wordings.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
+                wordings.add(Wording(text.replace(word, "{}"), word in COLORS, bool({"no", "not"} & set(words))))
     return sorted(wordings, key=lambda wording: wording.text)
 
 

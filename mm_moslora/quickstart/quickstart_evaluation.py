@@ -128,8 +128,7 @@ def _evaluate(
     training: list[TrainingAnswer],
     precision: Precision,
 ) -> list[TaskResult]:
-    dtype = dtype_of(resolve_precision(precision))
-    assembly = load(folder / run, dtype=dtype)
+    assembly = load(folder / run, dtype=dtype_of(resolve_precision(precision)))
     check_preprocessing(folder / run, assembly)
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     model = LocalModel(assembly, name=system)
@@ -177,8 +176,7 @@ def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> 
         if mode in folders and mode != "own":
             less = ahead_by(result, own, read_scored(folders[mode]))
         rows.append(NamedResult(name=name, label=label, result=result, less=less))
-    answers = folder / "eval" / "untuned" / "own" / before.folder
-    rows[1:1] = before_tuning(before, answers, own=own, label=_BEFORE)
+    rows[1:1] = before_tuning(before, folder / "eval" / "untuned" / "own" / before.folder, own=own, label=_BEFORE)
     return [row_of(item) for item in rows]
 
 
@@ -223,8 +221,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{row['label']:<{width}}" + "".join(f"  {_cell(cell):>20}" for cell in cells))
     lines.append(f"{rows[0]['n']} held-out questions; percent right, 95 % interval in brackets.")
     ahead = {row["name"]: less for row in rows if (less := difference_of(row.get("less"))) is not None}
-    helped = judge_tuning(ahead).sentences[: 1 if ahead else 0]
-    return "\n".join([*lines, "", *helped, *rows[0].get("remarks", [])])
+    return "\n".join([*lines, "", *judge_tuning(ahead).sentences[: 1 if ahead else 0], *rows[0].get("remarks", [])])
 
 
 def _cell(part: dict[str, Any] | None) -> str:

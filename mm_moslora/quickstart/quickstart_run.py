@@ -189,12 +189,10 @@ def _begin(
     (language, vision), out = _parts(options.tower), folder / "data"
     stamps = options.images == "stamps"
     source = model_assets.stamps(stamps_deb, _say) if stamps else model_assets.easy_vqa(_say)
-    planned = DatasetFiles.below(out, out / IMAGES if stamps else source)
-    stages = recipes(language, vision, planned, folder, options)
+    stages = recipes(language, vision, DatasetFiles.below(out, out / IMAGES if stamps else source), folder, options)
     for recipe in stages:
         refuse_other_recipe(folder, Path(recipe.train.output).name, changed_since(recipe))
-    trained = any(checkpoints(Path(recipe.train.output)) for recipe in stages)
-    data = _data(options, source, out, replace=not trained)
+    data = _data(options, source, out, replace=not any(checkpoints(Path(recipe.train.output)) for recipe in stages))
     replace_json(folder / QUICKSTART, options.facts)
     return data, stages
 

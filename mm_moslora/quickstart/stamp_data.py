@@ -139,8 +139,7 @@ def square(path: Path) -> Image.Image:
     """Return the picture on white, centred in a square of `SIDE` pixels."""
     with Image.open(path) as opened:
         picture = opened.convert("RGBA")
-    inner = round(SIDE * (1 - 2 * MARGIN))
-    scale = inner / max(picture.size)
+    scale = round(SIDE * (1 - 2 * MARGIN)) / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Resampling in premultiplied alpha, so that the colour under transparent pixels does not bleed into the edges.
     white = Image.new("RGBA", picture.size, "white")

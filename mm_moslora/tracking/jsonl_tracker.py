@@ -81,8 +81,7 @@ class JsonlTracker(Tracker):
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
-        time_now = round(time.time(), 3)
-        self._write(EVALUATIONS, {"step": step, "time": time_now, "adapter": adapter, "rows": list(rows)})
+        self._write(EVALUATIONS, {"step": step, "time": round(time.time(), 3), "adapter": adapter, "rows": list(rows)})
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`; one line of `alerts.jsonl`."""

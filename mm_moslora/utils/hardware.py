@@ -34,8 +34,7 @@ def available_memory() -> int:
     lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
     limits = [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:")]
     with suppress(OSError, ValueError):  # "max", or no cgroup of the second version
-        limit = int((CGROUP / "memory.max").read_text())
-        limits.append(max(0, limit - int((CGROUP / "memory.current").read_text())))
+        limits.append(max(0, int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text())))
     return min(limits, default=0)
 
 

@@ -173,8 +173,7 @@ def read_text(path: Path, *, most: int = MOST_TEXT_BYTES, encoding: str = "utf-8
         FileError: see `opened`.
         UnicodeDecodeError: it has another encoding.
     """
-    text = read_bytes(path, most=most).decode(encoding, errors)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return read_bytes(path, most=most).decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text_below(root: Path, name: str, *, errors: str = "strict") -> str | None:

@@ -99,8 +99,7 @@ def export_adapter(
         output_file(target / name)
     with writing(target), staging(target, names) as staged:
         save_file(tensors, staged / STOCK_WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (staged / STOCK_CONFIG).write_text(text, encoding="utf-8")
+        (staged / STOCK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
 

@@ -143,8 +143,7 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
     stock = _stock(options)
     if not mixers_in(tensors):
         return _plain(stock, tensors, trainable)
-    settings = mixer_settings({USE_MIXER: True}, tensors, str(path))
-    return _content(from_lora_config(stock, **settings), tensors)
+    return _content(from_lora_config(stock, **mixer_settings({USE_MIXER: True}, tensors, str(path))), tensors)
 
 
 def _diffusers_options(path: Path, component: str) -> dict[str, Any]:

@@ -168,8 +168,7 @@ def set_starts(
             A = start.A if same(path, "rows") else None
             B = start.B if same(path, "columns") else None
             if A is not None or B is not None:
-                mixer = layer.starts.get(adapter_name, Start()).mixer
-                layer.starts[adapter_name] = Start(mixer=mixer, A=A, B=B)
+                layer.starts[adapter_name] = Start(mixer=layer.starts.get(adapter_name, Start()).mixer, A=A, B=B)
 
 
 def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:

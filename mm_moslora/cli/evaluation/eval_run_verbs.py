@@ -218,8 +218,7 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
         folder: ["eval", "run", *words_of(eval_run, {"tasks": tasks, **command}, **changed)]
         for folder, command in whole.items()
     }
-    local = any(map(is_local, models))
-    ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=local)
+    ready, code = where.run(shards, f"/{DONE}", script=arguments["output"] / ARRAY, on_cards=any(map(is_local, models)))
     return max([code, *(eval_run(*tasks, **whole[folder]) for folder in ready)])
 
 

@@ -110,8 +110,7 @@ def coordinates(numbers: Sequence[float], form: BoxForm, frame: PictureFrame) ->
     points = [frame.seen(x, y) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
     clipped = [(min(max(x, 0.0), frame.width), min(max(y, 0.0), frame.height)) for x, y in points]
     if len(points) == 1:
-        off = max(abs(points[0][0] - clipped[0][0]), abs(points[0][1] - clipped[0][1]))
-        share = float(off < 1.0)
+        share = float(max(abs(points[0][0] - clipped[0][0]), abs(points[0][1] - clipped[0][1])) < 1.0)
     else:
         share = _area(clipped) / _area(points)
     if share < 0.5:

@@ -197,8 +197,7 @@ class Template:
         calls = data_of(roles[-1])
         if not calls:
             return ""
-        alone = self._cut(marks, marks, roles)[-1]
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(behind, alone, strict=False))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(behind, self._cut(marks, marks, roles)[-1], strict=False))
         text = "".join(letter for letter, _ in same).rstrip()
         names = Counter(str(call["function"]["name"]) for call in calls)
         if any(text.count(name) < count for name, count in names.items()):
@@ -230,8 +229,7 @@ class Template:
         without a generation prompt) belongs to the prompt, both in training and in inference; but not where tools are
         offered and calls stand before it.
         """
-        prompt = self.render(roles, marks, prompt=True)
-        rest = text.removeprefix(prompt)
+        rest = text.removeprefix(self.render(roles, marks, prompt=True))
         written = not rest.strip() or (data_of(roles[0]) and self.calls_come_first)
         return rest if len(rest) < len(text) and written else ""
 
@@ -338,8 +336,7 @@ class Template:
 
     def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         """What the template makes of messages."""
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **settings)
-        return str(text)
+        return str(self.tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **settings))
 
 
 def _left_out(what: str, roles: Sequence[str]) -> NoReturn:

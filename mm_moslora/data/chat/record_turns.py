@@ -60,8 +60,7 @@ class Turn:
         for mark, part in zip(self.marks, rest, strict=True):
             offsets.append(len(result))
             result += mark + part
-        own = tuple(offsets) if self.role == "user" else None
-        return replace(self, text=result, offsets=own, marked=True)
+        return replace(self, text=result, offsets=tuple(offsets) if self.role == "user" else None, marked=True)
 
     @property
     def marks(self) -> list[str]:

@@ -137,8 +137,7 @@ def _named(counts: Counter[str]) -> str:
 
 def _modality(report: CheckReport) -> Finding:
     pictures = report.one_image + report.several_images
-    detail = f"{pictures} records with pictures, {report.text_only} without"
-    return Finding("ok", "modality", detail)
+    return Finding("ok", "modality", f"{pictures} records with pictures, {report.text_only} without")
 
 
 def _special(report: CheckReport) -> Finding:

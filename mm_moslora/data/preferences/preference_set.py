@@ -254,8 +254,7 @@ class JudgedSet(AnswerSet[tuple[Example, bool]]):
         """See `AnswerSet.load_item`."""
         index, side = divmod(number, self.sides)
         answer = self.answers(index)[side]
-        pictures = self.process(answer.record, len(answer.record.images))
-        return self.example(answer.record, pictures), answer.good
+        return self.example(answer.record, self.process(answer.record, len(answer.record.images))), answer.good
 
     def answers(self, index: int) -> tuple[JudgedAnswer, ...]:
         """The judged answers of the record with a number over all sources."""

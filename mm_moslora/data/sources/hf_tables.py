@@ -68,8 +68,7 @@ class TableSource(RecordSource):
         slice_ = self._table[row]
         values: dict[str, Any] = {}
         for own in slice_.column_names:
-            cell = slice_.column(own)[0]
-            value = _pictures(cell, f"{self.path}:{row}#{own}", self._store)
+            value = _pictures(slice_.column(own)[0], f"{self.path}:{row}#{own}", self._store)
             if own in self._classes and value is not None:
                 value = self._classes[own][value] if value >= 0 else None
             if value is not None:
@@ -157,8 +156,7 @@ def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
     for folder in store:
         try:
             if isinstance(path, str) and os.path.isabs(path):
-                file = find_below(Path(os.path.realpath(folder)), path)
-                return StoredPicture(path, partial(read_picture, file))
+                return StoredPicture(path, partial(read_picture, find_below(Path(os.path.realpath(folder)), path)))
         except FileError:
             continue
     return None
