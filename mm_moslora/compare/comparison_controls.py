@@ -198,9 +198,9 @@ def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]
     silent = min(rows, key=lambda one: sum(math.isfinite(nats_of(row)) for row in one))
     referenced = any(row.get("answers") for row in silent)
     if rules is None:
-        return reason_without(silent, referenced=referenced, judged=False, thinks=False)
+        return reason_without(referenced=referenced, judged=False, thinks=False)
     thinks = bool(read_view(view).get("asked_to_think"))
-    return reason_without(silent, referenced=referenced, judged=rules.metric in JUDGED, thinks=thinks)
+    return reason_without(referenced=referenced, judged=rules.metric in JUDGED, thinks=thinks)
 
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:

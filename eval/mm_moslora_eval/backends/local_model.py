@@ -211,11 +211,7 @@ def _size(request: Request) -> int:
 
 
 def thinking_tokens_of(config: Any) -> int:
-    """New tokens that an answer needs of a model that is asked to think, at most half of its context.
-
-    Args:
-        config: transformers' configuration of the model.
-    """
+    """New tokens that an answer needs of a model that is asked to think, at most half of its context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2 * THINKING_TOKENS
     return min(THINKING_TOKENS, int(context) // 2)
 

@@ -51,10 +51,6 @@ class ModelsTable:
 def models_table(runs: Sequence[Path], *, mode: str = "own") -> ModelsTable:
     """The table of several runs.
 
-    Args:
-        runs: run folders, one for each model.
-        mode: the image mode.
-
     Raises:
         EvalError: a folder has no results in this mode.
     """

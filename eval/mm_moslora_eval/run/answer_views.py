@@ -103,10 +103,6 @@ def find_view(folder: Path) -> Path:
 def view_below(run: Path, name: object) -> Path:
     """The folder that a file of a run names as a view.
 
-    Args:
-        run: a folder of anybody.
-        name: the name in the file.
-
     Raises:
         FileError: the folder, or a link in it, leads out of the run.
     """

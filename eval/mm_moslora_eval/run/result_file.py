@@ -181,7 +181,7 @@ def _likelihood(
     if likelihood := mean_likelihood(answers, [row["cluster"] for row in rows]):
         return likelihood
     referenced = any(row["answers"] for row in rows)
-    return {"none": reason_without(answers, referenced=referenced, judged=task.metric in JUDGED, thinks=thinks)}
+    return {"none": reason_without(referenced=referenced, judged=task.metric in JUDGED, thinks=thinks)}
 
 
 ABOUT = (

@@ -300,10 +300,6 @@ def check_view(described: Mapping[str, Any], *, source: str) -> dict[str, Any]:
 def check_result(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     """Check an entry of `results.json`.
 
-    Args:
-        data: the entry.
-        kinds: types of its plain values.
-
     Raises:
         ConfigError: a value has another type.
     """

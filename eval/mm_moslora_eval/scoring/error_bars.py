@@ -113,11 +113,6 @@ def alike_interval(difference: float, groups: int, *, level: float = 0.95) -> tu
     Then the error is unknown, not zero. Exact binomial bounds (Clopper and Pearson 1934) limit the share of other
     samples. If all scores are equal, up to that share may differ by 1 in either direction. Otherwise at least the rest
     differs the same way, and that share the opposite way.
-
-    Args:
-        difference: the difference of every sample.
-        groups: number of independent samples.
-        level: confidence level.
     """
     if difference == 0:
         unseen = 1 - (1 - level) ** (1 / groups)

@@ -31,10 +31,6 @@ KINDS = ("extraction", "metric", "aggregation", "over_samples")
 def part_text(kind: str, value: Any) -> Any:
     """The text of a part that a task file gives as a mapping; anything else is returned as it is.
 
-    Args:
-        kind: the key of the task file.
-        value: its value.
-
     Raises:
         EvalError: no name.
     """
@@ -119,10 +115,6 @@ class NamedParts(Mapping[str, F], Generic[F]):
 
     def check(self, part: str, *, also: Collection[str] = ()) -> None:
         """Refuse a part that no task can have.
-
-        Args:
-            part: a key.
-            also: further names, which take no options.
 
         Raises:
             EvalError: an unknown name, or options that do not fit.

@@ -20,7 +20,6 @@ _NO_REFERENCES = "the task has no references"
 _JUDGED = "a judge compares the answers with the references"
 _NOT_GIVEN = "the backend gives no log-likelihoods of given texts"
 _NO_END = "the model is asked to think, and the reference is scored behind its thinking, which no answer ends"
-_EARLIER = "the answers were stored by a version without log-likelihoods"
 
 
 def nats_of(row: Mapping[str, Any]) -> float:
@@ -108,7 +107,7 @@ def likelihood_difference(
     )  # fmt: skip
 
 
-def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judged: bool, thinks: bool) -> str:
+def reason_without(*, referenced: bool, judged: bool, thinks: bool) -> str:
     """Why no answer of a task has a log-likelihood."""
     if not referenced:
         return _NO_REFERENCES
@@ -116,4 +115,4 @@ def reason_without(rows: Sequence[Mapping[str, Any]], *, referenced: bool, judge
         return _JUDGED
     if thinks:
         return _NO_END
-    return _NOT_GIVEN if any("reference" in row for row in rows) else _EARLIER
+    return _NOT_GIVEN

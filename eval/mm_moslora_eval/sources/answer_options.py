@@ -69,12 +69,6 @@ def answers_of(
 ) -> tuple[tuple[str, ...], str | None]:
     """The references, letters where they name options, and the problem with one if there is one.
 
-    Args:
-        value: an answer or several.
-        options: those of the question.
-        answer_is: see `Source.answer_is`.
-        where: the document, for messages.
-
     Raises:
         EvalError: `answer_is` is auto, and an answer names different options in different forms.
     """

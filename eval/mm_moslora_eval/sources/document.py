@@ -132,12 +132,6 @@ class DataSet:
 def checked(documents: Iterable[Document], stated: Source, *, path: str, dropped: int = 0) -> tuple[Document, ...]:
     """Check the whole set and mark documents with an answer that cannot be right, or without what they must have.
 
-    Args:
-        documents: all of them.
-        stated: what they must have.
-        path: for messages.
-        dropped: rows that are left out.
-
     Raises:
         EvalError: no documents, none with what some must have, or two with the same id.
     """

@@ -270,17 +270,7 @@ def _of_row(
     row: Mapping[str, Any], problem: str | None, pictures: Sequence[ImageLike] | None, *, number: int, source: Source,
     rules: PictureRules, default_id: str,
 ) -> Document:  # fmt: skip
-    """The document of a row.
-
-    Args:
-        row: its columns.
-        problem: with it.
-        pictures: of the table; None: the row names them, if it has any.
-        number: of the document.
-        source: description of the data.
-        rules: where pictures and videos may lie.
-        default_id: its id, where it names none.
-    """
+    """The document of a row; `pictures` are those of the table (None: the row names them, if it has any)."""
     columns, file = source.columns, Path(source.path)
     if pictures is None:
         names = columns.get("image", "image").split(",")

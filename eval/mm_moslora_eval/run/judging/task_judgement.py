@@ -33,14 +33,7 @@ class TaskJudgement:
 
 
 def judgement(judge: Judge | None, task: Task, samples: Sequence[Scored], *, view: Path) -> TaskJudgement:
-    """Score samples with a judge, and without it where a rule can.
-
-    Args:
-        judge: None: there is none.
-        task: the protocol.
-        samples: the answers.
-        view: may hold the task's graded answers.
-    """
+    """Score samples with a judge, and without it where a rule can."""
     result = TaskJudgement()
     if needs_judge(task) and (ruled := score_by_rules(task, samples)) is not None:
         result.about["by_rules"] = ruled
