@@ -81,7 +81,7 @@ def test_streams_are_looked_at_in_their_first_records(recipe, tmp_path, capsys):
     (tmp_path / "shards").mkdir()
     for number in range(2):
         (tmp_path / "shards" / f"{number}.jsonl").write_text("\n".join(lines[10 * number : 10 * number + 10]))
-    (tmp_path / "shards" / "2.jsonl").write_text("not opened")
+    (tmp_path / "shards" / "2.jsonl").write_text("{not opened")
     stream = {"path": str(tmp_path / "shards"), "streaming": True, "image_folder": str(tmp_path / "images")}
     name = recipe(train=[stream])
     Path(name).write_text(Path(name).read_text().replace("train:\n  output", "train:\n  steps: 3\n  output"))

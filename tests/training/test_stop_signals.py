@@ -22,7 +22,7 @@ from waiting import wait_until
 from mm_moslora.launch import child_processes
 from mm_moslora.launch.child_processes import STOP_SIGNALS
 from mm_moslora.launch.launcher import leave_mark, stopped_text
-from mm_moslora.training import run_saves, training_loop
+from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
 from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -129,14 +129,14 @@ def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(numbe
 
 def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(recipe, monkeypatch, caplog):
     monkeypatch.setattr(child_processes, "ONE_REQUEST_SECONDS", 0.0)
-    real = run_saves.snapshot
+    real = training_loop.snapshot
 
     def slow(run):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             signal.raise_signal(number)
         return real(run)
 
-    monkeypatch.setattr(run_saves, "snapshot", slow)
+    monkeypatch.setattr(training_loop, "snapshot", slow)
     just_before(
         monkeypatch,
         training_loop._Loop,

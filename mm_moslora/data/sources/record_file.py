@@ -148,7 +148,7 @@ class RecordFile(RecordSource):
         self._lines: array[int] | None = None
         text = head.removeprefix(BOM).lstrip()
         lines = text.splitlines()
-        if lines and text[:1] != b"[" and not any(line.lstrip()[:1] == b"{" for line in lines):
+        if lines and text[:1] != b"[" and not any(map(_is_json, lines)):
             raise DataError(
                 f"{path} begins with {visible(lines[0][:40].decode(errors='replace'))!r}, expected a JSON list, or "
                 "JSON in each line. A table such as CSV is not read: write its rows as JSON. Unpack an archive."
@@ -183,6 +183,15 @@ class RecordFile(RecordSource):
             return sha256_of(stream)
 
     content = fingerprint
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether a line is a JSON value, or begins as an object that is damaged or longer than what was read."""
+    try:
+        parse_json(line)
+    except StrictJsonError:
+        return line.lstrip().startswith(b"{")
+    return True
 
 
 def require_file(path: Path) -> None:
