@@ -12,7 +12,7 @@ import logging
 import threading
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +28,7 @@ from mm_moslora.data.epoch_order import with_replay
 from mm_moslora.data.quarantine import StreamQuarantine, summary
 from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.endless_sources import EndlessSource, Reads, what_changed
+from mm_moslora.data.sources.endless_sources import EndlessSource, what_changed
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
@@ -38,27 +38,22 @@ logger = logging.getLogger(__name__)
 _BEGINNINGS = 16
 """Beginnings of windows that are kept; steps are prepared a few ahead, and a window has at least one."""
 _HOPELESS = 10_000
-"""Records in a row without a usable one that end a run."""
+"""Records at the beginning of a window without a usable one that end a run."""
 
 
 class StreamPlace(NamedTuple):
-    """Where a window begins."""
+    """Where a window begins: its number, the optimiser steps before it, and records read and place of each source."""
 
     window: int
-    """Its number."""
     step: int
-    """Optimiser steps before it."""
     taken: Sequence[int]
-    """Records read before it, by source."""
     sources: Sequence[dict[str, Any]]
-    """The places of the sources."""
 
 
 class _Entry(NamedTuple):
-    """A record of a window."""
+    """A record of a window, and its number in the stream."""
 
     number: int
-    """In the stream."""
     record: Record
     encoded: Encoded
 
@@ -127,7 +122,7 @@ class TrainingStream(RecordExamples):
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
         self.contents = [source.contents() for source in self.sources]
-        self.fingerprint = hashlib.sha256(repr([self.parts, *self.contents]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(repr([self.parts, self.contents]).encode()).hexdigest()
         """A hash of the sources."""
         self._stop = threading.Event()
         self._window: Window | None = None
@@ -139,10 +134,8 @@ class TrainingStream(RecordExamples):
             self.encoder, self.form = settled(encoder, [self._first_records()], config.supervise)
             self._go_to(start)
 
-    @property
-    def commits(self) -> dict[str, str]:
-        """Commits of sources of the hub, by recipe key; a stream's is its `revision`."""
-        return {}
+    commits: Mapping[str, str] = {}
+    """Of no source: that of a stream is its `revision`."""
 
     @property
     def at_hand(self) -> Window:
@@ -154,8 +147,15 @@ class TrainingStream(RecordExamples):
     def read_ahead(self) -> None:
         """Read the window behind the one at hand in a thread."""
         if self._ahead is None:
-            self._ahead = Future()
-            threading.Thread(target=self._work, args=(self._ahead,), name="stream", daemon=True).start()
+            ahead = self._ahead = Future()
+
+            def work() -> None:
+                try:
+                    ahead.set_result(self._read())
+                except Exception as error:  # raised by `next_window`
+                    ahead.set_exception(error)
+
+            threading.Thread(target=work, name="stream", daemon=True).start()
 
     def stop(self) -> None:
         """End the thread that reads ahead; the stream is not used again, unless it goes to a place."""
@@ -186,7 +186,7 @@ class TrainingStream(RecordExamples):
 
     def what_changed(self, stored: dict[str, Any]) -> str:
         """The files of sources that differ from those of a `place`; empty where no file does, or none is known."""
-        pairs = zip(self.sources, stored.get("contents", ()), self.contents, strict=False)
+        pairs = zip(self.sources, stored["contents"], self.contents, strict=False)
         faults = [(source, what_changed(before, now)) for source, before, now in pairs]
         return "; ".join(f"{source.key} ({source.config.path}): {fault}" for source, fault in faults if fault)
 
@@ -237,13 +237,13 @@ class TrainingStream(RecordExamples):
         records: list[Record] = []
         for _ in range(2 * SAMPLED):
             with suppress(RecordError):  # counted when it is read again
-                records.append(self._take()())
+                records.append(self._take())
             if len(records) == min(SAMPLED, self.size):
                 break
         return records
 
-    def _take(self) -> Reads:
-        """Go to the next record, of the source that is furthest behind its part."""
+    def _take(self) -> Record:
+        """Read the next record, of the source that is furthest behind its part."""
         taken = self._taken
         total = sum(taken) + 1
         number = max(range(len(taken)), key=lambda index: (self.parts[index] * total - taken[index], -index))
@@ -263,30 +263,22 @@ class TrainingStream(RecordExamples):
         step = self._beginnings[-1].step  # `next_window` knows that of a later one
         place = StreamPlace(self._windows, step, list(self._taken), [source.place() for source in self.sources])
         entries: list[_Entry] = []
-        misses = 0
         while len(entries) < self.size:  # bad ones are replaced
             if self._stop.is_set():
                 raise DataError("The stream is not read any further.")
             number = sum(self._taken)
-            reads = self._take()
             self.quarantine.read(number + 1)
             try:
-                record = reads()
+                record = self._take()
                 entries.append(_Entry(number, record, self.encode(record)))
-                misses = 0
             except RecordError as error:  # every rank finds it
                 self.leave_out(number, error, write=distributed.is_main())
-                misses += 1
-            if misses >= _HOPELESS:
+            if not entries and number - sum(place.taken) >= _HOPELESS:
                 raise DataError(
-                    f"{misses} records in a row cannot be used: {summary(self.quarantine.codes)}. The first one: "
+                    f"{_HOPELESS} records in a row cannot be used: {summary(self.quarantine.codes)}. The first one: "
                     f"{self.quarantine.first}. Look at the sources of data.train."
                 )
+        for source in self.sources:
+            source.require_unchanged()
         self._windows += 1
         return Window(self, place, entries)
-
-    def _work(self, ahead: Future[Window]) -> None:
-        try:
-            ahead.set_result(self._read())
-        except Exception as error:  # raised by `next_window`
-            ahead.set_exception(error)

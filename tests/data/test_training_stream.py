@@ -199,7 +199,7 @@ def test_a_source_that_vanishes_is_named_with_its_place(shards: Path) -> None:
         batches = iter(loader)
         next(batches)
         (shards / "2.jsonl").unlink()
-        with pytest.raises(DataError, match=r"data\.train\.0 .* broke off in pass 1 behind record 20, at .*2\.jsonl"):
+        with pytest.raises(DataError, match=r"data\.train\.0 .* broke off in pass 1 behind record \d\d: .*2\.jsonl"):
             deque(islice(batches, 9))
 
 
@@ -266,7 +266,7 @@ def test_files_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "b" / "0.jsonl").unlink()
     write(tmp_path / "c" / "0.jsonl", range(9))
     fault = stream_of(tmp_path / "*" / "0.jsonl").what_changed(stored)
-    assert "b/0.jsonl is gone, c/0.jsonl has" in fault
+    assert "b/0.jsonl (1049 bytes before, absent now), c/0.jsonl (1049 bytes before, " in fault
 
 
 def test_rows_of_tables_in_order_and_files_that_changed(tmp_path: Path) -> None:
@@ -279,7 +279,9 @@ def test_rows_of_tables_in_order_and_files_that_changed(tmp_path: Path) -> None:
     (tmp_path / "0.parquet").rename(tmp_path / "2.parquet")
     later = stream_of(*sources, order="sequential", fresh=False)
     assert later.fingerprint != stream.fingerprint
-    assert "): 0.parquet is gone, 2.parquet is new" in later.what_changed(json.loads(json.dumps(stream.place(0))))
+    assert "0.parquet (2840 bytes before, absent now), 2.parquet (absent before, " in later.what_changed(
+        json.loads(json.dumps(stream.place(0)))
+    )
     source = stream.sources[0]
     source.seek(stream.place(0)["sources"][0])
     with pytest.raises(DataError, match=r"broke off .*0\.parquet"):
@@ -294,7 +296,7 @@ def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="PATH_ESCAPES"):
         EndlessSource(
             SourceConfig(path=str(tmp_path / "d"), streaming=True), "data.train.0", seed=0, shuffled=True
-        ).take()()
+        ).take()
 
 
 def test_what_a_stream_cannot_do_is_refused(shards: Path) -> None:

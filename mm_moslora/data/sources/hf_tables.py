@@ -28,7 +28,7 @@ from mm_moslora.utils.files import building
 from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import cache_folder
-from mm_moslora.utils.untrusted_data import parse_object
+from mm_moslora.utils.untrusted_data import parse_json, parse_object
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
 
 if TYPE_CHECKING:
@@ -47,16 +47,13 @@ class TableSource(RecordSource):
     """
 
     def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
-        import datasets
-
         super().__init__(Path(config.path), rules)
         table = _load(config)
         _check_columns(config, table.column_names)
-        self._names = {own: name for name, own in config.columns.items()}
-        self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-        self._store = hub_store(config.path.removeprefix("hf:")) if config.path.startswith("hf:") else ()
+        self._values = TableRows(config, table.features)
         self._table = table.with_format("arrow")
-        self._identity = f"{table._fingerprint}{_store_of(table)}-{json.dumps(self._names, sort_keys=True)}"
+        names = json.dumps({own: name for name, own in config.columns.items()}, sort_keys=True)
+        self._identity = f"{table._fingerprint}{_store_of(table)}-{names}"
         if not len(table):
             raise DataError(f"{config.path} is empty: 0 records. Check the split ({config.split}).")
 
@@ -65,15 +62,7 @@ class TableSource(RecordSource):
 
     def value(self, row: int) -> dict[str, Any]:
         """A row with references to its pictures, which are not read yet."""
-        slice_ = self._table[row]
-        values: dict[str, Any] = {}
-        for own in slice_.column_names:
-            value = _pictures(slice_.column(own)[0], f"{self.path}:{row}#{own}", self._store)
-            if own in self._classes and value is not None:
-                value = self._classes[own][value] if value >= 0 else None
-            if value is not None:
-                values[self._names.get(own, own)] = value
-        return values
+        return self._values(self._table[row], row)
 
     def fingerprint(self) -> str:
         """The fingerprint that `datasets` computes."""
@@ -85,7 +74,60 @@ class TableSource(RecordSource):
 
     def commit(self) -> str | None:
         """The commit of a data set of the hub."""
-        return hub_revision(self._table) if self._store else None
+        return hub_revision(self._table) if str(self.path).startswith("hf:") else None
+
+
+class TableRows:
+    """Makes records of the rows of a table in the arrow format; pictures in them become references."""
+
+    def __init__(self, config: SourceConfig, features: Any) -> None:
+        self.path, self.features = config.path, features or {}
+        self._names = {own: name for name, own in config.columns.items()}
+        self._set = config.path.removeprefix("hf:") if config.path.startswith("hf:") else ""
+        self._store = hub_store(self._set) if self._set else ()
+
+    def __call__(self, row: Any, number: int) -> dict[str, Any]:
+        """The fields of the only row of an arrow table."""
+        cells = (
+            (own, self._cell(row.column(own)[0], self.features.get(own), f"{self.path}:{number}#{own}"))
+            for own in row.column_names
+        )
+        return {self._names.get(own, own): value for own, value in cells if value is not None}
+
+    def _cell(self, cell: Any, feature: Any, name: str) -> Any:
+        """A cell as plain data."""
+        import datasets
+        import pyarrow as pa
+
+        kind = cell.type
+        if not cell.is_valid:
+            return None
+        if isinstance(feature, datasets.ClassLabel):
+            return feature.names[cell.as_py()] if cell.as_py() >= 0 else None
+        if isinstance(feature, datasets.Json):
+            return parse_json(cell.as_py(), constants=True, surrogates=True)
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return StoredPicture(name, cell.as_py)
+        if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+            path = cell["path"].as_py()
+            return StoredPicture(name, cell["bytes"].as_py) if cell["bytes"].is_valid else self._file(path)
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            inner = getattr(feature, "feature", None)
+            return [self._cell(item, inner, f"{name}[{index}]") for index, item in enumerate(cell.values)]
+        if pa.types.is_struct(kind):  # Arrow adds the keys of all parts to every part of a message
+            inner = feature if isinstance(feature, dict) else {}
+            pairs = (
+                (field.name, self._cell(cell[field.name], inner.get(field.name), f"{name}.{field.name}"))
+                for field in kind
+            )
+            return {key: value for key, value in pairs if value is not None}
+        return cell.as_py()
+
+    def _file(self, path: Any) -> Any:
+        """A file of the data set on the hub, fetched before or when it is read; any other path stays a path."""
+        if self._set and isinstance(path, str) and is_of_set(path, self._set):
+            return StoredPicture(path, partial(read_hub_file, path, self._set))
+        return fetched_file(path, self._store) or path
 
 
 def _check_columns(config: SourceConfig, found: Sequence[str]) -> None:
@@ -121,34 +163,6 @@ def hub_store(name: str) -> tuple[Path, ...]:
         Path(datasets.config.DOWNLOADED_DATASETS_PATH),
         Path(datasets.config.EXTRACTED_DATASETS_PATH),
     )
-
-
-def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
-    """A cell as plain data; pictures in it become references.
-
-    Args:
-        store: folders of fetched files; a path into one of them is accepted like bytes.
-    """
-    import pyarrow as pa
-
-    if not cell.is_valid:
-        return None
-    kind = cell.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return StoredPicture(name, cell.as_py)
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        path = cell["path"].as_py()
-        if cell["bytes"].is_valid:
-            return StoredPicture(name, cell["bytes"].as_py)
-        return fetched_file(path, store) or path
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
-            return cell.as_py()
-        return [_pictures(item, f"{name}[{index}]", store) for index, item in enumerate(cell.values)]
-    if pa.types.is_struct(kind):  # Arrow adds the keys of all parts to every part of a message
-        pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}", store)) for field in kind)
-        return {key: value for key, value in pairs if value is not None}
-    return cell.as_py()
 
 
 def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
@@ -334,7 +348,7 @@ def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def table_stream(config: SourceConfig) -> Any:
-    """The rows of a table in order, as an `IterableDataset`, with the names of records and pictures not decoded.
+    """The rows of a table in order, as an `IterableDataset` in the arrow format, for `TableRows`.
 
     Raises:
         DataError: see `TableSource`.
@@ -347,29 +361,15 @@ def table_stream(config: SourceConfig) -> Any:
             stream = undecoded(load_checked(**_arguments(config, name), streaming=True))
     if stream.column_names is not None:
         _check_columns(config, stream.column_names)
-    return stream
+    return stream.with_format("arrow")
 
 
-def row_of_stream(row: Mapping[str, Any], features: Any, config: SourceConfig) -> dict[str, Any]:
-    """A row of `table_stream` with the fields of a record; pictures are bytes or paths."""
-    names = {own: field for field, own in config.columns.items()}
-    row = _fetched(row, config.path.removeprefix("hf:")) if config.path.startswith("hf:") else row
-    values: dict[str, Any] = {}
-    for own, cell in row.items():
-        labels = getattr((features or {}).get(own), "names", None)
-        value = cell if labels is None or cell is None else labels[cell] if cell >= 0 else None
-        if value is not None:
-            values[names.get(own, own)] = _compact(value)
-    return values
+def stream_of_files(rows: Callable[[list[str]], Iterator[dict[str, Any]]], files: list[str]) -> Any:
+    """An `IterableDataset` of what `rows` gives for each of some files: the `file`, and the number of a `row`."""
+    import datasets
 
-
-def _compact(value: Any) -> Any:
-    """Plain data without the empty keys that Arrow adds to the parts of a message."""
-    if isinstance(value, list):
-        return [_compact(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _compact(item) for key, item in value.items() if item is not None}
+    features = datasets.Features({"file": datasets.Value("string"), "row": datasets.Value("int64")})
+    return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"files": files})
 
 
 def _streamed(config: SourceConfig, name: str) -> Dataset:

@@ -15,6 +15,7 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources import hf_tables
+from mm_moslora.data.sources.endless_sources import EndlessSource
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.utils.errors import ConfigError, DataError, MoSLoRAError
 from tests.data.sets import chat, colour_of, picture
@@ -32,6 +33,7 @@ FROM_THE_HUB = """
 import json
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.sources.endless_sources import EndlessSource
+from mm_moslora.data.sources.endless_sources import EndlessSource
 from mm_moslora.data.sources.open_sources import open_source
 
 for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
@@ -44,7 +46,7 @@ for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
 classes = SourceConfig(path="hf:me/classes", columns={"caption": "label"}, streaming=True)
 endless = EndlessSource(classes, "data.train.0", seed=0, shuffled=True)
 for _ in range(4):
-    record = endless.take()()
+    record = endless.take()
     print(json.dumps([2, record.turns[1].text, record.images[0].rgb().getpixel((0, 0))]))
 """
 
@@ -147,6 +149,26 @@ class TestTables:
         record = open_source(SourceConfig(path=str(tmp_path / "d")))[0]
         assert record.turns[0].images == 2
         assert [colour_of(record, n) for n in (0, 1)] == [(5, 0, 0), (7, 0, 0)]
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_contents_of_several_types_are_read_as_they_were_written(
+        self, tmp_path: Path, monkeypatch, streamed
+    ) -> None:
+        """`datasets` stores them as the text of JSON."""
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        parts = [{"type": "text", "text": "yes"}]
+        turns = [[{"role": "user", "content": "why?"}, {"role": "assistant", "content": parts}], chat("why?", "yes")]
+        lines = [json.dumps({"id": str(number), "messages": messages}) for number, messages in enumerate(turns)]
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "some.json").write_text("\n".join(lines))
+        config = SourceConfig(path=str(tmp_path / "d"), streaming=streamed)
+        source = open_source(config) if not streamed else None
+        stream = EndlessSource(config, "data.train.0", seed=0, shuffled=False) if streamed else None
+        for row in range(2):
+            record = stream.take() if stream else source[row]
+            assert [turn.text for turn in record.turns] == ["why?", "yes"]
 
     def test_columns_are_renamed_and_pictures_come_first(self, tmp_path: Path) -> None:
         import datasets
