@@ -19,7 +19,8 @@ from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig, refuse_unfit
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
-from mm_moslora.config.strict_reading import parse_scalar, parse_text, plain, set_dotted, takes_text
+from mm_moslora.config.strict_reading import kind_at, parse_scalar, parse_text, plain, set_dotted, takes_text
+from mm_moslora.config.usual_names import OF_OTHER_TRAINERS
 from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import checkpoints
@@ -51,6 +52,10 @@ class YamlRecipe:
         Raises:
             ConfigError: an unknown key, a wrong type or an impossible value.
         """
+        for path in leaves(data):
+            here = OF_OTHER_TRAINERS.get(path.rpartition(".")[2])
+            if here and kind_at(cls, path.split(".")) is None and kind_at(cls, here.split(".")) is not None:
+                raise ConfigError(f"{source}: unknown key {path!r}. Did you mean {here!r}?")
         return build_strictly(cls, _at_home(data), source=source)
 
     @classmethod
@@ -300,7 +305,9 @@ def override_items(tokens: Sequence[str]) -> list[str]:
 def _refuse_option(key: str) -> None:
     """Refuse a key without a section, which is most likely a misspelt option of the command."""
     if "." not in key and key not in {item.name for item in fields(Recipe)}:
+        here = OF_OTHER_TRAINERS.get(key)
+        hint = f" Did you mean --{here}?" if here else ""
         raise ConfigError(
-            f"No option --{key}. Keys of the recipe carry their section, such as --optim.lr 1e-4; the command's own "
-            "options are in its --help."
+            f"No option --{key}.{hint} Keys of the recipe carry their section, such as --optim.lr 1e-4; the command's "
+            "own options are in its --help."
         )

@@ -42,10 +42,10 @@ def parse_text(text: str) -> str | None:
 
 def takes_text(kind: Any, keys: Sequence[str]) -> bool:
     """Whether the field at the end of a key path takes only text or None."""
-    return _kind_at(kind, keys) is str
+    return kind_at(kind, keys) is str
 
 
-def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
+def kind_at(kind: Any, keys: Sequence[str]) -> Any:
     """The type of the field at the end of a key path, without None."""
     for key in keys:
         kind = _without_none(kind)
@@ -84,7 +84,7 @@ def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> 
         if depth == len(keys) - 1:
             data[part] = value
         elif data[part] is None:
-            listed = typing.get_origin(_kind_at(kind, keys[: depth + 1])) in (list, tuple)
+            listed = typing.get_origin(kind_at(kind, keys[: depth + 1])) in (list, tuple)
             data[part] = [] if listed else {}
         data = data[part]
 

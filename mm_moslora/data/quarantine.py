@@ -91,12 +91,13 @@ class Quarantine:
         bad = len(self._numbers) - left_out
         if bad <= self.config.max_bad_share * self.total:
             return
-        remedy = " data.too_long can cut or drop long records." if self.codes.get(Code.TOO_LONG.value) else ""
+        remedy = "." if bad >= self.total else " or raise data.max_bad_share."
+        remedy += " data.too_long can cut or drop long records." if self.codes.get(Code.TOO_LONG.value) else ""
         see = f"All are in {self.path}." if self.path is not None else ""
         raise DataError(
             f"{bad} of {self.total} records ({bad / self.total:.1%}) cannot be used, more than data.max_bad_share "
             f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self.first}. {see} "
-            f"Repair the data or raise data.max_bad_share.{remedy}"
+            f"Repair the data{remedy}"
         ) from self.first
 
 

@@ -78,10 +78,15 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
     except ModelError:
         raise
     except Exception as error:  # configurations are texts of others, and their classes check little
-        raise ModelError(
-            f"{key} is {name!r}: its configuration cannot be read ({reason_of(error)}). Give a folder with its "
-            "config.json, or go online."
-        ) from error
+        raise unreadable(key, name, error) from error
+
+
+def unreadable(key: str, name: str, error: Exception) -> ModelError:
+    """The error of a model whose configuration a library could not read."""
+    return ModelError(
+        f"{key} is {name!r}: its configuration cannot be read ({reason_of(error)}). Give a folder with its "
+        "config.json, or go online."
+    )
 
 
 def base_sizes(config: ModelConfig) -> Any:

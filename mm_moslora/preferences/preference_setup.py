@@ -31,7 +31,7 @@ from mm_moslora.training.engine import weights_device
 from mm_moslora.training.engine.deepspeed_patches import allocate
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
 from mm_moslora.training.model_start import resumed_start
-from mm_moslora.training.run_setup import pinned, whole_projector, with_form_of_thinking
+from mm_moslora.training.run_setup import pinned, remark_short_steps, whole_projector, with_form_of_thinking
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
@@ -146,6 +146,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     records = _records(kind, recipe, assembly, data.train, "quarantine.jsonl", settle=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, records)
     with_boxes = records.with_boxes if isinstance(records, QuestionSet) else 0
+    remark_short_steps(recipe, len(records.usable) * (recipe.grpo.generations if recipe.objective == "grpo" else 1))
     check_box_rewards(rewards, with_boxes, assembly.image_processing)
     held_out = None
     if data.held_out:

@@ -92,6 +92,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     data = pinned(recipe.data, checkpoint)
     training_set = _training_data(replace(recipe, data=data), assembly, fresh=checkpoint is None)
     recipe = with_form_of_thinking(recipe, assembly, training_set)
+    if isinstance(training_set, TrainingSet):
+        remark_short_steps(recipe, sum(map(len, training_set.members)))
     if checkpoint is not None:
         with distributed.failing_together("Comparing pictures and prompts with the checkpoint's"):
             if distributed.is_main():
@@ -163,6 +165,16 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
         limit_gib=config.vision.feature_cache_gib,
         writers=distributed.world_size(),
     )
+
+
+def remark_short_steps(recipe: Recipe, records: int) -> None:
+    """Warn where all records together are fewer than a step takes."""
+    if distributed.is_main() and records < recipe.train.global_batch:
+        logger.warning(
+            "train.global_batch is %d, and the data has %d records: every step is a whole epoch.",
+            recipe.train.global_batch,
+            records,
+        )
 
 
 def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples | TrainingStream) -> Recipe:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mm_moslora.config import Recipe, load_recipe, recipe_names
+from mm_moslora.config import Recipe, load_recipe, override_items, recipe_names
+from mm_moslora.config.recipe import leaves
 from mm_moslora.config.recipe_paths import absolute
+from mm_moslora.config.usual_names import OF_OTHER_TRAINERS
 from mm_moslora.utils.errors import ConfigError
 
 MINIMAL = {"model": {"language": "x"}}
@@ -24,6 +26,9 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
     ("change", "message"),
     [
         ({"optm": {}}, r"unknown key 'optm'\. Did you mean 'optim'"),
+        ({"train": {"learning_rate": 1e-4}}, r"unknown key 'train\.learning_rate'\. Did you mean 'optim\.lr'"),
+        ({"adapter": {"lora_r": 8}}, r"unknown key 'adapter\.lora_r'\. Did you mean 'adapter\.rank'"),
+        ({"max_steps": 3}, r"unknown key 'max_steps'\. Did you mean 'train\.steps'"),
         ({"model": {"language": "x", "vision": {"nam": "y"}}}, r"unknown key 'model\.vision\.nam'"),
         ({"adapter": {"mixer_init": "zeros"}}, r"adapter\.mixer_init is 'zeros', expected one of orthogonal"),
         ({"adapter": {"rank": 0}}, r"adapter\.rank is 0, expected at least 1"),
@@ -319,3 +324,10 @@ def test_the_default_stage_reduces_gradients_once_in_a_step(
 ) -> None:
     recipe = Recipe.from_dict({"model": {"language": "x", "language_mode": mode}, "train": train})
     assert recipe.for_ranks(world, before=before).train.zero == expected
+
+
+def test_keys_of_other_trainers_stand_for_keys_that_there_are():
+    known = leaves(load_recipe("llava15_7b_moslora").to_dict())
+    assert {key for key in OF_OTHER_TRAINERS.values() if not any(name.startswith(key) for name in known)} == set()
+    with pytest.raises(ConfigError, match=r"No option --learning_rate\. Did you mean --optim\.lr"):
+        override_items(["--learning_rate", "1e-4"])

@@ -134,6 +134,8 @@ def test_nothing_usable_is_an_error(path):
     rewrite(path, lambda index, record: "{}")
     with pytest.raises(DataError, match="None of the 20 records"):
         make_set(path, max_bad_share=1.0)
+    with pytest.raises(DataError, match=r"20 of 20 records .* Repair the data\.$"):
+        make_set(path, max_bad_share=0.1)
 
 
 def test_no_source_is_an_error():

@@ -212,7 +212,7 @@ def test_a_damaged_file_of_weights_is_told_with_the_part(kept, part, language_fo
     [
         ({"vision": "open_clip:ViT-B-33"}, "open_clip has no model 'ViT-B-33'. Did you mean"),
         ({"vision": "timm:resnet51"}, "timm has no model 'resnet51'"),
-        ({"vision": "nowhere/at-all"}, "no folder or hub id of a vision model"),
+        ({"vision": "nowhere/at-all"}, "model.vision.name is .* config.json, or go online"),
         ({"projector": "mlp2x"}, "Did you mean 'mlp2x_gelu'"),
         ({"feature_layer": 9}, "no features at layer 9"),
         ({"language": "nowhere/at-all"}, "does not load as a causal language model"),

@@ -86,3 +86,9 @@ def test_bad_records_are_counted_and_too_many_stop_the_run(recipe, records, tmp_
     strict = replace(recipe, data=replace(recipe.data, train=[source], max_bad_share=0.01))
     with pytest.raises(MoSLoRAError, match="max_bad_share"):
         train(with_train(strict, output=str(tmp_path / "strict")))
+
+
+def test_a_step_of_more_records_than_there_are_is_remarked(recipe, records, caplog):
+    train(with_train(recipe, global_batch=100, steps=1, rehearsal=False))
+    there = len(records.read_text().splitlines())
+    assert f"train.global_batch is 100, and the data has {there} records" in caplog.text

@@ -76,7 +76,8 @@ def _usable(report: CheckReport) -> Finding:
         detail += f", {report.refused} are refused ({share:.2%}, at most {report.max_bad_share:.2%})"
     if report.ok:
         return Finding("warn" if bad else "ok", "records", detail, "see the faults below" if bad else "")
-    return Finding("bad", "records", f"{detail}; a run stops", "repair them, or raise data.max_bad_share")
+    remedy = "repair them, or raise data.max_bad_share" if report.usable else "repair them"
+    return Finding("bad", "records", f"{detail}; a run stops", remedy)
 
 
 def _ends(report: CheckReport) -> Finding:
@@ -166,7 +167,7 @@ def _answers(report: CheckReport) -> Finding:
         return Finding("ok", "answers", f"{report.answers}, none of them short")
     text, count = report.short_answers.most_common(1)[0]
     detail = f"{report.answers}, most often {text!a} ({count / max(1, report.answers):.0%})"
-    if count <= ONE_ANSWER * report.answers or report.answers < SMALL:
+    if count < report.answers and (count <= ONE_ANSWER * report.answers or report.answers < SMALL):
         return Finding("ok", "answers", detail)
     return Finding("warn", "answers", detail, "balance the questions, and compare with always giving that answer")
 

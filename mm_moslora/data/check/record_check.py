@@ -11,6 +11,7 @@ from functools import partial
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, Objective, SourceConfig
+from mm_moslora.data.chat.answer_thinking import masked_block
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.segment_encoder import Encoded
@@ -276,7 +277,10 @@ class _RowCheck:
     def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
         fitting = record.learned(self.config.supervise)[: len(record.turns) - encoded.dropped_turns]
         answers = [turn.text for turn in fitting if turn.role == "assistant"]
-        texts = [part for turn in fitting for part in turn.parts()]
+        # The block of thinking at the start of an answer becomes the template's own tokens.
+        texts = [
+            part[masked_block(part) if turn.role == "assistant" else 0 :] for turn in fitting for part in turn.parts()
+        ]
         report.ids[record.id] += 1
         content = repr([(turn.role, turn.said) for turn in record.turns] + record.image_names)
         content += repr(record.objects) if record.objects is not None else ""
@@ -292,7 +296,7 @@ class _RowCheck:
         report.not_offered.update(names_not_offered(record.turns[0].tools, *calls) if tools else ())
         report.weighed += encoded.weights is not None
         report.turns[len(answers)] += 1
-        report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
+        report.short_answers.update(text.strip() for text in answers if text and len(text) <= _SHORT_ANSWER)
         report.truncated += encoded.dropped_turns > 0
         report.thoughts += encoded.thoughts
         report.ignored.update(record.ignored)

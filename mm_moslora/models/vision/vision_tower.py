@@ -24,7 +24,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mm_moslora.config import VisionConfig
 from mm_moslora.models.families import TOWERS, tower_family
-from mm_moslora.models.model_sizes import config_to_count, load_base, refuse_adapter_beside, refuse_configuration
+from mm_moslora.models.model_sizes import (
+    config_to_count,
+    load_base,
+    refuse_adapter_beside,
+    refuse_configuration,
+    unreadable,
+)
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
@@ -219,10 +225,8 @@ def _load_transformers(
         else:
             whole = config_to_count(config.name, config.revision)
     except Exception as error:  # configurations are texts of others, and their classes check little
-        raise ModelError(
-            f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "
-            f"({reason_of(error)}). For other libraries write open_clip:MODEL or timm:MODEL."
-        ) from error
+        hint = "Encoders of other libraries are open_clip:MODEL or timm:MODEL."
+        raise ModelError(f"{unreadable('model.vision.name', config.name, error)} {hint}") from error
     family = tower_family(whole.model_type)
     if family.patches_vary:
         raise ModelError(

@@ -114,6 +114,19 @@ def test_conversations_of_several_turns_are_named(write, name, thinking, aside) 
     assert ("write records that end with each answer" in found.remedy) == bool(aside)
 
 
+def test_blocks_of_thinking_are_no_spelt_special_tokens_and_one_answer_for_all_is_doubtful(write) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
+    tokenizer.chat_template = SHIPPED.joinpath("qwen3.jinja").read_text()
+    encoder = ConversationEncoder(tokenizer)
+    rows = [*records(4, 0), conversation("a ball")]
+    rows[0]["conversations"][0]["value"] = "What is <think>?"
+    for spelt, status, given in ((1, "ok", rows), (0, "warn", records(0, 4))):
+        report = check([SourceConfig(path=str(write(*given)))], encoder, config=DataConfig(), vision=False)
+        assert report.special_text == spelt
+        assert [item.status for item in findings(report) if item.name == "answers"] == [status]
+
+
 def test_few_answers_behind_another_prompt_need_no_warning(write) -> None:
     single = records(0, 499)
     assert not settled(write, [*single, conversation(PLAIN, PLAIN)], tokenizer_of("qwen3")).form.mixed

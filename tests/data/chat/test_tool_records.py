@@ -308,6 +308,7 @@ def test_sets_and_checks_read_tools(tmp_path, cache) -> None:
     assert (report.tools, report.answers, report.duplicates) == (2, 4, 0)
     assert dict(report.bad) == {"BAD_CALL": 1}
     assert dict(report.not_offered) == {"nope": 1}
+    assert "" not in report.short_answers
     [finding] = [item for item in findings(report) if item.name == "tools"]
     assert (finding.status, "nope (1)" in finding.detail) == ("warn", True)
     shown = view_tokens(data.encoded(0, data.record(0)), encoder.tokenizer)
