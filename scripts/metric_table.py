@@ -14,17 +14,18 @@ import inspect
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task_registry import all_tasks
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.named_parts import name_of
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+from mm_moslora_eval.scoring.rule_forms import JudgeRule
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
 PAGE = Path(__file__).parents[1] / "eval" / "README.md"
@@ -35,26 +36,13 @@ MEANINGS = {
     "boxes": "The first box of the answer in the model's form, in pixels of the picture's file.",
     "first_line": "The first line of the answer.",
     "letter_or_text": "`letter` where a question has options, else `text`.",
-    "mathvista_extracted": "The form of MathVista's reference, of an answer that a judge found.",
-    "mathvista": "MathVista: the answer if it fits, else its last number or letter, in the form of the reference.",
     "equal": "Equal to a reference, such as a letter.",
     "equal_ignore_case": "Equal to a reference without case and a period at its end.",
     "vqa": "VQA accuracy over ten people, with this project's normalisation of both sides.",
     "vqa_textvqa": "LLaVA and lmms-eval for TextVQA: EvalAI's normalisation of both sides.",
     "vqa_vlmevalkit": "VLMEvalKit's VQA score.",
-    "vqa_vqav2_official": "VQAv2 as in the port of TRI-ML: references get the punctuation step only.",
-    "vqa_vqav2_lmms_eval": "VQAv2 as in lmms-eval: references get every step.",
-    "vqa_vizwiz_official": "VizWiz: unchanged references; contractions with backticks.",
     "letter_or_vqa": "`equal` where a question has options, else `vqa`.",
     "letter_or_exact": "`equal` where a question has options, else `exact`.",
-    "mmmu": "The letter; open questions by MMMU's phrases and numbers.",
-    "mmmu_vlmevalkit": "VLMEvalKit's letter; an open question has two options, the reference and `Other Answers`.",
-    "mmmu_vlmevalkit_2024_06": "The same with the rules of June 2024.",
-    "judge_mmvet": "MM-Vet's grade: a reply of nothing but a number from 0 to 1.",
-    "judge_mmvet_vlmevalkit": "The same: a reply that `float` reads.",
-    "judge_mmvet_lmms_eval": "The same: the first word of the reply.",
-    "judge_llavabench": "LLaVA-Bench's ratings: the first line of the reply has exactly two numbers from 1 to 10.",
-    "judge_llavabench_lmms_eval": "The same: the first two numbers of the first line.",
 }  # fmt: skip
 
 
@@ -71,8 +59,8 @@ def meaning(name: str, function: Callable[..., Any]) -> str:
 
 def _reached(function: Any) -> Iterator[Callable[..., Any]]:
     """The function, then those in its closure or in its code, of which the last one called comes first."""
-    if isinstance(function, partial):
-        yield from _reached(function.func)
+    if isinstance(function, partial | JudgeRule):
+        yield from _reached(function.func if isinstance(function, partial) else function.read)
         return
     yield function
     for cell in function.__closure__ or ():
@@ -85,7 +73,7 @@ def _reached(function: Any) -> Iterator[Callable[..., Any]]:
             for names in (*map(vars, modules), function.__globals__):
                 function_of_name = names.get(name)
                 if isinstance(function_of_name, types.FunctionType) and function_of_name.__module__.startswith(
-                    "mm_moslora_eval.metrics"
+                    ("mm_moslora_eval.metrics", "mm_moslora_eval.task_files")
                 ):
                     yield function_of_name
 
@@ -100,11 +88,11 @@ def _options(function: Callable[..., Any]) -> str:
 
 def tables() -> str:
     """The tables as Markdown."""
-    kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
+    kinds: dict[str, dict[str, Callable[..., Any]]] = {
         table.kind: {name: table.find(name) for name in table}
         for table in (EXTRACTORS, METRICS, AGGREGATIONS, OVER_SAMPLES)
     }
-    kinds["metric"] = {**kinds["metric"], BY_PROMPT: grade_by_prompt, **{name: GRADERS.find(name) for name in GRADERS}}
+    kinds["metric"] |= {name: GRADERS.find(name) for name in GRADERS} | {BY_PROMPT: grade_by_prompt}
     used: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task in all_tasks().values():
         for kind in kinds:
@@ -115,8 +103,8 @@ def tables() -> str:
         for name, function in table.items():
             tasks = used[kind, name]
             more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
-            judge = " Needs a judge." if name in (BY_PROMPT, *GRADERS) else ""
-            if kind == "extraction" and name in JUDGE_EXTRACTIONS:
+            judge = " Needs a judge." if name in GRADERS and kind == "metric" else ""
+            if kind == "extraction" and judged_extraction(name):
                 judge = " With `--judge` the judge finds the answer."
             text = f"{meaning(name, function)}{_options(function)}{judge}"
             lines.append(f"| `{name}` | {text} | {f'`{tasks[0]}`{more}' if tasks else '-'} |")

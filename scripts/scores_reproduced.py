@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mm_moslora_eval.protocol.task_registry import get_task, name_and_protocol, task_folder
+from mm_moslora_eval.protocol.task_registry import get_task, name_and_protocol, task_file
 from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 
@@ -85,7 +85,7 @@ def _percent(result: TaskResult) -> float:
 def _task_file(run: PublishedRun, folder: Path) -> Path:
     """The shipped task with the documents of the answers in place of its data set, without pictures."""
     name, protocol = name_and_protocol(run.task)
-    data = yaml.safe_load((task_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load(task_file(name).read_text(encoding="utf-8"))
     changes = data.pop("protocols")[protocol] or {}
     source = {**data["source"], **changes.pop("source", {})}
     columns = {key: value for key, value in source["columns"].items() if key != "image"}

@@ -46,8 +46,8 @@ AGAINST = {
 }
 """Baselines of a tuned model, by their names in `evaluation.json`."""
 SCORE_NAMES: Mapping[str, str] = {
-    "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception", "macro": "macro average",
-    "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
+    "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception",
+    "mmstar_macro": "macro average", "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
 }  # fmt: skip
 """Aggregations with a score that is not a share of right answers -> the name of the score."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mm_moslora_eval.protocol.task_registry import task_folder
+from mm_moslora_eval.protocol.task_registry import task_file
 
 from tests.builders.miniature_layouts import FORMS, place_documents, write_tsv
 from tests.builders.miniature_scenes import COLOURS, SCENES, SHAPES, Scene
@@ -34,7 +34,7 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
 
 
 def _write_task(folder: Path, name: str, cap: int | None) -> Path:
-    data = yaml.safe_load((task_folder() / f"{name}.yaml").read_text())
+    data = yaml.safe_load(task_file(name).read_text())
     if name in FORMS:
         place_documents(folder / f"{name}_documents", data, FORMS[name])
     else:

@@ -148,7 +148,7 @@ def ai2d(rows: list[Row], runs: Runs) -> list[Any]:
     name = "ai2d@lmms_eval"
     found = by_letter(name, rows, runs)
     parsed = run_rows(name, [row | {"options": dict.fromkeys(LETTERS, "text")} for row in rows], runs, choice).parsed
-    filtered, score = block(name, "multiple_choice.ai2d_filter"), block(name, "multiple_choice.ai2d_lmms_eval")
+    filtered, score = block(name, "rules.ai2d_filter"), block(name, "rules.ai2d_lmms_eval")
     for number, row in enumerate(rows):
         if padded(row):
             found[number] = {letter: score(row["prediction"], letter) for letter in LETTERS}
@@ -161,7 +161,7 @@ def scienceqa_llava(rows: list[Row], runs: Runs) -> list[Any]:
     parsed = run_rows(name, rows, runs, choice).parsed
     ours = []
     for row, text in zip(rows, parsed, strict=True):
-        read = block(name, "multiple_choice.scienceqa_llava")(row["prediction"], options(row)) if padded(row) else text
+        read = block(name, "rules.scienceqa_llava")(row["prediction"], options(row)) if padded(row) else text
         known = list(options(row))
         ours.append({"parsed": read or "FAILED", "pred_index": known.index(read) if read in known else -1})
     return ours
@@ -207,7 +207,7 @@ def commonsense_answers(rows: list[Row], runs: Runs) -> list[Any]:
 def mmmu_open(rows: list[Row], runs: Runs) -> list[Any]:
     name = "mmmu_val@official"
     for row in rows:
-        parsed = block(name, "mmmu.parse_open")(row["prediction"])
+        parsed = block(name, "rules.parse_open")(row["prediction"])
         assert "parsed" not in row or same(sorted(parsed, key=str), sorted(row["parsed"], key=str)), row
     return run_rows(name, rows, runs, open_question).scores
 

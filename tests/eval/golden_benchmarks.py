@@ -44,7 +44,7 @@ def naturalbench_letters(rows: list[Row], runs: Runs) -> list[Any]:
     return run_rows("naturalbench@lmms_eval", rows, runs, document).parsed
 
 
-mmmu_pro_stage = step("mmmu_pro_standard@vlmevalkit_cot", "letter_readers.mmmu_pro_vlmevalkit")
+mmmu_pro_stage = step("mmmu_pro_standard@vlmevalkit_cot", "rules.behind_answer")
 latex_values = step("mathvision_test@official", "latex_value.latex_value")
 
 
@@ -86,7 +86,7 @@ def pixmo_count(rows: list[Row], runs: Runs) -> list[Any]:
 def dynamath(rows: list[Row], runs: Runs) -> list[Any]:
     """An answer in which nothing is read is wrong, and so is an empty one, which lies within every text there."""
     found = _scores("dynamath@vlmevalkit", rows, runs, "kind=answer_type")
-    read = block("dynamath@vlmevalkit", "dynamath.short_answer")
+    read = block("dynamath@vlmevalkit", "rules.short_answer")
     unread = [
         not read(row["prediction"], row["kind"]).strip() or '"short answer": ""' in row["prediction"] for row in rows
     ]
@@ -175,7 +175,7 @@ class GivenLexicon:
 
 
 def ocrbench_v2_pages(rows: list[Row], runs: Runs) -> list[Any]:
-    parts = block("ocrbench_v2_en@official", "ocrbench_v2.page_parts")
+    parts = block("ocrbench_v2_en@official", "rules.page_parts")
     return [parts(row["prediction"], row["references"], GivenLexicon(row)) for row in rows]
 
 

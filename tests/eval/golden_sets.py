@@ -220,6 +220,6 @@ def mmvet_tail(row: Row, runs: Runs) -> Any:
     asked: list[str] = []
     document = Document(id="1", question=row["question"], answers=(reference,), category="rec")
     runs("mmvet@vlmevalkit", [document], [row["prediction"]], judge=lambda text, _: asked.append(text) or "1.0")
-    line = block("mmvet@vlmevalkit", "judge_scores.mmvet_table_row")
+    line = block("mmvet@vlmevalkit", "rules.mmvet_table_row")
     text = asked[0] if asked else line(row["question"], reference, row["prediction"])
     return text[-len(row["expected"]) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, Usage
-from mm_moslora_eval.protocol.coded_prompts import WORDINGS
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_prompt import WORDINGS
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run import answer_log, run_claim, task_runner
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, grade_by_prompt
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.scoring.rule_forms import JudgeRule
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.sources.document import DataSet, Document
 
@@ -129,7 +131,7 @@ def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
     Names in the code of a function are followed to what they stand for in its module; the tables of parts are not,
     since a protocol uses only the parts that it names.
     """
-    tables = [id(table) for table in (EXTRACTORS, METRICS, AGGREGATIONS, GRADERS, JUDGE_EXTRACTIONS, WORDINGS)]
+    tables = [id(table) for table in (EXTRACTORS, METRICS, AGGREGATIONS, GRADERS, WORDINGS)]
     waiting: list[Any] = list(_parts(task))
     found: dict[str, Callable[..., Any]] = {}
     seen: set[int] = set(tables)
@@ -141,8 +143,8 @@ def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
         seen.add(id(item))
         if isinstance(item, partial):
             waiting += [item.func, *item.args, *item.keywords.values()]
-        elif isinstance(item, dict):
-            waiting += item.values()
+        elif isinstance(item, dict | JudgeRule):
+            waiting += item.values() if isinstance(item, dict) else vars(item).values()
         elif isinstance(item, tuple | list):
             waiting += item
         elif isinstance(item, types.FunctionType) and item.__module__.startswith("mm_moslora_eval."):
@@ -160,8 +162,8 @@ def _parts(task: Task) -> Iterator[Any]:
     else:
         yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
     yield AGGREGATIONS[task.aggregation]
-    if task.extraction in JUDGE_EXTRACTIONS:
-        find, then = JUDGE_EXTRACTIONS[task.extraction]
+    if found := judged_extraction(task.extraction):
+        find, then = found
         yield from (find, EXTRACTORS[then])
     if task.prompt.function is not None:
         yield WORDINGS[task.prompt.function]
@@ -187,24 +189,10 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def public_metrics() -> dict[str, Callable[..., Any]]:
-    """Every public function of `mm_moslora_eval.metrics`, by `module.name`."""
-    import importlib
-    import pkgutil
-
-    import mm_moslora_eval.metrics as package
-
-    found: dict[str, Callable[..., Any]] = {}
-    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        module = importlib.import_module(info.name)
-        for name, value in vars(module).items():
-            own = isinstance(value, types.FunctionType) and value.__module__ == module.__name__
-            if not name.startswith("_") and (own or isinstance(value, partial)):
-                found[f"{info.name.rsplit('.', 1)[1]}.{name}"] = value
-    return found
-
-
 def _named_partials(item: Any) -> dict[str, Callable[..., Any]]:
+    """A partial of this package by its name in a module."""
     if not isinstance(item, partial):
         return {}
-    return {name: item for name, value in public_metrics().items() if value is item}
+    modules = [module for name, module in sys.modules.items() if name.startswith("mm_moslora_eval.")]
+    names = ((module, name) for module in modules for name, value in vars(module).items() if value is item)
+    return {f"{module.__name__.rsplit('.', 1)[1]}.{name}": item for module, name in names}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.judging.answer_graders import WORDING
 from mm_moslora_eval.run.submissions import DEFAULT_FORM, write_submission
+from mm_moslora_eval.scoring import task_rules
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
 from mm_moslora_eval.sources.document import Document
 
@@ -34,6 +40,33 @@ def test_hidden_answers_are_exported_as_their_server_reads_them() -> None:
     hidden = {name for name in all_tasks() if name.startswith("mmbench_") and "_test" in name}
     assert {DEFAULT_FORM[get_task(name).name] for name in hidden} == {"mmbench"}
     assert len(hidden) >= 4
+
+
+def test_a_benchmark_is_one_folder(tmp_path: Path) -> None:
+    """The folder of the tutorial in a copy of the package: its task is found, asked and scored by its own rules."""
+    tutorial = (ROOT / "docs" / "tutorials" / "extending.md").read_text()
+    for name, text in re.findall(r"```\w+\n# eval/tasks/(dice/[\w.]+)\n(.*?)```", tutorial, re.S):
+        (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tasks" / name).write_text(text)
+    shutil.copytree(ROOT / "eval" / "mm_moslora_eval", tmp_path / "mm_moslora_eval")
+    (tmp_path / "dice.jsonl").write_text(json.dumps({"question_id": 1, "text": "How many?", "answer": "7"}) + "\n")
+    (tmp_path / "said.json").write_text('{"1": "It is 8"}')
+    words = ["eval", "run", "dice", "--model", "replay:said.json", "--output", "out", "--no-report"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "MM_MOSLORA_DATA": str(tmp_path)}
+    command = [sys.executable, "-m", "mm_moslora", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (next((tmp_path / "out").rglob("samples.jsonl"))).read_text().splitlines())
+    assert (row["prompt"], row["parsed"], row["score"]) == ("How many? Count all pips.", "8", 1.0)
+
+
+@pytest.mark.parametrize("table", ["EXTRACTORS", "METRICS", "AGGREGATIONS", "GRADERS", "PROMPTS"])
+def test_names_of_a_benchmark_begin_with_its_folder(table: str) -> None:
+    wrong = [name for name, entry in task_rules.all_rules(table).items() if task_rules.rule(table, name) is not entry]
+    assert wrong == []
+    assert [
+        task.id for task in all_tasks().values() if task_rules.folder_of(task.name) != Path(str(task.folder)).name
+    ] == []
 
 
 def test_cv_bench_is_asked_as_each_source_asks_it() -> None:
@@ -227,7 +260,7 @@ def test_thinking_is_removed_before_scoring_and_counted(runs: Runs) -> None:
 
 def test_a_yes_within_thinking_is_no_answer() -> None:
     document = Document(id="1", question="q", answers=("no",))
-    rules: dict[str, Any] = {"extraction": "yes_no_pope_llava", "metric": "equal_ignore_case"}
+    rules: dict[str, Any] = {"extraction": "pope_llava", "metric": "equal_ignore_case"}
     assert score_answer(document, "<think>Yes, or not?</think>Yes", **rules).score == 0.0
     assert score_answer(document, "<think>Is it not", **rules).parsed == ""
 

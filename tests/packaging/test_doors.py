@@ -77,7 +77,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     # Code of others
     "builtins.compile": "imported_code",
     "builtins.exec": "imported_code",
-    "importlib": "doctor liger_availability scripts seeded_dropout triton_availability",
+    "importlib": "doctor liger_availability scripts seeded_dropout task_rules timed_process triton_availability",
     "os.chdir": "examples scripts",
     "runpy": "examples",
     "sys.modules": "cli_app diffusers_saving imported_code lens_maps run_environment uncalled_layers",
@@ -201,8 +201,9 @@ def uses(source: str) -> set[str]:
             tops = {item.name.split(".")[0] for item in node.names if not item.asname}
             known |= {name: name for name in tops} | {item.asname: item.name for item in node.names if item.asname}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{item.name}" for item in node.names}
-            known |= {item.asname or item.name: f"{node.module}.{item.name}" for item in node.names}
+            module = f"mm_moslora.{node.module}" if node.level else node.module  # beside it, so this project's own
+            found |= {f"{module}.{item.name}" for item in node.names}
+            known |= {item.asname or item.name: f"{module}.{item.name}" for item in node.names}
     calls = {id(node.func): node for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
         if isinstance(node, ast.keyword) and node.arg in SWITCHES:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ gpus = ["--gpus", "8xA100-80G", "--samples", "1000", "--tokens-per-sample", "400
 for name in ("llava15_7b_moslora", "qwen3_vl_8b_moslora", "quickstart_tune"):
     assert run(["plan", name, *gpus]) == 0
 assert run(["eval", "list"]) == 0
+assert run(["eval", "describe", "ocrbench_v2_en"]) == 0      # rules of several files
 assert run(["train", *sys.argv[1:]]) == 0
 assert run(["launch", sys.argv[1], "--train.output", "elsewhere", "--nproc", "2", "--dry-run"]) == 0
 assert run(["files"]) == 0
@@ -87,6 +89,17 @@ train: {{output: run, steps: 2, global_batch: 8, micro_batch: 4, zero: zero2, pr
     assert f"scripts            {scripts}" in done.stdout
     assert sorted(path.name for path in scripts.iterdir() if path.suffix != ".sh") == ["train_slurm.sbatch"]
     assert os.access(scripts / "train.sh", os.X_OK)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_a_wheel_has_the_benchmarks_with_their_rules(wheel: Path) -> None:
+    tasks = CHECKOUT / "eval" / "tasks"
+    shipped = {str(path.relative_to(tasks)) for path in tasks.rglob("*") if path.suffix in (".yaml", ".py")}
+    with zipfile.ZipFile(wheel) as archive:
+        below = {name.removeprefix("mm_moslora_eval/task_files/") for name in archive.namelist()}
+    assert shipped - below == set()
+    assert len([name for name in shipped if name.endswith("rules.py")]) > 30
 
 
 def test_messages_name_no_document_of_the_checkout() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mm_moslora_eval.protocol.task_registry import task_folder
+from mm_moslora_eval.protocol.task_registry import task_file
 from mm_moslora_eval.run.result_file import read_results
 
 from mm_moslora.cli import cli_app as cli
@@ -109,7 +109,7 @@ def test_the_recipe_runs_on_records_of_the_real_lengths(
     assert (run / "best").resolve() == run / best["checkpoint"]
 
     (tmp_path / "commonsense" / "piqa").mkdir(parents=True)
-    task = Path(shutil.copy(task_folder() / "commonsense_piqa.yaml", tmp_path))
+    task = Path(shutil.copy(task_file("commonsense_piqa"), tmp_path))
     asked = [{"instruction": text, "input": "", "answer": "solution1"} for text in records["piqa"][-3:]]
     (tmp_path / "commonsense" / "piqa" / "test.json").write_text(json.dumps(asked))
     model, scores = str(run / "best"), str(tmp_path / "scores")

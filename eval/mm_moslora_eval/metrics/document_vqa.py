@@ -1,4 +1,4 @@
-"""Scores of text-rich benchmarks: ANLS (DocVQA, InfoVQA, ST-VQA), relaxed accuracy (ChartQA), OCRBench."""
+"""Scores of text-rich benchmarks: ANLS, and the relaxed accuracy of charts."""
 
 from __future__ import annotations
 
@@ -53,46 +53,3 @@ def relaxed_lmms_eval(text: str, reference: str, *, tolerance: float = 0.05) -> 
 def relaxed_accuracy(text: str, reference: str) -> float:
     """The default, and VLMEvalKit's: `relaxed_lmms_eval` of the stripped answer."""
     return relaxed_lmms_eval(text.strip(), reference)
-
-
-def relaxed_vlmevalkit_2024_06(text: str, reference: str) -> float:
-    """VLMEvalKit in June 2024: arguments swapped, so the tolerance is relative to the answer."""
-    return relaxed_lmms_eval(reference, text.strip())
-
-
-HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
-"""Full-width signs -> those of ASCII."""
-
-
-def _contains(text: str, references: Sequence[str], category: str, *, fold: bool) -> int:
-    if category == HANDWRITTEN_MATHS:
-        answer, gold = _without_space(text), [_without_space(reference) for reference in references]
-    else:
-        table = FULL_WIDTH if fold else {}
-        answer, *gold = (item.translate(table).lower().strip().replace("\n", " ") for item in (text, *references))
-    return int(any(reference in answer for reference in gold))
-
-
-def _without_space(text: str) -> str:
-    return text.strip().replace("\n", " ").replace(" ", "")
-
-
-def ocrbench_vlmevalkit(text: str, references: Sequence[str], category: str) -> int:
-    """VLMEvalKit: 1 if any reference lies within the answer; handwritten maths keeps case and ignores spaces."""
-    return _contains(text, references, category, fold=False)
-
-
-def ocrbench_lmms_eval(text: str, references: Sequence[str], category: str) -> int:
-    """lmms-eval: the same after folding full-width ASCII."""
-    return _contains(text.strip(), references, category, fold=True)
-
-
-_OCRBENCH_OWN = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", HANDWRITTEN_MATHS)
-_OCRBENCH_TEXT = ("Regular Text", "Irregular Text", "Artistic Text", "Digit String", "Non-Semantic Text")
-OCRBENCH_GROUPS = {
-    **{f"{kind} Recognition": "Text Recognition" for kind in _OCRBENCH_TEXT},
-    "Handwriting Recognition": "Text Recognition",
-    **{group: group for group in _OCRBENCH_OWN},
-}
-"""Question type -> group of the published table."""

@@ -1,17 +1,11 @@
-"""Exact match as used by GQA, AI2D, RealWorldQA and custom data sets, and the lenient score.
-
-Every function takes the answer and one reference and returns 1.0 or 0.0; `best` takes several references.
-Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_match`) and VLMEvalKit (`accuracy`).
-"""
+"""Exact match, and the lenient score: 1.0 or 0.0."""
 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable, Mapping, Sequence
 
 from mm_moslora_eval.metrics.multiple_choice import extract_letter
-from mm_moslora_eval.metrics.multiple_choice import lmms_eval as lmms_eval_letter
 from mm_moslora_eval.metrics.vqa_accuracy import plain_words
 from mm_moslora_eval.metrics.yes_no import extract_yes_no
 
@@ -19,7 +13,6 @@ _WITHOUT_SPACES = re.compile(
     r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 """Signs of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters."""
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(text: str, reference: str) -> float:
@@ -30,34 +23,6 @@ def exact_match(text: str, reference: str) -> float:
 def relaxed(text: str) -> str:
     """The form in which `exact_match` compares answers."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
-
-
-def normalize_gqa_llava(text: str) -> str:
-    """LLaVA's form of an answer before GQA's own script compares it: without closing periods, in lower case."""
-    return text.rstrip(".").lower()
-
-
-def gqa_llava(text: str, reference: str) -> float:
-    """LLaVA: `normalize_gqa_llava` of the answer equals the unchanged reference."""
-    return float(normalize_gqa_llava(text) == reference)
-
-
-def gqa_lmms_eval(text: str, reference: str) -> float:
-    """lmms-eval: equal without case and ASCII punctuation; space is significant."""
-    return float(text.lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
-
-
-def gqa_vlmevalkit(text: str, reference: str) -> float:
-    """VLMEvalKit: equal without case and surrounding space, so `Yes.` is wrong for `yes`."""
-    return float(text.strip().lower() == reference.strip().lower())
-
-
-def realworldqa_lmms_eval(text: str, reference: str) -> float:
-    """RealWorldQA as lmms-eval scores it: by letter when the reference is A to D, else by text."""
-    gold = reference.strip()
-    if gold.upper() in ("A", "B", "C", "D"):
-        return float(lmms_eval_letter(text, dict.fromkeys("ABCD", "")) == gold.upper())
-    return float(text.lower().strip().rstrip(".") == gold.lower())
 
 
 def best(metric: Callable[[str, str], float], text: str, references: Sequence[str]) -> float:

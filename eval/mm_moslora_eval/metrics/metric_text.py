@@ -56,6 +56,10 @@ def plain_number(text: str) -> float | None:
     return float(stripped) if _NUMBER.fullmatch(stripped) else None
 
 
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+"""Full-width signs -> those of ASCII."""
+
+
 def letters(count: int) -> list[str]:
     """The first option letters: A, B, C, ..."""
     return list(string.ascii_uppercase[:count])

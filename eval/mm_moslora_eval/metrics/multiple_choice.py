@@ -1,4 +1,4 @@
-"""Extracts the option letter from an answer, by the rules of each harness and of each benchmark's script.
+"""Extracts the option letter from an answer, by this project's rules and those of each harness.
 
 Extractors take the answer and the options (letter -> text). They return a letter, `Z` for a refusal (VLMEvalKit only)
 or an empty string when no letter can be inferred. They never guess. `extract_letter` is the default.
@@ -7,14 +7,13 @@ or an empty string when no letter can be inferred. They never guess. `extract_le
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 
 from mm_moslora_eval.metrics.metric_text import letters, strip_each
 
 Options = Mapping[str, str]
 
-_API_FAILURE = "Failed to obtain answer via API"
+API_FAILURE = "Failed to obtain answer via API"
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -78,17 +77,17 @@ def vlmevalkit(text: str, options: Options) -> str:
         letter = match.group(1).upper() if match and match.group(1).upper() in options else ""
     if letter == "" and len(text.lower()) > 2 * sum(len(str(value)) for value in options.values()):
         return ""
-    return letter or _option_text(text, options)
+    return letter or option_text(text, options)
 
 
 def vlmevalkit_2024_06(text: str, options: Options) -> str:
     """VLMEvalKit in June 2024 (MoSLoRA paper): one letter anywhere, else one option's text."""
-    return _option_token(text, options, last=None) or _option_text(text, options)
+    return _option_token(text, options, last=None) or option_text(text, options)
 
 
 def _option_token(text: str, options: Options, *, last: int | None) -> str | None:
     """A letter, `Z`, an empty string after an API failure, or None when the tokens decide nothing."""
-    if _API_FAILURE in text:
+    if API_FAILURE in text:
         return ""
     if any(refusal in text for refusal in _REFUSALS):
         return "Z"
@@ -101,39 +100,11 @@ def _option_token(text: str, options: Options, *, last: int | None) -> str | Non
     return None
 
 
-def _option_text(text: str, options: Options) -> str:
+def option_text(text: str, options: Options) -> str:
+    """The only option whose text lies in the answer."""
     lowered = text.lower()
     matching = [letter for letter, value in options.items() if str(value).lower() in lowered]
     return matching[0] if len(matching) == 1 else ""
-
-
-_AFFIXED = ["X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X)."]
-"""Forms of a letter with signs around it, in the order in which they are tried."""
-
-
-def lmms_eval_mmbench(text: str, options: Options) -> str:
-    """lmms-eval's static MMBench evaluator, in two stages.
-
-    The first stage finds a token that is a letter, bare or with one of twelve affixes, else the text of one option. If
-    it finds nothing, the second stage is lmms-eval's general extractor.
-    """
-    four = {key: options[key] for key in options if key in "ABCD"}
-    return _affixed_letter(text) or _option_text(text, four) or lmms_eval(text, four)
-
-
-def _affixed_letter(text: str) -> str:
-    if _API_FAILURE in text:
-        return ""
-    tokens = text.split()
-    bare = [letter for letter in "ABCDE" if letter in tokens]
-    # A single "A" in a longer answer counts as an article.
-    if len(bare) == 1 and not ("A" in tokens and len(tokens) > 3):
-        return bare[0]
-    for form in _AFFIXED:
-        matching = [letter for letter in "ABCDE" if form.replace("X", letter) in tokens]
-        if len(matching) == 1:
-            return matching[0]
-    return ""
 
 
 _PHRASES = (
@@ -189,74 +160,15 @@ def _after_phrases(text: str, choices: Sequence[str]) -> list[tuple[int, int, st
     return candidates
 
 
-def mmmu_official(text: str, options: Options) -> str:
-    """MMMU's own parser: `(X)`, else ` X `, else an option's text; the last of several. No random choice."""
-    return _mmmu(text, options, forms=(" {} ",))
-
-
-def mmmu_lmms_eval(text: str, options: Options) -> str:
-    """lmms-eval's MMMU parser: `X ` and `X.` count as well."""
-    return _mmmu(text, options, forms=("{} ", "{}."))
-
-
-def _mmmu(text: str, options: Options, *, forms: Sequence[str]) -> str:
-    padded = f" {strip_each(text, ',.!?;:' + chr(39))} "
-    bracketed = [letter for letter in options if f"({letter})" in padded]
-    if bracketed:
-        return max(bracketed, key=lambda letter: padded.rfind(f"({letter})"))
-    for form in forms:
-        matching = [letter for letter in options if form.format(letter) in padded]
-        if matching:
-            return max(matching, key=lambda letter: padded.rfind(f" {letter} "))
-    lowered = padded.lower()
-    if len(padded.split()) > 5:
-        matching = [letter for letter, value in options.items() if value.lower() in lowered]
-        if matching:
-            return max(matching, key=lambda letter: lowered.rfind(options[letter].lower()))
-    return ""
-
-
-_SQA_PHRASE = re.compile(r"The answer is ([A-Z]).")
-
-
-def scienceqa_llava(text: str, options: Options) -> str:
-    """LLaVA's ScienceQA script: the whole answer, `X. `, or one `The answer is X.`; else not inferable.
-
-    The letter may lie outside the options; such an item is wrong.
-    """
-    if text in tuple("ABCDE"):
-        return text
-    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
-        return text[0]
-    letters_named = _SQA_PHRASE.findall(text)
-    return letters_named[0] if len(letters_named) == 1 else ""
-
-
-def scienceqa_lmms_eval(text: str, reference: str) -> float:
-    """lmms-eval's ScienceQA score: the letter alone in any case, or a capital followed by a period."""
-    answer, gold = text.strip(), reference.strip().lower()
-    if answer.lower() == gold:
-        return 1.0
-    if len(answer) >= 2 and answer[0].isupper() and answer[1] == ".":
-        return float(answer[0].lower() == gold)
-    return 0.0
-
-
-_LEADING_LETTER = re.compile(r"^\s*([A-Z])\.")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def ai2d_filter(text: str) -> str:
-    """lmms-eval's AI2D filter: the capital before a period at the start, else the unchanged text."""
-    match = _LEADING_LETTER.match(text)
-    return match.group(1) if match else text
-
-
-def ai2d_lmms_eval(text: str, reference: str) -> float:
-    """lmms-eval's AI2D score: the filtered answer equals the letter without case and punctuation."""
-    return float(ai2d_filter(text).lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
-
-
-def seedbench_lmms_eval(text: str) -> str:
-    """lmms-eval's SEED-Bench answer: the first character of the stripped text, in any case."""
+def first_character(text: str) -> str:
+    """lmms-eval for SEED-Bench: the first character of the stripped text, in any case."""
     return text.strip()[:1]
+
+
+_LEADING = re.compile(r"[(\s]*([A-Z])[).\s]*", re.I)
+
+
+def first_letter_lmms_eval(text: str) -> str:
+    """lmms-eval for BLINK and CV-Bench: the first letter of the answer, so `The answer is A` reads as T."""
+    match = _LEADING.match(text.strip())
+    return match[1].upper() if match else ""

@@ -1,4 +1,4 @@
-"""VQA soft accuracy and its normalisers (VQAv2, TextVQA, VizWiz, OK-VQA).
+"""VQA soft accuracy and its normalisers.
 
 Ten people answered each question. For each of the ten, the model's answer is compared with the other nine answers and
 scores min(1, matches / 3); the result is the mean over the ten. Source: Antol et al. 2015 and the evaluators named
@@ -36,19 +36,12 @@ _CONTRACTED = (
 
 
 # Keyed by the contraction without one of its apostrophes.
-_CONTRACTIONS = {
+CONTRACTIONS = {
     word[:index] + word[index + 1 :]: word
     for word in _CONTRACTED.split()
     for index, mark in enumerate(word)
     if mark == "'"
 } | {"somebody'd": "somebodyd"}
-# VizWiz writes most contractions with a backtick, but these with an apostrophe.
-_VIZWIZ_APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
-_VIZWIZ_CONTRACTIONS = {
-    key: word if word in _VIZWIZ_APOSTROPHE else word.replace("'", "`")
-    for key, word in _CONTRACTIONS.items()
-    if "'" not in key or key in ("couldn'tve", "hadn'tve")
-}
 
 
 def _punctuation(text: str, *, period: re.Pattern[str], periods: int) -> str:
@@ -60,25 +53,27 @@ def _punctuation(text: str, *, period: re.Pattern[str], periods: int) -> str:
     return period.sub("", out, count=periods)
 
 
-def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
-    words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
+def words(text: str, contractions: dict[str, str] = CONTRACTIONS) -> str:
+    """Words without articles, small numbers as digits, contractions with their apostrophes."""
+    plain = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(contractions.get(word, word) for word in plain if word not in _ARTICLES)
 
 
 def plain_words(text: str) -> str:
     """Words in lower case, without articles, small numbers as digits; combining marks such as vowel signs are kept."""
     composed = unicodedata.normalize("NFC", text)
     of_words = [sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") for sign in composed]
-    return _words("".join(sign if of_word else " " for sign, of_word in zip(composed, of_words, strict=True)))
+    return words("".join(sign if of_word else " " for sign, of_word in zip(composed, of_words, strict=True)))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text without line feeds and tabs, and without space around it."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _normalize_evalai(text: str, *, periods: int) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return _words(_punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=periods))
+    return words(_punctuation(one_line(text), period=_PERIOD_EVALAI, periods=periods))
 
 
 def normalize(text: str) -> str:
@@ -93,22 +88,22 @@ def normalize_evalai(text: str) -> str:
 
 def normalize_official(text: str) -> str:
     """The official VQAv2 evaluator: commas go through the punctuation rule, `'s` is not split."""
-    return _words(_punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS))
+    return words(punctuation_official(one_line(text)))
+
+
+def punctuation_official(text: str) -> str:
+    """The punctuation step of the official evaluators alone."""
+    return _punctuation(text, period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS)
 
 
 def normalize_vlmevalkit(text: str) -> str:
     """VLMEvalKit: a period is removed only if neither neighbour is a digit, so `3.` keeps it."""
-    return _words(punctuation_vlmevalkit(_one_line(text)))
+    return words(punctuation_vlmevalkit(one_line(text)))
 
 
 def punctuation_vlmevalkit(text: str) -> str:
     """VLMEvalKit's punctuation step alone; its yes/no extraction uses it too."""
     return _punctuation(text, period=_PERIOD_VLMEVALKIT, periods=_ANCHOR_PERIODS)
-
-
-def _normalize_vizwiz(text: str) -> str:
-    out = _punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS)
-    return _words(out, _VIZWIZ_CONTRACTIONS)
 
 
 def soft_accuracy(text: str, references: Sequence[str]) -> float:
@@ -129,23 +124,14 @@ def _leave_one_out(answer: str, people: Sequence[str], *, enough: int = 3) -> fl
     return sum(scores) / len(scores)
 
 
-def _accuracy(
+def accuracy(
     text: str, references: Sequence[str], *, answer: Callable[[str], str], reference: Callable[[str], str]
 ) -> float:
+    """Soft accuracy with a normaliser of the answer and one of the references."""
     return _leave_one_out(answer(text), [reference(item) for item in references])
 
 
-textvqa = partial(_accuracy, answer=normalize_evalai, reference=normalize_evalai)
+textvqa = partial(accuracy, answer=normalize_evalai, reference=normalize_evalai)
 """LLaVA and lmms-eval for TextVQA: EvalAI normaliser on both sides."""
-vlmevalkit = partial(_accuracy, answer=normalize_vlmevalkit, reference=normalize_vlmevalkit)
+vlmevalkit = partial(accuracy, answer=normalize_vlmevalkit, reference=normalize_vlmevalkit)
 """VLMEvalKit's `vqa_score`."""
-vqav2_official = partial(
-    _accuracy,
-    answer=normalize_official,
-    reference=partial(_punctuation, period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS),
-)
-"""VQAv2 as in the port of TRI-ML: references get the punctuation step only."""
-vqav2_lmms_eval = partial(_accuracy, answer=normalize_official, reference=normalize_official)
-"""VQAv2 as in lmms-eval: references get every step."""
-vizwiz_official = partial(_accuracy, answer=_normalize_vizwiz, reference=str)
-"""VizWiz: unchanged references; contractions with backticks."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
-from mm_moslora_eval.protocol.task_prompt import TaskPrompt
+from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeated
@@ -202,8 +202,8 @@ class Task:
     def code(self) -> dict[str, dict[str, str]]:
         """File and hash of those of its rules that an imported file added, by the key of the task."""
         metrics: NamedParts[Any] = JUDGED if self.metric in JUDGED else METRICS
-        tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, metrics, AGGREGATIONS, OVER_SAMPLES)
-        parts = self.extraction, self.metric, self.aggregation, self.over_samples
+        tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, metrics, AGGREGATIONS, OVER_SAMPLES, WORDINGS)
+        parts = self.extraction, self.metric, self.aggregation, self.over_samples, self.prompt.function or ""
         return {table.kind: origin for table, part in zip(tables, parts, strict=True) if (origin := table.origin(part))}
 
     @property

@@ -18,8 +18,8 @@ from mm_moslora_eval.protocol.task_registry import (
     is_task_file,
     load_file,
     name_and_protocol,
-    task_folder,
 )
+from mm_moslora_eval.task_files import TASKS
 
 SIGN = "@"
 """First character of a group's name."""
@@ -33,7 +33,7 @@ def shipped_groups() -> dict[str, tuple[str, ...]]:
 
 
 def _shipped() -> Path:
-    return task_folder() / "groups" / "groups.yaml"
+    return TASKS / "groups.yaml"
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mm_moslora.utils.errors import EvalError, suggestion
-from mm_moslora_eval.protocol.coded_prompts import WORDINGS
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part
+from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document
 
 _FIELD = re.compile(r"\{(\w+(?:-\w+)*)\}")
 _TAGS = {"plain": re.compile("<image>"), "numbered": re.compile(r"<image (\d+)>")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
+WORDINGS: NamedParts[Callable[[Document], str]] = NamedParts("prompt function", {}, table="PROMPTS")
+"""Name -> the user's text for a document, of benchmarks whose prompts a template cannot express."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +60,13 @@ class TaskPrompt:
     system: str | None = None
     """System message."""
     function: str | None = None
-    """A name in `coded_prompts.WORDINGS`, for prompts that need code; the template then is not used."""
+    """A name in `WORDINGS`, for prompts that need code; the template then is not used."""
 
     def __post_init__(self) -> None:
         if self.images not in ("first", "last"):
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
-        if self.function is not None and self.function not in WORDINGS:
-            functions = ", ".join(sorted(WORDINGS))
-            raise EvalError(
-                f"prompt.function is {self.function!r}, known: {functions}.{suggestion(self.function, WORDINGS)}"
-            )
+        if self.function is not None:
+            WORDINGS.check(self.function)
 
     def decides(self) -> dict[str, Any]:
         """What decides an answer, besides the places of pictures, which the key of every answer covers."""

@@ -14,16 +14,18 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.named_parts import KINDS, part_text
+from mm_moslora_eval.scoring.task_rules import folder_of
 from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.task_files import TASKS
 
 _TASK_FILES = (".yaml", ".yml")
-_PACKAGED = Path(__file__).parents[1] / "task_files"
-_CHECKOUT = Path(__file__).parents[2] / "tasks"
 
 
-def task_folder() -> Path:
-    """Folder of the shipped task files: in the wheel, or in the checkout."""
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+def task_file(name: str) -> Path:
+    """The file of a shipped task, which may not exist: that of its name, or the only one of its benchmark."""
+    folder = TASKS / folder_of(name)
+    own = folder / f"{name}.yaml"
+    return own if own.is_file() else folder / "task.yaml"
 
 
 def load_file(path: Path) -> list[Task]:
@@ -66,9 +68,8 @@ def _with_part_texts(data: Mapping[str, Any]) -> dict[str, Any]:
 def all_tasks() -> dict[str, Task]:
     """Every shipped task by `name@protocol`."""
     tasks: dict[str, Task] = {}
-    for path in sorted(task_folder().glob("*.yaml")):
-        for task in load_file(path):
-            tasks[task.id] = task
+    for path in sorted(TASKS.glob("*/*.yaml")):
+        tasks |= {task.id: task for task in load_file(path)}
     return tasks
 
 
@@ -92,8 +93,10 @@ def get_task(name: str) -> Task:
         tasks = {task.id: task for task in load_file(Path(stem))}
         stem = next(iter(tasks.values())).name
     else:
-        shipped = task_folder() / f"{stem}.yaml"
-        tasks = {task.id: task for task in load_file(shipped)} if shipped.is_file() else all_tasks()
+        shipped = task_file(stem)
+        tasks = {task.id: task for task in load_file(shipped)} if shipped.is_file() else {}
+        if stem not in (task.name for task in tasks.values()):
+            tasks = all_tasks()
     wanted = f"{stem}@{protocol}"
     if protocol and wanted in tasks:
         return tasks[wanted]

@@ -28,7 +28,7 @@ from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_s
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.score_remarks import beside
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.image_controls import open_image
@@ -171,22 +171,16 @@ def _short(text: str | None) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
-_SUMS = frozenset({"mme"})
-"""Aggregations with a sum as their headline instead of a share."""
-_BEYOND_1 = _SUMS | CAPTIONS | {"llavabench"}
-"""Aggregations with a score that is no share."""
-
-
 def format_score(value: float | None, aggregation: str = "mean") -> str:
     """A share (or CIDEr) as percent, as in published tables, a sum (MME) unchanged, nan as a dash."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value if aggregation in _SUMS else 100 * value:.1f}"
+    return f"{value if facts_of(aggregation).is_sum else 100 * value:.1f}"
 
 
 def _format_measured(value: float | None, aggregation: str = "mean") -> str:
     """The same as the sentences say it: CIDEr, F1 and other named scores as they are."""
-    named = aggregation not in _SUMS and aggregation in SCORE_NAMES
+    named = not facts_of(aggregation).is_sum and aggregation in SCORE_NAMES
     if not named or value is None or math.isnan(value):
         return format_score(value, aggregation)
     return score_text(value, SCORE_NAMES[aggregation], named=False)
@@ -195,7 +189,8 @@ def _format_measured(value: float | None, aggregation: str = "mean") -> str:
 def _row(result: TaskResult) -> dict[str, Any]:
     bar = None
     aggregation = str(result.about.get("aggregation", "mean"))
-    if not math.isnan(result.low) and aggregation not in _BEYOND_1:
+    facts = facts_of(aggregation)
+    if not math.isnan(result.low) and not (facts.is_sum or facts.beyond_1):
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),

@@ -27,7 +27,7 @@ from mm_moslora_eval.run.result_file import ABOUT, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores, whole_questions
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, READS_ANSWERS
+from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import digest
@@ -154,7 +154,7 @@ def lenient_result(folder: Path) -> tuple[TaskResult, list[Scored]] | None:
     """
     view = find_view(folder)
     task = task_of(view)
-    if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
+    if task is None or task.metric in JUDGED or facts_of(task.aggregation).reads_answers:
         return None
     described = read_view(view)
     samples = score_leniently(read_scored(view))
@@ -315,7 +315,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
         before = output / UNTUNED / result.folder
         old = {row["id"]: row for row in (read_samples(before) if (before / SAMPLES).is_file() else [])}
         share = max(1, MOST_EVIDENCE // len(own))
-        graded = _aggregation(result) in CAPTIONS
+        graded = facts_of(_aggregation(result)).captions
         for row in spread(spread(after, MOST_EVIDENCE), share):
             earlier = old.get(row["id"], {})
             rows.append(

@@ -38,7 +38,7 @@ from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS
+from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
 from mm_moslora_eval.sources.document import Document
@@ -168,7 +168,7 @@ class PairedComparison:
     @property
     def caution(self) -> str:
         """A note for tasks with another score than the mean of samples or questions; empty for these."""
-        if not self.score.unit or self.aggregation in CAPTIONS:
+        if not self.score.unit or facts_of(self.aggregation).captions:
             return ""
         return (
             f"Wins, losses and the sign test are about single questions; {self.score.unit} adds them up differently "

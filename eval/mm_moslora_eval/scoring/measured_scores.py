@@ -15,8 +15,8 @@ from statistics import fmean
 from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
-from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, POPE, NoScoreError, splits_of, summed, together
-from mm_moslora_eval.scoring.scored_sample import Samples, Summed, connected
+from mm_moslora_eval.scoring.score_aggregation import NoScoreError, facts_of, summed, together
+from mm_moslora_eval.scoring.scored_sample import Samples, Summed, connected, splits_of
 
 
 def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
@@ -53,17 +53,18 @@ def by_category(aggregation: str, samples: Samples) -> dict[str, ScoreEstimate]:
     """
     samples = whole_questions(aggregation, samples)
     members_of: dict[str, list[int]] = defaultdict(list)
+    facts = facts_of(aggregation)
     for index, sample in enumerate(samples):
         document = sample.document
-        own = splits_of(sample) if aggregation in POPE else [document.category]
+        own = splits_of(sample) if facts.by_split else [document.category]
         for name in {*own, document.extra.get("l2-category")} - {None, ""}:
             members_of[str(name)].append(index)
     whole = summed(aggregation, samples) if samples else Summed(ratios=[])
-    divided = aggregation in CAPTIONS or (whole.units is not None and len(whole.ratios) == 1)
+    divided = facts.captions or (whole.units is not None and len(whole.ratios) == 1)
     measured = {}
     for name, indices in sorted(members_of.items()):
         members = [samples[index] for index in indices]
-        if aggregation in POPE:  # a sample of this split alone
+        if facts.by_split:  # a sample of this split alone
             members = [replace(one, document=replace(one.document, category=name)) for one in members]
         ratios = [
             replace(ratio, top=[ratio.top[i] for i in indices], bottom=[ratio.bottom[i] for i in indices])
@@ -147,7 +148,7 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
 
 def _by_question(aggregation: str, samples: Samples) -> dict[str, float]:
     """The score of every question by itself: of captions CIDEr, of samples that count together the worst."""
-    if aggregation in CAPTIONS:
+    if facts_of(aggregation).captions:
         (ratio,) = summed(aggregation, samples).ratios
         return dict(zip((sample.document.id for sample in samples), ratio.top, strict=True))
     scores: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The parts of a protocol by name: extractions, metrics and aggregations of this package and of imported files.
+"""The parts of a protocol by name: those of this package, of the benchmarks' `rules.py`, and of imported files.
 
 A task names a part alone (`metric: within`) or with options, the keyword-only parameters of its function:
 
@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from mm_moslora.launch.imported_code import foreign_code, origin_of
 from mm_moslora.utils.errors import ConfigError, EvalError, suggestion
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, read_value
+from mm_moslora_eval.scoring.task_rules import all_rules, rule
 from mm_moslora_eval.sources.document import Document
 
 Extractor = Callable[[str, Document], str]
@@ -68,12 +69,12 @@ class NamedParts(Mapping[str, F], Generic[F]):
     Args:
         kind: of `KINDS`, or another word, such as `grader`.
         shipped: this package's own functions.
-        beside: another table, to which a function that is added here is added, too.
+        table: name of the table of further ones in the benchmarks' `rules.py`; empty: there is none.
     """
 
-    def __init__(self, kind: str, shipped: Mapping[str, F], *, beside: NamedParts[Any] | None = None) -> None:
-        self.kind, self._shipped = kind, dict(shipped)
-        self._added: dict[str, F] = {} if beside is None else beside._added
+    def __init__(self, kind: str, shipped: Mapping[str, F], *, table: str = "") -> None:
+        self.kind, self._shipped, self._table = kind, dict(shipped), table
+        self._added: dict[str, F] = {}
 
     def add(self, function: F) -> F:
         """Add a function of an imported file under its own name, also as a decorator.
@@ -82,7 +83,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
             EvalError: a function of this package has the name.
         """
         name = function.__name__
-        if name in self._shipped:
+        if self._known(name) is not None and name not in self._added:
             raise EvalError(f"{self.kind} {name!r} is one of this package. Give the function another name.")
         self._added[name] = function
         _prepared.cache_clear()
@@ -98,14 +99,18 @@ class NamedParts(Mapping[str, F], Generic[F]):
         return _prepared(self, part)  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
-        yield from (*self._shipped, *self._added)
+        yield from (*self._shipped, *(all_rules(self._table) if self._table else ()), *self._added)
 
     def __len__(self) -> int:
-        return len(self._shipped) + len(self._added)
+        return sum(1 for _ in self)
 
     def __contains__(self, part: object) -> bool:
         """Whether the name is known."""
-        return isinstance(part, str) and (name_of(part) in self._shipped or name_of(part) in self._added)
+        return isinstance(part, str) and self._known(name_of(part)) is not None
+
+    def _known(self, name: str) -> F | None:
+        own = self._shipped.get(name) or self._added.get(name)
+        return own or (rule(self._table, name) if self._table else None)
 
     def __hash__(self) -> int:
         return id(self)
@@ -136,8 +141,10 @@ class NamedParts(Mapping[str, F], Generic[F]):
 
     def find(self, part: str) -> F:
         """The function without its options; see `__getitem__`."""
-        name = name_of(part)
-        return self._shipped[name] if name in self._shipped else self._added[name]
+        found = self._known(name_of(part))
+        if found is None:
+            raise KeyError(part)
+        return found
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:

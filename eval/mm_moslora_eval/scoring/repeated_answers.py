@@ -12,7 +12,7 @@ from typing import Literal
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
-from mm_moslora_eval.scoring.score_aggregation import READS_ANSWERS
+from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored
 
 Combining = Callable[..., Scored]
@@ -58,9 +58,6 @@ OVER_SAMPLES: NamedParts[Combining] = NamedParts(
 )
 """Name -> function that makes one sample of several answers to a question."""
 
-_WHOLE = READS_ANSWERS | {"circular", "all_within", "mme", "hallusionbench", "hallusionbench_vlmevalkit"}
-"""Aggregations that ask whether an answer is right, or what it says, so that a mean of scores is nothing to them."""
-
 
 def check_repeated(over_samples: str, aggregation: str, *, samples: int) -> None:
     """Refuse what cannot be summed up.
@@ -71,7 +68,7 @@ def check_repeated(over_samples: str, aggregation: str, *, samples: int) -> None
     k = options_of(over_samples).get("k", 1)
     if not 1 <= k <= samples:
         raise EvalError(f"over_samples is {over_samples}, expected k from 1 to the {samples} of decoding.samples.")
-    if samples > 1 and name_of(over_samples) != "majority" and name_of(aggregation) in _WHOLE:
+    if samples > 1 and name_of(over_samples) != "majority" and facts_of(aggregation).one_answer:
         raise EvalError(
             f"over_samples is {over_samples}, but the aggregation {name_of(aggregation)} needs one answer to each "
             "question. Set over_samples: majority, or another aggregation."

@@ -62,6 +62,11 @@ class Summed:
     """Equal for samples that a number of `metrics` counts together, too; None: as `units`."""
 
 
+def splits_of(sample: Scored) -> list[str]:
+    """The splits of a question that is stored once with all of them, as `random,popular`."""
+    return [name.strip() for name in (sample.document.category or "").split(",")]
+
+
 def joined(*keys: Sequence[Hashable]) -> list[Hashable] | None:
     """See `connected`; None without keys, or where they join all samples."""
     groups = connected(*keys) if keys else []

@@ -244,7 +244,7 @@ def test_a_task_that_cannot_be_scored_is_named_with_its_reason(
 ) -> None:
     task = tmp_path / "free.yaml"
     source = f"{{kind: llava, path: {measured / 'test.jsonl'}, image_folder: {records.parent / 'images'}}}"
-    task.write_text(f"name: free\nsource: {source}\nmetric: judge_mmvet\n")
+    task.write_text(f"name: free\nsource: {source}\nmetric: mmvet_judge\n")
     line = ["eval", "run", str(task), "--model", str(measured / "run"), "--output", str(tmp_path / "eval")]
     cli.run([*line, "--limit", "2"])
     (said,) = [text for text in capsys.readouterr().err.splitlines() if "gets no scores of free@own" in text]

@@ -36,7 +36,7 @@ COUNT = 24
 SAID = "it got the colour"
 
 
-def answered(folder: Path, metric: str = "judge_mmvet", *, said: str = SAID, count: int = COUNT) -> Path:
+def answered(folder: Path, metric: str = "mmvet_judge", *, said: str = SAID, count: int = COUNT) -> Path:
     """A run with answers to a judged task, not scored yet; returns its view."""
     extraction = "mathvista" if metric == "mathvista" else "text"
     task = Task(
@@ -87,8 +87,9 @@ UNREADABLE = {
 
 @pytest.mark.parametrize(
     ("metric", "content"),
-    [*(("judge_mmvet", content) for content in UNREADABLE.values()), *((metric, "") for metric in sorted(GRADERS)),
-     ("judge_llavabench", "5"), ("judge_llavabench", "Score: 0.5")],
+    [*(("mmvet_judge", content) for content in UNREADABLE.values()),
+     *((metric, "") for metric in sorted({*GRADERS} - {"judge"})), ("llavabench_judge", "5"),
+     ("llavabench_judge", "Score: 0.5")],
 )  # fmt: skip
 def test_a_judge_that_cannot_be_read_leaves_the_task_unscored_until_it_is_mended(
     metric: str, content: Any, tmp_path: Path
@@ -134,7 +135,7 @@ def test_a_reply_that_was_cut_off_is_no_grade(tmp_path: Path) -> None:
     view = answered(tmp_path / "mmvet", count=2)
     with serve(lambda _: message("0.", "length")) as server:
         assert math.isnan(score_folder(view, judge=judge_at(server.url, tmp_path)).score)
-    view = answered(tmp_path / "llavabench", "judge_llavabench", count=2)
+    view = answered(tmp_path / "llavabench", "llavabench_judge", count=2)
     with serve(lambda _: message("8 4\nThe second", "length")) as server:
         assert score_folder(view, judge=judge_at(server.url, tmp_path)).score == 0.5
     with serve(lambda _: message("8 1", "length")) as server:

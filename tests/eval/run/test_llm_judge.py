@@ -36,7 +36,7 @@ Writer = Callable[..., Path]
 
 def judged_task(path: Path, kind: str) -> Task:
     return Task(
-        name=kind, source=Source(kind="tsv", path=str(path)), metric=f"judge_{kind}", aggregation=kind,
+        name=kind, source=Source(kind="tsv", path=str(path)), metric=f"{kind}_judge", aggregation=kind,
         prompt=get_task("mmvet").prompt,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_input_08_a_judge_that_is_down_is_no_zero_and_does_not_stop_the_next_tas
 ) -> None:
     plain = write_tsv([{"index": 0, "question": "Q?", "answer": "yes"}], "plain.tsv")
     (tmp_path / "j.yaml").write_text(
-        f"name: judged\nsource: {{kind: tsv, path: {mmvet}}}\nmetric: judge_mmvet\naggregation: mmvet\n"
+        f"name: judged\nsource: {{kind: tsv, path: {mmvet}}}\nmetric: mmvet_judge\naggregation: mmvet\n"
     )
     names, run = [str(tmp_path / "j.yaml"), f"tsv:{plain}"], tmp_path / "run"
     with serve(lambda _: reply, faults=[503] * 99 if reply == 503 else []) as server:

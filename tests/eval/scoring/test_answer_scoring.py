@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mm_moslora_eval.metrics import exact_match, judge_scores, multiple_choice, vqa_accuracy, yes_no
+from mm_moslora_eval.metrics import exact_match, multiple_choice, vqa_accuracy, yes_no
 from mm_moslora_eval.metrics.general import table_similarity
 from mm_moslora_eval.protocol.task import Decoding, Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
@@ -25,6 +25,8 @@ from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_sco
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, derangement, mean_image
+from mm_moslora_eval.task_files.mmvet import rules as mmvet
+from mm_moslora_eval.task_files.pope import rules as pope
 
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
@@ -46,10 +48,10 @@ def test_defaults_do_not_have_the_faults_of_the_reference_implementations() -> N
     assert vqa_accuracy.soft_accuracy("yes", ["yes", "yes", "no"]) == pytest.approx(2 / 3 * 0.5 + 1 / 3)
     assert yes_no.extract_yes_no("") == ""
     assert yes_no.extract_yes_no("eyes") == ""
-    assert judge_scores.mmvet_grade("nan") is None
-    assert judge_scores.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
+    assert mmvet.mmvet_grade("nan") is None
+    assert mmvet.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
     assert exact_match.exact_match(" Yes. ", "yes") == 1.0
-    right = yes_no.pope([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
+    right = pope.binary_report([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
     assert (right.recall, right.yes_ratio, right.accuracy) == (pytest.approx(1 / 3), 0.25, 0.5)
 
 

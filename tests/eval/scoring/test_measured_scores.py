@@ -26,7 +26,7 @@ from tests.support.paired_scores import paired
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["image_path"]}',
-    "attempts": 'attempts {"none": ["no"]}',
+    "simplevqa_attempts": 'simplevqa_attempts {"none": ["no"]}',
     "detailed_mean": 'detailed_mean {"groups": {"pictures": ["image_path"]}}',
     "weighted": 'weighted {"column": "category", "weights": {"existence": 2, "count": 1, "OCR": 1, "scene": 1}}',
     "wemath": 'wemath {"problem": "image_path", "step": "category"}',
@@ -95,7 +95,7 @@ def test_few_pictures_give_a_wide_interval_and_are_named() -> None:
 
 
 def test_categories_with_one_picture_each_show_no_error_and_widen_the_interval() -> None:
-    found = aggregate("macro", samples([1.0, 1.0, 1.0, 0.0], pictures=4, categories=4))
+    found = aggregate("mmstar_macro", samples([1.0, 1.0, 1.0, 0.0], pictures=4, categories=4))
     alike = aggregate("mean", samples([1.0, 1.0, 1.0, 0.0], pictures=4))
     assert found.value == alike.value
     assert found.stderr >= 0.25

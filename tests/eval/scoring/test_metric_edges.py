@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from mm_moslora_eval.metrics import (
-    exact_match,
-    judge_scores,
-    multiple_choice,
-)
-from mm_moslora_eval.metrics.benchmarks import video_letters
+from mm_moslora_eval.metrics import exact_match, multiple_choice
+from mm_moslora_eval.task_files.lvbench import rules as lvbench
+from mm_moslora_eval.task_files.mlvu import rules as mlvu
+from mm_moslora_eval.task_files.mmvet import rules as mmvet
+from mm_moslora_eval.task_files.mvbench import rules as mvbench
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ from mm_moslora_eval.metrics.benchmarks import video_letters
     ],
 )
 def test_mmvet_grades(reply: str, strict: float | None, vlmevalkit: float | None, lmms_eval: float | None) -> None:
-    readers = (judge_scores.mmvet_grade, judge_scores.mmvet_grade_vlmevalkit, judge_scores.mmvet_grade_lmms_eval)
+    readers = (mmvet.mmvet_grade, mmvet.mmvet_grade_vlmevalkit, mmvet.mmvet_grade_lmms_eval)
     assert [read(reply) for read in readers] == [strict, vlmevalkit, lmms_eval]
 
 
@@ -154,17 +153,17 @@ SHAPES = {"A": "a red circle.", "B": "a square", "C": "3"}
 @pytest.mark.parametrize(
     ("read", "answer", "letters"),
     [
-        (video_letters.mvbench_official, "A) a red circle.", ["A"]),
-        (video_letters.mvbench_official, "(b) a square\nbecause (C)", ["B"]),
-        (video_letters.mvbench_official, "(A)(B)", ["A", "B"]),
-        (video_letters.mvbench_official, "", []),  # its script finds nothing in every option
-        (video_letters.mvbench_official, "( A", []),  # and a bracket, too
-        (video_letters.mvbench_official, ")", []),
-        (video_letters.mvbench_vlmevalkit, "a square, so (C)", ["A", "C"]),
-        (video_letters.mvbench_vlmevalkit, "...", []),
-        (video_letters.mlvu_vlmevalkit, "(no) I take B", ["B"]),
-        (video_letters.mlvu_vlmevalkit, "B) or C)", ["B"]),
-        (video_letters.mlvu_vlmevalkit, ")", []),
+        (mvbench.mvbench_official, "A) a red circle.", ["A"]),
+        (mvbench.mvbench_official, "(b) a square\nbecause (C)", ["B"]),
+        (mvbench.mvbench_official, "(A)(B)", ["A", "B"]),
+        (mvbench.mvbench_official, "", []),  # its script finds nothing in every option
+        (mvbench.mvbench_official, "( A", []),  # and a bracket, too
+        (mvbench.mvbench_official, ")", []),
+        (mvbench.mvbench_vlmevalkit, "a square, so (C)", ["A", "C"]),
+        (mvbench.mvbench_vlmevalkit, "...", []),
+        (mlvu.mlvu_vlmevalkit, "(no) I take B", ["B"]),
+        (mlvu.mlvu_vlmevalkit, "B) or C)", ["B"]),
+        (mlvu.mlvu_vlmevalkit, ")", []),
     ],
 )
 def test_letters_of_videos_that_count(read: Callable[..., list[str]], answer: str, letters: list[str]) -> None:
@@ -173,7 +172,7 @@ def test_letters_of_videos_that_count(read: Callable[..., list[str]], answer: st
 
 def test_long_answers_about_videos_are_read_at_once() -> None:
     for answer in ("(" * 1_000_000, "a " * 500_000, "." * 1_000_000, ") (" * 300_000):
-        for read in (video_letters.mvbench_official, video_letters.mlvu_vlmevalkit, video_letters.mvbench_vlmevalkit):
+        for read in (mvbench.mvbench_official, mlvu.mlvu_vlmevalkit, mvbench.mvbench_vlmevalkit):
             read(answer, SHAPES)
-        video_letters.mvbench_lmms_eval(answer)
-        video_letters.lvbench_official(answer)
+        mvbench.mvbench_lmms_eval(answer)
+        lvbench.lvbench_official(answer)

@@ -11,9 +11,9 @@ from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.metrics.general.python_literals import mapping_in
 from mm_moslora_eval.metrics.general.text_overlap import meteor
 from mm_moslora_eval.scoring.answer_scoring import score_answer
-from mm_moslora_eval.scoring.parts import ocr_parts
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files.ocrbench_v2 import rules as ocrbench_v2
 
 from mm_moslora.utils.errors import MissingRequirementError
 from tests.eval.protocol_runs import Runs
@@ -78,7 +78,7 @@ def test_a_missing_lexicon_leaves_the_task_unscored_and_says_what_it_needs(
                 raise MissingRequirementError("METEOR needs nltk")
             return float(compare(answer=answer, **question))
 
-    monkeypatch.setattr(ocr_parts, "PROCESS", Without())
+    monkeypatch.setattr(ocrbench_v2, "PROCESS", Without())
     documents = [asked("math QA en", ["4"], 0), asked("full-page OCR en", ["a text"], 1)]
     runs = Runs(tmp_path)
     result = runs("ocrbench_v2_en@official", documents, ["4", "a text"]).result
@@ -126,7 +126,7 @@ def test_what_cannot_be_scored_is_counted() -> None:
 
 def test_documents_that_the_source_ignores_do_not_count(tmp_path: Path) -> None:
     documents = [asked("reasoning VQA cn", ["a"], 0), asked("text translation cn", [""], 1)]
-    sum_up = ocr_parts.ocrbench_v2_capabilities
+    sum_up = ocrbench_v2.ocrbench_v2_capabilities
     samples = [
         Scored(document=document, text="", parsed="", score=1.0 - number) for number, document in enumerate(documents)
     ]

@@ -83,7 +83,7 @@ def test_a_missing_likelihood_has_a_reason(tmp_path: Path) -> None:
     (thinker := FakeModel()).thinking_tokens = 64  # type: ignore[attr-defined]
     (own,) = evaluate(thinker, task, tmp_path / "thinks", settings=ONE, modes=("own",), baselines=())
     assert "asked to think" in reason(own)
-    judged = dataclasses.replace(task, metric="judge_mmvet")
+    judged = dataclasses.replace(task, metric="mmvet_judge")
     (own,) = evaluate(FakeModel(), judged, tmp_path / "judged", settings=ONE, modes=("own",))
     assert reason(own) == "a judge compares the answers with the references"
     assert judged.reference_of(Document(id="a", question="?", answers=("x",))) == ""

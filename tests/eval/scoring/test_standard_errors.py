@@ -24,7 +24,7 @@ PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
 WITH_OPTIONS = {
     "all_within": 'all_within {"columns": ["picture"]}',
-    "attempts": 'attempts {"none": ["no"]}',
+    "simplevqa_attempts": 'simplevqa_attempts {"none": ["no"]}',
     "detailed_mean": 'detailed_mean {"groups": {"pictures": ["picture"]}}',
     "weighted": 'weighted {"column": "weight"}',
     "wemath": 'wemath {"problem": "picture", "step": "split"}',
@@ -150,8 +150,8 @@ def steps_alone(samples: list[Scored], weights: Array) -> Array:
 
 
 NUMBERS: dict[str, Callable[[list[Scored], Array], Array]] = {
-    "pope": f1, "pope_lmms_eval": f1, "pope_splits": f1_of_splits, "mme": mme, "macro": macro, "llavabench": rated,
-    "circular": every_rotation, "caption": cider, "caption_plain": cider, "tree": macro,
+    "pope": f1, "pope_lmms_eval": f1, "pope_splits": f1_of_splits, "mme": mme, "mmstar_macro": macro,
+    "llavabench": rated, "circular": every_rotation, "caption": cider, "caption_plain": cider, "tree": macro,
     WITH_OPTIONS["all_within"]: every_rotation, WITH_OPTIONS["weighted"]: by_weight,
     WITH_OPTIONS["wemath"]: steps_alone, WITH_OPTIONS["consecutive"]: every_rotation,
     WITH_OPTIONS["ccocr_fields_sets"]: macro,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.protocol.task_registry import load_file, task_folder
+from mm_moslora_eval.protocol.task_registry import load_file, task_file
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.task_result import TaskResult
@@ -212,7 +212,7 @@ def test_a_document_without_one_of_its_pictures_is_a_problem(tmp_path: Path) -> 
 
 def shipped(name: str, folder: Path) -> Task:
     """The first protocol of a shipped task on its miniature."""
-    data = parse_yaml((task_folder() / f"{name}.yaml").read_text(), source=name)
+    data = parse_yaml(task_file(name).read_text(), source=name)
     place_documents(folder, data, FORMS[name])
     (folder / "task.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     return load_file(folder / "task.yaml")[0]

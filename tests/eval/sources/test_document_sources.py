@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_folder
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_file
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -437,7 +437,7 @@ def test_pages_of_omnidocbench_are_answered_and_exported(tmp_path: Path) -> None
     for page in pages:
         Image.new("RGB", (8, 8)).save(folder / page["page_info"]["image_path"])
     (tmp_path / "OmniDocBench.json").write_text(json.dumps(pages))
-    text = (task_folder() / "omnidocbench_v15.yaml").read_text().replace("OmniDocBench/OmniDocBench", "OmniDocBench")
+    text = task_file("omnidocbench_v15").read_text().replace("OmniDocBench/OmniDocBench", "OmniDocBench")
     (own := tmp_path / "own.yaml").write_text(text)
     (result, *_) = evaluate(FakeModel(), get_task(str(own)), tmp_path / "run", modes=("own",), settings=ONE)
     assert "no reference answers" in result.about["unscored"]

@@ -173,3 +173,7 @@ class _Changes:
         if key not in self._costs:
             self._costs[key] = levenshtein(a.content, b.content) / max(len(a.content), len(b.content))
         return self._costs[key]
+
+
+FIRST_CALLS = {"teds": {"answer": "<table></table>", "reference": "<table></table>"}}
+"""Arguments of a first call in a process of its own, which imports what a comparison needs."""

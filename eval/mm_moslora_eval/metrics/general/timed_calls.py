@@ -19,6 +19,8 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object
 
 SECONDS = 10.0
 """Time for one answer."""
+TABLE_SECONDS = 60.0
+"""Time for the tables of one answer; two of the largest size take most of it."""
 FIRST_SECONDS = 120.0
 """Time in which a process imports what a comparison needs, before its first answer."""
 _MOST_REPLY = 2**20
@@ -26,8 +28,8 @@ _MISSING = MissingRequirementError.__name__
 
 
 def name_of(compare: Callable[..., float]) -> str:
-    """The name by which both processes know a comparison: `module.function`."""
-    return f"{compare.__module__.rpartition('.')[2]}.{compare.__name__}"
+    """The name by which both processes know a comparison: `module:function`."""
+    return f"{compare.__module__}:{compare.__name__}"
 
 
 class TimedProcess:
@@ -43,7 +45,7 @@ class TimedProcess:
         return float(self.result(compare, seconds=seconds, **arguments))
 
     def result(self, compare: Callable[..., Any], *, seconds: float = SECONDS, **arguments: Any) -> Any:
-        """The result of a comparison that `timed_process` knows, as plain data.
+        """The result of a comparison, as plain data; its module has its first call in `FIRST_CALLS`.
 
         Args:
             compare: the function, which is called by its name in the other process.

@@ -10,10 +10,11 @@ from typing import Any
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, JUDGE_EXTRACTIONS, Grade, grader_of
+from mm_moslora_eval.run.judging.answer_graders import GRADERS, grader_of, judged_extraction
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, whole_questions
+from mm_moslora_eval.scoring.rule_forms import Grade
 from mm_moslora_eval.scoring.score_aggregation import AggregationError
 from mm_moslora_eval.scoring.scored_sample import Scored
 
@@ -102,7 +103,7 @@ def score_by_rules(task: Task, samples: Sequence[Scored]) -> dict[str, Any] | No
     if task.grading is not None:
         metric = task.grading.rule
     else:
-        metric = task.metric if task.extraction in JUDGE_EXTRACTIONS else ""
+        metric = task.metric if judged_extraction(task.extraction) else ""
     if not metric or not all(sample.document.answers or sample.document.problem for sample in samples):
         return None
     scored = [

@@ -10,13 +10,10 @@ from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.metrics.general import math_answers, table_similarity
 from mm_moslora_eval.metrics.general.point_hits import first_point, inside
-from mm_moslora_eval.metrics.general.timed_calls import PROCESS, SECONDS
+from mm_moslora_eval.metrics.general.timed_calls import PROCESS, SECONDS, TABLE_SECONDS
 from mm_moslora_eval.metrics.metric_text import levenshtein
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.sources.document import Document
-
-TABLE_SECONDS = 60.0
-"""Time for the tables of one answer; two of the largest size take most of it."""
 
 
 def points(text: str, document: Document) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.scoring.estimates import Ratio, mean_of
-from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed, joined
+from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Summed, joined
 
 Columns = tuple[str, ...]
 
@@ -50,14 +50,9 @@ def all_within(samples: Samples, *, columns: Columns, further: dict[str, Columns
     )  # fmt: skip
 
 
-def _ratio_of_groups(samples: Samples, keys: Sequence[tuple[str, ...]]) -> Ratio:
+def _ratio_of_groups(samples: Samples, keys: Sequence[Hashable]) -> Ratio:
     """The share of groups that are right, to which every sample of a group adds the same."""
-    members: dict[tuple[str, ...], list[Scored]] = defaultdict(list)
-    for key, sample in zip(keys, samples, strict=True):
-        members[key].append(sample)
-    share = [1 / len(members[key]) for key in keys]
-    right = [part * all(one.score == 1.0 for one in members[key]) for part, key in zip(share, keys, strict=True)]
-    return Ratio(top=right, bottom=share)
+    return _all_right(keys, [sample.score == 1.0 for sample in samples])
 
 
 def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None, labels: str | None = None) -> Summed:
@@ -80,19 +75,6 @@ def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None,
     metrics |= {label: _mean(scores) for label, scores in of_label.items()}
     ratios = [mean_of([sample.score for sample in samples])]
     return Summed(ratios=ratios, metrics=metrics, together=joined(*keys.values()))
-
-
-def attempts(samples: Samples, *, none: tuple[str, ...]) -> Summed:
-    """The share of right answers; beside it those that a judge's replies in `none` call no attempt, the share that is
-    right among the other ones, and F1, the harmonic mean of both shares (SimpleVQA)."""
-    right, total = sum(sample.score == 1.0 for sample in samples), len(samples) or 1
-    without = {reply.casefold() for reply in none}
-    tried = sum(not sample.failed and sample.parsed.strip().rstrip(".").casefold() not in without for sample in samples)
-    shares = {"not_attempted": 1 - tried / total, "correct_given_attempted": right / tried if tried else 0.0}
-    given, of_all = shares["correct_given_attempted"], right / total
-    shares["f1"] = 2 * given * of_all / (given + of_all) if given + of_all else 0.0
-    known = all(sample.judged for sample in samples)
-    return Summed(ratios=[mean_of([sample.score for sample in samples])], metrics=shares if known else {})
 
 
 def tree(samples: Samples, *, levels: Columns = ("category",), weights: dict[str, float] | None = None) -> Summed:
@@ -166,11 +148,53 @@ def _weight(value: str, column: str, weights: Mapping[str, float] | None) -> flo
     return number
 
 
+Groups = tuple[tuple[int, ...], ...]
+
+
+def consecutive(
+    samples: Samples, *, size: int, first: int | None = None, further: dict[str, Groups] | None = None
+) -> Summed:
+    """The share of groups of `size` documents with consecutive numbers (ids) in which every answer is right.
+
+    `first` is the number of the first document, by default the least id of the data set. `further` names smaller groups
+    by the places within a group, such as `{question: [[0, 1], [2, 3]]}`; their shares are given beside it, with
+    `vanilla`, the mean of the single answers.
+    """
+    if size < 1:
+        raise EvalError(f"consecutive: size is {size}, expected 1 or more.")
+    odd = [sample.document.id for sample in samples if not sample.document.id.isdecimal()]
+    if odd:
+        raise EvalError(f"consecutive: {len(odd)} ids are no numbers (first: {odd[0]!r}).")
+    numbers = [int(sample.document.id) for sample in samples]
+    known = [sample.document.first_id for sample in samples if sample.document.first_id is not None]
+    start = min(known or numbers, default=0) if first is None else first
+    places = [divmod(number - start, size) for number in numbers]
+    right = [sample.score == 1.0 for sample in samples]
+    whole = _all_right([group for group, _ in places], right)
+    metrics = {"vanilla": mean_of([sample.score for sample in samples]).values()[0]}
+    for name, smaller in (further or {}).items():
+        part_of = {place: number for number, part in enumerate(smaller) for place in part}
+        kept = [number for number, (_, place) in enumerate(places) if place in part_of]
+        keys = [(places[number][0], part_of[places[number][1]]) for number in kept]
+        metrics[name] = _all_right(keys, [right[number] for number in kept]).values()[0]
+    return Summed(ratios=[whole], metrics=metrics, units=[str(group) for group, _ in places])
+
+
+def _all_right(keys: Sequence[Hashable], right: Sequence[bool]) -> Ratio:
+    """The share of keys whose answers are all right."""
+    members: dict[Hashable, list[bool]] = defaultdict(list)
+    for key, hit in zip(keys, right, strict=True):
+        members[key].append(hit)
+    share = [1 / len(members[key]) for key in keys]
+    return Ratio(top=[part * all(members[key]) for part, key in zip(share, keys, strict=True)], bottom=share)
+
+
 def _mean(scores: Sequence[float]) -> float:
     return mean_of(scores).values()[0]
 
 
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {
-    "all_within": all_within, "attempts": attempts, "detailed_mean": detailed_mean, "tree": tree, "weighted": weighted,
+    "all_within": all_within, "consecutive": consecutive, "detailed_mean": detailed_mean, "tree": tree,
+    "weighted": weighted,
 }  # fmt: skip
 """Name -> function that sums up scored samples."""

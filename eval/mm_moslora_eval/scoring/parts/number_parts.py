@@ -6,6 +6,7 @@ from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.metrics.general.number_answers import number_text, numbers_in
 from mm_moslora_eval.metrics.general.number_answers import within as _within
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
+from mm_moslora_eval.scoring.rule_forms import BETWEEN_LETTERS
 from mm_moslora_eval.sources.document import Document
 
 
@@ -29,5 +30,15 @@ def within(parsed: str, document: Document, *, relative: float = 0.0, absolute: 
     )  # fmt: skip
 
 
-EXTRACTORS: dict[str, Extractor] = {"first_number": first_number, "last_number": last_number}
-METRICS: dict[str, Metric] = {"within": within}
+def one_of_letters(parsed: str, document: Document) -> float:
+    """The right letter is one of those that the extraction gives."""
+    return float(bool(set(parsed.split(BETWEEN_LETTERS)) & set(document.answers)))
+
+
+def unchanged(text: str, document: Document) -> str:
+    """The answer as it is, with the space around it."""
+    return text
+
+
+EXTRACTORS: dict[str, Extractor] = {"first_number": first_number, "last_number": last_number, "unchanged": unchanged}
+METRICS: dict[str, Metric] = {"within": within, "one_of_letters": one_of_letters}

@@ -1,1 +1,0 @@
-"""Metrics of single benchmarks, each after the benchmark's own evaluation code."""

@@ -1,0 +1,29 @@
+"""VizWiz: VQA accuracy by its own normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mm_moslora_eval.metrics.vqa_accuracy import CONTRACTIONS, accuracy, one_line, punctuation_official, words
+from mm_moslora_eval.scoring.named_parts import Metric
+from mm_moslora_eval.scoring.rule_forms import all_of
+
+# VizWiz writes most contractions with a backtick, but these with an apostrophe.
+_APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
+_CONTRACTIONS = {
+    key: word if word in _APOSTROPHE else word.replace("'", "`")
+    for key, word in CONTRACTIONS.items()
+    if "'" not in key or key in ("couldn'tve", "hadn'tve")
+}
+
+
+def _normalize(text: str) -> str:
+    return words(punctuation_official(one_line(text)), _CONTRACTIONS)
+
+
+def vizwiz_official(text: str, references: Sequence[str]) -> float:
+    """VizWiz: unchanged references; contractions with backticks."""
+    return accuracy(text, references, answer=_normalize, reference=str)
+
+
+METRICS: dict[str, Metric] = {"vizwiz_official": all_of(vizwiz_official)}
