@@ -129,7 +129,8 @@ def launch(
             )  # fmt: skip
             options, keys = _split_options(overrides)
             resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
-            print(resolved.to_yaml(), end="", flush=True)
+            if dry_run:
+                print(resolved.to_yaml(), end="", flush=True)
             others = dry_run or hostfile is not None  # other hosts may see other files
             refuse_early(resolved, None if others else options.get("resume", "auto"))
             verb = [*(["diffusion"] if diffusion else []), "train", recipe, *overrides]

@@ -255,16 +255,16 @@ def _as_trained(job: CellRun) -> Recipe:
 
 
 def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
-    from mm_moslora.launch.child_processes import python_words, run_and_hand_on
+    from mm_moslora.launch.child_processes import python_words
     from mm_moslora.launch.imported_code import import_words
-    from mm_moslora.launch.launcher import STATE
+    from mm_moslora.launch.launcher import STATE, TORCHRUN, run_tied
 
     command = [
         *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={job.cards}",
         "--no-python", *python_words("-u", "-m", "mm_moslora", *import_words(), "train"), str(job.run_folder / RECIPE),
         *(["--stop-at", str(stop_at)] if stop_at else []),
     ]  # fmt: skip
-    ended = run_and_hand_on(command, signals=[signal.SIGTERM])
+    ended = run_tied(TORCHRUN, command, {}, signals=[signal.SIGTERM])
     if ended.code == 0:
         return bool(read_json(job.run_folder / STATE)["state"] == "finished")
     if ended.signals:

@@ -15,8 +15,9 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mm_moslora.launch.child_processes import (
     Ended,
@@ -170,10 +171,14 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
             file.write(exported_lines(environment))
             file.flush()
             environment[DEEPSPEED_ENV_FILE] = file.name
-        # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-        kind = DEEPSPEED if topology.uses_deepspeed else TORCHRUN
-        tied = python_words("-m", "mm_moslora.launch.tied_command", kind, *words)
-        return run_and_hand_on(tied, begin=start_tied, changes=environment)
+        return run_tied(DEEPSPEED if topology.uses_deepspeed else TORCHRUN, words, environment)
+
+
+def run_tied(kind: str, words: Sequence[str], changes: Mapping[str, str], **options: Any) -> Ended:
+    """Run a launcher of ranks, which ends once this process is gone, however it ended; see `run_and_hand_on`."""
+    # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
+    tied = python_words("-m", "mm_moslora.launch.tied_command", kind, *words)
+    return run_and_hand_on(tied, begin=start_tied, changes=changes, **options)
 
 
 def _is_finished(run_folder: Path) -> bool:

@@ -464,8 +464,19 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
 
+STARTS = {
+    "launch": "launch.command = lambda *_, **__: {words}\nlaunch.launch(launch.Topology(), [], run_folder=folder)\n",
+    "a run of compare on several devices": (
+        "from types import SimpleNamespace; from mm_moslora.compare import comparison_cell as cell\n"
+        "from mm_moslora.launch import child_processes; child_processes.python_words = lambda *_: {words}\n"
+        "cell._train_on_several(SimpleNamespace(cards=2, run_folder=folder), None)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ranks_save_and_end_with_a_launcher_that_is_gone(number, tmp_path):
+def test_ranks_save_and_end_with_a_launcher_that_is_gone(number, start, tmp_path):
     ranks = (
         "import os, pathlib, signal, sys, time\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
@@ -476,8 +487,8 @@ def test_ranks_save_and_end_with_a_launcher_that_is_gone(number, tmp_path):
     )
     code = (
         "import pathlib, sys; from mm_moslora.launch import launcher as launch\n"
-        f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
-        f"launch.launch(launch.Topology(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        + STARTS[start].format(words=f"[sys.executable, '-c', {ranks!r}]")
     )
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         wait_until((tmp_path / "started").exists, process=process)
