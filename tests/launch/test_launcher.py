@@ -487,8 +487,7 @@ def test_ranks_save_and_end_with_a_launcher_that_is_gone(number, start, tmp_path
     )
     code = (
         "import pathlib, sys; from mm_moslora.launch import launcher as launch\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        + STARTS[start].format(words=f"[sys.executable, '-c', {ranks!r}]")
+        f"folder = pathlib.Path({str(tmp_path)!r})\n" + STARTS[start].format(words=f"[sys.executable, '-c', {ranks!r}]")
     )
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         wait_until((tmp_path / "started").exists, process=process)
