@@ -175,7 +175,7 @@ def write_recipe(name: str, out: Path, changes: dict[str, Any]) -> Path:
         changes: dotted keys.
     """
     from mm_moslora.config import Recipe
-    from mm_moslora.config.strict_reading import set_dotted
+    from mm_moslora.config.recipe_reading import set_dotted
 
     data = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     for key, value in changes.items():

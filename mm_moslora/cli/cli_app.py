@@ -33,7 +33,7 @@ from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.evaluation.eval_app import eval_app
 from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
 from mm_moslora.cli.library_notices import quiet_libraries
-from mm_moslora.config import RECIPES_FOLDER, load_recipe, override_items
+from mm_moslora.config import RECIPES_FOLDER, Recipe, load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.imported_code import imported, without_imports
 from mm_moslora.launch.slurm_job import leave_foreign_step
@@ -44,7 +44,6 @@ from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
-    from mm_moslora.config import Recipe
     from mm_moslora.training.supervision.stop_signals import StopRequest
     from mm_moslora.training.training_loop import TrainResult
 
@@ -281,9 +280,10 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset.
+        YAML file, or the name of a shipped preset; or a key or a group of keys, such as train or data.train.0, which is
+        explained.
     """
-    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER)
+    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER, kind=Recipe)
 
 
 @app.command

@@ -57,11 +57,11 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset.
+        YAML file, or the name of a shipped preset; or a key or a group of keys, such as train, which is explained.
     """
-    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
+    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRecipe, load_diffusion_recipe
 
-    return show_recipe(recipe, overrides, load=load_diffusion_recipe, presets=DIFFUSION_RECIPES)
+    return show_recipe(recipe, overrides, load=load_diffusion_recipe, presets=DIFFUSION_RECIPES, kind=DiffusionRecipe)
 
 
 @diffusion_app.command

@@ -7,10 +7,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Group, Parameter
 
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import discard, replace_text
@@ -176,18 +177,49 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
 
 def show_recipe(
     recipe: str | None, overrides: Sequence[str], *, load: Callable[[str, list[str]], Recipe | DiffusionRecipe],
-    presets: Path,
+    presets: Path, kind: type[Recipe | DiffusionRecipe],
 ) -> int:  # fmt: skip
-    """Print a resolved recipe; without one, the names of the presets."""
+    """Print a resolved recipe; for a key the keys of its group, without either the names of the presets."""
     from mm_moslora.config import override_items, recipe_names
 
     if recipe is None:
         print("\n".join(recipe_names(presets)))
         return 0
+    if not overrides and not Path(recipe).exists() and (group := _group_of(kind, recipe)) is not None:
+        _explain(kind, group)
+        return 0
     resolved = load(recipe, override_items(overrides))
     refuse_early(resolved)
     print(resolved.to_yaml(), end="")
     return 0
+
+
+def _group_of(kind: type, key: str) -> list[str] | None:
+    """The path of the innermost group of a recipe's key; None where there is no such key."""
+    from mm_moslora.config.recipe_keys import kind_at
+
+    keys = key.split(".")
+    if kind_at(kind, keys) is None:
+        return None
+    while not is_dataclass(kind_at(kind, keys)):
+        keys.pop()
+    return keys
+
+
+def _explain(kind: type, group: list[str]) -> None:
+    """Print the keys of a group: type, meaning, default."""
+    from mm_moslora.config.recipe_keys import kind_at
+
+    each = Parameter(negative=(), name_transform=lambda key: key)
+
+    def keys(*, value: Any) -> None: ...
+
+    keys.__annotations__["value"] = Annotated[
+        kind_at(kind, group), Parameter(name=f"--{'.'.join(group)}" if group else "*")
+    ]
+    shown = App(usage="", help_flags=(), version_flags=(), group_parameters=Group("Keys"), default_parameter=each)
+    shown.default(keys)
+    shown.help_print([])
 
 
 def run_training(

@@ -19,7 +19,7 @@ from typing import Any
 from mm_moslora.adapters.mixer import MIXER_INITS
 from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
-from mm_moslora.config.strict_reading import parse_scalar, set_dotted
+from mm_moslora.config.recipe_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.training.preflight import check_mixer_factor

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.compare.comparison_plan import LOSS, Cell, ComparisonSettings, Outcome, numbers_of, recipe_hash
+from mm_moslora.compare.comparison_plan import LOSS, Cell, ComparisonSettings, Outcome, recipe_hash
 from mm_moslora.config import Recipe
-from mm_moslora.config.recipe import leaves
+from mm_moslora.config.recipe_keys import NO_NUMBERS
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.utils.errors import ConfigError, DistributedError, DivergedError, MoSLoRAError
 from mm_moslora.utils.file_locks import lock_file
@@ -153,8 +153,8 @@ def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> N
         raise ConfigError(
             f"{run_folder} was run with another recipe, and its {RECIPE} is missing. Choose another --output."
         )
-    before = leaves(numbers_of(Recipe.from_yaml(text, source=str(file))))
-    now = leaves(numbers_of(_absolute(recipe)))
+    before = Recipe.from_yaml(text, source=str(file)).values(without=NO_NUMBERS)
+    now = _absolute(recipe).values(without=NO_NUMBERS)
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     if changed:
         words = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed[:6])
@@ -166,7 +166,7 @@ def require_same_recipe(run_folder: Path, outcome: Outcome, recipe: Recipe) -> N
 
 def _absolute(recipe: Recipe) -> Recipe:
     """The recipe as it can be read from any folder."""
-    return Recipe.from_dict(absolute(recipe.to_dict()))
+    return Recipe.from_dict(absolute(Recipe, recipe.to_dict()))
 
 
 def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from mm_moslora.compare.arms import Arm
 from mm_moslora.config import Recipe
+from mm_moslora.config.recipe_keys import NO_NUMBERS
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.run_paths import file_and_folder
 
@@ -291,16 +292,9 @@ def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:
     return mean if outcome.status == "ok" and math.isfinite(mean) else None
 
 
-def numbers_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's plain data without its folder and trackers, which do not change a run's numbers."""
-    data = recipe.to_dict()
-    del data["track"], data["train"]["output"]
-    return data
-
-
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of what decides a run's numbers."""
-    return hashlib.sha256(json.dumps(numbers_of(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(recipe.values(without=NO_NUMBERS), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(settings: ComparisonSettings) -> dict[str, Any]:

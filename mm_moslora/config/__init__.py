@@ -19,16 +19,8 @@ from mm_moslora.config.model_config import (
 )
 from mm_moslora.config.needed_packages import Need, needs, refuse_lacking
 from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig
-from mm_moslora.config.recipe import (
-    RECIPES_FOLDER,
-    Recipe,
-    YamlRecipe,
-    load_recipe,
-    override_items,
-    read_recipe,
-    recipe_names,
-    require_sft,
-)
+from mm_moslora.config.recipe import Recipe, YamlRecipe, require_sft
+from mm_moslora.config.recipe_reading import RECIPES_FOLDER, load_recipe, override_items, read_recipe, recipe_names
 from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [

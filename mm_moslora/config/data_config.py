@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from mm_moslora.config.recipe_keys import FREE, OF_DPO, OWN_LOOP, PATH, VIDEOS
 from mm_moslora.config.value_checks import at_least, require
 
 MAX_VIDEO_FRAMES = 8192
@@ -16,20 +17,20 @@ MAX_VIDEO_FPS = 1000
 class SourceConfig:
     """One source of training records."""
 
-    path: str
+    path: str = field(metadata=PATH | FREE)
     """LLaVA JSON or JSONL, .parquet, .arrow, webdataset .tar (`*` and {000..012} allowed), a folder, or hf:NAME."""
     format: Literal["auto", "json", "table", "webdataset"] = "auto"
     """auto chooses by the path; table is a Hugging Face dataset."""
-    image_folder: str | None = None
+    image_folder: str | None = field(default=None, metadata=PATH | FREE)
     """Folder of the images; a path that leaves it is refused. None: the folder of `path`."""
     image_hosts: list[str] = field(default_factory=list)
     """Hosts from which images named by URL may be fetched. Each image is fetched once. Empty: no host is allowed."""
-    video_frames: int = 8
+    video_frames: int = field(default=8, metadata=VIDEOS)
     """Number of frames taken from a video, as the model's own video processor chooses them, or evenly spaced where it
     has none and each frame is an image of the record."""
-    video_fps: float | None = None
+    video_fps: float | None = field(default=None, metadata=VIDEOS)
     """Frames per second taken from a video instead of `video_frames`."""
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata=OWN_LOOP)
     """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts, and with
     streams: the source's part of the records."""
     replay: bool = False
@@ -102,12 +103,12 @@ class DataConfig:
 
     train: list[SourceConfig] = field(default_factory=list)
     """Sources that are mixed."""
-    validation: list[SourceConfig] = field(default_factory=list)
+    validation: list[SourceConfig] = field(default_factory=list, metadata=FREE)
     """Held-out sources for the validation loss, besides the records of data.train's `hold_out`; may be empty."""
-    mixing: Literal["repeats", "parts"] = "repeats"
+    mixing: Literal["repeats", "parts"] = field(default="repeats", metadata=OWN_LOOP)
     """Meaning of `weight`: repeats per record, or parts of the epoch (weights 3 and 1: three quarters and one
     quarter)."""
-    epoch_records: int | None = None
+    epoch_records: int | None = field(default=None, metadata=OWN_LOOP)
     """mixing parts only: records per epoch; None: the number of records in the sources."""
     max_length: int = 2048
     """Most tokens per example, visual tokens included. A longer example loses whole turns at the end; an image is never
@@ -116,9 +117,9 @@ class DataConfig:
     """Handling of a record whose first question and answer do not fit: refuse counts it as unusable, drop leaves it out
     without counting it against max_bad_share, truncate cuts any longer text off at max_length, within an answer too. A
     record with pictures is never cut, nor one that would keep no supervised token; truncate refuses these."""
-    train_on: Literal["answers", "all"] = "answers"
+    train_on: Literal["answers", "all"] = field(default="answers", metadata=OWN_LOOP)
     """Tokens that the loss is on: answers and their ends of turn, or the whole text (with model.language alone)."""
-    supervise: Literal["all", "last"] = "all"
+    supervise: Literal["all", "last"] = field(default="all", metadata=OWN_LOOP)
     """Answers that are learned, with the weights that a record gives them: all, or the last of each record; the others
     are context."""
     order: Literal["grouped", "random", "sequential"] = "grouped"
@@ -128,15 +129,15 @@ class DataConfig:
     """How to handle a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01
     """The run stops when more than this share of the records cannot be used."""
-    workers: int | None = None
+    workers: int | None = field(default=None, metadata=FREE)
     """Worker processes that prepare examples ahead of the step; 0: a thread prepares them. None: beside a GPU up to 8,
     as the cores and the shared memory of the rank allow; 0 on a CPU."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata=PATH | FREE | OWN_LOOP)
     """Folder of tokenised records that all runs share; None: no cache."""
-    shuffle_buffer: int = 1024
+    shuffle_buffer: int = field(default=1024, metadata=OWN_LOOP)
     """Streams without an end: usable records that are read ahead, shuffled, and grouped by length or packed together;
     rounded up to whole steps. Every rank keeps two buffers in memory, with the pictures of tables."""
-    pack_tokens: int = 0
+    pack_tokens: int = field(default=0, metadata=OF_DPO)
     """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off.
     objective dpo: a pair counts its prompt once, where both answers can share it."""
 

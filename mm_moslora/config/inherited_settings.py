@@ -11,21 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.config.data_config import SourceConfig
+from mm_moslora.config.model_config import AdapterConfig, ModelConfig
+from mm_moslora.config.recipe import Recipe
+from mm_moslora.config.recipe_keys import keys_with
 from mm_moslora.config.recipe_paths import from_working_folder
 from mm_moslora.utils.run_paths import MANIFEST, PROJECTOR, checkpoints, projector_file
 from mm_moslora.utils.untrusted_data import parse_yaml
 from mm_moslora.utils.untrusted_files import read_text_below
-
-_BASE = ("language", "language_revision", "vlm", "vlm_revision", "vision.name")
-"""Keys of `model`: taken over together, where the recipe names no base."""
-_PICTURES = (
-    "image_aspect", "anyres_tiles", "min_pixels", "max_pixels", "vision.revision", "vision.pretrained",
-    "vision.feature_layer", "vision.fuse_with", "vision.select", "vision.image_size", "projector.kind",
-    "projector.shuffle", "projector.queries", "projector.depth",
-)  # fmt: skip
-_PROMPTS = ("chat_template", "faithful", "system_prompt", "thinking", "boxes")
-_FACTORS = ("rank", "alpha")
-_VIDEOS = ("video_frames", "video_fps")
 
 
 def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -44,8 +37,9 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if (checkpoint := _trained_in(adapter.get("weights"), output)) is not None:
         changed["model"] = model
         stored = _recipe_in(checkpoint)
-        _take_over(model, stored.get("model"), (*_PICTURES, *_PROMPTS), "model.", remarks, checkpoint)
-        _take_over(adapter, stored.get("adapter"), _FACTORS, "adapter.", remarks, checkpoint)
+        _take_over(model, stored.get("model"), _keys_of(model, "pictures", "prompts"), "model.", remarks, checkpoint)
+        factors = keys_with(AdapterConfig, "inherit", "factors")
+        _take_over(adapter, stored.get("adapter"), factors, "adapter.", remarks, checkpoint)
         _take_over_videos(changed, stored)
         if model.get("vision") and (checkpoint / PROJECTOR).is_file():
             projector = model.setdefault("projector", {})
@@ -53,8 +47,15 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 projector["weights"] = _projector_beside(str(adapter["weights"]), checkpoint, stored)
     projector = model.get("projector")
     if isinstance(projector, dict) and (checkpoint := _trained_in(projector.get("weights"), output)) is not None:
-        _take_over(model, _recipe_in(checkpoint).get("model"), _PICTURES, "model.", remarks, checkpoint)
+        stored = _recipe_in(checkpoint)
+        _take_over(model, stored.get("model"), _keys_of(model, "pictures"), "model.", remarks, checkpoint)
     return changed, list(dict.fromkeys(remarks))
+
+
+def _keys_of(model: Mapping[str, Any], *inherited: str) -> list[str]:
+    """Keys of `model` that are taken over; those of the base together, where the recipe names none."""
+    named = model.get("language") or model.get("vlm")
+    return keys_with(ModelConfig, "inherit", *inherited, *([] if named else ["base"]))
 
 
 def _trained_in(weights: object, output: object) -> Path | None:
@@ -89,18 +90,16 @@ def _recipe_in(checkpoint: Path) -> dict[str, Any]:
     if isinstance(model, dict):
         base = {key: model[key] for key in ("language", "vlm", "vision") if key in model}
         of_base = {"model": base, "train": data.get("train")}  # whose output says where relative paths start
-        data["model"] = model | from_working_folder(of_base, checkpoint, source=source)["model"]
+        data["model"] = model | from_working_folder(Recipe, of_base, checkpoint, source=source)["model"]
     return data
 
 
 def _take_over(
-    section: dict[str, Any], stored: object, keys: tuple[str, ...], prefix: str, remarks: list[str], checkpoint: Path
+    section: dict[str, Any], stored: object, keys: list[str], prefix: str, remarks: list[str], checkpoint: Path
 ) -> None:
     """Fill the keys that `section` does not name, and remark those that it names otherwise."""
     if not isinstance(stored, Mapping):
         return
-    if prefix == "model." and not section.get("language") and not section.get("vlm"):
-        keys = (*_BASE, *keys)
     for key in keys:
         value, part, inner = stored, section, key
         if "." in key:
@@ -129,10 +128,11 @@ def _take_over_videos(data: dict[str, Any], stored: Mapping[str, Any]) -> None:
     sources = before.get("train") if isinstance(before, Mapping) else None
     if not isinstance(section, dict) or not isinstance(sources, list) or not sources:
         return
-    settings = [{key: item.get(key) for key in _VIDEOS} for item in sources if isinstance(item, Mapping)]
+    videos = keys_with(SourceConfig, "inherit", "videos")
+    settings = [{key: item.get(key) for key in videos} for item in sources if isinstance(item, Mapping)]
     if not settings or any(item != settings[0] for item in settings):
         return
     for name in ("train", "validation"):
         for item in section.get(name) or ():
-            if isinstance(item, dict) and not any(key in item for key in _VIDEOS):
+            if isinstance(item, dict) and not any(key in item for key in videos):
                 item.update({key: value for key, value in settings[0].items() if value is not None})

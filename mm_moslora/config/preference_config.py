@@ -1,4 +1,4 @@
-"""Recipes: learning from preferences and rewards, and the settings that TRL's trainers do not follow.
+"""Recipes: learning from preferences and rewards.
 
 The objectives are `dpo` (pairs of answers), `kto` (good and bad answers) and `grpo` (rewards of generated answers).
 """
@@ -6,13 +6,9 @@ The objectives are `dpo` (pairs of answers), `kto` (good and bad answers) and `g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from mm_moslora.config.data_config import DataConfig
-from mm_moslora.config.model_config import AdapterConfig, ModelConfig
-from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.value_checks import positive, require
 from mm_moslora.utils.errors import suggestion
 
@@ -131,102 +127,3 @@ class GrpoConfig:
         require(self.max_new_tokens >= 1, f"grpo.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
         positive("grpo.temperature", self.temperature)
         require(0 <= self.beta < math.inf, f"grpo.beta is {self.beta}, expected 0 or more, and finite.")
-
-
-_NOT_FOLLOWED = {
-    "model": ("attention", "lean_layers", "kernels"),
-    "adapter": ("peft", "dropout"),
-    "data": ("mixing", "epoch_records", "train_on", "supervise", "cache", "shuffle_buffer"),
-    "optim": ("optimizer",),
-    "train": ("micro_tokens", "sequence_parallel", "activation_offload", "vision_gradient_checkpointing", "compile",
-              "rehearsal"),
-    "validate": ("samples", "tasks", "forgetting", "general_text", "best", "patience"),
-    "track": ("mixers_every",),
-}  # fmt: skip
-"""Section -> keys of the project's own training loop."""
-
-
-def refuse_unfit(
-    objective: Objective,
-    *,
-    model: ModelConfig,
-    adapter: AdapterConfig,
-    data: DataConfig,
-    optim: OptimConfig,
-    train: TrainConfig,
-    validate: ValidateConfig,
-    track: TrackConfig,
-    kto: KtoConfig,
-    grpo: GrpoConfig,
-) -> None:
-    """Refuse settings that a trainer of TRL cannot follow, before anything is loaded."""
-    sections = {
-        "model": model,
-        "adapter": adapter,
-        "data": data,
-        "optim": optim,
-        "train": train,
-        "validate": validate,
-        "track": track,
-    }
-    changed = [f"{name}.{key}" for name, keys in _NOT_FOLLOWED.items() for key in _changed(sections[name], keys)]
-    changed += ["data.pack_tokens"] if data.pack_tokens and objective != "dpo" else []
-    changed += [f"data.train.{index}.weight" for index, source in enumerate(data.train) if source.weight != 1]
-    require(
-        not changed,
-        f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} set, which objective: {objective} does not "
-        f"follow (TRL's {TRAINERS[objective]} trains). Leave it out.",
-    )
-    for problem in _problems(model, data, train):
-        require(False, f"objective is {objective}, and {problem}")
-    require(
-        objective != "kto" or kto.loss_type != "kto" or train.micro_batch > 1,
-        f"objective is kto, and train.micro_batch is {train.micro_batch}: the divergence is estimated from the other "
-        "answers of a micro-batch. Set it to 2 or more, or kto.loss_type to apo_zero_unpaired.",
-    )
-    require(
-        objective != "grpo" or train.global_batch % grpo.generations == 0,
-        f"objective is grpo, and train.global_batch is {train.global_batch}, which counts answers: expected a multiple "
-        f"of grpo.generations ({grpo.generations}).",
-    )
-
-
-def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
-    """Values that are impossible with this objective, and what to do."""
-    vision = "frozen" if model.vision is None else model.vision.mode
-    if model.language_mode != "adapter":
-        yield f"{_only_adapters(f'model.language_mode is {model.language_mode}')} Set it to adapter."
-    if vision not in ("frozen", "adapter"):
-        yield f"{_only_adapters(f'model.vision.mode is {vision}')} Set it to frozen or adapter."
-    if model.projector_trains:
-        yield f"{_only_adapters('the projector trains')} Set model.projector.mode to frozen, and name its weights."
-    if model.vision is not None and model.vision.feature_cache is not None:
-        yield "model.vision.feature_cache is set, which TRL's trainer does not read. Leave it out."
-    if data.too_long == "truncate":
-        yield "data.too_long is truncate: an answer that is cut is another answer. Choose refuse or drop."
-    if 0 < data.pack_tokens < 2 * data.max_length:
-        yield (
-            f"data.pack_tokens is {data.pack_tokens}: a row holds both answers of a pair, of up to data.max_length "
-            f"tokens each. Set it to {2 * data.max_length} or more, lower data.max_length, or leave it out."
-        )
-    if data.endless:
-        yield "a source of data.train has streaming without limit. Set limit and limit_by: first."
-    if data.order not in ("grouped", "random"):
-        yield f"data.order is {data.order}: records are always drawn at random. Leave it out."
-    if train.precision == "fp16":
-        yield "train.precision is fp16. Choose bf16 or fp32."
-    if type(train.gradient_checkpointing) is int:
-        yield f"train.gradient_checkpointing is {train.gradient_checkpointing}. Set it to true or false."
-
-
-def _only_adapters(found: str) -> str:
-    return f"{found}: the reference is this model with the adapter of the start, so nothing but adapters may train."
-
-
-def _changed(section: Any, keys: tuple[str, ...]) -> list[str]:
-    """The keys of a section that do not have their default."""
-    defaults = {
-        item.name: item.default_factory() if item.default_factory is not MISSING else item.default
-        for item in fields(section)
-    }
-    return [key for key in keys if getattr(section, key) != defaults[key]]

@@ -1,36 +1,25 @@
-"""The whole recipe: reading from YAML and writing back, presets by name, overrides."""
+"""The whole recipe, and what its sections ask of each other."""
 
 from __future__ import annotations
 
-import copy
-import logging
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import yaml
 
 from mm_moslora.config.data_config import DataConfig
-from mm_moslora.config.inherited_settings import with_inherited
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.optimizer_traits import OPTIMIZERS
-from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig, refuse_unfit
-from mm_moslora.config.recipe_paths import from_working_folder
+from mm_moslora.config.preference_config import TRAINERS, GrpoConfig, KtoConfig, Objective, PreferenceConfig
+from mm_moslora.config.recipe_keys import FREE, NO_NUMBERS, Facts, changed_keys, facts_at, kind_at, leaves, plain
 from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
-from mm_moslora.config.strict_reading import kind_at, parse_scalar, parse_text, plain, set_dotted, takes_text
 from mm_moslora.config.usual_names import OF_OTHER_TRAINERS
 from mm_moslora.config.value_checks import require
-from mm_moslora.utils.errors import ConfigError, suggestion
-from mm_moslora.utils.run_paths import checkpoints
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
-from mm_moslora.utils.untrusted_files import opened, read_text
-
-logger = logging.getLogger(__name__)
-
-RECIPES_FOLDER = Path(__file__).with_name("recipes")
-R = TypeVar("R", bound="YamlRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +29,11 @@ class YamlRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in."""
         return typing.cast(dict[str, Any], plain(self))
+
+    def values(self, *, without: Facts) -> dict[str, Any]:
+        """The values by dotted key, without the keys that have a fact."""
+        found = leaves(self.to_dict())
+        return {key: value for key, value in found.items() if not without.items() <= facts_at(type(self), key).items()}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `from_yaml` reads it back equal."""
@@ -68,7 +62,7 @@ class YamlRecipe:
 class Recipe(YamlRecipe):
     """The complete configuration of a run."""
 
-    name: str = "run"
+    name: str = field(default="run", metadata=FREE)
     """Display name."""
     objective: Objective = "sft"
     """sft: learn the answers of records. With TRL: dpo from pairs of a chosen and a rejected answer (see `preference`),
@@ -76,37 +70,26 @@ class Recipe(YamlRecipe):
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig, metadata={"objective": "dpo"})
     """objective dpo only."""
-    kto: KtoConfig = field(default_factory=KtoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig, metadata={"objective": "kto"})
     """objective kto only."""
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig, metadata={"objective": "grpo"})
     """objective grpo only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    validate: ValidateConfig = field(default_factory=ValidateConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig, metadata=FREE)
+    track: TrackConfig = field(default_factory=TrackConfig, metadata=FREE | NO_NUMBERS)
 
     def __post_init__(self) -> None:
-        for objective, section in (("dpo", "preference"), ("kto", "kto"), ("grpo", "grpo")):
-            value = getattr(self, section)
+        for item in fields(self):
+            objective, value = item.metadata.get("objective", self.objective), getattr(self, item.name)
             require(
-                self.objective == objective or value == type(value)(),
-                f"{section} is set, which only objective: {objective} reads. Set the objective, or leave it out.",
+                objective == self.objective or value == type(value)(),
+                f"{item.name} is set, which only objective: {objective} reads. Set the objective, or leave it out.",
             )
         if self.objective != "sft":
-            refuse_unfit(
-                self.objective,
-                model=self.model,
-                adapter=self.adapter,
-                data=self.data,
-                optim=self.optim,
-                train=self.train,
-                validate=self.validate,
-                track=self.track,
-                kto=self.kto,
-                grpo=self.grpo,
-            )
+            _refuse_unfit(self)
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "
@@ -147,6 +130,60 @@ class Recipe(YamlRecipe):
         return replace(self, train=replace(train, zero=chosen))
 
 
+def _refuse_unfit(recipe: Recipe) -> None:
+    """Refuse settings that a trainer of TRL cannot follow."""
+    objective = recipe.objective
+    idle = [key for key, facts in changed_keys(recipe) if "trl" in facts and facts["trl"] != objective]
+    require(
+        not idle,
+        f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} set, which objective: {objective} does not follow "
+        f"(TRL's {TRAINERS[objective]} trains). Leave it out.",
+    )
+    for problem in _problems(recipe):
+        raise ConfigError(f"objective is {objective}, and {problem}")
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Values that are impossible with an objective of TRL, and what to do."""
+    model, data, train = recipe.model, recipe.data, recipe.train
+    vision = "frozen" if model.vision is None else model.vision.mode
+    if model.language_mode != "adapter":
+        yield f"{_only_adapters(f'model.language_mode is {model.language_mode}')} Set it to adapter."
+    if vision not in ("frozen", "adapter"):
+        yield f"{_only_adapters(f'model.vision.mode is {vision}')} Set it to frozen or adapter."
+    if model.projector_trains:
+        yield f"{_only_adapters('the projector trains')} Set model.projector.mode to frozen, and name its weights."
+    if data.too_long == "truncate":
+        yield "data.too_long is truncate: an answer that is cut is another answer. Choose refuse or drop."
+    if 0 < data.pack_tokens < 2 * data.max_length:
+        yield (
+            f"data.pack_tokens is {data.pack_tokens}: a row holds both answers of a pair, of up to data.max_length "
+            f"tokens each. Set it to {2 * data.max_length} or more, lower data.max_length, or leave it out."
+        )
+    if data.endless:
+        yield "a source of data.train has streaming without limit. Set limit and limit_by: first."
+    if data.order not in ("grouped", "random"):
+        yield f"data.order is {data.order}: records are always drawn at random. Leave it out."
+    if train.precision == "fp16":
+        yield "train.precision is fp16. Choose bf16 or fp32."
+    if type(train.gradient_checkpointing) is int:
+        yield f"train.gradient_checkpointing is {train.gradient_checkpointing}. Set it to true or false."
+    if recipe.objective == "kto" and recipe.kto.loss_type == "kto" and train.micro_batch == 1:
+        yield (
+            "train.micro_batch is 1: the divergence is estimated from the other answers of a micro-batch. Set it to 2 "
+            "or more, or kto.loss_type to apo_zero_unpaired."
+        )
+    if recipe.objective == "grpo" and train.global_batch % recipe.grpo.generations:
+        yield (
+            f"train.global_batch is {train.global_batch}, which counts answers: expected a multiple of "
+            f"grpo.generations ({recipe.grpo.generations})."
+        )
+
+
+def _only_adapters(found: str) -> str:
+    return f"{found}: the reference is this model with the adapter of the start, so nothing but adapters may train."
+
+
 def require_sft(recipe: Recipe, verb: str) -> None:
     """Refuse a recipe that learns from preferences, for a verb that is about tuning."""
     require(
@@ -156,105 +193,6 @@ def require_sft(recipe: Recipe, verb: str) -> None:
     )
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
-
-    Args:
-        name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
-        overrides: `optim.lr=1e-4` items. Relative paths start at the working directory (in a recipe file: at that
-            file). Values are read as YAML unless the key takes only text. List items are addressed by number; the
-            number after the last item appends one.
-
-    Raises:
-        ConfigError: no such recipe, an unknown key or an impossible value; names the override that causes the error.
-    """
-    return read_recipe(Recipe, name_or_path, overrides, presets=RECIPES_FOLDER)
-
-
-def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str] = (), *, presets: Path) -> R:
-    """Read a recipe of any kind; see `load_recipe`."""
-    path = Path(name_or_path)
-    resolved = path.is_dir()  # a run's: it names every key
-    if resolved:
-        path = _recipe_of_run(path)
-    is_file = path.is_file()
-    if not is_file:
-        preset = presets / f"{name_or_path}.yaml"
-        if path.suffix in (".yaml", ".yml") or not preset.is_file():
-            raise ConfigError(
-                f"No recipe {str(name_or_path)!r}: neither a file nor a preset."
-                f"{suggestion(str(name_or_path), recipe_names(presets))} Presets: {', '.join(recipe_names(presets))}."
-            )
-        path = preset
-    elif _holds_records(path):
-        names = ", ".join(recipe_names(presets))
-        raise ConfigError(
-            f"{path} holds data, expected a recipe. Name the data in one: RECIPE --data.train '[{{path: {path}, "
-            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a preset ({names})."
-        )
-    data = parse_yaml(read_text(path), source=str(path))
-    if is_file and path.resolve().parent != presets.resolve():
-        typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
-        data = from_working_folder(data, path.parent, source=str(path), typed=typed)
-    inherits = kind is Recipe and not resolved
-
-    def build(items: Sequence[str]) -> tuple[R, list[str]]:
-        changed = _overridden(kind, data, items)
-        changed, remarks = with_inherited(changed) if inherits else (changed, [])
-        return kind.from_dict(changed, source=str(path)), remarks
-
-    try:
-        recipe, remarks = build(overrides)
-    except ConfigError as error:
-        if not (guilty := _guilty(build, overrides, str(error))):
-            raise
-        word = "Override" if len(guilty) == 1 else "Overrides"
-        what = str(error).removeprefix(f"{path}: ")
-        raise ConfigError(f"{word} {', '.join(map(repr, guilty))}: {what}") from error
-    for remark in remarks:
-        logger.warning("%s: %s", path, remark)
-    return recipe
-
-
-def _overridden(kind: type[YamlRecipe], data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain data of a recipe with the overrides applied."""
-    changed: dict[str, Any] = copy.deepcopy(dict(data))
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
-        keys = key.strip().lstrip("-").split(".")
-        set_dotted(kind, changed, keys, parse_text(value) if takes_text(kind, keys) else parse_scalar(value), item)
-    return changed
-
-
-def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a recipe's dictionary by dotted key; empty lists and dictionaries are values."""
-    items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
-    below = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
-    return below or {prefix.rstrip("."): data}
-
-
-def _guilty(build: Callable[[Sequence[str]], object], overrides: Sequence[str], message: str) -> list[str]:
-    """The overrides that cause an error: removing one of them removes the error, or else changes it."""
-    cured, changed = [], []
-    for number, item in enumerate(overrides):
-        try:
-            build([*overrides[:number], *overrides[number + 1 :]])
-            cured.append(item)
-        except ConfigError as error:
-            changed += [item] if str(error) != message else []
-    return cured or changed
-
-
-def _holds_records(path: Path) -> bool:
-    """Whether a file is training data by its name, or is a JSON list."""
-    if path.suffix == ".json":
-        with opened(path, most=None) as stream:
-            return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    return path.name.lower().endswith((".jsonl", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tsv"))
-
-
 def _at_home(data: Any) -> Any:
     """Plain data with a leading `~` expanded to the home folder."""
     if isinstance(data, str) and data.startswith("~/"):
@@ -262,52 +200,3 @@ def _at_home(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {key: _at_home(item) for key, item in data.items()}
     return [_at_home(item) for item in data] if isinstance(data, list) else data
-
-
-def _recipe_of_run(folder: Path) -> Path:
-    """The resolved recipe in the newest checkpoint of a run."""
-    files = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
-    for path in files:
-        if path.is_file():
-            return path
-    raise ConfigError(f"{folder} is a folder without config.yaml, neither a checkpoint nor a run with checkpoints.")
-
-
-def recipe_names(presets: Path = RECIPES_FOLDER) -> list[str]:
-    """Names of the shipped presets."""
-    return sorted(path.stem for path in presets.glob("*.yaml"))
-
-
-def override_items(tokens: Sequence[str]) -> list[str]:
-    """Turn `--optim.lr 1e-4`, `--optim.lr=1e-4` and `optim.lr=1e-4` into `optim.lr=1e-4`.
-
-    Raises:
-        ConfigError: a key without a value, or an option that is neither the command's nor a key.
-    """
-    items, waiting = [], None
-    for token in tokens:
-        if waiting is None and token.startswith("--"):
-            _refuse_option(token[2:].partition("=")[0])
-        if waiting is not None:
-            items.append(f"{waiting}={token}")
-            waiting = None
-        elif "=" in token:
-            items.append(token.lstrip("-"))
-        elif token.startswith("--"):
-            waiting = token.lstrip("-")
-        else:
-            raise ConfigError(f"{token!r} is no override. Write --key value or key=value, such as --optim.lr 1e-4.")
-    if waiting is not None:
-        raise ConfigError(f"--{waiting} has no value. Write --{waiting} VALUE.")
-    return items
-
-
-def _refuse_option(key: str) -> None:
-    """Refuse a key without a section, which is most likely a misspelt option of the command."""
-    if "." not in key and key not in {item.name for item in fields(Recipe)}:
-        here = OF_OTHER_TRAINERS.get(key)
-        hint = f" Did you mean --{here}?" if here else ""
-        raise ConfigError(
-            f"No option --{key}.{hint} Keys of the recipe carry their section, such as --optim.lr 1e-4; the command's "
-            "own options are in its --help."
-        )

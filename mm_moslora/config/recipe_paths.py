@@ -8,35 +8,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.config.recipe_keys import facts_at
 from mm_moslora.config.run_config import TrainConfig
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.run_paths import RUN_SIGNS, file_and_folder
 
-_PATHS = (
-    "data.train.*.path", "data.train.*.image_folder", "data.validation.*.path", "data.validation.*.image_folder",
-    "data.cache", "model.projector.weights", "model.vision.feature_cache", "adapter.weights", "train.output",
-    "data.prior.pictures", "validate.general_text",
-)  # fmt: skip
-_MODELS = (
-    "model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with",
-    "model.base", "model.vae", "data.pictures", "validate.dino", "validate.clip",
-)  # fmt: skip
-"""Keys that hold a folder, a file, or a name that is looked up elsewhere."""
-_TASKS = "validate.tasks.*"
+_LOOKED_UP = ("model", "weights")
 _TASK_FILE = re.compile(r"(.+\.ya?ml)((?:@[^@/]*)?)")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
 def from_working_folder(
-    data: Mapping[str, Any], folder: Path, *, source: str, typed: Sequence[str] = ()
+    kind: type, data: Mapping[str, Any], folder: Path, *, source: str, typed: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The plain data of a recipe file, with relative paths rewritten to start at the working directory.
 
     Args:
+        kind: the recipe's class, whose keys say what is a path.
         typed: keys that overrides will set; their paths are not rewritten.
 
     Raises:
@@ -51,25 +42,33 @@ def from_working_folder(
 
     def change(key: str, value: str) -> str:
         is_typed = any(key == name or key.startswith(f"{name}.") for name in typed)
-        return value if is_typed else _reached(key, value, start, source)
+        return value if is_typed else _reached(_path_of(kind, key), key, value, start, source)
 
     changed: dict[str, Any] = _changed(data, "", change)
     return changed
 
 
-def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
+def absolute(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """The plain data of a recipe with absolute paths, so that the file can be written to any folder."""
     folder = Path.cwd()
-    changed: dict[str, Any] = _changed(
-        data, "", lambda key, value: _with_paths_rewritten(key, value, folder, lambda name: str(folder / name))
-    )
+
+    def change(key: str, value: str) -> str:
+        return _with_paths_rewritten(_path_of(kind, key), value, folder, lambda name: str(folder / name))
+
+    changed: dict[str, Any] = _changed(data, "", change)
     return changed
 
 
-def may_differ_by_host(key: str, value: object) -> bool:
+def may_differ_by_host(kind: type, key: str, value: object) -> bool:
     """Whether a key holds a path, such as a copy on a local disk; a model's name on a hub is none."""
     exists = isinstance(value, str) and (value.startswith("~") or os.path.isabs(value) or Path(value).exists())
-    return exists if key in _MODELS else any(fnmatchcase(key, path) for path in (*_PATHS, _TASKS))
+    path = _path_of(kind, key)
+    return exists if path in _LOOKED_UP else path not in ("", "engine")
+
+
+def _path_of(kind: type, key: str) -> str:
+    """What path a key holds; see `recipe_keys`. Empty: none."""
+    return facts_at(kind, key).get("path", "")
 
 
 def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
@@ -93,18 +92,16 @@ def _changed(data: Any, key: str, change: Callable[[str, str], str]) -> Any:
     return change(key, data) if isinstance(data, str) else data
 
 
-def _with_paths_rewritten(key: str, value: str, start: Path, rewrite: Callable[[str], str]) -> str:
+def _with_paths_rewritten(path: str, value: str, start: Path, rewrite: Callable[[str], str]) -> str:
     """Apply `rewrite` to the paths of a value that are relative to `start`; a model's name counts as a path only where
     it exists."""
-    if not value or value.startswith(("~", "hf:")) or os.path.isabs(value):
+    if not path or not value or value.startswith(("~", "hf:")) or os.path.isabs(value):
         return value
-    if key == "train.zero":
+    if path == "engine":
         return rewrite(value) if value.endswith(".json") else value
-    if key in _MODELS:
+    if path in _LOOKED_UP:
         return rewrite(value) if Path(value).exists() else value
-    if fnmatchcase(key, _TASKS):
-        return rewritten_task(value, start, rewrite)
-    return rewrite(value) if any(fnmatchcase(key, path) for path in _PATHS) else value
+    return rewritten_task(value, start, rewrite) if path == "task" else rewrite(value)
 
 
 def rewritten_task(value: str, start: Path, rewrite: Callable[[str], str]) -> str:
@@ -130,13 +127,13 @@ def rewritten_task(value: str, start: Path, rewrite: Callable[[str], str]) -> st
     return value if match is None else f"{rewritten(match[1])}{match[2]}"
 
 
-def _reached(key: str, value: str, start: Path, source: str) -> str:
+def _reached(kind: str, key: str, value: str, start: Path, source: str) -> str:
     """A value with its paths rewritten to start at the working directory, or absolute where they lie outside of it."""
 
     def rewrite(name: str) -> str:
         path, other = start / name, Path.cwd() / name
         # A run's folder need not exist, so another folder of that name proves no mistake.
-        meant = any(any(other.glob(sign)) for sign in RUN_SIGNS) if key == "train.output" else _exists(other)
+        meant = any(any(other.glob(sign)) for sign in RUN_SIGNS) if kind == "output" else _exists(other)
         if not _exists(path) and meant:
             raise ConfigError(
                 f"{source}: {key} is {name!r}, which does not exist at {path}, but at {other}. Relative paths in a "
@@ -146,16 +143,13 @@ def _reached(key: str, value: str, start: Path, source: str) -> str:
         full, working_folder = os.path.abspath(path), os.getcwd()
         return os.path.relpath(full, working_folder) if Path(full).is_relative_to(working_folder) else full
 
-    if key in _MODELS:  # a hub id unless the folder exists
+    if kind in _LOOKED_UP:  # a hub id unless the folder exists; a tag of weights is often also the name of a folder
         if not value or value.startswith("~") or os.path.isabs(value):
             return value
-        return rewrite(value) if (start / value).exists() or _is_model(key, Path.cwd() / value) else value
-    return _with_paths_rewritten(key, value, start, rewrite)
-
-
-def _is_model(key: str, path: Path) -> bool:
-    """Whether a name would be read as this path; a tag of weights is often also the name of a folder."""
-    return path.is_file() if key.endswith("pretrained") else path.is_dir()
+        other = Path.cwd() / value
+        is_path = other.is_file() if kind == "weights" else other.is_dir()
+        return rewrite(value) if (start / value).exists() or is_path else value
+    return _with_paths_rewritten(kind, value, start, rewrite)
 
 
 def _exists(path: Path) -> bool:

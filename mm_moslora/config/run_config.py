@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
+from mm_moslora.config.recipe_keys import ENGINE, FREE, NO_NUMBERS, OUTPUT, OWN_LOOP, PATH, ROUNDING, TASK
 from mm_moslora.config.value_checks import at_least, check_adam, check_mixer_rate, require
 from mm_moslora.utils.errors import suggestion
 
@@ -17,7 +18,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class OptimConfig:
     """The optimiser, one learning rate per kind of parameter, linear warm-up."""
 
-    optimizer: OptimizerName = "adamw"
+    optimizer: OptimizerName = field(default="adamw", metadata=OWN_LOOP)
     """adamw_8bit: bitsandbytes, moments in 8 bits. muon: weights of linear layers by Muon, all else by AdamW."""
     lr: float = 2e-4
     """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
@@ -70,7 +71,7 @@ class OptimConfig:
 class TrainConfig:
     """The run."""
 
-    output: str = "runs/run"
+    output: str = field(default="runs/run", metadata=OUTPUT | FREE | NO_NUMBERS)
     """Run folder."""
     epochs: float = 1.0
     """Passes over the training data; ignored when steps is set."""
@@ -78,57 +79,57 @@ class TrainConfig:
     """Optimiser steps; None: computed from epochs."""
     global_batch: int = 16
     """Examples per optimiser step, over all ranks and accumulation."""
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=ROUNDING)
     """Most examples per forward pass and rank."""
-    micro_tokens: int | None = None
+    micro_tokens: int | None = field(default=None, metadata=ROUNDING | OWN_LOOP)
     """Most tokens per forward pass and rank, at least data.max_length (data.pack_tokens of packed rows). A step is cut
     into as many micro-batches as this takes. None: on a GPU as many as surely fit into its memory, by the estimate of
     `plan`; on a CPU any number."""
-    zero: str = "auto"
+    zero: str = field(default="auto", metadata=ENGINE | ROUNDING)
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch.
     auto: zero0 where optim.optimizer is another than adamw; zero1, which reduces gradients once in a step, where
     adapters train and ranks take several micro-batches in a step; else zero2. A resumed run keeps its stage."""
-    sequence_parallel: int = 1
+    sequence_parallel: int = field(default=1, metadata=ROUNDING | OWN_LOOP)
     """Ranks that compute every packed row together, each a part of its tokens (DeepSpeed's Ulysses): for examples too
     long for one GPU. A divisor of the number of ranks and of the attention heads."""
     precision: Precision = "auto"
     """auto: bf16 on hardware with fast bf16, else fp32."""
-    gradient_checkpointing: bool | int = False
+    gradient_checkpointing: bool | int = field(default=False, metadata=ROUNDING)
     """Recompute activations in the language model's backward pass: true in all decoder layers, a number in so many from
     the first."""
-    vision_gradient_checkpointing: bool = False
+    vision_gradient_checkpointing: bool = field(default=False, metadata=OWN_LOOP)
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
-    activation_offload: bool = False
+    activation_offload: bool = field(default=False, metadata=ROUNDING | OWN_LOOP)
     """Keep the inputs of checkpointed layers in pinned main memory until the backward pass: for micro-batches of very
     many tokens. No use on a CPU."""
-    compile: str | None = None
+    compile: str | None = field(default=None, metadata=ROUNDING | OWN_LOOP)
     """Backend of torch.compile for decoder layers (inductor). Of lean layers the operators between the matrix products
     are compiled, of all others the whole layer. None: no compilation. Works with gradient_checkpointing, not with
     ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata=ROUNDING)
     """On a GPU: kernels that always add up in the same order, so that a repeated or resumed run gives the same digits.
     Slower; an operator without such a kernel is an error that names it. CPUs do so anyway."""
-    save_every: int = 0
+    save_every: int = field(default=0, metadata=FREE)
     """Optimiser steps between checkpoints; 0: only the last step is saved."""
-    keep_last: int = 2
+    keep_last: int = field(default=2, metadata=FREE)
     """Checkpoints to keep; older ones are deleted once a newer one is verified. 0 keeps all."""
-    keep_every: int = 0
+    keep_every: int = field(default=0, metadata=FREE)
     """Also keep the checkpoint of every step that is a multiple of this; 0: none."""
-    background_save: bool = True
+    background_save: bool = field(default=True, metadata=FREE)
     """Write checkpoints in the background, from a copy in main memory."""
-    rehearsal: bool = True
+    rehearsal: bool = field(default=True, metadata=FREE | OWN_LOOP)
     """Before the first step: test the engine, run the largest micro-batch, and write a trial checkpoint."""
-    validate_every: int = 0
+    validate_every: int = field(default=0, metadata=FREE)
     """Optimiser steps between validations; 0: only at the end."""
-    log_every: int = 1
+    log_every: int = field(default=1, metadata=FREE)
     """Optimiser steps between metric records."""
     max_skipped_steps: int = 5
     """Stop after this many consecutive steps with a loss or gradient that is not finite."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = field(default=30.0, metadata=FREE)
     """Time limit of a collective operation between ranks, of the first step, and of a save or a validation."""
-    step_timeout_minutes: float = 10.0
+    step_timeout_minutes: float = field(default=10.0, metadata=FREE)
     """Time limit of one optimiser step after the first. At the limit the run ends, and the error names the rank that
     hangs and shows its stacks."""
 
@@ -170,26 +171,26 @@ class TrainConfig:
 class ValidateConfig:
     """Measurements every `train.validate_every` steps, besides the held-out loss."""
 
-    samples: int = 0
+    samples: int = field(default=0, metadata=OWN_LOOP)
     """Number of held-out records (data.validation) for which answers are generated and kept with their images."""
     sample_tokens: int = 64
     """Longest generated answer, tokens."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list, metadata=TASK | OWN_LOOP)
     """Tasks and groups of the evaluation package, as for `mm-moslora eval run`; each task gives metrics named
     `eval/TASK/METRIC`."""
     task_limit: int = 64
     """Documents per task; 0: all."""
-    forgetting: Literal["auto", "always", "never"] = "auto"
+    forgetting: Literal["auto", "always", "never"] = field(default="auto", metadata=OWN_LOOP)
     """Compare the model before the first step and at the end: on `general_text` and on `tasks`. auto: what takes less
     than a tenth of the run, as measured by one batch."""
-    general_text: str | None = None
+    general_text: str | None = field(default=None, metadata=PATH | OWN_LOOP)
     """Text whose log-likelihood shows forgetting: a `.txt` file with empty lines between its documents, or records.
     None: a short English text that comes with the package."""
-    best: str | None = None
+    best: str | None = field(default=None, metadata=OWN_LOOP)
     """Metric that chooses the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
     best_is: Literal["auto", "lowest", "highest"] = "auto"
     """auto: lowest for losses and perplexities, highest for all others."""
-    patience: int = 0
+    patience: int = field(default=0, metadata=OWN_LOOP)
     """Stop after this many consecutive validations without a better `best`; 0: never."""
 
     def __post_init__(self) -> None:
@@ -227,7 +228,7 @@ class TrackConfig:
     """Longer description; None: WANDB_NOTES."""
     tags: list[str] = field(default_factory=list)
     """Short labels for searching; empty: WANDB_TAGS."""
-    mixers_every: int = 0
+    mixers_every: int = field(default=0, metadata=OWN_LOOP)
     """Steps between records of what the adapter learned (`mixer/...`, see docs/subspace_lens.md), besides those at
     `train.save_every` and at the end; 0: only those."""
 

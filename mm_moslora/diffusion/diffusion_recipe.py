@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mm_moslora.config import AdapterConfig, Precision, TrackConfig, YamlRecipe, read_recipe
+from mm_moslora.config.recipe_keys import ANY_METHOD, FREE, MODEL, OUTPUT, PATH, ROUNDING
 from mm_moslora.config.value_checks import at_least, positive, require
 
 DIFFUSION_RECIPES = Path(__file__).with_name("recipes")
@@ -18,13 +19,13 @@ ATTENTION = "attention"  # value of `adapter.targets`: the attention projections
 class PipelineConfig:
     """The pipeline that is tuned."""
 
-    base: str
+    base: str = field(metadata=MODEL)
     """Folder or hub id of a Stable Diffusion 1 or 2, SDXL, Stable Diffusion 3 or Flux pipeline."""
     revision: str | None = None
     """Revision on the hub."""
     variant: str | None = None
     """Suffix of the weight files, such as fp16."""
-    vae: str | None = None
+    vae: str | None = field(default=None, metadata=MODEL)
     """Folder or hub id of another VAE, which runs in the precision of the run. The pipeline's own runs in fp32, since
     SDXL's overflows in fp16."""
 
@@ -33,11 +34,11 @@ class PipelineConfig:
 class DiffusionAdapterConfig(AdapterConfig):
     """The adapter of the denoiser, its UNet or transformer."""
 
-    rank: int = 4
+    rank: int = field(default=4, metadata=ANY_METHOD)
     """r, the size of the mixer."""
-    alpha: float = 4.0
+    alpha: float = field(default=4.0, metadata=ANY_METHOD)
     """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
-    targets: str | list[str] = ATTENTION
+    targets: str | list[str] = field(default=ATTENTION, metadata=ANY_METHOD)
     """attention, all-linear, or names of layers of the denoiser."""
     factor_init: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts. gaussian: standard deviation 1 / rank, as in diffusers' scripts; kaiming: PEFT's default."""
@@ -53,7 +54,7 @@ class PriorConfig:
 
     prompt: str
     """Prompt of the class: a photo of a cat."""
-    pictures: str
+    pictures: str = field(metadata=PATH)
     """Folder of pictures of the class, such as ones that the untuned pipeline drew."""
     weight: float = 1.0
     """Weight of their loss."""
@@ -66,7 +67,7 @@ class PriorConfig:
 class PicturesConfig:
     """The pictures and their prompt."""
 
-    pictures: str
+    pictures: str = field(metadata=PATH)
     """Folder of pictures."""
     prompt: str
     """Prompt of every picture."""
@@ -131,7 +132,7 @@ class DiffusionTrainConfig:
 
     zero: ClassVar[str] = "none"
     """For the run's summary: nothing is sharded."""
-    output: str = "runs/run"
+    output: str = field(default="runs/run", metadata=OUTPUT | FREE)
     """Run folder."""
     steps: int = 500
     """Optimiser steps."""
@@ -141,17 +142,17 @@ class DiffusionTrainConfig:
     """Forward passes per optimiser step."""
     precision: Precision = "auto"
     """auto: bf16 on hardware with fast bf16, else fp32. Adapters keep fp32 weights. fp16 needs a GPU."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=ROUNDING)
     """Recompute activations in the backward pass."""
     seed: int = 0
     """Seeds initialisation, order, crops, noise and timesteps."""
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata=ROUNDING)
     """On a GPU: kernels that always add up in the same order, so that a resumed run gives the same digits."""
-    save_every: int = 0
+    save_every: int = field(default=0, metadata=FREE)
     """Optimiser steps between checkpoints; 0: only the last step is saved."""
-    keep_last: int = 2
+    keep_last: int = field(default=2, metadata=FREE)
     """Checkpoints to keep; 0 keeps all."""
-    log_every: int = 1
+    log_every: int = field(default=1, metadata=FREE)
     """Optimiser steps between metric records."""
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ class DiffusionTrainConfig:
 class DiffusionRecipe(YamlRecipe):
     """The complete configuration of a diffusion run."""
 
-    name: str = "diffusion"
+    name: str = field(default="diffusion", metadata=FREE)
     """Display name."""
     model: PipelineConfig
     adapter: DiffusionAdapterConfig = field(default_factory=DiffusionAdapterConfig)
@@ -173,7 +174,7 @@ class DiffusionRecipe(YamlRecipe):
     loss: DenoisingLossConfig = field(default_factory=DenoisingLossConfig)
     optim: DiffusionOptimConfig = field(default_factory=DiffusionOptimConfig)
     train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
+    track: TrackConfig = field(default_factory=TrackConfig, metadata=FREE)
 
 
 def load_diffusion_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> DiffusionRecipe:

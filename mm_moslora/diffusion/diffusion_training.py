@@ -83,7 +83,7 @@ def find_resume(recipe: DiffusionRecipe, resume: str) -> tuple[Path, Manifest] |
     """The checkpoint to resume from; see `mm_moslora.training.checkpointing.resume_choice.find_resume`."""
 
     def check(checkpoint: Path, manifest: Manifest) -> None:
-        if changed := changed_keys(manifest.recipe, recipe.to_dict()).other_run:
+        if changed := changed_keys(DiffusionRecipe, manifest.recipe, recipe.to_dict()).other_run:
             raise CheckpointError(
                 f"{checkpoint} belongs to another run: {'; '.join(changed[:6])}. Restore this, or choose another "
                 f"train.output. To start from its weights: --adapter.weights {checkpoint}."

@@ -26,7 +26,7 @@ import types
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
@@ -53,7 +53,8 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
 """Half of a surrogate pair, plain or as JSON escapes it; it may be half of a whole pair."""
 
 T = TypeVar("T")
-_type_hints = functools.cache(typing.get_type_hints)
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""Types of the fields of a dataclass."""
 
 
 class StrictJsonError(DataError):
@@ -326,7 +327,7 @@ def build_known(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
 def _known(kind: Any, data: Any) -> Any:
     """The data without the keys that dataclasses do not have."""
     if dataclasses.is_dataclass(kind) and isinstance(data, Mapping):
-        hints = _type_hints(typing.cast(Hashable, kind))
+        hints = type_hints(kind)
         return {key: _known(hints[key], item) for key, item in data.items() if key in hints and item is not None}
     parts = [part for part in typing.get_args(kind) if part not in (type(None), Ellipsis)]
     if len(parts) == 1 and typing.get_origin(kind) in (list, tuple) and isinstance(data, list | tuple):
@@ -373,7 +374,7 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
 def _build_dataclass(kind: type, data: Any, source: str, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: {where or 'the recipe'} is {data!r}, expected a group of keys.")
-    hints = _type_hints(kind)
+    hints = type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:

@@ -251,6 +251,20 @@ def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path, monkeypatch
     assert "rank: 8" in text
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("train", "--train.micro_batch"), ("train.zero", "DeepSpeed preset"), ("data.train.0.path", "webdataset .tar"),
+        ("name", "--objective"),
+    ],
+)  # fmt: skip
+def test_a_key_in_place_of_a_recipe_is_explained(key, shown, capsys):
+    assert run(["config", key]) == 0
+    assert shown in capsys.readouterr().out
+    assert run(["config", f"{key}x"]) == 1
+    assert "neither a file nor a preset" in capsys.readouterr().err
+
+
 def test_a_home_folder_behind_an_equals_sign_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "r.yaml").write_text("model: {language: x}\n")

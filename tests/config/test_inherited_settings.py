@@ -115,10 +115,10 @@ def test_other_values_stay_and_are_remarked_with_both(tmp_path, run, caplog):
         })  # fmt: skip
     assert (recipe.model.image_aspect, recipe.model.vision.image_size) == ("pad", 84)
     assert [source.video_frames for source in recipe.data.train] == [16, 8]
-    assert len(caplog.messages) == 2
-    assert "model.image_aspect is 'pad'" in caplog.messages[0]
-    assert "were trained with 'resize'" in caplog.messages[0]
-    assert "model.vision.image_size is 84" in caplog.messages[1]
+    size, aspect = caplog.messages
+    assert "model.image_aspect is 'pad'" in aspect
+    assert "were trained with 'resize'" in aspect
+    assert "model.vision.image_size is 84" in size
 
 
 def test_a_resolved_recipe_and_weights_of_others_are_read_as_they_stand(tmp_path, run, caplog):

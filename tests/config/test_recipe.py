@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mm_moslora.config import Recipe, load_recipe, override_items, recipe_names
-from mm_moslora.config.recipe import leaves
+from mm_moslora.config.recipe_keys import facts_at, leaves
 from mm_moslora.config.recipe_paths import absolute
 from mm_moslora.config.usual_names import OF_OTHER_TRAINERS
 from mm_moslora.utils.errors import ConfigError
@@ -67,6 +67,24 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
         Recipe.from_dict({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize(
+    ("key", "outcome"),
+    [
+        pytest.param("train.output", "free", id="a key"),
+        pytest.param("track.tags", "free", id="a group"),
+        pytest.param("data.train.0.image_folder", "free", id="a key of an item"),
+        pytest.param("data.validation.0.limit", "free", id="a group of items"),
+        pytest.param("train.zero", "rounding", id="order of sums"),
+        pytest.param("model.vision.feature_cache", "rounding", id="order of sums in a group"),
+        pytest.param("data.train.0.limit", None, id="other records"),
+        pytest.param("adapter.rank_pattern.q_proj", None, id="a mapping"),
+        pytest.param("adapter.gone", None, id="a key that there is not"),
+    ],
+)
+def test_a_key_says_what_another_value_means_to_a_checkpoint(key, outcome):
+    assert facts_at(Recipe, key).get("resume") == outcome
 
 
 def test_numbers_are_read_as_people_write_them():
@@ -297,7 +315,7 @@ def test_the_recipe_of_a_run_is_found_from_everywhere(
 
 def test_a_recipe_with_absolute_paths_may_lie_anywhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    recipe = Recipe.from_dict(absolute(load_recipe("recipe.yaml").to_dict()))
+    recipe = Recipe.from_dict(absolute(Recipe, load_recipe("recipe.yaml").to_dict()))
     (project.parent / "moved.yaml").write_text(recipe.to_yaml())
     monkeypatch.chdir("/")
     again = load_recipe(project.parent / "moved.yaml")

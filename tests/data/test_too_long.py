@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.config import DataConfig
-from mm_moslora.config.recipe import load_recipe
+from mm_moslora.config import DataConfig, load_recipe
 from mm_moslora.data.chat.conversation_encoder import TooLong
 from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError, Where

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mm_moslora.config import load_recipe
-from mm_moslora.config.recipe import leaves
+from mm_moslora.config.recipe_keys import leaves
 from tests.docs.blocks import ROOT
 
 

@@ -251,7 +251,7 @@ def test_keys_that_change_the_computation_are_listed_and_others_are_free():
         "train": {"save_every": 9, "seed": 0},
         "data": {"train": [{"path": "b", "weight": 2}]},
     }
-    changes = changed_keys(before, after)
+    changes = changed_keys(Recipe, before, after)
     assert list(changes.other_run) == ["data.train.0.weight: 1 -> 2", "optim.lr: 0.0001 -> 0.0002"]
 
 
@@ -260,7 +260,7 @@ def test_keys_that_change_the_tokens_or_the_records_belong_to_another_run():
     paper = load_recipe("commonsense_170k")
     old = paper.to_dict()
     del old["data"]["too_long"], old["data"]["train_on"], old["data"]["train"][0]["hold_out"]
-    changes = changed_keys(Recipe.from_dict(old).to_dict(), paper.to_dict())
+    changes = changed_keys(Recipe, Recipe.from_dict(old).to_dict(), paper.to_dict())
     assert list(changes.other_run) == [
         "data.too_long: 'refuse' -> 'truncate'", "data.train.0.hold_out: 0 -> 120", "data.train_on: 'answers' -> 'all'"
     ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.config import ModelConfig
+from mm_moslora.config.recipe_keys import ANY_ADAPTER
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import model_of, recipe_of
 from mm_moslora.models.model_paths import stored_fingerprints
@@ -14,14 +14,6 @@ from mm_moslora.models.processing.llava_processor import plain_template
 from mm_moslora.models.weights_fingerprint import difference
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
-
-_OTHERWISE_FREE: dict[type, frozenset[str]] = {
-    ModelConfig: frozenset({"language_mode", "language_last_n", "attention", "lean_layers", "kernels"}),
-    VisionConfig: frozenset({"mode", "last_n", "feature_cache", "feature_cache_gib"}),
-    ProjectorConfig: frozenset({"weights", "mode", "scale_to_embeddings", "fit_to_answers"}),
-}
-"""Keys of a recipe's `model` that change neither the inputs of a model nor the outputs of its base. Every other key is
-compared, so a new key of the recipe is compared until it is listed here."""
 
 _REVISIONS = {
     "model.language": "model.language_revision", "model.vlm": "model.vlm_revision",
@@ -45,7 +37,10 @@ def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None
 
 def _differing_keys(served: Path, added: Path) -> list[str]:
     """Recipe keys with different values in two checkpoints."""
-    a, b = (_flat("model", recipe_of(folder).model) for folder in (served, added))
+    a, b = (
+        {key: repr(value) for key, value in values.items() if key.startswith("model.")}
+        for values in (recipe_of(folder).values(without=ANY_ADAPTER) for folder in (served, added))
+    )
     hash_a, hash_b = stored_fingerprints(served), stored_fingerprints(added)
     for key in hash_a.keys() & hash_b.keys() & a.keys() & b.keys():
         # Models are compared by content; their paths may differ.
@@ -56,17 +51,6 @@ def _differing_keys(served: Path, added: Path) -> list[str]:
             a[key], b[key] = f"{a[key]} ({first})", f"{b[key]} ({second})"
     keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     return [f"{key} is {a.get(key, 'unset')} in the served model, {b.get(key, 'unset')} here" for key in keys]
-
-
-def _flat(prefix: str, part: Any) -> dict[str, str]:
-    free = _OTHERWISE_FREE[type(part)]
-    settings: dict[str, str] = {}
-    for item in dataclasses.fields(part):
-        value, key = getattr(part, item.name), f"{prefix}.{item.name}"
-        if item.name in free:
-            continue
-        settings |= _flat(key, value) if type(value) in _OTHERWISE_FREE else {key: repr(value)}
-    return settings
 
 
 def _differing_parts(assembly: Parts, added: ModelConfig) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config import Recipe
-from mm_moslora.config.recipe import leaves
+from mm_moslora.config import Recipe, YamlRecipe
+from mm_moslora.config.recipe_keys import facts_at, leaves
 from mm_moslora.models.model_paths import CONTENTS, same_parts
 from mm_moslora.models.precision import resolve_precision
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, read_manifest
@@ -21,32 +20,6 @@ from mm_moslora.utils.errors import CheckpointError, ConfigError
 from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
 
 logger = logging.getLogger(__name__)
-
-# Recipe keys that may change on resume without changing the computation.
-_FREE_KEYS = (
-    "name", "track", "validate", "data.validation", "data.workers",
-    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest holds a fingerprint of the data
-    *(f"train.{key}" for key in (
-        "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
-        "step_timeout_minutes", "rehearsal", "background_save",
-    )),
-)  # fmt: skip
-# Keys that change the order of summation only: losses after a resume agree to rounding.
-_ROUNDING_KEYS = (
-    "train.zero",
-    "train.micro_batch",
-    "train.micro_tokens",
-    "train.gradient_checkpointing",
-    "train.activation_offload",
-    "train.sequence_parallel",
-    "train.compile",
-    "train.deterministic",
-    "model.attention",
-    "model.lean_layers",
-    "model.kernels",
-    "model.vision.feature_cache",
-    "model.vision.feature_cache_gib",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +32,16 @@ class Changes:
     """Keys that change the order of summation only."""
 
 
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
-    """Compare two resolved recipes; `moved` are path keys that lead to the same contents."""
+def changed_keys(
+    kind: type[YamlRecipe], before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Collection[str] = ()
+) -> Changes:
+    """Compare two resolved recipes of a kind; `moved` are path keys that lead to the same contents."""
     old, new = leaves(before), leaves(after)
-    changed = {
-        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_below(key, (*_FREE_KEYS, *moved))
-    }
-    return Changes(
-        other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),
-        rounding=tuple(text for key, text in changed.items() if _is_below(key, _ROUNDING_KEYS)),
-    )
-
-
-def _is_below(key: str, prefixes: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
+    changed: dict[str, list[str]] = {"": [], "rounding": [], "free": []}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key not in moved:
+            changed[facts_at(kind, key).get("resume", "")].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return Changes(other_run=tuple(changed[""]), rounding=tuple(changed["rounding"]))
 
 
 def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
@@ -137,9 +104,9 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 
 
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
-    same = [*same_parts(recipe.model, manifest.base.get(CONTENTS, {}))]
+    same = same_parts(recipe.model, manifest.base.get(CONTENTS, {}))
     recipe = continued(recipe, manifest)
-    return changed_keys(filled_recipe(manifest.recipe), recipe.to_dict(), moved=same)
+    return changed_keys(Recipe, filled_recipe(manifest.recipe), recipe.to_dict(), moved=same)
 
 
 def continued(recipe: Recipe, manifest: Manifest) -> Recipe:

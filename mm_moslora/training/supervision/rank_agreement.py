@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config.recipe import YamlRecipe, leaves
+from mm_moslora.config import YamlRecipe
+from mm_moslora.config.recipe_keys import leaves
 from mm_moslora.config.recipe_paths import may_differ_by_host
 from mm_moslora.launch.imported_code import import_marks
 from mm_moslora.utils import distributed
@@ -42,7 +43,8 @@ def software() -> dict[str, str]:
 
 def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
     """The values of a recipe by key, without paths, which may differ by host, and with an engine's file's content."""
-    facts = {key: value for key, value in leaves(recipe.to_dict()).items() if not may_differ_by_host(key, value)}
+    every, kind = leaves(recipe.to_dict()), type(recipe)
+    facts = {key: value for key, value in every.items() if not may_differ_by_host(kind, key, value)}
     if str(zero := facts.get("train.zero", "")).endswith(".json"):
         try:
             facts |= leaves(read_json(Path(zero).expanduser(), linked=True), "train.zero.") | {"train.zero": "a file"}
