@@ -20,10 +20,11 @@ from mm_moslora_eval.protocol.model_interface import Message, Request
 from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.judging.answer_graders import WORDING
-from mm_moslora_eval.run.submissions import DEFAULT_FORM, write_submission
-from mm_moslora_eval.scoring import task_rules
+from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
+from mm_moslora_eval.scoring.submission_forms import form_of_task
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files import task_rules
 
 from mm_moslora.utils.errors import EvalError
 from tests.eval.protocol_runs import Runs
@@ -38,7 +39,7 @@ def runs(tmp_path: Path) -> Runs:
 
 def test_hidden_answers_are_exported_as_their_server_reads_them() -> None:
     hidden = {name for name in all_tasks() if name.startswith("mmbench_") and "_test" in name}
-    assert {DEFAULT_FORM[get_task(name).name] for name in hidden} == {"mmbench"}
+    assert {form_of_task(get_task(name).name) for name in hidden} == {"mmbench"}
     assert len(hidden) >= 4
 
 

@@ -144,7 +144,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "os.open": "cli_app files untrusted_files",
     "pyarrow": "hf_tables source_images",
     "tarfile": "debian_packages webdataset_tars",
-    "zipfile": "asset_cache scripts stored_answers submissions",
+    "zipfile": "asset_cache scripts stored_answers submission_forms",
     "zstandard": "debian_packages",
     # Files to be written: temporary ones, those in a folder just made, streams; and those to be taken away
     ".rename": "files",

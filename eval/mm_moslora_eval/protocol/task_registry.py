@@ -14,9 +14,9 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
 from mm_moslora_eval.scoring.named_parts import KINDS, part_text
-from mm_moslora_eval.scoring.task_rules import folder_of
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.task_files import TASKS
+from mm_moslora_eval.task_files.task_rules import folder_of
 
 _TASK_FILES = (".yaml", ".yml")
 

@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from mm_moslora.launch.imported_code import foreign_code, origin_of
 from mm_moslora.utils.errors import ConfigError, EvalError, suggestion
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_object, read_value
-from mm_moslora_eval.scoring.task_rules import all_rules, rule
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files.task_rules import all_rules, rule
 
 Extractor = Callable[[str, Document], str]
 Metric = Callable[[str, Document], float]

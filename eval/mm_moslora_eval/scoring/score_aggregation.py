@@ -17,8 +17,8 @@ from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts
 from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
-from mm_moslora_eval.scoring.task_rules import rule
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files.task_rules import rule
 
 
 def mean(samples: Samples) -> Summed:

@@ -7,4 +7,4 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 TASKS = _HERE if any(_HERE.glob("*/*.yaml")) else _HERE.parents[1] / "tasks"
-__path__ = [str(TASKS)]
+__path__ = list(dict.fromkeys([str(_HERE), str(TASKS)]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from mm_moslora_eval.scoring.estimates import Ratio
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts, Grade, JudgeRule
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed
+from mm_moslora_eval.scoring.submission_forms import Submission, llava_lines
 from mm_moslora_eval.sources.document import Document
 
 UNPARSED = (-1.0, -1.0)
@@ -126,3 +127,5 @@ def _ratings_lmms_eval(reply: str) -> tuple[float, float] | None:
 GRADERS = {"llavabench_judge": _grader(_ratings), "llavabench_judge_lmms_eval": _grader(_ratings_lmms_eval)}
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"llavabench": llavabench}
 FACTS = {"llavabench": AggregationFacts(beyond_1=True)}
+SUBMISSIONS = {"llavabench": Submission(write=llava_lines, suffix="jsonl")}
+"""LLaVA's answer JSONL, which its script judges."""

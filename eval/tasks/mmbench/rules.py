@@ -5,6 +5,7 @@ from __future__ import annotations
 from mm_moslora_eval.metrics.multiple_choice import API_FAILURE, Options, lmms_eval, option_text
 from mm_moslora_eval.scoring.named_parts import Extractor
 from mm_moslora_eval.scoring.rule_forms import of_options
+from mm_moslora_eval.scoring.submission_forms import Submission, workbook
 
 _AFFIXED = ["X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X)."]
 """Forms of a letter with signs around it, in the order in which they are tried."""
@@ -36,3 +37,5 @@ def _affixed_letter(text: str) -> str:
 
 
 EXTRACTORS: dict[str, Extractor] = {"mmbench_lmms_eval": of_options(lmms_eval_mmbench)}
+SUBMISSIONS = {"mmbench": Submission(write=workbook, suffix="xlsx")}
+"""The workbook of its server."""

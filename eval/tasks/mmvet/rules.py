@@ -9,6 +9,7 @@ from mm_moslora_eval.metrics.metric_text import plain_number
 from mm_moslora_eval.scoring.estimates import mean_of
 from mm_moslora_eval.scoring.rule_forms import Grade, JudgeRule
 from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Summed
+from mm_moslora_eval.scoring.submission_forms import Submission, as_json
 from mm_moslora_eval.sources.document import Document
 
 MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -121,3 +122,9 @@ GRADERS = {
     "mmvet_judge_lmms_eval": _grader(mmvet_grade_lmms_eval),
 }
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"mmvet": mmvet, "mmvet_vlmevalkit": mmvet_vlmevalkit}
+SUBMISSIONS = {
+    "mmvet": Submission(
+        write=lambda rows: as_json({f"v1_{row['id'].removeprefix('v1_')}": row["text"] for row in rows})
+    )
+}
+"""The JSON of its server."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_moslora_eval.metrics.vqa_accuracy import CONTRACTIONS, accuracy, one_line, punctuation_official, words
+from mm_moslora_eval.metrics.vqa_accuracy import (
+    CONTRACTIONS,
+    accuracy,
+    normalize_evalai,
+    one_line,
+    punctuation_official,
+    words,
+)
 from mm_moslora_eval.scoring.named_parts import Metric
 from mm_moslora_eval.scoring.rule_forms import all_of
+from mm_moslora_eval.scoring.submission_forms import Submission, as_json, image_name
 
 # VizWiz writes most contractions with a backtick, but these with an apostrophe.
 _APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
@@ -27,3 +35,11 @@ def vizwiz_official(text: str, references: Sequence[str]) -> float:
 
 
 METRICS: dict[str, Metric] = {"vizwiz_official": all_of(vizwiz_official)}
+SUBMISSIONS = {
+    "vizwiz": Submission(
+        write=lambda rows: as_json(
+            [{"image": image_name(row), "answer": normalize_evalai(row["text"])} for row in rows]
+        )
+    )
+}
+"""The JSON of its server."""

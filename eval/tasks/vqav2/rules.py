@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_moslora_eval.metrics.vqa_accuracy import accuracy, normalize_official, punctuation_official
+from mm_moslora_eval.metrics.vqa_accuracy import accuracy, normalize_evalai, normalize_official, punctuation_official
 from mm_moslora_eval.scoring.named_parts import Metric
 from mm_moslora_eval.scoring.rule_forms import all_of
+from mm_moslora_eval.scoring.submission_forms import Submission, as_json, number
 
 
 def vqav2_official(text: str, references: Sequence[str]) -> float:
@@ -20,3 +21,11 @@ def vqav2_lmms_eval(text: str, references: Sequence[str]) -> float:
 
 
 METRICS: dict[str, Metric] = {"vqav2_official": all_of(vqav2_official), "vqav2_lmms_eval": all_of(vqav2_lmms_eval)}
+SUBMISSIONS = {
+    "vqav2": Submission(  # LLaVA uploads normalised answers
+        write=lambda rows: as_json(
+            [{"question_id": number(row["id"]), "answer": normalize_evalai(row["text"])} for row in rows]
+        )
+    )
+}
+"""The JSON of its server."""

@@ -22,8 +22,9 @@ from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
 from mm_moslora_eval.run.judging.llm_judge import THINKING_TOKENS, Judge
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.submissions import FORMS, write_submission
+from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.scoring.submission_forms import submission_forms
 from mm_moslora_eval.sources.document import digest
 
 from mm_moslora.utils.errors import ConfigError, EvalError
@@ -192,7 +193,7 @@ def answered(write_tsv: Writer, tmp_path: Path, encoded: str) -> Path:
     return tmp_path / "run" / "bench@own" / "own"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", submission_forms())
 def test_every_form_holds_every_document(form: str, answered: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert write_submission(answered, out, form=form) == 1
@@ -206,7 +207,7 @@ def test_every_form_holds_every_document(form: str, answered: Path, tmp_path: Pa
         assert json.loads(data) == {f"v1_{name}": text for name, text in texts.items()}
     elif form == "vizwiz":
         assert [row["answer"] for row in json.loads(data)] == list(texts.values())
-    elif form == "llava":
+    elif form in ("llava", "llavabench"):
         rows = [json.loads(text) for text in data.decode().split("\n")[:-1]]
         assert [row["text"] for row in rows] == list(texts.values())
         assert rows[0].keys() == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}

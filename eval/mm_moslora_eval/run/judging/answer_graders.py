@@ -14,8 +14,8 @@ from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.scoring.rule_forms import FINAL_ANSWER, Grade, JudgeRule
-from mm_moslora_eval.scoring.task_rules import rule
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files.task_rules import rule
 
 WORDING = "mm_moslora 2"
 """Name in result files of the prompts in `rules.py`, which are this project's own in every protocol."""
