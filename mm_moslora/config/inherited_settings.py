@@ -1,7 +1,8 @@
 """What a run was trained with is taken over by a recipe that starts from its weights.
 
-`adapter.weights` and `model.projector.weights` may name a run. Its pictures, and for an adapter its prompts, are then
-those of the new run, unless the recipe names other values, which is remarked. A run so knows what its start has seen.
+`adapter.weights` and `model.projector.weights` may name a run, `adapter.weights` and `model.vlm` an export. Its
+pictures, and for an adapter its prompts, are then those of the new run, unless the recipe names other values, which is
+remarked. A run so knows what its start has seen.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.config.recipe_keys import keys_with
 from mm_moslora.config.recipe_paths import from_working_folder
-from mm_moslora.utils.run_paths import MANIFEST, PROJECTOR, checkpoints, projector_file
-from mm_moslora.utils.untrusted_data import parse_yaml
+from mm_moslora.utils.run_paths import MANIFEST, PREPROCESSING, PROJECTOR, checkpoints, projector_file
+from mm_moslora.utils.untrusted_data import parse_json, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text_below
+
+_BESIDE_FILES = ["thinking", "boxes"]
+"""Keys of `model` that an export's own tokenizer and processor do not say."""
 
 
 def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -49,6 +53,12 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(projector, dict) and (checkpoint := _trained_in(projector.get("weights"), output)) is not None:
         stored = _recipe_in(checkpoint)
         _take_over(model, stored.get("model"), _keys_of(model, "pictures"), "model.", remarks, checkpoint)
+    for folder in (adapter.get("weights"), model.get("vlm"), model.get("language")):
+        if isinstance(folder, str) and (settings := _settings_in(Path(folder).expanduser())):
+            _take_over(model, settings, _BESIDE_FILES, "model.", remarks, Path(folder))
+            named = keys_with(SourceConfig, "inherit", "videos")
+            videos = [{key: value} for key in named for value in settings.get(key, ())]
+            _take_over_videos(changed, {"data": {"train": videos}})
     return changed, list(dict.fromkeys(remarks))
 
 
@@ -92,6 +102,15 @@ def _recipe_in(checkpoint: Path) -> dict[str, Any]:
         of_base = {"model": base, "train": data.get("train")}  # whose output says where relative paths start
         data["model"] = model | from_working_folder(Recipe, of_base, checkpoint, source=source)["model"]
     return data
+
+
+def _settings_in(export: Path) -> dict[str, Any]:
+    """The named settings that an export was trained with; empty for a run, and where nothing is known of it."""
+    if (export / MANIFEST).is_file() or (text := read_text_below(export, PREPROCESSING)) is None:
+        return {}
+    stored = parse_json(text)
+    settings = stored.get("settings") if isinstance(stored, Mapping) else None
+    return {key: value for key, value in (settings or {}).items() if value is not None}
 
 
 def _take_over(
