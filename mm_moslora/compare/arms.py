@@ -22,7 +22,6 @@ from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.config.recipe_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import adapter_config
-from mm_moslora.training.preflight import check_mixer_factor
 from mm_moslora.utils.errors import AdapterError, ConfigError, MoSLoRAError, reason_of, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
@@ -129,9 +128,8 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if same := next((o for o in ways[:number] if o.slug == way.slug or o.changes == way.changes), None):
             also = "" if same.name == way.name else f", once as {same.name!r}"
             raise ConfigError(f"Arm {way.name!r} is given twice{also}. Name every arm once.")
-        applied = way.apply(recipe)
         try:
-            check_mixer_factor(applied)
+            applied = way.apply(recipe)
             if applied.model.language_mode == "adapter":
                 adapter_config(applied.adapter)
         except MoSLoRAError as error:

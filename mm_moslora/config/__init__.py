@@ -14,8 +14,6 @@ from mm_moslora.config.model_config import (
     ProjectorConfig,
     Thinking,
     VisionConfig,
-    refuse_all_frozen,
-    refuse_without_effect,
 )
 from mm_moslora.config.needed_packages import Need, needs, refuse_lacking
 from mm_moslora.config.preference_config import GrpoConfig, KtoConfig, Objective, PreferenceConfig
@@ -28,5 +26,5 @@ __all__ = [
     "KtoConfig", "Mode", "ModelConfig", "Need", "Objective", "OptimConfig", "Precision", "PreferenceConfig",
     "ProjectorConfig", "Recipe", "SourceConfig", "Thinking", "TrackConfig", "TrainConfig", "ValidateConfig",
     "VisionConfig", "YamlRecipe", "load_recipe", "needs", "override_items", "read_recipe", "recipe_names",
-    "refuse_all_frozen", "refuse_lacking", "refuse_without_effect", "require_sft",
+    "refuse_lacking", "require_sft",
 ]  # fmt: skip

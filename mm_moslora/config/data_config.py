@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from mm_moslora.config.recipe_keys import FREE, OF_DPO, OWN_LOOP, PATH, VIDEOS
-from mm_moslora.config.value_checks import at_least, require
+from mm_moslora.config.recipe_keys import FREE, OF_DPO, OWN_LOOP, PATH, VIDEOS, at_least, require
 
 MAX_VIDEO_FRAMES = 8192
 """Most frames that are shown of one video."""

@@ -18,11 +18,11 @@ from mm_moslora.config.recipe_keys import (
     PROMPTS,
     ROUNDING,
     WEIGHTS,
+    at_least,
     changed_keys,
     keys_with,
+    require,
 )
-from mm_moslora.config.value_checks import at_least, require
-from mm_moslora.utils.errors import ConfigError, ModelError
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Thinking = Literal["auto", "always", "never", "mask"]
@@ -179,6 +179,13 @@ class ModelConfig:
     dropout alone."""
 
     def __post_init__(self) -> None:
+        idle = [key for key, facts in changed_keys(self, "model.") if self.vlm and facts.get("model") == "assembled"]
+        require(
+            not idle,
+            f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} set, but model.vlm names a ready-made model, which "
+            "has its own parts, so the setting would have no effect. Leave it out, or assemble a model "
+            "(model.language).",
+        )
         require(
             (self.language is None) != (self.vlm is None),
             f"model: language is {self.language!r} and vlm is {self.vlm!r}; name exactly one of them: a language model "
@@ -231,37 +238,15 @@ class ModelConfig:
         )
 
     @property
-    def without_effect(self) -> list[str]:
-        """Keys that are set but apply only to an assembled model."""
-        if self.vlm is None:
-            return []
-        return [key for key, facts in changed_keys(self, "model.") if ASSEMBLED.items() <= facts.items()]
+    def has_adapters(self) -> bool:
+        """Whether a part of it is adapted."""
+        return self.language_mode == "adapter" or (self.vision is not None and self.vision.mode == "adapter")
 
     @property
     def projector_trains(self) -> bool:
         """Whether a projector trains; `auto` trains that of an assembled model."""
         has_images = self.vlm is not None or self.vision is not None
         return has_images and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
-
-
-def refuse_without_effect(config: ModelConfig) -> None:
-    """Refuse keys of an assembled model where a ready-made model is named; called before a run or a plan."""
-    if unused := config.without_effect:
-        raise ModelError(
-            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
-            "which has its own parts, so the setting would have no effect. Leave it out, or assemble a model "
-            "(model.language)."
-        )
-
-
-def refuse_all_frozen(config: ModelConfig) -> None:
-    """Refuse a model without any trainable part; called before a run."""
-    vision = config.vision is not None and config.vision.mode != "frozen"
-    if config.language_mode == "frozen" and not vision and not config.projector_trains:
-        raise ConfigError(
-            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
-            "Set model.language_mode, model.vision.mode or model.projector.mode."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.recipe import Recipe
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.package_requirements import install_command, is_installed
 

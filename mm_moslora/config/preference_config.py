@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.config.value_checks import positive, require
+from mm_moslora.config.recipe_keys import positive, require
 from mm_moslora.utils.errors import suggestion
 
 Objective = Literal["sft", "dpo", "kto", "grpo"]

@@ -12,12 +12,20 @@ import yaml
 
 from mm_moslora.config.data_config import DataConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
 from mm_moslora.config.preference_config import TRAINERS, GrpoConfig, KtoConfig, Objective, PreferenceConfig
-from mm_moslora.config.recipe_keys import FREE, NO_NUMBERS, Facts, changed_keys, facts_at, kind_at, leaves, plain
-from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
+from mm_moslora.config.recipe_keys import (
+    FREE,
+    NO_NUMBERS,
+    Facts,
+    changed_keys,
+    facts_at,
+    kind_at,
+    leaves,
+    plain,
+    require,
+)
+from mm_moslora.config.run_config import OPTIMIZERS, OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.config.usual_names import OF_OTHER_TRAINERS
-from mm_moslora.config.value_checks import require
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import build_strictly, parse_yaml
 
@@ -90,6 +98,19 @@ class Recipe(YamlRecipe):
             )
         if self.objective != "sft":
             _refuse_unfit(self)
+        model, adapter = self.model, self.adapter
+        vision_trains = model.vision is not None and model.vision.mode != "frozen"
+        require(
+            model.language_mode != "frozen" or vision_trains or model.projector_trains,
+            "Nothing would train: the language model, the vision encoder and the projector are all frozen. Set "
+            "model.language_mode, model.vision.mode or model.projector.mode.",
+        )
+        mixers = model.has_adapters and not adapter.peft and adapter.factor_form != "mixed" and adapter.mixer_trainable
+        require(
+            self.optim.mixer_factor == 1 or mixers,
+            f"optim.mixer_factor is {self.optim.mixer_factor:g}, which is of the mixers, and none trains. Leave it "
+            "out, or set adapter.mixer_trainable.",
+        )
         require(
             self.train.compile is None or self.model.kernels not in ("triton", "liger"),
             f"model.kernels is {self.model.kernels!r} and train.compile is {self.train.compile!r}: both would run "

@@ -1,4 +1,4 @@
-"""Facts of recipe keys, which stand at the keys as metadata of their fields, and the ways through a recipe by key.
+"""Facts of recipe keys, which stand at the keys as metadata of their fields, ways through a recipe, checks of values.
 
     workers: int | None = field(default=None, metadata=FREE)
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
+from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import type_hints
 
 Facts = dict[str, str]
@@ -133,3 +135,19 @@ def leaves(data: Any, prefix: str = "") -> dict[str, Any]:
     items = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
     below = {key: leaf for name, item in items for key, leaf in leaves(item, f"{prefix}{name}.").items()}
     return below or {prefix.rstrip("."): data}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def at_least(name: str, value: float, minimum: float) -> None:
+    """Raise `ConfigError` unless the value of the named key is at least the minimum."""
+    require(value >= minimum, f"{name} is {value}, expected at least {minimum}.")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise `ConfigError` unless the value of the named key is more than 0, and finite."""
+    require(value > 0 and math.isfinite(value), f"{name} is {value}, expected more than 0, and finite.")

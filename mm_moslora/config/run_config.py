@@ -6,11 +6,49 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
-from mm_moslora.config.recipe_keys import ENGINE, FREE, NO_NUMBERS, OUTPUT, OWN_LOOP, PATH, ROUNDING, TASK
-from mm_moslora.config.value_checks import at_least, check_adam, check_mixer_rate, require
+from mm_moslora.config.recipe_keys import (
+    ENGINE,
+    FREE,
+    NO_NUMBERS,
+    OUTPUT,
+    OWN_LOOP,
+    PATH,
+    ROUNDING,
+    TASK,
+    at_least,
+    require,
+)
 from mm_moslora.utils.errors import suggestion
 
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+
+_BLOCKS = 2 * 4 / 256
+"""Bytes of the largest value of every block, of two states: a block has 256 values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerTraits:
+    """What is known of an optimiser without importing it."""
+
+    state_bytes: float
+    """Of its state, per trained value; masters are not counted."""
+    package: str = ""
+    """Distribution that has it, and its name for imports; empty: torch."""
+    whole_because: str = ""
+    """Why it cannot step the flat parts of parameters that ZeRO-1 to 3 give a rank; empty: it can."""
+
+
+OPTIMIZERS: dict[str, OptimizerTraits] = {
+    "adamw": OptimizerTraits(state_bytes=8),
+    "adamw_8bit": OptimizerTraits(
+        state_bytes=2 + _BLOCKS, package="bitsandbytes",
+        whole_because="its blocks are of whole parameters, so that any number of ranks reads a checkpoint",
+    ),
+    "muon": OptimizerTraits(
+        state_bytes=4, whole_because="it orthogonalises whole matrices",
+    ),
+}  # fmt: skip
+"""`optim.optimizer`; the names are those of transformers' `optim`, where it has one."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -56,7 +94,10 @@ class OptimConfig:
             require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
         for name in ("weight_decay", "mixer_weight_decay", "warmup", "max_grad_norm"):
             at_least(f"optim.{name}", getattr(self, name), 0)
-        check_adam(self.betas, self.eps)
+        require(self.eps > 0, f"optim.eps is {self.eps}, expected more than 0.")
+        require(
+            all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}, expected two numbers from 0 to 1."
+        )
         require(
             self.optimizer in OPTIMIZERS,
             f"optim.optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}."
@@ -64,7 +105,13 @@ class OptimConfig:
         )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
-        check_mixer_rate(self.mixer_lr, self.mixer_factor)
+        factor = self.mixer_factor
+        require(0 < factor < math.inf, f"optim.mixer_factor is {factor}, expected a finite number of more than 0.")
+        require(
+            self.mixer_lr is None or factor == 1,
+            f"optim.mixer_lr {self.mixer_lr} and optim.mixer_factor {factor:g} both set the rate of the mixers. Set "
+            "one.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

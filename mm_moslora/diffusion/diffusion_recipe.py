@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mm_moslora.config import AdapterConfig, Precision, TrackConfig, YamlRecipe, read_recipe
-from mm_moslora.config.recipe_keys import ANY_METHOD, FREE, MODEL, OUTPUT, PATH, ROUNDING
-from mm_moslora.config.value_checks import at_least, positive, require
+from mm_moslora.config.recipe_keys import ANY_METHOD, FREE, MODEL, OUTPUT, PATH, ROUNDING, at_least, positive, require
 
 DIFFUSION_RECIPES = Path(__file__).with_name("recipes")
 ATTENTION = "attention"  # value of `adapter.targets`: the attention projections, as in diffusers' own scripts

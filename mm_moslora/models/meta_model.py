@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.batch import ProcessedImage
-from mm_moslora.config import AdapterConfig, ModelConfig, refuse_all_frozen, refuse_without_effect
+from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.assembly import load_parts
@@ -107,11 +107,8 @@ def build_meta_model(
     """Build a recipe's model on the meta device, adapters and what trains included.
 
     Raises:
-        ModelError: a configuration cannot be read, or is of a kind that cannot be built without its weights; see also
-            `refuse_without_effect`.
+        ModelError: a configuration cannot be read, or is of a kind that cannot be built without its weights.
     """
-    refuse_without_effect(config)
-    refuse_all_frozen(config)
     try:
         return _built(config, adapter, dtype=dtype, picture=picture)
     except (MoSLoRAError, OSError):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.training.deepspeed_presets import ZeroSettings

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.tree import is_adapter_parameter
 from mm_moslora.config import OptimConfig
-from mm_moslora.config.value_checks import check_mixers_train
 from mm_moslora.models.vlm import part_of
 from mm_moslora.utils.errors import ConfigError
 
@@ -70,7 +69,6 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
             f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
             "Leave it out."
         )
-    check_mixers_train(config.mixer_factor, train=any("lora_mixer" in name for name in adapters))
     return [
         ParameterGroup(
             name=label, peak_lr=lr, weight_decay=decay, matrices=matrices,

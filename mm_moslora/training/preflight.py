@@ -17,14 +17,11 @@ from mm_moslora.config import (
     DataConfig,
     ModelConfig,
     Recipe,
-    refuse_all_frozen,
     refuse_lacking,
-    refuse_without_effect,
     usual_names,
 )
 from mm_moslora.config.llava_chat_templates import require_template
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
-from mm_moslora.config.value_checks import check_mixers_train
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.data.chat.record_keys import READ, READ_OF_OBJECTIVE
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.launch.imported_code import import_words
@@ -84,7 +81,7 @@ def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[
 
     return {
         "run folder": folder,
-        "deepspeed file": lambda: check_zero(recipe),
+        "deepspeed file": lambda: _check_file(recipe.train.zero),
         "packages": lambda: refuse_lacking(recipe),
         "data": lambda: check_data(recipe.data),
         "caches": lambda: _check_caches(recipe),
@@ -92,23 +89,18 @@ def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[
     }
 
 
+def _check_file(zero: str) -> None:
+    if zero.endswith(".json"):
+        read_preset(zero)
+
+
 def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> None:
     """Refuse a recipe that cannot run on any machine, as far as this can be decided without its files."""
     check_names(recipe)
-    refuse_without_effect(recipe.model)
-    refuse_all_frozen(recipe.model)
-    check_mixer_factor(recipe)
     own = Path(recipe.train.zero)
     if own.suffix != ".json" or own.is_file():
         check_zero(recipe)
     _check_measuring(recipe, tasks)
-
-
-def check_mixer_factor(recipe: Recipe) -> None:
-    """Refuse a rate of the mixers where none trains: the recipe has no mixer, or a frozen one."""
-    adapter = recipe.adapter
-    mixers = _has_adapters(recipe.model) and not adapter.peft and adapter.factor_form != "mixed"
-    check_mixers_train(recipe.optim.mixer_factor, train=mixers and adapter.mixer_trainable)
 
 
 def check_names(recipe: Recipe) -> None:
@@ -308,16 +300,12 @@ def _check_parts(model: ModelConfig, adapter: AdapterConfig) -> None:
             require_model(f"model.vision.{key}", name)
     if model.vision is not None and model.projector.weights:
         require_projector(model.projector.weights)
-    if adapter.weights and _has_adapters(model) and not is_adapter(adapter.weights):
+    if adapter.weights and model.has_adapters and not is_adapter(adapter.weights):
         adapter_folder(adapter.weights)  # may raise a more specific error
         raise AdapterError(
             f"adapter.weights is {adapter.weights!r}, which holds no adapter. Give a run folder, a checkpoint or an "
             "adapter folder."
         )
-
-
-def _has_adapters(model: ModelConfig) -> bool:
-    return model.language_mode == "adapter" or (model.vision is not None and model.vision.mode == "adapter")
 
 
 def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
@@ -342,7 +330,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     if model.vision is not None and model.language is not None:
         for name in (model.vision.name, model.vision.fuse_with):
             require_named(name)
-    if _has_adapters(model):
+    if model.has_adapters:
         adapter_config(recipe.adapter)
         if fresh and recipe.adapter.weights:
             start_folder(recipe.adapter)

@@ -22,7 +22,7 @@ from mm_moslora.config import (
     TrainConfig,
     VisionConfig,
 )
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")

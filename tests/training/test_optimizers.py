@@ -19,7 +19,7 @@ from mm_moslora.adapters import MoSLoRAConfig, add_moslora
 from mm_moslora.cli import run as command
 from mm_moslora.config import OptimConfig, Recipe, SourceConfig
 from mm_moslora.config.needed_packages import refuse_lacking
-from mm_moslora.config.optimizer_traits import OPTIMIZERS, OptimizerName
+from mm_moslora.config.run_config import OPTIMIZERS, OptimizerName
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.projectors.resamplers import PerceiverProjector
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder

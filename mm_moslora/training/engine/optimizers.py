@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import ConfigError, reason_of
 

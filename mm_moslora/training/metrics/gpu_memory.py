@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 
-from mm_moslora.config.optimizer_traits import OPTIMIZERS
+from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.metrics.activation_memory import ActivationMemory
