@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
@@ -25,14 +25,13 @@ from mm_moslora.cli import (
     init_verb,
     launch_verbs,
     plan_verb,
-    report_verbs,
     serve_verbs,
 )
 from mm_moslora.cli.data_verbs import data_app
 from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.evaluation.eval_app import eval_app
 from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import RECIPES_FOLDER, Recipe, load_recipe, override_items
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.imported_code import imported, without_imports
@@ -73,15 +72,13 @@ app.command(eval_app)
 app.command(diffusion_app)
 for _verb in (
     serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
-    report_verbs.report, export_verbs.export, export_verbs.merge, doctor_verb.doctor,
+    export_verbs.export, doctor_verb.doctor,
     compare_verb.compare, plan_verb.plan,
 ):  # fmt: skip
     app.command(_verb)
 app.command(export_verbs.import_model, name="import")
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
-
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
 
 def main() -> None:
@@ -284,6 +281,29 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
         explained.
     """
     return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER, kind=Recipe)
+
+
+@app.command
+def report(run: Path, *, output: Path | None = None) -> int:
+    """Write one self-contained HTML page of a training run or of an evaluation.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    output
+        HTML file; default: report.html in the run folder.
+    """
+    output = output or run / "report.html"
+    if (run / "results.json").is_file() and not (run / "metrics.jsonl").exists():
+        from mm_moslora_eval.report.evaluation_page import write_report
+
+        print(write_report(run, output))
+        return 0
+    from mm_moslora.reporting import build_report
+
+    print(build_report(run, output))
+    return 0
 
 
 @app.command

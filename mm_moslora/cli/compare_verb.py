@@ -5,20 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
-
-from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import refuse_two_engines
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redacted_command
 
 if TYPE_CHECKING:
     from mm_moslora.compare.comparison_run import ArmComparison
-
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
 
 
 def compare(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 data_app = App(name="data", help="Look at training data before the run.")
 
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --data.max_length 1024")]
 Processes = Annotated[int | None, Parameter(help="Processes that share the work; default: one per processor.")]
 Records = Annotated[int, Parameter(help="Of a stream without an end, look at its first records, so many.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout.")]

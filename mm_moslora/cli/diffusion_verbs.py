@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import override_items
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mm_moslora.training.supervision.stop_signals import StopRequest
 
 diffusion_app = App(name="diffusion", help="Tune diffusion models: SD 1 and 2, SDXL, SD3, Flux.")
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
 
 @diffusion_app.command

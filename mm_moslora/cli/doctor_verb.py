@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from mm_moslora.cli.launch_verbs import refuse_early
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.planning.doctor import Diagnosis
-
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
 
 def doctor(

@@ -1,12 +1,11 @@
-"""The verbs that convert models: `export`, `merge` and `import`."""
+"""The verbs that convert models: `export` and `import`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from mm_moslora.cli.evaluation.eval_options import OtherPreprocessing
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
 from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.folder_marks import refuse_full_folder
@@ -15,36 +14,6 @@ from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 Dtype = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "gguf"]
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
-
-
-def merge(
-    model: Path,
-    output: Path,
-    *,
-    dtype: Dtype = "fp32",
-    base: str | None = None,
-    licence: str | None = None,
-    other_preprocessing: OtherPreprocessing = False,
-) -> int:
-    """Merge the adapter into the base and write one Hugging Face folder; prints the largest change of the logits.
-
-    Parameters
-    ----------
-    model
-        A run, a checkpoint, or an adapter folder of any trainer.
-    output
-        New folder.
-    dtype
-        Dtype of the written weights.
-    base
-        For an adapter folder: the model it was trained on, where the folder does not name it.
-    licence
-        For the model card, as the hub knows it (apache-2.0, ...).
-    """
-    return _hand_on(
-        model, output, to="hf", dtype=dtype, base=base, licence=licence, other_preprocessing=other_preprocessing,
-        needs_adapter=True,
-    )  # fmt: skip
 
 
 def export(
@@ -58,7 +27,7 @@ def export(
     licence: str | None = None,
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
-    """Export a tuned model; prints the largest difference between the model and the written files, read back.
+    """Export a tuned model, its adapter merged; prints the largest difference from the written files, read back.
 
     Parameters
     ----------
@@ -67,7 +36,7 @@ def export(
     output
         New folder.
     to
-        llava: a folder that stock transformers loads, or a refusal with the reason. hf: the whole model with any parts.
+        llava: a folder that stock transformers loads, or a refusal with the reason. hf: one folder with any parts.
         lora: the adapter folded to plain LoRA for PEFT's Auto classes; it names its base, and the base of an assembled
         model is written to `base`. vllm, diffusers: the adapter alone in the format of these two (written and checked
         without the model). gguf: model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
@@ -116,7 +85,6 @@ def _hand_on(
     base: str | None,
     licence: str | None,
     other_preprocessing: bool,
-    needs_adapter: bool = False,
 ) -> int:
     find_checkpoint(model)
     quiet_libraries()
@@ -147,8 +115,6 @@ def _hand_on(
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
     assembly = load(model, merge=False, base=base, packed="dense")
     check_preprocessing(model, assembly, accepted=other_preprocessing)
-    if needs_adapter and assembly.peft_model is None:
-        raise ConfigError(f"{model} has no adapter to merge. Write it unchanged with mm-moslora export --to hf.")
     if to == "gguf":
         from mm_moslora.models.export.gguf_model import refuse_gguf
 

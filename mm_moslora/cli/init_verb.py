@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import quiet_libraries
 
 logger = logging.getLogger("mm_moslora.cli")
 

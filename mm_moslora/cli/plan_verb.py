@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.cli.launch_verbs import refuse_early
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from mm_moslora.planning.run_plan import Option, RunPlan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 SHOWN = 12
 
 

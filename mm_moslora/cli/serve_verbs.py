@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.evaluation.eval_options import OtherPreprocessing
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint

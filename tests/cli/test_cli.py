@@ -63,9 +63,9 @@ def test_help_needs_no_heavy_library():
 
 def test_a_folder_that_is_not_there_is_told_before_anything_heavy_is_imported():
     verbs = [
-        "chat X", "serve X", "demo X", "merge X Y", "export X Y", "import X Y", "adapters inspect X",
+        "chat X", "serve X", "demo X", "export X Y", "import X Y", "adapters inspect X",
         "eval run pope --model X", "train quickstart_tune --resume X", "compare X", "report X",
-        "eval score X", "eval report X", "data check X",
+        "eval score X", "data check X",
     ]  # fmt: skip
     code = f"""
 import sys
@@ -307,7 +307,7 @@ def test_chat_in_the_terminal_survives_mistakes(python, trained, records):
 def test_merge_and_export_write_folders_that_say_how_close_they_are(trained, tmp_path, capsys):
     assert run(["export", str(trained), str(tmp_path / "llava")]) == 0
     assert "LlavaForConditionalGeneration, largest logit difference" in capsys.readouterr().out
-    assert run(["merge", str(trained), str(tmp_path / "merged"), "--dtype", "bf16"]) == 0
+    assert run(["export", str(trained), str(tmp_path / "merged"), "--dtype", "bf16", "--to", "hf"]) == 0
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     assert run(["export", str(trained), str(tmp_path / "lora"), "--to", "lora"]) == 0
     names = {"adapter_config.json", "moslora.safetensors", "base", "README.md", "tokenizer_config.json"}
@@ -375,7 +375,7 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
 @pytest.mark.parametrize(
     "verb",
     [
-        "merge RUN FILE/out", "export RUN FILE/out --to lora", "adapters inspect RUN --picture FILE/out.png",
+        "export RUN FILE/out --to lora", "adapters inspect RUN --picture FILE/out.png",
         "report RUN --output FILE/out", "report RUN --output /proc/nowhere/out",
         "train RUN/config.yaml --train.output FILE/out", "quickstart --output FILE/out",
     ],

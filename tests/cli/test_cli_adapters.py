@@ -1,4 +1,4 @@
-"""`merge`, `export --to lora` and `adapters inspect` on an adapter folder of another trainer, and on damaged ones."""
+"""`export` and `adapters inspect` on an adapter folder of another trainer, and on damaged ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _difference(text: str) -> float:
 
 
 def test_merge_takes_an_adapter_of_another_trainer(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
-    assert run(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    assert run(["export", str(adapter), str(tmp_path / "merged"), "--to", "hf"]) == 0
     text = capsys.readouterr().out
     assert "from the live adapter" in text
     assert _difference(text) < 1e-4
@@ -116,11 +116,11 @@ def test_a_folder_that_names_no_base_wants_one(adapter: Path, language_folder: P
     (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     shutil.copytree(nameless, tmp_path / "lost")
     (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
-    assert run(["merge", str(nameless), str(tmp_path / "m")]) == 1
+    assert run(["export", str(nameless), str(tmp_path / "m"), "--to", "hf"]) == 1
     assert "does not name its base model. Give it with --base" in capsys.readouterr().err
-    assert run(["merge", str(tmp_path / "lost"), str(tmp_path / "m")]) == 1
+    assert run(["export", str(tmp_path / "lost"), str(tmp_path / "m"), "--to", "hf"]) == 1
     assert "The base model '/gone'" in capsys.readouterr().err
-    assert run(["merge", str(nameless), str(tmp_path / "m"), "--base", str(language_folder)]) == 0
+    assert run(["export", str(nameless), str(tmp_path / "m"), "--base", str(language_folder), "--to", "hf"]) == 0
 
 
 def _truncate(folder: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_bad_folder_is_one_clear_error_and_nothing_is_written(
     bad = tmp_path / "bad"
     shutil.copytree(adapter, bad)
     damage(bad)
-    assert run(["merge", str(bad), str(tmp_path / "out")]) == 1
+    assert run(["export", str(bad), str(tmp_path / "out"), "--to", "hf"]) == 1
     *before, line = capsys.readouterr().err.strip().splitlines()
     assert all("its base is" in said for said in before)
     assert line.startswith("error: ")
@@ -207,7 +207,7 @@ def test_an_adapter_for_another_base_is_refused(adapter: Path, language_folder: 
     config = AutoConfig.from_pretrained(other)
     config.intermediate_size *= 2
     AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    assert run(["merge", str(adapter), str(tmp_path / "out"), "--base", str(other)]) == 1
+    assert run(["export", str(adapter), str(tmp_path / "out"), "--base", str(other), "--to", "hf"]) == 1
     assert "was made for another base model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -224,7 +224,7 @@ def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["adapters inspect IN", "merge IN OUT", "export IN OUT --to lora", "export IN OUT --to vllm"]
+    "command", ["adapters inspect IN", "export IN OUT --to hf", "export IN OUT --to lora", "export IN OUT --to vllm"]
 )
 @pytest.mark.parametrize(
     ("place", "message"),
@@ -250,13 +250,7 @@ def test_a_folder_that_only_holds_adapters_names_them(
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter: Path, tmp_path: Path, capsys):
-    assert run(["merge", str(language_folder), str(tmp_path / "out")]) == 1
-    assert "has no adapter to merge" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("verb", [["merge"], ["export", "--to", "lora"], ["export", "--to", "gguf"]])
+@pytest.mark.parametrize("to", ["hf", "lora", "gguf"])
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -268,13 +262,13 @@ def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter:
     ],
 )
 def test_where_nothing_can_be_written_is_told_before_the_model_is_loaded(
-    adapter: Path, tmp_path: Path, capsys, monkeypatch, verb: list[str], place: str, message: str
+    adapter: Path, tmp_path: Path, capsys, monkeypatch, to: str, place: str, message: str
 ):
     monkeypatch.setattr("mm_moslora.models.load_model.load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     (tmp_path / "full" / "something").mkdir(parents=True)
-    assert run([verb[0], str(adapter), str(tmp_path / place), *verb[1:]]) == 1
+    assert run(["export", str(adapter), str(tmp_path / place), "--to", to]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
 

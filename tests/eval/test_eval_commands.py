@@ -235,8 +235,8 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "B 50.0 %, 40.0 %" in out
     assert re.search(r"20 pictures with 40 questions. A true difference of \d.\d points is detected with 80 %", out)
     html = page.read_text()
-    for verb in (["compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
-        assert cli.run(["eval", *verb, str(tmp_path)]) == 1
+    for verb in (["eval", "compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
+        assert cli.run([*verb, str(tmp_path)]) == 1
         assert f"{tmp_path} is a folder; expected the file to write" in capsys.readouterr().err
     assert "A is better than B" in html
     assert "<b>x</b>" not in html

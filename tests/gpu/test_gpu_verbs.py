@@ -53,7 +53,7 @@ def recipe_of(trained: Path) -> str:
         ["data", "stats", "RECIPE"],
         ["data", "view", "RUN", "--count", "1"],
         ["adapters", "inspect", "RUN"],
-        ["merge", "RUN", "OUT"],
+        ["export", "RUN", "OUT", "--to", "hf"],
         ["export", "RUN", "OUT"],
         ["export", "RUN", "OUT", "--to", "lora"],
         ["report", "RUN"],

@@ -109,7 +109,7 @@ def test_the_card_lists_the_scores_of_the_run(folder, tmp_path, monkeypatch):
     going = folder / "own" / "going"  # as folders do while a run trains on
     going.mkdir()
     just_before(monkeypatch, os, "scandir", going.rmdir, when=lambda path=".": path in (going, str(going)))
-    assert run(["merge", str(folder / "own"), str(tmp_path / "out")]) == 0
+    assert run(["export", str(folder / "own"), str(tmp_path / "out"), "--to", "hf"]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "pope (llava, own) | 50.0 [40.0, 60.0], n 10" in text
     assert "import mm_moslora.models" in text

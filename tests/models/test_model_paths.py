@@ -172,7 +172,7 @@ WAYS: dict[str, Callable[[str, Recipe], Any]] = {
 }
 VERBS = {
     "export": ["export", "RUN", "OUT", "--to", "hf"], "lora": ["export", "RUN", "OUT", "--to", "lora"],
-    "merge": ["merge", "RUN", "OUT"], "chat": ["chat", "RUN", "--question", "x"],
+    "chat": ["chat", "RUN", "--question", "x"],
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def test_every_reader_takes_the_run(run: Path, tmp_path: Path) -> None:
     assert isinstance(Chat(live, max_new_tokens=2).ask("say red"), str)
     assert command(["export", str(run), str(tmp_path / "model")]) == 0
     assert not any(map(quantisation, load(tmp_path / "model").model.modules()))
-    assert command(["merge", str(run), str(tmp_path / "merged")]) == 0
+    assert command(["export", str(run), str(tmp_path / "merged"), "--to", "hf"]) == 0
     asked = [{"from": "human", "value": "<image>\nwhat is the color?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "asked.json").write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": asked}]))
     task = f"llava:{tmp_path / 'asked.json'}@{run.parent / 'pairs' / 'images'}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cyclopts import App
 
-from mm_moslora.cli.evaluation.eval_result_verbs import eval_compare, eval_export, eval_report, eval_table
+from mm_moslora.cli.evaluation.eval_result_verbs import eval_compare, eval_export, eval_table
 from mm_moslora.cli.evaluation.eval_run_verbs import eval_run, eval_score
 from mm_moslora.cli.evaluation.eval_task_verbs import eval_check, eval_describe, eval_list, eval_plan
 
@@ -20,7 +20,6 @@ VERBS: dict[str, Callable[..., int]] = {
     "compare": eval_compare,
     "table": eval_table,
     "export": eval_export,
-    "report": eval_report,
 }
 _AS_OPTIONS = ("list", "describe", "check")
 """Verbs that may also be written `--list`."""

@@ -29,13 +29,6 @@ Timeout = Annotated[float, Parameter(help="Seconds for one attempt at a request 
 Attempts = Annotated[int, Parameter(help="Attempts at such a request.")]
 JudgeBudget = Annotated[int | None, Parameter(help="Most tokens to spend on the judge.")]
 JudgeThinking = Annotated[int, Parameter(help="Tokens that the judge may spend on thinking in each reply.")]
-OtherPreprocessing = Annotated[
-    bool,
-    Parameter(
-        negative="",
-        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
-    ),
-]
 JudgeName = Annotated[
     str | None,
     Parameter(

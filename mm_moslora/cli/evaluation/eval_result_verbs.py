@@ -86,19 +86,3 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
     empty = write_submission(answers, output, form=to)
     print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
     return 0
-
-
-def eval_report(run: Path, *, output: Path | None = None) -> int:
-    """Write one self-contained page of an evaluation run.
-
-    Parameters
-    ----------
-    run
-        Run folder.
-    output
-        HTML file; default: report.html in the run folder.
-    """
-    from mm_moslora_eval.report.evaluation_page import write_report
-
-    print(write_report(run, output))
-    return 0

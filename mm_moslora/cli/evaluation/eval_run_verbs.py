@@ -21,12 +21,11 @@ from mm_moslora.cli.evaluation.eval_options import (
     JudgeThinking,
     ModelNames,
     Modes,
-    OtherPreprocessing,
     ServiceOptions,
     Timeout,
 )
-from mm_moslora.cli.library_notices import quiet_libraries
 from mm_moslora.cli.shard_jobs import ARRAY, HERE, ShardJobs, words_of
+from mm_moslora.cli.shared_options import OtherPreprocessing, quiet_libraries
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mm_moslora.cli.evaluation.eval_options import Modes
-from mm_moslora.cli.library_notices import quiet_libraries
+from mm_moslora.cli.shared_options import quiet_libraries
 
 
 def eval_plan(

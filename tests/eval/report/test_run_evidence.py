@@ -118,7 +118,7 @@ def test_every_tracker_links_the_score_to_the_adapter(measured: Path) -> None:
 def test_the_folder_of_a_model_without_a_run_gets_no_scores(measured: Path, tmp_path: Path, records: Path) -> None:
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     export = tmp_path / "export"
-    assert cli.run(["merge", str(measured / "run"), str(export)]) == 0
+    assert cli.run(["export", str(measured / "run"), str(export), "--to", "hf"]) == 0
     before = sorted(path.name for path in export.iterdir())
     assert cli.run(["eval", "run", task, "--model", str(export), "--output", str(tmp_path / "eval")]) == 0
     assert sorted(path.name for path in export.iterdir()) == before
@@ -129,7 +129,7 @@ def test_the_folder_of_a_model_without_a_run_gets_no_scores(measured: Path, tmp_
 
 
 def test_an_export_has_no_model_before_tuning(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
-    assert cli.run(["merge", str(measured / "run"), str(tmp_path / "export")]) == 0
+    assert cli.run(["export", str(measured / "run"), str(tmp_path / "export"), "--to", "hf"]) == 0
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     line = ["eval", "run", task, "--model", str(tmp_path / "export"), "--output", str(tmp_path / "eval"), "--untuned"]
     assert cli.run(line) == 1
@@ -229,7 +229,7 @@ def test_a_run_of_another_person_shows_no_file_of_this_machine(
     view.write_text("".join(json.dumps(row) + "\n" for row in rows))
     opened: list[str] = []
     monkeypatch.setattr("mm_moslora_eval.report.evaluation_page.open_image", lambda data: opened.append(data))
-    assert cli.run(["eval", "report", str(foreign), "--output", str(tmp_path / "page.html")]) == 0
+    assert cli.run(["report", str(foreign), "--output", str(tmp_path / "page.html")]) == 0
     assert opened == []
     assert "data:image" not in (tmp_path / "page.html").read_text()
     shutil.copytree(measured / "run", tmp_path / "run", symlinks=True)

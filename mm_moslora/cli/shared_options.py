@@ -1,6 +1,19 @@
-"""Notices of libraries that would stand between the lines of a verb."""
+"""Options and settings that several verbs share."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
+OtherPreprocessing = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Accept that pictures or prompts are prepared otherwise than in training; the differences are logged.",
+    ),
+]
 
 
 def quiet_libraries() -> None:
