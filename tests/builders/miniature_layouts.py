@@ -323,11 +323,11 @@ def _write_annotations(folder: Path) -> Path:
 
 def _nested(row: Row, source: Row) -> Row:
     """A row as a data set stores it whose documents are in a list: what names the video stands outside of it."""
-    if not (each := source.get("each")):
+    if source.get("rows") != "lvbench_questions":
         return row
     outer = _BRACED.findall(source["columns"]["video"])
     inner = {key: value for key, value in row.items() if key not in outer}
-    return {**{key: row[key] for key in outer}, each: [inner]}
+    return {**{key: row[key] for key in outer}, "qa": [inner]}
 
 
 def write_tsv(path: Path, rows: Sequence[Row]) -> None:
@@ -368,8 +368,8 @@ def _row(folder: Path, source: Row, form: Form, number: int, *, added: Mapping[s
     extra = {key: _of_number(value, number) for key, value in form.extra.items()}
     cells: Row = {columns.get("id", "id"): number + form.first}
     known = {**cells, **extra, **(added or {})}
-    for column, pattern in (source.get("parts") or {}).items():
-        known |= Source(kind="hf", path="", parts={column: pattern}).parts_of(column, known[column]) or {}
+    if source.get("rows") == "nlvr2_statement":
+        known = Source(kind="hf", path="", rows=source["rows"]).rows_of(known)[0]
     pictures = [name.strip() for name in columns.get("image", "image").split(",")]
     if form.video:
         column = columns.get("video", "video")

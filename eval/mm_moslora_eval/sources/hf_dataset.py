@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -96,16 +96,18 @@ class _Table:
 
     @cached_property
     def own(self) -> dict[str, None]:
-        """Names of its columns, and of the keys of the objects in its lists."""
-        names, each = dict.fromkeys(self.table.column_names), self.source.each
-        for row in self.table.select_columns([each]) if each in names else ():
-            names |= {key: None for item in _objects(row[each]) or () for key in item}
+        """Names of its columns, and of those of the rows that its rows stand for."""
+        names = dict.fromkeys(self.table.column_names)
+        shown = [name for name, feature in self.table.features.items() if holds_pictures(feature)]
+        for row in self.table.remove_columns(shown) if self.source.rows else ():
+            with suppress(ValueError):
+                names |= {key: None for one in self.source.rows_of(row) for key in one}
         return names
 
     @property
     def names(self) -> dict[str, None]:
         """Names of all columns of its rows."""
-        return {**self.own, **dict.fromkeys((*self.added, *self.source.names_of_parts))}
+        return {**self.own, **dict.fromkeys(self.added)}
 
 
 def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
@@ -185,8 +187,6 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
         for name in _BRACED.findall(part) or [part.strip()]
     ]
     wanted += [(name, "for source.where") for name in source.where]
-    wanted += [(name, "for source.parts") for name in source.parts]
-    wanted += [(source.each, "for source.each")] if source.each else []
     lists = [columns.split(",")[1:] for columns in named.values()] if not source.files else []
     optional = {name.strip() for names in lists for name in names}  # a configuration may have fewer pictures or options
     known = {name for one in tables for name in one.names if name in optional}
@@ -199,11 +199,11 @@ def _check_columns(tables: Sequence[_Table], source: Source) -> None:
             )
     for one in tables:
         added = [name for name, text in one.added.items() if text]  # an empty one states that there is none
-        further = [*added, *source.names_of_parts, *source.texts]
+        further = [*added, *source.texts]
         for number, name in enumerate(further):
             if name in one.own or name in further[:number]:
                 raise EvalError(
-                    f"{one.name} has a column {name!r} already, and source.files, parts or texts makes another one; "
+                    f"{one.name} has a column {name!r} already, and source.files or texts makes another one; "
                     "take another name."
                 )
 
@@ -218,34 +218,19 @@ def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
         )
 
 
-def _objects(value: Any) -> list[dict[str, Any]] | None:
-    """The objects of a list; None where it is something else."""
-    return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else None
-
-
-def _rows(
-    row: Mapping[str, Any], added: Mapping[str, str], source: Source
-) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _rows(row: Mapping[str, Any], added: Mapping[str, str], source: Source) -> list[tuple[dict[str, Any], str | None]]:
     """The rows that a row of a table stands for, with the columns that the task adds, and the problem with each."""
-    items = _objects(row.get(source.each)) if source.each else [{}]
-    outer, problem = {key: value for key, value in row.items() if key != source.each}, None
-    if items is None:
-        problem = f"the column {source.each!r} holds {str(row.get(source.each))[:60]!r}, expected a list of objects"
-    for item in [{}] if items is None else items:
-        whole = {**outer, **item, **{name: text or None for name, text in added.items()}}
-        fault = problem
-        for column in source.parts:
-            parts = source.parts_of(column, whole.get(column))
-            whole |= parts or {}
-            if parts is None:
-                fault = fault or f"{column} is {whole.get(column)!r}, expected the form {source.parts[column]}"
-        yield whole, fault
+    more = {name: text or None for name, text in added.items()}
+    try:
+        return [({**one, **more}, None) for one in source.rows_of(row)]
+    except ValueError as error:
+        return [({**row, **more}, str(error))]
 
 
 def _documents(
     tables: Sequence[_Table], source: Source, rules: PictureRules, *, of_hub: bool
 ) -> Iterator[Document | None]:
-    """A document for each row; None for one that is left out on purpose, or has an empty list of documents.
+    """A document for each row; None for one that is left out on purpose, or stands for no row.
 
     A row without an id, where others have one, has its number with a word, which is the id of no other row.
     """
@@ -257,7 +242,7 @@ def _documents(
     for one in tables:
         pictures = Pictures(one.table, names, file=file, rules=rules, store=store)
         for place, row in enumerate(one.table.remove_columns(pictures.columns)):
-            rows = list(_rows(row, one.added, source))
+            rows = _rows(row, one.added, source)
             yield from () if rows else (None,)
             for cells, fault in rows:
                 images = pictures.of(place) if pictures.columns else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mm_moslora.utils.errors import EvalError
-
-_NAME = re.compile(r"\{(\w+)\}")
+from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora_eval.task_files.task_rules import all_rules, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +65,9 @@ class Source:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """hf: data files below `path` -> further columns that are the same in each of their rows, such as a sub-task and
     the folder of its videos; an empty one states that the file has no such column. Empty: all data of `path`."""
-    each: str = ""
-    """hf: column with a list of objects, each of which is a document with the columns of its row, its own keys first. A
-    row with an empty list counts as dropped."""
-    parts: dict[str, str] = field(default_factory=dict)
-    """hf: column -> its form, such as `{split}-{number}`; what stands in the braces becomes further columns."""
+    rows: str = ""
+    """hf: a name in the `ROWS` of a benchmark's `rules.py`: a function of a row of the table, which gives the rows that
+    it stands for, such as the questions in it. A ValueError of it is the problem of the row's document."""
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.video_fps, self.video_folder_fps) if rate is not None]
@@ -81,16 +78,11 @@ class Source:
             )
         if self.pictures is not None and self.pictures < 0:
             raise EvalError(f"source.pictures is {self.pictures}, expected 0 or more.")
-        if self.kind != "hf" and (self.files or self.each or self.parts):
-            raise EvalError("source.files, each and parts are for kind hf.")
-        for column, form in self.parts.items():
-            if not self._names_of(form):
-                raise EvalError(f"source.parts: {form!r} of {column!r} has no {{name}}, or one twice or without a gap.")
-
-    @property
-    def names_of_parts(self) -> list[str]:
-        """The columns that `parts` makes."""
-        return [name for form in self.parts.values() for name in self._names_of(form)]
+        if self.kind != "hf" and (self.files or self.rows):
+            raise EvalError("source.files and rows are for kind hf.")
+        if self.rows and rule("ROWS", self.rows) is None:
+            known = all_rules("ROWS")
+            raise EvalError(f"source.rows {self.rows!r} is not known.{suggestion(self.rows, known)}")
 
     @property
     def named(self) -> set[str]:
@@ -98,16 +90,13 @@ class Source:
         folder = {"image_folder"} if self.image_folder else set()
         return {*self.has, *(self.columns.keys() & {"image", "video", "options"}), *folder}
 
-    def parts_of(self, column: str, value: object) -> dict[str, str] | None:
-        """The parts of a value by the form of its column; None where it has another form."""
-        pieces = enumerate(_NAME.split(self.parts[column]))
-        pattern = "".join(f"(?P<{piece}>.+?)" if number % 2 else re.escape(piece) for number, piece in pieces)
-        match = re.fullmatch(pattern, str(value), re.S)
-        return match.groupdict() if match else None
+    def rows_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows that a row of the table stands for.
 
-    @staticmethod
-    def _names_of(form: str) -> list[str]:
-        """The names in braces; none where two are the same, one is no name, or nothing stands between two."""
-        names = _NAME.findall(form)
-        usable = len(set(names)) == len(names) and "}{" not in form and all(name.isidentifier() for name in names)
-        return names if usable else []
+        Raises:
+            ValueError: the row has another form.
+        """
+        load: Callable[[Mapping[str, Any]], list[dict[str, Any]]] | None = (
+            rule("ROWS", self.rows) if self.rows else None
+        )
+        return [dict(row)] if load is None else load(row)

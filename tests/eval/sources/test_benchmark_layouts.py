@@ -35,7 +35,7 @@ def png(width: int = 200, height: int = 100) -> bytes:
     return buffer.getvalue()
 
 
-def read(folder: Path, rows: list[dict[str, Any]], **source: Any) -> tuple[Document, ...]:
+def read(folder: Path, rows: list[dict[str, Any]], /, **source: Any) -> tuple[Document, ...]:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load(Source(kind="hf", path=str(path), **source)).documents
@@ -178,22 +178,24 @@ def test_objects_with_keys_of_their_own_and_rows_without_objects(tmp_path: Path)
     other = {"key": "v1", "qa": [asked[2] | {"note": "n"}]}
     columns, full = {"id": "uid"}, {"key": "v0", "qa": asked[:2]}
     for rows in ([full, other], [other, full], [{"key": "v2", "qa": []}, full, other]):
-        documents = read(tmp_path, rows, each="qa", columns=columns)
+        documents = read(tmp_path, rows, rows="lvbench_questions", columns=columns)
         assert [(one.id, one.question) for one in sorted(documents, key=lambda one: one.id)] == [
             ("0", "0?"), ("1", "1?"), ("2", "2?")
         ]  # fmt: skip
         assert {one.extra["key"]: one.extra.get("note") for one in documents} == {"v0": None, "v1": "n"}
     path = tmp_path / "rows.jsonl"
-    data = load(Source(kind="hf", path=str(path), each="qa", columns=columns))
+    data = load(Source(kind="hf", path=str(path), rows="lvbench_questions", columns=columns))
     assert (len(data.documents), data.dropped) == (3, 1)
     path.write_text("".join(json.dumps(row) + "\n" for row in ({"key": "v2", "qa": None}, full)))
-    fault, *right = load(Source(kind="hf", path=str(path), each="qa", columns=columns)).documents
+    fault, *right = load(Source(kind="hf", path=str(path), rows="lvbench_questions", columns=columns)).documents
     assert (fault.id, [one.id for one in right]) == ("row 0", ["0", "1"])
     assert "holds 'None', expected a list of objects" in (fault.problem or "")
-    with pytest.raises(EvalError, match=r"no column 'questions' \(for source.each\)"):
-        read(tmp_path, [full], each="questions")
+    with pytest.raises(EvalError, match=r"no column 'uid'"):
+        read(tmp_path, [{"key": "v0", "questions": []}], rows="lvbench_questions", columns=columns)
+    with pytest.raises(EvalError, match=r"'lvbench_question' is not known\. Did you mean 'lvbench_questions'"):
+        Source(kind="hf", path="x", rows="lvbench_question")
     with pytest.raises(EvalError, match="all 1 rows are left out"):
-        read(tmp_path, [{"question": "q", "qa": []}], each="qa")
+        read(tmp_path, [{"question": "q", "qa": []}], rows="lvbench_questions")
 
 
 def test_a_document_without_one_of_its_pictures_is_a_problem(tmp_path: Path) -> None:
