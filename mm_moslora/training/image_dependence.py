@@ -102,7 +102,7 @@ class ImageCheck:
 
     def _look_at_gradients(self) -> None:
         """Refuse a trained part without gradients. They show in Adam's momentum, which every ZeRO stage keeps."""
-        norms = self.run.engine.component_norms()
+        norms = self.run.engine.component_norms().read()
         for part in ("projector", "vision"):
             norms_of_part = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
             if norms_of_part and not any(norms_of_part):

@@ -65,6 +65,10 @@ class RunLog:
         """Logged with the next step."""
         self._measured_at = -1
 
+    def is_due(self, step: int) -> bool:
+        """Whether the metrics of a step are logged."""
+        return step % self.run.recipe.train.log_every == 0 or step == self.total_steps
+
     def step(
         self,
         result: StepResult,
@@ -81,7 +85,7 @@ class RunLog:
         spike = self.spikes.update(result.loss)
         self._warn(result, spike, [name for batch in micro_batches for name in batch.ids])
         step, recipe = self.run.step, self.run.recipe
-        if step % recipe.train.log_every == 0 or step == self.total_steps:
+        if self.is_due(step):
             pace, work_seconds = self.clock.record(step, self.total_steps)
             own = rank_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
             metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
@@ -116,7 +120,7 @@ class RunLog:
             "epoch": self.run.step / self.steps_per_epoch,
             "skipped_steps": self.run.counters["skipped"],
         }
-        metrics |= engine.component_norms()
+        metrics |= result.norms
         metrics |= {f"lr/{group.name}": group.peak_lr * lr_factor for group in engine.groups}
         if (store := engine.module.pictures.store) is not None:
             metrics["feature_cache_hits"] = store.counts.hit_share

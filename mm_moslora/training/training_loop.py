@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from mm_moslora.training import run_setup
 from mm_moslora.training.checkpointing.checkpoint_folder import amend, folder_name
 from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import set_aside_newer
-from mm_moslora.training.engine import StepResult
+from mm_moslora.training.engine.step_result import QueuedStep
 from mm_moslora.training.forgetting.run_forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
@@ -152,6 +153,17 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Queued:
+    """A step whose numbers are not read yet, and what its record needs."""
+
+    step: QueuedStep
+    micro_batches: list[Batch]
+    lr_factor: float
+    began: float
+    data_seconds: float
+
+
 class _Loop:
     """One training session: its parts, and the counts that end it early."""
 
@@ -199,6 +211,8 @@ class _Loop:
             "fp16.",
         )
         self.stopped_by = 0
+        self.queued: _Queued | None = None
+        self.loss, self.read_at, self.lr_factor = math.nan, 0.0, 1.0
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, early stopping, or a signal."""
@@ -260,8 +274,13 @@ class _Loop:
         with Progress("train", self.total, initial=run.step) as progress, self.loader:
             batches = iter(self.loader)
             while not (self._over or self.validator.cut_short):
-                loss = self._step(batches, first=progress.done == progress.initial)
-                progress.update(run.step, f"loss {loss:.4f}")
+                try:
+                    self._step(batches, first=progress.done == progress.initial)
+                except Exception:
+                    with contextlib.suppress(Exception):  # the step before has its record, if its numbers can be read
+                        self._read()
+                    raise
+                progress.update(run.step, "" if math.isnan(self.loss) else f"loss {self.loss:.4f}")
                 self._periodically()
                 # One collective per step shares signals and the state of the checkpoint being written: ranks that
                 # stopped or committed by themselves would leave the others waiting in their next collective.
@@ -275,12 +294,14 @@ class _Loop:
                     name = signal.Signals(self.stopped_by).name
                     logger.info("%s: saving step %d. Ctrl-C three times in all ends without.", name, run.step)
                 if number or run.step == stop_at:
-                    return
+                    break
+            self._read()
         if best.out_of_patience:
             logger.info("Early stopping: no better %s for %d validations.", best.config.best, best.since)
 
-    def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> float:
-        """One optimiser step; returns its loss."""
+    def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> None:
+        """One optimiser step. Its numbers are read at once, or in the middle of the next step: see
+        `TrainingEngine.late`."""
         run, train = self.run, self.run.recipe.train
         # The first data wait for workers to start, and the first step compiles and tries kernels.
         limit = train.timeout_minutes if first else train.step_timeout_minutes
@@ -288,42 +309,60 @@ class _Loop:
         began = time.monotonic()
         micro_batches = next(batches)
         data_seconds = time.monotonic() - began
-        # The schedule follows the applied steps: those that fp16 skips to find its loss scale shorten no warm-up.
-        factor = lr_factor(int(run.counters.get("applied", 0)), self.total, run.recipe.optim)
         self._phase("step", limit)
-        result = run.engine.step(micro_batches, factor)
+        queued = run.engine.queue(micro_batches, self._lr_factor, norms=self.log.is_due(run.step + 1))
         self._phase("after the step", train.step_timeout_minutes)
-        seconds = time.monotonic() - began
+        self._count({"steps": 1} | {name: int(count) for name, count in queued.counts.items()})
+        self.queued = _Queued(
+            step=queued, micro_batches=micro_batches, lr_factor=self.lr_factor, began=began, data_seconds=data_seconds
+        )
+        if not run.engine.late or (queued.counts["images"] and not self.image_check.done):
+            self._read()
+
+    def _lr_factor(self) -> float:
+        """The factor of the step at hand, once that before it is read: the schedule follows the applied steps. Those
+        that fp16 skips to find its loss scale shorten no warm-up."""
+        self._read()
+        self.lr_factor = lr_factor(int(self.run.counters.get("applied", 0)), self.total, self.run.recipe.optim)
+        return self.lr_factor
+
+    def _read(self) -> None:
+        """Read the numbers of the last step, and act on them; nothing where that is done."""
+        if self.queued is None:
+            return
+        run, queued, self.queued = self.run, self.queued, None
+        result = queued.step.result()
+        # The one before may have been read in the middle of this step.
+        seconds = time.monotonic() - max(queued.began, self.read_at)
+        self.loss, self.read_at = result.loss, time.monotonic()
         # Counted first, since the log reads the counters; logged before a diverged run ends, since its last record
         # tells why; the images checked before anything can be saved.
-        self._count(result, seconds)
-        self.log.step(result, micro_batches, lr_factor=factor, seconds=seconds, data_seconds=data_seconds)
+        self._count({"applied": float(result.applied), "skipped": float(not result.applied), "seconds": seconds})
+        if not result.rescaling:
+            self.skipped.count(applied=result.applied)
+        self.log.step(
+            result, queued.micro_batches, lr_factor=queued.lr_factor, seconds=seconds, data_seconds=queued.data_seconds
+        )
         self.skipped.give_up(run.step)
         if result.images and not self.image_check.done:
             self._phase("image check")
-            self.image_check(micro_batches, result)
-        return result.loss
+            self.image_check(queued.micro_batches, result)
 
-    def _count(self, result: StepResult, seconds: float) -> None:
+    def _count(self, added: Mapping[str, float]) -> None:
         counters = self.run.counters
-        added = {
-            "steps": 1, "applied": float(result.applied), "tokens": result.tokens, "images": result.images,
-            "samples": result.samples, "supervised_tokens": result.supervised_tokens, "seconds": seconds,
-            "skipped": float(not result.applied),
-        }  # fmt: skip
         for name, value in added.items():
             counters[name] = counters.get(name, 0) + value
-        if not result.rescaling:
-            self.skipped.count(applied=result.applied)
 
     def _periodically(self) -> None:
         """Validate and save where they are due; the last step is saved and measured after the loop."""
         train, step = self.run.recipe.train, self.run.step
         if step >= self.total:
             return
+        due, validates = (every and step % every == 0 for every in (train.save_every, train.validate_every))
+        if due or validates:
+            self._read()
         # Validated first: a step that is the best so far is saved, and its checkpoint stays.
-        better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
-        due = bool(train.save_every) and step % train.save_every == 0
+        better = validates and self._validate()
         if (due or better) and not self._over:  # early stopping may have ended the run
             taken = self.saves.start()
             if due:  # a run has regular saves however often it is stopped

@@ -106,9 +106,9 @@ def commanded(what: str, rank: str, step: str, *words: str) -> int:
 
 
 def _fail_within_step(what: str, rank: str, step: int) -> None:
-    real = TrainingEngine.step
+    real = TrainingEngine.queue
 
-    def step_or_not(self, micro_batches, lr_factor):
+    def step_or_not(self, *arguments, **options):
         step_or_not.done += 1
         if rank in ("all", str(distributed.rank())) and step_or_not.done == step:
             if what == "sleep":
@@ -117,10 +117,10 @@ def _fail_within_step(what: str, rank: str, step: int) -> None:
                 raise RuntimeError("a bug of rank 1")
             else:
                 signal.raise_signal(getattr(signal, what))
-        return real(self, micro_batches, lr_factor)
+        return real(self, *arguments, **options)
 
     step_or_not.done = 0
-    TrainingEngine.step = step_or_not
+    TrainingEngine.queue = step_or_not
 
 
 def while_starting(rank: str, place: str, *words: str) -> int:

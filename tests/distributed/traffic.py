@@ -53,7 +53,7 @@ def train_counting(*arguments: str) -> int:
     from ranks import train_recipes
 
     deepspeed_presets.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
-    plain, mlp, passes = TrainingEngine.step, decoder_layers.gated_mlp, Counter()
+    plain, mlp, passes = TrainingEngine.queue, decoder_layers.gated_mlp, Counter()
 
     def noted(*args):
         passes["lean"] += 1
@@ -63,13 +63,13 @@ def train_counting(*arguments: str) -> int:
     for argument in arguments:
         found, recipe = [], load_recipe(argument)
 
-        def counted(self, micro_batches, lr_factor, found=found, recipe=recipe):
+        def counted(self, *arguments, found=found, recipe=recipe, **options):
             found.append(None)
             if len(found) < recipe.train.steps:  # the first ones also sort out what must be fetched when
-                return plain(self, micro_batches, lr_factor)
+                return plain(self, *arguments, **options)
             passes.clear()
             with Traffic() as traffic:
-                result = plain(self, micro_batches, lr_factor)
+                result = plain(self, *arguments, **options)
             trainable = sum(getattr(p, "ds_numel", p.numel()) for g in self.groups for p in g.parameters)
             whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
             lora = [p for name, p in self.module.named_parameters() if "lora_" in name]
@@ -87,11 +87,11 @@ def train_counting(*arguments: str) -> int:
             }  # fmt: skip
             return result
 
-        TrainingEngine.step = counted
+        TrainingEngine.queue = counted
         try:
             code = train_recipes([argument])
         finally:
-            TrainingEngine.step = plain
+            TrainingEngine.queue = plain
         if code:
             return code
         assert torch.nn.functional.linear is torch._C._nn.linear, "ZeRO-3's is left behind"

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -177,11 +177,13 @@ def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float =
 def fake_cuda() -> Iterator[Device]:
     """Everything in the block may use `cuda:0`; gives the `Device`."""
     device = Device()
+    event = SimpleNamespace(synchronize=lambda: device.wait("waits for a copy"))
     patches = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: COUNT),
         (torch.cuda, "set_device", _set_device),
         (fake_tensor.FakeTensorMode, "avoid_device_init", True),  # there is no driver to start
+        (torch.cuda, "current_stream", lambda *_: SimpleNamespace(record_event=lambda: event)),
         (FakeTensor, "tolist", lambda tensor: _tolist(device, tensor)),
         (torch, "tensor", _tensor),
         (torch.nn.functional, "scaled_dot_product_attention", _attention),

@@ -110,13 +110,15 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
         settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
         engine = TorchEngine(module, parameter_groups(module, recipe.optim), settings)
         device.noted()
-        result = engine.step(batches, 1.0)
-        found = {"step": device.noted(), "applied": result.applied, "loss": result.loss}
+        queued = engine.queue(batches, lambda: 1.0)
+        found: dict[str, Any] = {"queued": device.noted()}
+        result = queued.result()
+        found |= {"step": device.noted(), "applied": result.applied, "loss": result.loss}
         if is_multimodal(model):
             module(blind.to(CUDA), True)  # the dummy picture
         device.noted()
         if name in ANSWERING:
-            engine.component_norms()
+            engine.component_norms().read()
             found["norms"] = device.noted()
             engine.evaluate(batches[:1])
             found["evaluate"] = device.noted()

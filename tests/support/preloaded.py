@@ -284,13 +284,13 @@ def _step_slowly(seconds: float) -> None:
 
     from mm_moslora.training.engine import TrainingEngine
 
-    step = TrainingEngine.step
+    step = TrainingEngine.queue
 
     def slowly(*arguments: object, **more: object) -> object:
         time.sleep(seconds)
         return step(*arguments, **more)
 
-    TrainingEngine.step = slowly
+    TrainingEngine.queue = slowly
 
 
 def _run(executable: str, arguments: list[str]) -> None:

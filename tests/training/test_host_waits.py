@@ -23,7 +23,6 @@ LOG_EVERY, STEPS = 3, 5
 ON_THE_HOST = {
     "deepspeed utils.py is_invalid_grad_norm",  # of the norm that was read
     "mm_moslora deepspeed_engine.py _update",
-    "mm_moslora deepspeed_engine.py tolist",  # of a copy that arrived before the norm
     "mm_moslora feature_cache.py _bytes",  # of pictures before they are sent
 }
 """Reads of values that are on the host."""
@@ -81,20 +80,19 @@ def test_a_step_reads_the_device_once_and_once_more_where_it_is_logged(
         monkeypatch.setattr(accelerator, "synchronize", lambda *_: reads.note())
     step = training_loop._Loop._step
 
-    def counted_step(loop: Any, *args: Any, **kwargs: Any) -> float:
+    def counted_step(loop: Any, *args: Any, **kwargs: Any) -> None:
         reads.counts.clear()
         with reads:
-            loss = step(loop, *args, **kwargs)
+            step(loop, *args, **kwargs)
         steps.append(dict(reads.counts))
-        return loss
 
     monkeypatch.setattr(training_loop._Loop, "_step", counted_step)
     recipe = make_recipe(parts, tmp_path / "run", zero, steps=STEPS, global_batch=4, micro_batch=2)
     train(replace(recipe, train=replace(recipe.train, log_every=LOG_EVERY, rehearsal=False)))
     assert len(steps) == STEPS
-    expected = {"none": "torch_engine.py _update"}.get(zero, "deepspeed_patches.py <lambda>")
+    # The copy of the sums is one, and with DeepSpeed it arrives before the norm does.
+    expected = {} if zero == "none" else {"mm_moslora deepspeed_patches.py <lambda>": 1}
     for number, counts in enumerate(steps[1:], 2):  # the first also compares pictures
         logged = number % LOG_EVERY == 0 or number == STEPS
-        norms = {"mm_moslora parameter_shards.py component_norms": 1} if logged else {}
-        wanted = {f"mm_moslora {expected}": 1} | norms
+        wanted = expected | {"mm_moslora step_result.py tolist": 1 + logged}
         assert {place: count for place, count in counts.items() if place not in ON_THE_HOST} == wanted

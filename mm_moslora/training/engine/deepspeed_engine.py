@@ -23,26 +23,12 @@ from mm_moslora.training.engine import deepspeed_patches
 from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
-from mm_moslora.training.engine.step_result import Update
+from mm_moslora.training.engine.step_result import Arriving, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import TrainingError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's loss scalers that are their state."""
-
-
-class _Arriving:
-    """A tensor on its way to the host, which does other work meanwhile."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)
-        self._event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
-
-    def tolist(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        values: list[float] = self._copy.tolist()
-        return values
 
 
 def _initialise(module: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
@@ -108,7 +94,7 @@ class DeepSpeedEngine(TrainingEngine):
         # The loss is already divided by the step's token count, so accumulation must not divide again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, lr_factor: float, sums: Tensor) -> Update:
+    def _update(self, lr_factor: float, sums: Tensor) -> Callable[[], Update]:
         own_norm = None
         if self.stage == 0:  # gradients are whole and averaged on every rank, and DeepSpeed computes no norm of them
             gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
@@ -117,13 +103,14 @@ class DeepSpeedEngine(TrainingEngine):
             own_norm /= self.loss_scale
         else:
             # Read after the step, in which DeepSpeed waits for the device anyway.
-            arriving = _Arriving(sums)
+            arriving = Arriving(sums)
         rescales = bool(self.scaler_state())  # fp16: must see the overflow to lower its scale
         if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step with gradients that are not finite; stage 0 would apply it.
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
-            return Update(total=loss, right=right, grad_norm=own_norm, applied=False)
+            skipped = Update(total=loss, right=right, grad_norm=own_norm, applied=False)
+            return lambda: skipped
         set_rates(self.engine.optimizer, self.groups, lr_factor)
         self.engine.step()
         norm = own_norm
@@ -131,12 +118,9 @@ class DeepSpeedEngine(TrainingEngine):
             norm = self.engine.get_global_grad_norm()
             norm = None if norm is None else float(norm)
             loss, right = arriving.tolist()
-        return Update(
-            total=loss,
-            right=right,
-            grad_norm=math.nan if norm is None else norm,
-            applied=bool(self.engine.was_step_applied()),
-        )
+        norm = math.nan if norm is None else norm
+        update = Update(total=loss, right=right, grad_norm=norm, applied=bool(self.engine.was_step_applied()))
+        return lambda: update
 
     @property
     def _scaler(self) -> Any:

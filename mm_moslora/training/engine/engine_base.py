@@ -16,8 +16,8 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW
 from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.optimizers import OptimizerKind
-from mm_moslora.training.engine.parameter_shards import ParameterShard, component_norms
-from mm_moslora.training.engine.step_result import StepResult, Update
+from mm_moslora.training.engine.parameter_shards import Norms, ParameterShard
+from mm_moslora.training.engine.step_result import QueuedStep, StepResult, Update
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
@@ -38,8 +38,21 @@ class TrainingEngine(ABC):
         self.copies = getattr(module, "share", WHOLE_ROW).of
         """Ranks that get the same micro-batches, and compute their parts."""
 
+    @property
+    def late(self) -> bool:
+        """Whether `queue` returns before the device has computed, so that the device goes on to the next step while the
+        host reads this one's numbers."""
+        return False
+
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step over this rank's micro-batches, of which every rank passes the same number."""
+        return self.queue(micro_batches, lambda: lr_factor).result()
+
+    def queue(
+        self, micro_batches: Sequence[Batch], lr_factor: Callable[[], float], *, norms: bool = False
+    ) -> QueuedStep:
+        """The same; its numbers can be read later, and `lr_factor` is asked once all passes are queued. `norms`: the
+        result has the components' norms after the step."""
         # One collective before the passes: the loss of a token is divided by the weights of the supervised tokens of
         # all ranks and micro-batches, so that the gradient does not depend on how a step is split.
         started = time.monotonic()
@@ -60,14 +73,21 @@ class TrainingEngine(ABC):
         sums = torch.stack((total, right.double()))
         distributed.add_up(sums)
         can_lower_scale = self.can_lower_scale  # asked before the update, which lowers it
-        update = self._update(lr_factor, sums)
-        return StepResult(
-            loss=update.total / weight, grad_norm=update.grad_norm,
-            applied=update.applied, right_tokens=int(update.right), wait_seconds=wait_seconds,
-            own_loss_is_finite=update.applied or math.isfinite(float(total)),
-            rescaling=math.isfinite(update.total) and not update.applied and can_lower_scale,
-            **{name: int(count) for name, count in counts.items()},
-        )  # fmt: skip
+        read = self._update(lr_factor(), sums)
+        measured = self.component_norms() if norms else None
+
+        def result() -> StepResult:
+            update = read()
+            return StepResult(
+                loss=update.total / weight, grad_norm=update.grad_norm,
+                applied=update.applied, right_tokens=int(update.right), wait_seconds=wait_seconds,
+                own_loss_is_finite=update.applied or math.isfinite(float(total)),
+                rescaling=math.isfinite(update.total) and not update.applied and can_lower_scale,
+                norms={} if measured is None else measured.read(),
+                **{name: int(count) for name, count in counts.items()},
+            )  # fmt: skip
+
+        return QueuedStep(counts=counts, result=result)
 
     def _counts_of_all_ranks(self, micro_batches: Sequence[Batch]) -> tuple[dict[str, float], float, list[float]]:
         """Counts of a step by their names in `StepResult`, the sum of the weights of its supervised tokens (1 where it
@@ -124,9 +144,9 @@ class TrainingEngine(ABC):
     def _backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     @abstractmethod
-    def _update(self, lr_factor: float, sums: Tensor) -> Update:
-        """Clip, and step if everything is finite; `sums`: fp64 ``[2]`` on the device, over all ranks, of losses and
-        right tokens."""
+    def _update(self, lr_factor: float, sums: Tensor) -> Callable[[], Update]:
+        """Clip, and step if everything is finite; returns what reads the outcome. `sums`: fp64 ``[2]`` on the device,
+        over all ranks, of losses and right tokens."""
 
     def trainable_state(self, *, only: str = "", keep: bool = True) -> dict[str, Tensor]:
         """Full fp32 values of trainable parameters by their names in the model, on the CPU. All ranks take part. `only`
@@ -150,10 +170,10 @@ class TrainingEngine(ABC):
         """State of the dynamic loss scale (fp16); empty without one."""
         return {}
 
-    def component_norms(self) -> dict[str, float]:
-        """Norms of the weights and of the momentum by component; see `parameter_shards.component_norms`."""
+    def component_norms(self) -> Norms:
+        """Norms of the weights and of the momentum by component, now."""
         copies = distributed.world_size() if self.replicated else 1
-        return component_norms(self.shards(), self.groups, device=self.device, copies=copies)
+        return Norms(self.shards(), self.groups, device=self.device, copies=copies)
 
     def gathered(self) -> AbstractContextManager[Any]:
         """A context in which every rank holds all weights whole, and its model runs without the other ranks."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.training.engine.optimizers import KINDS, OptimizerKind, State
+from mm_moslora.training.engine.step_result import Arriving
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
@@ -87,23 +88,30 @@ class ParameterShard:
             self.state["step"] = int(value)
 
 
-@torch.no_grad()
-def component_norms(
-    shards: Iterable[ParameterShard], groups: Sequence[ParameterGroup], *, device: torch.device, copies: int
-) -> dict[str, float]:
-    """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
+class Norms:
+    """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks, computed when it is made, by every rank.
 
     The momentum is the mean of the last gradients, after clipping: the one trace of a component's gradients that every
     ZeRO stage keeps. `groups` are those of all parameters, COMPONENT the part of a group's name before the slash;
     `copies` ranks hold the same shards.
     """
-    component = {name: group.name.partition("/")[0] for group in groups for name in group.names}
-    kinds = {"weight_norm": lambda shard: shard.master, "momentum_norm": lambda shard: shard.momentum}
-    parts: dict[str, list[Tensor]] = {f"{kind}/{name}": [] for kind in kinds for name in component.values()}
-    for shard in shards:
-        for kind, values in kinds.items():
-            parts[f"{kind}/{component[shard.name]}"].append(values(shard).float())
-    norms = [nn.utils.get_total_norm(tensors).to(device) for tensors in parts.values()]
-    squares = torch.stack(norms).double().square_()
-    distributed.add_up(squares)
-    return {name: math.sqrt(total / copies) for name, total in zip(parts, squares.tolist(), strict=True)}
+
+    @torch.no_grad()
+    def __init__(
+        self, shards: Iterable[ParameterShard], groups: Sequence[ParameterGroup], *, device: torch.device, copies: int
+    ) -> None:
+        component = {name: group.name.partition("/")[0] for group in groups for name in group.names}
+        kinds = {"weight_norm": lambda shard: shard.master, "momentum_norm": lambda shard: shard.momentum}
+        parts: dict[str, list[Tensor]] = {f"{kind}/{name}": [] for kind in kinds for name in component.values()}
+        for shard in shards:
+            for kind, values in kinds.items():
+                parts[f"{kind}/{component[shard.name]}"].append(values(shard).float())
+        norms = [nn.utils.get_total_norm(tensors).to(device) for tensors in parts.values()]
+        squares = torch.stack(norms).double().square_()
+        distributed.add_up(squares)
+        self._names, self._copies, self._squares = list(parts), copies, Arriving(squares)
+
+    def read(self) -> dict[str, float]:
+        """The norms by name."""
+        totals = zip(self._names, self._squares.tolist(), strict=True)
+        return {name: math.sqrt(total / self._copies) for name, total in totals}

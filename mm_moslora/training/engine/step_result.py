@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,33 @@ class StepResult:
     """Whether this rank's part of the loss is finite; checked only for skipped steps."""
     rescaling: bool = False
     """Whether the step was skipped because the loss scale of fp16 was too large; it has been lowered."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """See `parameter_shards.Norms`, after the step; empty where they were not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedStep:
+    """A step that the host has queued. On an engine that is `late` its numbers are still on their way."""
+
+    counts: dict[str, float]
+    """Those of `StepResult` that the host knows, by name."""
+    result: Callable[[], StepResult]
+    """Waits for the numbers; called once."""
+
+
+class Arriving:
+    """A tensor on its way to the host, which does other work meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def tolist(self) -> list[float]:
+        """Wait for the values."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._copy.tolist()
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, set_rates
 from mm_moslora.training.engine.parameter_shards import ParameterShard
-from mm_moslora.training.engine.step_result import Update
+from mm_moslora.training.engine.step_result import Arriving, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 
 
@@ -56,20 +56,34 @@ class TorchEngine(TrainingEngine):
         if sums:
             torch._foreach_add_(*map(list, zip(*sums, strict=True)))
 
-    def _update(self, lr_factor: float, sums: Tensor) -> Update:
+    @property
+    def late(self) -> bool:
+        """See `TrainingEngine.late`: where the optimiser is one kernel, it skips a step by itself."""
+        return type(self.optimizer) is torch.optim.AdamW and bool(self.optimizer.defaults["fused"])
+
+    def _update(self, lr_factor: float, sums: Tensor) -> Callable[[], Update]:
         masters = [master for group in self.masters for master in group]
         for master in masters:
             if master.grad is None:  # as with ZeRO, a projector without pictures still moves by its momentum
                 master.grad = torch.zeros_like(master)
         clipped = nn.utils.clip_grad_norm_(masters, self.settings.max_grad_norm or math.inf)
-        loss, right, norm = torch.cat((sums, clipped.double()[None])).tolist()
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        if applied:
+        numbers = torch.cat((sums, clipped.double()[None]))
+        arriving = Arriving(numbers)
+
+        def update() -> Update:
+            loss, right, norm = arriving.tolist()
+            applied = math.isfinite(loss) and math.isfinite(norm)
+            return Update(total=loss, right=right, grad_norm=norm, applied=applied)
+
+        read = None if self.late else update()
+        if read is None:
+            self.optimizer.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]
+        if read is None or read.applied:
             set_rates(self.optimizer, self.groups, lr_factor)
             self.optimizer.step()
             self._copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(total=loss, right=right, grad_norm=norm, applied=applied)
+        return update if read is None else lambda: read
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
