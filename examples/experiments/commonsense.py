@@ -213,9 +213,11 @@ def main() -> int:
             f"--seeds 3 --tasks {tasks} --output {out / 'compare'}"
         )
         return 0
+    from stamps import fetch_stamps
+
     from mm_moslora.quickstart import model_assets
 
-    language, stamps = model_assets.language_model(print), model_assets.stamps(None, print)
+    language, stamps = model_assets.language_model(print), fetch_stamps(print)
     build_small(
         read_stamps(stamps),
         read_words(),

@@ -145,9 +145,11 @@ def main() -> int:
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from stamps import fetch_stamps
+
     from mm_moslora.quickstart import model_assets
 
-    stamps, encoder = model_assets.stamps(None, print), model_assets.efficientnet_timm(print)
+    stamps, encoder = fetch_stamps(print), model_assets.efficientnet_timm(print)
     plan = Plan(arms=options.arms, rates=options.lr, seeds=options.seeds)
     return run(plan, stamps, encoder, options.out, limit_minutes=options.limit_minutes)
 

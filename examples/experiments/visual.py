@@ -28,11 +28,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commonsense import ARMS, write_recipe
+from stamps import CATEGORY, build_stamps, fetch_stamps
 
 from mm_moslora.config import SourceConfig, load_recipe
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.quickstart.instruction_data import build_easy_vqa
-from mm_moslora.quickstart.stamp_data import CATEGORY, build_stamps
 
 TRAIN, VALIDATION, TEST = 256, 48, 300
 """Pictures of shapes to train and to choose rates with, questions to measure."""
@@ -48,7 +48,7 @@ def build(quickstart: Path, stamps: Path, out: Path, *, seed: int = 0) -> tuple[
 
     Args:
         quickstart: run folder of the quickstart.
-        stamps: folder of `model_assets.stamps`.
+        stamps: folder of `stamps.fetch_stamps`.
         out: folder of the experiment.
         seed: chooses conversations and questions.
 
@@ -137,9 +137,7 @@ def main() -> int:
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    from mm_moslora.quickstart import model_assets
-
-    recipe, tasks = build(options.quickstart.resolve(), model_assets.stamps(None, print), options.out.resolve())
+    recipe, tasks = build(options.quickstart.resolve(), fetch_stamps(print), options.out.resolve())
     print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(
         f"mm-moslora compare {recipe} --arms {ARMS} --lr 5e-4,1e-3,2e-3 --seeds 6 --tasks {tasks} "

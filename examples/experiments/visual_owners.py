@@ -33,9 +33,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commonsense import KINDS, write_recipe
+from stamps import fetch_stamps, find_stamps, same_thing, square
 
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
-from mm_moslora.quickstart.stamp_data import find_stamps, same_thing, square
 
 ARMS = "lora,lora@rank=1@alpha=2"
 EACH = 8
@@ -78,7 +78,7 @@ def choose(stamps: Path, rng: random.Random) -> list[Thing]:
     """Draw `EACH` things of every kind, no two of them alike, and their owners.
 
     Args:
-        stamps: folder of `model_assets.stamps`.
+        stamps: folder of `stamps.fetch_stamps`.
         rng: draws.
     """
     found = [s for s in find_stamps(stamps) if s.folder in KINDS and len(s.sentence) <= LONGEST]
@@ -124,7 +124,7 @@ def build(
     """Write pictures, questions, `align.yaml` and `recipe.yaml`.
 
     Args:
-        stamps: folder of `model_assets.stamps`.
+        stamps: folder of `stamps.fetch_stamps`.
         models: recipe keys of the language model and the vision encoder.
         out: folder of the experiment.
         train: pictures to train with.
@@ -218,7 +218,7 @@ def main() -> int:
         "model.language": str(model_assets.language_model(print)),
         "model.vision.name": str(model_assets.dinov2(print)),
     }
-    stamps = model_assets.stamps(None, print)
+    stamps = fetch_stamps(print)
     recipe, tasks = build(stamps, models, out, train=options.train, questions=options.questions, seed=options.seed)
     print(f"mm-moslora train {recipe.with_name('align.yaml')}")
     print(

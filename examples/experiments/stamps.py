@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
+import subprocess
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mm_moslora.quickstart.asset_cache import Asset, Say, cached, run_download, silent, verify
 from mm_moslora.quickstart.instruction_data import (
     DatasetFiles,
     ImageQuestion,
@@ -65,6 +69,48 @@ LEFT_OUT = ("symbols/alphabets",)
 THUMBNAIL = 16
 NEAR = 14.0
 """Root mean square difference of 16 x 16 thumbnails, of 255, below which two pictures count as equal."""
+
+
+STAMPS = Asset(
+    name="tuxpaint-stamps-default",
+    version="2025.03.31-1",
+    sha256="6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb",
+    licence="GPL-2.0-or-later",
+    source="Debian",
+    bytes=80_872_956,
+    what="pictures and sentences of Tux Paint's stamps",
+)
+
+
+def fetch_stamps(say: Say = silent) -> Path:
+    """Return the folder of Tux Paint's stamps: ``CATEGORY/.../NAME.png`` with ``NAME.txt`` beside it.
+
+    Debian's apt-get and dpkg-deb fetch and unpack the package; a package that lies in the working directory is taken.
+
+    Raises:
+        AssetError: it cannot be downloaded or unpacked, or differs from the pinned file.
+    """
+
+    def build(folder: Path) -> None:
+        name = f"{STAMPS.name}_{STAMPS.version}_all.deb"
+        with tempfile.TemporaryDirectory() as work:
+            package = Path(name) if Path(name).is_file() else Path(work) / name
+            if package.parent == Path(work):
+                say(f"downloading {STAMPS}")
+                remedy = "run `apt-get update`, or put the package into the working directory"
+                run_download(["apt-get", "download", f"{STAMPS.name}={STAMPS.version}"], STAMPS, remedy=remedy, cwd=Path(work))
+            verify(package, STAMPS)
+            root = Path(work) / "root"
+            subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+            shared = root / "usr" / "share"
+            for item in sorted((shared / "tuxpaint" / "stamps").rglob("*")):
+                if item.suffix in {".png", ".txt"}:
+                    target = folder / item.relative_to(shared / "tuxpaint" / "stamps")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(item, target)
+            shutil.copy(shared / "doc" / STAMPS.name / "copyright", folder)
+
+    return cached("tuxpaint-stamps", STAMPS, build, say)
 
 
 @dataclass(frozen=True, kw_only=True)

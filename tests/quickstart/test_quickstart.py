@@ -1,0 +1,107 @@
+"""The quickstart's folder: which commands run there, and what is left alone when it is called again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.cli import quickstart_verb
+from mm_moslora.cli.quickstart_verb import quickstart
+from mm_moslora.config import load_recipe
+from mm_moslora.quickstart import model_assets
+from mm_moslora.utils.errors import ConfigError
+
+Command = list[str]
+
+
+@pytest.fixture
+def commands(
+    monkeypatch: pytest.MonkeyPatch, language_folder: Path, vision_folder: Path, easy: Path
+) -> tuple[list[Command], dict[str, int]]:
+    """The commands of a quickstart that fetches nothing, and the exit codes that they are to have, by verb."""
+    for name, folder in (("language_model", language_folder), ("dinov2", vision_folder), ("easy_vqa", easy)):
+        monkeypatch.setattr(model_assets, name, lambda _say, folder=folder: folder)
+    monkeypatch.setattr(model_assets, "check_readers", lambda: None)
+    called, codes = list[Command](), dict[str, int]()
+
+    def app(words: Command, **_: object) -> int:
+        called.append(words)
+        return codes.get(words[0], 0)
+
+    monkeypatch.setattr("mm_moslora.cli.cli_app.app", app)
+    return called, codes
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("failing", "expected"), [("", 5), ("train", 1), ("eval", 3), ("export", 4)])
+def test_the_verbs_run_in_order_until_one_fails(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]], failing: str, expected: int
+) -> None:
+    called, codes = commands
+    codes[failing] = 75
+    assert quickstart(output=tmp_path / "my run", smoke=True) == (75 if failing else 0)
+    assert [words[0] for words in called] == ["train", "train", "eval", "export", "report"][:expected]
+
+
+def test_seed_precision_and_the_first_stage_reach_the_recipes(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]]
+) -> None:
+    quickstart(output=tmp_path / "q", smoke=True, seed=3, precision="fp32")
+    align, tune = (load_recipe(words[1]) for words in commands[0][:2])
+    assert [(recipe.train.seed, recipe.train.precision) for recipe in (align, tune)] == [(3, "fp32")] * 2
+    assert tune.model.projector.weights == align.train.output
+    assert Path(align.data.train[0].path).is_file()
+    assert Path(tune.data.train[0].path).is_file()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"precision": "fp32"}, {"smoke": False}], ids=["seed", "precision", "size"]
+)
+def test_another_quickstart_in_the_folder_is_refused_and_changes_nothing(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]], changes: dict[str, object]
+) -> None:
+    folder = tmp_path / "q"
+    quickstart(output=folder, smoke=True)
+    before, ran = content(folder), len(commands[0])
+    with pytest.raises(ConfigError, match="another quickstart.*Choose another --output"):
+        quickstart(output=folder, **({"smoke": True} | changes))  # type: ignore[arg-type]
+    assert (content(folder), len(commands[0])) == (before, ran)
+    quickstart(output=folder, smoke=True)
+
+
+def test_data_that_a_model_was_trained_on_are_not_replaced(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "q"
+    quickstart(output=folder, smoke=True)
+    (folder / "tune" / "checkpoint-000001").mkdir(parents=True)
+    (folder / "tune" / "checkpoint-000001" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(quickstart_verb, "TURNS", 4)
+    with pytest.raises(ConfigError, match="holds other data than requested, in train.jsonl, and a"):
+        quickstart(output=folder, smoke=True)
+
+
+@pytest.mark.parametrize("name", ["align.yaml", "data/train.jsonl", "tune/notes.txt"])
+def test_a_folder_of_the_user_is_refused_before_anything_is_written(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]], name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"already holds {name.partition('/')[0]}, and nothing shows"):
+        quickstart(output=tmp_path, smoke=True)
+    assert content(tmp_path) == {tmp_path / name: b"mine"}
+    assert not commands[0]
+
+
+def test_an_export_that_exists_is_left_as_it_is(
+    tmp_path: Path, commands: tuple[list[Command], dict[str, int]]
+) -> None:
+    folder = tmp_path / "q"
+    quickstart(output=folder, smoke=True)
+    (folder / "export").mkdir()
+    quickstart(output=folder, smoke=True)
+    assert [words[0] for words in commands[0][5:]] == ["train", "train", "eval", "report"]
