@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mm_moslora.launch.child_processes import output_of
 from mm_moslora.quickstart.asset_cache import Asset, Say, cached, run_download, silent, verify
 from mm_moslora.quickstart.instruction_data import (
     DatasetFiles,
@@ -30,7 +30,7 @@ from mm_moslora.quickstart.instruction_data import (
     write_files,
     yes_no_questions,
 )
-from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.errors import AssetError, DataError
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.untrusted_files import read_text
 
@@ -98,10 +98,14 @@ def fetch_stamps(say: Say = silent) -> Path:
             if package.parent == Path(work):
                 say(f"downloading {STAMPS}")
                 remedy = "run `apt-get update`, or put the package into the working directory"
-                run_download(["apt-get", "download", f"{STAMPS.name}={STAMPS.version}"], STAMPS, remedy=remedy, cwd=Path(work))
+                run_download(
+                    ["apt-get", "download", f"{STAMPS.name}={STAMPS.version}"], STAMPS, remedy=remedy, cwd=Path(work)
+                )
             verify(package, STAMPS)
             root = Path(work) / "root"
-            subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+            done = output_of(["dpkg-deb", "-x", package, root])
+            if done.returncode:
+                raise AssetError(f"{package.name} cannot be unpacked: {done.stderr.strip()}. Download it again.")
             shared = root / "usr" / "share"
             for item in sorted((shared / "tuxpaint" / "stamps").rglob("*")):
                 if item.suffix in {".png", ".txt"}:

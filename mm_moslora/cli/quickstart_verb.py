@@ -17,6 +17,7 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import mark, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import cache_folder, checkpoints
+from mm_moslora.utils.untrusted_files import read_text
 
 if TYPE_CHECKING:
     from mm_moslora.quickstart.instruction_data import DatasetFiles
@@ -78,7 +79,7 @@ def quickstart(
     data_set = model_assets.easy_vqa(logger.info)
     recipes = _recipes(folder.resolve(), parts, data_set, size, [f"train.seed={seed}", f"train.precision={precision}"])
     for name, recipe in recipes.items():
-        if (folder / name).is_file() and (folder / name).read_text(encoding="utf-8") != recipe:
+        if (folder / name).is_file() and read_text(folder / name) != recipe:
             raise ConfigError(
                 f"{folder / name} is the recipe of another quickstart: other options, or edited since. The folder is "
                 "left unchanged. Choose another --output, or delete the folder."
@@ -144,7 +145,8 @@ def _run_stages(folder: Path, data: DatasetFiles) -> int:
         *(("train", folder / _recipe_name(stage)) for stage in STAGES),
         ("eval", "run", f"llava:{data.test}@{data.images}", "--model", tune, "--output", folder / "eval", "--untuned",
          "--modes", "own,wrong,blind", "--baselines", "majority,question_majority",
-         "--train-answers", f"{data.train}@{data.images}", "--batch-size", "32", "--max-new-tokens", str(ANSWER_TOKENS)),
+         "--train-answers", f"{data.train}@{data.images}", "--batch-size", "32",
+         "--max-new-tokens", str(ANSWER_TOKENS)),
         ("export", tune, folder / "export", "--to", "hf"),
         ("report", tune, "--output", folder / "report.html"),
     ]  # fmt: skip

