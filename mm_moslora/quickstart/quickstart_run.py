@@ -1,4 +1,4 @@
-"""The verb `quickstart`: small parts and pictures from package registries, and the verbs that a user would give."""
+"""The quickstart: small parts and pictures from package registries, and the verbs that a user would give."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import logging
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from mm_moslora.cli.shared_options import quiet_libraries
-from mm_moslora.config import load_recipe, refuse_lacking
+from mm_moslora.config import Precision, load_recipe, refuse_lacking
+from mm_moslora.quickstart import model_assets
+from mm_moslora.quickstart.instruction_data import DatasetFiles, build_easy_vqa
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import mark, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import cache_folder, checkpoints
 from mm_moslora.utils.untrusted_files import read_text
 
-if TYPE_CHECKING:
-    from mm_moslora.quickstart.instruction_data import DatasetFiles
-
-logger = logging.getLogger("mm_moslora.cli")
+logger = logging.getLogger(__name__)
 
 STAGES = ("align", "tune")
 TURNS = 8
@@ -44,31 +42,22 @@ SMOKE = QuickstartSize(train_images=64, align_steps=4, test_questions=40)
 
 
 def quickstart(
-    *,
-    output: Path | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    seed: int = 0,
-    smoke: bool = False,
+    run: Callable[[list[str]], int], *, output: Path | None, precision: Precision, seed: int, smoke: bool
 ) -> int:
-    """The whole workflow in minutes on two CPU cores: fetch, align, tune, evaluate, report. Run it again to continue.
+    """Run or continue the quickstart.
 
-    It prints each command before it runs it: `train` twice, `eval run`, `export` and `report`.
+    Args:
+        run: executes one command line of `mm-moslora` and returns its exit code.
+        output: run folder; None: runs/quickstart, or runs/quickstart-smoke.
+        smoke: a miniature for tests, with lower quality.
 
-    Parameters
-    ----------
-    output
-        Run folder; default: runs/quickstart, or runs/quickstart-smoke.
-    precision
-        auto: bf16 on hardware with fast bf16, else fp32.
-    seed
-        Seed of the initialisation, of the data order, and of the choice of training pictures.
-    smoke
-        Run a miniature of every step in about three minutes, at lower quality.
+    Returns:
+        0, or the exit code of the first command that failed or was stopped; the same call then continues.
+
+    Raises:
+        ConfigError: the folder holds files of another program, or another quickstart.
+        AssetError: an asset cannot be downloaded or read.
     """
-    quiet_libraries()
-    from mm_moslora.quickstart import model_assets
-    from mm_moslora.quickstart.instruction_data import build_easy_vqa
-
     folder = output or Path("runs") / ("quickstart-smoke" if smoke else "quickstart")
     size = SMOKE if smoke else QuickstartSize()
     model_assets.check_readers()
@@ -97,12 +86,12 @@ def quickstart(
     for name, recipe in recipes.items():
         replace_text(folder / name, recipe)
     logger.info("Data: %d training pictures, %d held-out questions.", data.train_pictures, data.questions)
-    code = _run_stages(folder, data)
+    code = _run_stages(run, folder, data)
     if code == 0:
         tune = folder / "tune"
-        print(f"\nChat with it:           {_shown('chat', tune, '--image', 'PICTURE')}")
-        print(f"Compare it with before: {_shown('demo', tune)}")
-        print(f"Show supervised tokens: {_shown('data', 'view', tune)}")
+        commands = {"Chat with it": ("chat", tune, "--image", "PICTURE"), "Compare it with before": ("demo", tune),
+                    "Show supervised tokens": ("data", "view", tune)}  # fmt: skip
+        sys.stdout.write("\n" + "".join(f"{what + ':':<24}{_shown(*words)}\n" for what, words in commands.items()))
     return code
 
 
@@ -136,10 +125,8 @@ def _recipes(
     return texts
 
 
-def _run_stages(folder: Path, data: DatasetFiles) -> int:
+def _run_stages(run: Callable[[list[str]], int], folder: Path, data: DatasetFiles) -> int:
     """Run the verbs one after the other, until one ends with another code than 0."""
-    from mm_moslora.cli.cli_app import app
-
     tune = folder / "tune"
     stages: list[tuple[str | Path, ...]] = [
         *(("train", folder / _recipe_name(stage)) for stage in STAGES),
@@ -155,9 +142,9 @@ def _run_stages(folder: Path, data: DatasetFiles) -> int:
             logger.info("\n%s was written before and is left as it is.", folder / "export")
             continue
         logger.info("\n$ %s", _shown(*words))
-        code = app([*map(str, words)], exit_on_error=False, print_error=False, result_action="return_value")
+        code = run([*map(str, words)])
         if code:
-            return int(code)
+            return code
     return 0
 
 
