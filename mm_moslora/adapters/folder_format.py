@@ -22,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | None = None, **hub: Any) -> Path | None:
-    """The folder of an adapter with mixers, on this machine; None for every other adapter.
+    """The double folder of an adapter, on this machine; None for every other adapter.
 
     Args:
         names: files to fetch from the hub; the first decides. The start of training is fetched where there is one.
@@ -110,13 +110,7 @@ def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | N
     """
     root = Path(model_id, subfolder or "")
     if root.is_dir():
-        if any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS)):
-            return root
-        try:
-            with safe_open(root / STOCK_WEIGHTS, framework="pt") as file:
-                return None if names_mixers(file.keys()) is None else root
-        except (OSError, SafetensorError):  # the reader of the weights says so
-            return None
+        return root if any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS)) else None
     arguments = {key: value for key, value in hub.items() if key in inspect.signature(hf_hub_download).parameters}
 
     def fetched(*filenames: str) -> Path | None:

@@ -33,8 +33,8 @@ from mm_moslora.adapters.folder_format import (
     START_MIXER,
     STOCK_WEIGHTS,
     downloaded,
+    names_mixers,
 )
-from mm_moslora.adapters.folders.authors_format import check_declared
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.kept_start import start_tensors, starts_of
 from mm_moslora.adapters.folders.load_folder import read_folder
@@ -65,11 +65,19 @@ def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default
 def load_peft_weights(
     model_id: str, device: Any = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """A, M, B and M's start where the folder has them, checked against its hashes; otherwise PEFT's result."""
+    """A, M, B and M's start of a double folder, checked against its hashes; otherwise PEFT's result.
+
+    Raises:
+        AdapterError: a folder of the authors', or one that is damaged.
+    """
     folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         stock: dict[str, Tensor] = _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
-        check_declared(stock, str(model_id))
+        if name := names_mixers(stock):
+            raise AdapterError(
+                f"{model_id} holds mixers ({name!r}), which this way of loading drops. Load it with "
+                "mm_moslora.adapters.load_adapter."
+            )
         return stock
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)

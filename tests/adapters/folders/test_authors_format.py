@@ -128,6 +128,10 @@ def test_ways_that_would_drop_the_mixers_are_refused(tmp_path: Path) -> None:
     ways = [
         llama().load_adapter, peft.PeftConfig.from_pretrained, peft.LoraConfig.from_pretrained,
         MoSLoRAConfig.from_pretrained, lambda name: peft.PeftModel.from_pretrained(llama(), name),
+        *(
+            lambda name, kind=kind: peft.PeftModel.from_pretrained(llama(), name, config=kind(**options))
+            for kind in (peft.LoraConfig, MoSLoRAConfig)
+        ),
         *(lambda name, model=model: model.load_adapter(name, "theirs") for model in (plain, mixed)),
         *(lambda _, model=model: peft.set_peft_model_state_dict(model, state) for model in (plain, mixed)),
     ]  # fmt: skip
