@@ -117,24 +117,6 @@ def continued(recipe: Recipe, manifest: Manifest) -> Recipe:
     return recipe.for_ranks(distributed.world_size(), before=str(before.get("train", {}).get("zero", "zero2")))
 
 
-def changed_since(recipe: Recipe) -> tuple[str, ...]:
-    """Differences between a recipe and the newest checkpoint in its run folder for which training would refuse it.
-
-    It writes nothing and verifies no file.
-
-    Raises:
-        OtherFormatError: another version of mm_moslora wrote the checkpoint.
-    """
-    for _, folder in reversed(checkpoints(Path(recipe.train.output))):
-        try:
-            return _changes(read_manifest(folder, verify=False), recipe).other_run
-        except OtherFormatError:
-            raise
-        except CheckpointError:  # training skips a damaged one
-            continue
-    return ()
-
-
 def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
     """Overrides with which another run starts from the weights of a checkpoint."""
     words = [f"--adapter.weights {checkpoint}"] if is_adapter(checkpoint) else []
