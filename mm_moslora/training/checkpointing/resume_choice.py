@@ -12,12 +12,12 @@ from mm_moslora.config import Recipe, YamlRecipe
 from mm_moslora.config.recipe_keys import facts_at, leaves
 from mm_moslora.models.model_paths import CONTENTS, same_parts
 from mm_moslora.models.precision import resolve_precision
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, read_manifest
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.supervision.run_folder import refuse_resume
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError
-from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
+from mm_moslora.utils.run_paths import is_adapter, projector_file, resume_folder
 
 logger = logging.getLogger(__name__)
 
