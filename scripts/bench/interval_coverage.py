@@ -113,9 +113,9 @@ def worlds() -> Iterator[World]:
     yield World(name="29 x 2 and 1 x 30, 90%", sizes=[*[2] * 29, 30], right=0.9)
     yield World(name="60 x 1, 95%", sizes=[1] * 60)
     yield World(name="30 x 4, 80%, four grades", sizes=[4] * 30, right=0.8, graded=True)
-    yield World(name="macro average, 4 x 10 pictures x 3, 90%", sizes=[3] * 40, right=0.9, aggregation="macro",
+    yield World(name="macro average, 4 x 10 pictures x 3, 90%", sizes=[3] * 40, right=0.9, aggregation="mmstar_macro",
                 categories=4)  # fmt: skip
-    yield World(name="macro average, 5 and 75 pictures x 3, 80%", sizes=[3] * 80, right=0.8, aggregation="macro",
+    yield World(name="macro average, 5 and 75 pictures x 3, 80%", sizes=[3] * 80, right=0.8, aggregation="mmstar_macro",
                 first=5)  # fmt: skip
     yield World(name="one category of 12 x 3, 90%", sizes=[3] * 48, right=0.9, categories=4, category=SUB_TASKS[0])
     yield World(name="POPE F1, 50 x 6, 85%", sizes=[6] * 50, right=0.85, aggregation="pope")
@@ -124,7 +124,7 @@ def worlds() -> Iterator[World]:
     yield World(name="difference, 12 x 10, 95% and 80%", sizes=[10] * 12, other=0.8)
     yield World(name="difference, 30 x 4, 90% and 80%", sizes=[4] * 30, right=0.9, other=0.8)
     yield World(name="difference of macro averages, 4 x 10 x 3", sizes=[3] * 40, right=0.9, other=0.8,
-                aggregation="macro", categories=4)  # fmt: skip
+                aggregation="mmstar_macro", categories=4)  # fmt: skip
 
 
 def row(world: World, *, runs: int, seed: int = 0) -> dict[str, Any]:
