@@ -1,10 +1,6 @@
 #!/usr/bin/env python
 """A tenant's tuning over shared factors: M alone against LoRA of equal size and of rank 16 (docs/results/tenants.md).
 
-    python examples/experiments/tenants.py OUT                                  the first block: `sort`, 400 records
-    python examples/experiments/tenants.py OUT --held sort,odd,word --records 4000
-    python examples/experiments/tenants.py --table                              the result so far, from the archive
-
 Eight question sets are made from timm's WordNet files. A, B and M are trained on seven of them and merged; each arm
 then tunes the merged model on the eighth. Every finished run is one line of the archive, and is not run again.
 """
@@ -13,306 +9,241 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-import shutil
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from mm_moslora_eval.scoring.error_bars import t_quantile
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, differences
+from mm_moslora.quickstart import model_assets
+from mm_moslora.utils.files import rename, writing_in_place
 
-SETS = ("word", "meaning", "true", "gap", "sort", "odd", "same", "name")
-SORTS = {"animal": (1314000, 2666000), "object": (2667000, 4620000), "food": (7555800, 7940000),
-         "place": (8489000, 9475000), "person": (9605000, 10795000), "plant": (11535000, 13170000)}  # fmt: skip
-"""Offsets in WordNet 3.0, which lists nouns by sort."""
+SETS = ("word", "gap", "name", "first", "thing", "alive", "use", "latin")
+SORTS = {"animal": (1314000, 2666000, "watch"), "object": (2667000, 4620000, "use"), "food": (7555800, 7940000, "eat"),
+         "place": (8489000, 9475000, "visit"), "person": (9605000, 10795000, "meet"),
+         "plant": (11535000, 13170000, "grow")}  # WordNet 3.0's offsets by sort, and the answers of `use`  # fmt: skip
+PARTS = {"test": (0, 6000, 800), "validation": (6000, 8000, 160), "learnt": (8000, None, 0)}  # nouns, questions
 ARCHIVE = Path(__file__).resolve().parents[2] / "docs/results/data/tenants.jsonl"
 ARMS = ("mixer-shared", "mixer-svd", "lora-1", "lora-16")
-LINEAR = r"(q|k|v|o|gate|up|down)_proj"
-FEW = rf"model\.layers\.((2|8|14|20|26)\..*{LINEAR}|29\..*(q|k|v)_proj)"
-"""Rank 1 here has 53,568 numbers; M in all 210 linear layers has 53,760."""
-TEST, VALIDATION, BATCH = 800, 160, 16
-SHARED_RECORDS, SHARED_RATE = 800, 2e-3
-RATES, FACTOR, GROW = (1e-3, 3.2e-3, 1e-2), 10**0.5, 4
-Pair = tuple[str, str]
+FEW = r"model\.layers\.((2|8|14|20|26)\..*(q|k|v|o|gate|up|down)_proj|29\..*(q|k|v)_proj)"
+SHARED_RECORDS, SHARED_RATE, BATCH = 800, 2e-3, 16
+RATES, FACTOR, GROW, TUNING_SEED = (1e-3, 3.2e-3, 1e-2), 10**0.5, 4, 1000
 
 
-def synsets() -> list[tuple[list[str], str, str]]:
-    """(names, definition, sort or "") of every noun of ImageNet's hierarchy, shuffled once for all."""
+def questions(name: str, part: str, records: int = 0, seed: int = 0) -> list[tuple[str, str]]:
+    """Questions of a set with answers that are true by construction; a tenant's records are drawn anew by each seed."""
     data = resources.files("timm.data") / "_info"
-    lines = {name: (data / f"imagenet_synset_to_{name}.txt").read_text("utf-8") for name in ("lemma", "definition")}
-    names, definitions = (
-        dict(row.split("\t", 1) for row in text.splitlines() if "\t" in row) for text in lines.values()
-    )
-    found = []
-    for key in sorted(definitions):
-        sort = next((sort for sort, (low, high) in SORTS.items() if low <= int(key[1:]) < high), "")
-        found.append(([name.strip() for name in names[key].split(",")], definitions[key], sort))
-    random.Random("synsets").shuffle(found)
-    return found
-
-
-def questions(name: str, part: Sequence[tuple[list[str], str, str]], count: int, rng: random.Random) -> list[Pair]:
-    """Questions of a set with their answers, which are true by construction.
-
-    Args:
-        part: synsets to ask about; sets of questions from disjoint parts share no noun.
-        count: how many.
-    """
-    defined = [(n[0], d) for n, d, _ in part if n[0].isalpha() and n[0].islower() and len(d) <= 70 and n[0] not in d]
-    sorted_ = {sort: [n[0] for n, _, of in part if of == sort and len(n[0]) <= 24] for sort in SORTS}
-    named = [
-        n
-        for n, _, _ in part
-        if len(n) > 1 and not {w[:4] for w in n[0].lower().split()} & {w[:4] for w in n[1].lower().split()}
-    ]
+    texts = [(data / f"imagenet_synset_to_{of}.txt").read_text("utf-8") for of in ("lemma", "definition")]
+    names, meanings = (dict(row.split("\t", 1) for row in text.splitlines() if "\t" in row) for text in texts)
+    keys, (low, high, count) = sorted(meanings), PARTS[part]
+    random.Random("synsets").shuffle(keys)
+    once = Counter(one.strip() for of in names.values() for one in set(of.split(",")))  # no other part asks about it
+    lists = {key: [one.strip() for one in names[key].split(",") if once[one.strip()] == 1] for key in keys[low:high]}
+    nouns = [(of, meanings[key], int(key[1:])) for key, of in lists.items() if of]
+    short = [(n[0], d) for n, d, _ in nouns if n[0].isalpha() and n[0].islower() and len(d) <= 70 and n[0] not in d]
+    of_sort = {sort: [(n, d) for n, d, at in nouns if lo <= at < hi] for sort, (lo, hi, _) in SORTS.items()}
+    pairs = [n for n, _, _ in nouns if len(n) > 1 and n[0][:4].lower() != n[1][:4].lower()]
+    rng = random.Random(f"{name} {part}" if count else f"{name} {records} {seed}")
     made: dict[str, str] = {}
-    while len(made) < count:
-        (word, meaning), (other, wrong) = rng.sample(defined, 2)
-        flip, (one, two) = rng.random() < 0.5, rng.sample(list(SORTS), 2)
+    while len(made) < (count or records):
+        ((word, meaning), (other, wrong)), sort = rng.sample(short, 2), rng.choice(list(SORTS))
+        choice, (thing, text) = None, rng.choice(of_sort[sort])
         if name == "word":
-            question, answer = f"Which word means {meaning}: {_either(word, other, flip)}?", word
-        elif name == "meaning":
-            first, second = (wrong, meaning) if flip else (meaning, wrong)
-            question, answer = f"What is {word}? 1: {first}. 2: {second}.", "2" if flip else "1"
-        elif name == "true":
-            question, answer = f"True or false: {word} means {wrong if flip else meaning}.", "false" if flip else "true"
+            asked, choice = f"Which word means {meaning}", (word, other)
         elif name == "gap":
-            long, others = ([w for w in text.split() if w.isalpha() and len(w) > 4] for text in (meaning, wrong))
-            if not long or not others or (hidden := rng.choice(long)) == (false := rng.choice(others)):
-                continue
-            gap = " ".join("___" if w == hidden else w for w in meaning.split())
-            question, answer = f"{word}: {gap}. Which word is missing: {_either(hidden, false, flip)}?", hidden
-        elif name == "sort":
-            question, answer = f"What sort of thing is this: {rng.choice(sorted_[one])}?", one
-        elif name == "odd":
-            answer = rng.choice(sorted_[two])
-            items = [*rng.sample(sorted_[one], 3), answer]
-            rng.shuffle(items)
-            question = f"Which one does not belong: {', '.join(items)}?"
-        elif name == "same":
-            pair = (rng.choice(sorted_[one]), rng.choice(sorted_[two])) if flip else tuple(rng.sample(sorted_[one], 2))
-            question, answer = f"Are {pair[0]} and {pair[1]} of one sort?", "no" if flip else "yes"
+            hidden, false = (max(re.findall("[a-z]+", of), key=len) for of in (meaning, wrong))
+            asked, choice = f"{word}: {meaning.replace(hidden, '___')}. Which word is missing", (hidden, false)
+        elif name == "name":
+            (known, right, *_), (_, false, *_) = rng.sample(pairs, 2)
+            asked, choice = f"What is another name of {known}", (right, false)
+        elif name == "first":
+            asked, choice = "Which word comes first in the alphabet", tuple(sorted((word, other)))
+        elif name == "thing":
+            asked, answer = f"What sort of thing is this: {thing[0]}?", sort
+        elif name == "alive":
+            asked, answer = f"Is this alive: {thing[0]}?", "yes" if sort in ("animal", "person", "plant") else "no"
+        elif name == "use":
+            asked, answer = f"What does one do with {text}?", SORTS[sort][2]
         else:
-            (first, answer, *_), (_, false, *_) = rng.sample(named, 2)
-            question = f"What is another name of {first}: {_either(answer, false, flip)}?"
-        made.setdefault(question, answer)
+            known = rng.choice(rng.choice(of_sort[rng.choice(("animal", "plant"))])[0])
+            latin = re.fullmatch(r"[A-Z][a-z]+ [a-z]+(us|a|um|is|ii|i|ae|ens|es|os)", known)
+            if not (latin or known.islower()):
+                continue
+            asked, answer = f"Is this name scientific or common: {known.lower()}?", "scientific" if latin else "common"
+        if choice:
+            asked, answer = f"{asked}: {' or '.join(rng.sample(choice, 2))}?", choice[0]
+        made.setdefault(asked, answer)
     return list(made.items())
 
 
-def _either(right: str, wrong: str, flip: bool) -> str:
-    return f"{wrong} or {right}" if flip else f"{right} or {wrong}"
-
-
-def parts_of(held: str, records: int, seed: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """A tenant's records, which each seed draws anew, and the questions to choose rates and to measure with."""
-    nouns = synsets()
-    cuts = [0, 6000, 8000, len(nouns)]
-    test, validation, learning = (nouns[low:high] for low, high in pairwise(cuts))
-    return (
-        questions(held, learning, records, random.Random(f"{held} {records} {seed}")),
-        questions(held, validation, VALIDATION, random.Random(f"{held} validation")),
-        questions(held, test, TEST, random.Random(f"{held} test")),
-    )
-
-
-class Coder:
-    """Questions and answers as padded batches of token ids, with the positions of the answers."""
-
-    def __init__(self, folder: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-    def batch(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
-        """Ids and labels ``[G, T]``; labels are -100 but for the answer and its end."""
-        ids, labels = [], []
-        for question, answer in pairs:
-            start = self.tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
-            end = self.tokenizer(f"{answer}<|im_end|>").input_ids
-            ids.append(start + end)
-            labels.append([-100] * len(start) + end)
-        longest = max(map(len, ids))
-        return {
-            "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
-            "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
-        }
-
-
-def answer_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, rows and hits ``[K]`` of the answers' tokens; only these positions go through the head."""
-    labels = batch.pop("labels")[:, 1:]
-    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = decoder.model(**batch, use_cache=False).last_hidden_state[:, :-1]
-    asked = labels != -100
-    logits = decoder.lm_head(hidden[asked]).float()
-    return (
-        cross_entropy(logits, labels[asked], reduction="none"),
-        asked.nonzero()[:, 0],
-        logits.argmax(-1) == labels[asked],
-    )
+def answer_losses(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, ...]:
+    """Losses, rows and hits ``[K]`` of the tokens of answers; only their positions go through the head."""
+    starts = [tokenizer(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n").input_ids for q, _ in pairs]
+    ends = [tokenizer(f"{answer}<|im_end|>").input_ids for _, answer in pairs]
+    rows = [(torch.tensor(s + e), torch.tensor([-100] * len(s) + e)) for s, e in zip(starts, ends, strict=True)]
+    ids, labels = (pad_sequence(list(part), batch_first=True, padding_value=-100) for part in zip(*rows, strict=True))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask, labels = (ids != -100).long(), labels[:, 1:]
+    hidden = base.model(input_ids=ids * mask, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    logits, targets = base.lm_head(hidden[labels != -100]).float(), labels[labels != -100]
+    losses, hits = torch.nn.functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+    return losses, (labels != -100).nonzero()[:, 0], hits
 
 
 @torch.no_grad()
-def measure(model: Any, coder: Coder, pairs: Sequence[Pair]) -> tuple[list[int], list[float]]:
+def measure(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[list[int], list[float]]:
     """Whether greedy decoding gives exactly the answer, and the answer's log-likelihood, by question."""
-    model.eval()
     right, nats = [0] * len(pairs), [0.0] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
-    for start in range(0, len(order), 32):
-        chosen = order[start : start + 32]
-        losses, rows, hits = answer_losses(model, coder.batch([pairs[index] for index in chosen]))
+    for chosen in (order[start : start + 32] for start in range(0, len(order), 32)):
+        losses, rows, hits = answer_losses(model, tokenizer, [pairs[index] for index in chosen])
         for row, index in enumerate(chosen):
             right[index], nats[index] = int(hits[rows == row].all()), round(-losses[rows == row].sum().item(), 3)
     return right, nats
 
 
-def fit(model: Any, coder: Coder, pairs: Sequence[Pair], rate: float, seed: int) -> int:
-    """AdamW over the records in batches of 16, two passes up to 1,000 records and one above; returns the steps."""
+def fit(model: Any, tokenizer: Any, pairs: list[tuple[str, str]], rate: float, seed: int) -> None:
+    """AdamW over the records in batches of 16: two passes up to 1,000 records, one above."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    rng, batches = random.Random(seed), list[Sequence[Pair]]()
-    for _ in range(2 if len(pairs) <= 1000 else 1):
-        drawn = rng.sample(list(pairs), len(pairs))
-        batches += [drawn[start : start + BATCH] for start in range(0, len(drawn), BATCH)]
-    warm, cool = max(1, len(batches) // 10), torch.pi / len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm) * (1 + torch.cos(torch.tensor(cool * step)).item()) / 2
-    )
-    model.train()
-    for batch in batches:
-        answer_losses(model, coder.batch(batch))[0].mean().backward()
+    optimizer, rng = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0), random.Random(seed)
+    orders = [rng.sample(pairs, len(pairs)) for _ in range(2 if len(pairs) <= 1000 else 1)]
+    batches = [order[start : start + BATCH] for order in orders for start in range(0, len(order), BATCH)]
+    for step, batch in enumerate(batches):
+        warm, cool = (step + 1) / max(1, len(batches) // 10), (1 + math.cos(math.pi * step / len(batches))) / 2
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, warm) * cool
+        answer_losses(model, tokenizer, batch)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-    return len(batches)
 
 
-def load(folder: str | Path) -> PreTrainedModel:
-    """A language model in bf16; the factors of adapters are fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.bfloat16)
-
-
-def shared(held: str, base: str, out: Path, archive: Path) -> Path:
+def shared(held: str, base: str, options: argparse.Namespace) -> Path:
     """A, B and M trained on the seven other sets (`factors`), and the model with them merged (`merged`)."""
-    folder, part = out / held, out / f"{held}.part"
+    folder, part = options.out / held, options.out / f"{held}.part"
     if not folder.exists():
-        shutil.rmtree(part, ignore_errors=True)
-        coder, sets = Coder(base), {n: parts_of(n, SHARED_RECORDS, 0)[:2] for n in SETS if n != held}
+        tokenizer, sets = AutoTokenizer.from_pretrained(base, trust_remote_code=False), [n for n in SETS if n != held]
         torch.manual_seed(0)
-        model = add_moslora(load(base), MoSLoRAConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
-        fit(model, coder, [pair for learnt, _ in sets.values() for pair in learnt], SHARED_RATE, 0)
+        plain = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.bfloat16)
+        model = add_moslora(plain, MoSLoRAConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+        fit(model, tokenizer, [p for n in sets for p in questions(n, "learnt", SHARED_RECORDS)], SHARED_RATE, 0)
         save_adapter(model, part / "factors")
-        merged = merge(model)
-        cast(Any, merged).save_pretrained(part / "merged")
-        scores = {n: sum(measure(merged, coder, asked)[0]) / len(asked) for n, (_, asked) in sets.items()}
-        append(archive, {"held": held, "arm": "shared", "scores": scores})
-        part.rename(folder)
+        merged: Any = merge(model)
+        merged.save_pretrained(part / "merged")
+        right = {name: measure(merged, tokenizer, questions(name, "validation"))[0] for name in sets}
+        (part / "scores.json").write_text(json.dumps({name: sum(hits) / len(hits) for name, hits in right.items()}))
+        rename(part, folder)
     return folder
 
 
 def tenant(arm: str, folder: Path, seed: int) -> Any:
     """The merged shared model with an arm's adapter, which changes nothing yet."""
-    base = load(folder / "merged")
+    base = AutoModelForCausalLM.from_pretrained(folder / "merged", trust_remote_code=False, dtype=torch.bfloat16)
     torch.manual_seed(seed)
     if arm.startswith("lora"):
         rank, targets = (16, "all-linear") if arm == "lora-16" else (1, FEW)
-        plain = MoSLoRAConfig(
-            r=rank, lora_alpha=2 * rank, mixer_init="identity", mixer_trainable=False, task_type="CAUSAL_LM"
-        )
-        return add_moslora(base, plain, targets=targets)
-    model = load_adapter(base, folder / "factors", trainable=True)
+        config = MoSLoRAConfig(r=rank, lora_alpha=2 * rank, mixer_init="identity", mixer_trainable=False)
+        return add_moslora(base, config, targets=targets)
+    model = base if arm == "none" else load_adapter(base, folder / "factors", trainable=True)
     for _, layer in named_adapter_layers(model):
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
         if arm == "mixer-svd":  # LoRA-XS, arXiv 2405.17604: the leading directions of W, singular values in A
             left, values, right = torch.svd_lowrank(layer.get_base_layer().weight.float(), q=32, niter=4)
             a.data, b.data = values[:16, None] * right.T[:16], left[:, :16].contiguous()
         a.requires_grad_(False), b.requires_grad_(False)
-        layer.lora_mixer["default"].weight.data.zero_()  # the shared M is in the merged weights: this is M less it
+        layer.lora_mixer["default"].weight.data.zero_()  # the shared M is merged: this is the tenant's M less it
     return model
 
 
-def rows_of(archive: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    return [json.loads(line) for line in archive.read_text("utf-8").splitlines()] if archive.exists() else []
-
-
-def append(archive: Path, row: dict[str, Any]) -> None:
-    """Add a finished run."""
-    with archive.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print({name: row[name] for name in row if name not in ("right", "nats")}, flush=True)
-
-
-def run(options: argparse.Namespace, base: str, held: str, arm: str, rate: float, seed: int, *, report: bool) -> float:
+def run(options: argparse.Namespace, base: str, held: str, arm: str, rate: float, seed: int) -> float:
     """One run, unless the archive has it; returns the mean loss of the answers."""
-    key = {"held": held, "records": options.records, "arm": arm, "rate": round(rate, 6), "seed": seed, "report": report}
-    done = next((row for row in rows_of(options.archive) if key.items() <= row.items()), None)
+    key = {"held": held, "records": options.records, "arm": arm, "rate": round(rate, 6), "seed": seed}
+    rows = [json.loads(line) for line in options.archive.read_text("utf-8").splitlines()]
+    done = next((row for row in rows if key.items() <= row.items()), None)
     if done is None:
-        folder, coder, began = shared(held, base, options.out, options.archive), Coder(base), time.time()
-        learnt, validation, test = parts_of(held, options.records, seed)
-        model = load(folder / "merged") if arm == "none" else tenant(arm, folder, seed)
-        steps = 0 if arm == "none" else fit(model, coder, learnt, rate, seed)
-        trained = time.time() - began
-        right, nats = measure(model, coder, test if report else validation)
-        done = key | {
-            "numbers": sum(p.numel() for p in model.parameters() if p.requires_grad) if steps else 0,
-            "steps": steps, "seconds": [round(trained), round(time.time() - began)],
-            "loss": -sum(nats) / len(nats), "score": sum(right) / len(right),
-        } | ({"right": "".join(map(str, right)), "nats": nats} if report else {})  # fmt: skip
-        append(options.archive, done)
-    return done["loss"] if done["loss"] == done["loss"] else float("inf")
+        began, folder = time.time(), shared(held, base, options)
+        model, tokenizer = tenant(arm, folder, seed), AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad and arm != "none")
+        if numbers:
+            fit(model, tokenizer, questions(held, "learnt", options.records, seed), rate, seed)
+        right, nats = measure(model, tokenizer, questions(held, "validation" if seed == TUNING_SEED else "test"))
+        done = key | {"numbers": numbers, "seconds": round(time.time() - began), "loss": -sum(nats) / len(nats)}
+        done |= {"shared": json.loads((folder / "scores.json").read_text()), "right": "".join(map(str, right))}
+        with writing_in_place(options.archive, append=True) as file:
+            file.write(json.dumps(done | {"nats": nats}) + "\n")
+    return done["loss"] if math.isfinite(done["loss"]) else math.inf
 
 
-def tuned_rate(options: argparse.Namespace, base: str, held: str, arm: str) -> float:
-    """The rate with the lowest held-out loss of one run each; a best rate at an edge adds the next one, `GROW` times."""
-    losses = {rate: run(options, base, held, arm, rate, 1000, report=False) for rate in RATES}
-    for _ in range(GROW):
-        best = min(losses, key=losses.__getitem__)
-        if min(losses) < best < max(losses):
-            break
-        rate = best / FACTOR if best == min(losses) else best * FACTOR
-        losses[rate] = run(options, base, held, arm, rate, 1000, report=False)
-    return min(losses, key=losses.__getitem__)
+def scores(rows: list[dict[str, Any]], of: str) -> dict[str, TaskScores]:
+    """What questions scored (`right`), or their log-likelihoods (`nats`), by held-out set."""
+    runs = {held: [row for row in rows if row["held"] == held] for held in dict.fromkeys(row["held"] for row in rows)}
+    return {held: TaskScores(scores=[[float(x) for x in row[of]] for row in own], seeds=[row["seed"] for row in own],
+                             clusters=[(held, x) for x in range(800)]) for held, own in runs.items()}  # fmt: skip
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    return ""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; differences in points and nats have their 95 % intervals and, in brackets, what would be detected."""
+    rows = [row for row in rows if row.get("seed", TUNING_SEED) != TUNING_SEED]
+    lines = [
+        "| set, records | arm | score | less `lora-16` | less `lora-1` | nats less `lora-16` |",
+        "| --- " * 6 + "|",
+    ]
+    blocks = dict.fromkeys(((row["held"],), row["records"]) for row in rows if row["arm"] == ARMS[-1])
+    sets_of = {size: tuple(of[0] for of, n in blocks if n == size and of[0] in SETS) for _, size in blocks}
+    for sets, size in [*blocks, *((sets, size) for size, sets in sets_of.items() if len(sets) > 1)]:
+        block = [row for row in rows if row["records"] == size and row["held"] in sets]
+        runs = {arm: [row for row in block if row["arm"] == arm] for arm in ("none", *ARMS)}
+        means = {arm: arm_mean(scores(own, "right")) for arm, own in runs.items()}
+        cells = {arm: [f"`{arm}`", f"{100 * e.value:.1f} ± {100 * e.stderr:.1f}"] for arm, e in means.items()}
+        for reference, of, unit in (("lora-16", "right", 100), ("lora-1", "right", 100), ("lora-16", "nats", 1)):
+            arms = {arm: scores(own, of) for arm, own in runs.items() if arm not in ("none", reference)}
+            for arm, e in differences(arms, scores(runs[reference], of), bounded=unit > 1).items():
+                numbers = (unit * x for x in (e.value, e.low, e.high, e.detectable()))
+                cells[arm].append("{:+.2f} [{:+.2f}, {:+.2f}] ({:.2f})".format(*numbers))
+            cells[reference].append("")
+            cells["none"].append("")
+        lines += [f"| {', '.join(sets)}, {size} | {' | '.join(line)} |" for line in cells.values()]
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run what the archive lacks, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/tenants"), help="shared factors and models")
-    parser.add_argument("--held", default="sort", help="held-out sets, separated by commas (default: sort)")
+    parser.add_argument("--held", default="thing,use,latin", help="held-out sets, separated by commas")
     parser.add_argument("--records", type=int, default=400, help="of a tenant (default: 400)")
     parser.add_argument("--seeds", type=int, default=5, help="reported runs of an arm (default: 5)")
-    parser.add_argument("--archive", type=Path, default=ARCHIVE, help=f"finished runs (default: {ARCHIVE})")
-    parser.add_argument(
-        "--table", action="store_true", help="print the result of the archive's runs, and train nothing"
-    )
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="file of the finished runs")
+    parser.add_argument("--table", action="store_true", help="print the result so far, and train nothing")
     options = parser.parse_args()
+    writing_in_place(options.archive, append=True).close()
     if options.table:
-        print(table(rows_of(options.archive)))
+        print(table([json.loads(line) for line in options.archive.read_text("utf-8").splitlines()]))
         return
-    from mm_moslora.quickstart import model_assets
-
     base = str(model_assets.language_model(print))
     for held in options.held.split(","):
-        run(options, base, held, "none", 0.0, 0, report=True)
-        rates = {arm: tuned_rate(options, base, held, arm) for arm in ARMS}
+        run(options, base, held, "none", 0.0, 0)
+        rates = {}
+        for arm in ARMS:
+            losses = {rate: run(options, base, held, arm, rate, TUNING_SEED) for rate in RATES}
+            for _ in range(GROW):
+                best = min(losses, key=losses.__getitem__)
+                if best in (min(losses), max(losses)):
+                    rate = best / FACTOR if best == min(losses) else best * FACTOR
+                    losses[rate] = run(options, base, held, arm, rate, TUNING_SEED)
+            rates[arm] = min(losses, key=losses.__getitem__)
         for seed in range(options.seeds):
             for arm, rate in rates.items():
-                run(options, base, held, arm, rate, seed, report=True)
+                run(options, base, held, arm, rate, seed)
 
 
 if __name__ == "__main__":
