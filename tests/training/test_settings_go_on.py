@@ -75,8 +75,6 @@ def folders(root, language_folder, records) -> dict[str, Path]:
     for layout in ("llava", "hf", "lora", "vllm"):
         found[layout] = root / layout
         assert command(["export", str(first), str(found[layout]), "--to", layout]) == 0
-    found["merge"] = root / "merge"
-    assert command(["merge", str(first), str(found["merge"])]) == 0
     return found
 
 
@@ -135,7 +133,7 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "preferences": lambda folder: started(folder, "dpo"), "chat": chatted, "eval": evaluated, "serve": served,
     "export": exported,
 }  # fmt: skip
-WRITERS = ("train", "train again", "preferences", "compare", "llava", "hf", "lora", "merge")
+WRITERS = ("train", "train again", "preferences", "compare", "llava", "hf", "lora")
 TRAINERS = ("train", "preferences")
 
 
