@@ -140,3 +140,15 @@ def test_rows_are_not_shared_by_an_attention_that_sees_its_own_tokens_only(kind:
     model = made(kind)
     with pytest.raises(ConfigError, match=rf"train.sequence_parallel is 2, but .* '{attention}'"):
         refuse_row_shares(model, 2, attention=attention)
+
+
+def test_a_class_whose_own_widths_are_too_large_to_build_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-VL 72B: its rotary sections belong to heads of 128, and one of its layers has 0.9 G parameters."""
+    monkeypatch.setattr(row_probe, "_FINDINGS", {})
+    config = transformers.Qwen2_5_VLTextConfig(
+        hidden_size=8192, intermediate_size=29568, num_hidden_layers=1, num_attention_heads=64, num_key_value_heads=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLTextModel(config)
+    assert rows_of(model, "auto").apart

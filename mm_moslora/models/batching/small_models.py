@@ -21,8 +21,12 @@ _FEWER = {
     "num_nextn_predict_layers": 0, "vocab_size_per_layer_input": WORDS,
 }  # fmt: skip
 _NARROW = {"hidden_size": 64, "d_model": 64, "n_embd": 64, "word_embed_proj_dim": 64, "lru_width": 64}
+_WIDE_HEADS = dict.fromkeys(_NARROW, 512)
+"""Four heads of 128, the size that sections of rotary positions (`mrope_section`) are made for."""
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "n_head": 4, "n_heads": 4}
-SIZES: tuple[dict[str, int], ...] = (_FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER)
+SIZES: tuple[dict[str, int], ...] = (
+    _FEWER | _NARROW | _HEADS, _FEWER | _NARROW, _FEWER | _WIDE_HEADS | _HEADS, _FEWER,
+)  # fmt: skip
 """What to try in this order: narrow models, then models with their own widths."""
 
 
@@ -65,7 +69,7 @@ def small_config(original: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTra
         setattr(config, name, layers - len(sections) + 1 if longest else 1)
     forget_lost_layers(config)
     if "hidden_size" in sizes:
-        _fit(config)
+        _fit(config, sizes["hidden_size"])
     return config  # type: ignore[no-any-return]
 
 
@@ -76,7 +80,7 @@ def forget_lost_layers(config: Any) -> None:
         config.per_layer_config = {at: value for at, value in own.items() if int(at) < config.num_hidden_layers}
 
 
-def _fit(config: Any) -> None:
+def _fit(config: Any, hidden: int) -> None:
     """Make the heads of a narrow state-space layer fill its width."""
     for heads, width, expand in (
         ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
@@ -84,7 +88,7 @@ def _fit(config: Any) -> None:
     ):
         if all(isinstance(getattr(config, name, None), int) for name in (heads, width, expand)):
             setattr(config, heads, 4)
-            setattr(config, width, getattr(config, expand) * 64 // 4)
+            setattr(config, width, getattr(config, expand) * hidden // 4)
 
 
 def _depth(config: Any) -> int:
