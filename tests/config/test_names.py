@@ -196,7 +196,7 @@ def test_names_that_need_no_import_are_in_their_registries() -> None:
     assert set(own) - {"mlpNx_gelu"} <= set(usual_names.PROJECTOR_KINDS)
     for kind in usual_names.PROJECTOR_KINDS:
         projector_class(kind)
-    own = [name for name, reward in REWARDS.items() if reward.__module__.startswith("mm_moslora")]
+    own = [name for name, reward in REWARDS.items() if reward.__module__.startswith("mm_moslora.")]
     assert tuple(own) == usual_names.REWARDS
     for name in usual_names.ATTENTION:
         if not name.startswith("flash"):  # needs its package
