@@ -6,8 +6,6 @@ Secrets are removed here, so that no report shows one.
     summary.json       see below
     config.yaml        the resolved recipe
     metrics.jsonl      {"step", "time", "loss", "lr/<group>", "tokens_per_second", "validation_loss", ...} per line
-    STAGE/             a stage of the run, as its state.json names it, with its own metrics.jsonl, summary.json,
-                       config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
                          "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks",
                          "not_inferable", "failed", "learned_from", "pictures",
@@ -25,7 +23,7 @@ Secrets are removed here, so that no report shows one.
     environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
     state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",
-                       "host", "since", "ended", "stages": [names of subfolders, in order]}
+                       "host", "since", "ended"}
     heartbeat/         rank-00000.json per rank, see mm_moslora.launch.heartbeat
     alerts.jsonl       {"time", "title", "text"} per line
 
@@ -57,7 +55,7 @@ from mm_moslora.reporting.run_rows import (
     read_mixer,
     read_sample_row,
 )
-from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
+from mm_moslora.reporting.run_status import RunState, read_state
 from mm_moslora.reporting.verdicts import difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
@@ -85,22 +83,15 @@ class Component:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of training."""
-
-    name: str
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-    config: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What a report shows of one run folder, read and checked."""
 
     folder: Path
     summary: dict[str, Any]
-    stages: list[Stage]
+    metrics: list[dict[str, Any]] | None
+    """Records of `metrics.jsonl`; None: there is no such file."""
+    config: str | None
+    """The resolved recipe."""
     evaluation: list[EvaluationRow]
     samples: list[SampleRow]
     mixers: list[MixerRecord]
@@ -123,39 +114,33 @@ def load_run(folder: Path) -> RunData:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []
-    stages = _stages(folder, notes)
-    folders = [folder, *(folder / stage.name for stage in reversed(stages))]
-    mixers = next((file for source in folders if (file := source / "mixers.json").is_file()), folder / "mixers.json")
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
-    for source, content in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
-        version = content.get("format", 0)
-        if not isinstance(version, int) or version > FORMAT:
-            raise ConfigError(
-                f"{source / 'summary.json'} has run format {version!r}, this release reads up to {FORMAT}. A newer "
-                "release wrote it: update mm-moslora."
-            )
-    if "environment" not in summary:  # trackers write this file at the start; the run's own summary comes later
-        environments = (
-            _mapping(_read_json(source / "environment.json", notes), "environment.json", notes) for source in folders
+    version = summary.get("format", 0)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ConfigError(
+            f"{folder / 'summary.json'} has run format {version!r}, this release reads up to {FORMAT}. A newer "
+            "release wrote it: update mm-moslora."
         )
-        summary |= {"environment": next((item for item in environments if item), None)}
-    if stages:  # the last stage's summary completes the run's own
-        summary = {key: value for key, value in stages[-1].summary.items() if key != "name"} | summary
+    if "environment" not in summary:  # trackers write this file at the start; the run's own summary comes later
+        file = folder / "environment.json"
+        summary |= {"environment": _mapping(_read_json(file, notes), file.name, notes) or None}
+    has_metrics = (folder / "metrics.jsonl").is_file()
     data = RunData(
         folder=folder,
         summary={key: value for key, value in summary.items() if value is not None},
-        stages=stages,
+        metrics=_metrics(folder / "metrics.jsonl", notes) if has_metrics else None,
+        config=recipe_text(folder / "config.yaml", notes),
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := read_evaluation_row(item, notes))],
         samples=[s for item in _rows(folder / "samples.json", notes) if (s := read_sample_row(item, notes))],
-        mixers=[m for item in _rows(mixers, notes) if (m := read_mixer(item, notes))],
-        forgetting=_forgetting(folders, notes),
-        quarantine=_quarantine(folder, stages, notes),
+        mixers=[m for item in _rows(folder / "mixers.json", notes) if (m := read_mixer(item, notes))],
+        forgetting=_forgetting(folder / "forgetting.json", notes),
+        quarantine=_quarantine(folder, notes),
         state=read_state(folder),
-        alerts=_alerts(folder, stages, notes),
+        alerts=_alerts(folder, notes),
         notes=notes,
     )
     has_state = (folder / "state.json").is_file()  # the only file of a run that failed before its first step
-    if not (data.summary or data.stages or has_state or data.evaluation or data.samples or data.mixers or notes):
+    if not (data.summary or has_metrics or has_state or data.evaluation or data.samples or data.mixers or notes):
         raise ConfigError(
             f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
             f"{_which(folder)}"
@@ -177,24 +162,6 @@ def _which(folder: Path) -> str:
     return "Give the run folder itself, not a checkpoint or its parent."
 
 
-def _stages(folder: Path, notes: list[str]) -> list[Stage]:
-    stages = []
-    folders = [("train", folder), *((path.name, path) for path in stage_folders(folder))]
-    for name, path in folders:
-        if not (path / "metrics.jsonl").is_file():
-            continue
-        summary = {} if path == folder else _mapping(_read_json(path / "summary.json", notes), f"{name}/", notes)
-        stages.append(
-            Stage(
-                name=name,
-                metrics=_metrics(path / "metrics.jsonl", notes),
-                summary=summary,
-                config=recipe_text(path / "config.yaml", notes),
-            )
-        )
-    return stages
-
-
 def recipe_text(path: Path, notes: list[str]) -> str | None:
     """A recipe as YAML without its secrets, read by `_text_of`."""
     text = _text_of(path, notes)
@@ -209,7 +176,7 @@ def recipe_text(path: Path, notes: list[str]) -> str | None:
 
 
 def _text_of(path: Path, notes: list[str]) -> str | None:
-    """The content of a file of a run or stage folder; None where it is missing or must not be read."""
+    """The content of a file of a run folder; None where it is missing or must not be read."""
     try:
         return read_text_below(path.parent, path.name, errors="replace")
     except FileError as error:
@@ -275,10 +242,9 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _forgetting(folders: list[Path], notes: list[str]) -> list[ForgettingRow]:
-    path = next((file for source in folders if (file := source / "forgetting.json").is_file()), None)
+def _forgetting(path: Path, notes: list[str]) -> list[ForgettingRow]:
     found = []
-    for item in _rows(path, notes) if path else ():
+    for item in _rows(path, notes):
         try:
             if (difference := difference_of(item.get("difference"))) is None:
                 raise ConfigError("`difference` is missing or damaged")
@@ -289,17 +255,14 @@ def _forgetting(folders: list[Path], notes: list[str]) -> list[ForgettingRow]:
     return found
 
 
-def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str, int]:
-    reasons: Counter[str] = Counter()
-    for source in {folder, *(folder / stage.name for stage in stages)}:
-        reasons.update(
-            redact_text(str(record.get("reason", "no reason given")), keep_hashes=True)
-            for record in _read_lines(source / "quarantine.jsonl", notes)
-        )
+def _quarantine(folder: Path, notes: list[str]) -> dict[str, int]:
+    reasons = Counter(
+        redact_text(str(record.get("reason", "no reason given")), keep_hashes=True)
+        for record in _read_lines(folder / "quarantine.jsonl", notes)
+    )
     return dict(reasons.most_common())
 
 
-def _alerts(folder: Path, stages: list[Stage], notes: list[str]) -> list[str]:
-    sources = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
-    records = [record for source in sources for record in _read_lines(source / "alerts.jsonl", notes)]
+def _alerts(folder: Path, notes: list[str]) -> list[str]:
+    records = _read_lines(folder / "alerts.jsonl", notes)
     return [redact_text(f"{record.get('title', 'Alert')}: {record.get('text', '')}") for record in records]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
@@ -12,7 +12,7 @@ from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.run_data import RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.run_data import RunData, load_run
 from mm_moslora.reporting.run_rows import EvaluationRow, MixerRecord
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, forgetting_sentence, score_text
@@ -28,6 +28,8 @@ _TIMES = (
     ("all in all", "wall_seconds"), ("in the step", "step_seconds"), ("waiting for data", "data_seconds"),
     ("slowest rank's work", "work_seconds"), ("fastest rank's work", "work_seconds_min"),
 )  # fmt: skip
+Metrics = Sequence[Mapping[str, Any]]
+"""Records of a log."""
 _COMPONENTS = {
     "vision": "Vision encoder", "projector": "Projector", "language": "Language model",
     "adapter": "Adapter factors A, B", "mixer": "Mixers M",
@@ -77,18 +79,19 @@ def _context(data: RunData) -> dict[str, Any]:
         "of_one_score": OF_ONE_SCORE,
         "samples": _samples(data),
         "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
-        "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],
+        "has_metrics": data.metrics is not None,
+        "charts": _charts(data.metrics or []),
         "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
         "mixer_rows": data.mixers,
         "measures": [(key, name) for key, name in MEASURES.items() if any(key in item.figures for item in data.mixers)],
         "lens_maps": [heat_chart(item) for item in maps],
-        "lens_curves": [chart for stage in data.stages[-1:] for chart in _lens_curves(stage)],
+        "lens_curves": _lens_curves(data.metrics or []),
         "data_facts": _flat(summary.get("data")),
         "quarantine": data.quarantine,
         "environment": _flat(summary.get("environment")),
         "licences": _flat(summary.get("licences")),
         "commands": _commands(data),
-        "recipes": _recipes(data),
+        "recipe": data.config,
         "notes": data.notes,
     }
 
@@ -172,12 +175,12 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1].rstrip() + "…"
 
 
-def _charts(stage: Stage) -> list[Markup]:
-    loss, validation = _curve(stage, "loss"), _curve(stage, "validation_loss")
-    rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
+def _charts(metrics: Metrics) -> list[Markup]:
+    loss, validation = _curve(metrics, "loss"), _curve(metrics, "validation_loss")
+    rates = sorted({key for record in metrics for key in record if key.startswith("lr/")})
     charts = [
         (
-            "Loss per supervised token" if any("supervised_tokens" in row for row in stage.metrics) else "Loss",
+            "Loss per supervised token" if any("supervised_tokens" in row for row in metrics) else "Loss",
             [
                 Series(name="every step", points=loss, faint=True),
                 Series(name="training, smoothed", points=smooth(loss)),
@@ -188,18 +191,18 @@ def _charts(stage: Stage) -> list[Markup]:
         (
             "Token accuracy",
             [
-                *_smoothed("training, smoothed", _curve(stage, "token_accuracy")),
-                Series(name="validation", points=_curve(stage, "validation_token_accuracy")),
+                *_smoothed("training, smoothed", _curve(metrics, "token_accuracy")),
+                Series(name="validation", points=_curve(metrics, "validation_token_accuracy")),
             ],
             False,
         ),
-        ("Learning rate", [Series(name=key[3:], points=_curve(stage, key)) for key in rates], True),
-        ("Pictures per second", _smoothed("pictures per second", _curve(stage, "pictures_per_second")), True),
-        ("Throughput, tokens per second", _smoothed("tokens per second", _curve(stage, "tokens_per_second")), True),
-        ("Gradient norm", _smoothed("gradient norm", _curve(stage, "grad_norm")), False),
+        ("Learning rate", [Series(name=key[3:], points=_curve(metrics, key)) for key in rates], True),
+        ("Pictures per second", _smoothed("pictures per second", _curve(metrics, "pictures_per_second")), True),
+        ("Throughput, tokens per second", _smoothed("tokens per second", _curve(metrics, "tokens_per_second")), True),
+        ("Gradient norm", _smoothed("gradient norm", _curve(metrics, "grad_norm")), False),
         (
             "Seconds per optimiser step",
-            [Series(name=name, points=smooth(_curve(stage, key))) for name, key in _TIMES],
+            [Series(name=name, points=smooth(_curve(metrics, key))) for name, key in _TIMES],
             True,
         ),
     ]
@@ -210,11 +213,11 @@ def _charts(stage: Stage) -> list[Markup]:
     ]
 
 
-def _curve(stage: Stage, key: str) -> list[tuple[float, float]]:
-    """The points of one metric of a stage."""
+def _curve(metrics: Metrics, key: str) -> list[tuple[float, float]]:
+    """The points of one metric."""
     return [
         (float(record["step"]), float(record[key]))
-        for record in stage.metrics
+        for record in metrics
         if _is_number(record.get("step")) and _is_number(record.get(key))
     ]
 
@@ -224,12 +227,12 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def _lens_curves(stage: Stage) -> list[Markup]:
+def _lens_curves(metrics: Metrics) -> list[Markup]:
     """Means over the adapted modules, where they were logged more than once."""
     return [
         line_chart([Series(name=MEASURES[key], points=points)], title=title, zero=True)
         for key, title in TITLES.items()
-        if len(points := _curve(stage, f"mixer/{key}")) > 1
+        if len(points := _curve(metrics, f"mixer/{key}")) > 1
     ]
 
 
@@ -286,23 +289,7 @@ def _commands(data: RunData) -> list[dict[str, str]]:
             for item in commands
             if isinstance(item, dict) and "command" in item
         ]
-    recipes = [stage.name for stage in data.stages if stage.config]
-    if not recipes:
+    if data.config is None:
         return []
     verb = f"mm-moslora {'diffusion ' if data.summary.get('kind') == 'diffusion' else ''}train"
-    return [
-        {
-            "what": "Train again" if name == "train" else f"Stage {name} again",
-            "command": f"{verb} {'' if name == 'train' else name + '/'}config.yaml --train.output runs/again",
-        }
-        for name in recipes
-    ]
-
-
-def _recipes(data: RunData) -> list[tuple[str, str]]:
-    recipes = [(stage.name, stage.config) for stage in data.stages if stage.config]
-    if not any(stage.name == "train" for stage in data.stages) and (
-        own := recipe_text(data.folder / "config.yaml", data.notes)
-    ):
-        recipes.insert(0, ("run", own))
-    return recipes
+    return [{"what": "Train again", "command": f"{verb} config.yaml --train.output runs/again"}]

@@ -47,24 +47,12 @@ def read_state(folder: Path) -> RunState:
 
 
 def _state(folder: Path) -> RunState:
-    for source in (folder, *reversed(stage_folders(folder))):
-        recorded = read_object(source / "state.json")
-        if recorded.get("state") in ("finished", "stopped", "failed"):
-            return _ended(source, recorded)
-        if recorded.get("state") == "running":
-            return _running(source, recorded)
+    recorded = read_object(folder / "state.json")
+    if recorded.get("state") in ("finished", "stopped", "failed"):
+        return _ended(folder, recorded)
+    if recorded.get("state") == "running":
+        return _running(folder, recorded)
     return RunState(name=_guess(folder))
-
-
-def stage_folders(folder: Path) -> list[Path]:
-    """The subfolders that a run records as its stages, in order; folder names alone do not decide."""
-    names = read_object(folder / "state.json").get("stages")
-    return [
-        folder / name
-        for name in (names if isinstance(names, list) else ())
-        if isinstance(name, str) and name not in ("", "..") and not {"/", "\\", "\0"} & set(name)
-        and (folder / name).is_dir() and not (folder / name).is_symlink()
-    ]  # fmt: skip
 
 
 def read_object(path: Path) -> Mapping[str, Any]:
@@ -162,11 +150,9 @@ def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
 
 
 def _age(folder: Path) -> float:
-    """Seconds since a file of the run or of its stages last changed."""
+    """Seconds since a file of the run last changed."""
     newest = 0.0
-    with suppress(OSError):  # a run may be deleted meanwhile
-        for source in (folder, *folder.iterdir()):
-            for name in _WRITTEN:
-                with suppress(OSError):
-                    newest = max(newest, (source / name).stat().st_mtime)
+    for name in _WRITTEN:
+        with suppress(OSError):
+            newest = max(newest, (folder / name).stat().st_mtime)
     return time.time() - newest

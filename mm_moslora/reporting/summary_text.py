@@ -63,10 +63,9 @@ def format_count(count: float) -> str:
 
 
 def progress(data: RunData) -> tuple[int | None, int | None]:
-    """The last known step of the last stage, and its total number of steps."""
-    last = data.stages[-1] if data.stages else None
-    summary = data.summary | (last.summary if last else {})
-    logged = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
+    """The last known step, and the total number of steps."""
+    summary = data.summary
+    logged = [record["step"] for record in data.metrics or () if isinstance(record.get("step"), int)]
     steps = [step for step in (*logged[-1:], summary.get("steps")) if isinstance(step, int)]
     total = summary.get("total_steps")
     return max(steps, default=0) or None, total if isinstance(total, int) else None
@@ -76,19 +75,18 @@ def standing(data: RunData) -> Verdict | None:
     """The state of an unfinished run in sentences; None for a finished one."""
     step, total = progress(data)
     at_step = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
-    stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
     remedy = "The same command continues it from its last checkpoint."
     why = [f"{data.state.reason.rstrip('.')}."] if data.state.reason else []
     sentences = {
-        "running": [f"This run is under way{f',{at_step}' if step else ''}{stage}.", *why],
-        "stopped": [f"This run was stopped{at_step}{stage}.", remedy],
+        "running": [f"This run is under way{f',{at_step}' if step else ''}.", *why],
+        "stopped": [f"This run was stopped{at_step}.", remedy],
         "killed": [
-            f"The processes of this run ended{at_step}{stage} without recording an end: they were killed, or the "
+            f"The processes of this run ended{at_step} without recording an end: they were killed, or the "
             "machine failed.",
             *why,
             remedy,
         ],
-        "failed": [f"This run failed{at_step}{stage}.", *(why or ["The run folder records no reason."])],
+        "failed": [f"This run failed{at_step}.", *(why or ["The run folder records no reason."])],
     }.get(data.state.name)
     mood: Mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
     return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
@@ -232,14 +230,9 @@ def parameters(summary: dict[str, Any]) -> tuple[int, int]:
 
 
 def training_seconds(data: RunData) -> tuple[float, float]:
-    """Seconds of training over all stages with saves, validations and waiting, and seconds of optimiser steps alone.
-
-    Zeros where they are unknown.
-    """
-    summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
-    counters = [summary.get("counters") or {} for summary in summaries]
-    walls, stepping = (sum(float(item.get(key, 0.0)) for item in counters) for key in ("wall_seconds", "seconds"))
-    return walls, stepping
+    """Seconds of training with saves, validations and waiting, and of optimiser steps alone; zeros if unknown."""
+    counters = data.summary.get("counters") or {}
+    return float(counters.get("wall_seconds", 0.0)), float(counters.get("seconds", 0.0))
 
 
 def sample_kind(sample: SampleRow) -> str:

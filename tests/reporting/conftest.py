@@ -33,11 +33,10 @@ def _metrics(path: Path, steps: int) -> None:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    _metrics(folder / "align" / "metrics.jsonl", 20)
-    _metrics(folder / "tune" / "metrics.jsonl", 400)
-    (folder / "tune" / "config.yaml").write_text("name: demo\nmodel:\n  language: tiny\n")
-    (folder / "tune" / "quarantine.jsonl").write_text('{"reason": "image missing"}\n{"reason": "image missing"}\n')
-    (folder / "state.json").write_text(json.dumps({"state": "finished", "stages": ["align", "tune"]}))
+    _metrics(folder / "metrics.jsonl", 400)
+    (folder / "config.yaml").write_text("name: demo\nmodel:\n  language: tiny\n")
+    (folder / "quarantine.jsonl").write_text('{"reason": "image missing"}\n{"reason": "image missing"}\n')
+    (folder / "state.json").write_text(json.dumps({"state": "finished"}))
     (folder / "summary.json").write_text(
         json.dumps(
             {

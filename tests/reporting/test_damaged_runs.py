@@ -30,13 +30,13 @@ def test_a_run_with_an_odd_value_anywhere_has_a_page(run_folder: Path, file: str
 def test_a_recipe_that_is_no_yaml_hides_nothing_else(run_folder: Path, tmp_path: Path) -> None:
     texts = (r'"\uD800": {"a": "\uDFFF"}', "a: !!bool x", 'a: !!int ""', "a: !!timestamp x", "lr: 0x" + "f" * 298, "[")
     for text in texts:
-        (run_folder / "tune" / "config.yaml").write_text(text)
+        (run_folder / "config.yaml").write_text(text)
         assert "85.0" in build_report(run_folder, tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_odd_numbers_of_a_log_hide_nothing_else(run_folder: Path, tmp_path: Path) -> None:
     for key in ("loss", "\ud800", "step", "tokens_per_second", "lr/adapter"):
-        with (run_folder / "tune" / "metrics.jsonl").open("a") as stream:
+        with (run_folder / "metrics.jsonl").open("a") as stream:
             stream.writelines(json.dumps({"step": 401, key: value}) + "\n" for value in ODD)
         assert "85.0" in build_report(run_folder, tmp_path / "page.html").read_text(encoding="utf-8")
 

@@ -68,10 +68,10 @@ def _page(folder: Path) -> _Page:
 def test_every_part_is_on_the_page(run_folder: Path) -> None:
     page = _page(run_folder)
     assert "Demo run" in page.text
-    assert len(page.of("figure", "chart")) == 8 + 3  # and the heat maps of moved, row_angle and effective_rank
+    assert len(page.of("figure", "chart")) == 4 + 3  # and the heat maps of moved, row_angle and effective_rank
     assert len(page.of("g", "titled")) == 4
     places = [point[::2] for point in json.loads(page.of("figure", "chart")[0]["data-series"] or "")[0]["points"]]
-    assert [places[0], places[-1]] == [[1, 52], [20, 426]], "the read-out knows the steps and where they stand"
+    assert [places[0], places[-1]] == [[1.5, 52], [399.5, 425.5]], "the read-out knows the steps and where they stand"
     assert len(page.of("article", "sample")) == 2
     assert len(page.of("div", "whisker")) == 4
     assert len(page.of("figure", "mixer")) == 1
@@ -166,26 +166,21 @@ def test_missing_parts_are_named_as_missing(tmp_path: Path) -> None:
 
 
 def page_of_state(folder: Path, state: str, **more: object) -> _Page:
-    (folder / "state.json").write_text(
-        json.dumps({"state": state, "host": socket.gethostname(), "stages": ["align", "tune"]} | more)
-    )
+    (folder / "state.json").write_text(json.dumps({"state": state, "host": socket.gethostname()} | more))
     return _page(folder)
 
 
 def test_the_report_begins_with_the_status_of_the_run(run_folder: Path) -> None:
     assert "This run" not in page_of_state(run_folder, "finished").text
     failed = page_of_state(run_folder, "failed", reason=f"no room for hf_{'Ab1' * 10} <b>").text
-    assert "This run failed at step 400 in stage tune." in failed
+    assert "This run failed at step 400." in failed
     assert "no room for" in failed
     assert "hf_Ab1" not in failed
     assert "The same command continues it" in page_of_state(run_folder, "stopped").text
     assert "under way, at step 400" in page_of_state(run_folder, "running", process=os.getpid()).text
     with subprocess.Popen(["true"]) as gone:
         pass
-    assert (
-        "ended at step 400 in stage tune without recording an end"
-        in page_of_state(run_folder, "running", process=gone.pid).text
-    )
+    assert "ended at step 400 without recording an end" in page_of_state(run_folder, "running", process=gone.pid).text
 
 
 def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> None:
@@ -219,7 +214,7 @@ def _leaks(text: str) -> list[str]:
 def _everywhere(value: Any, secret: str) -> Any:
     """The same JSON with a secret at the end of every text, except paths, names and numbers."""
     if isinstance(value, dict):
-        kept = ("image", "name", "path", "task", "what", "state", "stages")
+        kept = ("image", "name", "path", "task", "what", "state")
         return {key: item if key in kept else _everywhere(item, secret) for key, item in value.items()}
     if isinstance(value, list):
         return [_everywhere(item, secret) for item in value]
@@ -242,12 +237,11 @@ def test_a_secret_anywhere_in_a_run_is_not_on_its_page(
     }
     (run_folder / "summary.json").write_text(json.dumps(summary | {"title": secret, "description": secret}))
     recipe = {"name": "demo", "notes": secret, "model": {"hub": {"token": "canary-recipe"}, "tags": [secret]}}
-    for place in (run_folder, run_folder / "tune"):
-        (place / "config.yaml").write_text(f"# {json.dumps(secret)}\n{yaml.safe_dump(recipe)}")
-        (place / "alerts.jsonl").write_text(json.dumps({"title": "Run failed", "text": secret}) + "\n")
-        (place / "quarantine.jsonl").write_text(json.dumps({"reason": secret}) + "\n")
-    (run_folder / "tune" / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
-    page_of_state = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
+    (run_folder / "config.yaml").write_text(f"# {json.dumps(secret)}\n{yaml.safe_dump(recipe)}")
+    (run_folder / "alerts.jsonl").write_text(json.dumps({"title": "Run failed", "text": secret}) + "\n")
+    (run_folder / "quarantine.jsonl").write_text(json.dumps({"reason": secret}) + "\n")
+    (run_folder / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
+    page_of_state = {"state": "failed", "reason": secret}
     (run_folder / "state.json").write_text(json.dumps(page_of_state))
     page = _page(run_folder)
     assert page.text.count(REDACTED) > 10

@@ -33,18 +33,16 @@ class RunEnding:
 
 
 @contextmanager
-def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[RunEnding]:
+def record_run_state(folder: Path) -> Iterator[RunEnding]:
     """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
 
     A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
-    surviving rank records the end. `stages` are the names of subfolders that are stages, in order.
+    surviving rank records the end.
     """
     own = os.getpid()
     began: dict[str, Any] = {
         "process": own, "started": process_start(own), "host": socket.gethostname(), "since": round(time.time(), 3),
     }  # fmt: skip
-    if stages:
-        began["stages"] = list(stages)
     before = _read_state(folder)
     if distributed.is_main():
         _write(folder, {"state": "running", **began})
