@@ -28,6 +28,8 @@ from mm_moslora.preferences.rewards import Scorer, box_reader, document_of, scor
 from mm_moslora.preferences.trl_trainers import PreferenceSaves, RunTrainer, arguments_of
 from mm_moslora.utils import distributed
 
+logger = logging.getLogger(__name__)
+
 # `Scorer` names the first answer that no reward judges; TRL would print one of every batch, with all that it knows.
 logging.getLogger(GRPOTrainer.__module__).addFilter(
     lambda record: "All reward functions returned" not in str(record.msg)
@@ -84,7 +86,21 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
                 records, number = self.run.of(row)
                 self.questions[row["item"]] = records.item(number)
         generated: dict[str, Any] = super()._generate_and_score_completions([{**row, "prompt": ""} for row in inputs])
+        if self.run.assembly.model.training and self._metrics["train"]["frac_reward_zero_std"][-1] == 1:
+            self._count_equal_rewards()
         return generated | {"item": torch.tensor(self.shown)}
+
+    def _count_equal_rewards(self) -> None:
+        """Count a step from whose rewards nothing is learned, and say so at each power of two."""
+        counters = self.run.counters
+        counters["equal_rewards"] = count = counters.get("equal_rewards", 0.0) + 1
+        if distributed.is_main() and not int(count) & (int(count) - 1):
+            logger.warning(
+                "Step %d: all answers to each question have the same reward, so that it teaches nothing; %d steps "
+                "so far. Choose questions that are neither too easy nor too hard, a finer reward, more "
+                "grpo.generations, or a higher grpo.temperature.",
+                self.run.step + 1, count,
+            )  # fmt: skip
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self.shown = inputs["item"].tolist()

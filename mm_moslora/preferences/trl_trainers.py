@@ -99,12 +99,17 @@ class RunTrainer(ZeroTrainer):
     TRL gives the run's PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
     """
 
+    _metrics: Any
+    """TRL's: values of each measure since the last log, of `train` and `eval`."""
+
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves, *, args: Any, **more: Any) -> None:
         self.run, self.saves = run, saves
         self.ids: list[str] = []
         """The records of this rank in the step at hand."""
         self.loss_before: Tensor | None = None
         """The trainer's sum of losses at the start of the step."""
+        self.measured_before: dict[str, int] = {}
+        """Values of each of TRL's measures since the last log, at the start of the step."""
         groups, optim = trained_groups(run), run.recipe.optim
         settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
         # It follows the applied steps.
@@ -150,6 +155,7 @@ class RunTrainer(ZeroTrainer):
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.saves.phase("step", limit)
         self.ids, self.step_loss, self.loss_before = [], torch.zeros((), device=device), self._tr_loss.clone()
+        self.measured_before = {name: len(values) for name, values in self._metrics["train"].items()}
         return batches
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -169,7 +175,12 @@ class RunTrainer(ZeroTrainer):
         elif not (applied := not (bad_loss or bad_norm)):
             model.zero_grad()  # the optimiser leaves alone what has no gradient
         if (bad_loss or not applied) and self.loss_before is not None:
-            self._tr_loss.copy_(self.loss_before)  # the mean that is logged is of the other steps
+            self._tr_loss.copy_(self.loss_before)  # the means that are logged are of the other steps
+            measures = self._metrics["train"]
+            for name in list(measures):
+                del measures[name][self.measured_before.get(name, 0) :]
+                if not measures[name]:
+                    del measures[name]
         if not applied:
             name_skipped(self.run.step + 1, math.nan if bad_loss else loss, own_loss_is_finite=not own[0], ids=self.ids)
         counters = self.run.counters

@@ -208,14 +208,17 @@ def tiles(data: RunData) -> list[Tile]:
             )
         )
     seconds, stepping = training_seconds(data)
+    counters = data.summary.get("counters") or {}
     if seconds:
-        counters = data.summary.get("counters") or {}
         notes = [f"{format_count(counters['tokens'])} tokens"] if counters.get("tokens") else []
         if stepping < 0.95 * seconds:
             notes.append(f"{format_seconds(stepping)} of it in optimiser steps")
         if data.summary.get("seconds"):
             notes.append(f"whole run {format_seconds(float(data.summary['seconds']))}")
         figures.append(Tile(label="Training time", value=format_seconds(seconds), note=", ".join(notes)))
+    if equal := int(counters.get("equal_rewards", 0)):
+        note = f"of {data.summary.get('steps')}: all answers to each question had the same reward"
+        figures.append(Tile(label="Steps that taught nothing", value=str(equal), note=note))
     if data.summary.get("memory_gib"):
         figures.append(
             Tile(label="Peak memory", value=f"{float(data.summary['memory_gib']):.2f} GiB", note="per process")

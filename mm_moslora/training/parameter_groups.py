@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     """Sort the trainable parameters into groups.
 
     Raises:
-        ConfigError: no parameter is trainable, or there is a rate for B and an adapter without B.
+        ConfigError: no parameter is trainable, or there is a rate for B or for mixers, and an adapter without them.
     """
     sorted_in: dict[tuple[str, float, float, bool], list[tuple[str, nn.Parameter]]] = {}
     linear = _linear_weights(model) if config.optimizer == "muon" else set()
@@ -64,11 +64,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
     if not sorted_in:
         raise ConfigError("The model has no trainable parameter.")
     adapters = [name for members in sorted_in.values() for name, _ in members if is_adapter_parameter(name)]
-    if config.lora_plus_ratio != 1.0 and adapters and not any(map(_is_lora_b, adapters)):
-        raise ConfigError(
-            f"optim.lora_plus_ratio is {config.lora_plus_ratio:g}, which is of LoRA's B, and the adapter trains none. "
-            "Leave it out."
-        )
+    rates = {
+        "lora_plus_ratio": (config.lora_plus_ratio, _is_lora_b, "of LoRA's B, and the adapter trains none"),
+        "mixer_factor": (config.mixer_factor, _is_mixer, "of the mixers, and no layer has one that trains"),
+    }
+    for key, (factor, is_part, what) in rates.items():
+        if factor != 1.0 and adapters and not any(map(is_part, adapters)):
+            raise ConfigError(f"optim.{key} is {factor:g}, which is {what}. Leave it out.")
     return [
         ParameterGroup(
             name=label, peak_lr=lr, weight_decay=decay, matrices=matrices,
@@ -112,13 +114,17 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
         label, lr = "vision", _or(config.vision_lr, config.lr)
     else:
         label, lr = "adapter" if is_adapter_parameter(name) else "language", config.lr
-    if "lora_mixer" in name:
+    if _is_mixer(name):
         # The scale of the initial mixer matters, and weight decay shrinks it, so it is a key of its own.
         label = "mixer" if label == "adapter" else f"{label} mixer"
         return label, _or(config.mixer_lr, lr * config.mixer_factor), config.mixer_weight_decay
     if _is_lora_b(name) and config.lora_plus_ratio != 1.0:
         label, lr = f"{label} B", lr * config.lora_plus_ratio
     return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay
+
+
+def _is_mixer(name: str) -> bool:
+    return "lora_mixer" in name
 
 
 def _is_lora_b(name: str) -> bool:

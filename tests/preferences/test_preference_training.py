@@ -467,6 +467,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_records_are_named(
     assert [loss is None for loss in losses] == [False, True, False, False]
     assert logged(tmp_path / "4") == pytest.approx([(losses[0] + losses[2] + losses[3]) / 3])
     assert logged(tmp_path / "1", "skipped_steps") == [0, 1, 1, 1]
+    (window,) = map(json.loads, (tmp_path / "4" / "metrics.jsonl").read_text().splitlines())
+    assert [name for name, value in window.items() if value is None] == []
+    measure = "entropy" if objective == "grpo" else "rewards/chosen"
+    each = [logged(tmp_path / "1", measure)[step] for step in (0, -2, -1)]
+    assert window[measure] == pytest.approx(sum(each) / 3)
     assert rates[1] == rates[2] > rates[3]
     assert re.search(r"Step 2 skipped: .*Records of rank 0: p\d", caplog.text)
     assert load(tmp_path / "1").model is not None

@@ -181,6 +181,21 @@ def test_a_reward_that_fails_is_counted_and_one_that_always_fails_ends_the_run(
         train_preferences(recipe("none", "never"))
 
 
+def test_steps_whose_rewards_are_all_equal_are_said(
+    tuned: Path, text_pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = make_questions(text_pairs, "nobody.jsonl", solution="nobody says this")
+    recipe = make_recipe(
+        tmp_path / "run", questions, {"language": str(tuned)}, objective="grpo", grpo=ANSWERS,
+        train={"steps": 3, "global_batch": 8, "micro_batch": 4},
+    )  # fmt: skip
+    train_preferences(recipe)
+    assert read_json(tmp_path / "run" / "summary.json")["counters"]["equal_rewards"] == 3
+    assert caplog.text.count("it teaches nothing") == 2
+    assert command(["report", str(tmp_path / "run")]) == 0
+    assert "Steps that taught nothing" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_an_answer_for_which_a_reward_fails_is_judged_by_no_other() -> None:
     def first(text: str, _: Document) -> float:
         return 1e300 if text == "large" else float(len(text))

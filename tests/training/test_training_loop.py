@@ -61,6 +61,10 @@ def test_mixers_have_a_multiple_of_the_rate_of_a() -> None:
     assert parameter_groups(alone, OptimConfig(lr=1e-3, lora_plus_ratio=2))[0].peak_lr == 2e-3
     with pytest.raises(ConfigError, match="both set the rate"):
         OptimConfig(mixer_factor=6, mixer_lr=1e-3)
+    for part, key in (("lora_B", "mixer_factor"), ("lora_A", "lora_plus_ratio")):
+        bare = torch.nn.ModuleDict({part: torch.nn.Linear(2, 2, bias=False)})
+        with pytest.raises(ConfigError, match=f"optim.{key} is 2, which is of"):
+            parameter_groups(bare, OptimConfig(**{key: 2}))
 
 
 def test_the_loss_goes_down(recipe):
