@@ -43,8 +43,8 @@ from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
+    from mm_moslora.training.run_driver import TrainResult
     from mm_moslora.training.supervision.stop_signals import StopRequest
-    from mm_moslora.training.training_loop import TrainResult
 
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """Matches `--output=~/runs`: shells expand a `~` only at the start of a word."""

@@ -12,7 +12,7 @@ from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import override_items
 
 if TYPE_CHECKING:
-    from mm_moslora.diffusion.diffusion_training import DiffusionResult
+    from mm_moslora.training.run_driver import TrainResult
     from mm_moslora.training.supervision.stop_signals import StopRequest
 
 diffusion_app = App(name="diffusion", help="Tune diffusion models: SD 1 and 2, SDXL, SD3, Flux.")
@@ -37,7 +37,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     refuse_early(resolved)
     folder = Path(resolved.train.output)
 
-    def session(*, stop: StopRequest) -> DiffusionResult:
+    def session(*, stop: StopRequest) -> TrainResult:
         quiet_libraries()
         from mm_moslora.diffusion.diffusion_training import train_diffusion
 

@@ -21,8 +21,7 @@ from mm_moslora.utils.text_format import whole_number
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
-    from mm_moslora.diffusion.diffusion_training import DiffusionResult
-    from mm_moslora.training.training_loop import TrainResult
+    from mm_moslora.training.run_driver import TrainResult
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
@@ -223,7 +222,7 @@ def _explain(kind: type, group: list[str]) -> None:
 
 
 def run_training(
-    folder: Path, train: Callable[..., TrainResult | DiffusionResult], *, advice: Callable[[Path], str] | None = None
+    folder: Path, train: Callable[..., TrainResult], *, advice: Callable[[Path], str] | None = None
 ) -> int:
     """Train in this process, print the checkpoint or what stopped the run, and return the exit code.
 

@@ -130,7 +130,8 @@ class DiffusionTrainConfig:
     """The run, in one process."""
 
     zero: ClassVar[str] = "none"
-    """For the run's summary: nothing is sharded."""
+    background_save: ClassVar[bool] = False
+    keep_every: ClassVar[int] = 0
     output: str = field(default="runs/run", metadata=OUTPUT | FREE)
     """Run folder."""
     steps: int = 500
@@ -153,8 +154,16 @@ class DiffusionTrainConfig:
     """Checkpoints to keep; 0 keeps all."""
     log_every: int = field(default=1, metadata=FREE)
     """Optimiser steps between metric records."""
+    timeout_minutes: float = field(default=30.0, metadata=FREE)
+    """Time limit of a step and of a save. At the limit the run ends, and the error shows its stacks."""
+
+    @property
+    def step_timeout_minutes(self) -> float:
+        """See `TrainConfig.step_timeout_minutes`."""
+        return self.timeout_minutes
 
     def __post_init__(self) -> None:
+        positive("train.timeout_minutes", self.timeout_minutes)
         for name in ("steps", "batch", "accumulation", "log_every"):
             at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("save_every", "keep_last"):

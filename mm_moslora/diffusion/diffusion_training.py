@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,42 +25,29 @@ from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfi
 from mm_moslora.diffusion.picture_batches import LatentBatches, generator
 from mm_moslora.diffusion.pipeline_families import DenoisingLoss, PipelineFamily, load_family, pipeline_source
 from mm_moslora.models.model_paths import COMMITS, marks_of
-from mm_moslora.models.precision import dtype_of, resolve_precision, run_arithmetic
+from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import moslora_config
-from mm_moslora.tracking import build_trackers
-from mm_moslora.tracking.tracker import Ending
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
-from mm_moslora.training.checkpointing.run_checkpoints import Retention, remove_old, set_aside_newer
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_start, log_adapter
-from mm_moslora.training.supervision.run_folder import exclusive
-from mm_moslora.training.supervision.run_state import record_run_state
-from mm_moslora.training.supervision.run_summary import peak_memory_gib, write_summary
+from mm_moslora.training.run_driver import Session, TrainResult, opened
+from mm_moslora.training.supervision.run_summary import peak_memory_gib
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, DivergedError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import checkpoints
-from mm_moslora.utils.untrusted_files import find_below, opened
+from mm_moslora.utils.untrusted_files import find_below
+from mm_moslora.utils.untrusted_files import opened as opened_file
 
 logger = logging.getLogger(__name__)
 STATE = "state.pt"  # parameters in fp32, optimiser, schedule, loss scale
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffusionResult:
-    """The outcome of a session; `stopped_by` is the signal that stopped it early, 0 for none."""
-
-    checkpoint: Path
-    step: int
-    total_steps: int
-    stopped_by: int
-
-
 def train_diffusion(
     recipe: DiffusionRecipe, *, resume: str = "auto", stop_at: int | None = None, stop: StopRequest | None = None
-) -> DiffusionResult:
+) -> TrainResult:
     """Train a resolved recipe, from the start or from a checkpoint; `resume` and `stop_at` are those of the verb."""
     if not is_installed("diffusers"):
         raise ConfigError(f"Diffusion models need diffusers, which is missing. Run: {install_extra('diffusion')}")
@@ -69,13 +56,15 @@ def train_diffusion(
     precision = resolve_precision(recipe.train.precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision is fp16, which needs a GPU. Choose bf16 or fp32: --train.precision fp32.")
-    folder = Path(recipe.train.output)
-    arithmetic = run_arithmetic(deterministic=recipe.train.deterministic)
-    with arithmetic, exclusive(folder), record_run_state(folder) as ending:
-        session = _Session(recipe, precision, find_resume(recipe, resume), stop or StopRequest())
+    with opened(recipe, lambda: None, resume=resume, stop_at=stop_at) as (watchdog, ending):
+        checkpoint, manifest = find_resume(recipe, resume) or (None, None)
+        run = DiffusionRun(recipe, precision, {} if manifest is None else manifest.base)
+        if checkpoint is not None and manifest is not None:
+            run.restore(checkpoint, manifest)
+        session = _Session(run, watchdog, stop or StopRequest(), resumed_from=checkpoint, total=recipe.train.steps)
         ending.begun = True
         result = session.go(stop_at)
-        ending.finished = result.step >= result.total_steps
+        ending.finished = result.finished
     return result
 
 
@@ -92,14 +81,13 @@ def find_resume(recipe: DiffusionRecipe, resume: str) -> tuple[Path, Manifest] |
     return choose_checkpoint(Path(recipe.train.output), resume, check)
 
 
-class _Session:
-    """The state of one training session."""
+class DiffusionRun:
+    """The parts of a run, and its step."""
 
-    def __init__(
-        self, recipe: DiffusionRecipe, precision: str, checkpoint: tuple[Path, Manifest] | None, stop: StopRequest
-    ) -> None:
-        self.recipe, self.precision, self.stop, self.folder = recipe, precision, stop, Path(recipe.train.output)
-        marks = marks_of(checkpoint[1].base if checkpoint else {})
+    def __init__(self, recipe: DiffusionRecipe, precision: str, base: Mapping[str, Any]) -> None:
+        """`base`: of a checkpoint's manifest; a resumed run keeps to its weights."""
+        self.recipe, self.precision, self.folder = recipe, precision, Path(recipe.train.output)
+        marks = marks_of(base)
         self.family = load_family(recipe, dtype=dtype_of(precision), commits=marks.get(COMMITS, {}))
         from diffusers.optimization import get_scheduler
 
@@ -108,7 +96,7 @@ class _Session:
         adapt(self.family)
         self.denoiser, self.loss = self.family.denoiser, DenoisingLoss(self.family)
         self.trainable = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
-        keep_start(self.denoiser, self._values())
+        keep_start(self.denoiser, self.values())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.trainable, recipe.optim))
         schedule = "constant_with_warmup" if recipe.optim.schedule == "constant" else recipe.optim.schedule
         self.schedule = get_scheduler(
@@ -116,55 +104,19 @@ class _Session:
         )
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self.stateful: dict[str, Any] = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        self.trackers, self.saver, self.data = build_trackers(recipe.track), Saver(self.folder), self.batches.digest()
-        self.step, self.stopped_by, self.counters = 0, 0, dict[str, float]()
-        if checkpoint is not None:
-            self._restore(*checkpoint)
+        self.data, self.counters = self.batches.digest(), dict[str, float]()
 
-    def _values(self) -> dict[str, Tensor]:
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return int(self.counters.get("steps", 0))
+
+    def values(self) -> dict[str, Tensor]:
         """The trained parameters in fp32 on the CPU."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.trainable.items()}
 
-    def go(self, stop_at: int | None) -> DiffusionResult:
-        """Train until the last step, `stop_at`, or a signal."""
-        total, began = self.recipe.train.steps, self.step
-        if began < total:
-            files.replace_text(self.folder / "config.yaml", self.recipe.to_yaml())
-            ending: Ending = "failed"
-            self.trackers.start(self.recipe.to_dict(), self.folder, resume_step=began or None)
-            try:
-                with self.stop, Progress("train", total, initial=began) as progress:
-                    write_summary(self, total, self._of_run)
-                    while self._advance(stop_at, progress):
-                        pass
-                    write_summary(self, total, self._of_run)
-                ending = "finished" if self.step >= total else "stopped"
-            except KeyboardInterrupt:
-                ending = "stopped"
-                raise
-            finally:
-                self.trackers.finish(ending=ending)
-        checkpoint = self.folder / folder_name(self.step)
-        return DiffusionResult(checkpoint=checkpoint, step=self.step, total_steps=total, stopped_by=self.stopped_by)
-
-    def _advance(self, stop_at: int | None, progress: Progress) -> bool:
-        """A step and what is due after it; returns whether the session goes on."""
-        train, mixers_every = self.recipe.train, self.recipe.track.mixers_every
-        loss = self._step()
-        progress.update(self.step, f"loss {loss:.4f}")
-        last, self.stopped_by = self.step == train.steps, int(self.stop.received)
-        if self.stopped_by:
-            logger.info("%s: saving step %d.", signal.Signals(self.stopped_by).name, self.step)
-        if last or (mixers_every and self.step % mixers_every == 0):
-            file = self.folder / "mixers.json" if last else None
-            log_adapter(self.denoiser, self._values(), self.trackers, self.step, file=file)
-        ends = last or bool(self.stopped_by) or self.step == stop_at
-        if ends or (train.save_every and self.step % train.save_every == 0):
-            self._save()
-        return not ends
-
-    def _step(self) -> float:
-        """One optimiser step; returns the mean loss."""
+    def optimise(self) -> dict[str, float]:
+        """One optimiser step; returns its metrics."""
         train, device, started, total = self.recipe.train, distributed.device(), time.monotonic(), 0.0
         self.denoiser.train()
         torch.manual_seed(generator(train.seed, "dropout", self.step, 0).initial_seed())
@@ -184,66 +136,102 @@ class _Session:
         self.optimizer.zero_grad()
         if math.isfinite(norm):
             self.schedule.step()
-        self.step += 1
         seconds, pictures = time.monotonic() - started, train.batch * train.accumulation
         for name, value in {"steps": 1.0, "samples": float(pictures), "seconds": seconds}.items():
             self.counters[name] = self.counters.get(name, 0.0) + value
-        if self.step % train.log_every == 0 or self.step == train.steps:
-            metrics = {"loss": total, "grad_norm": norm, "step_seconds": seconds, "memory_gib": peak_memory_gib()}
-            self.trackers.log(metrics | {"pictures_per_second": pictures / seconds} | rates, self.step)
-        return total
+        metrics = {"loss": total, "grad_norm": norm, "step_seconds": seconds, "memory_gib": peak_memory_gib()}
+        return metrics | {"pictures_per_second": pictures / seconds} | rates
 
-    def _save(self) -> None:
-        """Write the checkpoint of this step, and apply the retention policy."""
-        values, base = self._values(), {"id": self.recipe.model.base, "revision": self.recipe.model.revision}
-        name = self.family.denoiser_name
-        trainer = {"parameters": values} | {key: part.state_dict() for key, part in self.stateful.items()}
-
-        def write(folder: Path) -> None:
-            torch.save(trainer, rank_folder(folder) / STATE)
-            (folder / "config.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-            take_adapter(self.denoiser, base=base | {"component": name}).write(folder / "adapter" / name)
-            try:
-                export_adapter(denoiser_adapter(folder), folder, layout="diffusers")
-            except AdapterError as error:  # the file cannot express DoRA
-                files.discard(folder / DIFFUSERS_WEIGHTS)
-                logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
-
-        manifest = Manifest(
-            step=self.step, world_size=1, recipe=self.recipe.to_dict(), base=base | self.source, data=self.data,
-            counters=dict(self.counters), trainable={name: list(value.shape) for name, value in values.items()},
-            files={}, precision=self.precision,
-        )  # fmt: skip
-        self.saver.start(manifest, write, size=sum(value.numel() for value in values.values()) * 4 * 6)
-        self.saver.finish()
-        remove_old(self.folder, Retention(last=self.recipe.train.keep_last))
-
-    def _restore(self, folder: Path, manifest: Manifest) -> None:
+    def restore(self, folder: Path, manifest: Manifest) -> None:
         """Restore a checkpoint; training then goes on bit for bit."""
         if manifest.data != self.data:
             raise CheckpointError(f"The pictures or prompts are not those of {folder}. Choose another train.output.")
         restore_frozen_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
         restore_start(self.denoiser, folder / "adapter" / self.family.denoiser_name)
         path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
-        with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
+        with opened_file(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
             state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["parameters"][name])
         for key, part in self.stateful.items():
             part.load_state_dict(state[key])
-        self.step, self.counters = manifest.step, dict(manifest.counters)
-        if folder.resolve().parent == self.folder.resolve():
-            set_aside_newer(self.folder, self.step)
-        logger.info("Continuing from %s, step %d.", folder.name, self.step)
+        self.counters.update(manifest.counters)
 
-    def _of_run(self) -> dict[str, Any]:
-        """What the run's `summary.json` has beside the parts of all runs."""
-        total = sum(p.numel() for name, p in self.denoiser.named_parameters() if "lora_" not in name)
-        trainable = sum(map(torch.numel, self.trainable.values()))
-        row = {"name": self.family.denoiser_name, "total": total, "trainable": trainable}
-        data = {"pictures": len(self.batches.sets[0].files), "resolution": self.family.resolution}
-        return {"kind": "diffusion", "components": [row], "base": {"pipeline": self.recipe.model.base}, "data": data}
+
+@dataclass(frozen=True, kw_only=True)
+class TakenDenoiser:
+    """What a checkpoint gets of a run, which takes no step until it is written."""
+
+    run: DiffusionRun
+    manifest: Manifest
+    values: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """Estimate of the bytes that are written: values, two moments, and the adapter in its two forms."""
+        return sum(value.numel() for value in self.values.values()) * 4 * 6
+
+    def write(self, folder: Path) -> None:
+        """See `Saver.start`."""
+        run, name = self.run, self.run.family.denoiser_name
+        state = {"parameters": self.values} | {key: part.state_dict() for key, part in run.stateful.items()}
+        torch.save(state, rank_folder(folder) / STATE)
+        (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+        base = {"id": run.recipe.model.base, "revision": run.recipe.model.revision, "component": name}
+        take_adapter(run.denoiser, base=base).write(folder / "adapter" / name)
+        try:
+            export_adapter(denoiser_adapter(folder), folder, layout="diffusers")
+        except AdapterError as error:  # the file cannot express DoRA
+            files.discard(folder / DIFFUSERS_WEIGHTS)
+            logger.warning("The checkpoint has no %s: %s", DIFFUSERS_WEIGHTS, error)
+
+
+class _Session(Session[DiffusionRun, TakenDenoiser]):
+    """One session that learns to denoise."""
+
+    def train(self, stop_at: int | None) -> None:
+        """See `Session.train`."""
+        run, train, mixers_every = self.run, self.run.recipe.train, self.run.recipe.track.mixers_every
+        with Progress("train", self.total, initial=run.step) as progress:
+            while not self.over:
+                self.phase("step")
+                metrics = run.optimise()
+                progress.update(run.step, f"loss {metrics['loss']:.4f}")
+                if run.step % train.log_every == 0 or self.over:
+                    self.trackers.log(metrics | self.saves.extra, run.step)
+                    self.saves.extra.clear()
+                if mixers_every and run.step % mixers_every == 0 and not self.over:
+                    log_adapter(run.denoiser, run.values(), self.trackers, run.step)
+                if train.save_every and run.step % train.save_every == 0:
+                    self.saves.start()
+                if self.agree(stop_at):
+                    break
+
+    def taken(self) -> TakenDenoiser:
+        """See `Session.taken`."""
+        run, model, values = self.run, self.run.recipe.model, self.run.values()
+        manifest = Manifest(
+            step=run.step, world_size=1, recipe=run.recipe.to_dict(),
+            base={"id": model.base, "revision": model.revision} | run.source, data=run.data,
+            counters=dict(run.counters), trainable={name: list(value.shape) for name, value in values.items()},
+            files={}, precision=run.precision,
+        )  # fmt: skip
+        return TakenDenoiser(run=run, manifest=manifest, values=values)
+
+    def measure_end(self) -> None:
+        """See `Session.measure_end`."""
+        run = self.run
+        log_adapter(run.denoiser, run.values(), self.trackers, run.step, file=run.folder / "mixers.json")
+
+    def of_run(self) -> dict[str, Any]:
+        """See `Session.of_run`."""
+        run = self.run
+        total = sum(p.numel() for name, p in run.denoiser.named_parameters() if "lora_" not in name)
+        trainable = sum(map(torch.numel, run.trainable.values()))
+        row = {"name": run.family.denoiser_name, "total": total, "trainable": trainable}
+        data = {"pictures": len(run.batches.sets[0].files), "resolution": run.family.resolution}
+        return {"kind": "diffusion", "components": [row], "base": {"pipeline": run.recipe.model.base}, "data": data}
 
 
 def denoiser_adapter(folder: Path) -> dict[str, Path]:

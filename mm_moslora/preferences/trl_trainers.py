@@ -30,15 +30,14 @@ from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
 from mm_moslora.preferences.preference_setup import IDS, REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.preferences.zero_trainer import ZeroTrainer, deepspeed_arguments, trained_groups
-from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.checkpointing.run_saves import RunSaves
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine.optimizers import KINDS
 from mm_moslora.training.parameter_groups import OptimizerSettings
-from mm_moslora.training.run_saves import RunSaves
+from mm_moslora.training.run_driver import Session
 from mm_moslora.training.snapshot import OptimizerState, write_model
 from mm_moslora.training.supervision.run_faults import SkippedSteps, name_skipped
-from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils import distributed
 from mm_moslora.utils.progress_bar import Progress
@@ -85,6 +84,7 @@ class TakenPreferences:
 
 
 PreferenceSaves = RunSaves[TakenPreferences]
+TrlSession = Session[PreferenceRun, Any]
 
 
 def _serialised(content: Any) -> bytes:
@@ -347,10 +347,9 @@ class RunCallback(TrainerCallback):
     """Counts steps, logs to the run's trackers, and on a signal or after step `stop_at` has the trainer save and
     stop."""
 
-    def __init__(self, trainer: RunTrainer, trackers: Trackers, stop: StopRequest, *, stop_at: int | None) -> None:
-        self.trainer, self.trackers, self.stop, self.stop_at = trainer, trackers, stop, stop_at
+    def __init__(self, trainer: RunTrainer, session: TrlSession, *, stop_at: int | None) -> None:
+        self.trainer, self.session, self.stop_at = trainer, session, stop_at
         self.run = run = trainer.run
-        self.stopped_by = 0
         self.skipped = SkippedSteps(
             run.recipe.train.max_skipped_steps,
             advice="Lower optim.lr, raise beta, look at the records named above, or use fp32.",
@@ -365,19 +364,15 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the step; the ranks agree on a signal, and on the end of a save."""
-        saves, train = self.trainer.saves, self.run.recipe.train
-        saves.phase("after the step", train.step_timeout_minutes)
+        train = self.run.recipe.train
+        self.session.phase("after the step", train.step_timeout_minutes)
         counters, now = self.run.counters, time.monotonic()
         counters["steps"] = float(state.global_step)
         counters["samples"] = counters.get("samples", 0.0) + (self.run.packed_pairs or train.global_batch)
         counters["seconds"] = counters.get("seconds", 0.0) + now - self._clock
         self._clock = now
         self.skipped.count(applied=self.trainer.applied)
-        number, writing = distributed.max_over_ranks([float(self.stop.received), float(saves.saver.busy)])
-        if not writing:
-            saves.finish()
-        self.stopped_by = int(number)
-        if number or state.global_step == self.stop_at:
+        if self.session.agree(self.stop_at):
             control.should_training_stop = control.should_save = True
         if control.should_training_stop or self.skipped.too_many:
             control.should_log = True
@@ -399,6 +394,6 @@ class RunCallback(TrainerCallback):
             self.trainer.saves.extra.clear()
         if measures := held_out or (own if "loss" in own else {}):
             known = {name: float(value) for name, value in measures.items() if value is not None}
-            self.trackers.log(known, state.global_step)
+            self.session.trackers.log(known, state.global_step)
         if "loss" in own:
             self.skipped.give_up(state.global_step)

@@ -19,7 +19,7 @@ from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, log_adapter
 from mm_moslora.training.metrics.throughput import Clock, Speedometer, rank_figures
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.supervision.run_faults import name_skipped, records_of_rank
-from mm_moslora.training.supervision.run_summary import note_memory, write_summary
+from mm_moslora.training.supervision.run_summary import note_memory
 from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -56,13 +56,15 @@ class SpikeScore:
 class RunLog:
     """Logs one training session; all ranks call each method together."""
 
-    def __init__(self, run: Run, trackers: Trackers, *, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, run: Run, trackers: Trackers, extra: dict[str, float], *, total_steps: int, steps_per_epoch: int
+    ) -> None:
+        """`extra` is logged with the next step."""
         self.run, self.trackers, self.total_steps, self.steps_per_epoch = run, trackers, total_steps, steps_per_epoch
         self.clock = Clock(run.counters, run.step)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model, copies=run.engine.copies)
-        self.extra: dict[str, float] = {}
-        """Logged with the next step."""
+        self.extra = extra
         self._measured_at = -1
 
     def is_due(self, step: int) -> bool:
@@ -154,12 +156,9 @@ class RunLog:
             "base": self.run.assembly.base,
         }  # fmt: skip
 
-    def write_summary(self) -> None:
-        """Write `summary.json` into the run folder, for the report."""
+    def of_run(self) -> dict[str, Any]:
+        """What the run's `summary.json` has beside the parts of all runs."""
         self.clock.tick()
-        write_summary(self.run, self.total_steps, self._of_run)
-
-    def _of_run(self) -> dict[str, Any]:
         run, counters = self.run, self.run.counters
         data: dict[str, Any] = dict(run.training_set.statistics())
         if counters.get("tokens"):

@@ -5,74 +5,40 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe, require_sft
 from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.models.precision import run_arithmetic
-from mm_moslora.tracking import build_trackers
-from mm_moslora.tracking.tracker import Ending
 from mm_moslora.training import run_setup
-from mm_moslora.training.checkpointing.checkpoint_folder import amend, folder_name
 from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
-from mm_moslora.training.checkpointing.run_checkpoints import set_aside_newer
+from mm_moslora.training.checkpointing.run_checkpoints import Best
 from mm_moslora.training.engine.step_result import QueuedStep
 from mm_moslora.training.forgetting.run_forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import restore
+from mm_moslora.training.run_driver import Session, TrainResult, opened
 from mm_moslora.training.run_logging import RunLog
-from mm_moslora.training.run_saves import RunSaves
 from mm_moslora.training.snapshot import Snapshot, snapshot
-from mm_moslora.training.supervision.rank_agreement import agree_on_data, agree_on_recipe
-from mm_moslora.training.supervision.run_faults import SkippedSteps, telling_errors
-from mm_moslora.training.supervision.run_folder import exclusive
-from mm_moslora.training.supervision.run_state import record_run_state
-from mm_moslora.training.supervision.run_summary import note_memory
+from mm_moslora.training.supervision.rank_agreement import agree_on_data
+from mm_moslora.training.supervision.run_faults import SkippedSteps
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.training.validation import Best, Measure, Validator
-from mm_moslora.utils import distributed, files
-from mm_moslora.utils.distributed import seed_everything
+from mm_moslora.training.validation import Measure, Validator
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.hardware import keep_freed_memory, spare_cores
 from mm_moslora.utils.progress_bar import Progress
 
 logger = logging.getLogger(__name__)
-
-FINISHED_AT = "finished_at"
-"""Counter: the last step, once the run was over and had been measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """The outcome of a training session."""
-
-    checkpoint: Path
-    """The last committed checkpoint."""
-    step: int
-    """Optimiser steps done."""
-    total_steps: int
-    """Optimiser steps of the whole run."""
-    stopped_by: int
-    """The signal that stopped it early, 0 for none."""
-    stopped_early: bool = False
-    """Whether early stopping ended it."""
-    measured: bool = True
-    """Whether the end was measured after all steps; a signal may have prevented this."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every step was done, or early stopping ended the run, and the end was measured."""
-        return (self.step >= self.total_steps or self.stopped_early) and self.measured
 
 
 def train(
@@ -97,31 +63,18 @@ def train(
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
     require_sft(recipe, "training_loop.train")
-    distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
         keep_freed_memory()
-    folder = Path(recipe.train.output)
-    watchdog = Watchdog(folder)
-    # Hosts may have other recipes, other files and other libraries.
-    with watchdog.blaming():
-        agree_on_recipe(recipe, resume=resume, stop_at=stop_at)
-    with watchdog.blaming(), distributed.failing_together("Checking the recipe"):
+
+    def check() -> None:
         check_recipe(recipe, resume=resume)
         if recipe.validate.tasks and measure is None:
             raise TrainingError(
                 f"validate.tasks is {recipe.validate.tasks}, but this program has no evaluation harness. Start the run "
                 "with `mm-moslora train`, or pass `measure`."
             )
-    # Each waits for the other ranks, so each may find that one is gone; the inner `blaming` words the recorded end.
-    with (
-        run_arithmetic(deterministic=recipe.train.deterministic),
-        watchdog.blaming(),
-        exclusive(folder),
-        record_run_state(folder) as ending,
-        watchdog.blaming(),
-        watchdog,
-    ):
-        seed_everything(recipe.train.seed)
+
+    with opened(recipe, check, resume=resume, stop_at=stop_at) as (watchdog, ending):
         checkpoint, manifest = find_resume(recipe, resume) or (None, None)
         recipe = recipe.for_ranks(distributed.world_size()) if manifest is None else continued(recipe, manifest)
         with distributed.failing_together("Checking the recipe"):
@@ -164,7 +117,7 @@ class _Queued:
     data_seconds: float
 
 
-class _Loop:
+class _Loop(Session[run_setup.Run, Snapshot]):
     """One training session: its parts, and the counts that end it early."""
 
     def __init__(
@@ -178,7 +131,6 @@ class _Loop:
         resumed_from: Path | None,
     ) -> None:
         recipe = run.recipe
-        self.run, self.watchdog, self.stop, self.resumed_from = run, watchdog, stop, resumed_from
         self.loader = BatchLoader(
             run.training_set,
             rank=distributed.rank() // run.engine.copies,
@@ -190,90 +142,64 @@ class _Loop:
             start_step=run.step,
             pin=run.engine.device.type == "cuda",
         )
-        self.total = recipe.train.total_steps(self.loader.steps_per_epoch)
-        trackers = build_trackers(recipe.track)
+        total = recipe.train.total_steps(self.loader.steps_per_epoch)
         best = Best.of(run.folder, recipe.validate, resume_step=-1 if resumed_from is None else run.step)
-        self.validator = Validator(run, measure, stop, trackers=trackers, best=best)
+        super().__init__(run, watchdog, stop, resumed_from=resumed_from, total=total, best=best)
+        self.validator = Validator(run, measure, stop, trackers=self.trackers, best=best)
         self.forgetting = Forgetting(run, measure, forgotten, stop)
         self.image_check = ImageCheck(run)
         # A stream has no epochs; the whole run is one.
-        per_epoch = self.loader.steps_per_epoch if self.loader.stream is None else self.total
-        self.log = RunLog(run, trackers, total_steps=self.total, steps_per_epoch=per_epoch)
-        is_own = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
-        if is_own and distributed.is_main():
-            set_aside_newer(run.folder, run.step)
-        self.saves = RunSaves(
-            run, watchdog, trackers, self._taken, best=best, saved_at=run.step if is_own else -1, extra=self.log.extra
-        )
+        per_epoch = self.loader.steps_per_epoch if self.loader.stream is None else total
+        self.log = RunLog(run, self.trackers, self.saves.extra, total_steps=total, steps_per_epoch=per_epoch)
         self.skipped = SkippedSteps(
             recipe.train.max_skipped_steps,
             advice="Lower optim.lr or optim.projector_lr, look at the records named above, or use bf16 instead of "
             "fp16.",
         )
-        self.stopped_by = 0
         self.queued: _Queued | None = None
         self.loss, self.read_at, self.lr_factor = math.nan, 0.0, 1.0
 
-    def go(self, stop_at: int | None) -> TrainResult:
-        """Train until the last step, `stop_at`, early stopping, or a signal."""
-        run, trackers = self.run, self.log.trackers
-        if self.saves.saved_at == run.step == run.counters.get(FINISHED_AT) and self._over:
-            # Its folder already holds the measurements of the whole run.
-            logger.info("The run is finished: %s is its last step. Nothing is left to train.", self.resumed_from)
-            return self._result(run.folder / folder_name(run.step))
-        if self.resumed_from is not None:
-            logger.info("Continuing from %s, step %d.", self.resumed_from.name, run.step)
-        if distributed.is_main():
-            files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
-        self.log.write_summary()
-        ending: Ending = "failed"
-        config = run.recipe.to_dict() | {"run": self.log.metadata()}
-        trackers.start(config, run.folder, resume_step=None if self.resumed_from is None else run.step)
-        try:
-            with telling_errors(trackers, self._phase, lambda: run.step):
-                folder = self._go(stop_at)
-            ending = "finished" if self._over and not self.validator.cut_short else "stopped"
-        except KeyboardInterrupt:
-            ending = "stopped"
-            raise
-        finally:
-            trackers.finish(ending=ending)
-        return self._result(folder)
+    def metadata(self) -> dict[str, Any]:
+        """See `Session.metadata`."""
+        return {"run": self.log.metadata()}
 
-    def _go(self, stop_at: int | None) -> Path:
-        """Train, save and measure the end; returns the last checkpoint."""
-        run, trackers = self.run, self.log.trackers
-        self._phase("rehearsal")
-        if self.resumed_from is None and run.recipe.train.rehearsal:
-            rehearse(run, self.saves.saver)
+    def of_run(self) -> dict[str, Any]:
+        """See `Session.of_run`."""
+        return self.log.of_run()
+
+    def taken(self) -> Snapshot:
+        """See `Session.taken`."""
+        return snapshot(self.run)
+
+    @property
+    def measured(self) -> bool:
+        """See `Session.measured`."""
+        return not self.validator.cut_short
+
+    def waited(self, seconds: float) -> None:
+        """See `Session.waited`."""
+        self.log.clock.waited(seconds)
+
+    def rehearse(self) -> None:
+        """See `Session.rehearse`; a resumed run has been rehearsed."""
+        self.phase("rehearsal")
+        if self.resumed_from is None and self.run.recipe.train.rehearsal:
+            rehearse(self.run, self.saves.saver)
         if self.resumed_from is None:
-            self._phase("measuring the model before the first step")
+            self.phase("measuring the model before the first step")
             self.forgetting.measure_start(tokens=self.loader.tokens_per_step * self.total)
-        # No rank stores signals while another rank can still be ended by them and would be waited for.
-        distributed.barrier()
-        with self.stop:  # until the last save, so that a signal does not lose trained steps
-            self._train(stop_at)
-            # Saved first and measured then, so that an error in measuring does not lose the run.
-            folder = self.saves.finish_last()
-            if self._over and run.counters.get(FINISHED_AT) != run.step:
-                self._measure_end(folder)
-            self.log.write_summary()
-            self.saves.tidier.wait()
-        if self._over and not self.validator.cut_short and distributed.is_main() and (folder / "adapter").is_dir():
-            trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
-        return folder
 
-    def _train(self, stop_at: int | None) -> None:
-        """Take steps until the run is over or asked to stop."""
-        run, best = self.run, self.validator.best
+    def train(self, stop_at: int | None) -> None:
+        """See `Session.train`."""
+        run = self.run
         self.log.clock.begin(run.step)
-        if self.validator.cut_short and not self._over:  # a signal interrupted the validation of this step
+        if not (self.measured or self.over):  # a signal interrupted the validation of this step
             if self._validate() and self.saves.saved_at != run.step:
                 self.saves.start()
             self.saves.tidy()
         with Progress("train", self.total, initial=run.step) as progress, self.loader:
             batches = iter(self.loader)
-            while not (self._over or self.validator.cut_short):
+            while not self.over and self.measured:
                 try:
                     self._step(batches, first=progress.done == progress.initial)
                 except Exception:
@@ -282,22 +208,11 @@ class _Loop:
                     raise
                 progress.update(run.step, "" if math.isnan(self.loss) else f"loss {self.loss:.4f}")
                 self._periodically()
-                # One collective per step shares signals and the state of the checkpoint being written: ranks that
-                # stopped or committed by themselves would leave the others waiting in their next collective.
-                arrived = time.monotonic()
-                number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saves.saver.busy)])
-                self.log.clock.waited(time.monotonic() - arrived)
-                if not writing:
-                    self.saves.finish()
-                self.stopped_by = int(number)
-                if number and distributed.is_main():
-                    name = signal.Signals(self.stopped_by).name
-                    logger.info("%s: saving step %d. Ctrl-C three times in all ends without.", name, run.step)
-                if number or run.step == stop_at:
+                if self.agree(stop_at):
                     break
             self._read()
-        if best.out_of_patience:
-            logger.info("Early stopping: no better %s for %d validations.", best.config.best, best.since)
+        if self.best.out_of_patience:
+            logger.info("Early stopping: no better %s for %d validations.", self.best.config.best, self.best.since)
 
     def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> None:
         """One optimiser step. Its numbers are read at once, or in the middle of the next step: see
@@ -305,13 +220,13 @@ class _Loop:
         run, train = self.run, self.run.recipe.train
         # The first data wait for workers to start, and the first step compiles and tries kernels.
         limit = train.timeout_minutes if first else train.step_timeout_minutes
-        self._phase("data", limit)
+        self.phase("data", limit)
         began = time.monotonic()
         micro_batches = next(batches)
         data_seconds = time.monotonic() - began
-        self._phase("step", limit)
+        self.phase("step", limit)
         queued = run.engine.queue(micro_batches, self._lr_factor, norms=self.log.is_due(run.step + 1))
-        self._phase("after the step", train.step_timeout_minutes)
+        self.phase("after the step", train.step_timeout_minutes)
         self._count({"steps": 1} | {name: int(count) for name, count in queued.counts.items()})
         self.queued = _Queued(
             step=queued, micro_batches=micro_batches, lr_factor=self.lr_factor, began=began, data_seconds=data_seconds
@@ -345,7 +260,7 @@ class _Loop:
         )
         self.skipped.give_up(run.step)
         if result.images and not self.image_check.done:
-            self._phase("image check")
+            self.phase("image check")
             self.image_check(queued.micro_batches, result)
 
     def _count(self, added: Mapping[str, float]) -> None:
@@ -363,52 +278,31 @@ class _Loop:
             self._read()
         # Validated first: a step that is the best so far is saved, and its checkpoint stays.
         better = validates and self._validate()
-        if (due or better) and not self._over:  # early stopping may have ended the run
+        if (due or better) and not self.over:  # early stopping may have ended the run
             taken = self.saves.start()
             if due:  # a run has regular saves however often it is stopped
                 self.log.mixers(taken.weights)
 
     def _validate(self) -> bool:
         """Validate; True when the model is the best so far."""
-        self._phase("validation")
+        self.phase("validation")
         better = self.validator()
         if self.validator.cut_short:
             self.stopped_by = self.validator.interrupted_by
         return better
 
-    def _measure_end(self, last: Path) -> None:
-        """Measure the end once: the last checkpoint records it for a run started again."""
+    def measure_end(self) -> None:
+        """See `Session.measure_end`; a signal may interrupt it."""
         run = self.run
         if self.validator.validated_at != run.step:
             self._validate()
             self.saves.tidy()
-        if self.validator.cut_short:
+        if not self.measured:
             return
-        self._phase("measuring what was forgotten")
+        self.phase("measuring what was forgotten")
         if lost := self.forgetting.measure_end(validated=self.validator.validated_at == run.step):
-            self.log.trackers.log(lost, run.step)
+            self.trackers.log(lost, run.step)
         self.log.final_mixers()
-        run.counters[FINISHED_AT] = run.step
-        note_memory(run.counters)
-        if distributed.is_main():
-            amend(last, run.counters)
-
-    def _taken(self) -> Snapshot:
-        return snapshot(self.run)
-
-    @property
-    def _over(self) -> bool:
-        """Whether every step was done, or early stopping ended the run."""
-        return self.run.step >= self.total or self.validator.best.out_of_patience
-
-    def _phase(self, what: str, limit_minutes: float | None = None) -> None:
-        self.watchdog.phase(what, self.run.step, (limit_minutes or self.run.recipe.train.timeout_minutes) * 60)
-
-    def _result(self, folder: Path) -> TrainResult:
-        return TrainResult(
-            checkpoint=folder, step=self.run.step, total_steps=self.total, stopped_by=self.stopped_by,
-            stopped_early=self.validator.best.out_of_patience, measured=not self.validator.cut_short,
-        )  # fmt: skip
 
 
 def _workers(run: run_setup.Run) -> int:

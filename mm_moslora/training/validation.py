@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +31,16 @@ from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
 from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import SampleAnswer
+from mm_moslora.training.checkpointing.run_checkpoints import Best
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState
 from mm_moslora.training.supervision.stop_signals import StopRequest
-from mm_moslora.utils import distributed, files
-from mm_moslora.utils.errors import TrainingError, suggestion
+from mm_moslora.utils import distributed
 
 logger = logging.getLogger(__name__)
 
-BEST = "best.json"
 CUT_SHORT_AT = "cut_short_at"
 """Counter: the step of a validation that a signal interrupted, so that a resumed run repeats it."""
 
@@ -234,91 +231,3 @@ def whole_model(engine: TrainingEngine, model: PreTrainedModel) -> Iterator[None
             stack.callback(set_attention, model, model.get_decoder().config._attn_implementation)
             set_attention(model, "sdpa")
         yield
-
-
-def lower_is_better(metric: str, choice: str) -> bool:
-    """Whether a smaller value of a metric is better."""
-    if choice != "auto":
-        return choice == "lowest"
-    words = re.split(r"[^a-z]+", metric.rsplit("/", 1)[-1].lower())
-    return not {"loss", "perplexity", "ppl", "error", "wer"}.isdisjoint(words)
-
-
-@dataclass(kw_only=True)
-class Best:
-    """The best value so far, stored in `best.json` in the run folder, and the number of validations since."""
-
-    config: ValidateConfig
-    value: float = math.nan
-    step: int = -1
-    since: int = 0
-    """Consecutive validations without improvement."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Step and value of every validation."""
-
-    @classmethod
-    def of(cls, folder: Path, config: ValidateConfig, *, resume_step: int) -> Best:
-        """Earlier values of this metric, up to the step that the run resumes from."""
-        best = cls(config=config)
-        try:
-            stored = files.read_json(folder / BEST)
-            history = [(int(entry["step"]), float(entry["value"])) for entry in stored["history"]]
-        except FileNotFoundError:
-            return best
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is damaged (%s); earlier validations are forgotten.", folder / BEST, error)
-            return best
-        if config.best is not None and stored.get("metric") == config.best:
-            for step, value in history:
-                if step <= resume_step:
-                    best.update({config.best: value}, step)
-        return best
-
-    def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Add a validation; True when it is the best so far. TrainingError where the metric was not measured."""
-        name = self.config.best
-        if name is None:
-            return False
-        if name not in metrics and not self.history:  # a later value may be NaN, which is left out
-            raise TrainingError(
-                f"validate.best is {name!r}, which was not measured; expected one of {sorted(metrics)}."
-                f"{suggestion(name, metrics)}"
-            )
-        value = metrics.get(name, math.nan)
-        self.history.append({"step": step, "value": value})
-        sign = -1 if lower_is_better(name, self.config.best_is) else 1
-        if math.isfinite(value) and not (math.isfinite(self.value) and sign * value <= sign * self.value):
-            self.value, self.step, self.since = value, step, 0
-            return True
-        self.since += 1
-        return False
-
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether the run should stop."""
-        return 0 < self.config.patience <= self.since
-
-    def among(self, steps: Collection[int]) -> int | None:
-        """The best measured step that has a checkpoint: a save may have failed, or be in progress."""
-        measured = Best(config=self.config)
-        for entry in self.history:
-            if entry["step"] in steps:
-                measured.update({self.config.best or "": entry["value"]}, int(entry["step"]))
-        return None if measured.step < 0 else measured.step
-
-    def write(self, folder: Path, checkpoint: str | None) -> None:
-        """Store it for people and for a resumed run, and link `best` to its checkpoint, an earlier step's where the
-        best step was not saved."""
-        content: dict[str, Any] = {
-            "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
-            "history": self.history,
-        }  # fmt: skip
-        try:
-            files.replace_json(folder / BEST, content)
-        except OSError as error:  # a full disk must not end the run; the next validation writes it again
-            logger.warning("%s is not written: %s", folder / BEST, error)
-        if checkpoint is not None:
-            try:
-                files.replace_link(folder / "best", checkpoint)
-            except OSError as error:
-                logger.debug("%s has no link to the best checkpoint: %s", folder, error)

@@ -22,10 +22,11 @@ from mm_moslora.adapters import load_adapter
 from mm_moslora.cli.cli_app import run
 from mm_moslora.diffusion import diffusion_training
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe, load_diffusion_recipe
-from mm_moslora.diffusion.diffusion_training import STATE, train_diffusion
+from mm_moslora.diffusion.diffusion_training import STATE, TakenDenoiser, train_diffusion
 from mm_moslora.diffusion.pipeline_families import DenoisingLoss
 from mm_moslora.tracking import read_metrics
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
+from mm_moslora.training.supervision.watchdog import EXIT_HANG
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
 from tests.builders.tiny_pipelines import SIDE, tiny_pipeline
 
@@ -202,6 +203,44 @@ def test_several_processes_and_infinite_numbers_are_refused(recipe: Make, tmp_pa
     with pytest.raises(DivergedError, match="gradient of step 1 is not finite"):
         train_diffusion(recipe())
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"
+
+
+def test_a_run_keeps_the_promises_of_every_run(
+    recipe: Make, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A save that fails loses its checkpoint only, a hang is ended with its stacks, the measured end is recorded."""
+    write, steps = TakenDenoiser.write, {1}
+
+    def full(self: TakenDenoiser, folder: Path) -> None:
+        if self.manifest.step in steps:
+            raise OSError(28, "No space left on device")
+        write(self, folder)
+
+    monkeypatch.setattr(TakenDenoiser, "write", full)
+    few = ("train.save_every=1", "train.steps=3", "train.keep_last=0")
+    result = train_diffusion(recipe(*few))
+    assert [path.name[-1] for path in sorted((tmp_path / "run").glob("checkpoint-*"))] == ["2", "3"]
+    assert "Training continues" in caplog.text
+    assert read_manifest(result.checkpoint).counters["finished_at"] == 3
+    steps |= {1, 2, 3}
+    with pytest.raises(CheckpointError, match="The last 3 saves failed; stopped"):
+        train_diffusion(recipe(*few, run="full"))
+    hanging = [sys.executable, "-c", _HANGING, "diffusion", "train", str(tmp_path / "own.yaml")]
+    Path(hanging[-1]).write_text(recipe("train.timeout_minutes=0.05", run="hung").to_yaml())
+    assert subprocess.run(hanging, check=False).returncode == EXIT_HANG
+    assert "No progress" in json.loads((tmp_path / "hung" / "state.json").read_text())["reason"]
+    assert "stuck" in (tmp_path / "hung" / "stacks" / "rank-00000.txt").read_text()
+
+
+_HANGING = """
+import sys, time
+from mm_moslora.cli.cli_app import run
+from mm_moslora.diffusion.pipeline_families import DenoisingLoss
+def stuck(self, batch):
+    time.sleep(60)
+DenoisingLoss.__call__ = stuck
+run(sys.argv[1:])
+"""
 
 
 def test_a_run_goes_on_with_its_own_input(recipe: Make, pipelines: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -115,7 +115,7 @@ def test_the_end_of_a_run_whose_main_rank_was_killed_is_recorded_by_the_other(pa
         "mm_moslora.training.supervision.watchdog:Watchdog._begin",
         "mm_moslora.training.run_setup:load_parts",
         "mm_moslora.training.run_setup:build_engine",  # the other waits for an address in a group of DeepSpeed's
-        "mm_moslora.training.training_loop:build_trackers",
+        "mm_moslora.training.run_driver:build_trackers",
     ],
 )
 def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tmp_path):

@@ -24,11 +24,12 @@ from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.checkpointing.checkpoint_folder import Saver
+from mm_moslora.training.checkpointing.run_checkpoints import Best, lower_is_better
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
-from mm_moslora.training.validation import Best, Validator, lower_is_better
+from mm_moslora.training.validation import Validator
 from mm_moslora.utils.errors import CheckpointError, ConfigError, EvalError, TrainingError
 
 

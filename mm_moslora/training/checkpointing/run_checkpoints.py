@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the choice of the newest valid one, renaming of others, and deletion of old ones.
+"""The checkpoints of a run: the newest valid one, the best one, renaming of others, deletion of old ones.
 
 `latest` is a hint for people; resuming takes the newest valid folder.
 """
@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from mm_moslora.config import ValidateConfig
 from mm_moslora.training.checkpointing.checkpoint_folder import (
     Manifest,
     OtherFormatError,
@@ -18,10 +22,12 @@ from mm_moslora.training.checkpointing.checkpoint_folder import (
     read_manifest,
 )
 from mm_moslora.utils import files, folder_marks
-from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.errors import CheckpointError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.run_paths import MANIFEST, checkpoints
 
 logger = logging.getLogger(__name__)
+
+BEST = "best.json"
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
@@ -151,3 +157,91 @@ class Tidier:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def lower_is_better(metric: str, choice: str) -> bool:
+    """Whether a smaller value of a metric is better."""
+    if choice != "auto":
+        return choice == "lowest"
+    words = re.split(r"[^a-z]+", metric.rsplit("/", 1)[-1].lower())
+    return not {"loss", "perplexity", "ppl", "error", "wer"}.isdisjoint(words)
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The best value so far, stored in `best.json` in the run folder, and the number of validations since."""
+
+    config: ValidateConfig = field(default_factory=ValidateConfig)
+    value: float = math.nan
+    step: int = -1
+    since: int = 0
+    """Consecutive validations without improvement."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Step and value of every validation."""
+
+    @classmethod
+    def of(cls, folder: Path, config: ValidateConfig, *, resume_step: int) -> Best:
+        """Earlier values of this metric, up to the step that the run resumes from."""
+        best = cls(config=config)
+        try:
+            stored = files.read_json(folder / BEST)
+            history = [(int(entry["step"]), float(entry["value"])) for entry in stored["history"]]
+        except FileNotFoundError:
+            return best
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is damaged (%s); earlier validations are forgotten.", folder / BEST, error)
+            return best
+        if config.best is not None and stored.get("metric") == config.best:
+            for step, value in history:
+                if step <= resume_step:
+                    best.update({config.best: value}, step)
+        return best
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Add a validation; True when it is the best so far. TrainingError where the metric was not measured."""
+        name = self.config.best
+        if name is None:
+            return False
+        if name not in metrics and not self.history:  # a later value may be NaN, which is left out
+            raise TrainingError(
+                f"validate.best is {name!r}, which was not measured; expected one of {sorted(metrics)}."
+                f"{suggestion(name, metrics)}"
+            )
+        value = metrics.get(name, math.nan)
+        self.history.append({"step": step, "value": value})
+        sign = -1 if lower_is_better(name, self.config.best_is) else 1
+        if math.isfinite(value) and not (math.isfinite(self.value) and sign * value <= sign * self.value):
+            self.value, self.step, self.since = value, step, 0
+            return True
+        self.since += 1
+        return False
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run should stop."""
+        return 0 < self.config.patience <= self.since
+
+    def among(self, steps: Collection[int]) -> int | None:
+        """The best measured step that has a checkpoint: a save may have failed, or be in progress."""
+        measured = Best(config=self.config)
+        for entry in self.history:
+            if entry["step"] in steps:
+                measured.update({self.config.best or "": entry["value"]}, int(entry["step"]))
+        return None if measured.step < 0 else measured.step
+
+    def write(self, folder: Path, checkpoint: str | None) -> None:
+        """Store it for people and for a resumed run, and link `best` to its checkpoint, an earlier step's where the
+        best step was not saved."""
+        content: dict[str, Any] = {
+            "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
+            "history": self.history,
+        }  # fmt: skip
+        try:
+            files.replace_json(folder / BEST, content)
+        except OSError as error:  # a full disk must not end the run; the next validation writes it again
+            logger.warning("%s is not written: %s", folder / BEST, error)
+        if checkpoint is not None:
+            try:
+                files.replace_link(folder / "best", checkpoint)
+            except OSError as error:
+                logger.debug("%s has no link to the best checkpoint: %s", folder, error)

@@ -6,15 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from mm_moslora.config import Recipe
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name
-from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier
+from mm_moslora.training.checkpointing.run_checkpoints import Best, Retention, Tidier
 from mm_moslora.training.supervision.run_faults import ALERT_LENGTH
 from mm_moslora.training.supervision.watchdog import Watchdog
-from mm_moslora.training.validation import Best
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 from mm_moslora.utils.run_paths import checkpoints
@@ -28,9 +26,11 @@ MAX_FAILED_SAVES = 3
 class RunInFolder(Protocol):
     """What saves need of a run, of whatever trainer."""
 
+    counters: dict[str, float]
+
     @property
-    def recipe(self) -> Recipe:
-        """Resolved."""
+    def recipe(self) -> Any:
+        """Resolved; its `train` has what `TrainConfig` says of saves and time limits."""
 
     @property
     def folder(self) -> Path:
@@ -61,8 +61,7 @@ Taken = TypeVar("Taken", bound=TakenState)
 
 class RunSaves(Generic[Taken]):
     """Writes the checkpoints of one session; all ranks call each method together. `take` copies the run's state, `best`
-    names a checkpoint that stays, and `extra` gets what is logged with the next step. `saved_at` is the step of the
-    newest checkpoint in the run folder; -1: there is none."""
+    names a checkpoint that stays, and `saved_at` is the step of the newest one in the run folder; -1: there is none."""
 
     def __init__(
         self,
@@ -73,11 +72,17 @@ class RunSaves(Generic[Taken]):
         *,
         best: Best,
         saved_at: int,
-        extra: dict[str, float],
     ) -> None:
-        self.run, self.best, self.saved_at, self.extra = run, best, saved_at, extra
+        self.run, self.best, self.saved_at = run, best, saved_at
+        self.extra: dict[str, float] = {}
+        """What is logged with the next step."""
         self.saver, self.tidier = Saver(run.folder), Tidier(run.folder)
         self._watchdog, self._trackers, self._take, self._failed_in_a_row = watchdog, trackers, take, 0
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint of this step, once it is committed."""
+        return self.run.folder / folder_name(self.run.step)
 
     def start(self) -> Taken:
         """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
@@ -118,10 +123,9 @@ class RunSaves(Generic[Taken]):
         if self.saved_at != self.run.step:
             self.start()
             self.finish()
-        folder = self.run.folder / folder_name(self.run.step)
         if self.saved_at != self.run.step:
-            raise CheckpointError(f"The last checkpoint, {folder}, could not be written; the reason is above.")
-        return folder
+            raise CheckpointError(f"The last checkpoint, {self.folder}, could not be written; the reason is above.")
+        return self.folder
 
     def tidy(self) -> None:
         """Record the best checkpoint, and apply the retention policy."""
