@@ -58,11 +58,11 @@ def test_every_preset_gives_the_losses_of_plain_torch(preset, parts, tmp_path, m
     assert losses(tmp_path / preset) == pytest.approx(losses(tmp_path / "none"), rel=rounded)
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_two_ranks_share_a_card_by_gloo(stage, parts, tmp_path) -> None:
+@pytest.mark.parametrize(("stage", "together"), [("zero1", 1), ("zero2", 1), ("zero3", 1), ("zero2", 2)])
+def test_two_ranks_share_a_card_by_gloo(stage, together, parts, tmp_path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     one = make_recipe(parts, tmp_path / "one", "none", micro_batch=4)
-    two = make_recipe(parts, tmp_path / "two", stage, micro_batch=2)
+    two = make_recipe(parts, tmp_path / "two", stage, micro_batch=2, sequence_parallel=together)
     train(one)
     train_elsewhere(write(two), ranks=2, MM_MOSLORA_BACKEND="gloo")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
