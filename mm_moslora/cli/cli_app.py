@@ -253,7 +253,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
 
 def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> TrainResult:
-    refuse_early(recipe, resume)
+    checked = refuse_early(recipe, resume)
     quiet_libraries()
     from mm_moslora_eval.run.in_training import forgotten, measure
 
@@ -262,9 +262,11 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
     if recipe.objective != "sft":
         from mm_moslora.preferences.preference_training import train_preferences
 
-        return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop)
+        return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop, checked=checked)
     tasks = measure if recipe.validate.tasks else None
-    return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop)
+    return train(
+        recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop, checked=checked
+    )
 
 
 @app.command

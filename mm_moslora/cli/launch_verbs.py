@@ -151,8 +151,9 @@ def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe |
     return load_diffusion_recipe(recipe, overrides) if diffusion else load_recipe(recipe, overrides)
 
 
-def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) -> None:
-    """Check a recipe before slow imports, and before anything is queued or started; see `training.preflight`.
+def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) -> bool:
+    """Check a recipe before slow imports, and before anything is queued or started; see `training.preflight`. True:
+    training has to check nothing again.
 
     Args:
         resume: as for `train`. None: without the recipe's files and packages, which may be on another machine.
@@ -164,7 +165,7 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
 
     if not isinstance(recipe, Recipe):
         check_adapter_names(recipe.adapter)
-        return
+        return False
     every = recipe.validate.tasks
     checked = [name for name in every if resume is not None or not names_own_file(name)]
     tasks = [task.name for task in tasks_of(checked)]
@@ -172,6 +173,8 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
         check_settings(recipe, tasks=tasks if checked == every else None)
     elif whole_number(os.environ, "WORLD_SIZE", 1, least=1) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=tasks)
+        return True
+    return False
 
 
 def show_recipe(

@@ -167,7 +167,7 @@ class TrainConfig:
     background_save: bool = field(default=True, metadata=FREE)
     """Write checkpoints in the background, from a copy in main memory."""
     rehearsal: bool = field(default=True, metadata=FREE | OWN_LOOP)
-    """Before the first step: test the engine, run the largest micro-batch, and write a trial checkpoint."""
+    """Before the first step: run the largest micro-batch, and write a trial checkpoint."""
     validate_every: int = field(default=0, metadata=FREE)
     """Optimiser steps between validations; 0: only at the end."""
     log_every: int = field(default=1, metadata=FREE)

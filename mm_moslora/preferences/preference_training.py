@@ -16,8 +16,8 @@ from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import find_resume
-from mm_moslora.training.deepspeed_start import fresh_accelerate, prepare_deepspeed
 from mm_moslora.training.engine import check_engine
+from mm_moslora.training.engine.deepspeed_start import fresh_accelerate, prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_driver import Session, TrainResult, opened
@@ -38,7 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 def train_preferences(
-    recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None, stop: StopRequest | None = None
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    stop_at: int | None = None,
+    stop: StopRequest | None = None,
+    checked: bool = False,
 ) -> TrainResult:
     """Train a recipe with `objective: dpo`, `kto` or `grpo`, from the start or from a checkpoint.
 
@@ -46,6 +51,7 @@ def train_preferences(
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
         stop: handles signals from the first step on; earlier signals count, too.
+        checked: see `mm_moslora.training.training_loop.train`.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -54,7 +60,8 @@ def train_preferences(
         raise ConfigError("objective is sft, which is no learning from preferences. Set it to dpo, kto or grpo.")
 
     def check() -> None:
-        check_recipe(recipe, resume=resume)
+        if not checked:
+            check_recipe(recipe, resume=resume)
         if is_sharded(recipe):
             precision = resolve_precision(recipe.train.precision)
             check_engine(recipe.train, precision=precision, max_grad_norm=recipe.optim.max_grad_norm)

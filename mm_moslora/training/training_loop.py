@@ -20,7 +20,7 @@ from mm_moslora.training import run_setup
 from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
 from mm_moslora.training.checkpointing.run_checkpoints import Best
 from mm_moslora.training.engine.step_result import QueuedStep
-from mm_moslora.training.forgetting.run_forgetting import Forgetting, Forgotten
+from mm_moslora.training.forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
@@ -49,6 +49,7 @@ def train(
     measure: Measure | None = None,
     forgotten: Forgotten | None = None,
     stop: StopRequest | None = None,
+    checked: bool = False,
 ) -> TrainResult:
     """Train a recipe, from the start or from a checkpoint.
 
@@ -58,6 +59,7 @@ def train(
         measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
         forgotten: compares the model before the first step and at the end; None: what was forgotten is not measured.
         stop: handles signals from the first step on; earlier signals count, too.
+        checked: whether `check_recipe` has taken the recipe in this process.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -67,7 +69,8 @@ def train(
         keep_freed_memory()
 
     def check() -> None:
-        check_recipe(recipe, resume=resume)
+        if not checked:
+            check_recipe(recipe, resume=resume)
         if recipe.validate.tasks and measure is None:
             raise TrainingError(
                 f"validate.tasks is {recipe.validate.tasks}, but this program has no evaluation harness. Start the run "

@@ -13,8 +13,7 @@ from trials import colour_task, hexed, with_train
 
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.reporting.run_page import build_report
-from mm_moslora.training.forgetting.general_texts import general_texts
-from mm_moslora.training.forgetting.run_forgetting import FORGETTING, START, Forgetting
+from mm_moslora.training.forgetting import FORGETTING, START, Forgetting, general_texts
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError, DataError, TrainingError
 

@@ -14,7 +14,6 @@ import torch
 from mm_moslora.config import TrainConfig
 from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import stage_of
-from mm_moslora.training.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_operators,
@@ -23,6 +22,7 @@ from mm_moslora.training.engine.deepspeed_settings import (
     deepspeed_refuses,
     largest_adapter,
 )
+from mm_moslora.training.engine.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.parameter_shards import ParameterShard
 from mm_moslora.training.engine.step_result import StepResult

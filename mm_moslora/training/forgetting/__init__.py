@@ -1,1 +1,0 @@
-"""What a run forgets, between its first step and its end."""
