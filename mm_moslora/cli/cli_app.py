@@ -264,9 +264,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
 
         return train_preferences(recipe, resume=resume, stop_at=stop_at, stop=stop, checked=checked)
     tasks = measure if recipe.validate.tasks else None
-    return train(
-        recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop, checked=checked
-    )
+    return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop, checked=checked)
 
 
 @app.command
