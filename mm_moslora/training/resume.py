@@ -18,7 +18,6 @@ from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.adapters.peft_methods import restore_method
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
-from mm_moslora.training.checkpointing.resume_choice import filled_recipe
 from mm_moslora.training.engine import ParameterShard, TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import MASTER, OPTIMIZER, OPTIMIZER_DETAILS, RandomState, moving_statistics
@@ -47,7 +46,7 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
         )
     if isinstance(run.training_set, TrainingStream):
         run.training_set.go_to(manifest.place)
-    named = filled_recipe(manifest.recipe).get("train", {}).get("micro_tokens")
+    named = manifest.recipe.get("train", {}).get("micro_tokens")
     if named == run.recipe.train.micro_tokens and manifest.micro_tokens != run.limit.tokens and distributed.is_main():
         logger.info(
             "Micro-batches have at most %s tokens on this machine, and %s where %s was written: the same samples "

@@ -23,7 +23,7 @@ from mm_moslora.adapters.folder_format import START_WEIGHTS
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preferences.preference_set import JudgedSet, PreferenceSet, last_answer
+from mm_moslora.data.preferences.preference_set import JudgedSet, PreferenceSet
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences import preference_training
@@ -397,15 +397,6 @@ def test_answers_that_differ_in_dropped_thinking_alone_prefer_nothing(kind: Any,
     assert len(records.usable) == (2 if thinking == "always" else 1) * kind.sides
 
 
-def test_another_objective_is_another_run(text_pairs: Path, language_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
-    train_preferences(recipe)
-    with pytest.raises(CheckpointError, match=r"preference.beta: 0.1 -> 0.2"):
-        train_preferences(
-            make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)}, preference={"beta": 0.2})
-        )
-
-
 def test_records_without_pairs_are_counted_and_named(language_folder: Path, text_pairs: Path, tmp_path: Path) -> None:
     lines = text_pairs.read_text().splitlines()
     equal = lines[0].replace('"rejected_response": "green"', '"rejected_response": " red "')
@@ -511,9 +502,3 @@ def test_a_picture_that_is_damaged_inside_is_replaced(vlm: Path, picture_pairs: 
     assert len(run.records.usable) == 12
     assert [example.id for example in run.records.item(0)] == ["p1", "p1"]
     assert run.records.quarantine.codes == {"IMAGE_DAMAGED": 1}
-
-
-def test_the_last_answer_is_the_last_run_of_supervised_tokens() -> None:
-    flags = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0]).bool()
-    assert last_answer(flags).tolist() == [False] * 5 + [True, True, False]
-    assert last_answer(flags[:4]).tolist() == [False, False, True, True]

@@ -197,23 +197,6 @@ def test_an_adapter_beside_named_ones_is_used_and_the_others_are_told(tmp_path, 
         assert not caplog.text
 
 
-def test_another_format_is_refused_by_name(tmp_path):
-    folder = make(tmp_path, 1)
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, "format": 99, "version": "9.0"}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
-        read_manifest(folder)
-
-
-def test_old_ones_go_by_step_whatever_the_clock_says(tmp_path):
-    for step in (1, 2, 3):
-        os.utime(make(tmp_path, step), (1000 - step, 1000 - step))
-    remove_old(tmp_path, Retention(last=2))
-    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
-    remove_old(tmp_path, Retention(last=0))
-    assert len(checkpoints(tmp_path)) == 2
-
-
 def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damaged(tmp_path):
     for step in range(1, 7):
         make(tmp_path, step)

@@ -13,7 +13,7 @@ from tiny import supervised_logits
 from trials import with_train
 
 from mm_moslora.batch import Batch
-from mm_moslora.config import ProjectorConfig, Recipe
+from mm_moslora.config import Recipe
 from mm_moslora.models.export.export_huggingface import export_lora, export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
@@ -95,17 +95,6 @@ def test_components_train_as_asked(recipe, tmp_path, mode):
         assert names
         assert all(".layers.1." in name for name in names)
     assert changed.model is not None
-
-
-def test_an_align_stage_feeds_a_tune_stage(recipe, tmp_path):
-    align = replace(recipe, model=replace(recipe.model, language_mode="frozen"))
-    result = train(with_train(align, output=str(tmp_path / "align"), steps=2))
-    weights = result.checkpoint / "projector.safetensors"
-    tune = replace(recipe, model=replace(recipe.model, projector=ProjectorConfig(weights=str(weights))))
-    train(with_train(tune, steps=1))
-    first = load_file(weights)
-    later = load_file(tmp_path / "run" / "checkpoint-000001" / "projector.safetensors")
-    assert first.keys() == later.keys()
 
 
 def test_a_save_in_the_background_looks_at_no_weight_of_the_live_model(recipe, monkeypatch):

@@ -30,7 +30,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.training.validation import Validator
-from mm_moslora.utils.errors import CheckpointError, ConfigError, EvalError, TrainingError
+from mm_moslora.utils.errors import CheckpointError, EvalError, MoSLoRAError, TrainingError
 
 
 def losses(folder: Path) -> list[str]:
@@ -209,37 +209,43 @@ def test_held_out_records_are_seen_once_however_training_mixes(recipe):
     assert sorted(number for step in loader.plan(0) for number in step) == [0, 1, 2, 3, 4]
 
 
-def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
-    with pytest.raises(TrainingError, match="has no evaluation harness"):
-        train(replace(recipe, validate=ValidateConfig(tasks=["pope"])))
-    with pytest.raises(TrainingError, match="names no source"):
-        train(replace(recipe, validate=ValidateConfig(samples=2)))
-    with pytest.raises(TrainingError, match=r"train\.validate_every is 0"):
-        train(replace(recipe, validate=ValidateConfig(best="validation_loss")))
-    unmeasured = replace(recipe, train=replace(recipe.train, validate_every=2))
-    with pytest.raises(TrainingError, match="nothing is measured"):
-        train(replace(unmeasured, validate=ValidateConfig(best="validation_loss")))
-    with pytest.raises(TrainingError, match="nothing is measured"):
-        train(replace(unmeasured, validate=ValidateConfig(best="validation_loss", tasks=["fake"])), measure=unruly)
-    held_out = replace(unmeasured, data=replace(recipe.data, validation=recipe.data.train))
-    with pytest.raises(TrainingError, match="Did you mean 'validation_loss'"):
-        train(replace(held_out, validate=ValidateConfig(best="validation_los")))
-    with pytest.raises(EvalError, match="Did you mean 'pope'"):
-        tasks_of(["pop"])
-    with pytest.raises(EvalError, match="would both be measured as eval/pope/"):
-        tasks_of(["pope", "pope@llava"])
-    with pytest.raises(EvalError, match="'mme@llava' and 'mme' would both be measured as eval/mme/"):
-        tasks_of(["@llava15", "mme"])
-    with pytest.raises(EvalError, match=r"no group @llava1\. Did you mean 'llava15'"):
-        tasks_of(["@llava1"])
-    with pytest.raises(ConfigError, match=r"validate\.best names no metric"):
-        ValidateConfig(patience=1)
+BEST = "validation_loss"
 
 
-def test_an_unknown_best_metric_is_named_with_those_there_are(tmp_path):
-    best = Best(config=ValidateConfig(best="validation_los"))
-    with pytest.raises(TrainingError, match="Did you mean 'validation_loss'"):
-        best.update({"validation_loss": 1.0}, 2)
+@pytest.mark.parametrize(
+    ("validate", "every", "held_out", "said"),
+    [
+        ({"tasks": ["pope"]}, 0, False, "has no evaluation harness"),
+        ({"samples": 2}, 0, False, "names no source"),
+        ({"patience": 1}, 0, False, r"validate\.best names no metric"),
+        ({"best": BEST}, 0, False, r"train\.validate_every is 0"),
+        ({"best": BEST}, 2, False, "nothing is measured"),
+        ({"best": "validation_los"}, 2, True, "Did you mean 'validation_loss'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_first_step(validate, every, held_out, said, recipe):
+    data = replace(recipe.data, validation=recipe.data.train if held_out else [])
+    with pytest.raises(MoSLoRAError, match=said):
+        train(
+            replace(
+                recipe, data=data, validate=ValidateConfig(**validate),
+                train=replace(recipe.train, validate_every=every),
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["pop"], "Did you mean 'pope'"),
+        (["pope", "pope@llava"], "would both be measured as eval/pope/"),
+        (["@llava15", "mme"], "'mme@llava' and 'mme' would both be measured as eval/mme/"),
+        (["@llava1"], r"no group @llava1\. Did you mean 'llava15'"),
+    ],
+)
+def test_tasks_that_cannot_be_told_apart_or_found_are_named(tasks, said):
+    with pytest.raises(EvalError, match=said):
+        tasks_of(tasks)
 
 
 @pytest.mark.parametrize(
@@ -283,20 +289,6 @@ def test_a_full_disk_does_not_end_a_run_for_the_sake_of_best_json(tmp_path, monk
     assert "best.json is not written: [Errno 28]" in caplog.text
     best.write(tmp_path, "checkpoint-000004")
     assert Best.of(tmp_path, best.config, resume_step=4).value == 1.0
-
-
-def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_path):
-    """With its adapters live; and the run is the same with and without it."""
-    train(recipe)
-    chosen = watched(recipe, tasks=[colour_task(records.parent / "images", tmp_path)], task_limit=4)
-    train(chosen, measure=measure)
-    run = Path(chosen.train.output)
-    assert losses(run) == losses(tmp_path / "run")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = [line for line in lines if "eval/colours/score" in line]
-    assert [line["step"] for line in measured] == [2, 4, 6]
-    assert all(0 <= line["eval/colours/score"] <= 1 for line in measured)
-    assert len(list((run / "validation").glob("step-*/*/own/*/samples.jsonl"))) == 3
 
 
 def read(path: Path) -> list[dict]:

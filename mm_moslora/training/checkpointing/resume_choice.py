@@ -16,7 +16,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, read_m
 from mm_moslora.training.checkpointing.run_checkpoints import newest_valid
 from mm_moslora.training.supervision.run_folder import refuse_resume
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.errors import CheckpointError
 from mm_moslora.utils.run_paths import is_adapter, projector_file, resume_folder
 
 logger = logging.getLogger(__name__)
@@ -106,12 +106,12 @@ def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
 def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
     same = same_parts(recipe.model, manifest.base.get(CONTENTS, {}))
     recipe = continued(recipe, manifest)
-    return changed_keys(Recipe, filled_recipe(manifest.recipe), recipe.to_dict(), moved=same)
+    return changed_keys(Recipe, manifest.recipe, recipe.to_dict(), moved=same)
 
 
 def continued(recipe: Recipe, manifest: Manifest) -> Recipe:
     """A recipe with the choices of a checkpoint where it says `auto`: `train.zero` and `model.thinking`."""
-    before = filled_recipe(manifest.recipe)
+    before = manifest.recipe
     if recipe.model.thinking == "auto" and (chosen := before.get("model", {}).get("thinking")):
         recipe = replace(recipe, model=replace(recipe.model, thinking=chosen))
     return recipe.for_ranks(distributed.world_size(), before=str(before.get("train", {}).get("zero", "zero2")))
@@ -123,11 +123,3 @@ def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
     if recipe.model.vlm is None and projector_file(checkpoint).is_file():
         words.append(f"--model.projector.weights {checkpoint}")
     return " ".join(words) or "the exported model as model.language or model.vlm"
-
-
-def filled_recipe(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's recipe, with defaults for keys that are newer than it."""
-    try:
-        return Recipe.from_dict(recipe).to_dict()
-    except ConfigError:  # it has keys that were removed; the comparison names them
-        return recipe
