@@ -10,13 +10,12 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.preferences.preference_set import SETS, AnswerSet, PreferenceSet, QuestionSet
-from mm_moslora.data.preprocessing_print import preprocessing_of
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
@@ -31,7 +30,14 @@ from mm_moslora.training.engine import weights_device
 from mm_moslora.training.engine.deepspeed_patches import allocate
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
 from mm_moslora.training.model_start import resumed_start
-from mm_moslora.training.run_setup import pinned, remark_short_steps, whole_projector, with_form_of_thinking
+from mm_moslora.training.run_setup import (
+    RunParts,
+    described,
+    pinned,
+    remark_short_steps,
+    whole_projector,
+    with_form_of_thinking,
+)
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress
@@ -44,13 +50,9 @@ IDS = "ids"
 
 
 @dataclass(kw_only=True)
-class PreferenceRun:
-    """The parts of a run."""
+class PreferenceRun(RunParts):
+    """The parts of a run; adapters alone train, so the projector of an assembled model is always frozen."""
 
-    recipe: Recipe
-    folder: Path
-    precision: str
-    assembly: Parts
     records: AnswerSet[Any]
     held_out: AnswerSet[Any] | None
     rows: PairRows | None = None
@@ -61,18 +63,6 @@ class PreferenceRun:
     """With `rows`: the pairs of the step at hand."""
     rewards: dict[str, Reward] = field(default_factory=dict)
     """See `find_rewards`."""
-    frozen_projector: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of the projector of an assembled model, on rank 0."""
-    trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
-    """See `Run.trained_on`."""
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    """See `Run.preprocessing`."""
-    counters: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        """Optimiser steps so far."""
-        return int(self.counters.get("steps", 0))
 
     @property
     def peft_model(self) -> PeftModel:
@@ -155,15 +145,12 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     for key, answers in (("data.train", records), ("data.validation", held_out)):
         if answers is not None:
             _refuse_mixed_media(recipe, key, answers.media)
-    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
-    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
-    main = distributed.is_main()
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
         held_out=held_out, rows=rows, rows_per_epoch=packed, rewards=rewards,
         frozen_projector=whole_projector(assembly),
         trained_on=trained_on(recipe.model, records.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
+        preprocessing=described(recipe, assembly),
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_driver import Session, TrainResult, opened
 from mm_moslora.training.run_setup import trainable_table
-from mm_moslora.training.snapshot import OPTIMIZER
 from mm_moslora.training.supervision.rank_agreement import agree_on_data
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
@@ -89,14 +88,6 @@ def _restore(run: PreferenceRun, folder: Path, manifest: Manifest) -> None:
         raise CheckpointError(
             f"The records differ from those of {folder}: records were added, removed, changed in length or became "
             "unusable. Restore the data, or start another run from the checkpoint's weights (adapter.weights)."
-        )
-    divided = (rank_folder(folder, 0) / OPTIMIZER).is_file()
-    if divided != run.sharded:
-        zero = manifest.recipe.get("train", {}).get("zero", "auto")
-        raise CheckpointError(
-            f"{folder} has the optimiser's state of train.zero {zero}, and train.zero is {run.recipe.train.zero}: a "
-            f"state {'in shards' if divided else 'without shards'} does not fit. Set train.zero to {zero}, or start "
-            "another run from the checkpoint's weights (adapter.weights)."
         )
     run.counters.update(manifest.counters)
     if run.step >= run.total_steps and folder.resolve().parent != run.folder.resolve():

@@ -6,7 +6,6 @@ It imports TRL, so it is imported where the run is known to need it.
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
 import time
@@ -56,28 +55,26 @@ class TakenPreferences:
 
     run: PreferenceRun
     manifest: Manifest
-    size: int
-    """Estimate of the bytes that this rank will write."""
-    shards: OptimizerState | None
-    """This rank's part of DeepSpeed's state; None without DeepSpeed."""
+    optimizer: OptimizerState
+    """This rank's part."""
     adapter: TakenAdapter | None
     """On rank 0 only."""
-    state: dict[str, bytes]
-    """Files of the trainer's state; on rank 0 only."""
     progress: TrainerState
     reference: TakenAdapter | None
     """See `REFERENCE`."""
 
+    @property
+    def size(self) -> int:
+        """Estimate of the bytes that this rank will write: the adapter is as large as a part of the state."""
+        return 2 * self.optimizer.bytes
+
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
         own = rank_folder(folder)
-        if self.shards is not None:
-            self.shards.write(own)
+        self.optimizer.write(own)
         if not distributed.is_main():
             return
         write_model(self.run, folder, weights={}, adapter=self.adapter)
-        for name, content in self.state.items():
-            (own / name).write_bytes(content)
         self.progress.save_to_json(str(own / "trainer_state.json"))
         if self.reference is not None:
             self.reference.write(own / REFERENCE)
@@ -85,12 +82,6 @@ class TakenPreferences:
 
 PreferenceSaves = RunSaves[TakenPreferences]
 TrlSession = Session[PreferenceRun, Any]
-
-
-def _serialised(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 class RunTrainer(ZeroTrainer):
@@ -199,29 +190,17 @@ class RunTrainer(ZeroTrainer):
         self.saves.start()
 
     def taken(self) -> TakenPreferences:
-        """A copy of the run's state. Without DeepSpeed rank 0 has all of the state."""
-        run, trained, main = self.run, self.trained_state(), distributed.is_main()
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        state = {"scheduler.pt": self.lr_scheduler.state_dict()}
-        shards = None if self.engine is None else OptimizerState.copy_of(self.engine)
-        if shards is None:
-            state["optimizer.pt"] = self.optimizer.state_dict()
-        manifest = Manifest(
-            step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
-            base=run.assembly.base | run.trained_on, counters=dict(run.counters),
-            trainable={name: list(p.shape) for name, p in trained.items()}, files={}, data=run.records.fingerprint,
-            precision=run.precision,
-        )  # fmt: skip
+        """A copy of the run's state."""
+        run, trained = self.run, self.trained_state()
+        adapter = take_adapter(run.peft_model, state=trained, base=run.assembly.base) if distributed.is_main() else None
         return TakenPreferences(
-            run=run, manifest=manifest, size=16 * sum(p.numel() for p in trained.values()), shards=shards,
-            adapter=take_adapter(run.peft_model, state=trained, base=run.assembly.base) if main else None,
-            state={name: _serialised(content) for name, content in state.items()} if main else {},
-            progress=copy.deepcopy(self.state), reference=self.reference,
+            run=run, manifest=run.manifest(trained, run.records.fingerprint), adapter=adapter,
+            optimizer=OptimizerState.copy_of(self.holder), progress=copy.deepcopy(self.state),
+            reference=self.reference,
         )  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.load_factors(Path(resume_from_checkpoint).parents[1])
+        """The weights come with the optimiser's state."""
 
     def load_factors(self, checkpoint: Path) -> None:
         """Put the trained factors of a checkpoint in the place of those of the start."""

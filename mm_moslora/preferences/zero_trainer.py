@@ -5,7 +5,7 @@ accelerate makes the live engine and calls it; `DeepSpeedEngine` prepares the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,13 @@ from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder, read_manifest
-from mm_moslora.training.engine import LossModule, OptimizerSettings, largest_adapter
+from mm_moslora.training.engine import (
+    LossModule,
+    OptimizerSettings,
+    ParameterShard,
+    TrainingEngine,
+    largest_adapter,
+)
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_patches import clear_gradients
 from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
@@ -45,8 +51,29 @@ def deepspeed_arguments(run: PreferenceRun) -> dict[str, Any]:
     return {"deepspeed": config | {"train_micro_batch_size_per_gpu": train.micro_batch}}
 
 
+class _WholeState:
+    """The state of an optimiser that steps the parameters themselves, whole on every rank, as an engine gives it."""
+
+    replicated = True
+
+    def __init__(self, groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> None:
+        self.groups, self.optimizer = groups, optimizer
+
+    def shards(self) -> list[ParameterShard]:
+        """See `TrainingEngine.shards`."""
+        named = [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]
+        return [ParameterShard.of(name, self.optimizer, parameter) for name, parameter in named]
+
+    def scaler_state(self) -> dict[str, float]:
+        """See `TrainingEngine.scaler_state`."""
+        return {}
+
+    def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
+        """See `TrainingEngine.refresh`; the masters are the parameters."""
+
+
 class ZeroTrainer(Trainer):
-    """What `train.zero` adds to a trainer; nothing where adapters train data-parallel."""
+    """A trainer with the project's optimiser and its state, on the stages of `train.zero` or data-parallel."""
 
     run: PreferenceRun
     engine: DeepSpeedEngine | None = None
@@ -89,20 +116,29 @@ class ZeroTrainer(Trainer):
         module, config = cast(LossModule, self.run.peft_model), cast(dict[str, Any], self.args.deepspeed)
         self.engine = DeepSpeedEngine(module, trained_groups(self.run), settings, config, initialise=initialise)
         if resume_from_checkpoint is not None:
-            self._restore(self.engine, Path(resume_from_checkpoint))
+            self._restore(Path(resume_from_checkpoint))
         return tuple(prepared)
 
-    def _restore(self, engine: DeepSpeedEngine, state: Path) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The state of a checkpoint, which any number of ranks on any stage wrote."""
+        if checkpoint is not None:
+            self._restore(Path(checkpoint))
+
+    def _restore(self, state: Path) -> None:
         checkpoint = state.parents[1]
         ranks = read_manifest(checkpoint, verify=False).world_size
-        load_optimizer(engine, [rank_folder(checkpoint, rank) for rank in range(ranks)])
+        load_optimizer(self.holder, [rank_folder(checkpoint, rank) for rank in range(ranks)])
         restore_frozen_mixers(self.run.peft_model, checkpoint / "adapter")
         restore_start(self.run.peft_model, checkpoint / "adapter")
-        self._load_optimizer_and_scheduler(str(state))
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         for group, rate in zip(self.stepping.param_groups, rates, strict=True):  # a schedule sets them when it steps
             group["lr"] = rate
+
+    @property
+    def holder(self) -> TrainingEngine:
+        """What holds the optimiser's state."""
+        return self.engine or cast(TrainingEngine, _WholeState(trained_groups(self.run), self.stepping))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step."""

@@ -20,7 +20,13 @@ from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.engine import ParameterShard, TrainingEngine
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.snapshot import MASTER, OPTIMIZER, OPTIMIZER_DETAILS, RandomState, moving_statistics
+from mm_moslora.training.snapshot import (
+    MASTER,
+    OPTIMIZER,
+    OPTIMIZER_DETAILS,
+    RandomState,
+    moving_statistics,
+)
 from mm_moslora.utils import distributed
 from mm_moslora.utils.distributed import seed_everything
 from mm_moslora.utils.errors import CheckpointError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
 from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.engine.ulysses import row_share
@@ -41,20 +42,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Run:
-    """The parts of a training run."""
+class RunParts:
+    """What every run has, of whatever trainer."""
 
     recipe: Recipe
     folder: Path
     precision: str
     assembly: Parts
-    training_set: TrainingSet | TrainingStream
-    validation_set: TrainingSet | None
-    engine: TrainingEngine
-    limit: MicroBatchLimit
-    """Size of this rank's micro-batches, the same on all ranks."""
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
-    """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
+    """Full weights of a frozen projector, on rank 0; under ZeRO-3 the model holds shards."""
     trained_on: dict[str, dict[str, str]] = field(default_factory=dict)
     """Fingerprints and commits of the base model's parts, see `mm_moslora.models.model_paths`."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +61,26 @@ class Run:
     def step(self) -> int:
         """Optimiser steps so far (applied or skipped)."""
         return int(self.counters.get("steps", 0))
+
+    def manifest(self, trained: Mapping[str, Tensor], data: str, **more: Any) -> Manifest:
+        """The manifest of a checkpoint with these trained tensors, of data with this fingerprint."""
+        return Manifest(
+            step=self.step, world_size=distributed.world_size(), recipe=self.recipe.to_dict(),
+            base=self.assembly.base | self.trained_on, counters=dict(self.counters),
+            trainable={name: list(value.shape) for name, value in trained.items()}, files={}, data=data,
+            precision=self.precision, **more,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Run(RunParts):
+    """The parts of a run that learns from answers."""
+
+    training_set: TrainingSet | TrainingStream
+    validation_set: TrainingSet | None
+    engine: TrainingEngine
+    limit: MicroBatchLimit
+    """Size of this rank's micro-batches, the same on all ranks."""
 
     def identity(self) -> dict[str, object]:
         """What the data is, see `TrainingSet.identity`."""
@@ -112,9 +128,6 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
     if distributed.is_main():
         keep_start(model, state)
-    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
-    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
-    main = distributed.is_main()
     return Run(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
@@ -122,8 +135,17 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
             examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
         ),
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
-        preprocessing=preprocessing_of(assembly, video_frames=frames, video_fps=fps) if main else {},
+        preprocessing=described(recipe, assembly),
     )  # fmt: skip
+
+
+def described(recipe: Recipe, assembly: Parts) -> dict[str, Any]:
+    """See `RunParts.preprocessing`."""
+    if not distributed.is_main():
+        return {}
+    frames = [source.video_frames for source in recipe.data.train if source.video_fps is None]
+    fps = [source.video_fps for source in recipe.data.train if source.video_fps is not None]
+    return preprocessing_of(assembly, video_frames=frames, video_fps=fps)
 
 
 def whole_projector(assembly: Parts) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,17 +19,15 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters
 from mm_moslora.adapters.peft_methods import TakenMethod
-from mm_moslora.config import Recipe
 from mm_moslora.data.preprocessing_print import write_preprocessing
 from mm_moslora.data.training_stream import TrainingStream
-from mm_moslora.models.assembly import Parts
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.engine import TrainingEngine
-from mm_moslora.training.run_setup import Run
+from mm_moslora.training.run_setup import Run, RunParts
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
 from mm_moslora.utils.untrusted_data import parse_json
@@ -92,14 +89,7 @@ def snapshot(run: Run) -> Snapshot:
     if set(weights) != expected:
         odd = sorted(set(weights) ^ expected)
         raise CheckpointError(f"The weights to save are not the trained weights; they differ in {odd[:4]}.")
-    shapes = {name: list(value.shape) for name, value in weights.items()}
-    manifest = Manifest(
-        step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
-        base=run.assembly.base | run.trained_on,
-        counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
-        place=place,
-        precision=run.precision, micro_tokens=run.limit.tokens,
-    )  # fmt: skip
+    manifest = run.manifest(weights, run.training_set.fingerprint, place=place, micro_tokens=run.limit.tokens)
     if not distributed.is_main():
         weights = {}
     else:
@@ -130,28 +120,8 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-class SavedRun(Protocol):
-    """What a checkpoint for use needs of a run, of whatever trainer."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """Resolved."""
-
-    @property
-    def assembly(self) -> Parts:
-        """The model with its processor."""
-
-    @property
-    def frozen_projector(self) -> dict[str, Tensor]:
-        """See `Run.frozen_projector`."""
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """See `Run.preprocessing`."""
-
-
 def write_model(
-    run: SavedRun, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
+    run: RunParts, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
 ) -> None:
     """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
 

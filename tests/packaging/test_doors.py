@@ -147,7 +147,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".replace": "files",
     ".rmdir": "files",
     ".save": "chat_content diffusion_training evaluation_page examples html_view"
-    " inline_images scripts source_videos token_cache trl_trainers",
+    " inline_images scripts source_videos token_cache",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
     ".save_to_disk": "hf_tables",
@@ -155,7 +155,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".symlink_to": "files",
     ".touch": "in_training",
     ".unlink": "files",
-    ".write_bytes": "remote_files run_evidence sample_thumbnails scripts submissions trl_trainers",
+    ".write_bytes": "remote_files run_evidence sample_thumbnails scripts submissions",
     ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
@@ -166,7 +166,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     " import_checkpoint peft_methods save_folder snapshot",
     "shutil": "asset_cache examples files scripts",
     "tempfile": "doctor examples files folder_marks launcher lexicons scripts",
-    "torch.save": "diffusion_training examples trl_trainers",
+    "torch.save": "diffusion_training examples",
     # For developers
     "grimp": "scripts",
     "mkdocs": "scripts",

@@ -186,7 +186,7 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     ]  # fmt: skip
 
 
-def test_a_run_on_zero_keeps_to_it_and_leaves_the_process_as_it_was(
+def test_a_run_goes_on_from_stage_to_stage_and_leaves_the_process_as_it_was(
     text_pairs: Path, language_folder: Path, tmp_path: Path
 ) -> None:
     """Its start has frozen mixers, which are the reference's, too."""
@@ -204,17 +204,14 @@ def test_a_run_on_zero_keeps_to_it_and_leaves_the_process_as_it_was(
 
     plain = train_preferences(recipe("plain", "none"))
     train_preferences(recipe("run", "zero3"), stop_at=2)
-    with pytest.raises(CheckpointError, match=r"has the optimiser's state of train.zero zero3, and train.zero is auto"):
-        train_preferences(recipe("run", "auto"))
     shutil.rmtree(tmp_path / "before")
+    train_preferences(recipe("run", "auto"), stop_at=4)
     result = train_preferences(recipe("run", "zero3"))
     assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
     found, expected = (load_file(end.checkpoint / "adapter" / "moslora.safetensors") for end in (result, plain))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     measured = [read_json(tmp_path / name / "mixers.json", list) for name in ("run", "plain")]
     assert [row["path"] for row in measured[0]] == [row["path"] for row in measured[1]]
-    with pytest.raises(CheckpointError, match=r"state of train.zero none, and train.zero is zero2: a state without"):
-        train_preferences(recipe("plain", "zero2"))
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
     assert AcceleratorState._shared_state == {}
     assert not is_deepspeed_zero3_enabled()
