@@ -190,8 +190,7 @@ class TakenDenoiser:
 class _Session(Session[DiffusionRun, TakenDenoiser]):
     """One session that learns to denoise."""
 
-    def train(self, stop_at: int | None) -> None:
-        """See `Session.train`."""
+    def _train(self, stop_at: int | None) -> None:
         run, train, mixers_every = self.run, self.run.recipe.train, self.run.recipe.track.mixers_every
         with Progress("train", self.total, initial=run.step) as progress:
             while not self.over:
@@ -208,8 +207,7 @@ class _Session(Session[DiffusionRun, TakenDenoiser]):
                 if self.agree(stop_at):
                     break
 
-    def taken(self) -> TakenDenoiser:
-        """See `Session.taken`."""
+    def _taken(self) -> TakenDenoiser:
         run, model, values = self.run, self.run.recipe.model, self.run.values()
         manifest = Manifest(
             step=run.step, world_size=1, recipe=run.recipe.to_dict(),
@@ -219,13 +217,11 @@ class _Session(Session[DiffusionRun, TakenDenoiser]):
         )  # fmt: skip
         return TakenDenoiser(run=run, manifest=manifest, values=values)
 
-    def measure_end(self) -> None:
-        """See `Session.measure_end`."""
+    def _measure_end(self) -> None:
         run = self.run
         log_adapter(run.denoiser, run.values(), self.trackers, run.step, file=run.folder / "mixers.json")
 
-    def of_run(self) -> dict[str, Any]:
-        """See `Session.of_run`."""
+    def _of_run(self) -> dict[str, Any]:
         run = self.run
         total = sum(p.numel() for name, p in run.denoiser.named_parameters() if "lora_" not in name)
         trainable = sum(map(torch.numel, run.trainable.values()))

@@ -111,8 +111,7 @@ class _Session(Session[PreferenceRun, Any]):
                 logger.info("%s", line)
             keep_start(run.assembly.model, _factors(run))
 
-    def begin(self) -> None:
-        """See `Session.begin`."""
+    def _begin(self) -> None:
         self.trainer = _trainer(self.run.recipe.objective)(self.run, self.saves)
 
     def close(self) -> None:
@@ -120,8 +119,8 @@ class _Session(Session[PreferenceRun, Any]):
         if self.trainer is not None:
             self.trainer.close()
 
-    def train(self, stop_at: int | None) -> None:
-        """See `Session.train`; the loop is TRL's."""
+    def _train(self, stop_at: int | None) -> None:
+        """the loop is TRL's."""
         from mm_moslora.preferences.trl_trainers import RunCallback
 
         trainer, resumed = self._made(), self.resumed_from
@@ -131,12 +130,10 @@ class _Session(Session[PreferenceRun, Any]):
         elif resumed is not None and distributed.is_main():  # it ended before it was measured
             trainer.load_factors(resumed)
 
-    def taken(self) -> Any:
-        """See `Session.taken`."""
+    def _taken(self) -> Any:
         return self._made().taken()
 
-    def measure_end(self) -> None:
-        """See `Session.measure_end`."""
+    def _measure_end(self) -> None:
         run, trained = self.run, self._made().trained_state()
         log_adapter(
             run.assembly.model, trained, self.trackers, run.step, file=run.folder / "mixers.json", metrics=False
@@ -146,8 +143,7 @@ class _Session(Session[PreferenceRun, Any]):
         assert self.trainer is not None
         return self.trainer
 
-    def of_run(self) -> dict[str, Any]:
-        """See `Session.of_run`."""
+    def _of_run(self) -> dict[str, Any]:
         run, data = self.run, dict(self.run.records.statistics())
         if run.held_out is not None:
             data["validation_records"] = float(len(run.held_out.usable))

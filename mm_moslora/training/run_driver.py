@@ -121,33 +121,33 @@ class Session(ABC, Generic[Ran, Taken]):
         if is_own and distributed.is_main():
             set_aside_newer(run.folder, run.step)
         self.saves = RunSaves(
-            run, watchdog, self.trackers, self.taken, best=self.best, saved_at=run.step if is_own else -1
+            run, watchdog, self.trackers, self._taken, best=self.best, saved_at=run.step if is_own else -1
         )
         self.stopped_by = 0
 
     @abstractmethod
-    def train(self, stop_at: int | None) -> None:
+    def _train(self, stop_at: int | None) -> None:
         """Take steps until the run is over, a signal comes, or step `stop_at` is done; `agree` tells."""
 
     @abstractmethod
-    def taken(self) -> Taken:
+    def _taken(self) -> Taken:
         """A copy of the run's state."""
 
     @abstractmethod
-    def measure_end(self) -> None:
+    def _measure_end(self) -> None:
         """Measure the run after its last step; the checkpoint is written already."""
 
     @abstractmethod
-    def of_run(self) -> dict[str, Any]:
+    def _of_run(self) -> dict[str, Any]:
         """What `summary.json` has beside the parts of all runs."""
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Make what training needs, before anything is tracked."""
 
-    def rehearse(self) -> None:
+    def _rehearse(self) -> None:
         """Try and measure what the first step needs, before signals are stored."""
 
-    def metadata(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         """What trackers get beside the recipe."""
         return {}
 
@@ -172,10 +172,10 @@ class Session(ABC, Generic[Ran, Taken]):
             logger.info("Continuing from %s, step %d.", self.resumed_from.name, run.step)
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", run.recipe.to_yaml())
-        self.begin()
+        self._begin()
         self.summarise()
         ending: Ending = "failed"
-        config = run.recipe.to_dict() | self.metadata()
+        config = run.recipe.to_dict() | self._metadata()
         self.trackers.start(config, run.folder, resume_step=run.step if again else None)
         try:
             with telling_errors(self.trackers, self.phase, lambda: run.step):
@@ -191,16 +191,16 @@ class Session(ABC, Generic[Ran, Taken]):
     def _go(self, stop_at: int | None) -> None:
         """Train, save and measure the end."""
         run = self.run
-        self.rehearse()
+        self._rehearse()
         # No rank stores signals while another rank can still be ended by them and would be waited for.
         distributed.barrier()
         with self.stop:  # until the last save, so that a signal does not lose trained steps
-            self.train(stop_at)
+            self._train(stop_at)
             # Saved first and measured then, so that an error in measuring does not lose the run.
             folder = self.saves.finish_last()
             if self.over and run.counters.get(FINISHED_AT) != run.step:
                 self.phase("measuring the end")
-                self.measure_end()
+                self._measure_end()
                 if self.measured:
                     self._mark_end(folder)
             self.summarise()
@@ -224,7 +224,7 @@ class Session(ABC, Generic[Ran, Taken]):
         """
         arrived = time.monotonic()
         number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saves.saver.busy)])
-        self.waited(time.monotonic() - arrived)
+        self._waited(time.monotonic() - arrived)
         if not writing:
             self.saves.finish()
         self.stopped_by = int(number)
@@ -233,7 +233,7 @@ class Session(ABC, Generic[Ran, Taken]):
             logger.info("%s: saving step %d. Ctrl-C three times in all ends without.", name, self.run.step)
         return bool(number) or self.run.step == stop_at
 
-    def waited(self, seconds: float) -> None:
+    def _waited(self, seconds: float) -> None:
         """Other ranks were waited for."""
 
     def phase(self, what: str, limit_minutes: float | None = None) -> None:
@@ -242,7 +242,7 @@ class Session(ABC, Generic[Ran, Taken]):
 
     def summarise(self) -> None:
         """Write `summary.json` into the run folder."""
-        write_summary(self.run, self.total, self.of_run)
+        write_summary(self.run, self.total, self._of_run)
 
     def _result(self) -> TrainResult:
         run = self.run

@@ -162,16 +162,13 @@ class _Loop(Session[run_setup.Run, Snapshot]):
         self.queued: _Queued | None = None
         self.loss, self.read_at, self.lr_factor = math.nan, 0.0, 1.0
 
-    def metadata(self) -> dict[str, Any]:
-        """See `Session.metadata`."""
+    def _metadata(self) -> dict[str, Any]:
         return {"run": self.log.metadata()}
 
-    def of_run(self) -> dict[str, Any]:
-        """See `Session.of_run`."""
+    def _of_run(self) -> dict[str, Any]:
         return self.log.of_run()
 
-    def taken(self) -> Snapshot:
-        """See `Session.taken`."""
+    def _taken(self) -> Snapshot:
         return snapshot(self.run)
 
     @property
@@ -179,12 +176,11 @@ class _Loop(Session[run_setup.Run, Snapshot]):
         """See `Session.measured`."""
         return not self.validator.cut_short
 
-    def waited(self, seconds: float) -> None:
-        """See `Session.waited`."""
+    def _waited(self, seconds: float) -> None:
         self.log.clock.waited(seconds)
 
-    def rehearse(self) -> None:
-        """See `Session.rehearse`; a resumed run has been rehearsed."""
+    def _rehearse(self) -> None:
+        """a resumed run has been rehearsed."""
         self.phase("rehearsal")
         if self.resumed_from is None and self.run.recipe.train.rehearsal:
             rehearse(self.run, self.saves.saver)
@@ -192,8 +188,7 @@ class _Loop(Session[run_setup.Run, Snapshot]):
             self.phase("measuring the model before the first step")
             self.forgetting.measure_start(tokens=self.loader.tokens_per_step * self.total)
 
-    def train(self, stop_at: int | None) -> None:
-        """See `Session.train`."""
+    def _train(self, stop_at: int | None) -> None:
         run = self.run
         self.log.clock.begin(run.step)
         if not (self.measured or self.over):  # a signal interrupted the validation of this step
@@ -294,8 +289,8 @@ class _Loop(Session[run_setup.Run, Snapshot]):
             self.stopped_by = self.validator.interrupted_by
         return better
 
-    def measure_end(self) -> None:
-        """See `Session.measure_end`; a signal may interrupt it."""
+    def _measure_end(self) -> None:
+        """a signal may interrupt it."""
         run = self.run
         if self.validator.validated_at != run.step:
             self._validate()

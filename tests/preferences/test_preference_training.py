@@ -317,7 +317,7 @@ def test_an_end_that_was_not_measured_is_measured_by_the_next_start(
 ) -> None:
     recipe = make_recipe(tmp_path / "run", text_pairs, {"language": str(language_folder)})
     with monkeypatch.context() as patch:
-        patch.setattr(preference_training._Session, "measure_end", lambda _: None)
+        patch.setattr(preference_training._Session, "_measure_end", lambda _: None)
         patch.setattr(preference_training._Session, "_mark_end", lambda *_: None)
         train_preferences(recipe)
     mixers = tmp_path / "run" / "mixers.json"

@@ -252,7 +252,7 @@ def test_the_owner_of_the_working_folder_does_not_get_the_key(tmp_path: Path, fo
 import logging
 from pathlib import Path
 from mm_moslora.config import TrackConfig
-from mm_moslora.tracking.recipe_trackers import build_trackers
+from mm_moslora.tracking import build_trackers
 logging.basicConfig(level="WARNING")
 trackers = build_trackers(TrackConfig(trackers=["wandb"]), active=True)
 trackers.start({{}}, Path({str(tmp_path)!r}), resume_step=None)

@@ -183,7 +183,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Pa
 
 
 def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_moslora.tracking.recipe_trackers.is_installed", lambda _: False)
+    monkeypatch.setattr("mm_moslora.tracking.is_installed", lambda _: False)
     for name in TRACKERS:
         with pytest.raises(ConfigError, match=rf"pip install '{name}>="):
             build_trackers(TrackConfig(trackers=[name]), active=True)
