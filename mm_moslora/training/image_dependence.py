@@ -80,7 +80,7 @@ class ImageCheck:
         compiled = self.run.recipe.train.compile is not None
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         engine = self.run.engine
-        with undisturbed(engine), _without_memory(engine.module), eager, _read_by_head(engine.module) as read:
+        with undisturbed(engine), eager, _read_by_head(engine.module) as read:
             engine.evaluate([plain])
             engine.evaluate([noise])
         same = torch.ones(batch.supervised_tokens, dtype=torch.bool)  # [K]
@@ -162,40 +162,27 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
-    """A batch's images with noise in place of the chosen ones."""
+    """A batch's images with noise in place of the chosen ones. All-zero tiles stay zero: models take them as padding of
+    pictures with fewer tiles."""
     assert batch.pixel_values is not None
-    noise, pixels = noise_like(batch.pixel_values), batch.pixel_values.clone()
+    pixels = batch.pixel_values.clone()
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(_SEED)).to(pixels)
+    if pixels.ndim >= 5:  # [..., tiles, 3, H, W]; patches are [P, E]
+        noise *= pixels.flatten(-3).any(dim=-1)[..., None, None, None]
     for item in chosen:
         pixels[item.rows] = noise[item.rows]
     return pixels
 
 
-def noise_like(pixels: Tensor) -> Tensor:
-    """Noise in the shape of given images ``[..., 3, H, W]``, or patches ``[P, E]``. All-zero tiles stay zero: models
-    take them as padding of pictures with fewer tiles."""
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(_SEED)).to(pixels)
-    if pixels.ndim < 5:
-        return noise
-    has_content = pixels.flatten(-3).any(dim=-1)
-    return noise * has_content[..., None, None, None]
-
-
-@contextmanager
-def _without_memory(module: LossModule) -> Iterator[None]:
-    """Disable cached features, on disk and of earlier micro-batches."""
-    pictures, module.pictures = module.pictures, StepFeatureCache()
-    try:
-        yield
-    finally:
-        module.pictures = pictures
-
-
 @contextmanager
 def _read_by_head(module: LossModule) -> Iterator[list[Tensor]]:
-    """Record the head's input in each forward pass, ``[K, D]``."""
+    """Record the head's input in each forward pass, ``[K, D]``; without cached features, on disk and of earlier
+    micro-batches."""
     read: list[Tensor] = []
+    pictures, module.pictures = module.pictures, StepFeatureCache()
     hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         yield read
     finally:
         hook.remove()
+        module.pictures = pictures

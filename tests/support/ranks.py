@@ -80,7 +80,7 @@ class Ranks:
     def start(self, arguments: list[str], *, ranks: int = 2, hosts: list | None = None) -> Group:
         """Start `mm-moslora`-like training of recipes on some ranks; see `train_recipes` for the arguments.
 
-        With `hosts` (of `two_hosts`) each rank runs in the network namespace of its host.
+        With `hosts` (of `test_two_hosts`) each rank runs in the network namespace of its host.
         """
         if self.unfinished is not None:  # a test failed between `start` and `finish`; its answer is not ours
             self._abandon(self.unfinished)

@@ -17,7 +17,7 @@ from mm_moslora.config import ProjectorConfig, SourceConfig, VisionConfig
 from mm_moslora.models import vlm
 from mm_moslora.models.batching import padded_batch
 from mm_moslora.training.engine.engine_base import TrainingEngine
-from mm_moslora.training.image_dependence import ImageCheck, noise_like, to_replace, with_noise
+from mm_moslora.training.image_dependence import ImageCheck, to_replace, with_noise
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError, TrainingError
 from tests.models.test_pretrained_vlm import picture, recipe_for, write_records
@@ -219,8 +219,9 @@ def test_a_ready_made_model_that_reads_one_of_two_images_is_stopped(family, tmp_
 
 
 def test_noise_leaves_tiles_that_only_fill_up():
-    pixels = torch.ones(2, 3, 3, 4, 4)
-    pixels[1, 2] = 0
-    noise = noise_like(pixels)
-    assert torch.equal(noise.flatten(2).any(dim=2), pixels.flatten(2).any(dim=2))
-    assert torch.equal(noise, noise_like(pixels))
+    batch = batch_of(([IMAGE, 1], [0, 1]))
+    pixels = torch.ones(1, 2, 3, 4, 4)
+    pixels[0, 1] = 0
+    noise = with_noise(replace(batch, pixel_values=pixels), to_replace(batch, IMAGE))
+    assert noise.flatten(2).any(dim=2).tolist() == [[True, False]]
+    assert not torch.equal(noise, pixels)
