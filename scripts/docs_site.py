@@ -37,7 +37,7 @@ API = {
     ),
     "data": (
         "mm_moslora.data.training_set",
-        "mm_moslora.data.collator",
+        "mm_moslora.models.batching.padded_batch",
         "mm_moslora.data.chat.record_turns",
         "mm_moslora.data.chat.records",
         "mm_moslora.data.chat.conversation_encoder",

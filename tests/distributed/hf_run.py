@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mm_moslora.config import load_recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.collator import Collator
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
+from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.engine.deepspeed_start import prepare_deepspeed
 from mm_moslora.utils.distributed import seed_everything
@@ -49,7 +49,7 @@ def train(recipe_path: str, steps: str, stage: str) -> int:
             "zero_force_ds_cpu_optimizer": False,
         },
     )  # fmt: skip
-    collate = Collator(pad_token_id=assembly.tokenizer.pad_token_id)
+    collate = PaddedCollator(model=assembly.model)
     trainer = InOrder(model=assembly.model.train(), args=arguments, train_dataset=data, data_collator=collate)
     trainer.train()
     if distributed.is_main():

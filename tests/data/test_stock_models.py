@@ -1,4 +1,4 @@
-"""Examples in stock models: a packed row, the collator, the Hugging Face trainer."""
+"""Examples in stock models: a packed row, the Hugging Face trainer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tiny import make_language, make_records, make_vision
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.collator import Collator
 from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.utils.errors import DataError
 
 
@@ -83,9 +83,11 @@ def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -
 
     assembly, data = tiny_vlm
     model = assembly.model.eval()
-    collator = Collator(pad_token_id=assembly.tokenizer.pad_token_id)
+    collator = PaddedCollator(model=model)
     examples = [data.load(number) for number in (0, 3, 5)]
     batch = collator([*examples, None])
+    with pytest.raises(DataError, match="None of the examples"):
+        collator([None])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     set_attention(model, choose_attention(model).name)
     own = LossModule(model, None)(Batch.from_examples(examples), False).item()
@@ -101,18 +103,6 @@ def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
     assert all(torch.isfinite(torch.tensor(losses)))
-
-
-def test_a_collated_row_restarts_positions_and_labels(tiny_vlm) -> None:
-    _, data = tiny_vlm
-    examples = [data.load(number) for number in (3, 7)]
-    row = Collator(pad_token_id=0, packed=True)(examples)
-    assert row["position_ids"].tolist()[0] == [*range(examples[0].length), *range(examples[1].length)]
-    assert row["labels"][0, examples[0].length] == -100
-    padded = Collator(pad_token_id=0, pad_to_multiple_of=16)(examples)
-    assert padded["input_ids"].shape[1] % 16 == 0
-    with pytest.raises(DataError, match="None of the examples"):
-        Collator(pad_token_id=0)([None])
 
 
 def test_a_batch_on_a_device_knows_the_host_it_came_from():
