@@ -16,7 +16,6 @@ from PIL import Image
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.boxes.record_objects import filler
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong, UnlearnedThinking, UnrenderedTools
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.record_turns import Record
@@ -175,6 +174,8 @@ def written(
     """
     if record.objects is None or processing is None:
         return record
+    from mm_moslora.data.boxes.record_objects import filler
+
     if sizes is None:
         sizes = [_size(record, number) for number in range(len(record.images))]
     fill = filler(record.objects, sizes, processing, record.where)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mm_moslora.config import Thinking
-from mm_moslora.data.chat.chat_template import MARK, Slot, Template, remembered
+from mm_moslora.data.chat.chat_template import MARK, Template, remembered
 from mm_moslora.data.chat.guarded_tokens import TextSpan
 from mm_moslora.data.chat.record_keys import REASONING
 
@@ -113,10 +113,8 @@ class AnswerThinking:
         return None
 
 
-def written(thought: Thought | None, thinking: str, slot: Slot) -> list[TextSpan]:
+def written(thought: Thought, thinking: str) -> list[TextSpan]:
     """The text that the model writes before the answer itself."""
-    if thought is None:
-        return [TextSpan(slot.lead, True)]
     return [TextSpan(thought.opening, True), TextSpan(thinking, False), TextSpan(thought.closing, True)]
 
 

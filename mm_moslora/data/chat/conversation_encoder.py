@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, masked_block, says_something, thinks, written
+from mm_moslora.data.chat.answer_thinking import EXCHANGE, THINK, masked_block, says_something, thinks, written
 from mm_moslora.data.chat.chat_template import TemplatePlan
 from mm_moslora.data.chat.conversation_shape import data_of
 from mm_moslora.data.chat.guarded_tokens import TextSpan, marked_spans
@@ -167,7 +167,8 @@ class ConversationEncoder(SegmentEncoder):
         thinking, text = self.apart(text) if thought else (None, text)
         before = thought.before if thought else plan.slots[1].before
         prompt = [TextSpan(plan.slots[0].before, True), TextSpan("a", False), TextSpan(before, True)]
-        answer = [*written(thought, thinking or "", plan.slots[1]), TextSpan(plan.slots[1].trim([text])[0], False)]
+        lead = written(thought, thinking or "") if thought else [TextSpan(plan.slots[1].lead, True)]
+        answer = [*lead, TextSpan(plan.slots[1].trim([text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -206,13 +207,14 @@ class ConversationEncoder(SegmentEncoder):
                         self._add_image(grown)
                     grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
-            thinking, text = self.apart(turn.text)
+            may_think = self.writes_block or THINK in turn.text
+            thinking, text = self.apart(turn.text) if may_think else (None, turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
             thought = self.thought((*shape[:-1], "assistant")) if shown else None
             if thinking:
                 grown.thoughts += thought is not None
                 grown.dropped_thoughts += thought is None
-            elif not self.knows_thinking:
+            elif may_think and not self.knows_thinking:
                 grown.thoughts += thinks(text)
             self._add_scaffold(grown, thought.before if thought else scaffold[index])
             if prompt and index == len(turns) - 1:
@@ -220,7 +222,7 @@ class ConversationEncoder(SegmentEncoder):
                 return grown
             end = slot.calls or self._end_of_turn(scaffold[index + 1], plan.tail)
             content = slot.trim([text])[0]
-            block = written(thought, thinking or "", slot)
+            block = written(thought, thinking or "") if thought else [TextSpan(slot.lead, True)]
             if self.thinking == "mask":
                 if length := 0 if self.knows_thinking else masked_block(content):
                     block.append(TextSpan(content[:length], False))
@@ -229,7 +231,8 @@ class ConversationEncoder(SegmentEncoder):
                     grown.run += marked_spans(turn, block)
                     block = []
             said = "".join(span.text for span in (*block, TextSpan(content, False)) if not span.trusted)
-            if turn.weight and turn.text.strip() and not (prompt or turn.tools or says_something(said)):
+            learns = may_think and turn.weight and turn.text.strip()
+            if learns and not (prompt or turn.tools or says_something(said)):
                 raise UnlearnedThinking(
                     f"conversations[{numbers[index] - added}] is thinking alone, which model.thinking or the chat "
                     "template leaves out of what is learned; write an answer behind it, or drop the record"

@@ -57,8 +57,6 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, floa
     Raises:
         RecordError: a text is missing or has a fault.
     """
-    if "conversations" in value or "messages" in value:
-        return None
     items = value.get("texts")
     if isinstance(items, list):
         texts: list[tuple[str, float]] = []
@@ -108,16 +106,14 @@ def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tu
     return text, offsets, marks
 
 
-def video_mark(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str | None:
-    """The placeholder of videos in the texts of a record: `<video>`, or `<image>` as in LLaVA-Video if there is no
-    `<video>`; None for a record without a video, in which `<video>` is text."""
-    if not named["video"]:
-        return None
+def video_mark(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str:
+    """The placeholder of videos in the texts of a record that names some: `<video>`, or `<image>` as in LLaVA-Video if
+    there is no `<video>`."""
     return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
 
 
 def filled_marks(marks: list[Mark], named: dict[str, list[Any]], where: Where) -> list[Mark]:
-    """Assign the images or videos that a record names to the placeholders in its conversation.
+    """Assign the videos and images that a record names to the placeholders in its conversation.
 
     Raises:
         RecordError: they are named twice, or their number differs from that of the placeholders.
@@ -128,8 +124,6 @@ def filled_marks(marks: list[Mark], named: dict[str, list[Any]], where: Where) -
     for kind in names:
         if any(mark.item is not None for mark in marks):
             raise where.error(Code.IMAGE_COUNT, kind, f"{kind}s are named here and in the messages", "name them once")
-    if "video" not in names:  # `records` counts these and names the turns
-        return [Mark("image", item) for item in names["image"]]
     for kind in ("image", "video"):
         count = sum(mark.kind == kind for mark in marks)
         if count != len(named[kind]):

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mm_moslora.data.chat.tool_records import RESULTS
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER
 
@@ -21,6 +20,10 @@ TOOLS = ("tools", "functions")
 """Keys of a record's tools; the second is OpenAI's older one."""
 CALLS = ("tool_calls", "function_call")
 """Keys of an answer's calls; the second is OpenAI's older one."""
+CALLING = frozenset({"tool_call", "function_call"})
+"""Roles of turns that hold calls as JSON text (ms-swift; LLaMA-Factory)."""
+RESULTS = ("tool", "function", "tool_response", "observation")
+"""Roles of turns that hold the result of a call (OpenAI's two, ms-swift, LLaMA-Factory)."""
 _SHOWN = {"id", "image", "images", "video", "videos", "objects", *TOOLS}
 READ = {
     "conversations": _SHOWN | {"conversations", "system"},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from mm_moslora.data.boxes.record_objects import Objects
 from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
 from mm_moslora.data.images.record_picture import Picture
 from mm_moslora.data.record_faults import Code, Where
+
+if TYPE_CHECKING:
+    from mm_moslora.data.boxes.record_objects import Objects
 
 Role = Literal["system", "user", "assistant", "tool", "document"]
 

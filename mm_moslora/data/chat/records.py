@@ -12,9 +12,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_moslora.data.boxes.record_objects import objects_of
 from mm_moslora.data.chat.record_forms import (
     IMAGE,
     VIDEO,
@@ -27,7 +26,9 @@ from mm_moslora.data.chat.record_forms import (
     video_mark,
 )
 from mm_moslora.data.chat.record_keys import (
+    CALLING,
     CALLS,
+    RESULTS,
     SPEAKER,
     TOOLS,
     check_blocks,
@@ -42,20 +43,13 @@ from mm_moslora.data.chat.record_keys import (
     weight_of,
 )
 from mm_moslora.data.chat.record_turns import Record, Role, Turn
-from mm_moslora.data.chat.tool_records import (
-    CALLING,
-    RESULTS,
-    OpenCalls,
-    ToolError,
-    offered_tools,
-    read_calls,
-    thinking_before_call,
-)
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
-from mm_moslora.data.images.remote_files import find_remote
-from mm_moslora.data.images.video_clip import Clip, find_clip
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+
+if TYPE_CHECKING:
+    from mm_moslora.data.chat.tool_records import OpenCalls
+    from mm_moslora.data.images.video_clip import Clip
 
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -76,27 +70,35 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     name = _id(value, where)
     where = where.named(name)
     check_record(value, where)
-    if (text := plain_text(value, where)) is not None:
+    if "text" in value and (text := plain_text(value, where)) is not None:
         turn = Turn(role="document", text=text)
         return Record(id=name, turns=(turn,), where=where, ignored=ignored_keys(value))
     named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
-    turns, marks, marked = _turns(value, where, videos=video_mark(value, named))
-    if marked:
+    turns, marks, marked = _turns(value, where, videos=video_mark(value, named) if named["video"] else None)
+    if marked and (named["video"] or any(mark.item is not None for mark in marks)):
         marks = filled_marks(marks, named, where)
+    elif marked:
+        marks = [Mark("image", item) for item in named["image"]] or marks
     else:
         marks = [Mark(kind, item) for kind, items in named.items() for item in items]
         if marks and not any(turn.images for turn in turns):
             turns = _images_asked_first(turns, len(marks))
-    turns = [replace(turns[0], tools=_offered(value, where) or turns[0].tools), *turns[1:]]
+    key, tools = given(value, TOOLS)
+    if key:
+        from mm_moslora.data.chat.tool_records import offered
+
+        turns[0] = replace(turns[0], tools=offered(tools, key, where) or turns[0].tools)
     shown = [_named_by(mark, index, where, rules) for index, mark in enumerate(marks)]
     _check_roles(turns, where)
     _check_image_count(turns, len(shown), where)
-    if any(isinstance(item, Clip) for item in shown):
+    has_video, objects = any(mark.kind == "video" for mark in marks), None
+    if has_video:
         turns, shown = _with_videos(turns, shown, where)
-    objects = objects_of(
-        value.get("objects"), [part for turn in turns for part in turn.parts()], images=len(shown), where=where,
-        has_video=bool(named["video"]) or any(mark.kind == "video" for mark in marks),
-    )  # fmt: skip
+    parts = [part for turn in turns for part in turn.parts()]
+    if value.get("objects") is not None or any("<" in part for part in parts):
+        from mm_moslora.data.boxes.record_objects import objects_of
+
+        objects = objects_of(value.get("objects"), parts, images=len(shown), where=where, has_video=has_video)
     return Record(
         id=name, turns=tuple(turns), images=tuple(shown), objects=objects, where=where, ignored=ignored_keys(value)
     )
@@ -105,14 +107,23 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
 def _named_by(mark: Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
     """The picture or video of a placeholder."""
     if mark.kind == "video":
+        from mm_moslora.data.images.video_clip import find_clip
+
         return find_clip(mark.item, index, where, rules)
-    return find_remote(mark.item, index, where, rules) or find_picture(mark.item, index, where, rules)
+    remote = None
+    if rules.hosts:
+        from mm_moslora.data.images.remote_files import find_remote
+
+        remote = find_remote(mark.item, index, where, rules)
+    return remote or find_picture(mark.item, index, where, rules)
 
 
 def _with_videos(
     turns: list[Turn], shown: Sequence[Picture | Clip], where: Where
 ) -> tuple[list[Turn], list[Picture | Clip]]:
     """The turns with the places of videos, or of their frames where the model takes no videos, and what is there."""
+    from mm_moslora.data.images.video_clip import Clip
+
     result: list[Turn] = []
     pictures: list[Picture | Clip] = []
     counts: list[int | None] = []
@@ -167,14 +178,16 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
     marks: list[Mark] = []
     if value.get("system") and not is_nothing(value["system"]):  # ShareGPT and Alpaca keep it beside the conversation
         turns.append(Turn(role="system", text=checked_text(value["system"], "system", where)))
-    if (texts := single_texts(value, where)) is not None:
+    spoken = "conversations" in value or "messages" in value
+    if not spoken and (texts := single_texts(value, where)) is not None:
         single = [
             Turn(role="assistant", text=text, weight=weight) if index % 2 else Turn.asking(text)
             for index, (text, weight) in enumerate(texts)
         ]
         return turns + single, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
-    items, calls = value.get(key), OpenCalls()
+    items = value.get(key)
+    calls: OpenCalls | None = None
     if not isinstance(items, list) or not items:
         if key not in value:
             raise formless(value, key, where)
@@ -188,11 +201,13 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
         check_turn(item, field, where)
         content = content_of(item)
         thinking = thinking_of(item, role, field, where, content=content)
-        try:
-            tools, content = _tools_of(item, role, content, calls)
-        except ToolError as error:
-            raise where.error(error.code, field, error.what, error.remedy) from error
-        checked_text(tools, field, where)
+        tools = ""
+        if calls is None and (role == "tool" or speaker in CALLING or given(item, CALLS)[0]):
+            from mm_moslora.data.chat.tool_records import OpenCalls
+
+            calls = OpenCalls()
+        if calls is not None:
+            tools, content = calls.of_turn(item, role, content, field, where)
         if isinstance(content, list):
             text, offsets, own = text_of_parts(role, content, field, where)
             turn, marks = Turn(role=role, text=text, offsets=tuple(offsets)), marks + own
@@ -202,8 +217,8 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
             text = checked_text(thinking, field, where) + turn.text
             turn = replace(turn, text=text, weight=weight_of(item, field, where))
         turn = replace(turn, tools=tools)
-        if speaker in CALLING and turns and turns[-1].role == "assistant":  # ms-swift: a turn for each call
-            turn = _joined(turns.pop(), turn, calls, field, where)
+        if calls is not None and speaker in CALLING and turns and turns[-1].role == "assistant":
+            turn = calls.joined(turns.pop(), turn, field, where)  # ms-swift: a turn for each call
         turns.append(turn)
     return turns, marks, True
 
@@ -218,38 +233,6 @@ def _speaker(item: Mapping[str, Any], field: str, where: Where) -> tuple[str, Ro
         remedy = "use human and gpt, or user, assistant and tool, and system first"
         raise where.error(Code.BAD_ROLE, field, f"role is {shown}", remedy)
     return str(names[0]), role
-
-
-def _offered(value: Mapping[str, Any], where: Where) -> str:
-    """The JSON text of a record's tools."""
-    key, tools = given(value, TOOLS)
-    try:
-        return checked_text(offered_tools(tools) if key else "", key, where)
-    except ToolError as error:
-        raise where.error(error.code, key, error.what, error.remedy) from error
-
-
-def _tools_of(item: Mapping[str, Any], role: Role, content: Any, calls: OpenCalls) -> tuple[str, Any]:
-    """What a turn calls, or the call that it answers, as JSON text, and its content without that."""
-    if role == "tool":
-        return calls.answered(item), content
-    if role != "assistant":
-        return calls.called([]), content
-    if given(item, SPEAKER)[1] in CALLING:
-        content, called = thinking_before_call(content)
-    else:
-        key, called = given(item, CALLS)
-        if not key:
-            return calls.called([]), content
-    return calls.called(read_calls(called)), "" if is_nothing(content) else content
-
-
-def _joined(answer: Turn, call: Turn, calls: OpenCalls, field: str, where: Where) -> Turn:
-    """An answer with a call that came as a turn of its own."""
-    if answer.weight != call.weight:
-        what = f"weighs {call.weight:g} behind a part of the answer that weighs {answer.weight:g}"
-        raise where.error(Code.BAD_WEIGHT, field, what, "write one weight for an answer and its calls")
-    return replace(answer, text=answer.text + call.text, tools=calls.joined(answer.tools, call.tools))
 
 
 def _of_text(role: Role, text: str, videos: str | None, marks: list[Mark]) -> Turn:

@@ -8,17 +8,17 @@ alone, as a list or as its JSON text (LLaMA-Factory, ms-swift). Calls are `{"id"
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from mm_moslora.data.record_faults import Code, is_nothing, kind_of
+from mm_moslora.data.chat.record_keys import CALLING, CALLS, SPEAKER, checked_text, given
+from mm_moslora.data.chat.record_turns import Role, Turn
+from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_data import MAX_DEPTH, StrictJsonError, parse_json
 
-CALLING = frozenset({"tool_call", "function_call"})
-"""Roles of turns that hold calls as JSON text (ms-swift; LLaMA-Factory)."""
-RESULTS = ("tool", "function", "tool_response", "observation")
-"""Roles of turns that hold the result of a call (OpenAI's two, ms-swift, LLaMA-Factory)."""
 _SCHEMA = 'write a list of {"type": "function", "function": {"name": ..., "parameters": ...}}'
 _CALL = 'write {"name": ..., "arguments": {...}} as JSON'
 _MARK = "<think>"
@@ -32,12 +32,25 @@ class ToolError(DataError):
         super().__init__(f"{what}; {remedy}")
 
 
-def offered_tools(value: Any) -> str:
-    """The JSON text of tools in OpenAI's form; empty without any.
+@contextmanager
+def _refusals(field: str, where: Where) -> Iterator[None]:
+    try:
+        yield
+    except ToolError as error:
+        raise where.error(error.code, field, error.what, error.remedy) from error
+
+
+def offered(value: Any, key: str, where: Where) -> str:
+    """The JSON text of a record's tools in OpenAI's form; empty without any.
 
     Raises:
-        ToolError: they are no list of functions with names, two have the same one, or one is of another type.
+        RecordError: they are no list of functions with names, two have the same one, or one is of another type.
     """
+    with _refusals(key, where):
+        return checked_text(_offered(value), key, where)
+
+
+def _offered(value: Any) -> str:
     tools = _read(value, Code.BAD_TOOLS, _SCHEMA)
     if not isinstance(tools, list):
         raise ToolError(Code.BAD_TOOLS, f"is {kind_of(tools)}, expected a list of tools", _SCHEMA)
@@ -56,12 +69,8 @@ def offered_tools(value: Any) -> str:
     return _text(list(result.values()), Code.BAD_TOOLS) if result else ""
 
 
-def read_calls(value: Any) -> list[dict[str, Any]]:
-    """The calls of an answer in OpenAI's form, with their arguments as objects.
-
-    Raises:
-        ToolError: a call is no JSON, has no name, or its arguments are no object.
-    """
+def _read_calls(value: Any) -> list[dict[str, Any]]:
+    """The calls of an answer in OpenAI's form, with their arguments as objects."""
     value = _read(value, Code.BAD_CALL, _CALL)
     calls = []
     for call in value if isinstance(value, list) else [value]:
@@ -69,10 +78,10 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
             raise ToolError(Code.BAD_CALL, f"is {kind_of(call)} without the name of a tool", _CALL)
-        given = function.get("arguments")
-        given = function.get("parameters") if is_nothing(given) else given
-        empty = is_nothing(given) or (isinstance(given, str) and not given.strip())
-        arguments = {} if empty else _read(given, Code.BAD_CALL, _CALL)
+        written = function.get("arguments")
+        written = function.get("parameters") if is_nothing(written) else written
+        empty = is_nothing(written) or (isinstance(written, str) and not written.strip())
+        arguments = {} if empty else _read(written, Code.BAD_CALL, _CALL)
         if not isinstance(arguments, Mapping):
             what = f"the arguments of {ascii(name)[:60]} are {kind_of(arguments)}"
             raise ToolError(Code.BAD_CALL, what, "write an object of arguments by name")
@@ -81,7 +90,7 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
     return calls
 
 
-def thinking_before_call(value: Any) -> tuple[str, Any]:
+def _thinking_before_call(value: Any) -> tuple[str, Any]:
     """The block of thinking before the JSON text of a call (LLaMA-Factory), and the JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith(_MARK):
         return "", value
@@ -96,7 +105,33 @@ class OpenCalls:
         self._open: list[dict[str, Any]] = []
         self._count = 0
 
-    def called(self, calls: list[dict[str, Any]]) -> str:
+    def of_turn(self, item: Mapping[str, Any], role: Role, content: Any, field: str, where: Where) -> tuple[str, Any]:
+        """What a turn calls, or the call that it answers, as JSON text, and its content without that.
+
+        Raises:
+            RecordError: a call is no JSON, has no name, its arguments are no object, or a result has no open call.
+        """
+        with _refusals(field, where):
+            if role == "tool":
+                tools = self._answered(item)
+            elif role == "assistant" and given(item, SPEAKER)[1] in CALLING:
+                content, called = _thinking_before_call(content)
+                tools, content = self._called(_read_calls(called)), "" if is_nothing(content) else content
+            elif role == "assistant" and (called := given(item, CALLS)[1]):
+                tools, content = self._called(_read_calls(called)), "" if is_nothing(content) else content
+            else:
+                tools = self._called([])
+        return checked_text(tools, field, where), content
+
+    def joined(self, answer: Turn, call: Turn, field: str, where: Where) -> Turn:
+        """An answer with a call that came as a turn of its own."""
+        if answer.weight != call.weight:
+            what = f"weighs {call.weight:g} behind a part of the answer that weighs {answer.weight:g}"
+            raise where.error(Code.BAD_WEIGHT, field, what, "write one weight for an answer and its calls")
+        tools = self._called(_all_calls(answer.tools, call.tools))
+        return replace(answer, text=answer.text + call.text, tools=tools)
+
+    def _called(self, calls: list[dict[str, Any]]) -> str:
         """The JSON text of the calls of an answer, each with an id; empty without calls."""
         self._open = []
         for call in calls:
@@ -106,16 +141,8 @@ class OpenCalls:
             self._open.append(call)
         return _text(self._open, Code.BAD_CALL) if calls else ""
 
-    def joined(self, text: str, further: str) -> str:
-        """The JSON text of an answer's calls with further ones, which came as a turn of their own."""
-        return self.called(_all_calls(text, further))
-
-    def answered(self, turn: Mapping[str, Any]) -> str:
-        """The JSON text of the id and the name of the call that a turn of a tool answers.
-
-        Raises:
-            ToolError: there is no such call.
-        """
+    def _answered(self, turn: Mapping[str, Any]) -> str:
+        """The JSON text of the id and the name of the call that a turn of a tool answers."""
         named = [(key, turn[key]) for key in ("tool_call_id", "name") if not is_nothing(turn.get(key))]
         key, value = named[0] if named else ("", "")
         fits = [

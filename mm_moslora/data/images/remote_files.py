@@ -91,14 +91,14 @@ class RemotePicture:
 
 
 def find_remote(value: Any, index: int, where: Where, rules: PictureRules) -> RemotePicture | None:
-    """The picture that a record names by a URL; None for any other name, or where the source allows no hosts.
+    """The picture that a record of a source with hosts names by a URL; None for any other name.
 
     Raises:
         RecordError: BAD_IMAGE_NAME, the URL may not be fetched.
     """
     name = content_of(value)
     plain = not isinstance(name, str) or not SCHEME.match(name) or DATA_URL.match(name) or BAD_CHARACTER.search(name)
-    if plain or not rules.hosts:
+    if plain:
         return None
     try:
         parts = urlsplit(name)

@@ -19,7 +19,6 @@ from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, UnrenderedTools
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.records import parse_record
-from mm_moslora.data.chat.tool_records import read_calls
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.check.terminal_view import view_tokens
@@ -342,9 +341,14 @@ def test_pictures_and_tools_go_through_a_processors_template() -> None:
 
 
 def test_calls_have_one_key_and_arguments_under_either_name() -> None:
-    (call,) = read_calls([{"name": "f", "arguments": None, "parameters": {"x": 1}}])
-    assert call["function"]["arguments"] == {"x": 1}
+    asked = {"role": "user", "content": "q"}
+    named = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": None, "parameters": {"x": 1}}],
+    }
+    assert '"arguments": {"x": 1}' in parsed({"messages": [asked, named]}).turns[1].tools
     call = {"name": "f", "arguments": "{}"}
     turn = {"role": "assistant", "content": "", "tool_calls": [{"function": call}], "function_call": call}
     with pytest.raises(RecordError, match="function_call: stands beside tool_calls"):
-        parsed({"messages": [{"role": "user", "content": "q"}, turn]})
+        parsed({"messages": [asked, turn]})
