@@ -102,7 +102,7 @@ class RunTrainer(ZeroTrainer):
         self.measured_before: dict[str, int] = {}
         """Values of each of TRL's measures since the last log, at the start of the step."""
         groups, optim = trained_groups(run), run.recipe.optim
-        settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+        settings = OptimizerSettings.of(optim)
         # It follows the applied steps.
         self.schedule = partial(
             LambdaLR, lr_lambda=lambda _: lr_factor(int(run.counters.get("applied", 0)), run.total_steps, optim)

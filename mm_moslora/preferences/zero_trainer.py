@@ -19,13 +19,7 @@ from mm_moslora.adapters.folders.kept_start import restore_start
 from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder, read_manifest
-from mm_moslora.training.engine import (
-    LossModule,
-    OptimizerSettings,
-    ParameterShard,
-    TrainingEngine,
-    largest_adapter,
-)
+from mm_moslora.training.engine import LossModule, OptimizerSettings, ParameterShard, TrainingEngine, largest_adapter
 from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_patches import clear_gradients
 from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
@@ -110,8 +104,7 @@ class ZeroTrainer(Trainer):
             prepared.extend(prepare(max_steps, train_dataloader, None))
             return self.model_wrapped
 
-        optim = self.run.recipe.optim
-        settings = OptimizerSettings(betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm)
+        settings = OptimizerSettings.of(self.run.recipe.optim)
         # The trainer takes the steps; those of `DeepSpeedEngine` would need a `LossModule`.
         module, config = cast(LossModule, self.run.peft_model), cast(dict[str, Any], self.args.deepspeed)
         self.engine = DeepSpeedEngine(module, trained_groups(self.run), settings, config, initialise=initialise)

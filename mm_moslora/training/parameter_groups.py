@@ -46,6 +46,11 @@ class OptimizerSettings:
     eps: float
     max_grad_norm: float
 
+    @classmethod
+    def of(cls, config: OptimConfig) -> OptimizerSettings:
+        """Those of a recipe."""
+        return cls(name=config.optimizer, betas=config.betas, eps=config.eps, max_grad_norm=config.max_grad_norm)
+
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
     """Sort the trainable parameters into groups.

@@ -169,10 +169,8 @@ def _engine(assembly: Parts, recipe: Recipe, precision: str) -> TrainingEngine:
         memory=StepFeatureCache(_feature_store(recipe.model, model)),
         share=row_share(recipe.train.sequence_parallel),
     )
-    optimizer = OptimizerSettings(
-        name=optim.optimizer, betas=optim.betas, eps=optim.eps, max_grad_norm=optim.max_grad_norm
-    )
-    return build_engine(module, parameter_groups(module, optim), recipe.train, precision=precision, optimizer=optimizer)
+    groups, settings = parameter_groups(module, optim), OptimizerSettings.of(optim)
+    return build_engine(module, groups, recipe.train, precision=precision, optimizer=settings)
 
 
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:

@@ -325,8 +325,11 @@ def test_an_end_that_was_not_measured_is_measured_by_the_next_start(
     assert train_preferences(recipe).finished
     assert any(row["norm_update"] > 0 for row in read_json(mixers, list))
     digest = sha256_of(mixers)
-    train_preferences(recipe)
+    last = train_preferences(recipe).checkpoint
     assert sha256_of(mixers) == digest
+    elsewhere = make_recipe(tmp_path / "elsewhere", text_pairs, {"language": str(language_folder)}, name="run")
+    with pytest.raises(CheckpointError, match="is of the last step of another run folder"):
+        train_preferences(elsewhere, resume=str(last))
 
 
 def test_each_loop_refuses_the_other_objective(recipe: Recipe, text_pairs: Path, language_folder: Path) -> None:
