@@ -180,7 +180,7 @@ class _Loop(Session[run_setup.Run, Snapshot]):
         self.log.clock.waited(seconds)
 
     def _rehearse(self) -> None:
-        """a resumed run has been rehearsed."""
+        """A resumed run has been rehearsed."""
         self.phase("rehearsal")
         if self.resumed_from is None and self.run.recipe.train.rehearsal:
             rehearse(self.run, self.saves.saver)
@@ -290,7 +290,7 @@ class _Loop(Session[run_setup.Run, Snapshot]):
         return better
 
     def _measure_end(self) -> None:
-        """a signal may interrupt it."""
+        """A signal may interrupt it."""
         run = self.run
         if self.validator.validated_at != run.step:
             self._validate()
