@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import make_records
@@ -94,7 +92,7 @@ class TestTokenCache:
         make_set(path, cache=str(cache))
         (folder,) = [item for item in cache.iterdir() if item.is_dir()]
         folder.rename(folder.with_name(folder.name + ".part"))
-        (folder.with_name(folder.name + ".part") / "table.npy").write_bytes(b"half")
+        (folder.with_name(folder.name + ".part") / "records.arrow").write_bytes(b"half")
         assert len(make_set(path, cache=str(cache)).usable) == 12
 
     def test_a_folder_that_holds_nothing_but_the_mark_is_no_cache(self, tmp_path: Path) -> None:
@@ -107,7 +105,7 @@ class TestTokenCache:
         assert list(make_set(path, cache=str(cache)).lengths) == list(first.lengths)
 
     @pytest.mark.parametrize("cut", [False, True])
-    @pytest.mark.parametrize("name", ["ids.bin", "supervised.bin", "table.npy", "faults.json", "sums.json"])
+    @pytest.mark.parametrize("name", ["records.arrow", "sum.json"])
     def test_damage_is_found_and_changes_no_token(self, name: str, cut: bool, tmp_path: Path) -> None:
         """A flipped bit leaves the lengths as they were, so nothing else would find it."""
         path, cache = make_records(tmp_path, 12), tmp_path / "cache"
@@ -126,56 +124,6 @@ class TestTokenCache:
                 one, other = plain.load(number), again.load(number)
                 assert torch.equal(one.input_ids, other.input_ids)
                 assert torch.equal(one.supervised, other.supervised)
-
-    @pytest.mark.parametrize("summed", [True, False])
-    def test_a_cache_of_other_types_shapes_or_sizes_is_set_aside_and_built_again(
-        self, summed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Also where the checksums agree with it, and where they are gone."""
-        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
-        with path.open("a") as stream:
-            stream.write('{"id": "bad"}\n')
-        first = make_set(path, cache=str(cache), max_bad_share=0.5)
-        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
-        table, tokens = np.load(folder / "table.npy"), (folder / "ids.bin").read_bytes()
-        (fault,) = json.loads((folder / "faults.json").read_text())
-        spoiled: list[tuple[str, Any]] = [("ids.bin", tokens[:-4]), ("ids.bin", tokens + b"more"), ("ids.bin", b"")]
-        spoiled += [("supervised.bin", b"\1")]
-        spoiled += [
-            ("faults.json", item)
-            for item in (
-                [1], [["x"]], {}, None, [None], [["x", *fault[1:]]], [[99, *fault[1:]]], [[-1, *fault[1:]]],
-                [[0, *fault[1:]]], [[*fault[:2], "NO_CODE", *fault[3:]]], [[[], *fault[1:]]], [[*fault[:6], 1]],
-            )
-        ]  # fmt: skip
-        spoiled += [
-            ("table.npy", item)
-            for item in (
-                table[0], table[:3], table[:, :3], table[None], table.astype(float), table.astype(np.int64), -table,
-                table[:0], np.concatenate([table, table]), np.array(5), table.astype("U3"), {"a": table}, b"\x93NUMPY",
-                (folder / "table.npy").read_bytes().replace(b"(13, 7)", b"(13, 7(").replace(b"False", b"'alse"),
-                (folder / "table.npy").read_bytes().replace(b"(13, 7), }   ", b"(9999999, 7)}"), b"PK\3\4", b"",
-            )
-        ]  # fmt: skip
-        for number, (name, content) in enumerate(spoiled):
-            if isinstance(content, bytes):
-                (folder / name).write_bytes(content)
-            elif name == "table.npy":
-                with (folder / name).open("wb") as stream:
-                    np.savez(stream, **content) if isinstance(content, dict) else np.save(stream, content)
-            else:
-                (folder / name).write_text(json.dumps(content))
-            if summed:
-                (folder / "sums.json").write_text(json.dumps(token_cache._sums(folder)))
-            else:
-                (folder / "sums.json").unlink()
-            caplog.clear()
-            again = make_set(path, cache=str(cache), max_bad_share=0.5)
-            assert "it is built again" in caplog.text, (name, content)
-            assert len(list(cache.glob("*.corrupt*"))) == number + 1
-            assert again.fingerprint == first.fingerprint
-            assert again.quarantine.codes == first.quarantine.codes
-            assert len(again.usable) == 12
 
     @pytest.mark.parametrize("hidden", [2, 3])
     def test_a_host_that_does_not_see_yet_that_another_was_first_uses_what_is_there(

@@ -49,8 +49,9 @@ NOWHERE = _words(
     .subprocess_shell .to_parquet .tofile PIL.ImageShow accelerate.commands accelerate.launchers
     accelerate.notebook_launcher allow_pickle= builtins.__builtins__ builtins.__import__ builtins.eval
     deepspeed.launcher diffusers.utils.dynamic_modules_utils logging.FileHandler logging.config logging.handlers
-    num_proc= numpy.ctypeslib numpy.f2py numpy.fromfile numpy.genfromtxt numpy.load numpy.loadtxt numpy.savetxt
-    numpy.savez numpy.savez_compressed open_clip.create_model_and_transforms open_clip.get_tokenizer psutil.Popen
+    num_proc= numpy.ctypeslib numpy.f2py numpy.fromfile numpy.genfromtxt numpy.lib numpy.load numpy.loadtxt
+    numpy.memmap numpy.save numpy.savetxt numpy.savez numpy.savez_compressed open_clip.create_model_and_transforms
+    open_clip.get_tokenizer psutil.Popen
     scipy.io shell= sys.meta_path sys.path_hooks torch._export torch._inductor torch.classes
     torch.distributed.checkpoint torch.distributed.elastic torch.distributed.launch torch.distributed.rpc
     torch.distributed.run torch.export torch.hub torch.jit torch.multiprocessing torch.ops.load_library torch.package
@@ -127,7 +128,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "yaml": "examples scripts untrusted_data",
     # Files to be read: of the system and the package, downloads with a checksum, streams, caches of this project
     ".open": "answer_log asset_cache cli_app examples files http_fetch inline_images openai_endpoint"
-    " pyav_decode record_picture remote_files request_images scripts token_cache untrusted_files user_recipe"
+    " pyav_decode record_picture remote_files request_images scripts untrusted_files user_recipe"
     " video_clip webdataset_tars weights_fingerprint",
     ".read_bytes": "examples instruction_data rank_agreement scripts",
     ".read_text": "distributed doctor examples hardware heartbeat package_requirements page_templates precision scripts"
@@ -136,18 +137,16 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "gguf": "gguf_model",
     "jieba": "lexicons",
     "nltk": "lexicons",
-    "numpy.lib": "token_cache",
     "os.fdopen": "scripts untrusted_files",
     "os.open": "cli_app files untrusted_files",
-    "pyarrow": "hf_tables source_images",
+    "pyarrow": "hf_tables source_images token_cache",
     "tarfile": "webdataset_tars",
     "zipfile": "asset_cache scripts stored_answers submission_forms",
     # Files to be written: temporary ones, those in a folder just made, streams; and those to be taken away
     ".rename": "files",
     ".replace": "files",
     ".rmdir": "files",
-    ".save": "chat_content diffusion_training evaluation_page examples html_view"
-    " inline_images scripts source_videos token_cache",
+    ".save": "chat_content diffusion_training evaluation_page examples html_view inline_images scripts source_videos",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
     ".save_to_disk": "hf_tables",
@@ -159,8 +158,6 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".write_text": "asset_conversion diffusion_training examples export_adapter export_huggingface import_checkpoint"
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
-    "numpy.memmap": "token_cache",
-    "numpy.save": "token_cache",
     "os.ftruncate": "files",
     "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_cache"
     " import_checkpoint peft_methods save_folder snapshot",

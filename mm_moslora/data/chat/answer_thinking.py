@@ -13,6 +13,8 @@ from mm_moslora.data.chat.guarded_tokens import TextSpan
 from mm_moslora.data.chat.record_keys import REASONING
 
 THINK, THINK_END = "<think>", "</think>"
+WITH_BLOCK = ("always", "mask")
+"""Values of `model.thinking` with which every last answer has a block."""
 EXCHANGE = ("user", "assistant")
 """The shortest conversation."""
 _BLOCK = re.compile(rf"\s*{THINK}(.*?){THINK_END}\s*", re.DOTALL)
@@ -60,7 +62,7 @@ class AnswerThinking:
     @property
     def writes_block(self) -> bool:
         """Whether the block of the last answer, empty or not, belongs to what the model writes."""
-        return self.thinking in ("always", "mask")
+        return self.thinking in WITH_BLOCK
 
     @property
     def asks_to_think(self) -> bool:

@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.batch import Placeholders
 from mm_moslora.config import Thinking
-from mm_moslora.data.chat.answer_thinking import EXCHANGE, THINK, masked_block, says_something, thinks, written
+from mm_moslora.data.chat.answer_thinking import (
+    EXCHANGE,
+    THINK,
+    WITH_BLOCK,
+    masked_block,
+    says_something,
+    thinks,
+    written,
+)
 from mm_moslora.data.chat.chat_template import TemplatePlan
 from mm_moslora.data.chat.conversation_shape import data_of
 from mm_moslora.data.chat.guarded_tokens import TextSpan, marked_spans
@@ -207,7 +215,7 @@ class ConversationEncoder(SegmentEncoder):
                         self._add_image(grown)
                     grown.run += marked_spans(turn, [TextSpan(part, False)])
                 continue
-            may_think = self.writes_block or THINK in turn.text
+            may_think = self.thinking in WITH_BLOCK or THINK in turn.text
             thinking, text = self.apart(turn.text) if may_think else (None, turn.text)
             shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
             thought = self.thought((*shape[:-1], "assistant")) if shown else None

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data import token_cache
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.records import parse_record
@@ -178,10 +177,6 @@ def test_the_cache_keeps_weights(path: Path, encoder: ConversationEncoder, super
     assert len(plain) == 4
     for _ in range(2):
         assert all(map(equal, plain, examples(path, encoder, supervise=supervise, cache=cache)))
-    (folder,) = (item for item in Path(cache).iterdir() if item.is_dir())
-    content = (folder / "weights.bin").read_bytes()
-    (folder / "weights.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert all(map(equal, plain, examples(path, encoder, supervise=supervise, cache=cache)))
 
 
 def test_other_answers_learned_make_another_cache(path: Path, encoder: ConversationEncoder, tmp_path: Path) -> None:
@@ -190,18 +185,6 @@ def test_other_answers_learned_make_another_cache(path: Path, encoder: Conversat
     last = examples(path, encoder, cache=cache, supervise="last")
     assert len([item for item in Path(cache).iterdir() if item.is_dir()]) == 2
     assert not equal(everything[0], last[0])
-
-
-def test_a_cache_of_the_version_before_is_not_read(
-    path: Path, encoder: ConversationEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It holds faults of records whose weights are read now."""
-    cache = str(tmp_path / "cache")
-    monkeypatch.setattr(token_cache, "VERSION", 1)
-    examples(path, encoder, cache=cache)
-    monkeypatch.undo()
-    examples(path, encoder, cache=cache)
-    assert len([item for item in Path(cache).iterdir() if item.is_dir()]) == 2
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 2)])
