@@ -17,14 +17,10 @@ pytestmark = pytest.mark.slow
 
 CHANGES = {
     "optim.lr": lambda r: replace(r, optim=replace(r.optim, lr=1e-2)),
-    "optim.warmup": lambda r: replace(r, optim=replace(r.optim, warmup=3)),
     "train.seed": lambda r: with_train(r, seed=5),
-    "adapter.alpha": lambda r: replace(r, adapter=replace(r.adapter, alpha=64)),
     "adapter.rank": lambda r: replace(r, adapter=replace(r.adapter, rank=8)),
     "train.zero": lambda r: with_train(r, zero="zero1"),
-    "train.steps": lambda r: with_train(r, steps=3),
     "train.save_every": lambda r: with_train(r, save_every=2),
-    "train.micro_batch": lambda r: with_train(r, micro_batch=2),
 }
 
 
