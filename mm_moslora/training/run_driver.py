@@ -26,7 +26,7 @@ from mm_moslora.training.supervision.rank_agreement import agree_on_recipe
 from mm_moslora.training.supervision.run_faults import telling_errors
 from mm_moslora.training.supervision.run_folder import exclusive
 from mm_moslora.training.supervision.run_state import RunEnding, record_run_state
-from mm_moslora.training.supervision.run_summary import note_memory, write_summary
+from mm_moslora.training.supervision.run_summary import note_memory, only_measuring
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import distributed, files
@@ -241,8 +241,18 @@ class Session(ABC, Generic[Ran, Taken]):
         self.saves.phase(what, limit_minutes or self.run.recipe.train.timeout_minutes)
 
     def summarise(self) -> None:
-        """Write `summary.json` into the run folder."""
-        write_summary(self.run, self.total, self._of_run)
+        """Write `summary.json` into the run folder, for the report."""
+        run = self.run
+        note_memory(run.counters)
+        if distributed.is_main():
+            with only_measuring("The summary"):
+                summary = {
+                    "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
+                    "name": run.recipe.name, "steps": run.step, "total_steps": self.total, "counters": run.counters,
+                    "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
+                    "memory_gib": run.counters["memory_gib"], **self._of_run(),
+                }  # fmt: skip
+                files.replace_json(run.folder / "summary.json", summary)
 
     def _result(self) -> TrainResult:
         run = self.run

@@ -27,6 +27,7 @@ class RunInFolder(Protocol):
     """What saves need of a run, of whatever trainer."""
 
     counters: dict[str, float]
+    precision: str
 
     @property
     def recipe(self) -> Any:

@@ -1,32 +1,15 @@
-"""`summary.json`: what a run of any trainer has done, for the report."""
+"""What is measured of a run of any trainer: its peak memory, and measures that may fail."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import resource
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
-from mm_moslora.utils import distributed, files
-
 logger = logging.getLogger(__name__)
-
-
-def write_summary(run: Any, total_steps: int, content: Callable[[], dict[str, Any]]) -> None:
-    """Write `summary.json` into a run's folder, of whatever trainer; `content` gives what only this kind of run has."""
-    note_memory(run.counters)
-    if distributed.is_main():
-        with only_measuring("The summary"):
-            summary = {
-                "format": 1,  # of the run folder, see `mm_moslora.reporting.run_data`
-                "name": run.recipe.name, "steps": run.step, "total_steps": total_steps, "counters": run.counters,
-                "precision": run.precision, "world_size": distributed.world_size(), "zero": run.recipe.train.zero,
-                "memory_gib": run.counters["memory_gib"], **content(),
-            }  # fmt: skip
-            files.replace_json(run.folder / "summary.json", summary)
 
 
 @contextlib.contextmanager
