@@ -294,8 +294,6 @@ def _merge(path: Path, stored: Sequence[dict[str, Any]], rows: Sequence[dict[str
     others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
     # Their differences are from a model that is no longer shown.
     remaining = [row | {"less": None} if row.get("subject") in others else row for row in remaining]
-    replaced = {(row["task"], row["n"]) for row in rows}  # replace rows of releases without subjects
-    remaining = [row for row in remaining if row.get("subject") or (row.get("task"), row.get("n")) not in replaced]
     merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*remaining, *rows]}
     modes = [name for name, _ in _MODES.values()]
     names = ["tuned", "untuned", "untuned_lenient", *modes, *(name for _, _, name in merged)]
