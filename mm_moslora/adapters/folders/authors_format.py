@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from mm_moslora.adapters.folder_format import (
     USE_MIXER_PATTERN,
     adapted_path,
     mixers_in,
-    names_mixers,
 )
 from mm_moslora.utils.errors import AdapterError
 
@@ -101,16 +100,6 @@ def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
             )
         without.append(path)
     return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
-
-
-def check_declared(names: Iterable[str], source: str) -> None:
-    """Refuse mixers in a folder whose configuration declares none."""
-    if name := names_mixers(names):
-        raise AdapterError(
-            f"{source} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter would "
-            "be wrong. Restore the file that was saved with it, or save the adapter again with the program that "
-            "trained it."
-        )
 
 
 def check_options(config: Mapping[str, Any], understood: set[str], source: str) -> None:

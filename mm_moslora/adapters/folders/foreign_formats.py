@@ -30,11 +30,12 @@ from mm_moslora.adapters.folder_format import (
     declares_mixers,
     is_factor,
     mixers_in,
+    names_mixers,
     read_json,
     read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.authors_format import check_declared, check_options, mixer_settings, with_known_names
+from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, with_known_names
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
@@ -84,7 +85,12 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
         raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
     tensors = read_tensors(root / STOCK_WEIGHTS)
     if not declares_mixers(data):
-        check_declared(tensors, str(root))
+        if name := names_mixers(tensors):
+            raise AdapterError(
+                f"{root} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter "
+                "would be wrong. Restore the file that was saved with it, or save the adapter again with the program "
+                "that trained it."
+            )
         return _plain(_stock(data), tensors, trainable)
     check_options(data, lora_fields(), str(root))
     tensors = with_known_names(tensors)
