@@ -73,8 +73,8 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
     output
         The file.
     to
-        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit, vlmevalkit_xlsx or omnidocbench. Results:
-        model-index (YAML of a model card on the hub).
+        Answers: vqav2, vizwiz, docvqa, mmvet, mmbench, llava, llavabench, vlmevalkit, vlmevalkit_xlsx or omnidocbench.
+        Results: model-index (YAML of a model card on the hub).
     """
     from mm_moslora_eval.report.shared_results import write_model_index
     from mm_moslora_eval.run.submissions import write_submission
