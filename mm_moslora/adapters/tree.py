@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from mm_moslora.adapters.folder_format import WRAPPED, bare_name
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.utils.identity import sha256_of_text
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -96,4 +96,4 @@ def base_fingerprint(model: nn.Module) -> str:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return sha256_of_text("\n".join(sorted(lines)))

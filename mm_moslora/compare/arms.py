@@ -8,7 +8,6 @@ suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +20,7 @@ from mm_moslora.config.recipe_reading import parse_scalar, set_dotted
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.utils.errors import AdapterError, ConfigError, MoSLoRAError, reason_of, suggestion
+from mm_moslora.utils.identity import sha256_of_text
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
 PEFT = "peft:"
@@ -84,7 +84,7 @@ class Arm:
     def slug(self) -> str:
         """The name as a part of a folder name."""
         whole = re.sub(r"[^A-Za-z0-9_.+=-]+", "-", self.name).strip("-")
-        return whole if len(whole) <= 120 else f"{whole[:100]}-{hashlib.sha256(self.name.encode()).hexdigest()[:12]}"
+        return whole if len(whole) <= 120 else f"{whole[:100]}-{sha256_of_text(self.name)[:12]}"
 
     def apply(self, recipe: Recipe, **further: Any) -> Recipe:
         """The recipe of this arm, with further dotted keys (`__` for the dot, such as `optim__lr`)."""

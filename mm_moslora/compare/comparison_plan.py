@@ -13,8 +13,6 @@ Folder of a comparison:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +25,7 @@ from mm_moslora.compare.arms import Arm
 from mm_moslora.config import Recipe
 from mm_moslora.config.recipe_keys import NO_NUMBERS
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.run_paths import file_and_folder
 
 FORMAT = 2
@@ -210,7 +209,7 @@ def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of what decides a run's numbers."""
-    return hashlib.sha256(json.dumps(recipe.values(without=NO_NUMBERS), sort_keys=True).encode()).hexdigest()[:16]
+    return sha256_of_values(recipe.values(without=NO_NUMBERS), ascii_only=True)[:16]
 
 
 def describe(settings: ComparisonSettings) -> dict[str, Any]:

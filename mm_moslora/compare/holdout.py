@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.sources.record_file import RecordFile, RecordSource
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename, writing_in_place
+from mm_moslora.utils.identity import number_of, sha256_of_bytes
 from mm_moslora.utils.untrusted_data import StrictJsonError
 from mm_moslora.utils.untrusted_files import FileError, opened
 
@@ -172,8 +172,8 @@ def _content(stream: BinaryIO) -> str:
     first = stream.read(_END)
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _END))
-    return f"{size} {hashlib.sha256(first + stream.read(_END)).hexdigest()}"
+    return f"{size} {sha256_of_bytes(first, stream.read(_END))}"
 
 
 def _number(key: str) -> float:
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
+    return (number_of(key) >> 8) / 2**48

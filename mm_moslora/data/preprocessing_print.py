@@ -9,7 +9,6 @@ changes nothing, such as the name of a class in another release of transformers,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from mm_moslora.data.preprocessing_differences import (
 )
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.run_paths import PREPROCESSING, find_checkpoint
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_strictly, parse_json, read_value
@@ -225,7 +225,7 @@ def preprocessing_digest(path: str | Path) -> str:
         ModelError: see `stored_preprocessing`.
     """
     decides = {key: value for key, value in stored_preprocessing(path).items() if key not in ("settings", "versions")}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest() if decides else ""
+    return sha256_of_values(decides, ascii_only=True) if decides else ""
 
 
 def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ as one id, however many tokens it expands to. A checksum finds damage; the cache
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,8 +26,9 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, read_json, set_aside, sha256_of, sync
+from mm_moslora.utils.files import building, read_json, set_aside, sync
 from mm_moslora.utils.folder_marks import is_built
+from mm_moslora.utils.identity import sha256_of, sha256_of_text
 from mm_moslora.utils.untrusted_data import parse_json
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class SourceCache:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
-        self.folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
+        self.folder = root / sha256_of_text(name)[:32]
         self.source, self._encode, self._on_progress = source, encode, on_progress
         self._image_token_id, self._tokens_per_image = encoder.image_token_id, tokens_per_image
 

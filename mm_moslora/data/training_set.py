@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from array import array
@@ -23,6 +22,7 @@ from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples, Sou
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import SourceCache, TokenCache
 from mm_moslora.utils.errors import DataError, ModelError
+from mm_moslora.utils.identity import sha256_of_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
         """A hash of the inputs of the record order: usable records, their lengths and repeats."""
         usable, weights = array("L", self.usable), array("d", self.weights)
         parts = (self.lengths, self.has_image, usable, weights)
-        return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
+        return sha256_of_bytes(more=(bytes(part) for part in parts))
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name, wherever the files lie."""

@@ -7,7 +7,6 @@ a window and the steps done since.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from array import array
@@ -32,6 +31,7 @@ from mm_moslora.data.sources.endless_sources import EndlessSource, what_changed
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, DataError
+from mm_moslora.utils.identity import sha256_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class TrainingStream(RecordExamples):
         """Usable records of a window."""
         self.quarantine = StreamQuarantine(quarantine_path, config, fresh=fresh)
         self.contents = [source.contents() for source in self.sources]
-        self.fingerprint = hashlib.sha256(repr([self.parts, self.contents]).encode()).hexdigest()
+        self.fingerprint = sha256_of_text(repr([self.parts, self.contents]))
         """A hash of the sources."""
         self._stop = threading.Event()
         self._window: Window | None = None

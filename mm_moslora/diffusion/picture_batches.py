@@ -6,8 +6,6 @@ what the straight run would have seen. Pixels are ``[1, 3, S, S]`` from -1 to 1;
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from mm_moslora.data.images.record_picture import check_image, open_image
 from mm_moslora.diffusion.diffusion_recipe import PicturesConfig
 from mm_moslora.diffusion.pipeline_families import Conditioning, LatentBatch, PipelineFamily, draw_timesteps
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import number_of, sha256_of, sha256_of_values
 from mm_moslora.utils.untrusted_files import FileError, find_below
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -29,8 +27,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def generator(*key: object) -> torch.Generator:
     """A generator on the CPU whose numbers follow from the key alone."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    return torch.Generator().manual_seed(number_of("/".join(map(str, key))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ class LatentBatches:
     def digest(self) -> str:
         """Digest of the names and contents of all pictures, and of their prompts."""
         rows = [[one.prompt, *((path.name, sha256_of(path)) for path in one.files)] for one in self.sets]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return sha256_of_values(rows, ascii_only=True)
 
     @torch.no_grad()
     def fill_caches(self) -> None:

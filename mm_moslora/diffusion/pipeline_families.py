@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe, PipelineConfig
 from mm_moslora.models.model_paths import COMMITS, CONTENTS, cached_snapshot
-from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, ModelError, reason_of
+from mm_moslora.utils.identity import fingerprint
 from mm_moslora.utils.network.hub_access import hub_or_cache
 
 Conditioning = dict[str, Tensor]  # of the denoiser by name, batch first

@@ -6,7 +6,6 @@ a job or a cell, gets the same option (`import_words`). No recipe, task file or 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
 from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, FileError, read_bytes
 
 OPTION = "--import"
@@ -85,8 +85,8 @@ def import_file(file: Path) -> ModuleType:
         source = read_bytes(path, most=MOST_TEXT_BYTES)
     except FileError as error:
         raise ConfigError(f"{OPTION} {file}: {error}") from error
-    sha256 = hashlib.sha256(source).hexdigest()
-    name = f"mm_moslora_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    sha256 = sha256_of_bytes(source)
+    name = f"mm_moslora_own_{path.stem}_{sha256_of_text(str(path))[:8]}"
     if _executed.get(name) != (str(path), sha256):
         module = ModuleType(name)
         module.__file__ = str(path)

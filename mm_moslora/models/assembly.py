@@ -55,9 +55,9 @@ from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
 from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.identity import check_stored
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import require_model, require_projector
-from mm_moslora.utils.stored_checksums import check_stored
 
 
 @dataclass(kw_only=True)

@@ -33,9 +33,9 @@ from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.utils.errors import AdapterError, ModelError, MoSLoRAError, reason_of
+from mm_moslora.utils.identity import check_stored
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, PREPROCESSING, find_checkpoint
-from mm_moslora.utils.stored_checksums import check_stored
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 
 logger = logging.getLogger(__name__)

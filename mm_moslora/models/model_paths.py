@@ -20,7 +20,9 @@ from huggingface_hub import is_offline_mode, snapshot_download
 
 from mm_moslora.config import ModelConfig
 from mm_moslora.launch.imported_code import import_marks
-from mm_moslora.models.weights_fingerprint import (
+from mm_moslora.utils.errors import CheckpointError, ModelError
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import (
     ALL_FILES,
     LANGUAGE_FILES,
     PICTURE_FILES,
@@ -28,8 +30,6 @@ from mm_moslora.models.weights_fingerprint import (
     fingerprint,
     weight_files,
 )
-from mm_moslora.utils.errors import CheckpointError, ModelError
-from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import MANIFEST, MODELS, projector_file
 
 logger = logging.getLogger(__name__)

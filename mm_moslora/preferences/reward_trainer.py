@@ -7,7 +7,6 @@ Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer toke
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.preferences.rewards import Scorer, box_reader, document_of, scores_together
 from mm_moslora.preferences.trl_trainers import PreferenceSaves, RunTrainer, arguments_of
 from mm_moslora.utils import distributed
+from mm_moslora.utils.identity import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,6 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
 def _seeded(*state: object) -> Iterator[None]:
     """Random numbers within that depend on these values alone; those outside go on as they were."""
     device = distributed.device()
-    seed = int.from_bytes(hashlib.sha256(repr(state).encode()).digest()[:7], "big")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(number_of(repr(state)))
         yield

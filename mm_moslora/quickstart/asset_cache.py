@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from mm_moslora.launch.child_processes import output_of, python_words
 from mm_moslora.utils.errors import AssetError, ConfigError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import building, read_json, replace_json, sha256_of
+from mm_moslora.utils.files import building, read_json, replace_json
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.run_paths import cache_folder
 
 Say = Callable[[str], None]

@@ -5,7 +5,6 @@ The split is by picture: no picture stands on both sides.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -27,6 +26,7 @@ from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, 
 from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_bytes
 from mm_moslora.utils.untrusted_files import FileError, FileFault, find_below
 
 OPEN = "What does the picture show?"
@@ -100,7 +100,7 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
 
 def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links: bool) -> Iterator[_Picture]:
     """The readable pictures in the class folders, without duplicates."""
-    seen: dict[bytes, _Picture] = {}
+    seen: dict[str, _Picture] = {}
     others: Counter[str] = Counter()
     classes: dict[str, tuple[str, str]] = {}
     for path in sorted(_files(folder, faults, follow_links=follow_links)):
@@ -114,7 +114,7 @@ def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links
         try:
             find_below(folder, name, follow_links=follow_links)
             check_image(path)
-            digest = hashlib.sha256(read_picture(path)).digest()
+            digest = sha256_of_bytes(read_picture(path))
         except (FileError, ImageError) as fault:
             hint = (
                 ", or give --follow-links" if isinstance(fault, FileError) and fault.fault is FileFault.ESCAPES else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import random
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, question_record
 from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_bytes
 from mm_moslora.utils.untrusted_files import FileError
 
 CAPTION_WORDS = 5
@@ -65,7 +65,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     """The answers to the questions about every picture."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     """How often every question has every answer."""
-    hash_of = functools.cache(lambda path: hashlib.sha256(read_picture(path)).hexdigest())  # each file is read once
+    hash_of = functools.cache(lambda path: sha256_of_bytes(read_picture(path)))  # each file is read once
     for row in range(len(source)):
         try:
             record = source[row]
@@ -121,7 +121,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
 def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
     """A text that equal files share. Frames are identified by video and number."""
     if isinstance(picture, StoredPicture):
-        return hashlib.sha256(picture.read()).hexdigest()
+        return sha256_of_bytes(picture.read())
     return hash_of(picture.path) if isinstance(picture, LocalPicture) else picture.name
 
 

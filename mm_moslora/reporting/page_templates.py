@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.folder_marks import PAGE_SIGN, output_file
+from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.text_format import visible
 
 OWN = "mm_moslora.reporting"
@@ -44,7 +44,7 @@ def render_page(
     style, script = "".join(asset(name, package) for name in styles), asset("report.js", package)
     return environment.get_template(template).render(
         style=Markup(style), script=Markup(script),  # noqa: S704  (shipped with the package)
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), **context,
+        script_hash=base64.b64encode(bytes.fromhex(sha256_of_text(script))).decode(), **context,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from mm_moslora.tracking.run_environment import environment
-from mm_moslora.utils.files import is_full, sha256_of
+from mm_moslora.utils.files import is_full
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.redaction import redact, redact_text
 
 logger = logging.getLogger(__name__)

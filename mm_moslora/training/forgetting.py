@@ -6,7 +6,6 @@ kind runs without a gradient, and the forward passes of the whole run alone, a p
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -31,6 +30,7 @@ from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.validation import Measure, moment_of, tasks_folder, undisturbed, whole_model
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Forgetting:
 
 def _digest(texts: Sequence[Batch]) -> str:
     """A hash of the tokens of texts."""
-    return hashlib.sha256(repr([text.input_ids.tolist() for text in texts]).encode()).hexdigest()
+    return sha256_of_text(repr([text.input_ids.tolist() for text in texts]))
 
 
 def general_texts(run: Run) -> list[Batch]:

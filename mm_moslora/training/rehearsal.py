@@ -16,8 +16,9 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Saver, rank_fold
 from mm_moslora.training.resume import load_optimizer
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState, Snapshot, moving_statistics, snapshot
-from mm_moslora.utils import distributed, files
+from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, TrainingError
+from mm_moslora.utils.identity import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def rehearse(run: Run, saver: Saver) -> None:
     saver.start(taken.manifest, taken.write, size=taken.size)
     trial = saver.wait()
     size = sum(entry["bytes"] for entry in saver.files.values())
-    damaged = [name for name, entry in saver.files.items() if files.sha256_of(trial / name) != entry["sha256"]]
+    damaged = [name for name, entry in saver.files.items() if sha256_of(trial / name) != entry["sha256"]]
     if damaged:
         raise CheckpointError(f"{trial / damaged[0]} reads back differently than it was written. Check this disk.")
     written = time.monotonic()

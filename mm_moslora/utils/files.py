@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import logging
@@ -19,7 +18,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,14 +55,6 @@ def sync(path: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """Free bytes in the file system of a folder."""
     return shutil.disk_usage(folder).free
-
-
-def sha256_of(file: Path | BufferedReader) -> str:
-    """Hex digest of a file, or of the rest of a stream."""
-    if isinstance(file, Path):
-        with opened(file, most=None) as stream:
-            return sha256_of(stream)
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full(error: BaseException) -> bool:

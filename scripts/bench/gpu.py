@@ -37,7 +37,6 @@ relative differences, median and worst.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -59,6 +58,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mm_moslora.utils.hardware import hardware  # noqa: E402  (needs the path)
+from mm_moslora.utils.identity import sha256_of_bytes  # noqa: E402
 
 logger = logging.getLogger("gpu")
 LIMIT = 60.0
@@ -97,10 +97,8 @@ def last_line(text: str) -> str:
 
 def digest_of(paths: Iterable[Path]) -> str:
     """A hash of files."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    parts = (path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in sorted(paths))
+    return sha256_of_bytes(more=parts)[:12]
 
 
 def sources() -> str:

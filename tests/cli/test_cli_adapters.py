@@ -18,6 +18,7 @@ from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, save_a
 from mm_moslora.adapters.folders.export_adapter import largest_difference
 from mm_moslora.cli import run
 from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.identity import sha256_of
 
 IDS = torch.arange(3, 15)[None]
 
@@ -163,7 +164,6 @@ def _plain(folder: Path) -> None:
 
 def _rewrite(folder: Path, change) -> None:
     """Change the unfolded factors and make their hash fit, as a careless tool would."""
-    from mm_moslora.utils.files import sha256_of
 
     file, manifest = folder / "moslora.safetensors", folder / "moslora.json"
     tensors = load_file(file)

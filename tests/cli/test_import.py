@@ -49,7 +49,6 @@ READER = """
 import csv
 from mm_moslora.data.sources.open_sources import READERS
 from mm_moslora.data.sources.record_file import RecordSource
-from mm_moslora.utils.files import sha256_of
 
 class CsvRecords(RecordSource):
     def __init__(self, path, rules):

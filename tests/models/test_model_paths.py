@@ -20,10 +20,10 @@ from mm_moslora.cli import run as mm_moslora
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.models.weights_fingerprint import fingerprint
 from mm_moslora.serve.inference.adapter_compatibility import _differing_keys
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import EvalError, ModelError
+from mm_moslora.utils.identity import fingerprint
 
 OLD, NEW = "a" * 40, "b" * 40
 

@@ -16,7 +16,8 @@ from mm_moslora.models.load_model import load
 from mm_moslora.preferences.preference_setup import JudgedCollator, prepare
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import read_json, sha256_of
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of
 
 pytest.importorskip("trl", reason="trl is not installed")
 WHOLE = {"steps": 16, "global_batch": 24, "micro_batch": 24}

@@ -25,7 +25,8 @@ from mm_moslora.preferences.pair_rows import ROW, PairRows
 from mm_moslora.preferences.preference_setup import PairCollator, PreferenceRun, prepare, rows_of
 from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.utils.errors import ConfigError
-from mm_moslora.utils.files import read_json, sha256_of
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of
 
 pytest.importorskip("trl", reason="trl is not installed")
 MIXTURE = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5}

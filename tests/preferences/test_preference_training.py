@@ -32,7 +32,8 @@ from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
-from mm_moslora.utils.files import read_json, sha256_of
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of
 from tests.data.chat.test_thinking_form import tokenizer_of
 
 pytest.importorskip("trl", reason="trl is not installed")

@@ -28,7 +28,8 @@ from mm_moslora.preferences.preference_training import train_preferences
 from mm_moslora.preferences.rewards import Scorer, find_rewards, scores_together
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, TrainingError
-from mm_moslora.utils.files import read_json, sha256_of
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of
 
 pytest.importorskip("trl", reason="trl is not installed")
 ANSWERS = {"generations": 4, "max_new_tokens": 4}

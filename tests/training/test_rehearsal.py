@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm_moslora.training import rehearsal
 from mm_moslora.training.engine import TorchEngine
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils import files
@@ -69,6 +70,6 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
 
 def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
     hashes = iter(range(10**6))
-    monkeypatch.setattr(files, "sha256_of", lambda path: str(next(hashes)))
+    monkeypatch.setattr(rehearsal, "sha256_of", lambda path: str(next(hashes)))
     with pytest.raises(CheckpointError, match="reads back differently than it was written"):
         train(recipe)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.models.vision.feature_cache import bytes_of
+from mm_moslora.utils.identity import sha256_of_bytes
 from mm_moslora.utils.untrusted_data import parse_json
 
 if TYPE_CHECKING:
@@ -24,21 +26,15 @@ def model_fingerprint(model: PreTrainedModel, *, processor: Any, tokenizer: Any,
         tokenizer: the tokenizer.
         template: the chat template.
     """
-    import torch
-
-    digest = hashlib.sha256()
-    for part in (model.config, getattr(model, "generation_config", None)):
-        digest.update(part.to_json_string().encode() if part is not None else b"")
-    for name in ("image_processor", "video_processor"):
-        part = getattr(processor, name, None)
-        digest.update(_settings(part.to_dict()) if part is not None else b"")
-    digest.update(str(template).encode())
-    digest.update(_words(tokenizer))
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        # A counter is a tensor without dimensions, which cannot be viewed as bytes.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    configurations = (model.config, getattr(model, "generation_config", None))
+    processors = (getattr(processor, name, None) for name in ("image_processor", "video_processor"))
+    about = [
+        *(part.to_json_string().encode() for part in configurations if part is not None),
+        *(_settings(part.to_dict()) for part in processors if part is not None), str(template).encode(),
+        _words(tokenizer),
+    ]  # fmt: skip
+    weights = ((name.encode(), bytes_of(tensor)) for name, tensor in sorted(model.state_dict().items()))
+    return sha256_of_bytes(*about, more=chain.from_iterable(weights))
 
 
 def _settings(values: dict[str, Any]) -> bytes:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.hardware import keep_freed_memory
+from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
-from mm_moslora.utils.untrusted_files import opened
-from mm_moslora_eval.sources.document import digest
 
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
@@ -59,10 +57,9 @@ def name_with_files(name: str) -> str:
     path = Path(rest) if separator and kind == "replay" else find_checkpoint(Path(name))
     file = path / MANIFEST if path.is_dir() else path
     if file.is_file():
-        with opened(file, most=None) as stream:
-            return f"{name}, files {sha256_of(stream)[:12]}"
+        return f"{name}, files {sha256_of(file)[:12]}"
     sizes = sorted((str(item.relative_to(path)), item.stat().st_size) for item in path.rglob("*") if item.is_file())
-    return f"{name}, files {digest(sizes)[:12]}"
+    return f"{name}, files {sha256_of_values(sizes)[:12]}"
 
 
 def open_model(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.network.http_fetch import TimeLimit
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
@@ -40,7 +41,6 @@ from mm_moslora_eval.backends.endpoints.service_replies import (
     tokens_of,
 )
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
-from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ class EndpointModel:
     @property
     def fingerprint(self) -> str:
         """Hash over address and model name."""
-        return digest(["endpoint", self.endpoint.url, self.endpoint.model])
+        return sha256_of_values(["endpoint", self.endpoint.url, self.endpoint.model])
 
     @property
     def details(self) -> dict[str, str]:

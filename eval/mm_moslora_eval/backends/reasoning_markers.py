@@ -11,8 +11,8 @@ from mm_moslora.data.chat.chat_template import MARK, Template
 from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.record_keys import REASONING
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval.scoring.visible_text import Markers
-from mm_moslora_eval.sources.document import digest
 
 
 class ReasoningMarkers:
@@ -56,7 +56,7 @@ class ReasoningMarkers:
 
     def fingerprint(self, of_model: str) -> str:
         """The model's, with the markers that its answers keep."""
-        return digest([of_model, sorted(self.kept.values())]) if self.kept else of_model
+        return sha256_of_values([of_model, sorted(self.kept.values())]) if self.kept else of_model
 
 
 def _pairs(template: Template) -> tuple[Markers, ...]:

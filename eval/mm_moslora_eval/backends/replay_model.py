@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.identity import sha256_of_bytes
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes
 from mm_moslora_eval.backends.stored_answers import ReplayedAnswer, read_answers
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
@@ -33,7 +33,7 @@ class ReplayModel:
             raise EvalError(f"{path} is missing; replay needs a file with stored answers.")
         data = read_bytes(path, most=MOST_BYTES)
         self._path = path
-        self._fingerprint = hashlib.sha256(data).hexdigest()
+        self._fingerprint = sha256_of_bytes(data)
         self._by_column: dict[str, dict[str, list[ReplayedAnswer]]] = defaultdict(lambda: defaultdict(list))
         self._unlike = ""
         """A question with different answers, of which only a protocol with drawn answers takes several."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
@@ -18,7 +19,7 @@ from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeate
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
 from mm_moslora_eval.scoring.visible_text import THINK, Markers
 from mm_moslora_eval.sources import Source
-from mm_moslora_eval.sources.document import DataSet, Document, digest, first_id
+from mm_moslora_eval.sources.document import DataSet, Document, first_id
 from mm_moslora_eval.sources.hf_dataset import from_cache
 
 _NAME = re.compile(r"\w[\w.+-]*")
@@ -229,7 +230,7 @@ class Task:
     @property
     def request_hash(self) -> str:
         """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
-        return digest([self.name, self.protocol, self.version, self.prompt.decides(), self.decoding.decides])
+        return sha256_of_values([self.name, self.protocol, self.version, self.prompt.decides(), self.decoding.decides])
 
     def within(self, limit: int | None, *, thinking_tokens: int = 0) -> Task:
         """The task with the length of answers that a run asks for; it decides their identity, as the task's own does.

@@ -20,6 +20,7 @@ from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.run.answer_views import SAMPLES, find_view, read_json, read_scored, read_view, task_of
 from mm_moslora_eval.run.evaluate_suite import read_samples
@@ -30,7 +31,6 @@ from mm_moslora_eval.scoring.measured_scores import difference_of_scores, whole_
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
-from mm_moslora_eval.sources.document import digest
 
 if TYPE_CHECKING:
     from mm_moslora.tracking.tracker import SampleAnswer
@@ -91,7 +91,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
 
 def _subject(result: TaskResult) -> str:
     """An identifier of task, protocol and documents; only rows of the same subject are compared."""
-    return digest(list(result.subject))[:16]
+    return sha256_of_values(list(result.subject))[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

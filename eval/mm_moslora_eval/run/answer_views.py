@@ -18,6 +18,7 @@ from typing import Any
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.untrusted_data import StrictJsonError, build_strictly, parse_lines
 from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, find_below, read_bytes, read_text
 from mm_moslora_eval.protocol.task import Task
@@ -25,7 +26,7 @@ from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
 from mm_moslora_eval.run.stored_types import StoredDocument, TaskSample, check_row, check_view
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
-from mm_moslora_eval.sources.document import DataSet, Document, digest
+from mm_moslora_eval.sources.document import DataSet, Document
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
 SHARDS = "shards"
@@ -69,7 +70,9 @@ def selection_of(
     plain = f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"
     name = "all" if ids == all_ids else by or plain
     content = [[item.document.hash, list(item.own_ids)] for item in items]
-    return DocumentSelection(name=name, n=len(ids), of=len(all_ids), sha256=digest(content), whole_for=aggregation)
+    return DocumentSelection(
+        name=name, n=len(ids), of=len(all_ids), sha256=sha256_of_values(content), whole_for=aggregation
+    )
 
 
 def views_below(folder: Path) -> list[Path]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
-from mm_moslora_eval.sources.document import Document, ImageLike, digest
+from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 from mm_moslora_eval.sources.source_videos import about_videos, with_whole_videos
 
@@ -125,7 +126,7 @@ class Preparation:
     def _answers(self, item: Item) -> list[Item]:
         """An item for every answer; the first one has the key of a question with one answer."""
         count = range(1, self._task.decoding.samples)
-        return [item, *(replace(item, sample=number, key=digest([item.key, number])) for number in count)]
+        return [item, *(replace(item, sample=number, key=sha256_of_values([item.key, number])) for number in count)]
 
     def _identify(self, document: Document) -> _Identified:
         if document.problem is not None:
@@ -166,7 +167,7 @@ class Preparation:
             "task": task.request_hash,
             "id": document.id,
             "document": document.hash,
-            "prompt": digest(said),
+            "prompt": sha256_of_values(said),
             "images": shown,
             "mode": self._mode,
             "model": fingerprint,
@@ -175,7 +176,7 @@ class Preparation:
         return Item(
             index=index,
             document=document,
-            key=digest(decided),
+            key=sha256_of_values(decided),
             messages=messages,
             image_ids=shown,
             own_ids=own,
@@ -222,7 +223,7 @@ class Preparation:
         decoding = self._task.decoding
         if not decoding.temperature:
             return None
-        seed = int(digest([decoding.seed, self._task.id, item.document.id, item.sample])[:8], 16) % 2**31
+        seed = int(sha256_of_values([decoding.seed, self._task.id, item.document.id, item.sample])[:8], 16) % 2**31
         return TokenDraw(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k, seed=seed)
 
     def option_request(self, item: Item) -> OptionRequest:

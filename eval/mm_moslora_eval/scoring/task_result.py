@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mm_moslora_eval.sources.document import digest
+from mm_moslora.utils.identity import sha256_of_values
 
 RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
 """Parts of a task that turn answers into a score."""
@@ -22,7 +22,7 @@ def variant_of(described: Mapping[str, Any]) -> str:
     """
     samples = described.get("decoding", {}).get("samples", 1)
     parts = [samples, described.get("over_samples"), described.get("thinking")]
-    return "" if parts == [1, None, None] else f"-{digest(parts)[:6]}"
+    return "" if parts == [1, None, None] else f"-{sha256_of_values(parts)[:6]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class TaskResult:
         # The name of the protocol does not identify the rules of an edited task file.
         rules = [str(self.about.get(rule, "")) for rule in RULES]
         if "grading" in self.about:
-            rules.append(digest(self.about["grading"]))
+            rules.append(sha256_of_values(self.about["grading"]))
         variant = variant_of(self.about)
         return (*self._measured, self.version, *rules, *([variant] if variant else ()))
 

@@ -5,12 +5,10 @@ One `Document` per question.
 
 from __future__ import annotations
 
-import hashlib
-from functools import partial
 from pathlib import Path
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import md5_of, sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources import annotation_file, hf_dataset, llava_file, vlmevalkit_tsv
 from mm_moslora_eval.sources.document import DataSet, Document, checked
@@ -66,7 +64,7 @@ def _checksum(path: Path, expected_md5: str | None) -> str:
     with opened(path, most=None) as stream:
         sha256 = sha256_of(stream)
         stream.seek(0)
-        md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        md5 = md5_of(stream)
     if expected_md5 is not None and md5 != expected_md5:
         raise EvalError(
             f"{path} has MD5 {md5}, the protocol expects {expected_md5}: it is another version or damaged. "

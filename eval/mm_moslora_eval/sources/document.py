@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval.sources.source import Source
 
 if TYPE_CHECKING:
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 _STORED = ("id", "question", "options", "answers", "category", "hint", "extra", "problem")
 """Fields of a document that are stored: all but its images."""
 _WORDS = {"image": "a picture", "video": "a video", "options": "options", "image_folder": "a picture or video"}
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of JSON-like data, the same in every process."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +85,7 @@ class Document:
     @property
     def hash(self) -> str:
         """Hash of everything except the images."""
-        return digest(self.to_dict())
+        return sha256_of_values(self.to_dict())
 
     def column(self, name: str) -> str:
         """The value in a column: the category, the id, or a further column; empty without one."""

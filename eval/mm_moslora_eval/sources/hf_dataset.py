@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.untrusted_files import find_below, opened
 from mm_moslora_eval.sources.answer_options import answers_of, options_of
-from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked, digest
+from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
@@ -151,7 +151,7 @@ def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
                 _Table(table=one, name=f"{source.path}/{name}", source=source, added=more)
                 for (one, _), (name, more) in zip(found, source.files.items(), strict=True)
             ]
-            return tables, digest([sha256 for _, sha256 in found])
+            return tables, sha256_of_values([sha256 for _, sha256 in found])
         if path is None:
             table = read(source.path, revision=source.revision)
             return [whole(table)], str(getattr(table, "_fingerprint", ""))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of, sha256_of_bytes
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import ImageLike, StoredImage
 from mm_moslora_eval.sources.source_videos import WholeVideo
@@ -35,19 +34,19 @@ class Hasher:
             DataError: the file cannot be read.
         """
         if isinstance(image, bytes):
-            return hashlib.sha256(image).hexdigest()
+            return sha256_of_bytes(image)
         if isinstance(image, Path | StoredImage):
             if image not in self._known:
                 self._known[image] = _digest(image)
             return self._known[image]
-        return hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
+        return sha256_of_bytes(f"{image.size} {image.mode} ".encode(), image.tobytes())
 
 
 def _digest(image: Path | StoredImage) -> str:
     from mm_moslora.data.images.picture_faults import MAX_BYTES
 
     if isinstance(image, StoredImage):
-        return hashlib.sha256(image.identity.encode() or image.read()).hexdigest()
+        return sha256_of_bytes(image.identity.encode() or image.read())
     with opened(image, most=MAX_BYTES) as stream:
         return sha256_of(stream)
 

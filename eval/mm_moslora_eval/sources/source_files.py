@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of, sha256_of_bytes
 from mm_moslora.utils.untrusted_files import beside as resolve_model_paths
-from mm_moslora.utils.untrusted_files import opened
 
 _DERIVED = "cache-"
 """Prefix of the cache files that `datasets` writes into the folder of the data."""
@@ -95,14 +93,12 @@ def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:
 
 def folder_checksum(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's files; equal for a copy in another place."""
-    whole = hashlib.sha256()
+    lines = []
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(directory, name)
             if name.startswith((".", _DERIVED)) or not path.is_file():
                 continue
-            with opened(path, most=None) as stream:
-                content = sha256_of(stream)
-            whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()
+            lines.append(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\n")
+    return sha256_of_bytes("".join(lines).encode("utf-8", "surrogateescape"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import re
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import sha256_of
-from mm_moslora.utils.untrusted_files import opened
+from mm_moslora.utils.identity import sha256_of, sha256_of_bytes
 from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
 
 if TYPE_CHECKING:
@@ -105,8 +103,7 @@ class VideoFrames:
         self._whole: WholeVideo | None = None
         source = clip.source
         if isinstance(source, Path) and source.is_file():
-            with opened(source, most=None) as stream:
-                self._file = sha256_of(stream)
+            self._file = sha256_of(source)
         else:  # a folder of frames, or bytes
             self._file = ""
 
@@ -138,10 +135,8 @@ class VideoFrames:
         shown = about.frames_indices or ()
         file = self._file
         if not file:
-            digest = hashlib.sha256()
-            for frame in clip.video().frames:
-                digest.update(f"{frame.size} ".encode() + frame.tobytes())
-            file = digest.hexdigest()
+            frames = clip.video().frames
+            file = sha256_of_bytes(more=(f"{frame.size} ".encode() + frame.tobytes() for frame in frames))
         identity = f"video {list(shown)}{self._part} of {file}"
         self._whole = WholeVideo(self.read, 0, "video", 0, identity, frames=self, sampling=sampling, about=about)
         return self._whole

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.sources.document import Document, digest
+from mm_moslora.utils.identity import sha256_of_values
+from mm_moslora_eval.sources.document import Document
 
 
 def stratified(documents: Sequence[Document], column: str, count: int, *, seed: int) -> tuple[Document, ...]:
@@ -34,6 +35,6 @@ def stratified(documents: Sequence[Document], column: str, count: int, *, seed: 
         quotas[name] += 1
     chosen: set[int] = set()
     for name, members in strata.items():
-        order = random.Random(digest([seed, column, name])).sample(members, len(members))
+        order = random.Random(sha256_of_values([seed, column, name])).sample(members, len(members))
         chosen |= {*order[: quotas[name]]}
     return tuple(document for index, document in enumerate(documents) if index in chosen)

@@ -35,7 +35,7 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of
 
 logger = logging.getLogger(__name__)
 

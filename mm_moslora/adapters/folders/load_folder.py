@@ -30,7 +30,7 @@ from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_ada
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
 
 

@@ -39,7 +39,8 @@ from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import discard, read_json, replace_text, sha256_of, staging
+from mm_moslora.utils.files import discard, read_json, replace_text, staging
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.run_paths import writing
 
 

@@ -10,7 +10,6 @@ answer begins.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -39,6 +38,7 @@ from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.segment_encoder import Encoded, GrowingConversation, SegmentEncoder
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.identity import sha256_of_text
 
 
 class UnrenderedTools(DataError):  # noqa: N818  (the name of the fault)
@@ -106,7 +106,7 @@ class ConversationEncoder(SegmentEncoder):
             self.image_token_id, self.tokens_per_image, self.system_prompt, self._bos,
             self.thinking,
         )  # fmt: skip
-        return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
+        return sha256_of_text(repr(parts))
 
     def encode(
         self,

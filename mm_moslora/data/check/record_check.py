@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_text
 
 _TOGETHER = 128
 _SHORT_ANSWER = 60
@@ -284,7 +284,7 @@ class _RowCheck:
         report.ids[record.id] += 1
         content = repr([(turn.role, turn.said) for turn in record.turns] + record.image_names)
         content += repr(record.objects) if record.objects is not None else ""
-        report.contents[hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12).digest()] += 1
+        report.contents[bytes.fromhex(sha256_of_text(content)[:24])] += 1
         report.lengths.append(int(encoded.input_ids.shape[0]))
         report.supervised_tokens += int(encoded.supervised.sum())
         learned = sum(turn.weight > 0 for turn in fitting if turn.role == "assistant")

@@ -5,7 +5,6 @@ A picture is fetched once, from hosts that the recipe allows, and cached on this
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from mm_moslora.data.images.record_picture import (
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import replacing
+from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.network.http_fetch import FetchError, FetchFault, fetch
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_files import BAD_CHARACTER, SCHEME
@@ -45,7 +45,7 @@ class RemotePicture:
     @property
     def path(self) -> Path:
         """File of its cached bytes."""
-        return cache_folder("pictures") / hashlib.sha256(self.name.encode("utf-8")).hexdigest()
+        return cache_folder("pictures") / sha256_of_text(self.name)
 
     @property
     def fetched(self) -> bool:

@@ -7,7 +7,6 @@ Shapes: ``T`` tokens of one example.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from abc import abstractmethod
@@ -34,6 +33,7 @@ from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import SourceExamples, decoded, image_fault, placeholders_of, sizes_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -110,7 +110,7 @@ class AnswerSet(SourceExamples, Generic[Item]):
     @property
     def fingerprint(self) -> str:
         """A hash of the usable records and their lengths."""
-        return hashlib.sha256(bytes(self.lengths) + bytes(array("L", self.usable))).hexdigest()
+        return sha256_of_bytes(bytes(self.lengths), bytes(array("L", self.usable)))
 
     def identity(self, key: str) -> dict[str, object]:
         """What must be the same on every rank, by name; see `TrainingSet.identity`."""
@@ -244,7 +244,7 @@ class JudgedSet(AnswerSet[tuple[Example, bool]]):
     @property
     def fingerprint(self) -> str:
         """See `AnswerSet.fingerprint`; with the labels."""
-        return hashlib.sha256(f"{super().fingerprint} {self.labels.hex()}".encode()).hexdigest()
+        return sha256_of_text(f"{super().fingerprint} {self.labels.hex()}")
 
     def answered(self, index: int) -> Sequence[Record]:
         """See `AnswerSet.answered`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from mm_moslora.utils.errors import DataError, suggestion
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building
 from mm_moslora.utils.folder_marks import is_built
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import cache_folder
 from mm_moslora.utils.untrusted_data import parse_json, parse_object
@@ -290,7 +290,7 @@ def _store_of(table: Dataset) -> str:
 def _state(files: Iterable[str]) -> str:
     """A hash of the paths, sizes and times of files."""
     rows = sorted((os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:24]
+    return sha256_of_values(rows, ascii_only=True)[:24]
 
 
 def load_saved(folder: Path) -> Any:
@@ -385,7 +385,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
         files = next(iter(arguments["data_files"].values()))
     else:
         files = _own_files(name, arguments) if Path(name).is_dir() else []
-    key = hashlib.sha256(json.dumps([arguments, _state(files), config.limit], sort_keys=True).encode()).hexdigest()[:24]
+    key = sha256_of_values([arguments, _state(files), config.limit], ascii_only=True)[:24]
     folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(folder.with_suffix(".lock"), wait=True):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import hashlib
 import logging
 import os
 import random
@@ -24,6 +23,7 @@ from mm_moslora.data.preferences.judged_records import SHOWN
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.record_file import EmptySourceError, RecordFile, RecordSource, require_file
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_text
 
 if TYPE_CHECKING:
     from mm_moslora.batch import ImageProcessing
@@ -240,7 +240,7 @@ class SelectedRecords(RecordSource):
 
     def fingerprint(self) -> str:
         """A hash of the whole source and the chosen rows."""
-        choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
+        choice = sha256_of_text(repr(list(self.rows)))
         return f"{self.source.fingerprint()}-{choice[:16]}"
 
     def content(self) -> str:
@@ -289,7 +289,7 @@ class FirstRecords(RecordSource):
     def fingerprint(self) -> str:
         """A hash of the files, and of the number of records."""
         parts = [file.fingerprint() for file in self.files]
-        return hashlib.sha256(repr([len(self), *parts]).encode()).hexdigest()
+        return sha256_of_text(repr([len(self), *parts]))
 
     def _at(self, row: int) -> tuple[RecordSource, int]:
         number = bisect.bisect_right(self._starts, row) - 1

@@ -23,7 +23,7 @@ from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where
 from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
@@ -179,8 +179,7 @@ class RecordFile(RecordSource):
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
-        with opened(self.path, most=None) as stream:
-            return sha256_of(stream)
+        return sha256_of(self.path)
 
     content = fingerprint
 

@@ -6,7 +6,6 @@ Nothing is extracted. A file is read once to find the offset of each member; byt
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 import tarfile
@@ -22,6 +21,7 @@ from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
 from mm_moslora.data.sources.record_file import EmptySourceError, FileStamp, RecordSource, reopened
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import opened
 
@@ -86,11 +86,11 @@ class TarSource(RecordSource):
     def fingerprint(self) -> str:
         """A hash of names, sizes and times of change of the tar files."""
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()
+        return sha256_of_text(repr(stats))
 
     def content(self) -> str:
         """A hash of names and sizes of the tar files."""
-        return hashlib.sha256(repr([(path.name, path.stat().st_size) for path in self.files]).encode()).hexdigest()
+        return sha256_of_text(repr([(path.name, path.stat().st_size) for path in self.files]))
 
     def _with_shown(self, value: dict[str, Any], shown: dict[str, StoredPicture], key: str) -> dict[str, Any]:
         """The object with names of members replaced by the members; without names it gets all members of its record."""

@@ -16,7 +16,8 @@ from mm_moslora.models.load_model import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
 from mm_moslora.utils.errors import MoSLoRAError
-from mm_moslora.utils.files import read_json, sha256_of
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of
 from mm_moslora.utils.run_paths import BASE, MANIFEST, find_checkpoint
 
 _HASHED_BYTES = 2**33

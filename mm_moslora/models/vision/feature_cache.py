@@ -15,8 +15,8 @@ import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from mm_moslora.batch import Batch
 from mm_moslora.utils import distributed
 from mm_moslora.utils.files import replacing
+from mm_moslora.utils.identity import quick_hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +61,17 @@ class StoreCounts:
 
 def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
     """A hash of what a tower's features depend on: weights, whole on this process, configuration and layers."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
     config = {k: v for k, v in tower.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps([FORMAT, type(tower).__name__, config, layers], sort_keys=True, default=str).encode())
-    for name, value in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()
+    about = json.dumps([FORMAT, type(tower).__name__, config, layers], sort_keys=True, default=str)
+    weights = sorted(tower.state_dict().items())
+    named = ((f"{name} {value.dtype} {tuple(value.shape)}".encode(), bytes_of(value)) for name, value in weights)
+    return quick_hash_of(chain([about.encode()], chain.from_iterable(named)))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, in the order of its elements."""
+    # A tensor without dimensions cannot be viewed as bytes.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def pixel_hash(pixels: Tensor) -> str:
@@ -77,13 +80,7 @@ def pixel_hash(pixels: Tensor) -> str:
 
 
 def _checksum(tensor: Tensor) -> str:
-    import xxhash  # a step without a cache needs none
-
-    return xxhash.xxh3_128_hexdigest(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return quick_hash_of([bytes_of(tensor)])
 
 
 def _size_of(file: Path) -> int:

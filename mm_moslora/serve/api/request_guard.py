@@ -7,7 +7,6 @@ It checks the Host and Origin headers, the key and the size of the body, drops s
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import os
@@ -25,6 +24,7 @@ from mm_moslora.serve.api.api_errors import ApiError, internal, stopping
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopback
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
 from mm_moslora.utils.redaction import redacted_traceback
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Guard:
         self, app: App, *, limits: Limits, logged: bool = False, key: str | None = None, local: bool = True
     ) -> None:
         self._app, self._limits, self._logged, self._local = app, limits, logged, local
-        self._key = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._key = None if key is None else sha256_of_text(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -126,7 +126,7 @@ class Guard:
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         # Digests are compared, so that the duration reveals nothing about the key, not even its length.
-        same = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self._key)
+        same = hmac.compare_digest(sha256_of_bytes(token.strip()), self._key)
         if scheme.lower() != b"bearer" or not same:
             raise ApiError(
                 "A key is required: send the header `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"

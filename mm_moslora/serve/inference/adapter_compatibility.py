@@ -11,8 +11,8 @@ from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import model_of, recipe_of
 from mm_moslora.models.model_paths import stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
-from mm_moslora.models.weights_fingerprint import difference
 from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.identity import difference
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 _REVISIONS = {

@@ -8,7 +8,6 @@ whatever its name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from mm_moslora import __version__
 from mm_moslora.utils import distributed, files, folder_marks
 from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.run_paths import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Manifest:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256_of_values(rest, ascii_only=True)
 
 
 class Saver:
@@ -148,7 +148,7 @@ class Saver:
             for path in self._own_files():
                 files.sync(path)
                 name = path.relative_to(self._temporary).as_posix()
-                self.files[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+                self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         except Exception as error:  # reported by `finish`, on every rank
             self._failure = f"{type(error).__name__}: {error}"
 
@@ -306,7 +306,7 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
             f"{path} has {size} bytes, the manifest expects {expected['bytes']}. It was truncated or replaced; "
             "choose an earlier checkpoint."
         )
-    if verify and files.sha256_of(path) != expected["sha256"]:
+    if verify and sha256_of(path) != expected["sha256"]:
         raise CheckpointError(
             f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
         )

@@ -6,7 +6,6 @@ up without a word, and samples seen twice or never.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import socket
 from collections import defaultdict
@@ -21,6 +20,7 @@ from mm_moslora.launch.imported_code import import_marks
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError
 from mm_moslora.utils.files import read_json
+from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
 from mm_moslora.utils.package_requirements import installed_version
 
 SAME = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "safetensors")
@@ -34,11 +34,11 @@ def software() -> dict[str, str]:
     """Versions, and a short hash over this package's Python files: checkouts of one version may differ."""
     import mm_moslora
 
-    code, folder = hashlib.sha256(), Path(mm_moslora.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    folder = Path(mm_moslora.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    code = sha256_of_bytes(more=(str(path.relative_to(folder)).encode() + path.read_bytes() for path in files))
     versions = {name: installed_version(name) or "not installed" for name in SAME}
-    return versions | {"Python": platform.python_version(), "code": code.hexdigest()[:12]}
+    return versions | {"Python": platform.python_version(), "code": code[:12]}
 
 
 def settings_of(recipe: YamlRecipe) -> dict[str, Any]:
@@ -71,8 +71,7 @@ def agree(facts: Mapping[str, object], remedy: str) -> None:
         DistributedError: on every rank; names what differs, and the ranks.
     """
     own = {name: repr(value) for name, value in facts.items()}
-    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
-    if len({*distributed.gather_objects(digest)}) == 1:
+    if len({*distributed.gather_objects(sha256_of_text(repr(sorted(own.items()))))}) == 1:
         return
     everywhere = distributed.gather_objects((socket.gethostname(), own))
     hosts = dict(enumerate(host for host, _ in everywhere))

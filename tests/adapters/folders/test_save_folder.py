@@ -28,7 +28,7 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.folder_format import PREFIX
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.identity import sha256_of
 from tests.adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
 
 TARGETS = ["q_proj", "down_proj"]

@@ -25,9 +25,9 @@ from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.submission_forms import submission_forms
-from mm_moslora_eval.sources.document import digest
 
 from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.identity import sha256_of_values
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_server import serve
 
@@ -90,7 +90,8 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
         assert result.about["judge"] | {"url": ""} == {
             "model": "j", "url": "", "wording": WORDING, "thinking_tokens": THINKING_TOKENS, "cached": 0,
             "unreadable": 2, "calls": 1 + 3 + 1, "retries": 0, "prompt_tokens": 50,
-            "completion_tokens": judge.endpoint.usage.completion_tokens, "prompt_sha256": digest(prompt_of(task)[1]),
+            "completion_tokens": judge.endpoint.usage.completion_tokens,
+            "prompt_sha256": sha256_of_values(prompt_of(task)[1]),
         }  # fmt: skip
         prompt = next(p["messages"][0]["content"] for p in server.payloads if "Q0?" in p["messages"][0]["content"])
         assert "a <AND> b" in prompt

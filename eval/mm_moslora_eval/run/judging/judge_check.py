@@ -6,7 +6,6 @@ and the document: `question`, `answers` (or `answer`), `options`, `category`, `h
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.untrusted_data import build_known, parse_lines
 from mm_moslora.utils.untrusted_files import read_text, read_text_below
 from mm_moslora_eval.protocol.task import Task
@@ -105,7 +105,7 @@ def check_judge(judge: Judge, task: Task, view: Path) -> dict[str, Any] | None:
     share = aggregate("mean", same)
     read = [difference for difference in off if not math.isnan(difference)]
     return {
-        "file": path.name, "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), "n": len(same),
+        "file": path.name, "sha256": sha256_of_text(text), "n": len(same),
         "agreed": round(sum(sample.score for sample in same)), "share": share.value, "low": share.low,
         "high": share.high, "mean_difference": fmean(read) if read else None, "unreadable": len(off) - len(read),
         "least": judge.least_agreement,

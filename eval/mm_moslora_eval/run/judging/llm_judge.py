@@ -16,10 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.files import make_subfolder, read_json, replace_text
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.backends.endpoints.service_replies import NoAnswerError, Usage, is_cut_off, reply_text
 from mm_moslora_eval.scoring.visible_text import without_thinking
-from mm_moslora_eval.sources.document import digest
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Judge:
             for temperature in (_TEMPERATURES[:1] if getattr(self.endpoint, "greedy", False) else _TEMPERATURES)
         ]
         server = {"url": self.endpoint.url, "model": self.endpoint.model}
-        cache_files = [self._cache / f"{digest(server | {'request': request})}.json" for request in requests]
+        cache_files = [self._cache / f"{sha256_of_values(server | {'request': request})}.json" for request in requests]
         with self._counting:
             asking = self._asking.setdefault(cache_files[0], threading.Lock())
         with asking:  # of equal prompts at one time one is asked, and the others find its reply

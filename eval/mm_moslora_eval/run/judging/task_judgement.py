@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.judging.answer_graders import needs_judge, prompt_of
 from mm_moslora_eval.run.judging.judge_check import check_judge
@@ -15,7 +16,6 @@ from mm_moslora_eval.run.judging.judged_scores import judged, score_by_rules, sh
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.scoring.answer_scoring import JUDGED
 from mm_moslora_eval.scoring.scored_sample import Scored
-from mm_moslora_eval.sources.document import digest
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ def judgement(judge: Judge | None, task: Task, samples: Sequence[Scored], *, vie
     named: dict[str, Any] = {}
     if needs_judge(task):
         wording, prompt = prompt_of(task)
-        named |= {"wording": wording, "prompt_sha256": digest(prompt)}
+        named |= {"wording": wording, "prompt_sha256": sha256_of_values(prompt)}
         named |= {"shortened": count} if (count := shortened(samples)) else {}
         try:
             if (found := check_judge(judge, task, view)) is not None:
