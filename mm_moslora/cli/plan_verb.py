@@ -115,9 +115,9 @@ def _pictures(plan: RunPlan) -> str:
     """Print the assumed picture size, for models with a cost per picture that depends on it."""
     from rich.markup import escape
 
-    size = plan.activation_memory
+    size = plan.cost
     assert plan.picture is not None
-    tiles = "" if size.tiles == 1 else f"{size.tiles} tiles, "
+    tiles = "" if size.picture.tiles == 1 else f"{size.picture.tiles} tiles, "
     width, height = plan.picture
     line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
     if size.unseen:
@@ -140,7 +140,7 @@ def _parts(plan: RunPlan) -> Any:
     from rich.table import Table
 
     table = Table("part", "parameters", "trainable", box=None)
-    for name, (total, trainable) in plan.activation_memory.parts.items():
+    for name, (total, trainable) in plan.cost.parts.items():
         table.add_row(name, f"{total:,}", f"{trainable:,}")
     return table
 
@@ -233,7 +233,7 @@ def _verdict(console: Any, plan: RunPlan, price: float | None) -> None:
         remedy = "" if plan.own.generating == plan.own.peak else " Take more or larger GPUs, or nf4."
         console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}[/] without offloading.{remedy}")
         return
-    share = utilisation(gpus, plan.activation_memory)
+    share = utilisation(gpus, plan.cost)
     console.print(
         f"[bold]{best.label}[/]: {expected(plan, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
         "of the peak."

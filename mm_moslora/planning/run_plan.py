@@ -19,10 +19,9 @@ from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.training.deepspeed_presets import ZeroSettings
 from mm_moslora.training.engine import check_file, refuse_ranks
-from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, Memory, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus
-from mm_moslora.training.metrics.step_flops import Flops, StepShape
+from mm_moslora.training.metrics.model_cost import Flops, ModelCost, StepShape, model_cost
 from mm_moslora.training.preflight import check_model, check_zero
 from mm_moslora.utils.errors import ConfigError
 
@@ -34,6 +33,10 @@ KNOWN_DATA = {
 }  # fmt: skip
 """Data file: samples, mean tokens per sample with 576 visual ones (assumed lengths), share with a picture."""
 LLAVA_VISUAL = 576
+LAUNCHES_FORWARD, LAUNCHES = 58, 161
+"""Kernels of a lean decoder layer with seven adapted linear layers: forward, and with the backward pass."""
+LAUNCH_SECONDS = 10e-6
+"""Time in which a host launches one kernel of PyTorch, with autograd's own work (not measured here)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class RunPlan:
     """The fastest setting that fits, and all other settings."""
 
     gpus: Gpus
-    activation_memory: ActivationMemory
+    cost: ModelCost
     picture: tuple[int, int] | None
     """Width and height of a typical picture; None: every picture costs the same."""
     data: DataSize
@@ -126,7 +129,7 @@ def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSi
     return None
 
 
-def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
+def utilisation(gpus: Gpus, size: ModelCost) -> float:
     """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures. A decoder
     without adapters that does not train multiplies by its weights alone."""
     decoder, newer = size.counter.decoder, gpus.peak > 5e14
@@ -140,12 +143,14 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 def speed(step: StepMemory, gpus: Gpus, data: DataSize, *, samples: float, number: float = 1.0) -> float:
     """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
     computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step.
-    Weights of a quantised base are made dense in every pass over the decoder."""
-    size, zero = step.size, step.settings
-    work = _flops(size, data, samples, checkpointing=step.share_again).total
+    Weights of a quantised base are made dense in every pass over the decoder. A micro-batch takes at least the time in
+    which its passes read the weights, and in which the host launches its kernels."""
+    size, zero, again = step.size, step.settings, step.share_again
+    work = _flops(size, data, samples, checkpointing=again).total
     peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak
-    seconds = work / (peak * utilisation(gpus, size))
-    seconds += (2 + step.share_again) * size.dequantised / gpus.memory_bandwidth
+    computing = work / (peak * utilisation(gpus, size)) + (2 + again) * size.dequantised / gpus.memory_bandwidth
+    reading = (2 + again) * size.weight_bytes / gpus.memory_bandwidth
+    seconds = max(computing, reading, size.runs * (LAUNCHES + again * LAUNCHES_FORWARD) * LAUNCH_SECONDS)
     if zero is not None and gpus.count > 1:
         gathers, gradients = _exchange(step, zero, gpus, number=number)
         seconds = max(seconds, gathers) + gradients
@@ -171,12 +176,12 @@ def busy_share(global_batch: int, gpus: int) -> float:
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
-def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointing: float) -> Flops:
+def _flops(size: ModelCost, data: DataSize, count: float, *, checkpointing: float) -> Flops:
     shape = StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
-        pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
+        pairs=count * data.tokens * (data.tokens + 1) / 2, images=count * data.pictures,
     )  # fmt: skip
-    return size.counter.count(shape, checkpointing=checkpointing, vision_checkpointing=size.vision_checkpointing)
+    return size.counter.count(shape, checkpointing=checkpointing, vision_checkpointing=True)
 
 
 def _simplest(options: list[Option]) -> Option | None:
@@ -222,7 +227,7 @@ def plan(
         )
     train = recipe.train
     in_fp32 = train.precision == "fp32" or (train.precision == "auto" and not gpus.has_bf16)
-    size = activation_memory(
+    size = model_cost(
         recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
         picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
     )  # fmt: skip
@@ -284,14 +289,14 @@ def plan(
         epochs = train.steps * train.global_batch * data.per_row / data.samples
     shown = (picture or PICTURE) if varies else None
     return RunPlan(
-        gpus=gpus, activation_memory=size,
+        gpus=gpus, cost=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - together * train.global_batch), own=own,
         remedy=_remedy(recipe, size, gpus, own),
     )  # fmt: skip
 
 
-def _remedy(recipe: Recipe, size: ActivationMemory, gpus: Gpus, own: Option) -> str:
+def _remedy(recipe: Recipe, size: ModelCost, gpus: Gpus, own: Option) -> str:
     step = StepMemory(
         size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
         together=recipe.train.sequence_parallel, optimizer=recipe.optim.optimizer,

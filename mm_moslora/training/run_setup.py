@@ -30,8 +30,9 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.engine.ulysses import row_share
+from mm_moslora.training.metrics.gpu_memory import estimate_run
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
-from mm_moslora.training.metrics.token_budget import token_budget
+from mm_moslora.training.metrics.model_cost import PictureWork
 from mm_moslora.training.model_start import resumed_start, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.preflight import check_model
@@ -81,6 +82,8 @@ class Run(RunParts):
     engine: TrainingEngine
     limit: MicroBatchLimit
     """Size of this rank's micro-batches, the same on all ranks."""
+    picture: PictureWork | None = None
+    """Work of a typical picture; None: no estimate."""
 
     def identity(self) -> dict[str, object]:
         """What the data is, see `TrainingSet.identity`."""
@@ -96,7 +99,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     kernels = kernels_of(recipe, precision)
     with distributed.failing_together("Finding the model"):
         parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
-    micro_tokens = token_budget(recipe, parts, precision=precision)
+    estimate = estimate_run(recipe, parts, precision=precision)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
         model_start, adapter_start = resumed_start(recipe.model, parts, recipe.adapter, checkpoint)
@@ -132,8 +135,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
         limit=MicroBatchLimit(
-            examples=recipe.train.micro_batch, tokens=micro_tokens, padded=needs_padding(model)
+            examples=recipe.train.micro_batch, tokens=estimate.tokens, padded=needs_padding(model)
         ),
+        picture=estimate.picture,
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
         preprocessing=described(recipe, assembly),
     )  # fmt: skip

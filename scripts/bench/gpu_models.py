@@ -40,7 +40,7 @@ from mm_moslora.models.precision import run_arithmetic
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
-from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
+from mm_moslora.training.metrics.model_cost import FlopCounter, StepShape
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError

@@ -23,7 +23,7 @@ from mm_moslora.adapters import (
     merge,
     save_adapter,
 )
-from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
+from mm_moslora.training.metrics.model_cost import FlopCounter, StepShape
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import llama, llava, llava_inputs, logits, train_a_bit, two_subspaces
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mm_moslora.config import Recipe
 from mm_moslora.models.model_sizes import shipped_config, shipped_shapes
-from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
+from mm_moslora.training.metrics.model_cost import ModelCost, model_cost
 
 INTERNLM2 = "internlm/internlm2-chat-7b"
 CONVERTED = "internlm2-chat-7b-llama"
@@ -77,7 +77,7 @@ def write_configurations(folder: Path) -> dict[str, str]:
     return paths
 
 
-def memory_of(recipe: Recipe, **options: Any) -> ActivationMemory:
+def memory_of(recipe: Recipe, **options: Any) -> ModelCost:
     """What the model of a recipe needs per token."""
     again = recipe.train.vision_gradient_checkpointing
-    return activation_memory(recipe.model, recipe.adapter, vision_checkpointing=again, **options)
+    return model_cost(recipe.model, recipe.adapter, vision_checkpointing=again, **options)

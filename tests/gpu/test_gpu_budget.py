@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trials import make_recipe
 
 from mm_moslora.batch import Batch, Example
-from mm_moslora.training.metrics.activation_memory import activation_memory
 from mm_moslora.training.metrics.gpu_memory import MODEL_ERROR, StepMemory
+from mm_moslora.training.metrics.model_cost import model_cost
 from mm_moslora.training.run_setup import prepare
 
 
@@ -45,9 +45,7 @@ def test_the_peak_of_a_step_is_what_the_token_budget_stands_on(checkpointing, pa
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     assert run.engine.step([batch], 1.0).applied
-    step = StepMemory(
-        size=activation_memory(recipe.model, recipe.adapter), zero="none", world=1, checkpointing=checkpointing
-    )
+    step = StepMemory(size=model_cost(recipe.model, recipe.adapter), zero="none", world=1, checkpointing=checkpointing)
     needed = step.of(tokens, supervised=batch.supervised_tokens, images=0)
     if on_gpu:
         planned = needed.total - needed.context

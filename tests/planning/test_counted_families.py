@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.planning.run_plan import DataSize, plan
-from mm_moslora.training.metrics import activation_memory
+from mm_moslora.training.metrics import model_cost
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.utils.errors import ModelError
 
@@ -47,7 +47,7 @@ def test_parameters_are_those_of_the_whole_model(kind: str, adapter: AdapterConf
     few = {"num_hidden_layers": 6} if kind == "kimi_k25" else {}
     recipe = Recipe(model=saved(tmp_path, kind, **few), adapter=adapter)
     planned = plan(recipe, parse_gpus("8xH100"), SIZE)
-    size = planned.activation_memory
+    size = planned.cost
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
     own = sum(parameter.numel() for parameter in whole.parameters())
@@ -85,6 +85,6 @@ def test_memory_that_cannot_be_counted_is_one_error(tmp_path: Path, monkeypatch:
     def fails(*_: object) -> int:
         raise NotImplementedError("no kernel for it")
 
-    monkeypatch.setattr(activation_memory, "kept_bytes", fails)
+    monkeypatch.setattr(model_cost, "kept_bytes", fails)
     with pytest.raises(ModelError, match=r"cannot be counted: Lfm2.* \(NotImplementedError: no kernel for it\)"):
         plan(Recipe(model=saved(tmp_path, "lfm2_vl")), parse_gpus("8xH100"), SIZE)

@@ -21,13 +21,10 @@ from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import has_own_forward, image_features, needs_padding
-from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.step_flops import Flops
-from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
+from mm_moslora.training.metrics.model_cost import FlopCounter, StepShape, model_cost
 
 PICTURES = ((150, 60), (40, 90), (64, 64))
 """Widths and heights: other tiles and patches each; the last two belong to one conversation."""
-A100 = "NVIDIA A100-SXM4-80GB"
 
 
 def built(model: dict[str, object]) -> Parts:
@@ -51,17 +48,12 @@ def seen_batch(assembly: Parts) -> Batch:
     return Batch.from_examples(examples)
 
 
-def of_step(batch: Batch) -> StepResult:
-    return StepResult(
-        loss=1.0, grad_norm=1.0, applied=True, supervised_tokens=batch.supervised_tokens, tokens=batch.tokens,
-        images=batch.images,
-    )  # fmt: skip
-
-
-def needed(assembly: Parts, batch: Batch) -> Flops:
-    found = Speedometer(assembly.model, device_name=A100).needs(of_step(batch), [batch])
-    assert found is not None
-    return found
+def needed(recipe: dict[str, object], assembly: Parts, batch: Batch) -> float:
+    """FLOPs of the batch's pictures, by those of a picture of another size on the meta device."""
+    given = Recipe.from_dict({"model": recipe, "adapter": {"rank": 4}})
+    picture = model_cost(given.model, given.adapter).picture
+    shape = StepShape.of([1], supervised=1, images=picture.count(batch))
+    return FlopCounter(assembly.model, picture=picture).count(shape).vision
 
 
 def counted(assembly: Parts, batch: Batch) -> int:
@@ -87,16 +79,15 @@ def counted(assembly: Parts, batch: Batch) -> int:
 def test_the_pictures_of_a_step_are_counted_within_two_per_cent_of_torchs_count(
     family: str, projector: str, tmp_path: Path
 ) -> None:
-    assembly = built({"vlm": str(make_vlm(tmp_path / family, family)), "projector": {"mode": projector}})
+    model = {"vlm": str(make_vlm(tmp_path / family, family)), "projector": {"mode": projector}}
+    assembly = built(model)
     batch = seen_batch(assembly)
-    assert needed(assembly, batch).vision == pytest.approx(counted(assembly, batch), rel=0.02)
+    assert needed(model, assembly, batch) == pytest.approx(counted(assembly, batch), rel=0.02)
 
 
-def test_tiles_of_an_assembled_model_are_counted_and_its_mfu_is_of_them(tmp_path: Path) -> None:
+def test_tiles_of_an_assembled_model_are_counted(tmp_path: Path) -> None:
     parts = {"language": str(make_language(tmp_path / "language")), "image_aspect": "anyres"}
-    assembly = built(parts | {"vision": {"name": str(make_vision(tmp_path / "vision", "clip"))}})
+    model = parts | {"vision": {"name": str(make_vision(tmp_path / "vision", "clip"))}}
+    assembly = built(model)
     batch = seen_batch(assembly)
-    found = needed(assembly, batch)
-    assert found.vision == pytest.approx(counted(assembly, batch), rel=0.02)
-    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], rank_figures(seconds=2.0))
-    assert metrics["mfu"] == pytest.approx(found.total / (2.0 * 312e12))
+    assert needed(model, assembly, batch) == pytest.approx(counted(assembly, batch), rel=0.02)

@@ -24,9 +24,9 @@ from mm_moslora.models.model_sizes import config_to_count, shipped_shapes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.planning import run_plan
 from mm_moslora.planning.run_plan import DataSize, RunPlan, known_data, plan
-from mm_moslora.training.metrics.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, StepMemory
 from mm_moslora.training.metrics.gpu_specs import Gpus, parse_gpus
+from mm_moslora.training.metrics.model_cost import ModelCost, model_cost
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils.errors import ConfigError
@@ -51,13 +51,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def measured_once(folders: dict[str, str]) -> Callable[..., ActivationMemory]:
-    found: dict[str, ActivationMemory] = {}
+def measured_once(folders: dict[str, str]) -> Callable[..., ModelCost]:
+    found: dict[str, ModelCost] = {}
 
-    def measured(model: ModelConfig, adapter: AdapterConfig, **options: Any) -> ActivationMemory:
+    def measured(model: ModelConfig, adapter: AdapterConfig, **options: Any) -> ModelCost:
         usual = {"picture": PICTURE, "vision_checkpointing": False}
         key = repr((model, adapter, sorted((usual | options).items())))
-        return found[key] if key in found else found.setdefault(key, activation_memory(model, adapter, **options))
+        return found[key] if key in found else found.setdefault(key, model_cost(model, adapter, **options))
 
     return measured
 
@@ -66,7 +66,7 @@ def measured_once(folders: dict[str, str]) -> Callable[..., ActivationMemory]:
 def _measure_once(measured_once, monkeypatch) -> None:
     """Many tests plan the same models, on other GPUs."""
     for module in (run_plan, planning_configs):
-        monkeypatch.setattr(module, "activation_memory", measured_once)
+        monkeypatch.setattr(module, "model_cost", measured_once)
 
 
 def shipped(name: str, folders: dict[str, str]) -> Recipe:
@@ -200,7 +200,7 @@ def test_the_sizes_of_shipped_models_are_known() -> None:
 
 def test_shipped_models_are_planned_where_no_hub_is(folders, tmp_path: Path, monkeypatch, capsys) -> None:
     """An assembled and a ready-made one; of the others the sizes are those of the configurations of all tests here."""
-    monkeypatch.setattr(run_plan, "activation_memory", activation_memory)
+    monkeypatch.setattr(run_plan, "model_cost", model_cost)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = ["--samples", "1000", "--tokens-per-sample", "400"]
@@ -281,6 +281,15 @@ def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(planne
     halved = planned("llava15_7b_moslora", "4xA100-80G")
     assert halved.best is not None
     assert halved.hours(halved.best) == pytest.approx(2 * found.hours(found.best), rel=0.02)
+
+
+def test_small_micro_batches_take_the_time_of_their_launches(folders) -> None:
+    """Records of 110 tokens on an H100: 32 lean layers of 161 kernels, whatever is in a micro-batch."""
+    recipe, gpus = shipped("commonsense_170k", folders), parse_gpus("1xH100-80G")
+    one, four, all_together = (plan(changed(recipe, micro_batch=number), gpus) for number in (1, 4, 16))
+    assert one.data.tokens / one.own.tokens_per_second == pytest.approx(32 * 161 * 10e-6)
+    assert one.hours(one.own) == pytest.approx(4 * four.hours(four.own))
+    assert all_together.hours(all_together.own) < 0.7 * four.hours(four.own)
 
 
 def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:

@@ -63,7 +63,7 @@ def test_checkpointing_a_tower_is_planned(kind: str, towers, language: str) -> N
     chosen = recipe(language, towers[kind], mode="full").to_dict()
     plain = memory_of(Recipe.from_dict(chosen))
     chosen["train"]["vision_gradient_checkpointing"] = True
-    assert 0 < memory_of(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
+    assert 0 < memory_of(Recipe.from_dict(chosen)).picture.kept < 0.6 * plain.picture.kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,27 +73,23 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
     found = plan(chosen, parse_gpus("2xRTX4090"), data)
     assert found.best is not None
     tower, spec = load_vision(towers[kind])
-    assert found.activation_memory.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
+    assert found.cost.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
     # torch's counter does not know the CPU's fused attention, so attention is spelt out.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         tower.eval()(torch.zeros(1, 3, spec.size, spec.size), output_hidden_states=towers[kind].feature_layer)
-    projector = found.activation_memory.counter.projector
-    seen = found.activation_memory.counter.picture.tokens
-    back = (
-        2 * seen * (projector.trained - found.activation_memory.counter.projector_entry) + 2 * seen * projector.trained
-    )
-    expected = counted.get_total_flops() + 2 * seen * projector.trained + back
-    assert found.flops.vision == pytest.approx(expected, rel=0.02)
+    # The projector: forward, for its weights, and for the input of all but its first layer.
+    projector = 2 * spec.tokens * found.cost.parts["projector"][0]
+    assert 2 * projector < found.flops.vision - counted.get_total_flops() < 3.1 * projector
 
 
 def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> None:
     frozen, trained = (memory_of(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full"))
-    assert trained.kept_per_image > 2 * frozen.kept_per_image
+    assert trained.picture.kept > 2 * frozen.picture.kept
     assert trained.trainable > frozen.trainable
     chosen = recipe(language, towers["transformers"], mode="full").to_dict()
     chosen["model"]["vision"] |= {"mode": "last_n", "last_n": 1}
     last = memory_of(Recipe.from_dict(chosen))  # of three layers
-    assert frozen.kept_per_image < last.kept_per_image < 0.5 * trained.kept_per_image
+    assert frozen.picture.kept < last.picture.kept < 0.5 * trained.picture.kept
     plain = recipe(language, towers["transformers"])
     assert build_meta_model(plain.model, plain.adapter).tokens_per_image == 36
 

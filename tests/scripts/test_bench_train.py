@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import train as bench
 import yardstick
 
-from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
+from mm_moslora.training.metrics.model_cost import FlopCounter, StepShape
 
 SMALL = yardstick.Setting(layers=2)
 

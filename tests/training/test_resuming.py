@@ -16,6 +16,7 @@ from mm_moslora.config import ProjectorConfig, Recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.checkpointing.resume_choice import changed_keys
+from mm_moslora.training.metrics.gpu_memory import RunEstimate
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import CheckpointError, ModelError
 
@@ -198,7 +199,9 @@ def test_a_machine_with_another_precision_or_token_budget_is_told(recipe, monkey
     recipe = with_train(recipe, precision="auto")
     recipe = replace(recipe, data=replace(recipe.data, max_length=64))
     for here, tokens, step in (("bf16", 256, 2), ("bf16", 256, 4), ("fp32", 128, 6)):
-        monkeypatch.setattr("mm_moslora.training.run_setup.token_budget", lambda *_, tokens=tokens, **__: tokens)
+        monkeypatch.setattr(
+            "mm_moslora.training.run_setup.estimate_run", lambda *_, tokens=tokens, **__: RunEstimate(tokens, None)
+        )
         for module in ("run_setup", "checkpointing.resume_choice"):
             monkeypatch.setattr(f"mm_moslora.training.{module}.resolve_precision", lambda _, here=here: here)
         assert train(recipe, stop_at=step).step == step

@@ -13,9 +13,9 @@ from trials import with_train
 
 from mm_moslora.training import run_setup
 from mm_moslora.training.deepspeed_presets import ZeroSettings
-from mm_moslora.training.metrics import token_budget
-from mm_moslora.training.metrics.activation_memory import activation_memory
+from mm_moslora.training.metrics import gpu_memory
 from mm_moslora.training.metrics.gpu_memory import FREE_SHARE, GIB, MODEL_ERROR, StepMemory
+from mm_moslora.training.metrics.model_cost import model_cost
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, TrainingError
 
@@ -33,7 +33,7 @@ def card(monkeypatch):
 
 
 def budget_of(recipe):
-    return token_budget.token_budget(recipe, recipe.model, precision="bf16")
+    return gpu_memory.estimate_run(recipe, recipe.model, precision="bf16").tokens
 
 
 def test_a_gpu_gets_the_tokens_that_surely_fit_and_a_cpu_any_number(recipe, card, monkeypatch):
@@ -44,7 +44,7 @@ def test_a_gpu_gets_the_tokens_that_surely_fit_and_a_cpu_any_number(recipe, card
     found = budget_of(recipe)
     assert torch.equal(torch.get_rng_state(), before)
     step = StepMemory(
-        size=activation_memory(recipe.model, recipe.adapter), zero="none", world=1, checkpointing=False
+        size=model_cost(recipe.model, recipe.adapter), zero="none", world=1, checkpointing=False
     )  # fmt: skip
     room = FREE_SHARE * 4 * GIB / (1 + MODEL_ERROR)
     assert step.worst(found).total <= room < step.worst(found + 1).total
@@ -71,7 +71,7 @@ def test_a_gpu_too_small_for_one_example_is_told_before_loading_with_what_would_
     assert "set train.gradient_checkpointing to true" in text
     most = int(re.search(r"lower data\.max_length to (\d+)", text)[1])
     fitting = replace(recipe, data=replace(recipe.data, max_length=most))
-    assert token_budget.token_budget(fitting, fitting.model, precision="fp32") == most
+    assert gpu_memory.estimate_run(fitting, fitting.model, precision="fp32").tokens == most
     rows = replace(recipe, data=replace(recipe.data, pack_tokens=60_000))
     with pytest.raises(TrainingError, match=r"data\.pack_tokens is 60000"):
         run_setup.prepare(rows)
@@ -79,8 +79,8 @@ def test_a_gpu_too_small_for_one_example_is_told_before_loading_with_what_would_
 
 
 def test_a_validation_that_gathers_more_than_a_gpu_holds_is_told_before_loading(recipe, card, monkeypatch):
-    size = replace(activation_memory(recipe.model, recipe.adapter), weight_bytes=100 * GIB)
-    monkeypatch.setattr(token_budget, "activation_memory", lambda *_, **__: size)
+    size = replace(model_cost(recipe.model, recipe.adapter), weight_bytes=100 * GIB)
+    monkeypatch.setattr(gpu_memory, "model_cost", lambda *_, **__: size)
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
     three = with_train(recipe, zero="zero3")
     for validate in ({"samples": 2}, {"tasks": ["pope"]}):
@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_estimated_trains_without_a_budget(recipe, card, 
     def unknown(*_, **__):
         raise AttributeError("no rotary_emb")
 
-    monkeypatch.setattr(token_budget, "activation_memory", unknown)
+    monkeypatch.setattr(gpu_memory, "model_cost", unknown)
     card(80)
     assert budget_of(recipe) is None
     assert "cannot be estimated (no rotary_emb)" in caplog.text
@@ -178,7 +178,7 @@ def test_auto_in_a_deepspeed_file_is_deepspeeds_default(name, recipe, card, tmp_
 
 
 def test_what_a_setting_of_deepspeed_costs_and_saves_is_in_the_estimate(recipe, tmp_path):
-    size = activation_memory(recipe.model, recipe.adapter)
+    size = model_cost(recipe.model, recipe.adapter)
     trained, frozen = 2 * size.trainable, size.weight_bytes
 
     def of(zero: str):

@@ -1,4 +1,4 @@
-"""Memory of a training step on one GPU, by part, and the largest micro-batch that fits.
+"""Memory of a training step on one GPU, by part, and the micro-batches of a run on a GPU.
 
 Formulas and their checks: docs/planning.md.
 """
@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
+import torch
+
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
-from mm_moslora.training.deepspeed_presets import ZeroSettings
-from mm_moslora.training.metrics.activation_memory import ActivationMemory
+from mm_moslora.models.precision import dtype_of
+from mm_moslora.training.deepspeed_presets import ZeroSettings, stage_of
 from mm_moslora.training.metrics.gpu_specs import PER_HOST
+from mm_moslora.training.metrics.model_cost import ModelCost, PictureWork, model_cost
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import TrainingError, reason_of
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 FREE_SHARE = 0.94
@@ -56,7 +66,7 @@ class Memory:
 class StepMemory:
     """The memory of a model's training step on one GPU, for micro-batches of any size."""
 
-    size: ActivationMemory
+    size: ModelCost
     zero: str
     """The recipe's `train.zero`; for auto, the preset that it chooses."""
     world: int
@@ -116,8 +126,8 @@ class StepMemory:
             adapters=trained * b * copies + whole,
             gradients=0 if off and stage > 1 else gradients,
             optimiser=(1 - off) * trained * (states + masters) / (self.world if stage else 1),
-            activations=tokens * per_token + images * size.kept_per_image + size.products,
-            workspace=2 * row + tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
+            activations=tokens * per_token + images * size.picture.kept + size.products,
+            workspace=2 * row + tokens * size.workspace_per_token + images * size.picture.workspace + size.made_dense,
             logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
             buffers=self._buckets() + gathered,
         )
@@ -222,3 +232,78 @@ class StepMemory:
                 remedies.append("set " + " and ".join(changes))
                 break
         return ", or ".join([*remedies, "take larger or more GPUs"])
+
+
+class RunEstimate(NamedTuple):
+    """What the estimate says to a run."""
+
+    tokens: int | None
+    """Most tokens of a micro-batch of one rank; None: any number."""
+    picture: PictureWork | None
+    """By which the FLOPs of a step's pictures are counted; None: no estimate, as on a CPU."""
+
+
+def estimate_run(recipe: Recipe, model: ModelConfig, *, precision: str) -> RunEstimate:
+    """Estimate a step of a run on GPUs; all ranks call it before the model is loaded, and get the same.
+
+    `train.micro_tokens` is kept; where it is left out, the tokens are those that surely fit.
+
+    Raises:
+        TrainingError: the longest example, or a validation that generates, does not fit on the smallest GPU of the run.
+        DistributedError: the same on another rank.
+    """
+    device = distributed.device()
+    if device.type != "cuda":
+        return RunEstimate(recipe.train.micro_tokens, None)
+    # The total, not what is free: a resumed run must cut its steps as before.
+    (smallest,) = distributed.max_over_ranks([-float(torch.cuda.get_device_properties(device).total_memory)])
+    found = RunEstimate(recipe.train.micro_tokens, None)
+    with distributed.failing_together("Estimating the memory of a step"):
+        if distributed.is_main():
+            found = _that_fits(recipe, model, precision, capacity=-smallest)
+    return distributed.from_main(found)
+
+
+def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float) -> RunEstimate:
+    train, longest = recipe.train, recipe.data.longest
+    try:
+        with torch.random.fork_rng(devices=[]):
+            size = model_cost(
+                model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
+                dtype=dtype_of(precision),
+            )  # fmt: skip
+    except Exception as error:  # loading says what is wrong with the model, if anything is
+        if train.micro_tokens is None:
+            logger.warning(
+                "The memory of a step cannot be estimated (%s), so micro-batches have any number of tokens. Set "
+                "train.micro_tokens.",
+                reason_of(error),
+            )
+        return RunEstimate(train.micro_tokens, None)
+    step = StepMemory(
+        size=size, zero=train.zero, world=distributed.world_size(), on_host=distributed.ranks_of_host(),
+        checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
+        optimizer=recipe.optim.optimizer,
+    )  # fmt: skip
+    generates = bool(recipe.validate.samples or recipe.validate.tasks) and stage_of(train.zero) == 3
+    if generates and (reason := step.cannot_generate(capacity)):
+        raise TrainingError(reason)
+    if train.micro_tokens:
+        return RunEstimate(train.micro_tokens, size.picture)
+    budget = step.token_budget(capacity, longest=longest)
+    if not budget:
+        needed = step.worst(longest)
+        parts = {item.name: getattr(needed, item.name) / GIB for item in fields(needed)}
+        table = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+        raise TrainingError(
+            f"{recipe.data.longest_key} is {longest}, and one forward and backward pass of so many tokens takes about "
+            f"{needed.total / GIB:.1f} GiB ({table}); the smallest GPU of this run has {capacity / GIB:.1f} GiB, of "
+            f"which {FREE_SHARE:.0%} can be used. To make it fit, "
+            f"{step.remedies(capacity, longest=longest, key=recipe.data.longest_key)}. train.micro_tokens {longest} "
+            "leaves this check out."
+        )
+    logger.info(
+        "A micro-batch has at most %d tokens: with them a step takes about %.1f of %.1f GiB (train.micro_tokens).",
+        budget, step.worst(budget).total / GIB, capacity / GIB,
+    )  # fmt: skip
+    return RunEstimate(budget, size.picture)

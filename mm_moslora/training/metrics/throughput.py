@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedModel
@@ -12,8 +11,7 @@ from transformers import PreTrainedModel
 from mm_moslora.batch import Batch
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.gpu_specs import device_peak
-from mm_moslora.training.metrics.step_flops import FlopCounter, Flops, StepShape
-from mm_moslora.training.metrics.vision_flops import VisionWork
+from mm_moslora.training.metrics.model_cost import FlopCounter, PictureWork, StepShape
 from mm_moslora.training.supervision.run_summary import peak_memory_gib
 from mm_moslora.utils import distributed
 
@@ -90,18 +88,21 @@ class Speedometer:
 
     MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
     divides by the sum of the ranks' dense half-precision peaks. It is missing where a rank's device has no known peak,
-    such as a CPU. `copies` ranks get the same micro-batches (`train.sequence_parallel`).
+    such as a CPU, and where the work of a `picture` is not known. `copies` ranks get the same micro-batches
+    (`train.sequence_parallel`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, device_name: str | None = None, copies: int = 1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, picture: PictureWork | None, *, device_name: str | None = None, copies: int = 1
+    ) -> None:
         self.copies = copies
         if device_name is None:
             device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         peaks = [peak for (peak,) in distributed.table_over_ranks([device_peak(device_name) or 0.0])]
-        self.peak = sum(peaks) if all(peaks) else None
+        self.peak = sum(peaks)
         """Of all ranks together."""
-        counts = self.peak is not None and hasattr(model.get_decoder(), "layers")
-        self.counter = FlopCounter(model) if counts else None
+        counts = all(peaks) and picture is not None and hasattr(model.get_decoder(), "layers")
+        self.counter = FlopCounter(model, picture=picture) if counts else None
 
     def of(self, result: StepResult, micro_batches: Sequence[Batch], own: Mapping[str, float]) -> dict[str, float]:
         """Metrics of one step; every rank calls it with its own micro-batches and `rank_figures`."""
@@ -111,36 +112,23 @@ class Speedometer:
         figures = dict(zip(own, columns[: len(own)], strict=True))
         world = len(table)
         metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * max(loads))} | _spread(figures)
-        work = [sum(column) / self.copies for column in columns[len(own) :]]
-        needed = self._needed(result, work, micro_batches=world * len(micro_batches) // self.copies)
-        if needed is not None and self.peak is not None:
+        pairs, images = (sum(column) / self.copies for column in columns[len(own) :])
+        if self.counter is not None:
+            needed = self.counter.count(
+                StepShape(
+                    tokens=result.tokens, supervised=result.supervised_tokens, images=images, pairs=pairs,
+                    micro_batches=world * len(micro_batches) // self.copies,
+                )
+            )  # fmt: skip
             metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * self.peak)
         return metrics
 
-    def needs(self, result: StepResult, micro_batches: Sequence[Batch]) -> Flops | None:
-        """FLOPs that a step of this rank alone needs; None on a device with an unknown peak."""
-        return self._needed(result, self._seen(micro_batches), micro_batches=len(micro_batches))
-
-    def _seen(self, micro_batches: Sequence[Batch]) -> list[float]:
-        """Token pairs of a segment, and the tower's work; zero where neither is needed."""
+    def _seen(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
+        """Token pairs of a segment, and pictures; zero where neither is needed."""
         if self.counter is None:
-            return [0.0, *asdict(VisionWork()).values()]
+            return 0.0, 0.0
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
-        shape = self.counter.shape
-        vision = VisionWork() if shape is None else sum(map(shape.of_batch, micro_batches), VisionWork())
-        return [pairs, *asdict(vision).values()]
-
-    def _needed(self, result: StepResult, work: Sequence[float], *, micro_batches: int) -> Flops | None:
-        if self.counter is None:
-            return None
-        pairs, *vision = work
-        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), vision, strict=True)))
-        return self.counter.count(
-            StepShape(
-                tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,
-                vision_work=vision_work, micro_batches=micro_batches,
-            )
-        )  # fmt: skip
+        return pairs, sum(map(self.counter.picture.count, micro_batches))
 
 
 def _spread(figures: dict[str, tuple[float, ...]]) -> dict[str, float]:
