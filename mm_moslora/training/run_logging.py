@@ -63,7 +63,7 @@ class RunLog:
         self.run, self.trackers, self.total_steps, self.steps_per_epoch = run, trackers, total_steps, steps_per_epoch
         self.clock = Clock(run.counters, run.step)
         self.spikes = SpikeScore()
-        self.speedometer = Speedometer(run.assembly.model, run.picture, copies=run.engine.copies)
+        self.speedometer = Speedometer(run.assembly.model, run.estimate, copies=run.engine.copies)
         self.extra = extra
         self._measured_at = -1
 

@@ -30,9 +30,8 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
 from mm_moslora.training.engine.ulysses import row_share
-from mm_moslora.training.metrics.gpu_memory import estimate_run
+from mm_moslora.training.metrics.gpu_memory import RunEstimate, estimate_run
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
-from mm_moslora.training.metrics.model_cost import PictureWork
 from mm_moslora.training.model_start import resumed_start, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.preflight import check_model
@@ -82,8 +81,7 @@ class Run(RunParts):
     engine: TrainingEngine
     limit: MicroBatchLimit
     """Size of this rank's micro-batches, the same on all ranks."""
-    picture: PictureWork | None = None
-    """Work of a typical picture; None: no estimate."""
+    estimate: RunEstimate
 
     def identity(self) -> dict[str, object]:
         """What the data is, see `TrainingSet.identity`."""
@@ -137,7 +135,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         limit=MicroBatchLimit(
             examples=recipe.train.micro_batch, tokens=estimate.tokens, padded=needs_padding(model)
         ),
-        picture=estimate.picture,
+        estimate=estimate,
         trained_on=trained_on(parts, training_set.commits, before=checkpoint),
         preprocessing=described(recipe, assembly),
     )  # fmt: skip

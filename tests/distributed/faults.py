@@ -177,10 +177,10 @@ def slow_between_steps(rank: str, seconds: str, *recipes: str) -> int:
 
 def other_cards(known: str, *recipes: str) -> int:
     """Every rank has a GPU of another kind, of which only some have a known peak."""
-    from mm_moslora.training.metrics import throughput
+    from mm_moslora.training.metrics import gpu_memory
 
     peaks = [float(peak) or None for peak in known.split(",")]
-    throughput.device_peak = lambda _: peaks[distributed.rank()]
+    gpu_memory.device_peak = lambda _: peaks[distributed.rank()]
     return train_recipes(list(recipes))
 
 

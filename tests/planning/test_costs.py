@@ -23,7 +23,8 @@ from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.training.engine import LossModule, StepResult
-from mm_moslora.training.metrics.gpu_memory import StepMemory
+from mm_moslora.training.metrics.gpu_memory import RunEstimate, StepMemory
+from mm_moslora.training.metrics.gpu_specs import device_peak
 from mm_moslora.training.metrics.model_cost import FlopCounter, PictureWork, StepShape
 from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
 
@@ -138,10 +139,9 @@ def test_a_step_logs_its_mfu_on_a_known_device_alone() -> None:
     batch = Batch.from_examples([example] * 2)
     result = StepResult(loss=1.0, grad_norm=1.0, applied=True, supervised_tokens=40, tokens=200, images=0)
     needed = FlopCounter(model).count(StepShape.of([100, 100], supervised=40)).total
-    a100, figures = "NVIDIA A100-SXM4-80GB", rank_figures(seconds=2.0)
-    found = Speedometer(model, PictureWork(), device_name=a100).of(result, [batch], figures)
+    known, figures = RunEstimate(None, PictureWork(), device_peak("NVIDIA A100-SXM4-80GB")), rank_figures(seconds=2.0)
+    found = Speedometer(model, known).of(result, [batch], figures)
     assert found["mfu"] == pytest.approx(needed / (2.0 * 312e12))
     assert found["padding_share"] == 0.0
-    for picture, device in ((PictureWork(), ""), (None, a100)):
-        unknown = Speedometer(model, picture, device_name=device).of(result, [batch], figures)
-        assert "mfu" not in unknown
+    for unknown in (known._replace(peak=0.0), known._replace(picture=None)):
+        assert "mfu" not in Speedometer(model, unknown).of(result, [batch], figures)

@@ -25,7 +25,7 @@ def card(monkeypatch):
     """Has the run believe in a GPU of so many GiB."""
 
     def put_in(gib: float) -> None:
-        memory = SimpleNamespace(total_memory=gib * GIB)
+        memory = SimpleNamespace(total_memory=gib * GIB, name="unknown")
         monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
 
@@ -54,7 +54,7 @@ def test_a_gpu_gets_the_tokens_that_surely_fit_and_a_cpu_any_number(recipe, card
     small = budget_of(recipe)
     assert small < 0.6 * found
     card(4)
-    monkeypatch.setattr(distributed, "max_over_ranks", lambda values: [max(*values, -2 * GIB)])
+    monkeypatch.setattr(distributed, "table_over_ranks", lambda values: [values, [2.0 * GIB, 0.0]])
     assert budget_of(recipe) == small  # another rank has the smaller card
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
@@ -20,7 +21,7 @@ from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.models.precision import dtype_of
 from mm_moslora.training.deepspeed_presets import ZeroSettings, stage_of
-from mm_moslora.training.metrics.gpu_specs import PER_HOST
+from mm_moslora.training.metrics.gpu_specs import PER_HOST, device_peak
 from mm_moslora.training.metrics.model_cost import ModelCost, PictureWork, model_cost
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import TrainingError, reason_of
@@ -239,12 +240,15 @@ class RunEstimate(NamedTuple):
 
     tokens: int | None
     """Most tokens of a micro-batch of one rank; None: any number."""
-    picture: PictureWork | None
+    picture: PictureWork | None = None
     """By which the FLOPs of a step's pictures are counted; None: no estimate, as on a CPU."""
+    peak: float = 0.0
+    """Dense half-precision FLOP/s of all ranks together; 0: a rank's device has no known peak."""
 
 
 def estimate_run(recipe: Recipe, model: ModelConfig, *, precision: str) -> RunEstimate:
-    """Estimate a step of a run on GPUs; all ranks call it before the model is loaded, and get the same.
+    """Estimate a step of a run where memory is limited or a peak is known; all ranks call it before the model is
+    loaded, and get the same.
 
     `train.micro_tokens` is kept; where it is left out, the tokens are those that surely fit.
 
@@ -252,19 +256,24 @@ def estimate_run(recipe: Recipe, model: ModelConfig, *, precision: str) -> RunEs
         TrainingError: the longest example, or a validation that generates, does not fit on the smallest GPU of the run.
         DistributedError: the same on another rank.
     """
-    device = distributed.device()
-    if device.type != "cuda":
-        return RunEstimate(recipe.train.micro_tokens, None)
-    # The total, not what is free: a resumed run must cut its steps as before.
-    (smallest,) = distributed.max_over_ranks([-float(torch.cuda.get_device_properties(device).total_memory)])
-    found = RunEstimate(recipe.train.micro_tokens, None)
-    with distributed.failing_together("Estimating the memory of a step"):
-        if distributed.is_main():
-            found = _that_fits(recipe, model, precision, capacity=-smallest)
-    return distributed.from_main(found)
+    memory, name = math.inf, ""
+    if (device := distributed.device()).type == "cuda":
+        # The total, not what is free: a resumed run must cut its steps as before.
+        gpu = torch.cuda.get_device_properties(device)
+        memory, name = float(gpu.total_memory), gpu.name
+    memories, peaks = zip(*distributed.table_over_ranks([memory, device_peak(name) or 0.0]), strict=True)
+    found = RunEstimate(recipe.train.micro_tokens, peak=sum(peaks) if all(peaks) else 0.0)
+    if found.peak or min(memories) < math.inf:
+        with distributed.failing_together("Estimating the memory of a step"):
+            if distributed.is_main():
+                found = _that_fits(recipe, model, precision, found, capacity=min(memories))
+        found = distributed.from_main(found)
+    return found
 
 
-def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: float) -> RunEstimate:
+def _that_fits(
+    recipe: Recipe, model: ModelConfig, precision: str, asked: RunEstimate, *, capacity: float
+) -> RunEstimate:
     train, longest = recipe.train, recipe.data.longest
     try:
         with torch.random.fork_rng(devices=[]):
@@ -279,7 +288,8 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
                 "train.micro_tokens.",
                 reason_of(error),
             )
-        return RunEstimate(train.micro_tokens, None)
+        return asked
+    found = asked._replace(picture=size.picture)
     step = StepMemory(
         size=size, zero=train.zero, world=distributed.world_size(), on_host=distributed.ranks_of_host(),
         checkpointing=train.gradient_checkpointing, offload=train.activation_offload, together=train.sequence_parallel,
@@ -288,8 +298,8 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
     generates = bool(recipe.validate.samples or recipe.validate.tasks) and stage_of(train.zero) == 3
     if generates and (reason := step.cannot_generate(capacity)):
         raise TrainingError(reason)
-    if train.micro_tokens:
-        return RunEstimate(train.micro_tokens, size.picture)
+    if train.micro_tokens or capacity == math.inf:
+        return found
     budget = step.token_budget(capacity, longest=longest)
     if not budget:
         needed = step.worst(longest)
@@ -306,4 +316,4 @@ def _that_fits(recipe: Recipe, model: ModelConfig, precision: str, *, capacity: 
         "A micro-batch has at most %d tokens: with them a step takes about %.1f of %.1f GiB (train.micro_tokens).",
         budget, step.worst(budget).total / GIB, capacity / GIB,
     )  # fmt: skip
-    return RunEstimate(budget, size.picture)
+    return found._replace(tokens=budget)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.metrics.gpu_specs import device_peak
-from mm_moslora.training.metrics.model_cost import FlopCounter, PictureWork, StepShape
+from mm_moslora.training.metrics.gpu_memory import RunEstimate
+from mm_moslora.training.metrics.model_cost import FlopCounter, StepShape
 from mm_moslora.training.supervision.run_summary import peak_memory_gib
 from mm_moslora.utils import distributed
 
@@ -88,21 +88,14 @@ class Speedometer:
 
     MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
     divides by the sum of the ranks' dense half-precision peaks. It is missing where a rank's device has no known peak,
-    such as a CPU, and where the work of a `picture` is not known. `copies` ranks get the same micro-batches
+    such as a CPU, and where the work of a picture cannot be estimated. `copies` ranks get the same micro-batches
     (`train.sequence_parallel`).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, picture: PictureWork | None, *, device_name: str | None = None, copies: int = 1
-    ) -> None:
-        self.copies = copies
-        if device_name is None:
-            device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        peaks = [peak for (peak,) in distributed.table_over_ranks([device_peak(device_name) or 0.0])]
-        self.peak = sum(peaks)
-        """Of all ranks together."""
-        counts = all(peaks) and picture is not None and hasattr(model.get_decoder(), "layers")
-        self.counter = FlopCounter(model, picture=picture) if counts else None
+    def __init__(self, model: PreTrainedModel, estimate: RunEstimate, *, copies: int = 1) -> None:
+        self.copies, self.peak = copies, estimate.peak
+        counts = self.peak and estimate.picture is not None and hasattr(model.get_decoder(), "layers")
+        self.counter = FlopCounter(model, picture=estimate.picture) if counts else None
 
     def of(self, result: StepResult, micro_batches: Sequence[Batch], own: Mapping[str, float]) -> dict[str, float]:
         """Metrics of one step; every rank calls it with its own micro-batches and `rank_figures`."""
