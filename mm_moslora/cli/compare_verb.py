@@ -108,8 +108,8 @@ def compare(
     cell
         Do this one run of a comparison's folder, as the comparison itself does: compare FOLDER --cell NAME.
     """
-    quiet_libraries()
     if cell:
+        quiet_libraries()
         if overrides:
             raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME.")
         from mm_moslora.compare.comparison_cell import run_cell
@@ -119,6 +119,9 @@ def compare(
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     require_sft(shared, "compare")
+    if not tasks:
+        raise ConfigError("No test task is given. Name one with --tasks, such as llava:test.jsonl@images.")
+    quiet_libraries()
     from mm_moslora_eval.protocol.task_groups import expanded
 
     from mm_moslora.compare.arms import parse_arms, reset_line, size_lines, split

@@ -13,6 +13,7 @@ from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 
 if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
     from mm_moslora.planning.recipe_data import Checked
 
 data_app = App(name="data", help="Look at training data before the run.")
@@ -43,8 +44,7 @@ def data_check(
     everything
         Show every fault instead of the first 20; --json always contains all.
     """
-    resolved = load_recipe(recipe, override_items(overrides))
-    quiet_libraries()
+    resolved = _recipe(recipe, overrides)
     from mm_moslora.planning.recipe_data import check_recipe
 
     checked = check_recipe(resolved, against=against, processes=processes, everything=everything, records=records)
@@ -62,8 +62,7 @@ def data_stats(
     recipe
         YAML file, preset, or the folder of a run.
     """
-    resolved = load_recipe(recipe, override_items(overrides))
-    quiet_libraries()
+    resolved = _recipe(recipe, overrides)
     from mm_moslora.planning.recipe_data import statistics_of
 
     return _show(statistics_of(resolved, processes=processes, records=records), as_json=as_json)
@@ -79,8 +78,7 @@ def data_cache(recipe: str, *overrides: Overrides) -> int:
     recipe
         YAML file, preset, or the folder of a run.
     """
-    resolved = load_recipe(recipe, override_items(overrides))
-    quiet_libraries()
+    resolved = _recipe(recipe, overrides)
     from mm_moslora.planning.fill_caches import fill_caches
 
     filled = fill_caches(resolved)
@@ -109,8 +107,7 @@ def data_view(
     html
         Write one self-contained page with pictures instead, and print its path.
     """
-    resolved = load_recipe(recipe, override_items(overrides))
-    quiet_libraries()
+    resolved = _recipe(recipe, overrides)
     from mm_moslora.planning.record_views import view_page, view_recipe
 
     if html is not None:
@@ -118,6 +115,16 @@ def data_view(
         return 0
     _print_all(view_recipe(resolved, start=start, count=count, records=records))
     return 0
+
+
+def _recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe whose data files exist, before slow imports."""
+    resolved = load_recipe(name, override_items(overrides))
+    from mm_moslora.training.preflight import check_data
+
+    check_data(resolved.data)
+    quiet_libraries()
+    return resolved
 
 
 def _show(checked: Checked, *, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.run_paths import require_model
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
@@ -36,6 +37,7 @@ def doctor(
     if revision and not model:
         raise ConfigError("--revision is of the model of --model, which is missing.")
     if model:
+        require_model("--model", model)  # before slow imports
         quiet_libraries()
         from mm_moslora.planning.model_doctor import diagnose_model
 

@@ -71,8 +71,6 @@ class ComparisonSettings:
         for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds), ("limit", self.limit)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}, expected 1 or more.")
-        if not self.tasks:
-            raise ConfigError("No test task is given. Name one with --tasks, such as llava:test.jsonl@images.")
         if not self.rates or any(not (0 < rate < math.inf) for rate in self.rates):
             raise ConfigError(f"--lr is {list(self.rates)}, expected positive numbers such as 5e-5,1e-4,2e-4.")
         if len(set(self.rates)) < len(self.rates):

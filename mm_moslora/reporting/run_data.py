@@ -115,7 +115,7 @@ def load_run(folder: Path) -> RunData:
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
-    version = summary.get("format", 0)
+    version = summary.get("format", None if summary else FORMAT)
     if not isinstance(version, int) or version > FORMAT:
         raise ConfigError(
             f"{folder / 'summary.json'} has run format {version!r}, this release reads up to {FORMAT}. A newer "

@@ -320,7 +320,7 @@ def mood_of_arms(row: Mapping[str, Any]) -> Mood:
 
 def _looked(row: Mapping[str, Any]) -> bool:
     """Whether arms were measured with blind and wrong pictures on all tasks with pictures."""
-    return bool(row.get("controls_complete", True))
+    return row.get("controls_complete") is True
 
 
 def above_controls(

@@ -364,8 +364,3 @@ def gradient_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
         raise RuntimeError(f"{len(bad)} gradients are not finite, {bad[0]} among them.")
     ordered, worst = sorted(errors.values()), max(errors, key=errors.__getitem__)
     return {"median": ordered[len(ordered) // 2], "worst": errors[worst], "worst_of": worst, "factors": len(errors)}
-
-
-def cut(shape: Shape, layers: int = 2) -> Shape:
-    """The same widths with fewer layers."""
-    return replace(shape, layers=layers)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from preloaded import Preloaded
+from trials import write
 
 from mm_moslora.cli import run
-from mm_moslora.config import override_items
+from mm_moslora.config import Recipe, override_items
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 
 CHECKOUT = Path(__file__).parents[2]
@@ -443,3 +444,22 @@ def test_doctor_finds_what_train_refuses(overrides, found, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["bad", found] for line in lines)
     assert set(said[:4]) <= {word for line in lines for word in line.split()}
+
+
+def test_mistakes_that_need_no_library_are_refused_before_one_is_imported(recipe: Recipe, tmp_path: Path) -> None:
+    path = write(recipe)
+    absent = f"--data.train.0.path={tmp_path / 'absent.json'}"
+    lines = [
+        ["data", "check", path, absent], ["data", "view", path, absent], ["data", "stats", path, absent],
+        ["doctor", "--model", "/absent"], ["compare", path], ["data", "check", "absent.yaml"],
+    ]  # fmt: skip
+    code = f"""
+import sys
+from mm_moslora.cli import run
+for words in {lines!r}:
+    assert run(words) == 1, words
+    assert not {{"torch", "transformers", "datasets"}} & set(sys.modules), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(lines)

@@ -40,7 +40,8 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "summary.json").write_text(
         json.dumps(
             {
-                "name": "demo", "title": "Demo run", "hardware": "2 cores", "zero": "zero2", "world_size": 1,
+                "format": 1, "name": "demo", "title": "Demo run", "hardware": "2 cores",
+                "zero": "zero2", "world_size": 1,
                 "components": [
                     {"name": "vision", "total": 1000, "trainable": 0},
                     {"name": "projector", "total": 500, "trainable": 500},

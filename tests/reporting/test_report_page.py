@@ -283,10 +283,11 @@ def test_the_command_writes_a_file_and_replaces_no_folder(
     assert cli.run(["report"]) == 2
 
 
-def test_a_run_of_a_newer_release_is_refused(run_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, None, "1"])
+def test_a_run_of_another_format_is_refused(run_folder: Path, tmp_path: Path, version: object) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
-    (run_folder / "summary.json").write_text(json.dumps(summary | {"format": 2}))
-    with pytest.raises(ConfigError, match="run format 2, this release reads up to 1"):
+    (run_folder / "summary.json").write_text(json.dumps(summary | {"format": version}))
+    with pytest.raises(ConfigError, match=f"run format {version!r}, this release reads up to 1"):
         build_report(run_folder, tmp_path / "new.html")
 
 
