@@ -29,7 +29,7 @@ from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.token_cache import TokenCache
-from mm_moslora.utils.errors import DataError, reason_of
+from mm_moslora.utils.errors import reason_of
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -73,16 +73,8 @@ class RecordExamples:
         return self.files[source][row]
 
     def encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. Picture headers are read if the tokens depend on the size.
-
-        Args:
-            record: to be tokenised; one with boxes may be `written` already.
-            pictures: see `encode_record`; None: as the headers say.
-        """
-        pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
-        vision = self.image_processing is not None
-        record = written(record, self.image_processing)
-        return encode_record(record, self.encoder, config=self.config, vision=vision, pictures=pictures)
+        """Tokenise a record; see `encode_record`."""
+        return encode_record(record, self.encoder, self.image_processing, config=self.config, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
         """The tokens of a record, from the cache if there is one.
@@ -147,10 +139,8 @@ def decoded(record: Record, count: int) -> list[Image.Image | Video]:
     """
     images: list[Image.Image | Video] = []
     for number, picture in enumerate(record.images[:count]):
-        try:
+        with faults_of_picture(record, number):
             images.append(picture.video() if isinstance(picture, Clip) else picture.rgb())
-        except ImageError as error:
-            raise image_fault(record, number, error) from error
     return images
 
 
@@ -184,11 +174,9 @@ def written(
 
 def _size(record: Record, number: int) -> tuple[int, int]:
     picture = record.images[number]
-    try:
+    with faults_of_picture(record, number):
         size = picture.size()
         return picture.rgb().size if size is None and not isinstance(picture, Clip) else size or (0, 0)
-    except ImageError as error:
-        raise image_fault(record, number, error) from error
 
 
 class SourceExamples(RecordExamples):
@@ -257,28 +245,28 @@ class MeasuredRecords(RecordExamples, ABC):
 def encode_record(
     record: Record,
     encoder: ConversationEncoder,
+    processing: ImageProcessing | None,
     *,
     config: DataConfig,
-    vision: bool,
     pictures: Sequence[Placeholders] | None = None,
 ) -> Encoded:
-    """Tokenise a record whose boxes are `written`.
+    """Tokenise a record; its boxes may be `written` already.
 
     Args:
-        pictures: placeholders of every picture and video, where they depend on it; None: all alike.
+        processing: of the model; None: it has no vision encoder.
+        pictures: placeholders of every picture and video, where they depend on it; None: as the headers say.
 
     Raises:
         RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
-            has no vision encoder.
+            has no vision encoder; see also `written`.
     """
-    if (record.images or record.objects) and not vision:
+    if (record.images or record.objects) and processing is None:
         what = f"{len(record.images)} images" if record.images else "objects of pictures"
         raise record.where.error(Code.NO_VISION, "image", what, "set model.vision, or drop the record")
-    if record.objects is not None:
-        raise DataError("The boxes of the record are not in its texts. Call `written` before.")
+    pictures = _placeholders(record, processing) if pictures is None else pictures
     try:
         return encoder.encode(
-            record.learned(config.supervise),
+            written(record, processing).learned(config.supervise),
             max_length=config.max_length,
             pictures=pictures,
             truncate=config.too_long == "truncate",
@@ -289,8 +277,27 @@ def encode_record(
         raise record.where.error(error.code, "conversations", what, remedy) from error
 
 
-def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
-    """The error of a record with an unusable picture."""
+def check_headers(record: Record, count: int) -> None:
+    """Read the headers of the first pictures and videos of a record.
+
+    Raises:
+        RecordError: one has a fault.
+    """
+    for number, picture in enumerate(record.images[:count]):
+        with faults_of_picture(record, number):
+            picture.size()
+
+
+@contextmanager
+def faults_of_picture(record: Record, number: int) -> Iterator[None]:
+    """Turn the fault of a picture into the error of its record."""
+    try:
+        yield
+    except ImageError as error:
+        raise _image_fault(record, number, error) from error
+
+
+def _image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     picture = record.images[number]
     if isinstance(picture, Frame | Clip):
         name = picture.clip.name if isinstance(picture, Frame) else picture.name
@@ -302,7 +309,7 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     return record.where.error(error.code, f"image[{number}]", what, error.remedy + hint, path=picture.name)
 
 
-def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...] | str] | None:
+def _placeholders(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...] | str] | None:
     """Placeholders of the pictures and videos of a record, from their headers; None where all take the same number.
 
     Raises:
@@ -312,10 +319,8 @@ def placeholders_of(record: Record, image_processing: ImageProcessing | None) ->
         return None
     sizes: list[tuple[int, int] | VideoMetadata] = []
     for number, picture in enumerate(record.images):
-        try:
+        with faults_of_picture(record, number):
             sizes.append(picture.metadata() if isinstance(picture, Clip) else picture.size() or _NOT_FETCHED)
-        except ImageError as error:
-            raise image_fault(record, number, error) from error
     with _refusals(record):
         return image_processing.placeholders(sizes)
 

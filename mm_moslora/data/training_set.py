@@ -14,11 +14,10 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.epoch_order import repeats_of
-from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
-from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples, SourceExamples, image_fault
+from mm_moslora.data.record_examples import MeasuredRecords, RecordExamples, SourceExamples, check_headers
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.token_cache import SourceCache, TokenCache
 from mm_moslora.utils.errors import DataError, ModelError
@@ -220,11 +219,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
             tokens = 1 + int(characters * self._per_character) + shown * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
         encoded = self.encoded(index, record)
-        for number, picture in enumerate(record.images[: encoded.images]):
-            try:
-                picture.size()
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
+        check_headers(record, encoded.images)
         self.truncated += encoded.dropped_turns > 0
         return int(encoded.input_ids.shape[0])
 

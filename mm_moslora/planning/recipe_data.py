@@ -208,7 +208,7 @@ def _check(
 ) -> CheckReport:  # fmt: skip
     with Progress(f"check {name}", 0, unit="record") as progress:
         return check(
-            sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
+            sources, parts.encoder, config=recipe.data,
             image_processing=parts.image_processing, decode=decode,
             processes=processes, objective=recipe.objective, on_progress=progress.of,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mm_moslora.data.check.html_view import RecordSample, page
 from mm_moslora.data.check.terminal_view import legend, view_record
-from mm_moslora.data.record_examples import encode_record, placeholders_of, written
+from mm_moslora.data.record_examples import encode_record
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.planning.recipe_data import BEGINNING, DataParts, parts_of, with_beginnings
@@ -68,13 +68,7 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataP
         number -= len(file)
     try:
         record = file[number]
-        encoded = encode_record(
-            written(record, parts.image_processing),
-            parts.encoder,
-            config=recipe.data,
-            vision=parts.image_processing is not None,
-            pictures=placeholders_of(record, parts.image_processing),
-        )
+        encoded = encode_record(record, parts.encoder, parts.image_processing, config=recipe.data)
     except RecordError as error:
         return RecordSample(None, None, error)
     return RecordSample(record, encoded)

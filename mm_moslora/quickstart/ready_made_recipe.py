@@ -14,7 +14,7 @@ from mm_moslora.config import DataConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.record_examples import encode_record, placeholders_of
+from mm_moslora.data.record_examples import encode_record
 from mm_moslora.data.record_faults import RecordError, Where
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.planning.run_plan import DataSize, plan
@@ -107,10 +107,7 @@ def _lengths(parts: Parts, data: OwnData) -> _Lengths:
     for number in range(0, len(records), math.ceil(len(records) / _MEASURED)):
         try:
             record = parse_record(records[number], Where(file=data.images, line=None, row=number), rules)
-            encoded = encode_record(
-                record, encoder, config=config, vision=True, pictures=placeholders_of(record, processing)
-            )
-            lengths.append(len(encoded.input_ids))
+            lengths.append(len(encode_record(record, encoder, processing, config=config).input_ids))
         except RecordError:
             continue
     if not lengths:

@@ -17,9 +17,8 @@ from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.chat.tool_records import names_not_offered
 from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
-from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip, Frame
-from mm_moslora.data.record_examples import encode_record, image_fault, placeholders_of, written
+from mm_moslora.data.record_examples import encode_record, faults_of_picture
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
@@ -173,7 +172,6 @@ def check(
     encoder: ConversationEncoder,
     *,
     config: DataConfig,
-    vision: bool = True,
     image_processing: ImageProcessing | None = None,
     decode: bool = True,
     processes: int | None = None,
@@ -183,7 +181,7 @@ def check(
     """Check sources as a run would use them.
 
     Args:
-        image_processing: counts the tokens of every picture; None: every picture takes the encoder's fixed number.
+        image_processing: of the model; None: it has no vision encoder.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
         objective: what is learned from the sources; of preference records the chosen answers are counted.
@@ -201,9 +199,7 @@ def check(
         max_bad_share=share,
         too_long=config.too_long,
     )
-    check_rows = _RowCheck(
-        files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty
-    )
+    check_rows = _RowCheck(files, encoder, config, image_processing=image_processing, decode=decode, empty=empty)
     chunks = [
         (number, range(start, min(len(file), start + _TOGETHER)))
         for number, file in enumerate(files)
@@ -231,13 +227,12 @@ class _RowCheck:
         encoder: ConversationEncoder,
         config: DataConfig,
         *,
-        vision: bool,
         image_processing: ImageProcessing | None,
         decode: bool,
         empty: Callable[[], CheckReport],
     ) -> None:
         self.files, self.encoder, self.config, self.empty = files, encoder, config, empty
-        self.vision, self.image_processing, self.decode = vision, image_processing, decode
+        self.image_processing, self.decode = image_processing, decode
         self.separators = _separators(encoder)
         eos = encoder.tokenizer.eos_token_id
         self.ends = set(encoder.tokens.guarded.values()) | ({int(eos)} if isinstance(eos, int) else set())
@@ -249,9 +244,7 @@ class _RowCheck:
             report.records += 1
             try:
                 record = file[row]
-                pictures = placeholders_of(record, self.image_processing)
-                shown = written(record, self.image_processing)
-                encoded = encode_record(shown, self.encoder, config=self.config, vision=self.vision, pictures=pictures)
+                encoded = encode_record(record, self.encoder, self.image_processing, config=self.config)
                 self._pictures(report, record, encoded)
             except RecordError as error:
                 report.bad[error.code] += 1
@@ -265,11 +258,9 @@ class _RowCheck:
         for number, picture in enumerate(record.images):
             if number >= encoded.images or picture.name in report.images:
                 continue
-            try:
+            with faults_of_picture(record, number):
                 size = picture.size()
                 hashes[picture.name] = fingerprint(picture.rgb()) if self.decode else None
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
             if size is not None:
                 report.sizes[size] += 1
         report.images.update(hashes)

@@ -30,7 +30,7 @@ from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.preferences.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
 from mm_moslora.data.preferences.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.quarantine import summary
-from mm_moslora.data.record_examples import SourceExamples, decoded, image_fault, placeholders_of, sizes_of, written
+from mm_moslora.data.record_examples import SourceExamples, check_headers, decoded, sizes_of, written
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
@@ -147,25 +147,20 @@ class AnswerSet(SourceExamples, Generic[Item]):
 
     def example(self, record: Record, pictures: Sequence[ProcessedImage]) -> Example:
         """A conversation of which the last answer is learned."""
-        encoded = self._encode(record, [picture.placeholders for picture in pictures])
+        encoded = self._encode(record, None if self._fixed else [picture.placeholders for picture in pictures])
         supervised = last_answer(encoded.supervised)
         return Example(id=record.id, input_ids=encoded.input_ids, supervised=supervised, pictures=pictures)
 
     def _measure(self, index: int) -> None:
         """Check a record as far as this is possible without decoding its pictures, and count it."""
         records = self.answered(index)
-        pictures = placeholders_of(records[0], self.image_processing)
-        encoded = [self._encode(record, pictures) for record in records]
+        encoded = [self._encode(record) for record in records]
         learned = {tuple(one.input_ids[last_answer(one.supervised)].tolist()) for one in encoded}
         if len(learned) < len(records):
             what = "is learned as the same tokens as the chosen answer (model.thinking or the template drops the rest)"
             remedy = "keep it (model.thinking: always), or drop the record: it prefers nothing"
             raise records[-1].where.error(Code.EQUAL_ANSWERS, "rejected", what, remedy)
-        for number, picture in enumerate(records[0].images):
-            try:
-                picture.size()
-            except ImageError as error:
-                raise image_fault(records[0], number, error) from error
+        check_headers(records[0], len(records[0].images))
         self.count(encoded)
         self.usable += [index * self.sides + side for side in range(min(self.sides, len(records)))]
         self.with_pictures += bool(records[0].images)
@@ -176,8 +171,8 @@ class AnswerSet(SourceExamples, Generic[Item]):
         """Note what the answers of a usable record take."""
         self.lengths.extend(len(one.input_ids) for one in encoded)
 
-    def _encode(self, record: Record, pictures: Sequence[Placeholders] | None) -> Encoded:
-        encoded = self.encode(record, None if self._fixed else pictures)
+    def _encode(self, record: Record, pictures: Sequence[Placeholders] | None = None) -> Encoded:
+        encoded = self.encode(record, pictures)
         if encoded.dropped_turns:
             what, limit = "does not fit with its last answer", self.config.max_length
             remedy = f"raise data.max_length ({limit}), or set data.too_long: drop"

@@ -131,9 +131,7 @@ def test_a_record_that_loses_what_it_teaches_does_not_fit(encoder: ConversationE
         with pytest.raises(TooLong, match="no learned answer fits"):
             encoder.encode(record.turns, max_length=first, truncate=truncate)
         with pytest.raises(RecordError, match="TOO_LONG"):
-            encode_record(
-                parsed(talk({}, {})), encoder, vision=False, config=DataConfig(max_length=first, supervise="last")
-            )
+            encode_record(parsed(talk({}, {})), encoder, None, config=DataConfig(max_length=first, supervise="last"))
 
 
 def test_what_is_not_learned_decides_no_form_of_thinking(encoder: ConversationEncoder, tmp_path: Path) -> None:
@@ -216,10 +214,10 @@ def test_labels_cannot_hold_weights(path: Path, encoder: ConversationEncoder) ->
 
 def test_check_counts_and_view_shows_them(path: Path, encoder: ConversationEncoder) -> None:
     sources = [SourceConfig(path=str(path))]
-    report = check(sources, encoder, config=DataConfig(), vision=False)
+    report = check(sources, encoder, config=DataConfig())
     assert (report.answers, report.context_answers, report.weighed) == (6, 1, 2)
     assert dict(report.bad) == {"BAD_WEIGHT": 1}
-    last = check(sources, encoder, config=DataConfig(supervise="last"), vision=False)
+    last = check(sources, encoder, config=DataConfig(supervise="last"))
     assert (last.answers, last.context_answers) == (4, 3)
     record = parsed(talk({"weight": 0.5}, {"loss": False}, {}))
     encoded = encoder.encode(record.turns)

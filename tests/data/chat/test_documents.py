@@ -28,7 +28,7 @@ def read(tmp_path: Path):
 def shown(record: Record, **data: object) -> tuple[str, str]:
     """All tokens as text, and the supervised ones."""
     encoder = chatml_encoder()
-    encoded = encode_record(record, encoder, config=DataConfig(**data), vision=True)
+    encoded = encode_record(record, encoder, None, config=DataConfig(**data))
     ids = encoded.input_ids
     return encoder.tokenizer.decode(ids), encoder.tokenizer.decode(ids[encoded.supervised])
 

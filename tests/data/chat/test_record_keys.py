@@ -135,7 +135,7 @@ def test_a_text_of_thinking_is_checked_like_any_other() -> None:
 def test_other_keys_are_counted_and_named(write) -> None:
     file = write(chat(record={"id": "a", "source": "web", "licence": "x"}, name="me"), chat(record={"source": "web"}))
     report = check([SourceConfig(path=str(file))], ConversationEncoder(shared_tokenizer("bytes-chatml")),
-                   config=DataConfig(), vision=False)  # fmt: skip
+                   config=DataConfig())  # fmt: skip
     assert dict(report.ignored) == {"source": 2, "licence": 1, "messages[].name": 1}
     found = next(item for item in findings(report) if item.name == "keys")
     assert found.status == "ok"

@@ -104,7 +104,7 @@ def test_every_answer_behind_another_prompt_is_counted(write, name, answer, thin
 def test_conversations_of_several_turns_are_named(write, name, thinking, aside) -> None:
     file = write(*[conversation(PLAIN, PLAIN, PLAIN)] * 4)
     encoder = ConversationEncoder(tokenizer_of(name), thinking=thinking)
-    report = check([SourceConfig(path=str(file))], encoder, config=DataConfig(), vision=False)
+    report = check([SourceConfig(path=str(file))], encoder, config=DataConfig())
     form = settled(write, [conversation(PLAIN, PLAIN, PLAIN)] * 4, tokenizer_of(name), thinking).form
     assert report.form == form
     found = next(item for item in findings(report) if item.name == "thinking")
@@ -122,7 +122,7 @@ def test_blocks_of_thinking_are_no_spelt_special_tokens_and_one_answer_for_all_i
     rows = [*records(4, 0), conversation("a ball")]
     rows[0]["conversations"][0]["value"] = "What is <think>?"
     for spelt, status, given in ((1, "ok", rows), (0, "warn", records(0, 4))):
-        report = check([SourceConfig(path=str(write(*given)))], encoder, config=DataConfig(), vision=False)
+        report = check([SourceConfig(path=str(write(*given)))], encoder, config=DataConfig())
         assert report.special_text == spelt
         assert [item.status for item in findings(report) if item.name == "answers"] == [status]
 
@@ -247,10 +247,10 @@ def test_an_answer_whose_thinking_is_not_learned_has_a_text(write, name, thinkin
     """The model would learn to end its turn at once; prompts with such an answer are still written."""
     encoder = ConversationEncoder(tokenizer_of(name), thinking=thinking)
     rows = [conversation(*answers), conversation(PLAIN)]
-    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig(), vision=False)
+    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig())
     assert dict(report.bad) == ({"EMPTY_ANSWER": 1} if refused else {})
     assert all("conversations[1] is thinking alone" in str(fault) for fault in report.faults)
     assert len(encoder.encode_prompt(turns("what?", answers[0], "and?")))
     rows[0]["conversations"][1]["loss"] = False  # context
-    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig(), vision=False)
+    report = check([SourceConfig(path=str(write(*rows)))], encoder, config=DataConfig())
     assert set(report.bad) <= {"BAD_WEIGHT"}

@@ -303,7 +303,7 @@ def test_sets_and_checks_read_tools(tmp_path, cache) -> None:
     sources = [SourceConfig(path=str(path))]
     data = TrainingSet(sources, encoder, None, config=config)
     assert data.load(0).supervised.tolist() == encoder.encode(parsed(RECORD).turns).supervised.tolist()
-    report = check(sources, encoder, config=config, vision=False)
+    report = check(sources, encoder, config=config)
     assert (report.tools, report.answers, report.duplicates) == (2, 4, 0)
     assert dict(report.bad) == {"BAD_CALL": 1}
     assert dict(report.not_offered) == {"nope": 1}

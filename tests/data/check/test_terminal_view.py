@@ -12,12 +12,15 @@ from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.terminal_view import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from tests.data.conftest import Setup, turns
+from tests.data.sets import TinyTower, to_pixels
 from tests.data.test_training_set import record
 
 
 def run_check(setup: Setup, path: Path, *, config: DataConfig | None = None, **options: object) -> CheckReport:
     sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images"))]
-    return check(sources, setup.encoder(), config=config or DataConfig(), **options)
+    encoder = setup.encoder()
+    tower = TinyTower(to_pixels, token=encoder.image_token_id, tokens=encoder.tokens_per_image)
+    return check(sources, encoder, config=config or DataConfig(), image_processing=tower, **options)
 
 
 class TestCheck:

@@ -30,7 +30,7 @@ from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.utils.errors import ConfigError, DataError
-from tests.data.sets import chatml_encoder, make_set
+from tests.data.sets import chatml_encoder, make_set, tiny_tower
 
 QA = [{"from": "human", "value": "<video>\nwhat happens?"}, {"from": "gpt", "value": "it gets brighter"}]
 KINDS = {
@@ -395,7 +395,6 @@ class TestInTraining:
 
         from mm_moslora.config import DataConfig
         from mm_moslora.data.training_set import TrainingSet
-        from tests.data.sets import tiny_tower
 
         source = SourceConfig(path=str(path), image_folder=str(path.parent / "images"))
         config = DataConfig(cache=str(path.parent / "cache"), max_bad_share=0.5)
@@ -409,7 +408,7 @@ class TestInTraining:
         sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images"), video_frames=3)]
         from mm_moslora.config import DataConfig
 
-        report = check(sources, chatml_encoder(), config=DataConfig())
+        report = check(sources, chatml_encoder(), config=DataConfig(), image_processing=tiny_tower())
         assert (report.usable, report.videos, report.several_images) == (2, 1, 1)
         assert dict(report.bad) == {Code.VIDEO_FORMAT: 1}
         assert report.sizes == {(64, 48): 3}
