@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
@@ -12,8 +11,7 @@ from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.check.record_check import CheckReport, check
 from mm_moslora.data.check.terminal_view import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from tests.data.conftest import Setup, turns
-from tests.data.sets import TinyTower, to_pixels
-from tests.data.test_training_set import record
+from tests.data.sets import TinyTower, damage, to_pixels
 
 
 def run_check(setup: Setup, path: Path, *, config: DataConfig | None = None, **options: object) -> CheckReport:
@@ -24,17 +22,14 @@ def run_check(setup: Setup, path: Path, *, config: DataConfig | None = None, **o
 
 
 class TestCheck:
-    def test_without_decoding_only_headers_are_read(self, chatml: Setup, write, tmp_path: Path) -> None:
-        (tmp_path / "images").mkdir()
-        damaged = tmp_path / "images" / "damaged.png"
-        Image.effect_noise((64, 64), 50).save(damaged)
-        damaged.write_bytes(damaged.read_bytes()[:-900])
-        path = write(record("c", ("<image>\nq", "a"), image="damaged.png"), record("d", ("q", "a")))
+    def test_without_decoding_only_headers_are_read(self, chatml: Setup, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 4)
+        damage(tmp_path / "images" / "0.png")
         seen: list[tuple[int, int]] = []
         report = run_check(chatml, path, on_progress=lambda done, total: seen.append((done, total)))
         assert dict(report.bad) == {"IMAGE_DAMAGED": 1}
         assert not report.ok
-        assert seen[-1] == (2, 2)
+        assert seen[-1] == (4, 4)
         assert run_check(chatml, path, decode=False).ok
 
     def test_the_histogram_counts_every_length_once(self, chatml: Setup, tmp_path: Path) -> None:
