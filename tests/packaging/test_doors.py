@@ -99,8 +99,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".get_config_dict": "load_model model_sizes",
     ".load_config": "pipeline_families",
     "datasets": "examples hf_dataset hf_tables preference_setup scripts source_images",
-    "huggingface_hub": "dataset_card folder_format hf_dataset hf_tables hub_access model_paths remote_files"
-    " shared_results",
+    "huggingface_hub": "folder_format hf_dataset hf_tables hub_access model_paths remote_files shared_results",
     "lm_eval": "lm_eval_adapter",
     "lmms_eval": "lmms_eval_adapter lmms_eval_entry",
     "open_clip.create_model": "timm_open_clip_tower",

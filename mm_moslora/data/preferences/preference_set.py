@@ -27,8 +27,14 @@ from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.data.preferences.judged_records import AskedQuestion, JudgedAnswer, parse_judged, parse_question
-from mm_moslora.data.preferences.preference_records import PreferencePair, parse_pair
+from mm_moslora.data.preferences.preference_records import (
+    AskedQuestion,
+    JudgedAnswer,
+    PreferencePair,
+    parse_judged,
+    parse_pair,
+    parse_question,
+)
 from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import SourceExamples, check_headers, decoded, sizes_of, written
 from mm_moslora.data.record_faults import Code, RecordError

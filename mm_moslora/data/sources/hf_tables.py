@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture, read_picture
 from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
-from mm_moslora.data.sources.dataset_card import check_named_files
 from mm_moslora.data.sources.record_file import RecordSource
-from mm_moslora.utils.errors import DataError, suggestion
+from mm_moslora.utils.errors import ConfigError, DataError, suggestion
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import building
 from mm_moslora.utils.folder_marks import is_built
 from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import cache_folder
-from mm_moslora.utils.untrusted_data import parse_json, parse_object
-from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
+from mm_moslora.utils.untrusted_data import parse_json, parse_object, parse_yaml_value
+from mm_moslora.utils.untrusted_files import FileError, find_below, read_text, read_text_below
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -234,6 +233,8 @@ def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
     return undecoded(loaded)
 
 
+_CARDS = ("README.md", ".huggingface.yaml")
+"""Files that list data files, in their key `configs`."""
 _FORMATS = ("parquet", "arrow", "json", "csv")
 
 
@@ -262,7 +263,7 @@ def _own_files(path: str, options: Mapping[str, Any]) -> list[str]:
     """The files of a data set, by its README or by their names; all are its own."""
     import datasets
 
-    check_named_files(path, options)
+    _check_named_files(path, options)
     given = {key: options[key] for key in ("name", "revision", "data_files") if options.get(key) is not None}
     files = datasets.load_dataset_builder(path, **given).config.data_files or {}
     found = [str(file) for own in files.values() for file in own]
@@ -272,6 +273,68 @@ def _own_files(path: str, options: Mapping[str, Any]) -> list[str]:
             "in its README.md, or do not use it."
         )
     return found
+
+
+def _check_named_files(path: str, options: Mapping[str, Any]) -> None:
+    """Refuse a dataset that names a data file other than by a plain path below its folder or repository.
+
+    `datasets` hands each name to fsspec, which opens URLs, chains of protocols and templates on the way to a list of
+    files.
+
+    Args:
+        options: arguments of `datasets.load_dataset`: `revision`, and `data_files`, which are checked as well.
+    """
+    named = list(_texts(options.get("data_files")))
+    for card in _CARDS:
+        configs = _configs(path, card, options.get("revision"))
+        parts = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+        named += [name for part in parts for key in ("data_files", "data_dir") for name in _texts(part.get(key))]
+    for name in named:
+        try:
+            find_below(Path(os.path.realpath(path)), name)
+        except FileError as error:
+            raise DataError(
+                f"{path} names the data file {ascii(name)[:200]}, which is not one of its own files ({error.what}). "
+                "Correct `data_files` in its README.md, or do not use it."
+            ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _configs(path: str, card: str, revision: str | None) -> Any:
+    """The key `configs` of a README's front matter, or of a YAML file."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    try:
+        text = read_text_below(Path(path), card) if Path(path).is_dir() else _of_hub(path, card, revision)
+        text = (text or "").removeprefix("\ufeff")
+        if card.endswith(".md"):
+            block = REGEX_YAML_BLOCK.search(text)
+            text = block[2] if block else ""
+        found = parse_yaml_value(text)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {card} {error}. Correct it, or do not use the data set.") from error
+    return found.get("configs") if isinstance(found, dict) else None
+
+
+def _of_hub(name: str, card: str, revision: str | None) -> str | None:
+    """The text of a file of a repository; None where it has none, or where the hub is not asked and none is cached."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return read_text(Path(hf_hub_download(name, card, repo_type="dataset", revision=revision)))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise
+        return None
 
 
 def _kept() -> Path:

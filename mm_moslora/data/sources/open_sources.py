@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import HeldOut, Objective, SourceConfig
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.preferences.judged_records import SHOWN
+from mm_moslora.data.preferences.preference_records import SHOWN
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.record_file import EmptySourceError, RecordFile, RecordSource, require_file
 from mm_moslora.utils.errors import DataError
@@ -174,7 +174,7 @@ def open_sources(
     """Open several sources.
 
     Args:
-        objective: what is learned from them; their records become conversations, see `judged_records.SHOWN`.
+        objective: what is learned from them; their records become conversations, see `preference_records.SHOWN`.
 
     Raises:
         DataError: no source is named, or one cannot be read.
