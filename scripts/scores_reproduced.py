@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 from mm_moslora_eval.protocol.task_registry import get_task, name_and_protocol, task_file
-from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
+from mm_moslora_eval.run.scored_subsets import find_view
 
 sys.path.insert(0, str(Path(__file__).parent))
 from published_answers import READERS, PublishedRun

@@ -75,14 +75,15 @@ def run(
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
     from mm_moslora_eval.run.evaluate_suite import evaluate
     from mm_moslora_eval.run.provenance import record
-    from mm_moslora_eval.run.run_claim import claim_run, hold_run
+    from mm_moslora_eval.run.run_lock import claim_run, hold_run
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
     checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
     chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
-    work = work_of([*zip(opened_tasks, checksums, strict=True)], modes, chosen, model=named)
+    divided = merge or chosen.shard is not None
+    work = work_of([*zip(opened_tasks, checksums, strict=True)], modes, chosen, model=named) if divided else {}
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
     with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
@@ -175,8 +176,8 @@ def score(
         MoSLoRAError: a file of a view is damaged.
     """
     from mm_moslora_eval.protocol.task_registry import get_task
-    from mm_moslora_eval.run.answer_views import run_of, views_below
     from mm_moslora_eval.run.result_file import score_folder, write_results
+    from mm_moslora_eval.run.scored_subsets import run_of, views_below
 
     start = path.parent if path.is_file() else path
     views = views_below(start)
@@ -203,7 +204,7 @@ def score(
 
 def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
     """The views of a task as it was asked, without views by another protocol's rules."""
-    from mm_moslora_eval.run.answer_views import RESCORED, read_view
+    from mm_moslora_eval.run.scored_subsets import RESCORED, read_view
 
     tasks = {}
     for view in views:

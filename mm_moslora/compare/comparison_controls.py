@@ -67,8 +67,8 @@ def with_readable(
 
 
 def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
-    from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
     from mm_moslora_eval.run.evaluate_suite import read_samples
+    from mm_moslora_eval.run.scored_subsets import SAMPLES, task_of, view_below
 
     if OWN not in views:
         raise DataError(f"The outcome names no samples of {task}. Delete the run's outcome.json to measure it again.")
@@ -118,8 +118,8 @@ class Answers:
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
-        from mm_moslora_eval.run.answer_views import SAMPLES, task_of, view_below
         from mm_moslora_eval.run.evaluate_suite import read_samples
+        from mm_moslora_eval.run.scored_subsets import SAMPLES, task_of, view_below
 
         views = [{mode: view_below(self._folder, path) for mode, path in o.places[task].items()} for _, o in good]
         rows = [read_samples(of_seed["own"] / SAMPLES) for of_seed in views]
@@ -172,8 +172,8 @@ _SCORES = {"mme": "perception as a share of its 2,000 points"}
 
 def _scores(view: Path) -> list[float]:
     """The contribution of every answer to the task's score; without a task, the samples' own scores."""
-    from mm_moslora_eval.run.answer_views import SAMPLES, read_scored, task_of
     from mm_moslora_eval.run.evaluate_suite import read_samples
+    from mm_moslora_eval.run.scored_subsets import SAMPLES, read_scored, task_of
 
     rules = task_of(view)
     if rules is None:
@@ -184,15 +184,15 @@ def _scores(view: Path) -> list[float]:
 
 def _nats(views: Sequence[Path]) -> list[list[float]]:
     """Log-likelihoods by seed and document, NaN where one is missing; empty where a seed has none."""
-    from mm_moslora_eval.run.answer_views import SAMPLES
     from mm_moslora_eval.run.evaluate_suite import read_samples
+    from mm_moslora_eval.run.scored_subsets import SAMPLES
 
     grid = [[nats_of(row) for row in read_samples(view / SAMPLES)] for view in views]
     return grid if all(any(math.isfinite(value) for value in one) for one in grid) else []
 
 
 def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]], view: Path) -> str:
-    from mm_moslora_eval.run.answer_views import read_view
+    from mm_moslora_eval.run.scored_subsets import read_view
     from mm_moslora_eval.scoring.answer_scoring import JUDGED
 
     silent = min(rows, key=lambda one: sum(math.isfinite(nats_of(row)) for row in one))
@@ -215,8 +215,8 @@ def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], cl
 
 
 def _without_model(view: Path, training: Sequence[TrainingAnswer]) -> dict[str, list[float]]:
-    from mm_moslora_eval.run.answer_views import read_scored, task_of
     from mm_moslora_eval.run.baselines import answer_without_model
+    from mm_moslora_eval.run.scored_subsets import read_scored, task_of
     from mm_moslora_eval.scoring.answer_scoring import JUDGED
 
     task = task_of(view)
@@ -236,7 +236,7 @@ def _without_model(view: Path, training: Sequence[TrainingAnswer]) -> dict[str, 
 
 def _remarks(good: Sequence[tuple[int, Outcome]], views: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
     """Remarks on the answers, each once with the seeds that it holds for."""
-    from mm_moslora_eval.run.answer_views import read_scored, task_of
+    from mm_moslora_eval.run.scored_subsets import read_scored, task_of
     from mm_moslora_eval.scoring.score_remarks import answers_alike, wordy
 
     seeds: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, Opti
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_prompt import WORDINGS
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run import answer_log, run_claim, task_runner
+from mm_moslora_eval.run import answer_log, run_lock, task_runner
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
@@ -104,7 +104,7 @@ class Runs:
         folder = self.folder()
         model = GivenAnswers({document.id: answer for document, answer in zip(documents, answers, strict=True)})
         data = DataSet(documents=tuple(documents), path="golden", sha256="0")
-        with run_claim.open_run(folder, model):
+        with run_lock.open_run(folder, model):
             place = task_runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
         asked = None if judge is None else Judge(scripted(judge), cache=folder / "judge")
         result = score_folder(place, judge=asked)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from mm_moslora_eval.protocol.model_interface import Answer, Request
-from mm_moslora_eval.protocol.task_registry import get_task, load_file
+from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
-from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
@@ -76,33 +75,6 @@ def test_a_bad_row_is_counted(
     counted(write_tsv([rows[0], rows[1] | change]), problem, tmp_path / "run")
 
 
-def test_quotes_and_cells_of_two_megabytes(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
-    rows = rows_of(["A", "B"], encoded, question='He said "no"\tand\nleft. ' + "x" * 2_000_000)
-    result, _ = score(write_tsv(rows), ["A", "B"], tmp_path / "run")
-    assert result.score == 0.5
-
-
-def test_an_unclosed_quote_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "bench.tsv").write_text('index\tquestion\tanswer\n1\t"open\tA\n2\tq\tA\n')
-    with pytest.raises(EvalError, match="a quote is opened and never closed"):
-        get_task(f"tsv:{tmp_path / 'bench.tsv'}").load()
-
-
-def test_input_02_duplicate_ids_are_refused(write_tsv: Writer, encoded: str) -> None:
-    rows = rows_of(["A"] * 7, encoded)
-    with pytest.raises(EvalError, match="7 repeated ids") as caught:
-        get_task(f"tsv:{write_tsv([*rows, *rows])}").load()
-    named = [row["index"] for row in rows if repr(str(row["index"])) in str(caught.value)]
-    assert named == [row["index"] for row in rows[:5]]
-
-
-def test_a_nan_hint_is_no_hint(write_tsv: Writer, encoded: str) -> None:
-    task = get_task(f"tsv:{write_tsv(rows_of(['A'], encoded))}")
-    (document,) = task.load().documents
-    assert document.hint is None
-    assert "nan" not in task.prompt.text(document)
-
-
 def test_input_04_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
     texts = ["", "   \n", "A " * 5000, "word " * 2000 + "B", "\0", "\ud800", "A\u2028"]
     result, samples = score(write_tsv(rows_of(texts, encoded)), texts, tmp_path / "run")
@@ -110,30 +82,6 @@ def test_input_04_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp
     assert result.counts.not_inferable == 5
     assert result.score == pytest.approx(1 / 7)
     assert [sample["text"] for sample in samples] == [*texts[:5], "\ufffd", texts[6]], "answers are kept as they came"
-
-
-def test_options_with_equal_texts_are_not_guessed(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
-    texts = ["cat", "B"]
-    result, samples = score(write_tsv(rows_of(texts, encoded, B="cat")), texts, tmp_path / "run")
-    assert [sample["parsed"] for sample in samples] == ["", "B"]
-    assert result.counts.not_inferable == 1
-
-
-def test_an_unknown_key_in_a_task_file_gets_a_suggestion(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\nsource: {kind: tsv, path: x.tsv}\nextracton: letter\n")
-    with pytest.raises(MoSLoRAError, match="extraction"):
-        load_file(path)
-
-
-def test_a_results_folder_of_another_version_is_refused(question_file: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    evaluate(FakeModel(), get_task(f"llava:{question_file}"), run, modes=("own",), baselines=(), settings=ONE)
-    before = (run / "results.json").read_text()
-    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"format": 0}))
-    with pytest.raises(EvalError, match="holds another run"):
-        evaluate(FakeModel(), get_task(f"llava:{question_file}"), run, modes=("own",), baselines=(), settings=ONE)
-    assert (run / "results.json").read_text() == before
 
 
 def test_a_model_that_answers_code_is_not_run(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:

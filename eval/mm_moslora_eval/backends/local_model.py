@@ -179,7 +179,7 @@ class LocalModel:
         return Answer(
             text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length",
             reference=next(iter(_option_scores(reference)), None),
-            boxes=boxes_of(request, text, self.assembly.image_processing),
+            boxes=boxes_of(request, text, self.assembly.image_processing) if request.boxes else None,
         )  # fmt: skip
 
 

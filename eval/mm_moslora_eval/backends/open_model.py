@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.hardware import keep_freed_memory
@@ -11,7 +12,7 @@ from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
-    from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
+    from mm_moslora_eval.backends.openai_endpoint import Endpoint, ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -96,12 +97,11 @@ def open_model(
             "folder is compared with its training without it."
         )
     if separator and kind == "openai":
-        from mm_moslora_eval.backends.endpoints.served_preprocessing import require_preprocessing
         from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 
         endpoint = (service or ServiceSettings()).endpoint(name)
         if expected is not None:
-            require_preprocessing(endpoint, expected)
+            _require_preprocessing(endpoint, expected)
         return EndpointModel(endpoint, reference=reference)
     if separator and kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
@@ -156,3 +156,34 @@ def open_model(
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)
     return LocalModel(assembly, name=name, reference=reference, store=store, trained_frames=frames, trained_fps=fps)
+
+
+def _require_preprocessing(endpoint: Endpoint, folder: Path) -> None:
+    """Refuse a server that does not publish the preprocessing of a folder.
+
+    Args:
+        endpoint: the server, and the name of its model.
+        folder: a run, a checkpoint or an export.
+
+    Raises:
+        EvalError: the server publishes another digest or none, or the folder has no fingerprint.
+        ModelError: there is no model, or its fingerprint cannot be read.
+    """
+    from mm_moslora.data.preprocessing_print import preprocessing_digest
+
+    if not (expected := preprocessing_digest(folder)):
+        raise EvalError(f"{folder} has no preprocessing.json to compare with.")
+    said = endpoint.get(f"/models/{quote(endpoint.model)}")
+    found = said.get("preprocessing") if isinstance(said, dict) else None
+    where = f"{endpoint.model} at {endpoint.url}"
+    if not isinstance(found, str):
+        raise EvalError(
+            f"{where} publishes no digest of its preprocessing, expected {expected} of {folder}. `mm-moslora serve` "
+            "does, unless it was started with --other-preprocessing. Compare another server by `compare` of "
+            "`mm_moslora.data.preprocessing_print`."
+        )
+    if found != expected:
+        raise EvalError(
+            f"{where} prepares pictures or prompts otherwise than the training of {folder}: its digest is "
+            f"{found[:80]}, expected {expected}. Serve {folder}, or expect the folder that is served."
+        )

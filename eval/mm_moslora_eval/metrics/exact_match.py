@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mm_moslora_eval.metrics.multiple_choice import extract_letter
-from mm_moslora_eval.metrics.vqa_accuracy import plain_words
-from mm_moslora_eval.metrics.yes_no import extract_yes_no
+from mm_moslora_eval.metrics.vqa_accuracy import plain_words, punctuation_vlmevalkit
 
 _WITHOUT_SPACES = re.compile(
     r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
@@ -28,6 +27,13 @@ def relaxed(text: str) -> str:
 def best(metric: Callable[[str, str], float], text: str, references: Sequence[str]) -> float:
     """The best score over the references."""
     return max(metric(text, reference) for reference in references)
+
+
+def extract_yes_no(text: str) -> str:
+    """The default, and VLMEvalKit's: the word `yes` or the word `no`, but not both."""
+    words = punctuation_vlmevalkit(text.lower()).split()
+    yes, no = "yes" in words, "no" in words
+    return "" if yes == no else "yes" if yes else "no"
 
 
 def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str]) -> float:

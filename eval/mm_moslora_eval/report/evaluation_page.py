@@ -23,10 +23,10 @@ from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.protocol.task import shown_name
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_views import SAMPLES, read_json, view_below
 from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_samples
 from mm_moslora_eval.run.result_file import read_results
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
+from mm_moslora_eval.run.scored_subsets import SAMPLES, read_json, view_below
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.score_remarks import beside

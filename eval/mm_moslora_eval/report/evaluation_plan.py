@@ -13,7 +13,7 @@ from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.answer_views import views_below
+from mm_moslora_eval.run.scored_subsets import views_below
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.scoring.score_remarks import kind_of
 from mm_moslora_eval.sources.document import Document

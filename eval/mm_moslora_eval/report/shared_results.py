@@ -13,9 +13,9 @@ from mm_moslora.utils.files import replace_text
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.report.evaluation_page import names_of
-from mm_moslora_eval.run.answer_views import read_json
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.run_claim import RUN
+from mm_moslora_eval.run.run_lock import RUN
+from mm_moslora_eval.run.scored_subsets import read_json
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult, strict_json
 
 _TASK_TYPE = "image-text-to-text"

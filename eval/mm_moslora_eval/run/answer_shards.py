@@ -21,8 +21,8 @@ from mm_moslora.utils.untrusted_data import build_strictly, parse_object
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line, read_folder
-from mm_moslora_eval.run.answer_views import SHARDS, TASK, read_json
 from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.run.scored_subsets import SHARDS, TASK, read_json
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.image_controls import ImageMode
 

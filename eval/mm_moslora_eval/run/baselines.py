@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mm_moslora.utils.errors import DataError
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import selection_of
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import summarise
+from mm_moslora_eval.run.scored_subsets import selection_of
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores

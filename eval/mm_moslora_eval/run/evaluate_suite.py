@@ -16,7 +16,11 @@ from mm_moslora.reporting.verdicts import unread_text
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run.answer_views import (
+from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
+from mm_moslora_eval.run.result_file import score_folder, write_results
+from mm_moslora_eval.run.run_lock import open_run
+from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
+from mm_moslora_eval.run.scored_subsets import (
     DOCUMENTS,
     SAMPLES,
     TASK,
@@ -28,10 +32,6 @@ from mm_moslora_eval.run.answer_views import (
     read_view,
     scored_row,
 )
-from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
-from mm_moslora_eval.run.result_file import score_folder, write_results
-from mm_moslora_eval.run.run_claim import open_run
-from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
 from mm_moslora_eval.run.stored_types import StoredSample, check_row
 from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task, select
 from mm_moslora_eval.scoring import error_bars
@@ -79,13 +79,13 @@ def evaluate(
         settings: batch size, limits, rank.
         progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
-        locked: the caller has opened the run folder (`run_claim.open_run`), over several tasks.
+        locked: the caller has opened the run folder (`run_lock.open_run`), over several tasks.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
 
     Raises:
-        EvalError: see `task_runner.run_task` and `run_claim.open_run`.
+        EvalError: see `task_runner.run_task` and `run_lock.open_run`.
     """
     settings = settings or EvaluationSettings()
     with nullcontext() if locked else open_run(output, model, rank=settings.rank):
@@ -100,7 +100,9 @@ def evaluate(
             if settings.rank == 0 and settings.shard is None:
                 results.append(score_folder(view, judge=judge))
                 videos = getattr(model, "videos", None)
-                shown = (with_whole_videos(document, videos) for document in data.documents)
+                shown = data.documents
+                if videos is not None:
+                    shown = tuple(with_whole_videos(document, videos) for document in shown)
                 store_thumbnails(output, read_samples(view), shown, mode=mode, hasher=hasher)
                 _write(output, results[-1:])
         if settings.shard is not None:  # all shards together are scored

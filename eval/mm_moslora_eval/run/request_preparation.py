@@ -14,7 +14,7 @@ from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request, TokenDraw
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
-from mm_moslora_eval.sources.document import Document, ImageLike
+from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
 from mm_moslora_eval.sources.source_videos import about_videos, with_whole_videos
 
@@ -96,7 +96,9 @@ class Preparation:
         self._places = task.extraction in PLACES
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
-        self._seen = {document.id: with_whole_videos(document, videos) for document in shown}
+        self._seen = {
+            document.id: document if videos is None else with_whole_videos(document, videos) for document in shown
+        }
         identified = {document.id: self._identify(document) for document in shown}
         seen = {name: self._identify(document) for name, document in self._seen.items()}
         beside = [ids for ids, problem in seen.values() if problem is None]
@@ -121,7 +123,8 @@ class Preparation:
     @property
     def videos(self) -> dict[str, Any]:
         """See `about_videos`."""
-        return about_videos(self._seen.values())
+        seen = self._seen.values()
+        return about_videos(seen) if any(isinstance(i, StoredImage) for one in seen for i in one.images) else {}
 
     def _answers(self, item: Item) -> list[Item]:
         """An item for every answer; the first one has the key of a question with one answer."""

@@ -21,7 +21,10 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.answer_views import (
+from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text, judgement
+from mm_moslora_eval.run.provenance import environment
+from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.run.scored_subsets import (
     DOCUMENTS,
     RESCORED,
     TASK,
@@ -34,10 +37,6 @@ from mm_moslora_eval.run.answer_views import (
     read_view,
     write_samples,
 )
-from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
-from mm_moslora_eval.run.judging.task_judgement import judgement
-from mm_moslora_eval.run.provenance import environment
-from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
@@ -206,7 +205,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
     if view != source:
         make_subfolder(view)
         replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
-    if graded := graded_text(rules):
+    if rules.grading is not None and (graded := graded_text(rules)):
         replace_text(view / GRADED, graded)
     replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, rescored

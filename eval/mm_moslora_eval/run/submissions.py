@@ -8,7 +8,7 @@ from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.answer_views import documents_of, find_view
+from mm_moslora_eval.run.scored_subsets import documents_of, find_view
 from mm_moslora_eval.scoring.submission_forms import form_of_task, submission_forms
 from mm_moslora_eval.scoring.visible_text import without_thinking
 

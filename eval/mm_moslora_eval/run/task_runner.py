@@ -6,7 +6,7 @@ Folder of a run:
     results.json                one entry per task, protocol, image mode and selection of the data
     TASK@PROTOCOL/MODE/
         answers-*.jsonl         one per process while it runs; answers.jsonl when complete; append-only
-        SELECTION-CHECKSUM/     a view of the answers, see `answer_views`
+        SELECTION-CHECKSUM/     a view of the answers, see `scored_subsets`
             task.json           the protocol, the data, the first prompt, the environment
             documents.jsonl     the documents, so that scoring needs neither data nor model
             samples.jsonl       extracted and scored answers
@@ -17,10 +17,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 import traceback
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,21 +33,21 @@ from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_text
+from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, answer_row, line, merge, read_folder
-from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
-from mm_moslora_eval.run.run_claim import claim_folder, protocol_differences
+from mm_moslora_eval.run.run_lock import claim_folder, protocol_differences
+from mm_moslora_eval.run.scored_subsets import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.scoring.score_aggregation import documents_together
 from mm_moslora_eval.scoring.task_result import variant_of
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
-from mm_moslora_eval.sources.stratified_sample import stratified
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def select(data: DataSet, settings: EvaluationSettings, *, aggregation: str = "m
         for document in documents:
             firsts.setdefault(groups[document.id], document)
         count = max(1, settings.limit * len(sizes) // len(documents))
-        drawn = stratified(tuple(firsts.values()), settings.stratify, count, seed=settings.seed)
+        drawn = _stratified(tuple(firsts.values()), settings.stratify, count, seed=settings.seed)
         chosen = {groups[document.id] for document in drawn}
     else:
         chosen = {
@@ -136,6 +137,35 @@ def select(data: DataSet, settings: EvaluationSettings, *, aggregation: str = "m
         }
         chosen = chosen or {groups[documents[0].id]}
     return tuple(document for document in documents if groups[document.id] in chosen)
+
+
+def _stratified(documents: Sequence[Document], column: str, count: int, *, seed: int) -> tuple[Document, ...]:
+    """So many documents, in their order, with the shares of the values of a column (largest remainders).
+
+    The documents of a smaller sample are among those of a larger one, as far as the shares allow.
+
+    Raises:
+        EvalError: documents without a value in the column.
+    """
+    strata: dict[str, list[int]] = defaultdict(list)
+    for index, document in enumerate(documents):
+        strata[document.column(column)].append(index)
+    if without := strata.get(""):
+        known = dict.fromkeys(["category", *(key for document in documents for key in document.extra)])
+        raise EvalError(
+            f"stratify is {column!r}, and {len(without)} of {len(documents)} documents have nothing in this column. "
+            f"Columns: {', '.join(known)}."
+        )
+    share = min(1.0, count / len(documents))
+    quotas = {name: int(share * len(members)) for name, members in strata.items()}
+    left = min(count, len(documents)) - sum(quotas.values())
+    for name in sorted(strata, key=lambda name: (quotas[name] - share * len(strata[name]), name))[:left]:
+        quotas[name] += 1
+    chosen: set[int] = set()
+    for name, members in strata.items():
+        order = random.Random(sha256_of_values([seed, column, name])).sample(members, len(members))
+        chosen |= {*order[: quotas[name]]}
+    return tuple(document for index, document in enumerate(documents) if index in chosen)
 
 
 def run_task(
@@ -236,7 +266,7 @@ def _describe(
         for item, *others in work.documents
     ]
     replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
-    if graded := graded_text(task):
+    if task.grading is not None and (graded := graded_text(task)):
         replace_text(view / GRADED, graded)
     first = next((item for item in work.items if item.problem is None), None)
     described = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.metrics import box_iou, document_vqa, exact_match, multiple_choice, vqa_accuracy, yes_no
+from mm_moslora_eval.metrics import box_iou, document_vqa, exact_match, multiple_choice, vqa_accuracy
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.rule_forms import all_of, best_of, of_options, of_text
@@ -32,8 +32,8 @@ _EXTRACTORS: dict[str, Extractor] = {
     "letter_lmms_eval": of_options(multiple_choice.lmms_eval),
     "first_letter_lmms_eval": of_text(multiple_choice.first_letter_lmms_eval),
     "letter_first_character": of_text(multiple_choice.first_character),
-    "yes_no": of_text(yes_no.extract_yes_no),
-    "yes_no_vlmevalkit": of_text(yes_no.vlmevalkit),
+    "yes_no": of_text(exact_match.extract_yes_no),
+    "yes_no_vlmevalkit": of_text(exact_match.extract_yes_no),
 }
 EXTRACTORS: NamedParts[Extractor] = NamedParts(
     "extraction", _EXTRACTORS | parts_named("EXTRACTORS"), table="EXTRACTORS"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
 from mm_moslora.utils.identity import sha256_of, sha256_of_values
-from mm_moslora.utils.untrusted_files import find_below, opened
+from mm_moslora.utils.untrusted_files import FileError, find_below, opened, read_text_below
 from mm_moslora_eval.sources.answer_options import answers_of, options_of
 from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
@@ -21,7 +21,6 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, holds_pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
-from mm_moslora_eval.sources.texts_beside import texts_beside
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
@@ -267,7 +266,7 @@ def _of_row(
         videos, lambda name: row.get(columns.get(name, name)), file=file, row=number, rules=rules
     )
     named_texts = {own: str(_file_name(row, name)) for own, name in source.texts.items()}
-    texts, unreadable = texts_beside(named_texts, rules)
+    texts, unreadable = _texts_beside(named_texts, rules)
     images = (*pictures, *frames)
     read = document({**row, **texts}, columns, default_id=default_id, images=images, answer_is=source.answer_is)
     own = None if read.id in source.unanswerable else read.problem
@@ -348,3 +347,37 @@ def _options(
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+_TIMES = re.compile(r"\d+:\d+:\d+[.,]\d+\s*-->")
+_MARKUP = re.compile(r"<[^<>]{0,200}>|\{\\[^{}]{0,200}\}")
+
+
+def _texts_beside(names: Mapping[str, str], rules: PictureRules) -> tuple[dict[str, str], str | None]:
+    """The texts of files below the folder of the data, and the first problem.
+
+    Args:
+        names: column -> file; a file that does not exist is an empty text, of subtitles (.srt) the spoken lines count.
+        rules: where files may lie.
+    """
+    found: dict[str, str] = {}
+    for column, name in names.items():
+        try:
+            text = read_text_below(rules.folder, name) or ""
+        except (FileError, UnicodeDecodeError) as error:
+            return found, f"the {column} cannot be read: {error}"
+        found[column] = _spoken_lines(text) if name.endswith(".srt") else text
+    return found, None
+
+
+def _spoken_lines(subtitles: str) -> str:
+    """The lines of SubRip subtitles without numbers, times and markup; a line that is shown on is kept once."""
+    spoken: list[str] = []
+    lines = subtitles.replace("\r", "").split("\n")
+    for number, line in enumerate(lines):
+        following = lines[number + 1] if number + 1 < len(lines) else ""
+        plain = _MARKUP.sub("", line).strip()
+        counted = plain.isdecimal() and _TIMES.match(following.strip())
+        if plain and not counted and not _TIMES.match(plain) and plain not in spoken[-1:]:
+            spoken.append(plain)
+    return "\n".join(spoken)

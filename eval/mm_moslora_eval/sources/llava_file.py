@@ -131,7 +131,7 @@ def _question(record: Record, shown: RecordPictures, where: str) -> Document:
     if not isinstance(question, str) or not _is_plain(name):
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
     answers, odd = _answers(record["answers"] if record.get("answers") is not None else record.get("answer"))
-    options, unread = options_of(record.get("options"))
+    options, unread = ({}, None) if record.get("options") is None else options_of(record["options"])
     images, problem = shown
     return Document(
         id=str(name),

@@ -41,7 +41,9 @@ def shown_of_record(
 ) -> tuple[tuple[ImageLike, ...], str | None]:
     """The pictures of a record and the frames of its videos after them, and the first problem."""
     pictures, problem = pictures_of_record(record.get("image"), file=file, row=row, rules=rules)
-    frames, other = frames_of_record(record.get("video"), record.get, file=file, row=row, rules=rules)
+    if record.get("video") in (None, ""):
+        return pictures, problem
+    frames, other = frames_of_record(record["video"], record.get, file=file, row=row, rules=rules)
     return ((), problem or other) if problem or other else (pictures + frames, None)
 
 

@@ -196,7 +196,7 @@ def _eval_several(tasks: tuple[str, ...], arguments: dict[str, Any], where: Shar
     """Evaluate one or several models in shards, as jobs, and merge those of each model."""
     from mm_moslora_eval.backends.open_model import is_local
     from mm_moslora_eval.run.answer_shards import DONE
-    from mm_moslora_eval.run.answer_views import SHARDS
+    from mm_moslora_eval.run.scored_subsets import SHARDS
 
     models: tuple[str, ...] = arguments["model"] or ("",)
     whole: dict[Path, dict[str, Any]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import shutil
@@ -218,26 +217,6 @@ def test_a_language_model_answers_text_tasks_and_refuses_pictures(language_folde
     assert found.finish_reason in ("stop", "length")
     with pytest.raises(EvalError, match="is a language model"):
         list(model.generate([QUESTIONS[0]], batch_size=1))
-
-
-def test_endpoint_gets_pictures_in_place_and_survives_429_and_500(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MM_MOSLORA_API_KEY", "sk-test-0123456789abcdef")
-    with serve(lambda payload: payload["messages"][-1]["content"][-1]["text"].upper(), faults=[429, 500]) as server:
-        endpoint = Endpoint(url=server.url, model="m", first_wait=0.01)
-        model = EndpointModel(endpoint)
-        answers = dict(model.generate(QUESTIONS[:4], batch_size=3))
-    assert answers[0].text == "WHAT COLOR?"
-    assert answers[0].finish_reason == "stop"
-    first = next(p for p in server.payloads if p["messages"][-1]["content"][-1]["text"] == "what color?")
-    url = first["messages"][-1]["content"][0]["image_url"]["url"]
-    assert base64.b64decode(url.removeprefix("data:image/png;base64,")) in (picture(1), picture(2))
-    assert first["model"] == "m"
-    assert first["max_tokens"] == 5
-    assert first["temperature"] == 0
-    assert set(server.keys) == {"Bearer sk-test-0123456789abcdef"}
-    assert endpoint.usage.to_dict() == {
-        "calls": 4, "retries": 2, "prompt_tokens": 40, "completion_tokens": sum(a.tokens for a in answers.values()),
-    }  # fmt: skip
 
 
 def test_endpoint_failure_costs_only_its_own_sample(question_file: Path, tmp_path: Path) -> None:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import base64
 import email.utils
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.backends import openai_endpoint
-from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
-from mm_moslora_eval.backends.open_model import open_model
+from mm_moslora_eval.backends.endpoints.rate_limits import RateLimit
 from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 from mm_moslora_eval.protocol.model_interface import IMAGE, Answer, Message, Request
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora import cli
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
 
-ONE = EvaluationSettings(batch_size=2, rank=0, world_size=1)
 Reply = tuple[int, dict[str, str], Any]
 
 
@@ -86,7 +81,6 @@ QUESTION = Request(
     ),
     images=(picture(1),), max_new_tokens=5, stop=("\n",),
 )  # fmt: skip
-TEXT = Request(id="t", messages=(Message(role="user", content=("Yes?",)),), max_new_tokens=5)
 
 
 def model_of(url: str, **settings: Any) -> EndpointModel:
@@ -160,29 +154,6 @@ def test_retry_after_is_waited_for_and_holds_back_all_requests(named: str, monke
     assert [wait for wait in waits if wait > 100] == pytest.approx([120, 120, 120], abs=15)
 
 
-def test_a_refused_parameter_is_named_once_by_requests_at_one_time(caplog: pytest.LogCaptureFixture) -> None:
-    together = threading.Barrier(2)
-
-    def reply(body: dict[str, Any]) -> Reply:
-        if "temperature" in body:
-            return 400, {}, {"error": "temperature is not supported here"}
-        return 200, {}, openai("red")
-
-    def wait_for_another(record: logging.LogRecord) -> bool:
-        with suppress(threading.BrokenBarrierError):
-            together.wait(1)  # a second message would be on its way before the first is written
-        return True
-
-    logger = logging.getLogger(openai_endpoint.__name__)
-    logger.addFilter(wait_for_another)
-    try:
-        with provider(reply) as server:
-            ask(model_of(server.url), QUESTION, QUESTION)
-    finally:
-        logger.removeFilter(wait_for_another)
-    assert caplog.text.count("refuses temperature") == 1
-
-
 def test_parameters_that_a_model_refuses_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if "max_tokens" in body:
@@ -238,18 +209,6 @@ def test_requests_and_tokens_stay_within_a_minute() -> None:
     assert clock.now == before, "nothing is waited for after a pause of one's own"
 
 
-@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-def test_an_impossible_limit_is_refused(value: float) -> None:
-    with pytest.raises(EvalError, match="requests-per-minute"):
-        ServiceSettings(requests_per_minute=value).endpoint("openai:http://h/v1#m")
-
-
-@pytest.mark.parametrize("text", ["3", "3/x", "-1/2", "1/2/3", "inf/1", ""])
-def test_an_impossible_price_is_refused(text: str) -> None:
-    with pytest.raises(EvalError, match="IN/OUT"):
-        Prices.parse(text)
-
-
 def test_a_run_names_tokens_and_cost_and_keeps_no_key(
     question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +231,14 @@ def test_a_run_names_tokens_and_cost_and_keeps_no_key(
     assert read_results(tmp_path / "run")[0].about["tokens"] == tokens
 
 
-@pytest.mark.parametrize("name", ["openai:", "openai:http://h", "openai:https://a:b@h/v1#m"])
-def test_a_name_without_a_model_or_with_a_password_is_refused(name: str) -> None:
-    with pytest.raises(EvalError, match=r"names no endpoint|holds no password"):
-        open_model(name)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"requests_per_minute": value} for value in (0, -1, float("nan"), float("inf"))),
+        *({"price": text} for text in ("3", "3/x", "-1/2", "1/2/3", "inf/1", "")),
+        *({"timeout": value} for value in (0, float("inf"), float("nan"))), {"attempts": 0},
+    ],
+)  # fmt: skip
+def test_impossible_limits_prices_and_patience_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(EvalError, match=r"requests-per-minute|IN/OUT|expected seconds above 0"):
+        ServiceSettings(**settings).endpoint("openai:http://h/v1#m")

@@ -202,14 +202,6 @@ def test_a_smaller_or_failed_run_never_replaces_a_complete_one(
     assert len(metrics) == 3
 
 
-def test_scores_of_an_older_step_are_removed(tmp_path: Path) -> None:
-    row = {"name": "tuned", "task": "t", "subject": "s", "n": 3, "model": "a", "failed": 0, "mean": 0.5}
-    control, floor = row | {"name": "wrong_image"}, row | {"name": "majority", "model": None}
-    run_evidence._merge(tmp_path / "evaluation.json", [row, control, floor], [row | {"model": "b", "mean": 0.7}])
-    kept = json.loads((tmp_path / "evaluation.json").read_text())
-    assert [(item["name"], item["model"]) for item in kept] == [("tuned", "b"), ("majority", None)]
-
-
 def test_a_run_of_another_person_shows_no_file_of_this_machine(
     measured: Path, tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,11 +17,11 @@ from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint
 from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.answer_views import find_view
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
 from mm_moslora_eval.run.judging.llm_judge import THINKING_TOKENS, Judge
 from mm_moslora_eval.run.result_file import read_results, score_folder
+from mm_moslora_eval.run.scored_subsets import find_view
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.submission_forms import submission_forms
@@ -174,14 +174,6 @@ def test_llavabench_is_relative_to_the_reference(write_tsv: Writer, tmp_path: Pa
     assert result.metrics["detail"] == pytest.approx(1.0)
 
 
-def test_data_without_references_is_exported_instead_of_scored(write_tsv: Writer, tmp_path: Path) -> None:
-    path = write_tsv([{"index": n, "question": f"Q{n}?", "answer": "", "A": "x", "B": "y"} for n in range(3)])
-    (result,) = evaluate(FakeModel(), get_task(f"tsv:{path}"), tmp_path / "run", modes=("own",), settings=ONE)[:1]
-    assert math.isnan(result.score)
-    assert "no reference answers" in result.about["unscored"]
-    assert (find_view(tmp_path / "run" / "bench@own" / "own") / "submission.tsv").is_file()
-
-
 @pytest.fixture
 def answered(write_tsv: Writer, tmp_path: Path, encoded: str) -> Path:
     rows = [
@@ -238,19 +230,14 @@ def _workbook(data: bytes) -> list[list[str]]:
     return [["".join(cell.itertext()) for cell in row.iter(f"{name}c")] for row in sheet.iter(f"{name}row")]
 
 
-def test_an_existing_file_is_refused_for_a_submission(answered: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "answers.json"
-    mine.write_text("mine")
-    with pytest.raises(ConfigError, match=r"answers\.json exists and is not replaced"):
-        write_submission(answered, mine, form="vizwiz")
-    assert mine.read_text() == "mine"
-
-
-def test_a_folder_is_refused_for_a_submission(answered: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder; expected the file to write"):
-        write_submission(answered, tmp_path, form="vizwiz")
-
-
-def test_an_unknown_form_is_suggested(answered: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"Did you mean 'vizwiz'"):
-        write_submission(answered, tmp_path / "out", form="vizwis")
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [("mine", "vizwiz", "exists and is not replaced"), (".", "vizwiz", "is a folder"), ("out", "vizwis", "'vizwiz'")],
+)
+def test_a_submission_replaces_nothing_and_has_a_known_form(
+    name: str, form: str, message: str, answered: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises((ConfigError, EvalError), match=message):
+        write_submission(answered, tmp_path / name, form=form)
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -22,7 +22,7 @@ from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.run_claim import open_run
+from mm_moslora_eval.run.run_lock import open_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES
@@ -235,15 +235,6 @@ def test_questions_on_one_picture_are_asked_together(question_file: Path, tmp_pa
     pictures = [request.images[0] for request in model.requests]
     changes = sum(a != b for a, b in itertools.pairwise(pictures))
     assert changes == 3
-
-
-def test_folder_in_use_is_refused(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
-    with (
-        open_run(tmp_path / "run", model),
-        pytest.raises(EvalError, match="is in use"),
-        open_run(tmp_path / "run", model),
-    ):
-        pass
 
 
 def test_folder_of_another_format_is_refused(question_file: Path, tmp_path: Path, model: FakeModel) -> None:

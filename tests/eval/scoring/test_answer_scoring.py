@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mm_moslora_eval.metrics import exact_match, multiple_choice, vqa_accuracy, yes_no
+from mm_moslora_eval.metrics import exact_match, multiple_choice, vqa_accuracy
 from mm_moslora_eval.metrics.general import table_similarity
 from mm_moslora_eval.protocol.task import Decoding, Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
@@ -46,8 +46,8 @@ def test_defaults_do_not_have_the_faults_of_the_reference_implementations() -> N
     assert vqa_accuracy.normalize_evalai("b." * 40) != "b" * 40
     assert vqa_accuracy.soft_accuracy("yes", ["Yes"]) == 1.0
     assert vqa_accuracy.soft_accuracy("yes", ["yes", "yes", "no"]) == pytest.approx(2 / 3 * 0.5 + 1 / 3)
-    assert yes_no.extract_yes_no("") == ""
-    assert yes_no.extract_yes_no("eyes") == ""
+    assert exact_match.extract_yes_no("") == ""
+    assert exact_match.extract_yes_no("eyes") == ""
     assert mmvet.mmvet_grade("nan") is None
     assert mmvet.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
     assert exact_match.exact_match(" Yes. ", "yes") == 1.0

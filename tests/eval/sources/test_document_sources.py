@@ -64,32 +64,6 @@ def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"image": "99"}, "row '99', which does not exist"),
-        ({"image": "1"}, "refers back to it"),
-        ({"image": "!" * 80}, "not base64"),
-        ({"answer": "E"}, "answer 'E' is not one of the options A, B"),
-        ({"question": "nul \0 byte"}, "NUL byte in column 'question'"),
-        ({"image": "", "image_path": "../../etc/passwd"}, "leaves /"),
-    ],
-)
-def test_tsv_row_that_cannot_be_asked_is_counted_as_failed(
-    write_tsv: Writer, encoded: str, tmp_path: Path, change: dict[str, str], problem: str
-) -> None:
-    path = write_tsv([row(0, encoded), row(1, encoded) | change, row(2, encoded)])
-    bad = documents(path)["1"]
-    assert bad.problem is not None
-    assert problem in bad.problem
-    model = FakeModel()
-    (result,) = evaluate(model, get_task(f"tsv:{path}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
-    assert (result.n, result.counts.failed) == (3, 1)
-    assert sorted(model.asked) == ["0", "2"]
-    with pytest.raises(EvalError, match="1 of 3 documents"):
-        eval_commands.check(f"tsv:{path}")
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),

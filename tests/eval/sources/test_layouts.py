@@ -322,19 +322,6 @@ def test_numbered_image_tags_show_the_images_they_name(question: str, order: tup
     assert sum(part is IMAGE for part in item.messages[0].content) == len(order)
 
 
-def shown(name: str, question: str, *images: bytes) -> list[str]:
-    """The parts of the prompt, with the numbers of the pictures that are shown."""
-    task = get_task(name)
-    document = Document(id="1", images=images, question=question, options={"A": "x", "B": "y"}, answers=("A",))
-    (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
-    assert item.problem is None
-    pictures = iter(item.image_ids)
-    numbers = {Hasher()(image): number for number, image in enumerate(images, start=1)}
-    return [
-        part if isinstance(part, str) else f"PICTURE {numbers[next(pictures)]}" for part in item.messages[0].content
-    ]
-
-
 def test_the_answer_of_mathvista_may_be_two_options_of_one_text(tmp_path: Path) -> None:
     """One row of testmini has its right choice twice."""
     runs = Runs(tmp_path)

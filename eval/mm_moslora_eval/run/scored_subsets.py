@@ -64,7 +64,7 @@ class DocumentSelection:
 def selection_of(
     items: Sequence[Item], data: DataSet, *, aggregation: str, stratify: str | None = None
 ) -> DocumentSelection:
-    """The selection that the items make of their data set; `stratify` as for `stratified_sample.stratified`."""
+    """The selection that the items make of their data set; `stratify` as for `EvaluationSettings`."""
     ids, all_ids = [item.document.id for item in items], [document.id for document in data.documents]
     by = None if stratify is None else f"{len(ids)} by " + re.sub(r"[^\w.-]", "_", stratify)
     plain = f"first {len(ids)}" if ids == all_ids[: len(ids)] else f"{len(ids)} chosen"

@@ -17,8 +17,8 @@ from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.answer_views import TASK, read_view
 from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.run.scored_subsets import TASK, read_view
 
 RUN = "run.json"
 """File in a run folder that identifies the model of its answers."""

@@ -17,21 +17,19 @@ from typing import Any
 import pytest
 from between import just_before
 from mm_moslora_eval import eval_commands
-from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run import result_file
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.run_claim import hold_run
+from mm_moslora_eval.run.run_lock import hold_run
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
-ROW = {"tokens": 1, "finish_reason": "stop", "options": None, "error": None}
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
 
 
@@ -69,16 +67,6 @@ def test_answers_of_a_selection_are_reused_by_other_selections(tmp_path: Path) -
     assert first.asked == ["q7"]
     rest, _ = asked(run, data, modes=("wrong",))
     assert len(rest.asked) == 14
-
-
-@pytest.mark.parametrize(("beams", "words"), [(1, "greedy"), (4, "4 beams")])
-def test_the_report_names_the_search_of_the_protocol(beams: int, words: str, tmp_path: Path) -> None:
-    data = write_questions(tmp_path / "data", count=2)
-    (tmp_path / "t.yaml").write_text(
-        f"name: t\nsource: {{kind: llava, path: {data}}}\ndecoding: {{max_new_tokens: 8, beams: {beams}}}\n"
-    )
-    eval_commands.run(FakeModel(), [str(tmp_path / "t.yaml")], tmp_path / "run", settings=ONE)
-    assert f"generate, {words}, at most 8 new tokens" in write_report(tmp_path / "run").read_text()
 
 
 def test_two_processes_that_score_one_run_keep_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,27 +275,3 @@ def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
     assert "KeyboardInterrupt" in error
     for connection in held:
         connection.close()
-
-
-def test_an_incomplete_reply_is_requested_again() -> None:
-    whole = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
-    served = 0
-
-    def serve(server: socket.socket) -> None:
-        nonlocal served
-        for length in (len(whole) + 50, len(whole)):  # the first one promises more than it sends
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(65536)
-                head = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
-                connection.sendall(head.encode() + whole)
-                served += 1
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve, args=(server,), daemon=True)
-        thread.start()
-        endpoint = Endpoint(url=f"http://127.0.0.1:{server.getsockname()[1]}/v1", model="m", first_wait=0.001)
-        assert endpoint.chat({})["choices"][0]["message"]["content"] == "yes"
-        thread.join(10)
-    assert served == 2
-    assert EndpointModel(endpoint).endpoint.usage.retries == 1
