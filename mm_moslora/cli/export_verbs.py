@@ -107,7 +107,7 @@ def _hand_on(
         print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
         print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
         difference = lora.max_logit_difference
-        print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
+        print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference}")
         if is_packed(assembly.model):
             print("This holds on the base in 4 or 8 bits, as it was trained; a dense one rounds otherwise.")
         return 0
@@ -122,9 +122,11 @@ def _hand_on(
     elif to == "llava":
         refuse_own_class(assembly.model)
     moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
-    if moved is not None:
+    if moved is None:
+        print("There is no adapter to merge: the weights are written as they are.")
+    else:
         rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"
-        print(f"adapter merged: largest logit difference from the live adapter {moved:.2e}{rounded}")
+        print(f"adapter merged: largest logit difference from the live adapter {moved}{rounded}")
     with new_folder(output) as part:
         if to == "gguf":
             from mm_moslora.models.export.gguf_model import export_gguf
@@ -138,7 +140,7 @@ def _hand_on(
                 )
         else:
             result = export_model(assembly, part, require_stock=to == "llava")
-            lines = [f"{result.architecture}, largest logit difference {result.max_logit_difference:.2e}"]
+            lines = [f"{result.architecture}, largest logit difference {result.max_logit_difference}"]
             if not result.stock:
                 lines.append("Loads with transformers after `import mm_moslora.models`.")
         write_card(assembly, part, source=model, licence=licence)
@@ -188,5 +190,5 @@ def import_model(
         return 0
     whole = load_parts(whole_config(imported, vision=vision, language=None if imported.language else language))
     result = export_model(whole, output / "model")
-    print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
+    print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference}")
     return 0

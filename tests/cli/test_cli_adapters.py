@@ -62,6 +62,8 @@ def test_merge_takes_an_adapter_of_another_trainer(adapter: Path, language_folde
     torch.testing.assert_close(merged, live, atol=1e-5, rtol=0)
     with torch.no_grad():
         assert (live - _base(language_folder)(IDS).logits).abs().max() > 1e-2
+    assert run(["export", str(tmp_path / "merged"), str(tmp_path / "again"), "--to", "hf"]) == 0
+    assert "no adapter" in capsys.readouterr().out
 
 
 def test_export_to_lora_compares_stock_peft_with_the_live_adapter(

@@ -24,7 +24,7 @@ from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.metrics.gpu_memory import RunEstimate, StepMemory
-from mm_moslora.training.metrics.gpu_specs import device_peak
+from mm_moslora.training.metrics.gpu_specs import card_of, device_peak
 from mm_moslora.training.metrics.model_cost import FlopCounter, PictureWork, StepShape
 from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
 
@@ -145,3 +145,10 @@ def test_a_step_logs_its_mfu_on_a_known_device_alone() -> None:
     assert found["padding_share"] == 0.0
     for unknown in (known._replace(peak=0.0), known._replace(picture=None)):
         assert "mfu" not in Speedometer(model, unknown).of(result, [batch], figures)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A10G", "NVIDIA RTX 6000 Ada Generation", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"]
+)
+def test_a_card_that_is_asked_has_the_peak_of_its_own_name(name: str) -> None:
+    assert card_of(name, 80e9).peak == device_peak(name)

@@ -35,6 +35,22 @@ TOLERANCE = 1e-4
 """Largest accepted difference of logits in fp32, relative to the largest logit (but to no less than 1)."""
 
 
+class LogitDifference(float):
+    """The largest difference between the logits of two models, in nats, with the largest logit as its scale."""
+
+    scale: float
+
+    @classmethod
+    def between(cls, ours: Tensor, theirs: Tensor) -> LogitDifference:
+        """That of logits ``[T, C]``; not a number where a logit is none."""
+        made = cls((ours.float() - theirs.float()).abs().max())
+        made.scale = float(ours.float().abs().max())
+        return made
+
+    def __str__(self) -> str:
+        return f"{float(self):.2e} (logits reach {self.scale:.3g})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """What an export wrote."""
@@ -44,7 +60,7 @@ class Exported:
     """Class that loads it."""
     stock: bool
     """Whether transformers alone loads it; else `import mm_moslora.models` first."""
-    max_logit_difference: float
+    max_logit_difference: LogitDifference
     """Between the model in memory and the folder loaded back, fp32."""
 
 
@@ -94,7 +110,7 @@ class ExportedLora:
     """PEFT's class that loads adapter and base together."""
     stock: bool
     """Whether that needs nothing of this project; else `import mm_moslora.models` first."""
-    max_logit_difference: float
+    max_logit_difference: LogitDifference
     """Between the live adapter and the folder as stock PEFT loads it, fp32."""
 
 
@@ -181,7 +197,7 @@ def _round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge_adapter(assembly: Parts, dtype: torch.dtype) -> float | None:
+def merge_adapter(assembly: Parts, dtype: torch.dtype) -> LogitDifference | None:
     """Merge the live adapter, and only then cast the weights.
 
     Args:
@@ -198,7 +214,7 @@ def merge_adapter(assembly: Parts, dtype: torch.dtype) -> float | None:
         adapters.merge(assembly.peft_model)
         assembly.peft_model = None
     cast_parameters(assembly.model, dtype)
-    return None if live is None else float((_probe(assembly, assembly.model).float() - live).abs().max())
+    return None if live is None else LogitDifference.between(live, _probe(assembly, assembly.model))
 
 
 def why_not_stock(model: VlmForConditionalGeneration) -> str:
@@ -239,7 +255,7 @@ def _rename_tensors(folder: Path, old: str, new: str) -> None:
         index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _check(assembly: Parts, folder: Path) -> float:
+def _check(assembly: Parts, folder: Path) -> LogitDifference:
     """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
@@ -249,17 +265,17 @@ def _check(assembly: Parts, folder: Path) -> float:
     return largest_logit_difference(_probe(assembly, model), _probe(assembly, twin))
 
 
-def largest_logit_difference(ours: Tensor, theirs: Tensor) -> float:
+def largest_logit_difference(ours: Tensor, theirs: Tensor) -> LogitDifference:
     """The largest difference between a model's logits and those of its written files.
 
     Raises:
         ModelError: it is larger than rounding.
     """
-    difference = float((ours.float() - theirs.float()).abs().max())
-    accepted = TOLERANCE * max(1.0, float(ours.float().abs().max()))
+    difference = LogitDifference.between(ours, theirs)
+    accepted = TOLERANCE * max(1.0, difference.scale)
     if not difference <= accepted:  # not a number is no agreement
         raise ModelError(
-            f"The written files give other logits than the model (largest difference {difference:.2e}, accepted "
+            f"The written files give other logits than the model (largest difference {difference}, accepted "
             f"{accepted:.0e}), so they were deleted. Export in fp32 (--dtype fp32), and report the model's class."
         )
     return difference

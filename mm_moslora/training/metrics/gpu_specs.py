@@ -84,8 +84,10 @@ def card_of(name: str, memory: float) -> Gpus:
     words = f" {name.upper().replace('-', ' ')} "
     known = [key for key, (part, *_) in MEMORY_GB.items() if f" {part} " in words]
     likeliest = min(known or ["T4-16G"], key=lambda key: abs(MEMORY_GB[key][1] * 1e9 - memory))
-    card = replace(parse_gpus(likeliest), name=name, memory=memory)
-    return card if known else replace(card, has_bf16=True)
+    card = parse_gpus(likeliest)
+    return replace(
+        card, name=name, memory=memory, peak=device_peak(name) or card.peak, has_bf16=card.has_bf16 or not known
+    )
 
 
 def parse_gpus(text: str) -> Gpus:
