@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_language, make_records, make_vision
@@ -247,10 +248,23 @@ def sum_gradients(output: str, *stages: str) -> int:
     import torch
 
     from mm_moslora.batch import Batch, Example
+    from mm_moslora.models.vision.feature_cache import StepFeatureCache
     from mm_moslora.training.engine import OptimizerSettings, build_engine
     from mm_moslora.training.parameter_groups import parameter_groups
-    from mm_moslora.training.rehearsal import _Tiny
     from mm_moslora.utils import distributed
+
+    class Tiny(torch.nn.Module):
+        """A one-layer language model in place of `LossModule`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pictures, start = StepFeatureCache(), torch.Generator().manual_seed(0)
+            self.embed, self.head = (torch.nn.Parameter(torch.randn(16, 8, generator=start)) for _ in range(2))
+            self.lora_mixer = torch.nn.Parameter(torch.randn(8, 8, generator=start) / 8**0.5)
+
+        def forward(self, batch: Batch, needs_vision: bool = False, right: Any = None) -> torch.Tensor:
+            hidden = torch.tanh(self.embed[batch.input_ids[batch.target_positions]] @ self.lora_mixer)
+            return torch.nn.functional.cross_entropy((hidden @ self.head.t()).float(), batch.targets, reduction="sum")
 
     def batches(rank: int) -> list[Batch]:
         words = torch.Generator().manual_seed(rank)
@@ -259,7 +273,7 @@ def sum_gradients(output: str, *stages: str) -> int:
             Batch.from_examples([Example(id="", input_ids=row, supervised=torch.ones(len(row)).bool())]) for row in ids
         ]
 
-    world, model = distributed.world_size(), _Tiny().bfloat16()
+    world, model = distributed.world_size(), Tiny().bfloat16()
     everything = [batch for rank in range(world) for batch in batches(rank)]
     count, exact = sum(batch.supervised_tokens for batch in everything), {}
     for batch in everything:
@@ -269,7 +283,7 @@ def sum_gradients(output: str, *stages: str) -> int:
             exact[name] = exact.get(name, 0) + parameter.grad.double().flatten() / world
     errors = {}
     for stage in stages:
-        module = _Tiny().bfloat16()
+        module = Tiny().bfloat16()
         settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=0.0)
         config = TrainConfig(micro_batch=1, global_batch=64 * world, zero=stage)
         groups = parameter_groups(module, OptimConfig(lr=0.0))

@@ -83,7 +83,8 @@ def recipe(records: dict[str, list[str]], tiny: Path, tmp_path: Path) -> Recipe:
         [f"model.language={tiny}", f"data.train.0.path={tmp_path / '170k.jsonl'}", "data.train.0.hold_out=12",
          "data.workers=0", f"train.output={tmp_path / 'run'}", "train.steps=2", "train.validate_every=1",
          "train.zero=none", "train.precision=fp32", "train.rehearsal=false", "track.trackers=[]",
-         "optim.warmup=1", "train.global_batch=8"],
+         "optim.warmup=1", "train.global_batch=8",
+         "train.micro_batch=4"],
     )  # fmt: skip
 
 
