@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -73,6 +74,20 @@ def load(
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
+
+
+def load_unweighted(path: str | Path) -> Parts:
+    """All that turns conversations into a model's inputs, without its weights.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    folder = find_checkpoint(Path(path))
+    if (folder / MANIFEST).is_file():
+        return load_parts(model_of(folder), weights="none")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{folder} is an adapter folder, which holds no tokenizer. Give a run or an export.")
+    return _load_exported(folder, dtype=torch.float32, weights=False)
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -176,26 +191,35 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     return assembly
 
 
-def _load_exported(folder: str | Path, *, dtype: torch.dtype, revision: str | None = None) -> Parts:
+def _load_exported(
+    folder: str | Path, *, dtype: torch.dtype, revision: str | None = None, weights: bool = True
+) -> Parts:
     try:
         with hub_or_cache(folder):
-            return _load_stock(folder, dtype=dtype, revision=revision)
+            return _load_stock(folder, dtype=dtype, revision=revision, weights=weights)
     except MoSLoRAError:
         raise
     except ValueError as error:
         raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
 
 
-def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None) -> Parts:
+def _load_stock(folder: str | Path, *, dtype: torch.dtype, revision: str | None, weights: bool) -> Parts:
+    def load_stock(auto: Any) -> Any:
+        if weights:
+            return load_base(auto, folder, revision=revision, dtype=dtype)
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+
     refuse_configuration(str(folder), revision)
     config, _ = PretrainedConfig.get_config_dict(folder, revision=revision)
     base = {"exported": str(folder), "revision": revision}
     if "vision_config" not in config:
-        language = load_base(AutoModelForCausalLM, folder, revision=revision, dtype=dtype)
+        language = load_stock(AutoModelForCausalLM)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         thinking = _thinking_of(tokenizer.chat_template)
         return Parts(model=language.eval(), tokenizer=tokenizer, base=base, thinking=thinking)
-    model = load_base(AutoModelForImageTextToText, folder, revision=revision, dtype=dtype).eval()
+    model = load_stock(AutoModelForImageTextToText).eval()
     processor: Any = load_pretrained_processor(str(folder), revision)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         thinking = _thinking_of(processor.chat_template)

@@ -157,14 +157,14 @@ def test_a_configuration_chooses_no_native_code(tmp_path: Path, language_folder:
 
     from mm_moslora.config import ModelConfig
     from mm_moslora.models.assembly import load_parts
-    from mm_moslora.models.load_model import load
+    from mm_moslora.models.load_model import load, load_unweighted
 
     folder = tmp_path / "model"
     shutil.copytree(language_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
     readers = (
-        load, lambda path: load_parts(ModelConfig(language=str(path))),
+        load, load_unweighted, lambda path: load_parts(ModelConfig(language=str(path))),
         lambda path: load_parts(ModelConfig(language=str(path)), weights="none"),
         lambda path: TransformersModel.from_pretrained(str(path)),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from tiny import make_tokenizer
 from tokenizers import AddedToken
 
+from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.models.export.export_huggingface import export_model
@@ -93,7 +94,7 @@ def test_auto_answers_what_it_was_trained_on(recipe, qwen3, tmp_path, caplog) ->
     assert Chat.from_folder(run).ask("which colour is red?") == thought("red")
 
 
-def test_the_form_is_stored_with_the_run_and_its_exports(recipe, qwen3, tmp_path) -> None:
+def test_the_form_is_stored_with_the_run_and_its_exports(recipe, qwen3, tmp_path, caplog, capsys) -> None:
     recipe = recipe_of(recipe, qwen3, tmp_path)
     train(recipe, stop_at=1)
     run = Path(recipe.train.output)
@@ -102,8 +103,14 @@ def test_the_form_is_stored_with_the_run_and_its_exports(recipe, qwen3, tmp_path
     assert asked(run)
     export_model(load(run), tmp_path / "export")
     assert asked(tmp_path / "export")
-    for place in (run, checkpoint, tmp_path / "export"):
+    capsys.readouterr()
+    for place in (run, checkpoint, tmp_path / "export"):  # a plan has the new tokens that an evaluation may write
         assert open_model(str(place)).thinking_tokens == 256  # half the context of this model
+        for given, most in ((None, 256), (7, 7)):
+            eval_plan(f"llava:{recipe.data.train[0].path}", model=str(place), max_new_tokens=given)
+            said = capsys.readouterr().out
+            assert said.partition("\n\n")[0].split()[-1] == f"{8 * most:,}"
+            assert "asked to think" not in said
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     messages = [{"role": "user", "content": "a"}]
     given = transformers.AutoTokenizer.from_pretrained(qwen3)

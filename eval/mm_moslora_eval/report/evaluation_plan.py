@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
+from mm_moslora_eval.run.evaluate_suite import shown_as_trained
 from mm_moslora_eval.run.scored_subsets import views_below
 from mm_moslora_eval.run.task_runner import EvaluationSettings, select
 from mm_moslora_eval.scoring.score_remarks import kind_of
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.source_videos import WholeVideo, with_whole_videos
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.report.prompt_tokens import PromptTokens
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8: four Latin letters, one to two Chinese characters."""
@@ -35,7 +41,7 @@ class TaskPlan:
     pictures: int
     """Frames of videos included."""
     prompt_tokens: int
-    """Of the texts of all answers, about."""
+    """Of all answers: of the texts alone, about, or counted with pictures by the model's own parts."""
     most_new_tokens: int
     """Of all answers, if each takes its whole budget; 0 where options are scored."""
     unasked: int = 0
@@ -57,11 +63,17 @@ class Measured:
     answers: int
 
 
-def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
+def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens | None = None) -> TaskPlan:
     """The plan of a task whose data are at hand, since nothing is fetched; else its documents as the task file has
     them, and the fault.
+
+    Args:
+        task: the protocol.
+        settings: which documents are asked.
+        counter: knows the model; None: prompts are counted by the length of their texts, and no answer thinks.
     """
-    decoding = task.within(settings.max_new_tokens).decoding
+    task = task if counter is None else shown_as_trained(task, counter)
+    decoding = task.within(settings.max_new_tokens, thinking_tokens=counter.thinking_tokens if counter else 0).decoding
     most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
     try:
         data = task.load_cached()
@@ -76,7 +88,7 @@ def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
     problems: list[str] = []
     for document in documents:
         try:
-            counted, shown = _prompt_of(task, document)
+            counted, shown = _prompt_of(task, document, counter)
         except MoSLoRAError as error:  # a counted failure of the run
             problems.append(str(error))
             continue
@@ -90,16 +102,24 @@ def plan_task(task: Task, settings: EvaluationSettings) -> TaskPlan:
     )  # fmt: skip
 
 
-def _prompt_of(task: Task, document: Document) -> tuple[float, int]:
-    """Tokens of the text and pictures of a prompt.
+def _prompt_of(task: Task, document: Document, counter: PromptTokens | None) -> tuple[float, int]:
+    """Tokens and pictures of a prompt.
 
     Raises:
-        EvalError: it cannot be asked.
+        MoSLoRAError: it cannot be asked.
     """
     if document.problem is not None:
         raise EvalError(document.problem)
-    size = sum(len(message.text.encode("utf-8", "replace")) for message in task.prompt.messages(document))
-    return size / BYTES_PER_TOKEN, len(task.prompt.image_order(document))
+    if counter is not None:
+        document = with_whole_videos(document, counter.videos)
+        if document.problem is not None:
+            raise EvalError(document.problem)
+    messages = task.prompt.messages(document)
+    images = [document.images[number] for number in task.prompt.image_order(document)]
+    frames = sum(image.shape[0] if isinstance(image, WholeVideo) else 1 for image in images)
+    if counter is None:
+        return sum(len(message.text.encode("utf-8", "replace")) for message in messages) / BYTES_PER_TOKEN, frames
+    return counter.of_prompt(messages, images), frames
 
 
 def measured(run: Path) -> Measured:
@@ -120,15 +140,16 @@ def measured(run: Path) -> Measured:
 
 
 def plan_text(
-    plans: Sequence[TaskPlan], *, before: Measured | None, price: Prices | None, picture_tokens: int, modes: int = 1
-) -> str:
+    plans: Sequence[TaskPlan], *, before: Measured | None, price: Prices | None,
+    picture_tokens: int | None, modes: int = 1,
+) -> str:  # fmt: skip
     """The plan as a table, with what it rests on.
 
     Args:
         plans: of the tasks.
         before: an earlier run of this model; None: hours are unknown.
         price: None: no cost.
-        picture_tokens: of one picture.
+        picture_tokens: of one picture; None: the plans count them.
         modes: image modes, each of which asks everything.
     """
     rows = []
@@ -140,19 +161,31 @@ def plan_text(
         rows.append((plan.name, *(shown if plan.documents else "?????")))
     answers = modes * sum(plan.answers for plan in plans)
     pictures = modes * sum(plan.pictures for plan in plans)
-    prompts = modes * sum(plan.prompt_tokens for plan in plans) + pictures * picture_tokens
-    new, unknown = modes * sum(plan.most_new_tokens for plan in plans), sum(bool(plan.fault) for plan in plans)
-    head = ("task", "documents", "answers", "pictures", "text tokens", "new tokens at most")
-    rest = f", but for {unknown} of {len(plans)} tasks" if unknown else ""
-    lines = [
-        *aligned(head, rows), "",
-        f"Prompts: about {prompts:,} tokens{rest}, with {picture_tokens} for each of {pictures:,} pictures "
-        f"(--picture-tokens) and {BYTES_PER_TOKEN} bytes of text for one.",
-        _hours(answers, before),
-    ]  # fmt: skip
+    prompts = modes * sum(plan.prompt_tokens for plan in plans) + pictures * (picture_tokens or 0)
+    new = modes * sum(plan.most_new_tokens for plan in plans)
+    counted, unknown = picture_tokens is None, sum(bool(plan.fault) for plan in plans)
+    head = ("task", "documents", "answers", "pictures", f"{'prompt' if counted else 'text'} tokens")
+    lines = [*aligned((*head, "new tokens at most"), rows), ""]
+    if unknown == len(plans):
+        lines.append("Prompts: unknown.")
+    elif counted:
+        lines.append(f"Prompts: {prompts:,} tokens, counted by the model's tokenizer and processor, pictures included.")
+    else:
+        lines.append(
+            f"Prompts: about {prompts:,} tokens, with {picture_tokens} for each of {pictures:,} pictures "
+            f"(--picture-tokens) and {BYTES_PER_TOKEN} bytes of text for one. --model with a folder counts them."
+        )
+    uncounted = sum(not plan.documents for plan in plans)
+    if 0 < unknown < len(plans):
+        lines[-1] += f" Those of {unknown} of {len(plans)} tasks are unknown."
+    lines.append(_hours(answers, before))
     if price is not None:
-        cost = f"about {price.cost(prompt=prompts, completion=new):,.2f} with the longest answers{rest}"
-        if before is not None:
+        known = price.cost(prompt=prompts, completion=new)
+        cost = f"{'at most' if counted else 'about'} {known:,.2f}{'' if counted else ' with the longest answers'}"
+        if unknown:
+            cost = f"unknown, since prompts are; new tokens alone at most {price.cost(prompt=0, completion=new):,.2f}"
+            cost += f" but for {uncounted} tasks of which the number of documents is unknown" if uncounted else ""
+        elif before is not None:
             likely = price.cost(prompt=prompts, completion=round(answers * before.tokens))
             cost += f", {likely:,.2f} with answers as long as in that run"
         lines.append(f"Cost: {cost}, at {price.prompt:g}/{price.completion:g} for a million tokens, without a judge's.")
@@ -163,7 +196,7 @@ def plan_text(
         f"{plan.name}: {plan.unasked:,} documents cannot be asked, and their prompts are not counted (first: "
         f"{plan.reason})." for plan in plans if plan.unasked
     ]  # fmt: skip
-    if new:
+    if new and not counted:
         lines.append(f"A model that is asked to think gets at least {THINKING_TOKENS} new tokens for an answer.")
     return "\n".join(lines)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mm_moslora.cli.evaluation.eval_options import Modes
+from mm_moslora.cli.shared_options import quiet_libraries
 
 
 def eval_plan(
     *tasks: str,
+    model: str = "",
     protocol: str | None = None,
     modes: Modes = ("own",),
     limit: int | None = None,
@@ -24,6 +26,9 @@ def eval_plan(
     ----------
     tasks
         As for `run`.
+    model
+        As for `run`; its name is checked. The tokens of prompts are counted by the tokenizer and the processor of a
+        folder; for other models they are estimated by the length of the texts.
     protocol
         Protocol of tasks that are given without one.
     modes
@@ -39,21 +44,31 @@ def eval_plan(
     price
         IN/OUT, as for `run`: prices of a million prompt tokens and of a million new tokens, such as 0.15/0.6.
     picture_tokens
-        Prompt tokens of a picture.
+        Prompt tokens of a picture; not with the folder of a model, which counts them.
     """
     from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+    from mm_moslora_eval.backends.open_model import KINDS, check_name
     from mm_moslora_eval.protocol.task_groups import with_protocol
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
     from mm_moslora_eval.report.evaluation_plan import measured as measured_in
     from mm_moslora_eval.report.evaluation_plan import plan_task, plan_text
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
+    if model:
+        check_name(model)
     prices = None if price is None else Prices.parse(price)
     settings = EvaluationSettings(limit=limit, max_new_tokens=max_new_tokens)
+    counter = None
+    if model and model.partition(":")[0] not in KINDS:
+        quiet_libraries()
+        from mm_moslora_eval.report.prompt_tokens import PromptTokens
+
+        counter = PromptTokens(Path(model))
     opened = (with_changes(get_task(name), change) for name in with_protocol(tasks, protocol))
-    plans = [plan_task(task, settings) for task in opened]
+    plans = [plan_task(task, settings, counter=counter) for task in opened]
     before = None if measured is None else measured_in(measured)
-    print(plan_text(plans, before=before, price=prices, picture_tokens=picture_tokens, modes=len(modes)))
+    of_picture = picture_tokens if counter is None else None
+    print(plan_text(plans, before=before, price=prices, picture_tokens=of_picture, modes=len(modes)))
     return 0
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mm_moslora_eval.backends.local_model import LocalModel, turn_of
+from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 from mm_moslora_eval.report.evaluation_plan import measured
 from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.task_runner import EvaluationSettings
+from mm_moslora_eval.sources.image_controls import Hasher
 
 from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
 from tests.eval.eval_fake import FakeModel
+from tests.eval.eval_models import export_tiny
 
 
 def test_a_plan_counts_answers_tokens_hours_and_cost(
@@ -32,6 +37,26 @@ def test_a_plan_counts_answers_tokens_hours_and_cost(
     seconds = measured(tmp_path / "run").seconds
     assert seconds >= 0.01
     assert f"Hours: {20 * seconds / 3600:.2f}" in text
+
+
+def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
+    question_file: Path, tmp_path: Path, language_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, name = export_tiny(tmp_path / "tiny", language_folder, vision_folder), f"llava:{question_file}"
+    model = open_model(str(folder))
+    assert isinstance(model, LocalModel)
+    work = Preparation(
+        task := get_task(name), task.load().documents, mode="own", seed=0, fingerprint="", hasher=Hasher()
+    )
+    requests = [work.request(item) for item in work.items]
+    asked = sum(len(model.encoder.encode_prompt([turn_of(one) for one in item.messages])) for item in requests)
+    (folder / "model.safetensors").unlink()
+    eval_plan(name, model=str(folder), price="1/0", picture_tokens=100_000)
+    said = capsys.readouterr().out
+    assert f"Prompts: {asked:,} tokens, counted by the model's tokenizer and processor, pictures included." in said
+    assert f"Cost: at most {asked / 1e6:,.2f}" in said
+    eval_plan(name, model="openai:http://127.0.0.1:1/v1#m")
+    assert "bytes of text for one. --model with a folder counts them." in capsys.readouterr().out
 
 
 def test_data_that_are_not_at_hand_are_named_once_with_their_address(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.report.evaluation_plan import plan_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
@@ -161,3 +164,9 @@ def test_a_model_is_shown_as_many_frames_as_in_training_unless_the_task_says_oth
     assert {len(request.images) for request in model.requests if request.id in ("0", "2")} == {shown}
     remarks = [text for text in caplog.messages if "was trained with 4 frames" in text]
     assert len(remarks) == bool(trained and asked)
+    counter: Any = SimpleNamespace(
+        **{"trained_frames": None, "trained_fps": None, **trained}, name="m", videos=None, thinking_tokens=0,
+        of_prompt=lambda *_: 0,
+    )  # fmt: skip
+    planned = plan_task(task(tmp_path / "data", **asked), ONE, counter=counter)
+    assert planned.pictures == sum(len(request.images) for request in model.requests)
