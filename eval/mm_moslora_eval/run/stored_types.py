@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Code:
-    commit: str
-    dirty: bool = False
+class _Model:
+    name: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +31,123 @@ class _Documents:
     """A data set or a selection of it."""
 
     name: str = "all"
+    of: int | None = None
+    path: str = ""
     sha256: str = ""
+    rows: int | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Code:
+    commit: str
+    dirty: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Circumstances:
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    code: _Code | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
+    kind: str
+    max_new_tokens: int
+    beams: int = 1
+    temperature: float = 0.0
     samples: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _About:
-    """What identifies a result, of `TaskResult.about`; its other keys are only printed."""
+class _Agreement:
+    file: str
+    n: int
+    agreed: int
+    share: float
+    low: float
+    high: float
+    least: float
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    model: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cached: int
+    agreement: _Agreement | None = None
+    shortened: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ByRules:
+    """The score of a judged task without a judge."""
+
+    extraction: str
+    metric: str
+    score: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Tokens of the answers, and their cost where prices were given."""
+
+    prompt: int
+    completion: int
+    cost: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Message:
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """See `TaskResult.about`."""
+
+    title: str = ""
+    notes: str = ""
+    extraction: str = ""
+    metric: str = ""
+    aggregation: str = ""
     asked_as: str = ""
+    learned_from: str = ""
+    over_samples: str = ""
+    changed: tuple[str, ...] = ()
+    thinking_markers: tuple[tuple[str, ...], ...] = ()
+    unscored: str = ""
+    date: str = ""
+    expected_count: int | None = None
+    model: _Model | None = None
     selection: _Documents | None = None
     data: _Documents | None = None
     decoding: _Decoding | None = None
-    thinking_markers: tuple[tuple[str, ...], ...] = ()
+    judge: _Judge | None = None
+    by_rules: _ByRules | None = None
+    tokens: _Tokens | None = None
+    differences: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+    published: tuple[dict[str, Any], ...] = ()
+    first_prompt: tuple[_Message, ...] = ()
+    computed_by: tuple[_Circumstances, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Likelihood:
+    none: str = ""
+    n: int = 0
+    missing: int = 0
+    nats: float = 0.0
+    stderr: Number = None
+    low: Number = None
+    high: Number = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,4 +309,5 @@ def check_result(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for key, kind in {**kinds, **numbers, "metrics": many, "completed": many, "categories": dict[str, many]}.items():
         if key in data:
             read_value(kind, data[key], source="it", where=key)
-    build_known(_About, data.get("about", {}), source="its about")
+    for key, kind in (("about", _About), ("likelihood", _Likelihood)):
+        build_known(kind, data.get(key, {}), source=f"its {key}")

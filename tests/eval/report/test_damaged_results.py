@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run.evaluate_suite import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
@@ -17,14 +19,18 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora.utils.errors import MoSLoRAError
 from tests.eval.eval_data import write_questions
 from tests.eval.eval_fake import FakeModel
-from tests.odd_values import damaged, places
+from tests.odd_values import ODD, damaged, places
 
-ODD: tuple[Any, ...] = (None, 1e308, "\ud800", [None], {"\udfff": [float("nan")]})
+MORE = {
+    "judge": {"model": "m", "calls": 1, "prompt_tokens": 2, "completion_tokens": 3, "cached": 0}, "differences": ["d"],
+    "published": [{"model": "a", "score": 1.0, "source": "s"}], "learned_from": "", "asked_as": "own", "unverified": [],
+}  # fmt: skip
+NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 0.0}
 
 
-def evaluated_again(run: Path, data: Path) -> list[TaskResult]:
+def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
     settings = EvaluationSettings(batch_size=4, rank=0, world_size=1)
-    task = f"llava:{data / 'questions.jsonl'}"
+    task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
     return eval_commands.run(
         FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
     )
@@ -32,49 +38,89 @@ def evaluated_again(run: Path, data: Path) -> list[TaskResult]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TaskResult]]:
-    """A run with two image modes and a baseline, beside its data."""
+    """A run with two image modes and a baseline; its first entry has every part that an entry may have."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_questions(folder / "data", count=4)
-    return folder, evaluated_again(folder / "run", folder / "data")
+    run = folder / "run"
+    results = evaluated_again(run)
+    stored = json.loads((run / "results.json").read_text())
+    stored["results"][0]["about"] |= MORE
+    stored["results"][0] |= {"metrics": {"f1": 0.5}, "likelihood": NATS}
+    (run / "results.json").write_text(json.dumps(stored))
+    return run, results
 
 
 @pytest.fixture
 def run(evaluated: tuple[Path, list[TaskResult]], tmp_path: Path) -> Path:
-    return shutil.copytree(evaluated[0] / "run", tmp_path / "run")
+    return shutil.copytree(evaluated[0], tmp_path / "run")
 
 
-def test_an_odd_value_in_an_entry_hides_no_other_result(run: Path, evaluated: tuple[Path, list[TaskResult]]) -> None:
-    path = run / "results.json"
-    stored = json.loads(path.read_text())
+def _each(data: Any, number: int) -> Iterator[Any]:
+    """Copies with an odd value in some places; all values together reach each place once."""
+    found = [place for place in places(data) if place and place != ("format",) and "prompt" not in place]
+    for place in found[number :: len(ODD)]:
+        yield damaged(data, place, ODD[number])
+
+
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
+def test_an_odd_value_in_an_entry_hides_no_other_result_and_stops_no_evaluation(
+    run: Path, evaluated: tuple[Path, list[TaskResult]], number: int
+) -> None:
+    stored = json.loads((run / "results.json").read_text())
     first, *others = stored["results"]
-    found = [place for place in places(first) if place]
-    entries = [damaged(first, place, ODD[number % len(ODD)]) for number, place in enumerate(found)]
-    path.write_text(json.dumps(stored | {"results": [*entries, *ODD, *others]}))
-    assert [result.to_dict() for result in read_results(run)[-len(others) :]] == others
+    entries = list(_each(first, number))
+    for entry in entries:
+        (run / "results.json").write_text(json.dumps(stored | {"results": [entry, *others]}))
+        found = read_results(run)
+        assert [result.to_dict() for result in found[-len(others) :]] == others
+        assert "majority" in eval_commands.table(found)
+    (run / "results.json").write_text(json.dumps(stored | {"results": [*entries, *others]}))
+    assert "none (majority)" in write_report(run).read_text(encoding="utf-8")
     write_results(run, evaluated[1])
     assert {result.mode for result in read_results(run)} >= {"own", "wrong", "majority"}
-    path.write_text(json.dumps(stored | {"results": ODD[3]}))
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_other_odd_parts_of_the_file_hide_no_result(run: Path, value: Any) -> None:
+    path = run / "results.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"scored": value, "results": [value, *stored["results"]]}))
+    assert "none (majority)" in write_report(run).read_text(encoding="utf-8")
+    path.write_text(json.dumps(stored | {"results": value}))
     assert read_results(run) == []
 
 
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
+@pytest.mark.parametrize("file", ["samples.jsonl", "documents.jsonl", "task.json", "invocations.jsonl"])
+def test_an_odd_value_beside_the_answers_hides_no_score(run: Path, number: int, file: str) -> None:
+    (path,) = run.glob("questions@own/own/*/" + file) if file != "invocations.jsonl" else [run / file]
+    lines = path.read_text().splitlines() if file.endswith(".jsonl") else [path.read_text()]
+    for odd in _each(json.loads(lines[0]), number):
+        path.write_text("\n".join([json.dumps(odd), *lines[1:]]))
+        page = write_report(run).read_text(encoding="utf-8")
+        assert page.count("<strong>") == 3
+
+
+@pytest.mark.parametrize("number", range(0, len(ODD), 5))
 @pytest.mark.parametrize("file", ["answers.jsonl", "*/documents.jsonl", "*/task.json", "*/samples.jsonl"])
 def test_an_odd_value_in_a_view_stops_neither_the_scores_of_others_nor_a_resumed_run(
-    run: Path, evaluated: tuple[Path, list[TaskResult]], file: str
+    run: Path, evaluated: tuple[Path, list[TaskResult]], number: int, file: str
 ) -> None:
     (path,) = run.glob(f"questions@own/own/{file}")
     text = path.read_text()
     lines = text.splitlines() if file.endswith(".jsonl") else [text]
-    views = [folder / evaluated[1][0].folder for folder in (evaluated[0] / "run", run)]
-    found = list(places(json.loads(lines[0])))
-    for number, place in list(enumerate(found))[:: max(1, len(found) // 8)]:
-        odd = json.dumps(damaged(json.loads(lines[0]), place, ODD[number % len(ODD)]))
-        path.write_text("\n".join([odd, *lines[1:], ""]))
+    views = [evaluated[0] / evaluated[1][0].folder, run / evaluated[1][0].folder]
+    for odd in [*_each(json.loads(lines[0]), number), ODD[number]]:
+        path.write_text("\n".join([json.dumps(odd), *lines[1:], ""]))
         (run / "results.json").unlink()
-        for again in (lambda: compare(*views), lambda: eval_commands.score(run)):
-            with suppress(MoSLoRAError):
-                again()
+        with suppress(MoSLoRAError):
+            compare(*views)
+        with suppress(MoSLoRAError):
+            eval_commands.score(run)
         assert "wrong" in {result.mode for result in read_results(run)}
-        path.write_text("\n".join([odd, *lines[1:], ""]))
+        with suppress(MoSLoRAError):
+            compare(*views)
         if file != "*/samples.jsonl":  # which scoring writes
-            modes = [(result.mode, result.n) for result in evaluated_again(run, evaluated[0] / "data")]
-            assert modes == [("own", 4), ("wrong", 4), ("majority", 4)]
+            path.write_text("\n".join([json.dumps(odd), *lines[1:], ""]))
+        again = evaluated_again(run, data=evaluated[0].parent / "data" / "questions.jsonl")
+        assert [(result.mode, result.n) for result in again] == [("own", 4), ("wrong", 4), ("majority", 4)]
