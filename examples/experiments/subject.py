@@ -26,7 +26,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -46,8 +46,10 @@ from mm_moslora.compare.comparison_plan import (
     Cell,
     ComparisonSettings,
     Outcome,
-    known_cells,
+    choose_rates,
+    reported_cells,
     run_count,
+    tuning_cells,
 )
 from mm_moslora.config import AdapterConfig, ModelConfig, OptimConfig
 from mm_moslora.config import Recipe as TrainingRecipe
@@ -112,6 +114,8 @@ class Plan:
 
     arms: str = "lora,moslora:kaiming,moslora:orthogonal,moslora:identity,moslora-init,tsm,dora,rslora,peft:HIRA@r=4"
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    grow: int = 3
+    """Rates by which an arm's grid may grow where its best is at an edge."""
     seeds: int = 3
     subjects: int = 8
     base_steps: int = 2500
@@ -170,7 +174,7 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
         optim=OptimConfig(weight_decay=0.0, mixer_weight_decay=0.0),
     )  # fmt: skip
     settings = ComparisonSettings(
-        arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, tasks=[MEASURE],
+        arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, grow=plan.grow, tasks=[MEASURE],
         validation=[MEASURE],
     )  # fmt: skip
     world = World.build(plan, shared, stamps, encoder, out)
@@ -178,7 +182,7 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
     outcomes: dict[str, Outcome] = {}
     finished, measured = True, 0
     started_cells = time.monotonic()
-    while finished and (waiting := [c for c in known_cells(settings, outcomes) if c.name not in outcomes]):
+    while (waiting := _waiting(settings, outcomes)) and finished:
         for cell in waiting:
             place = out / "runs" / cell.name
             outcome = read_outcome(place)
@@ -212,6 +216,11 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
 
 def _plain(plan: Plan) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(plan).items()}
+
+
+def _waiting(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
+    every = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
+    return [cell for cell in every if cell.name not in outcomes]
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ def compare(
     validation: str = "",
     hold_out: float = 0.05,
     tune_seeds: int = 1,
+    grow: int = 3,
     reference: str = "",
     output: Path = Path("runs/compare"),
     limit: int | None = None,
@@ -43,6 +44,7 @@ def compare(
     plan: bool = False,
     only_report: bool = False,
     cell: str = "",
+    stop_at: int | None = None,
 ) -> int:
     """Compare tuning methods on your own data: equal budget, tuned learning rates, several seeds, error bars.
 
@@ -72,6 +74,8 @@ def compare(
         Share of the training records held out for the loss, where the recipe has no data.validation.
     tune_seeds
         Runs per arm and learning rate that choose the rate.
+    grow
+        Further learning rates, at most, for an arm that is best at an edge of a grid of three or more.
     reference
         Arm that all other arms are compared with; default: the first.
     output
@@ -102,20 +106,22 @@ def compare(
     keep_all
         Keep the checkpoints of the runs that chose the rates.
     plan
-        Print the runs, and what trains in each arm, and exit.
+        Run a few steps of a run of every arm, print the cost by arm, and exit.
     only_report
         Analyse the finished runs and exit.
     cell
         Do this one run of a comparison's folder, as the comparison itself does: compare FOLDER --cell NAME.
+    stop_at
+        With --cell: save and stop after this optimiser step.
     """
-    if cell:
+    if cell or stop_at is not None:
+        if overrides or not cell:
+            raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
         quiet_libraries()
-        if overrides:
-            raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME.")
         from mm_moslora.compare.comparison_cell import run_cell
         from mm_moslora.launch.launcher import EXIT_REQUEUE
 
-        return 0 if run_cell(Path(recipe), cell) else EXIT_REQUEUE
+        return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else EXIT_REQUEUE
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     require_sft(shared, "compare")
@@ -128,19 +134,17 @@ def compare(
     from mm_moslora.compare.comparison_plan import LOSS, ComparisonSettings
     from mm_moslora.compare.comparison_run import ARRAY, ArmComparison, RunBudget, exclusive
     from mm_moslora.compare.comparison_text import plan_lines
-    from mm_moslora.launch.jobs import cards_per_job
+    from mm_moslora.launch.jobs import ProcessEngine, cards_per_job
     from mm_moslora.launch.ray_engine import open_engine
 
     settings = ComparisonSettings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds,
         tasks=expanded(split(tasks)), validation=expanded(split(validation)) or (LOSS,), tuning_seeds=tune_seeds,
-        reference=reference, limit=limit, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
+        grow=grow, reference=reference, limit=limit,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     sizes = [] if only_report else size_lines(settings.arms, shared, settings.reference_arm)
     print("\n".join([*plan_lines(settings), *reset_line(shared), *sizes]), flush=True)
-    if plan:
-        return 0
     with exclusive(output):
         nothing_runs = slurm or only_report
         engine = open_engine("" if nothing_runs else ray, parallel=parallel)
@@ -148,6 +152,9 @@ def compare(
         room = RunBudget(cards=cards, max_minutes=max_minutes, keep_all=keep_all)
         comparison = ArmComparison(shared, settings, output, hold_out=hold_out)
         comparison.check()
+        if plan:
+            print("\n".join(comparison.probe(room, engine if ray else ProcessEngine(parallel=1))), flush=True)
+            return 0
         if slurm and not only_report:
             finished = comparison.write_array(room)
         else:

@@ -1,8 +1,9 @@
 """Arms of a comparison: a name and the recipe keys that it sets.
 
 `lora`, `moslora:kaiming` and others are known. A suffix `@key=value` changes keys of the adapter (or any recipe key by
-its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation. `peft:NAME` is a method of PEFT, and its
-suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
+its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation. Several values,
+`moslora@optim.mixer_factor=1,6,24`, are alternatives between which the tuning runs choose, as they choose a rate.
+`peft:NAME` is a method of PEFT, and its suffixes may be options of the method: `peft:LORA@init_lora_weights=pissa`.
 `size_lines` counts what trains in each arm before anything runs.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any
 
 from mm_moslora.adapters.mixer import MIXER_INITS
@@ -78,7 +80,19 @@ class Arm:
     about: str
     """For people."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted recipe keys and their values."""
+    """Dotted recipe keys and their values; with alternatives those of the first."""
+    alternatives: tuple[Arm, ...] = ()
+    """Values between which the tuning runs choose, each an arm; empty: there is nothing to choose."""
+    group: str = ""
+    """Name under which it is reported: its own, or that of the arm whose alternative it is."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", self.group or self.name)
+
+    @property
+    def ways(self) -> tuple[Arm, ...]:
+        """What may run: the alternatives, or the arm itself."""
+        return self.alternatives or (self,)
 
     @property
     def slug(self) -> str:
@@ -98,26 +112,28 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
     """Read `lora,moslora:kaiming,moslora:orthogonal@rank=16`.
 
     Args:
-        text: arms separated by commas, or a list of them. Commas within brackets do not separate.
+        text: arms separated by commas, or a list of them. Commas within brackets do not separate, and what begins with
+            a digit is a further value of the suffix before it.
         recipe: the recipe that all arms share; every arm is applied to it once, so that a bad key is found here.
 
     Raises:
         ConfigError: fewer than two arms, a duplicate, an unknown arm, or keys that the recipe does not have.
     """
-    names = split(text) if isinstance(text, str) else [name for item in text for name in split(item)]
+    names = _joined(split(text) if isinstance(text, str) else [name for item in text for name in split(item)])
     if len(names) < 2:
         raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")
     arms = [_parse(name) for name in names]
-    for number, arm in enumerate(arms):
-        if same := next((o for o in arms[:number] if o.slug == arm.slug or o.changes == arm.changes), None):
-            also = "" if same.name == arm.name else f", once as {same.name!r}"
-            raise ConfigError(f"Arm {arm.name!r} is given twice{also}. Name every arm once.")
+    ways = [way for arm in arms for way in arm.ways]
+    for number, way in enumerate(ways):
+        if same := next((o for o in ways[:number] if o.slug == way.slug or o.changes == way.changes), None):
+            also = "" if same.name == way.name else f", once as {same.name!r}"
+            raise ConfigError(f"Arm {way.name!r} is given twice{also}. Name every arm once.")
         try:
-            applied = arm.apply(recipe)
+            applied = way.apply(recipe)
             if applied.model.language_mode == "adapter":
                 adapter_config(applied.adapter)
         except MoSLoRAError as error:
-            raise type(error)(f"Arm {arm.name!r}: {error}") from error
+            raise type(error)(f"Arm {way.name!r}: {error}") from error
     return arms
 
 
@@ -147,7 +163,32 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def _joined(names: Sequence[str]) -> list[str]:
+    """Names with the further values of a suffix joined to it: `a@k=1`, `6` -> `a@k=1,6`."""
+    joined: list[str] = []
+    for name in names:
+        if joined and "@" in joined[-1] and name[0] in "0123456789.-":
+            joined[-1] += f",{name}"
+        else:
+            joined.append(name)
+    return joined
+
+
 def _parse(text: str) -> Arm:
+    """One arm; where a suffix has several values, with its alternatives."""
+    whole, *changes = text.split("@")
+    values = [(item.partition("=")[:2], split(item.partition("=")[2])) for item in changes]
+    if all(len(several) < 2 for _, several in values):
+        return _parse_way(text)
+    combined = product(*([f"{key}{sign}{value}" for value in several] for (key, sign), several in values))
+    ways = [_parse_way("@".join([whole, *way])) for way in combined]
+    name = "@".join([ways[0].name.partition("@")[0], *changes])
+    about = f"{ways[0].about.rpartition(' (')[0]} ({'; '.join(changes)}: chosen by the tuning runs)"
+    ways = [replace(way, group=name) for way in ways]
+    return Arm(name=name, about=about, changes=ways[0].changes, alternatives=tuple(ways))
+
+
+def _parse_way(text: str) -> Arm:
     name, *changes = text.split("@")
     if name == "moslora":
         name = "moslora:orthogonal"
@@ -214,7 +255,9 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
     Raises:
         AdapterError: the model does not take the adapter of an arm, so every run of it would fail.
     """
-    sizes = {arm.name: _size(arm, arm.apply(recipe)) for arm in arms}
+    sizes = {}
+    for arm in arms:
+        sizes[arm.name], *_ = [_size(way, way.apply(recipe)) for way in arm.ways]
     own, _ = sizes[reference]
     lines = []
     for arm in arms:
@@ -223,6 +266,8 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
             said = [f"trainable parameters not counted ({limits[0]})", *limits[1:]]
         else:
             count = f"{trained:,} trainable parameters"
+            if arm.alternatives:
+                count += f" ({arm.ways[0].name})"
             if own and arm.name != reference:
                 count += f", {trained / own:.3g} times those of {reference}"
             said = [count, *limits]

@@ -26,13 +26,15 @@ from mm_moslora.compare.comparison_plan import (
     Cell,
     ComparisonSettings,
     Outcome,
+    best_rate,
     choose_rates,
-    known_cells,
+    grid_of,
     measured,
     reported_cells,
     run_count,
     short_names,
     tuning_cells,
+    tuning_scores,
 )
 from mm_moslora.compare.comparison_run import ArmComparison
 from mm_moslora.compare.comparison_text import says
@@ -87,7 +89,7 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
             "floors": measured.floors,
             "floors_learned_from": measured.learned_from,
             "failures": [
-                {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
+                {"arm": c.arm.group, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
             ],
         }
@@ -99,29 +101,34 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
 
 def _every(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
     """All finished runs, failed ones of this or an earlier call included."""
-    return [(cell, outcomes[cell.name]) for cell in known_cells(settings, outcomes) if cell.name in outcomes]
+    cells = [*tuning_cells(settings, outcomes), *reported_cells(settings, choose_rates(settings, outcomes))]
+    return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
 
 def _arm(
     settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: Arm, chosen: Mapping[str, float],
     scores: Mapping[str, TaskAnswers],
 ) -> dict[str, Any]:  # fmt: skip
-    reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
+    reported = [c for c in reported_cells(settings, chosen) if c.arm.group == arm.name]
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
     choosing = [value for _, outcome in good if (value := measured(settings, outcome)) is not None]
-    rate = chosen.get(arm.name)
-    grid = sorted(settings.rates) if settings.tunes else []
+    way = next((way for way in arm.ways if way.name in chosen), arm.ways[0])
+    rate = chosen.get(way.name)
+    grid = grid_of(settings, way, outcomes) if settings.chooses(arm) else []
     names = short_names([*settings.tasks, *settings.validation])
     own = {name: task.own for name, task in scores.items()}
     return {
         "name": arm.name,
         "about": arm.about,
-        "changes": dict(arm.changes),
+        "changes": dict(way.changes),
+        "chosen": way.name,
+        "alternatives": [_alternative(settings, outcomes, other) for other in arm.alternatives],
+        "last_value": "" if rate is None else _last_value(arm, way),
         "rate": rate,
         "edge": len(grid) > 2 and rate in (grid[0], grid[-1]),
         "grid": grid,
-        "curve": _curve(settings, outcomes, arm.name),
+        "curve": _curve(settings, outcomes, way.name),
         "spread": stdev(choosing) if len(choosing) > 1 else None,
         "seeds": [
             {
@@ -144,10 +151,27 @@ def _arm(
     }  # fmt: skip
 
 
+def _alternative(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], way: Arm) -> dict[str, Any]:
+    """An alternative, whether its tuning runs are over, its best rate and that rate's validation score."""
+    scores = tuning_scores(settings, way, outcomes)
+    rate = best_rate(settings, scores or {})
+    value = scores[rate] if scores and rate is not None else None
+    return {"name": way.name, "over": scores is not None, "rate": rate, "value": value}
+
+
+def _last_value(arm: Arm, chosen: Arm) -> str:
+    """The chosen value as `key=value` where it is the smallest or largest of three or more on offer; else empty."""
+    for key, value in chosen.changes.items():
+        values = {way.changes[key] for way in arm.alternatives if isinstance(way.changes[key], int | float)}
+        if len(values) > 2 and value in (min(values), max(values)):
+            return f"{key}={value:g}"
+    return ""
+
+
 def _curve(settings: ComparisonSettings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
     """Validation values of an arm by learning rate."""
     points = []
-    for cell in tuning_cells(settings):
+    for cell in tuning_cells(settings, outcomes):
         if cell.arm.name == arm and cell.name in outcomes:
             outcome = outcomes[cell.name]
             value = measured(settings, outcome)

@@ -169,8 +169,9 @@ def _absolute(recipe: Recipe) -> Recipe:
     return Recipe.from_dict(absolute(Recipe, recipe.to_dict()))
 
 
-def run_cell(folder: Path, name: str) -> bool:
-    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again.
+def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
+    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again. A probe
+    that measures the speed stops at step `stop_at`.
 
     Raises:
         MoSLoRAError: the run failed; its outcome says so, too.
@@ -183,9 +184,9 @@ def run_cell(folder: Path, name: str) -> bool:
             logger.info("%s has ended: %s.", name, earlier.status)
             return True
         discard(run.run_folder / OUTCOME)  # of a failure; if this start is killed, that is the reason
-        outcome = _outcome(run)
+        outcome = _outcome(run, stop_at)
         if outcome is None:
-            return False
+            return stop_at is not None
         write_outcome(run.run_folder, dataclasses.replace(outcome, recipe=recipe_hash(run.recipe)))
         for _, checkpoint in checkpoints(run.run_folder) if run.cell.tuning and not run.keep_all else ():
             if (checkpoint / MANIFEST).is_file():
@@ -195,9 +196,9 @@ def run_cell(folder: Path, name: str) -> bool:
     return True
 
 
-def _outcome(run: CellRun) -> Outcome | None:
+def _outcome(run: CellRun, stop_at: int | None) -> Outcome | None:
     try:
-        return _run(run, time.monotonic())
+        return _run(run, time.monotonic(), stop_at)
     except DivergedError as error:
         return Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
@@ -208,9 +209,9 @@ def _outcome(run: CellRun) -> Outcome | None:
         return Outcome(status="failed", reason=f"{type(error).__name__}: {first}")
 
 
-def _run(job: CellRun, started: float) -> Outcome | None:
+def _run(job: CellRun, started: float, stop_at: int | None) -> Outcome | None:
     _require_own_accelerators(job)
-    if not _train(job):
+    if not _train(job, stop_at):
         return None
     return dataclasses.replace(_measured(job), total_seconds=time.monotonic() - started)
 
@@ -227,14 +228,14 @@ def _require_own_accelerators(job: CellRun) -> None:
         )
 
 
-def _train(job: CellRun) -> bool:
-    """Train to the end or a signal; returns whether the end was reached."""
+def _train(job: CellRun, stop_at: int | None) -> bool:
+    """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
     replace_text(job.run_folder / RECIPE, _absolute(job.recipe).to_yaml())
     if job.cards > 1:
-        return _train_on_several(job)
+        return _train_on_several(job, stop_at)
     from mm_moslora.training.training_loop import train
 
-    return train(_as_trained(job)).finished
+    return train(_as_trained(job), stop_at=stop_at).finished
 
 
 def _as_trained(job: CellRun) -> Recipe:
@@ -253,7 +254,7 @@ def _as_trained(job: CellRun) -> Recipe:
     return dataclasses.replace(job.recipe, model=model, train=train)
 
 
-def _train_on_several(job: CellRun) -> bool:
+def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
     from mm_moslora.launch.child_processes import python_words
     from mm_moslora.launch.imported_code import import_words
     from mm_moslora.launch.launcher import STATE, TORCHRUN, run_tied
@@ -261,6 +262,7 @@ def _train_on_several(job: CellRun) -> bool:
     command = [
         *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={job.cards}",
         "--no-python", *python_words("-u", "-m", "mm_moslora", *import_words(), "train"), str(job.run_folder / RECIPE),
+        *(["--stop-at", str(stop_at)] if stop_at else []),
     ]  # fmt: skip
     ended = run_tied(TORCHRUN, command, {}, signals=[signal.SIGTERM])
     if ended.code == 0:

@@ -113,7 +113,7 @@ class Answers:
         good = [
             (cell.seed, outcome)
             for cell in self._cells
-            if cell.arm.name == arm and (outcome := self._outcomes.get(cell.name)) and outcome.status == "ok"
+            if cell.arm.group == arm and (outcome := self._outcomes.get(cell.name)) and outcome.status == "ok"
         ]
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 

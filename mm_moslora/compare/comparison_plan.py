@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -54,6 +54,8 @@ class ComparisonSettings:
     """Metric for choosing a rate: the held-out loss, or the mean over these tasks."""
     tuning_seeds: int = 1
     """Tuning runs per arm and rate."""
+    grow: int = 0
+    """Rates by which the grid of an arm may grow, where it has three and the best one is at its edge."""
     reference: str = ""
     """The reference arm; "" is the first one."""
     limit: int | None = None
@@ -68,9 +70,15 @@ class ComparisonSettings:
     """Training file for the most-frequent-answer baseline; "" uses the test set itself."""
 
     def __post_init__(self) -> None:
-        for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds), ("limit", self.limit)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}, expected 1 or more.")
+        for name, value, least in (
+            ("seeds", self.seeds, 1),
+            ("tune-seeds", self.tuning_seeds, 1),
+            ("grow", self.grow, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"--{name} is {value}, expected {least} or more.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit is {self.limit}, expected 1 or more.")
         if not self.rates or any(not (0 < rate < math.inf) for rate in self.rates):
             raise ConfigError(f"--lr is {list(self.rates)}, expected positive numbers such as 5e-5,1e-4,2e-4.")
         if len(set(self.rates)) < len(self.rates):
@@ -90,8 +98,12 @@ class ComparisonSettings:
 
     @property
     def tunes(self) -> bool:
-        """Whether there are several rates to choose from."""
-        return len(self.rates) > 1
+        """Whether there are several rates or alternatives to choose from."""
+        return any(self.chooses(arm) for arm in self.arms)
+
+    def chooses(self, arm: Arm) -> bool:
+        """Whether tuning runs choose a rate or an alternative of this arm."""
+        return len(self.rates) * len(arm.ways) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,55 +159,127 @@ class Outcome:
     processes: int = 1
 
 
-def tuning_cells(settings: ComparisonSettings) -> list[Cell]:
-    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early."""
+_NONE: Mapping[str, Outcome] = MappingProxyType({})
+
+
+def tuning_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
+    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early. Grids
+    grow where the outcomes show a best rate at an edge."""
+    ways = [way for arm in settings.arms if settings.chooses(arm) for way in arm.ways]
+    grids = {way.name: grid_of(settings, way, outcomes) for way in ways}
+    rates = dict.fromkeys([*settings.rates, *(rate for grid in grids.values() for rate in grid)])
     return [
-        Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
-        for seed in range(settings.tuning_seeds if settings.tunes else 0)
-        for rate in settings.rates
-        for arm in settings.arms
+        _tuning(way, rate, seed)
+        for seed in range(settings.tuning_seeds)
+        for rate in rates
+        for way in ways
+        if rate in grids[way.name]
     ]
+
+
+def _tuning(arm: Arm, rate: float, seed: int) -> Cell:
+    return Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
+
+
+def grid_of(settings: ComparisonSettings, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:
+    """An arm's learning rates in order: the given ones, and further ones where the best was at an edge.
+
+    A grid of at least three rates grows by the factor between its outer two, a rate at a time, at most `settings.grow`
+    times. A rate beyond the best that failed, or an edge that is only as good as its neighbour, ends it.
+    """
+    grid = sorted(settings.rates)
+    for _ in range(settings.grow if len(grid) > 2 else 0):
+        scores = _scores(settings, arm, grid, outcomes)
+        best = None if scores is None else best_rate(settings, scores)
+        if scores is None or best not in (grid[0], grid[-1]):
+            break
+        edge, inner = (grid[0], grid[1]) if best == grid[0] else (grid[-1], grid[-2])
+        if scores[edge] == scores.get(inner):
+            break
+        grid = sorted([*grid, float(f"{edge * edge / inner:.3g}")])
+    return grid
+
+
+def _scores(
+    settings: ComparisonSettings, arm: Arm, grid: Sequence[float], outcomes: Mapping[str, Outcome]
+) -> dict[float, float] | None:
+    """Validation scores of the rates that worked; None while a run has not ended."""
+    cells = [_tuning(arm, rate, seed) for rate in grid for seed in range(settings.tuning_seeds)]
+    if any(cell.name not in outcomes for cell in cells):
+        return None
+    scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
+    return {rate: score for rate, score in scores.items() if score is not None}
+
+
+def best_rate(settings: ComparisonSettings, scores: Mapping[float, float]) -> float | None:
+    """The rate with the best score; None without any."""
+    return min(scores, key=lambda rate: _rank(settings, rate, scores[rate]), default=None)
+
+
+def _rank(settings: ComparisonSettings, rate: float, score: float) -> tuple[float, float]:
+    """Order of results, the best first; of equal ones the smaller rate, which is less likely to diverge."""
+    return (score if tuple(settings.validation) == (LOSS,) else -score), rate
 
 
 def reported_cells(settings: ComparisonSettings, chosen: Mapping[str, float]) -> list[Cell]:
     """Reported runs of the arms with a chosen rate; `chosen` as `choose_rates` gives it."""
     return [
-        Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
+        Cell(arm=way, rate=chosen[way.name], seed=seed, tuning=False)
         for seed in range(settings.seeds)
         for arm in settings.arms
-        if arm.name in chosen
+        for way in arm.ways
+        if way.name in chosen
     ]
 
 
-def known_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
-    return [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
-
-
-def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = MappingProxyType({})) -> int:
-    """The total number of runs; an arm of which no rate worked has no reported ones."""
-    ended = [arm for arm in settings.arms if settings.tunes and _scores(settings, arm, outcomes) == {}]
-    return len(tuning_cells(settings)) + settings.seeds * (len(settings.arms) - len(ended))
+def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> int:
+    """The total number of runs; an arm with only failed tuning runs has no reported ones."""
+    hopeless = hopeless_arms(settings, outcomes)
+    reported = sum(arm.name not in hopeless for arm in settings.arms)
+    return len(tuning_cells(settings, outcomes)) + settings.seeds * reported
 
 
 def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm after its tuning runs have ended, if one succeeded; of equal ones the smaller, which
-    is less likely to diverge."""
-    if not settings.tunes:
-        return {arm.name: settings.rates[0] for arm in settings.arms}
-    sign = 1 if tuple(settings.validation) == (LOSS,) else -1
-    scores = {arm.name: _scores(settings, arm, outcomes) for arm in settings.arms}
-    return {name: min(of, key=lambda rate: (sign * of[rate], rate)) for name, of in scores.items() if of}
+    """The best rate of every arm (with alternatives: of the best one's name) after its tuning runs have ended, if one
+    succeeded."""
+    chosen = {}
+    for arm in settings.arms:
+        if not settings.chooses(arm):
+            chosen[arm.name] = settings.rates[0]
+            continue
+        scores: dict[tuple[str, float], float] = {}
+        for way in arm.ways:
+            of_way = tuning_scores(settings, way, outcomes)
+            if of_way is None:
+                break
+            scores |= {(way.name, rate): score for rate, score in of_way.items()}
+        else:
+            if scores:
+                name, rate = min(scores, key=lambda one: _rank(settings, one[1], scores[one]))
+                chosen[name] = rate
+    return chosen
 
 
-def _scores(settings: ComparisonSettings, arm: Arm, outcomes: Mapping[str, Outcome]) -> dict[float, float] | None:
-    """Mean validation values of the rates that worked for all seeds; None while a run has not ended."""
-    cells = [cell for cell in tuning_cells(settings) if cell.arm.name == arm.name]
-    if any(cell.name not in outcomes for cell in cells):
-        return None
-    values = {rate: [measured(settings, outcomes[c.name]) for c in cells if c.rate == rate] for rate in settings.rates}
-    worked = {rate: [value for value in of if value is not None] for rate, of in values.items()}
-    return {rate: math.fsum(of) / len(of) for rate, of in worked.items() if len(of) == len(values[rate])}
+def tuning_scores(settings: ComparisonSettings, way: Arm, outcomes: Mapping[str, Outcome]) -> dict[float, float] | None:
+    """Validation scores of the rates that worked; None while a run has not ended."""
+    return _scores(settings, way, grid_of(settings, way, outcomes), outcomes)
+
+
+def hopeless_arms(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Arms without a working rate after all their tuning runs have ended."""
+    chosen = choose_rates(settings, outcomes)
+    missing = {cell.arm.group for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
+    worked = {way.group for arm in settings.arms for way in arm.ways if way.name in chosen}
+    return [arm.name for arm in settings.arms if arm.name not in worked | missing]
+
+
+def validation_score(
+    settings: ComparisonSettings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
+) -> float | None:
+    """Mean validation value of an arm at a rate; None where one of its runs failed: a rate must work for all seeds."""
+    values = [measured(settings, outcomes[cell.name]) for cell in cells if cell.rate == rate]
+    good = [value for value in values if value is not None]
+    return math.fsum(good) / len(good) if good and len(good) == len(values) else None
 
 
 def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:

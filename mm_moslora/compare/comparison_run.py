@@ -6,10 +6,11 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 
 from mm_moslora.compare import comparison_cell
 from mm_moslora.compare.comparison_cell import CellRun
@@ -18,14 +19,17 @@ from mm_moslora.compare.comparison_plan import (
     Cell,
     ComparisonSettings,
     Outcome,
+    choose_rates,
     describe,
-    known_cells,
+    grid_of,
+    hopeless_arms,
     reported_cells,
     run_count,
     short_names,
     tuning_cells,
 )
 from mm_moslora.compare.holdout import check_share, with_holdout
+from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of, cost_table
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.launch.imported_code import import_words
@@ -70,7 +74,7 @@ class ArmComparison:
         self.recipe = recipe
         """The recipe that all arms share; `check` gives it the validation split."""
         self.outcomes: dict[str, Outcome] = {}
-        self._at_once = 1
+        self._cost_logged, self._at_once = False, 1
 
     def check(self) -> None:
         """Check tasks, data and folder before anything runs, then split the records."""
@@ -142,10 +146,18 @@ class ArmComparison:
             )
 
     def _read_outcomes(self) -> None:
-        """All finished runs, successful or not, of a rate that is no longer the best, too."""
-        at = [dict.fromkeys((arm.name for arm in self.settings.arms), rate) for rate in self.settings.rates]
-        reported = [item for chosen in at for item in reported_cells(self.settings, chosen)]
-        for item in (*reported, *tuning_cells(self.settings)):
+        """All finished runs, successful or not."""
+        seen = -1
+        while seen < len(self.outcomes):  # outcomes of a grid show how it has grown
+            seen = len(self.outcomes)
+            ways = [way for arm in self.settings.arms for way in arm.ways]
+            grids = {way.name: grid_of(self.settings, way, self.outcomes) for way in ways}
+            one_each = [{arm: rate} for arm, grid in grids.items() for rate in grid]
+            self._read_some([item for one in one_each for item in reported_cells(self.settings, one)])
+            self._read_some(tuning_cells(self.settings, self.outcomes))
+
+    def _read_some(self, cells: Sequence[Cell]) -> None:
+        for item in cells:
             recipe = item.recipe(self.recipe, self.folder)
             run_folder = Path(recipe.train.output)
             outcome = comparison_cell.known_outcome(run_folder)
@@ -163,6 +175,7 @@ class ArmComparison:
         deadline = time.monotonic() + 60 * (math.inf if budget.max_minutes is None else budget.max_minutes)
 
         def new_jobs() -> list[Job]:
+            self._log_cost([run for name, run in runs.items() if name not in self.outcomes])
             new = [self._order(item, budget) for item in self._next() if item.name not in runs]
             runs.update({run.cell.name: run for run in new})
             return [_job(run) for run in new]
@@ -196,9 +209,16 @@ class ArmComparison:
             remove(self.folder / comparison_cell.FEATURES)
         return ready
 
+    def _cells(self) -> list[Cell]:
+        """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
+        return [
+            *tuning_cells(self.settings, self.outcomes),
+            *reported_cells(self.settings, choose_rates(self.settings, self.outcomes)),
+        ]
+
     def _ready(self) -> list[Cell]:
         """Runs that can start."""
-        return [item for item in known_cells(self.settings, self.outcomes) if item.name not in self.outcomes]
+        return [item for item in self._cells() if item.name not in self.outcomes]
 
     def _order(self, item: Cell, budget: RunBudget) -> CellRun:
         recipe = item.recipe(self.recipe, self.folder)
@@ -220,26 +240,80 @@ class ArmComparison:
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
         count = run_count(self.settings, self.outcomes)
-        over = sum(other.name in self.outcomes for other in known_cells(self.settings, self.outcomes))
+        over = sum(other.name in self.outcomes for other in self._cells())
         what = f"[{over}/{count}] {item.arm.name} at {item.rate:g}, seed {item.seed}: "
         if outcome.status != "ok":
             return f"{what}{outcome.status}: {outcome.reason}"
         scores = outcome.validation if item.tuning else outcome.test
         names = short_names([*self.settings.tasks, *self.settings.validation]) | {LOSS: "held-out loss"}
         shown = ", ".join(f"{names[task]} {score:.4f}" for task, score in scores.items())
-        seconds = fmean(each.total_seconds for each in self.outcomes.values() if each.status == "ok")
-        rounds = (count - over) / max(1, min(self._at_once, count - over))
-        left = f"about {format_seconds(seconds * rounds)} left" if rounds else "all done"
+        seconds = self.seconds_left()
+        at_once = max(1, min(self._at_once, count - over))
+        left = "all done" if seconds == 0 else f"about {format_seconds(seconds / at_once)} left"
         return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {left}"
 
+    def seconds_left(self) -> float:
+        """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
+        seconds = [outcome.total_seconds for outcome in self.outcomes.values() if outcome.status == "ok"]
+        if not seconds:
+            return math.nan
+        costs = self._costs()
+        return sum(cost.runs * (fmean(seconds) if math.isnan(cost.run_seconds) else cost.run_seconds) for cost in costs)
 
-def _job(run: CellRun) -> Job:
+    def _costs(self, probes: Mapping[str, CellRun] = MappingProxyType({})) -> list[ArmCost]:
+        """The cost of every arm's missing runs; `probes` holds, by arm, a run of which the first steps were done."""
+        hopeless, cells, costs = hopeless_arms(self.settings, self.outcomes), self._cells(), []
+        for arm in self.settings.arms:
+            own = [item for item in cells if item.arm.group == arm.name]
+            ended = [self.outcomes[item.name] for item in own if item.name in self.outcomes]
+            wanted = sum(item.tuning for item in own) + self.settings.seeds
+            runs = 0 if arm.name in hopeless else max(0, wanted - len(ended))
+            costs.append(cost_of(arm.name, runs, ended, probes.get(arm.name)))
+        return costs
+
+    def _log_cost(self, running: Sequence[CellRun]) -> None:
+        """Log the cost once, after the first steps of the first run."""
+        for job in () if self._cost_logged else running:
+            cost = cost_of(job.cell.arm.group, run_count(self.settings), (), job)
+            if not math.isnan(cost.run_seconds):
+                logger.info("%s", cost_line(cost))
+                self._cost_logged = True
+                return
+
+    def probe(self, budget: RunBudget, engine: JobEngine) -> list[str]:
+        """Do a few steps of a run of every arm, which keeps them; returns a table of the cost of all runs."""
+        first = {item.arm.group: item for item in reversed(self._ready())}
+        if not first:
+            return ["Nothing is left to run."]
+        good = {name for name, outcome in self.outcomes.items() if outcome.status == "ok"}
+        finished = {item.arm.group for item in self._cells() if item.name in good}
+        runs = {
+            arm.name: self._order(first[arm.name], budget)
+            for arm in self.settings.arms
+            if arm.name in first and arm.name not in finished
+        }
+        problems: dict[str, str] = {}
+        run_jobs(
+            lambda: [dataclasses.replace(_job(run, stop_at=PROBE_STEPS), name=arm) for arm, run in runs.items()],
+            engine, over=lambda job, problem: problems.update({job.name: _problem(runs[job.name], problem)}),
+        )  # fmt: skip
+        return cost_table([dataclasses.replace(cost, problem=problems.get(cost.arm, "")) for cost in self._costs(runs)])
+
+
+def _job(run: CellRun, *, stop_at: int | None = None) -> Job:
     """The job of a run: a command that does the same by hand."""
+    steps = () if stop_at is None else ("--stop-at", str(stop_at))
     return Job(
         name=run.cell.name, log=run.run_folder / comparison_cell.LOG, cards=run.cards,
-        command=(PROGRAM, *import_words(), "compare", str(run.folder), "--cell", run.cell.name),
-        output=run.run_folder / comparison_cell.OUTCOME,
+        command=(PROGRAM, *import_words(), "compare", str(run.folder), "--cell", run.cell.name, *steps),
+        output=run.run_folder / comparison_cell.OUTCOME if stop_at is None else None,
     )  # fmt: skip
+
+
+def _problem(run: CellRun, problem: str) -> str:
+    """The reason why the first steps of an arm's run ended early."""
+    outcome = comparison_cell.known_outcome(run.run_folder)
+    return problem if outcome is None or outcome.status == "ok" else f"{outcome.status}: {outcome.reason}"
 
 
 @contextmanager

@@ -33,6 +33,13 @@ def plan_lines(settings: ComparisonSettings) -> list[str]:
             f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
             f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
         )
+        if several := [arm.name for arm in settings.arms if arm.alternatives]:
+            lines.append(f"they choose between the values of {', '.join(several)}, too")
+        if settings.grow and len(settings.rates) > 2:
+            lines.append(
+                f"up to {settings.grow} further rates for an arm whose best rate lies at an edge of the grid "
+                "(--grow 0: none)"
+            )
     else:
         lines.append(f"learning rate {rates} for every arm, not tuned: a difference may come from it")
     lines.append(
@@ -80,21 +87,37 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
     if results["settings"]["tuning_seeds"] == 0:
         remarks.append("The learning rate was not tuned: a difference between arms may come from it.")
     elif len(results["settings"]["rates"]) == 2:
-        remarks.append("Of two learning rates the best is always an edge of the grid: give three or more.")
+        remarks.append("Of two learning rates the best is always an edge of the grid; with three or more it grows.")
     return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
 
 
 def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured: Sequence[str]) -> list[str]:
     lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
+    grown = [rate for rate in arm["grid"] if rate not in results["settings"]["rates"]]
+    if grown:
+        lines.append(f"{arm['name']}: its grid grew by {', '.join(f'{rate:g}' for rate in grown)}.")
+    if arm["rate"] is not None and (alternatives := arm.get("alternatives")):
+        values = ", ".join(
+            f"{each['name']} " + ("without a rate that works" if each["value"] is None else f"{each['value']:.4g}")
+            for each in alternatives
+        )
+        lines.append(f"{arm['name']}: the tuning runs chose {arm['chosen']} ({values}).")
     if arm["edge"]:
         lines.append(
-            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr."
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid; the best may lie outside. Widen --lr or "
+            "raise --grow."
+        )
+    if arm.get("last_value"):
+        lines.append(
+            f"{arm['name']} was best at {arm['last_value']}, the last value on offer; the best may lie beyond."
         )
     lines += _uncertain(arm, results["settings"]["tuning_seeds"])
     if arm["rate"] is None:
+        tried = len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
+        done = tried and all(alternative["over"] for alternative in arm.get("alternatives", ()))
         lines.append(
             f"{arm['name']}: no learning rate of the grid worked; the arm is left out."
-            if len({point["rate"] for point in arm["curve"]}) == len(arm["grid"])
+            if done
             else f"{arm['name']}: its learning rate is not chosen yet."
         )
     wanted = results["settings"]["seeds"]
@@ -111,24 +134,30 @@ def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any], measured:
 
 
 def _uncertain(arm: Mapping[str, Any], seeds: int) -> list[str]:
-    """A sentence where another rate was nearer to the chosen one than means of runs lie apart."""
+    """Sentences where another rate, or another value, was nearer to the chosen one than means of runs lie apart."""
     rates = {
-        rate: fmean(point["value"] for point in points)
+        f"{rate:g}": fmean(point["value"] for point in points)
         for rate in arm["grid"]
         if (points := [p for p in arm["curve"] if p["rate"] == rate]) and all(p["status"] == "ok" for p in points)
     }
-    chosen, spread = arm["rate"], arm.get("spread")
-    others = [rate for rate in rates if rate != chosen]
-    if chosen not in rates or not spread or not others:
+    values = {each["name"]: each["value"] for each in arm.get("alternatives", ()) if each["value"] is not None}
+    spread = arm.get("spread")
+    if arm["rate"] is None or not spread:
         return []
-    other = min(others, key=lambda rate: abs(rates[rate] - rates[chosen]))
-    gap = abs(rates[other] - rates[chosen])
-    if gap >= spread * math.sqrt(2 / seeds):
-        return []
-    return [
-        f"{arm['name']}: the rates {chosen:g} and {other:g} differ by {gap:.2g} in what chose between them, and runs "
-        f"of one rate by {spread:.2g} (standard deviation). The intervals take the choice as known; raise --tune-seeds."
-    ]
+    lines = []
+    for kind, tried, chosen in (("rates", rates, f"{arm['rate']:g}"), ("values", values, str(arm.get("chosen")))):
+        others = {name: value for name, value in tried.items() if name != chosen}
+        if chosen not in tried or not others:
+            continue
+        other = min(others, key=lambda name: abs(others[name] - tried[chosen]))
+        gap = abs(others[other] - tried[chosen])
+        if gap < spread * math.sqrt(2 / seeds):
+            lines.append(
+                f"{arm['name']}: the {kind} {chosen} and {other} differ by {gap:.2g} in what chose between them, and "
+                f"runs of one rate by {spread:.2g} (standard deviation). The intervals take the choice as known; raise "
+                "--tune-seeds."
+            )
+    return lines
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from mm_moslora.compare.comparison_cell import CellRun
 from mm_moslora.compare.comparison_plan import Outcome
 
 
-def meet(run: CellRun, started: float) -> Outcome:
+def meet(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     """Wait for the run on the other device; the first run of the second arm then fails, each time."""
     device = os.environ["CUDA_VISIBLE_DEVICES"]
     assert run.cards == 1
@@ -27,19 +27,19 @@ def meet(run: CellRun, started: float) -> Outcome:
     return Outcome(status="ok", test={"t": 0.5})
 
 
-def die(run: CellRun, started: float) -> Outcome:
+def die(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     """The runs of LoRA are killed."""
     if run.cell.arm.name == "lora":
         os.kill(os.getpid(), signal.SIGKILL)
     return Outcome(status="ok", test={"t": 0.5})
 
 
-def last(run: CellRun, started: float) -> Outcome:
+def last(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     """Say that it took ten minutes."""
     return Outcome(status="ok", test={"t": 0.5}, total_seconds=600)
 
 
-def wait(run: CellRun, started: float) -> Outcome:
+def wait(run: CellRun, started: float, stop_at: int | None) -> Outcome:
     """Wait until the test lets it go; count the starts."""
     with (run.folder / "begun").open("a") as begun:
         begun.write(f"{run.cell.name}\n")

@@ -1,4 +1,4 @@
-"""Runs of a comparison: what they share changes no number."""
+"""Runs of a comparison: what they share changes no number; the cost."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import LOG, CellRun, metrics, read_outcome
 from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings, Outcome, recipe_hash
 from mm_moslora.compare.comparison_run import _job
+from mm_moslora.compare.run_cost import ArmCost, cost_table
 from mm_moslora.config import Recipe
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.launch.jobs import ProcessEngine, run_jobs
@@ -133,3 +134,18 @@ def test_a_run_is_read_as_it_was_ordered(tmp_path: Path) -> None:
         run.order()
         assert CellRun.read(tmp_path, cell.name) == run
         assert recipe_hash(CellRun.read(tmp_path, cell.name).recipe) == recipe_hash(run.recipe)
+
+
+def test_the_cost_by_arm_adds_up() -> None:
+    costs = [
+        ArmCost(arm="lora", runs=6, trainable=12_345, step_seconds=0.5, steps=100, run_seconds=60, memory_gib=1.25),
+        ArmCost(arm="dora", runs=3, trainable=9, steps=100, run_seconds=120, memory_gib=2, finished=True),
+        ArmCost(arm="odd", runs=2, problem="failed: no module"),
+        ArmCost(arm="done", runs=0),
+    ]  # fmt: skip
+    table = cost_table(costs)
+    assert " ".join(table[0].split()) == "arm trainable s a step steps min a run GiB runs hours"
+    assert table[1].split() == ["lora", "12,345", "0.5", "100", "1.00", "1.2", "6", "0.10"]
+    assert table[5].split() == ["all", "11", "0.20"]
+    assert table[6] == "Not in the sum: odd: failed: no module"
+    assert "training alone" in table[7]

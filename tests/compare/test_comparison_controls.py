@@ -290,3 +290,11 @@ def test_a_choice_that_runs_could_have_made_otherwise_is_named(gap: float, seeds
     lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
     assert len(lines) == told
     assert not lines or lines[0].startswith(f"moslora:orthogonal: the rates {first:g} and {second:g} differ by {gap:g}")
+    best, other = (f"moslora:orthogonal@optim.mixer_factor={value}" for value in (6, 24))
+    arm |= {"curve": [], "chosen": best, "last_value": ""}
+    arm["alternatives"] = [
+        {"name": name, "over": True, "rate": first, "value": value} for name, value in ((best, 0.5), (other, 0.5 + gap))
+    ]
+    lines = [line for line in sentences(results)["remarks"] if "The intervals take the choice as known" in line]
+    assert len(lines) == told
+    assert not lines or lines[0].startswith(f"moslora:orthogonal: the values {best} and {other} differ by {gap:g}")

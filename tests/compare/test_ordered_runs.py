@@ -87,7 +87,7 @@ def test_a_run_refuses_the_devices_of_others(tmp_path: Path, monkeypatch):
     fake_devices(monkeypatch, 8)
     run = ordered(tmp_path)
     comparison_cell._require_own_accelerators(dataclasses.replace(run, cards=8))
-    outcome = comparison_cell._outcome(dataclasses.replace(run, cards=1))
+    outcome = comparison_cell._outcome(dataclasses.replace(run, cards=1), None)
     assert outcome is not None
     assert outcome.status == "failed"
     assert outcome.reason.startswith("The run sees 8 accelerators, expected 1.")
@@ -97,8 +97,9 @@ def test_a_run_by_hand_that_does_not_exist_or_is_damaged_is_one_line(tmp_path: P
     assert cli.run(["compare", str(tmp_path / "no"), "--cell", "a"]) == 1
     assert "has no run 'a'" in capsys.readouterr().err
     place = ordered(tmp_path).run_folder
-    assert cli.run(["compare", str(tmp_path), "--cell", place.name, "--optim.lr=1"]) == 1
-    assert "--cell does one run as it was planned" in capsys.readouterr().err
+    for more in (["--stop-at", "3"], ["--cell", place.name, "--optim.lr=1"]):
+        assert cli.run(["compare", str(tmp_path), *more]) == 1
+        assert "--cell does one run as it was planned" in capsys.readouterr().err
     assert cli.run(["compare", str(tmp_path), "--cell", "../a"]) == 1
     assert f"there are {place.name}." in capsys.readouterr().err
     shutil.copytree(tmp_path, tmp_path.with_name("copy"))

@@ -469,7 +469,7 @@ STARTS = {
     "a run of compare on several devices": (
         "from types import SimpleNamespace; from mm_moslora.compare import comparison_cell as cell\n"
         "from mm_moslora.launch import child_processes; child_processes.python_words = lambda *_: {words}\n"
-        "cell._train_on_several(SimpleNamespace(cards=2, run_folder=folder))\n"
+        "cell._train_on_several(SimpleNamespace(cards=2, run_folder=folder), None)\n"
     ),
 }
 

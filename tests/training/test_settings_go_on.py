@@ -87,7 +87,7 @@ def compared(root: Path, first: Path, data: Mapping[str, Any]) -> Path:
     cell = Cell(arm=settings.arms[0], rate=1e-4, seed=0, tuning=False)
     run = CellRun(cell=cell, recipe=cell.recipe(shared, root), settings=settings, folder=root)
     run.run_folder.mkdir(parents=True)
-    assert comparison_cell._train(run)
+    assert comparison_cell._train(run, None)
     return run.run_folder
 
 
