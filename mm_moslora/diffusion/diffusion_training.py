@@ -30,7 +30,7 @@ from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_start, log_adapter
-from mm_moslora.training.run_driver import Session, TrainResult, opened
+from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.supervision.run_summary import peak_memory_gib
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
@@ -38,8 +38,7 @@ from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, 
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import checkpoints
-from mm_moslora.utils.untrusted_files import find_below
-from mm_moslora.utils.untrusted_files import opened as opened_file
+from mm_moslora.utils.untrusted_files import find_below, opened
 
 logger = logging.getLogger(__name__)
 STATE = "state.pt"  # parameters in fp32, optimiser, schedule, loss scale
@@ -56,7 +55,7 @@ def train_diffusion(
     precision = resolve_precision(recipe.train.precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision is fp16, which needs a GPU. Choose bf16 or fp32: --train.precision fp32.")
-    with opened(recipe, lambda: None, resume=resume, stop_at=stop_at) as (watchdog, ending):
+    with supervised_run(recipe, lambda: None, resume=resume, stop_at=stop_at) as (watchdog, ending):
         checkpoint, manifest = find_resume(recipe, resume) or (None, None)
         run = DiffusionRun(recipe, precision, {} if manifest is None else manifest.base)
         if checkpoint is not None and manifest is not None:
@@ -149,7 +148,7 @@ class DiffusionRun:
         restore_frozen_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
         restore_start(self.denoiser, folder / "adapter" / self.family.denoiser_name)
         path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
-        with opened_file(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
+        with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
             state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.trainable.items():

@@ -20,7 +20,7 @@ from mm_moslora.training.engine import check_engine
 from mm_moslora.training.engine.deepspeed_start import fresh_accelerate, prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
-from mm_moslora.training.run_driver import Session, TrainResult, opened
+from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.run_setup import trainable_table
 from mm_moslora.training.supervision.rank_agreement import agree_on_data
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -65,7 +65,7 @@ def train_preferences(
             precision = resolve_precision(recipe.train.precision)
             check_engine(recipe.train, precision=precision, max_grad_norm=recipe.optim.max_grad_norm)
 
-    with opened(recipe, check, resume=resume, stop_at=stop_at) as (watchdog, ending), fresh_accelerate():
+    with supervised_run(recipe, check, resume=resume, stop_at=stop_at) as (watchdog, ending), fresh_accelerate():
         if is_sharded(recipe):
             prepare_deepspeed(recipe.train.zero)
         checkpoint, manifest = find_resume(recipe, resume) or (None, None)
@@ -120,7 +120,7 @@ class _Session(Session[PreferenceRun, Any]):
             self.trainer.close()
 
     def _train(self, stop_at: int | None) -> None:
-        """the loop is TRL's."""
+        """The loop is TRL's; a run that ended before it was measured takes its factors."""
         from mm_moslora.preferences.trl_trainers import RunCallback
 
         trainer, resumed = self._made(), self.resumed_from

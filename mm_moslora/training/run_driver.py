@@ -1,7 +1,7 @@
 """One driver of runs: folder, supervision, resume, trackers, saves and end mark, of whatever is learned.
 
-`opened` is around a whole run. An objective is a `Session` with its own steps: `training_loop` learns from answers,
-`preferences` with TRL's losses, `diffusion` to denoise.
+`supervised_run` is around a whole run. An objective is a `Session` with its own steps: `training_loop` learns from
+answers, `preferences` with TRL's losses, `diffusion` to denoise.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TrainResult:
 
 
 @contextmanager
-def opened(
+def supervised_run(
     recipe: Any, check: Callable[[], None], *, resume: str, stop_at: int | None
 ) -> Iterator[tuple[Watchdog, RunEnding]]:
     """The ranks of a run in its folder, which belongs to them inside the block: they agree on the recipe, `check` has

@@ -25,7 +25,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import restore
-from mm_moslora.training.run_driver import Session, TrainResult, opened
+from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import Snapshot, snapshot
 from mm_moslora.training.supervision.rank_agreement import agree_on_data
@@ -77,7 +77,7 @@ def train(
                 "with `mm-moslora train`, or pass `measure`."
             )
 
-    with opened(recipe, check, resume=resume, stop_at=stop_at) as (watchdog, ending):
+    with supervised_run(recipe, check, resume=resume, stop_at=stop_at) as (watchdog, ending):
         checkpoint, manifest = find_resume(recipe, resume) or (None, None)
         recipe = recipe.for_ranks(distributed.world_size()) if manifest is None else continued(recipe, manifest)
         with distributed.failing_together("Checking the recipe"):

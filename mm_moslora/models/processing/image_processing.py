@@ -16,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mm_moslora.batch import Example, ImageProcessing, PictureFrame, ProcessedImage
 from mm_moslora.config import BoxFormName
-from mm_moslora.models.vision.feature_cache import pixel_hash
+from mm_moslora.models.vision.feature_cache import tensor_hash
 from mm_moslora.utils.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SquareImageProcessing:
         """See `ImageProcessing.process`."""
         return [
             ProcessedImage(
-                placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
+                placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=tensor_hash(pixels)
             )
             for pixels in map(self._transform, images)
         ]

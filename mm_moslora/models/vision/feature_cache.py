@@ -74,12 +74,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def pixel_hash(pixels: Tensor) -> str:
-    """A hash of a prepared picture ``[3, H, W]`` on the CPU."""
-    return _checksum(pixels)
-
-
-def _checksum(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
+    """A hash of a tensor's bytes, such as of a prepared picture ``[3, H, W]``."""
     return quick_hash_of([bytes_of(tensor)])
 
 
@@ -133,7 +129,7 @@ class FeatureStore:
             if not isinstance(error, FileNotFoundError) and "No such file" not in str(error):
                 self._damaged(path, str(error))
             return None
-        if _checksum(value) != checksum:
+        if tensor_hash(value) != checksum:
             self._damaged(path, "its checksum differs")
             return None
         self.counts.read += 1
@@ -153,7 +149,7 @@ class FeatureStore:
         try:
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as aside:
-                save_file({_FEATURES: features}, aside, metadata={_CHECKSUM: _checksum(features)})
+                save_file({_FEATURES: features}, aside, metadata={_CHECKSUM: tensor_hash(features)})
         except (OSError, SafetensorError) as error:
             self._stop(f"writing fails: {error}")
             return
@@ -256,13 +252,13 @@ class StepFeatureCache:
         """Features of pictures, ``[N, ...]``.
 
         Args:
-            keys: ``N`` of them, from `pixel_hash`; those with the same key are encoded once. Another number of keys:
+            keys: ``N`` of them, from `tensor_hash`; those with the same key are encoded once. Another number of keys:
                 they are computed.
             together: all ranks run `encode`, or none does (ZeRO-3 gathers the tower's weights while it runs).
         """
         if len(keys) != len(pixels):
             # Without a store nothing is gained by knowing which are the same.
-            keys = [str(index) if self.store is None else pixel_hash(row) for index, row in enumerate(pixels)]
+            keys = [str(index) if self.store is None else tensor_hash(row) for index, row in enumerate(pixels)]
 
         def encode_missing(indices: Sequence[int]) -> Sequence[Tensor]:
             count = float(len(indices))

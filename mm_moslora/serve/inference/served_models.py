@@ -32,7 +32,7 @@ from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.load_model import load, model_of, recipe_of
 from mm_moslora.models.processing.anyres import newline_of
-from mm_moslora.models.vision.feature_cache import FeatureCache, pixel_hash
+from mm_moslora.models.vision.feature_cache import FeatureCache, tensor_hash
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
 from mm_moslora.utils import distributed
@@ -163,7 +163,7 @@ class Models:
         if not images:
             return None
         pixels = [item.tensors["pixel_values"][0] for item in images]
-        keys = [f"{self._vision_keys[name]} {pixel_hash(item)}" for item in pixels]
+        keys = [f"{self._vision_keys[name]} {tensor_hash(item)}" for item in pixels]
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
             if not numbers:

@@ -14,7 +14,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_loss_head
-from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, StepFeatureCache, pixel_hash, tower_hash
+from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, StepFeatureCache, tensor_hash, tower_hash
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -97,7 +97,7 @@ def test_a_second_run_reads_what_the_first_encoded(assembly, tmp_path):
 
 def test_a_damaged_entry_is_encoded_again_and_logged(assembly, tmp_path, caplog):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
-    keys = [pixel_hash(row) for row in pixels]
+    keys = [tensor_hash(row) for row in pixels]
     memory = StepFeatureCache(store(assembly, tmp_path))
     expected = image_features(assembly.model, pixels, keys=keys, cache=memory)
     first, second, _ = sorted(tmp_path.glob("*/*/*.safetensors"))
@@ -133,7 +133,7 @@ def test_other_weights_layers_and_pictures_have_other_names(assembly):
 
 def test_beyond_the_limit_nothing_is_added_and_it_is_logged(assembly, tmp_path, caplog):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
-    keys = [pixel_hash(row) for row in pixels]
+    keys = [tensor_hash(row) for row in pixels]
     one = 17 * 32 * 4 / 2**30  # tokens with CLS, width, bytes
     memory = StepFeatureCache(store(assembly, tmp_path, limit_gib=2.5 * one))
     expected = image_features(assembly.model, pixels)
@@ -173,7 +173,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeyp
 
     monkeypatch.setattr("mm_moslora.models.vision.feature_cache.save_file", no_room)
     pixels = torch.zeros(1, 3, 28, 28)
-    found = image_features(assembly.model, pixels, keys=[pixel_hash(pixels[0])], cache=memory)
+    found = image_features(assembly.model, pixels, keys=[tensor_hash(pixels[0])], cache=memory)
     assert torch.isfinite(found).all()
     assert (memory.store.counts.encoded, memory.store.counts.written) == (1, 0)
     assert "No space left" in caplog.text
