@@ -115,9 +115,6 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         text: arms separated by commas, or a list of them. Commas within brackets do not separate, and what begins with
             a digit is a further value of the suffix before it.
         recipe: the recipe that all arms share; every arm is applied to it once, so that a bad key is found here.
-
-    Raises:
-        ConfigError: fewer than two arms, a duplicate, an unknown arm, or keys that the recipe does not have.
     """
     names = _joined(split(text) if isinstance(text, str) else [name for item in text for name in split(item)])
     if len(names) < 2:
@@ -250,11 +247,7 @@ def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
 
 
 def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]:
-    """A line per arm: what it is, its trainable parameters beside those of the reference, and what it cannot do.
-
-    Raises:
-        AdapterError: the model does not take the adapter of an arm, so every run of it would fail.
-    """
+    """A line per arm: what it is, its trainable parameters beside those of the reference, and what it cannot do."""
     sizes = {}
     for arm in arms:
         sizes[arm.name], *_ = [_size(way, way.apply(recipe)) for way in arm.ways]

@@ -87,9 +87,6 @@ class Answers:
     Args:
         chosen: learning rates, as `choose_rates` gives them.
         names: display names of tasks.
-
-    Raises:
-        DataError: the training file of `settings.train_answers` cannot be read.
     """
 
     def __init__(

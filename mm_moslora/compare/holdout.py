@@ -47,9 +47,6 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float, reuse: bool) -> 
         recipe: without validation sources.
         folder: for the two files of every source.
         reuse: whether files that are there hold the split of these records.
-
-    Raises:
-        ConfigError: no record would be held out, or none left for training.
     """
     sources = recipe.data.train
     files = [

@@ -148,9 +148,6 @@ def differences(
         arms: by name, task -> scores; the tasks weigh equally.
         reference: its scores, on the same documents in the same order.
         bounded: whether scores lie between 0 and 1, so that equal differences still bound the error.
-
-    Raises:
-        ValueError: two arms have other tasks or other documents, or no document in common.
     """
     if other := next((tasks for tasks in arms.values() if tasks.keys() != reference.keys()), None):
         raise ValueError(f"The arms were measured on different tasks: {list(other)} and {list(reference)}.")

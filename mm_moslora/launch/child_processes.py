@@ -80,11 +80,7 @@ def _terminate_after_input() -> None:
 def output_of(
     words: Sequence[str | Path], *, seconds: float | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; returns exit code, output and errors.
-
-    Raises:
-        OSError: it does not start; `TimeoutError`: it does not end in time.
-    """
+    """Run a command to its end; returns exit code, output and errors."""
     try:
         return subprocess.run(
             [*words], capture_output=True, text=True, check=False, timeout=seconds, cwd=cwd, env=child_environment(),

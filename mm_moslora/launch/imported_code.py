@@ -73,11 +73,7 @@ def imported(files: Sequence[Path]) -> Iterator[None]:
 
 
 def import_file(file: Path) -> ModuleType:
-    """Execute a file that the user has named; one that was executed as it is now is not executed again.
-
-    Raises:
-        ConfigError: it is no Python file, or it raises.
-    """
+    """Execute a file that the user has named; one that was executed as it is now is not executed again."""
     path = file.expanduser().absolute()
     if file.suffix != ".py" or not path.is_file():
         raise ConfigError(f"{OPTION} {file} is no Python file. Name one that ends in .py.")

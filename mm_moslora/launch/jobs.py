@@ -167,11 +167,7 @@ def _warn_if_unsaved(end: End) -> None:
 
 
 def cards_per_job(wanted: int | None, engine: JobEngine, *, option: str) -> int:
-    """Accelerators of each job: those asked for, else one where the engine has any.
-
-    Raises:
-        ConfigError: several are asked for, and there are none, or too few of them in all.
-    """
+    """Accelerators of each job: those asked for, else one where the engine has any."""
     if wanted is not None and wanted < 1:
         raise ConfigError(f"{option} is {wanted}, expected 1 or more.")
     if (wanted or 1) > max(1, engine.cards):

@@ -48,11 +48,7 @@ def open_engine(ray: str, *, parallel: int | None) -> JobEngine:
 
 
 class RayEngine:
-    """A running Ray cluster at the HOST:PORT of its head, or `auto` for the one of this machine.
-
-    Raises:
-        ConfigError: Ray is not installed, or no cluster is at the address.
-    """
+    """A running Ray cluster at the HOST:PORT of its head, or `auto` for the one of this machine."""
 
     def __init__(self, address: str) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

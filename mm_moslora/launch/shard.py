@@ -50,9 +50,6 @@ class Shard:
 def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
     """The files that show that shards are done, in their order; `suffix` follows a shard's name in the path of its
     file.
-
-    Raises:
-        ConfigError: shards are missing, or of two divisions.
     """
     files = _files_by_shard(folder, suffix)
     if not files:

@@ -33,9 +33,6 @@ _SIGN = re.compile(re.sub(r"\\\{\w+\\\}", r"(\\d+|#SBATCH --gpus-per-node=\\d+\n
 def write_array(file: Path, jobs: Sequence[Job]) -> None:
     """Write the batch script. SLURM requeues the elements of a lost node; two minutes before the limit a job saves.
     Elements are in the order of the jobs; cards and cores are those of the greatest.
-
-    Raises:
-        ConfigError: there are none, or another file is there, or one that somebody has changed.
     """
     if not jobs:
         raise ConfigError("No job is left for a SLURM array.")

@@ -49,12 +49,7 @@ class Filled(NamedTuple):
 
 
 def fill_caches(recipe: Recipe) -> Filled:
-    """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data.
-
-    Raises:
-        ConfigError: the recipe names no cache.
-        DataError: a source cannot be read at all.
-    """
+    """Fill `data.cache` and `model.vision.feature_cache` with a recipe's training and validation data."""
     check_data(recipe.data)
     vision = recipe.model.vision
     folder = None if vision is None else vision.feature_cache

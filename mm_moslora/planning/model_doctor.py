@@ -19,11 +19,7 @@ from mm_moslora.utils.errors import ConfigError, reason_of
 
 
 def diagnose_model(name: str, *, revision: str | None = None) -> list[Diagnosis]:
-    """Probe a model: what trains, rows, labels, logits.
-
-    Raises:
-        ModelError: no configuration, or the model does not load.
-    """
+    """Probe a model: what trains, rows, labels, logits."""
     config = sizes_of(name, revision, key="--model")
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config"):
         model = ModelConfig(vlm=name, vlm_revision=revision)

@@ -74,10 +74,6 @@ def check_recipe(
         processes: number of processes that share the work; None: one per processor.
         everything: show every fault on the console; the plain data always contain all.
         records: of a stream without an end, look at its first ones, so many.
-
-    Raises:
-        DataError: a source cannot be read at all.
-        ModelError: the tokenizer or the vision encoder does not load.
     """
     check_data(recipe.data)
     recipe, streams = with_beginnings(recipe, records)
@@ -130,12 +126,7 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None, records: int 
 
 
 def size_of(recipe: Recipe) -> tuple[DataSize, str]:
-    """The size of an epoch of the recipe's training data, and a sentence on how it was found.
-
-    Raises:
-        DataError: a source cannot be read, would be fetched, or has no usable record.
-        ModelError: the tokenizer or the vision encoder does not load.
-    """
+    """The size of an epoch of the recipe's training data, and a sentence on how it was found."""
     sources = recipe.data.train
     for source in sources:
         if source.path.startswith("hf:") or source.streaming or source.image_hosts:

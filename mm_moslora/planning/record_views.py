@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
     """Training records as renderables, every token coloured by supervision; `start` counts over all of data.train, from
     0.
-
-    Raises:
-        DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.
     """
     parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
     return [legend(), *(_view_one(sample, parts) for sample in samples)]

@@ -213,11 +213,6 @@ def plan(
         data: size of the data; None: `known_data`.
         picture: width and height of a typical picture, for models that cut pictures into tiles or take them in any
             size; None: `PICTURE`.
-
-    Raises:
-        ConfigError: the data's size is neither given nor known, `picture` is given and all pictures cost the same, or
-            training would refuse the recipe for its model or the number of GPUs.
-        ModelError: a configuration cannot be loaded.
     """
     varies = size_decides(recipe.model)
     if picture is not None and not varies:

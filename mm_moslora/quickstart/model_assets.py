@@ -79,41 +79,25 @@ def _check_reader(asset: Asset) -> None:
 
 
 def language_model(say: Say = silent) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct: bf16 weights, tokenizer and chat template.
-
-    Raises:
-        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
-    """
+    """Return the folder of SmolLM2-135M-Instruct: bf16 weights, tokenizer and chat template."""
     note = "converting the language model from GGUF, once (up to a minute)"
     return _converted("smollm2-135m-instruct", SMOLLM2, ".gguf", convert_language_model, say=say, note=note)
 
 
 def dinov2(say: Say = silent) -> Path:
-    """Return the folder of a DINOv2 ViT-S/14 for transformers' `Dinov2Model`.
-
-    Raises:
-        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
-    """
+    """Return the folder of a DINOv2 ViT-S/14 for transformers' `Dinov2Model`."""
     note = "converting the vision encoder from ONNX, once (a few seconds)"
     return _converted("dinov2-vits14", DINOV2, ".onnx", convert_dinov2, say=say, note=note)
 
 
 def efficientnet_timm(say: Say = silent) -> Path:
-    """Return the folder of EfficientNet-Lite0 in timm's format: `AutoModel` reads it as `TimmWrapperModel`.
-
-    Raises:
-        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
-    """
+    """Return the folder of EfficientNet-Lite0 in timm's format: `AutoModel` reads it as `TimmWrapperModel`."""
     convert = partial(convert_efficientnet, licence=EFFICIENTNET.licence)
     return _converted("efficientnet-lite0-timm", EFFICIENTNET, ".pth", convert, say=say)
 
 
 def easy_vqa(say: Say = silent) -> Path:
-    """Return the folder of easy-VQA: ``{train,test}/images/ID.png`` and ``{train,test}/questions.json``.
-
-    Raises:
-        AssetError: it cannot be downloaded, or differs from the pinned file.
-    """
+    """Return the folder of easy-VQA: ``{train,test}/images/ID.png`` and ``{train,test}/questions.json``."""
 
     def build(folder: Path) -> None:
         inside = "easy_vqa/data/"

@@ -53,10 +53,6 @@ def quickstart(
 
     Returns:
         0, or the exit code of the first command that failed or was stopped; the same call then continues.
-
-    Raises:
-        ConfigError: the folder holds files of another program, or another quickstart.
-        AssetError: an asset cannot be downloaded or read.
     """
     folder = output or Path("runs") / ("quickstart-smoke" if smoke else "quickstart")
     size = SMOKE if smoke else QuickstartSize()

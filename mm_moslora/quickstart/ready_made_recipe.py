@@ -46,10 +46,6 @@ def ready_made_recipe(
     Args:
         vlm: folder or hub id of an image-text-to-text model.
         gpu: the card that the recipe must fit, such as RTX4090; None: this machine's, if it has one.
-
-    Raises:
-        ConfigError: the card is unknown, or the model does not fit it, even in 4 bits.
-        ModelError: there is no such model, or its processor is missing.
     """
     name = str(Path(vlm).resolve()) if Path(vlm).is_dir() else vlm
     card = _card(gpu)

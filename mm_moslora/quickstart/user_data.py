@@ -46,9 +46,6 @@ def read_own(path: Path, *, images: Path | None = None, seed: int = 0, follow_li
     Args:
         images: for a file, the folder of its pictures; None: the file's own folder.
         follow_links: accept links that lead out of the folder of the pictures.
-
-    Raises:
-        DataError: no training data can be built; the message holds what was found.
     """
     if path.is_dir():
         if images is not None:

@@ -44,11 +44,7 @@ class _SourceRows(Sequence[Any]):
 
 
 def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_links: bool) -> OwnData:
-    """Build data from a LLaVA JSON or JSONL file.
-
-    Raises:
-        DataError: no training data can be built; the message holds what was found.
-    """
+    """Build data from a LLaVA JSON or JSONL file."""
     source = open_source(
         SourceConfig(
             path=str(path), format="json", image_folder=str(images) if images else None, follow_links=follow_links

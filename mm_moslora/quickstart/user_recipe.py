@@ -135,12 +135,6 @@ def initialise(
 
     Returns:
         A summary, and the next commands.
-
-    Raises:
-        DataError: no training data can be built, or too much of it is unusable.
-        ConfigError: `output` is not empty or lies among the pictures, a recipe cannot hold a folder's name, or the
-            model does not fit the card.
-        ModelError: `vlm` is no model with a processor.
     """
     if vlm is None and gpu is not None:
         raise ConfigError(f"--gpu is {gpu}, which decides for a ready-made model only. Name one with --vlm.")

@@ -128,10 +128,6 @@ def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int = 6
 
     Args:
         rows: modules by depth, as `mm_moslora.adapters.adapter_inspection.ModuleReport.row` gives them.
-
-    Raises:
-        AdapterError: an ending that is no format.
-        OSError: the file cannot be written.
     """
     with default_style({}):
         return _draw(rows, picture, most=most)

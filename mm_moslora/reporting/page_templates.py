@@ -60,11 +60,7 @@ def _environment(package: str, filters: tuple[tuple[str, Any], ...], show: Calla
 
 
 def write_page(out: Path, page: Callable[[], str]) -> Path:
-    """Write a page atomically.
-
-    Raises:
-        ConfigError: `out` is a folder or a file of another program.
-    """
+    """Write a page atomically."""
     output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, page())
     return out

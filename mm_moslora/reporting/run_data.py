@@ -106,11 +106,7 @@ class RunData:
 
 
 def load_run(folder: Path) -> RunData:
-    """Read a run folder, complete or not.
-
-    Raises:
-        ConfigError: the folder does not exist, holds no file of a run, or was written by a newer release.
-    """
+    """Read a run folder, complete or not."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []

@@ -41,10 +41,6 @@ def build_report(run_folder: Path, out: Path) -> Path:
 
     Returns:
         `out`.
-
-    Raises:
-        ConfigError: the folder does not exist or is no run that this release reads, or `out` is a folder or a file of
-            another program.
     """
     data = load_run(run_folder)
     return write_page(out, lambda: render(data))

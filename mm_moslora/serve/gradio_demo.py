@@ -61,11 +61,7 @@ class Demo:
         self.engine.stop()
 
     def ask(self, messages: Sequence[ChatMessage]) -> Iterator[Said]:
-        """Stream both answers; the attention map comes with the last event.
-
-        Raises:
-            MoSLoRAError: a picture cannot be used, or too many requests are running.
-        """
+        """Stream both answers; the attention map comes with the last event."""
         pictures = [part for message in messages for part in message.parts if isinstance(part, MessagePicture)]
         opened = [open_image(Path(picture.url)) for picture in pictures]
         if opened and not self.models.takes_pictures:

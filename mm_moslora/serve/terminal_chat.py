@@ -92,11 +92,7 @@ class Chat:
         )  # fmt: skip
 
     def show(self, path: Path) -> None:
-        """Attach a picture file to the next question.
-
-        Raises:
-            DataError: the file is not a picture, or the model has no vision encoder.
-        """
+        """Attach a picture file to the next question."""
         self.look(open_image(path), name=str(path))
 
     def watch(self, path: Path) -> int:
@@ -104,9 +100,6 @@ class Chat:
 
         Returns:
             The number of frames.
-
-        Raises:
-            DataError: the path is not a video, or the model has no vision encoder.
         """
         clip = Clip(path, str(path), self.video_frames, fps=self.video_fps, sampling=self.sampling)
         shown = clip.frames()
@@ -114,11 +107,7 @@ class Chat:
         return len(shown)
 
     def look(self, *pictures: Image.Image | Video, name: str = "picture") -> None:
-        """Attach an RGB picture, the frames of a video, or one that the model takes as such, to the next question.
-
-        Raises:
-            DataError: the model has no vision encoder.
-        """
+        """Attach an RGB picture, the frames of a video, or one that the model takes as such, to the next question."""
         if self.assembly.image_processing is None:
             raise DataError("This model has no vision encoder, so it takes no pictures.")
         self.images += pictures
@@ -126,11 +115,7 @@ class Chat:
         self.pending.append(None if isinstance(pictures[0], Video) else len(pictures))
 
     def stream(self, question: str) -> Iterator[str]:
-        """Ask; yields the answer piece by piece and stores it, also when it is stopped half-way.
-
-        Raises:
-            DataError: the conversation is longer than the model's context; the question is removed again.
-        """
+        """Ask; yields the answer piece by piece and stores it, also when it is stopped half-way."""
         turn = Turn.asking(question, images=len(self.pending))
         turn = turn.showing(self.pending) if self.pending else turn
         ids, images = self._prompt([*self.turns, turn])

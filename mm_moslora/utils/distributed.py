@@ -137,9 +137,6 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """Join the process group, once per process; the process leaves the group at its end.
 
     DeepSpeed keeps references to the group, so the group must outlive all engines of the process.
-
-    Raises:
-        DistributedError: the other ranks are not reachable; see also `check_launcher`.
     """
     if dist.is_initialized():
         return
@@ -330,12 +327,7 @@ def gather_objects(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def failing_together(what: str) -> Iterator[None]:
-    """A block that fails on every rank when it fails on any, so that no rank waits for a failed one.
-
-    Raises:
-        DistributedError: on ranks without an error of their own; it names the ranks that failed. The others raise
-        their own error.
-    """
+    """A block that fails on every rank when it fails on any, so that no rank waits for a failed one."""
     error: Exception | None = None
     try:
         yield

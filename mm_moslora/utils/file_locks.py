@@ -27,11 +27,6 @@ def lock_file(path: Path, *, wait: bool) -> AbstractContextManager[int]:
     Args:
         path: the file; created if missing. Its content is kept.
         wait: whether to wait for another holder, which a line of the log says.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and `wait` is false.
-        ConfigError: a link or no regular file is at the path.
-        OSError: the file cannot be opened or locked.
     """
     descriptor = open_in_place(path, os.O_RDWR)
     _descriptors.add(descriptor)
@@ -107,9 +102,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Args:
         folder: missing, empty, or a link to an empty folder. One that a `new_folder` around this one builds is filled
             as it is.
-
-    Raises:
-        ConfigError: it is not empty, or it cannot be created.
     """
     if in_construction(folder):
         yield folder

@@ -72,9 +72,6 @@ def copy_of_model(source: Path, names: Iterable[str], folder: Path) -> None:
 
     Args:
         folder: where to; it has none of them.
-
-    Raises:
-        FileError: a link leads out of the folder, or the file is no regular one.
     """
     for name in names:
         if (path := find_in_model(source, name)) is None:
@@ -94,10 +91,6 @@ def open_in_place(path: Path | str, flags: int) -> int:
     Args:
         path: anybody may have made what is there: a link would lead to a file of the user, and what is appended to a
             hard link to one. The former is refused, the latter becomes a copy.
-
-    Raises:
-        ConfigError: it is a link or no regular file.
-        OSError: the system refuses.
     """
     path = Path(path)
     _refuse_irregular(path)
@@ -144,9 +137,6 @@ def make_subfolder(path: Path, *, below: Path | None = None) -> None:
 
     Args:
         below: the folder that no link may leave; None: its parent.
-
-    Raises:
-        ConfigError: the path is a link, or a link is between `below` and it.
     """
     folder = below or path.parent
     for part in path.relative_to(folder).parts:
@@ -184,11 +174,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_link(path: Path, target: str) -> None:
-    """Make a symbolic link, in the place of an earlier one.
-
-    Raises:
-        OSError: the file system has no links, or something else is at the path.
-    """
+    """Make a symbolic link, in the place of an earlier one."""
     if path.exists() and not path.is_symlink():
         raise FileExistsError(errno.EEXIST, "is no link", str(path))
     with replacing(path) as temporary:
@@ -263,10 +249,6 @@ def read_json(path: Path, kind: type = dict, *, below: Path | None = None, linke
         below: the folder that no link may leave, such as a run or a checkpoint of anybody; None: the file's own. In the
             hub's cache, links lead to its blobs.
         linked: links are followed, for a file that a user names, a model, or a part of the installed package.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, no regular one, or outside of `below`; the text describes how.
     """
     if not linked:
         below = below or path.parent
@@ -298,9 +280,6 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
 
     The mark is deleted last, so that an interrupted deletion can be completed later. Where the system refuses to delete
     a file, the file and the mark stay.
-
-    Raises:
-        ConfigError: it is not empty and has no such file.
     """
     refuse_unmarked(folder, mark)
     if not os.path.lexists(folder):
@@ -333,9 +312,6 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         replaces: name of the file that marks an old folder there, which is then replaced. None: an existing folder is
             kept, such as one that another host made meanwhile, and the new one is deleted; a folder with nothing but
             the project's mark is replaced.
-
-    Raises:
-        ConfigError: a file or folder without a mark is in the way.
     """
     if replaces is not None:
         refuse_unmarked(folder, replaces)

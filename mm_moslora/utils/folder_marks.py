@@ -73,9 +73,6 @@ def output_file(path: Path, *, sign: re.Pattern[bytes] | None = None) -> Path:
 
     Args:
         sign: how files begin that this project writes there; such files are replaced. None: no file is replaced.
-
-    Raises:
-        ConfigError: the path is a folder, a link, a pipe or a device, or a file that begins otherwise.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")

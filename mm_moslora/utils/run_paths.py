@@ -42,11 +42,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
 
 
 def shipped_folder(name: str) -> Path:
-    """Path of a shipped folder: within the package, or in the checkout beside it.
-
-    Raises:
-        ConfigError: no such folder is shipped.
-    """
+    """Path of a shipped folder: within the package, or in the checkout beside it."""
     for folder in (
         _PACKAGE / name,
         _PACKAGE / "config" / name,
@@ -97,11 +93,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The model folder for a path: the folder itself, the checkpoint around an `adapter/`, or a run's newest one.
-
-    Raises:
-        ModelError: there is no loadable model.
-    """
+    """The model folder for a path: the folder itself, the checkpoint around an `adapter/`, or a run's newest one."""
     if (path / MANIFEST).is_file() or (path / "config.json").is_file():
         return path
     if (path / ADAPTER_CONFIG).is_file():
@@ -157,9 +149,6 @@ def adapter_folder(path: str | Path) -> Path:
     """The adapter folder for a path: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
 
     A folder that holds neither is returned unchanged; its reader reports what is wrong with it.
-
-    Raises:
-        AdapterError: the path is not a folder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -221,11 +210,7 @@ def require_model(key: str, name: str | None) -> None:
 
 
 def resume_folder(resume: str) -> Path | None:
-    """The checkpoint of `--resume`; None where it is one of the accepted words.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
+    """The checkpoint of `--resume`; None where it is one of the accepted words."""
     if resume in RESUME_WORDS:
         return None
     if not Path(resume).is_dir():
@@ -241,9 +226,6 @@ def writing(path: str | Path) -> Iterator[None]:
     """Make errors of writing a file or folder name its path.
 
     safetensors reports a full disk by its own exception, and neither it nor Python names the file of a failed write.
-
-    Raises:
-        OSError: with `path` as its filename.
     """
     from safetensors import SafetensorError
 

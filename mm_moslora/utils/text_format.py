@@ -16,11 +16,7 @@ LARGEST_NUMBER = 10**9
 def whole_number(
     environment: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int = LARGEST_NUMBER
 ) -> int:
-    """The number in an environment variable.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
+    """The number in an environment variable."""
     text = environment.get(name, "").strip()
     if not text:
         return default

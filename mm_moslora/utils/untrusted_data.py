@@ -76,10 +76,6 @@ def parse_json(
         constants: accept NaN and Infinity, which are not JSON, as numbers.
         surrogates: keep unpaired surrogates, for a caller that refuses them.
         repeats: of a key written twice the last value counts, as in what a model answers.
-
-    Raises:
-        StrictJsonError: broken, too large, nested too deeply, a key written twice, a number that no float can hold, or
-            NaN and Infinity without `constants`. The message continues a sentence about the text.
     """
     if not isinstance(text, str):
         try:
@@ -124,9 +120,6 @@ def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]
     Args:
         text: the lines, which end in line feeds only.
         skip_damaged: leave out other lines, such as the incomplete last one of a killed process.
-
-    Raises:
-        StrictJsonError: a line is damaged; the message names it.
     """
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -143,11 +136,7 @@ def parse_lines(text: str, *, skip_damaged: bool = False) -> list[dict[str, Any]
 
 
 def parse_literal(text: str) -> Any:
-    """The value of a text that is a Python literal, such as models answer; nothing is evaluated.
-
-    Raises:
-        StrictJsonError: it is none, too long, or nested too deeply.
-    """
+    """The value of a text that is a Python literal, such as models answer; nothing is evaluated."""
     if len(text) > MOST_LITERAL_CHARACTERS:
         raise StrictJsonError(f"has more than {MOST_LITERAL_CHARACTERS} characters", large=True)
     try:
@@ -278,11 +267,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def parse_yaml_value(text: str) -> Any:
-    """Parse one YAML value.
-
-    Raises:
-        ConfigError: not YAML, or beyond the limits. The message continues a sentence about the text.
-    """
+    """Parse one YAML value."""
     if len(text) > MOST_YAML_CHARACTERS:
         raise ConfigError(f"has {len(text)} characters, at most {MOST_YAML_CHARACTERS} of YAML are read")
     try:
@@ -296,11 +281,7 @@ def parse_yaml_value(text: str) -> Any:
 
 
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
-    """Parse a YAML mapping.
-
-    Raises:
-        ConfigError: not YAML, beyond the limits, or not a mapping.
-    """
+    """Parse a YAML mapping."""
     try:
         data = parse_yaml_value(text)
     except ConfigError as error:
@@ -311,11 +292,7 @@ def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
 
 
 def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
-    """Build a dataclass from plain data.
-
-    Raises:
-        ConfigError: an unknown or missing key, a wrong type or an impossible value.
-    """
+    """Build a dataclass from plain data."""
     return typing.cast(T, read_value(kind, data, source=source, where=""))
 
 
@@ -336,11 +313,7 @@ def _known(kind: Any, data: Any) -> Any:
 
 
 def read_value(kind: Any, data: Any, *, source: str, where: str) -> Any:
-    """Read one value.
-
-    Raises:
-        ConfigError: a wrong type, or an unknown key of a dataclass.
-    """
+    """Read one value."""
     return _build(kind, data, source, where)
 
 

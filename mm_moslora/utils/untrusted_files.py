@@ -70,9 +70,6 @@ def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
     Args:
         root: resolved root folder.
         follow_links: accept symbolic links that lead out of the root.
-
-    Raises:
-        FileError: BAD_NAME or ESCAPES.
     """
     if not isinstance(name, str) or not name.strip():
         what = "is empty" if isinstance(name, str) else f"is no text ({type(name).__name__})"
@@ -102,9 +99,6 @@ def find_in_model(folder: Path, name: str) -> Path | None:
 
     Args:
         folder: the folder. In the hub's cache its files are links to blobs of the repository.
-
-    Raises:
-        FileError: see `find_below`.
     """
     root = Path(os.path.realpath(folder))
     blobs = next((parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"), root)
@@ -130,9 +124,6 @@ def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
 
     Args:
         most: maximum size, bytes; None: no limit, for files that are not read as a whole.
-
-    Raises:
-        FileError: MISSING, NOT_A_FILE or TOO_LARGE.
     """
     name = str(path)
     try:
@@ -167,12 +158,7 @@ def read_bytes(path: Path, *, most: int) -> bytes:
 
 
 def read_text(path: Path, *, most: int = MOST_TEXT_BYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a regular file, line ends as `\\n`; see `opened`.
-
-    Raises:
-        FileError: see `opened`.
-        UnicodeDecodeError: it has another encoding.
-    """
+    """The text of a regular file, line ends as `\\n`; see `opened`."""
     return read_bytes(path, most=most).decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -182,10 +168,6 @@ def read_text_below(root: Path, name: str, *, errors: str = "strict") -> str | N
     Args:
         root: the folder, as a user named it.
         errors: what to do with bytes that are not UTF-8, as for `bytes.decode`.
-
-    Raises:
-        FileError: it links out of the folder, is not a regular file, is too large, or is not readable.
-        UnicodeDecodeError: it is not UTF-8.
     """
     path = find_below(Path(os.path.realpath(root)), name)
     if not os.path.lexists(path):  # a run may be moved or deleted meanwhile

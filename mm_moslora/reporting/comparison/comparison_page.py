@@ -25,12 +25,7 @@ FORMAT = 2
 
 
 def write_page(results: Path, out: Path) -> Path:
-    """Write the page of a comparison's `results.json`, atomically.
-
-    Raises:
-        ConfigError: the file is missing or damaged, another version wrote it, or `out` is a folder or a file of another
-            program.
-    """
+    """Write the page of a comparison's `results.json`, atomically."""
     data = read_results(results)
 
     def page() -> str:
@@ -45,11 +40,7 @@ def write_page(results: Path, out: Path) -> Path:
 
 
 def read_results(results: Path) -> dict[str, Any]:
-    """The content of a comparison's `results.json`.
-
-    Raises:
-        ConfigError: the file is missing or damaged, or another version wrote it.
-    """
+    """The content of a comparison's `results.json`."""
     try:
         data: dict[str, Any] = read_json(results)
     except FileNotFoundError as error:

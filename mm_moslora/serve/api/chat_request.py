@@ -77,11 +77,7 @@ class ChatRequest:
 
 
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
-    """Parse a body into a JSON object.
-
-    Raises:
-        ApiError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object.
-    """
+    """Parse a body into a JSON object."""
     what = "is not a JSON object"
     try:
         value = parse_json(body, max_depth=limits.json_depth, surrogates=True)
@@ -96,11 +92,7 @@ def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
 
 
 def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
-    """Check the fields of a chat completion that `read_json` has read.
-
-    Raises:
-        ApiError: a field is missing, of a wrong type, out of range or not supported; `param` names it.
-    """
+    """Check the fields of a chat completion that `read_json` has read."""
     for name, harmless in _HARMLESS.items():
         if body.get(name) and body[name] not in harmless:
             raise _unsupported(f"{name} is not supported by this server", name)

@@ -47,11 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> list[socket.socket]:
-    """A bound socket (IPv4 if possible; port 0: a free port), taken before costly work; it does not listen yet.
-
-    Raises:
-        ConfigError: the address is not of this machine, or the port is taken or not allowed.
-    """
+    """A bound socket (IPv4 if possible; port 0: a free port), taken before costly work; it does not listen yet."""
     try:
         if not 0 <= port <= LARGEST_PORT:  # the system would take the remainder of a division
             raise OverflowError(f"ports are 0 to {LARGEST_PORT}")
@@ -69,11 +65,7 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
-    """Run an application with deadlines, until a signal asks it to stop.
-
-    Raises:
-        KeyboardInterrupt: a second Ctrl-C ended answers.
-    """
+    """Run an application with deadlines, until a signal asks it to stop."""
     # The libraries' objects live as long as the process. Collecting garbage among them would hold every thread for
     # tenths of a second.
     gc.collect()

@@ -149,11 +149,7 @@ class Guard:
 
 
 def read_key() -> str | None:
-    """The key from the environment.
-
-    Raises:
-        ConfigError: the key is too short or not plain ASCII.
-    """
+    """The key from the environment."""
     key = os.environ.get(KEY_NAME) or None
     if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or key != key.strip()):
         raise ConfigError(f"{KEY_NAME} must hold at least {SHORTEST_KEY} ASCII characters without spaces around them.")

@@ -51,11 +51,7 @@ class Budget:
         self._freed.set()
 
     async def wait(self, count: int, seconds: float) -> None:
-        """Reserve bytes as soon as they are free; the longest waiting request is served first.
-
-        Raises:
-            TimeoutError: the bytes were not free within that time.
-        """
+        """Reserve bytes as soon as they are free; the longest waiting request is served first."""
         async with asyncio.timeout(seconds), self._turn:
             while not self.take(count):
                 self._freed.clear()
@@ -69,11 +65,7 @@ class Reservation:
         self._budget, self._count = budget, 0
 
     def set(self, count: int) -> None:
-        """Set the number of reserved bytes.
-
-        Raises:
-            ApiError: other requests hold too much.
-        """
+        """Set the number of reserved bytes."""
         if count > self._count and not self._budget.take(count - self._count):
             raise busy("requests fill its memory")
         if count < self._count:
@@ -100,12 +92,7 @@ class Intake:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def body(self, request: Request, reservation: Reservation) -> bytearray:
-        """Read the body of a request, with limits on its content and time while it arrives; `Guard` limits its size.
-
-        Raises:
-            ApiError: the body is compressed, is not declared as JSON, would be costly to parse, is too slow, or the
-                client left.
-        """
+        """Read the body of a request, with limits on its content and time while it arrives; `Guard` limits its size."""
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -134,11 +121,7 @@ class Intake:
         return body
 
     async def parsed(self, request: Request, body: bytearray) -> ChatRequest:
-        """The checked request of a body, which is emptied.
-
-        Raises:
-            ApiError: see `read_json` and `chat_request`; or it takes too long.
-        """
+        """The checked request of a body, which is emptied."""
         limits = self._limits
         work = self._workers.submit(lambda: chat_request(read_json(body, limits), limits))
         parsed = await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
@@ -146,11 +129,7 @@ class Intake:
         return parsed
 
     async def prepared(self, request: Request, chat: ChatRequest, reservation: Reservation) -> Prepared:
-        """The tokens and pixels of a request.
-
-        Raises:
-            ApiError: see `prepare`; or it takes too long.
-        """
+        """The tokens and pixels of a request."""
         limits, models, stop = self._limits, self._models, threading.Event()
         deadline = time.monotonic() + limits.prepare_seconds
         refuse_unfit(chat, models, limits)
@@ -188,12 +167,7 @@ class Intake:
 
 
 async def unless_left(receive: Receive, work: Awaitable[_Result], *, seconds: float | None = None) -> _Result:
-    """The result of `work`, which is cancelled when the client leaves.
-
-    Raises:
-        ApiError: the client left.
-        TimeoutError: it took longer than `seconds`.
-    """
+    """The result of `work`, which is cancelled when the client leaves."""
 
     async def client_leaves() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -9,11 +9,7 @@ from mm_moslora.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """All limits of the server; the defaults suit one machine on a private network.
-
-    Raises:
-        ConfigError: a limit is not positive.
-    """
+    """All limits of the server; the defaults suit one machine on a private network."""
 
     body_bytes: int = 20 * 2**20
     """Bytes of one request body; checked while it arrives."""

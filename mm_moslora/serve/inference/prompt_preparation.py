@@ -42,11 +42,7 @@ class Prepared:
 
 
 def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
-    """Refuse a request by checks that need no decoded picture and no tokens.
-
-    Raises:
-        ApiError: the model has no vision encoder, or the texts are too long for it.
-    """
+    """Refuse a request by checks that need no decoded picture and no tokens."""
     if request.pictures and not models.takes_pictures:
         raise ApiError(
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
@@ -69,11 +65,7 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
 def prepare(
     request: ChatRequest, files: Sequence[PictureFile], models: Models, limits: Limits, *, stop: threading.Event
 ) -> Prepared:
-    """Tokens and pixels of a request that has passed `refuse_unfit`; `stop` is set when they are no longer needed.
-
-    Raises:
-        ApiError: a picture cannot be used, or the conversation is too long.
-    """
+    """Tokens and pixels of a request that has passed `refuse_unfit`; `stop` is set when they are no longer needed."""
     longest, tokens = _longest(models, limits), request.sampling.max_tokens
     visual = models.visual_tokens([file.size for file in files])
     if visual + tokens > longest:

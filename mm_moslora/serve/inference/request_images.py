@@ -47,11 +47,7 @@ class PictureFile:
 
 
 def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: threading.Event) -> list[PictureFile]:
-    """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied.
-
-    Raises:
-        ApiError: names the picture that is wrong. The text is this project's own, never a decoder's.
-    """
+    """The bytes and headers of the pictures of one request, in order; no pixel is decoded, and the URLs are emptied."""
     files, pixels_left = [], limits.images_pixels
     for picture in pictures:
         refuse_stopped(stop)
@@ -74,11 +70,7 @@ def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: t
 
 
 def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
-    """Bytes of memory for decoding pictures one after the other and for processing all of them.
-
-    Raises:
-        ApiError: more than `pictures_bytes`.
-    """
+    """Bytes of memory for decoding pictures one after the other and for processing all of them."""
     copies, peak, allowed = 0, 0, limits.pictures_bytes
     for file in files:
         wide = file.mode in ("I", "F", "LAB") or file.mode.startswith("I;16")
@@ -98,11 +90,7 @@ def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) ->
 
 
 def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> list[Image.Image]:
-    """Decode pictures to RGB, in order.
-
-    Raises:
-        ApiError: names the part that is wrong.
-    """
+    """Decode pictures to RGB, in order."""
     opened = []
     for file in files:
         refuse_stopped(stop)

@@ -108,12 +108,7 @@ class Models:
     def prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image], *, thinking: bool | None = None
     ) -> tuple[Tensor, list[ProcessedImage]]:
-        """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
-
-        Raises:
-            ModelError: the model's own processor refuses one of the pictures.
-            DataError: the chat template cannot express the conversation.
-        """
+        """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe."""
         with self._alone:
             processing = self.assembly.image_processing
             try:
@@ -206,11 +201,6 @@ def load_models(
         path: the main model; without further variants its adapter is merged, which is faster.
         further: runs, checkpoints or adapter folders by their names for clients.
         other_preprocessing: accept that pictures or prompts are prepared otherwise than in training.
-
-    Raises:
-        ConfigError: two models have the same name.
-        ModelError, AdapterError: a folder cannot be loaded, belongs to another base, or was trained with other
-            settings of pictures or prompts; or the model before tuning is not available.
     """
     main = name or path.resolve().name
     further = dict(further or {})

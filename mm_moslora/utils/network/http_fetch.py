@@ -56,9 +56,6 @@ def fetch(url: str, *, hosts: Collection[str], most: int, seconds: float) -> byt
         hosts: allowed host names, exact and in lower case, for the URL and its redirects.
         most: bytes.
         seconds: for the whole download, redirects included.
-
-    Raises:
-        FetchError: the host is not allowed, does not answer in time, closes early or sends too much.
     """
     limit = TimeLimit(seconds)
     opener = limit.opener()
