@@ -4,8 +4,6 @@ Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; the update is ``s B M A
 
 Rotations P and Q of R dimensions write the same update as ``(Q A, P M Q^T, B P^T)``, and numbers a and b as
 ``(a A, M / (a b), b B)``. No measure changes with them; `ModuleReport.moved` needs the start in the same coordinates.
-All are computed from R x R matrices (QR of A^T and B), never from a ``[D_out, D_in]`` one. docs/subspace_lens.md
-explains them.
 """
 
 from __future__ import annotations
@@ -129,11 +127,7 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
 
 
 def trained_parameters(folder: str | Path) -> int:
-    """How many numbers of A, B and mixers train in an adapter.
-
-    Raises:
-        AdapterError: see `load_adapter`.
-    """
+    """How many numbers of A, B and mixers train in an adapter."""
     content = read_folder(folder)
     frozen = not content.config.mixer_trainable
     return sum(
@@ -183,14 +177,7 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
 def layer_report(
     path: str, layer: MoSLoRALayer, adapter_name: str, A: Tensor, M: Tensor | None, B: Tensor
 ) -> ModuleReport:
-    """The report of one adapted layer.
-
-    Args:
-        layer: supplies the scaling and the start; its parameters are not read.
-        A: the whole factor, as the layer stores it.
-        M: None for the identity.
-        B: as A.
-    """
+    """The report of one adapted layer."""
     return describe(path, A, M, B, layer.scaling[adapter_name], start=ModuleStart.of(layer, adapter_name, A, B))
 
 
@@ -288,11 +275,7 @@ class _FactorSVD:
 
 
 def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
-    """Principal angles between the spaces of a mixed factor and of its start, degrees.
-
-    Args:
-        first: the mixer at the start; None: one that leaves the space as it is.
-    """
+    """Principal angles between the spaces of a mixed factor and of its start, degrees."""
     if overlap is None:
         return None
     old = _FactorSVD.of_gram(overlap.start)
@@ -342,11 +325,7 @@ def _effective(shares: Tensor) -> float:
 
 
 def _averaging(values: Tensor) -> Tensor:
-    """The matrix ``[K, K]`` that averages over directions of equal singular values.
-
-    Args:
-        values: in falling order.
-    """
+    """The matrix ``[K, K]`` that averages over directions of equal singular values."""
     steps = (values[:-1] - values[1:]) > EQUAL * values[0]
     group = torch.cat([steps.new_zeros(1), steps]).cumsum(0)
     same = (group[:, None] == group[None, :]).to(values.dtype)

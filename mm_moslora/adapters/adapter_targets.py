@@ -1,7 +1,7 @@
 """Put adapters into a model: which modules, and into which component.
 
-A target name such as `q_proj` exists in the language model and in the vision tower alike. Here targets are resolved
-inside the requested component, into whole module paths, and a target that matches nothing is an error.
+A name such as `q_proj` exists in the language model and in the vision tower alike, so targets are resolved inside the
+requested component, into whole module paths.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def resolve_in(
     *,
     why_not: Callable[[nn.Module], str | None],
 ) -> list[str]:
-    """Module paths to adapt inside several components; see `resolve_targets`. `why_not` gives the reason why a layer
-    cannot be adapted."""
+    """`resolve_targets` inside several components; `why_not` gives the reason why a layer cannot be adapted."""
     modules = dict(named_base_modules(model))
     heads = _head_modules(model)
     resolved: dict[str, None] = {}
@@ -257,11 +256,7 @@ def _check_arguments(model: object, config: object, adapter_name: object) -> Non
 
 
 def chosen_paths(config: Any, paths: list[str]) -> list[str]:
-    """The targets that a configuration of PEFT does not take out again.
-
-    Raises:
-        AdapterError: there are none.
-    """
+    """The targets that a configuration of PEFT does not take out again."""
     # PEFT does not look at the layer's number where a target is a whole path.
     own = copy.copy(config)
     if heads := _TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type))):
@@ -282,11 +277,7 @@ def chosen_paths(config: Any, paths: list[str]) -> list[str]:
 def inject(
     model: nn.Module, config: MoSLoRAConfig, paths: Sequence[str], *, adapter_name: str, autocast_adapter_dtype: bool
 ) -> peft.PeftModel:
-    """Put an adapter into exactly the modules at these whole paths; see `add_moslora`.
-
-    Raises:
-        AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
-    """
+    """Put an adapter into exactly the modules at these whole paths; see `add_moslora`."""
     wrapper = next((module for module in model.modules() if unwrapped(module) is not module), None)
     if wrapper is not None:
         raise AdapterError(

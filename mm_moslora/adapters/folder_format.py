@@ -68,10 +68,8 @@ def bare_name(name: str) -> str:
 
 
 def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names that PEFT looks for: those of modules, FSDP's wrappers left out.
-
-    A wrapper for activation checkpointing leaves itself out of state dicts, and PEFT would then write nothing in it.
-    """
+    """A state dict under the names that PEFT looks for: those of modules, FSDP's wrappers left out."""
+    # A wrapper for activation checkpointing leaves itself out of state dicts, and PEFT would then write nothing in it.
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in tensors}
     return {names.get(bare_name(name), name): tensor for name, tensor in state.items()}
@@ -102,12 +100,7 @@ def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def downloaded(model_id: str | Path, names: Sequence[str], *, subfolder: str | None = None, **hub: Any) -> Path | None:
-    """The double folder of an adapter, on this machine; None for every other adapter.
-
-    Args:
-        names: files to fetch from the hub; the first decides. The start of training is fetched where there is one.
-        **hub: arguments of `huggingface_hub.hf_hub_download`; others are ignored.
-    """
+    """The double folder of an adapter, on this machine; None for every other adapter. The first of `names` decides."""
     root = Path(model_id, subfolder or "")
     if root.is_dir():
         return root if any((root / name).is_file() for name in (OWN_CONFIG, OWN_WEIGHTS)) else None
@@ -142,11 +135,7 @@ def names_mixers(names: Iterable[str]) -> str | None:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The content of `moslora.json`, of a version and with the parts that this release reads.
-
-    Raises:
-        AdapterError: another format or version, a missing part, or damaged JSON.
-    """
+    """The content of `moslora.json`, of a version and with the parts that this release reads."""
     manifest = read_json(root / OWN_CONFIG)
     if manifest.get("format") != FORMAT:
         kind = manifest.get("format")
@@ -163,11 +152,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of an adapter folder; see `files.read_json`.
-
-    Raises:
-        AdapterError: missing, damaged, not an object, or a link out of its folder.
-    """
+    """A JSON object of an adapter folder; see `files.read_json`."""
     try:
         return dict(files.read_json(path))
     except (OSError, ValueError) as error:
@@ -175,11 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        AdapterError: damaged or truncated.
-    """
+    """The tensors of a safetensors file."""
     try:
         return load_file(path)
     except SafetensorError as error:

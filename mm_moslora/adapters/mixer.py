@@ -55,10 +55,8 @@ def init_mixer(rank: int, kind: str, *, generator: torch.Generator | None = None
 
 @contextmanager
 def random_stream_of_mixers() -> Iterator[None]:
-    """Random numbers of another stream within the block; the CPU's global stream goes on as if none had been drawn.
-
-    So the start of a mixer changes no A: with one seed, LoRA and MoSLoRA begin at the same A in every layer.
-    """
+    """Use a separate stream of random numbers within the block; the CPU's global one is unaffected."""
+    # So the start of a mixer changes no A: with one seed, LoRA and MoSLoRA begin at the same A in every layer.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         yield

@@ -73,11 +73,7 @@ class MoSLoRAConfig(AdapterOptions):
 
 
 def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
-    """The configuration of `config_to_dict`.
-
-    Raises:
-        AdapterError: a key this version does not know, or a value that is not permitted (`permitted_options`).
-    """
+    """The configuration of `config_to_dict`."""
     names = {item.name for item in dataclasses.fields(MoSLoRAConfig)}
     unknown = sorted(set(data) - names)
     if unknown:
@@ -98,14 +94,7 @@ def from_lora_config(
     mixer_trainable: bool = False,
     mixer_pattern: Mapping[str, str] | None = None,
 ) -> MoSLoRAConfig:
-    """MoSLoRA with the options of plain LoRA.
-
-    Args:
-        mixer_trainable: identity and False is the same plain LoRA; True starts MoSLoRA from it.
-
-    Raises:
-        AdapterError: a value that is not permitted (`permitted_options`).
-    """
+    """MoSLoRA with the options of plain LoRA; the identity that does not train is the same plain LoRA."""
     values = {name: getattr(config, name) for name in lora_fields()}
     permitted_options(LoraConfig, values, "The adapter's configuration")
     values["mixer_pattern"] = dict(mixer_pattern or {})

@@ -1,7 +1,6 @@
 """The methods of PEFT by name: their options, their layers in a model, their folders.
 
-Names come from PEFT's registry, options from its configuration classes, and folders are PEFT's own
-(`adapter_config.json` and `adapter_model.safetensors`). LORA here is stock PEFT's, without a mixer.
+Names come from PEFT's registry, options from its configuration classes. LORA here is stock PEFT's, without a mixer.
 """
 
 from __future__ import annotations

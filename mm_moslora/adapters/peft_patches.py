@@ -8,8 +8,6 @@
   from a checkpoint load it into an existing adapter (huggingface/peft#2273).
 - `get_peft_model_state_dict`, as `save_pretrained` calls it, refuses shards: writing them ends in an error of
   safetensors about storages.
-
-`tests/adapters/test_tuner.py` fails when one of them has another signature or another caller; it reads no bodies.
 """
 
 from __future__ import annotations
@@ -65,11 +63,7 @@ def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default
 def load_peft_weights(
     model_id: str, device: Any = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """A, M, B and M's start of a double folder, checked against its hashes; otherwise PEFT's result.
-
-    Raises:
-        AdapterError: a folder of the authors', or one that is damaged.
-    """
+    """A, M, B and M's start of a double folder, checked against its hashes; otherwise PEFT's result."""
     folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         stock: dict[str, Tensor] = _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)

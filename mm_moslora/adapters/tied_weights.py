@@ -14,15 +14,8 @@ from mm_moslora.kernels.lora.lora_linear import is_plain
 
 @torch.no_grad()
 def untie(model: nn.Module) -> None:
-    """Untie the tied weights of a model if an adapted layer has one of them.
-
-    Merging into a tied weight would change the other modules that hold it, too: an update of the head would become one
-    of the embedding. All weights are untied together, because `tie_word_embeddings`, which becomes False, applies to
-    all of them when the model is loaded again.
-
-    Args:
-        model: PEFT model, or the base model with adapters inside; changed in place.
-    """
+    """Untie the tied weights of a model if an adapted layer has one: a merge would change the others that hold it."""
+    # All are untied together: `tie_word_embeddings`, which becomes False, applies to all when the model is loaded.
     holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

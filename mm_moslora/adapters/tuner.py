@@ -48,12 +48,7 @@ class LoraConfigOfFolder(LoraConfig):
     """What PEFT makes for LORA: `MoSLoRAConfig` of a folder with mixers, else `LoraConfig`; and for `OWN_TYPE`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain `LoraConfig`, or `MoSLoRAConfig` for the type of options that name a mixer.
-
-        Raises:
-            AdapterError: the options are those of the authors' fork with mixers, which its caller would not read, or
-                they name a mixer and hold a key that `MoSLoRAConfig` does not know.
-        """
+        """A plain `LoraConfig`, or `MoSLoRAConfig` for the type of options that name a mixer."""
         if kwargs.get("peft_type") == OWN_TYPE:
             return config_from_dict(kwargs)
         if declares_mixers(kwargs):
@@ -125,11 +120,7 @@ class MoSLoRAModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """See PEFT's; it reads A and B alone.
-
-        Raises:
-            AdapterError: an adapter has mixers.
-        """
+        """See PEFT's; it reads A and B alone."""
         layers = [layer for _, layer in named_adapter_layers(self.model)]
         if mixed := next((name for name in adapters if any(name in layer.lora_mixer for layer in layers)), None):
             raise AdapterError(
@@ -208,11 +199,8 @@ def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _whole_targets(model: nn.Module, config: MoSLoRAConfig) -> dict[str, Any]:
-    """Options of a configuration that names whole paths of modules; empty for every other one.
-
-    PEFT reads every name that ends in `gate_proj` or `w1`, in a model whose experts once were modules, as an expert's,
-    also that of a dense layer beside them.
-    """
+    """Options of a configuration that names whole paths of modules; empty for every other one."""
+    # PEFT reads a name that ends in `gate_proj` or `w1`, in a model whose experts once were modules, as an expert's.
     names, modules = config.target_modules, dict(named_base_modules(model))
     if not names or isinstance(names, str) or any(name not in modules for name in names):
         return {}

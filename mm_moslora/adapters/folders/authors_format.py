@@ -43,11 +43,7 @@ def holds_their_mixers(names: Mapping[str, Tensor]) -> bool:
 
 
 def with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the authors' fork, or of diffusers, under PEFT's names, the mixers as ``.lora_mixer.weight``.
-
-    Raises:
-        AdapterError: a part of a mixer that is not its weight, or a weight that is no square matrix of finite floats.
-    """
+    """The tensors of the authors' fork, or of diffusers, under PEFT's names, the mixers as ``.lora_mixer.weight``."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ends = dict.fromkeys(_MIXERS, MIXER) | _OF_DIFFUSERS
@@ -72,12 +68,7 @@ def _check_mixer(name: str, tensor: Tensor) -> None:
 
 
 def mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The mixers' fields of a `MoSLoRAConfig` from the authors' `adapter_config.json`; modules without a mixer get
-    `none`.
-
-    Raises:
-        AdapterError: mixers that the configuration announces are missing, or another option that is not understood.
-    """
+    """The mixers' fields of a `MoSLoRAConfig` from the authors' options; modules without a mixer get `none`."""
     if config.get("use_dora"):
         raise AdapterError(
             f"{source} combines use_dora with lora_AB. The authors' code trains and merges that differently; it has no "

@@ -1,11 +1,9 @@
 """Changes of diffusers: what it reads and writes of an adapter with mixers draws the same pictures, or is refused.
 
-`pipeline.save_lora_weights` takes a state that its caller made of A, M and B, and no class of the adapter sees it;
-diffusers drops M when it reads that. So `LoraBaseMixin.write_lora_layers`, through which the savers of all pipelines
-go, folds M into B first. `model.save_lora_adapter` makes its state itself and refuses.
-
-The changes are made where diffusers is imported: with `mm_moslora.adapters`, and once an adapter is put into a model.
-`tests/packaging/test_private_interfaces.py` fails when diffusers renames one of them.
+`pipeline.save_lora_weights` takes a state that its caller made of A, M and B, and diffusers drops M when it reads that.
+So `LoraBaseMixin.write_lora_layers`, through which the savers of all pipelines go, folds M into B first.
+`model.save_lora_adapter` makes its state itself and refuses. Both are changed where diffusers is imported: with
+`mm_moslora.adapters`, and once an adapter is put into a model.
 """
 
 from __future__ import annotations
@@ -32,11 +30,7 @@ _OWN_FIELDS = {field.name for field in dataclasses.fields(MoSLoRAConfig)} - {
 
 
 def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a pipeline's adapters, under PEFT's or diffusers' names, as plain LoRA: ``B' = B M``.
-
-    Raises:
-        AdapterError: a mixer without its B.
-    """
+    """The state of a pipeline's adapters, under PEFT's or diffusers' names, as plain LoRA: ``B' = B M``."""
     return fold_state_dict(tensors, names_of_B=_NAMES_OF_B) if mixers_in(tensors) else dict(tensors)
 
 

@@ -145,16 +145,7 @@ def _kohya_tensors(component: str, pairs: Mapping[str, PlainPair], *, alone: boo
 def largest_difference(
     folder: str | Path, out: str | Path, *, layout: Literal["vllm", "diffusers"], component: str = "unet"
 ) -> float:
-    """How far the adapters in an export, read back, are from those of the folder that it was written from.
-
-    Every layer's ``s B M A x`` is computed from both, in float64, for eight random x.
-
-    Returns:
-        The largest difference of an entry, over the largest entry of its layer; the largest of all layers.
-
-    Raises:
-        AdapterError: one of the two cannot be read, or the export lacks a layer.
-    """
+    """The largest relative difference of ``s B M A x``, in float64, between an export read back and its folder."""
     content = read_folder(folder, component=component)
     written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
     prefix = f"{component}." if layout == "diffusers" else PREFIX
@@ -179,11 +170,7 @@ def _update(A: Tensor, M: Tensor | None, B: Tensor, x: Tensor) -> Tensor:
 
 
 def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
-    """The folded factors by module path, with the scaling in B.
-
-    Raises:
-        AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
-    """
+    """The folded factors by module path, with the scaling in B."""
     if content.config.changes_base:
         init = content.config.init_lora_weights
         raise AdapterError(

@@ -43,16 +43,9 @@ def check_tensors(
 def unexpected_entry(
     tensors: Mapping[str, Tensor], config: LoraConfig, *, embeddings: Mapping[str, tuple[int, ...]] | None = None
 ) -> str | None:
-    """The first entry, factors apart, that an adapter of this configuration cannot have; None: all belong to it.
-
-    PEFT writes the base's embeddings beside the factors when they are adapted, when the vocabulary was resized, and on
-    request.
-
-    Args:
-        tensors: the folder's, or as PEFT renames them for modules that train whole.
-        embeddings: names, under PEFT's prefix, and shapes of the base's embedding and head. None: the base is not
-            known; up to two matrices of one number of rows may be them, and `load_adapter` compares them with it.
-    """
+    """The first entry, factors apart, that an adapter of this configuration cannot have; None: all belong to it."""
+    # PEFT writes the base's embeddings beside the factors when they are adapted, when the vocabulary was resized, and
+    # on request. Where the base is not known (no `embeddings`), up to two matrices of one number of rows may be them.
     ends = [".lora_magnitude_vector", ".lora_magnitude_vector.weight"] if config.use_dora else []
     ends += [".lora_B.bias"] if config.lora_bias else []
     ends += [".bias"] if config.bias != "none" else []

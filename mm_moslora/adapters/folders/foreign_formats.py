@@ -1,10 +1,7 @@
 """Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT.
 
-::
-
-    stock PEFT   adapter_config.json + adapter_model.safetensors; lora_A, lora_B. Becomes a mixer that is the identity.
-    diffusers    pytorch_lora_weights.safetensors, one component of a pipeline
-    authors      both with mixers; see `authors_format`
+Stock PEFT's lora_A and lora_B get a mixer that is the identity; of diffusers' file one component is read; those of the
+authors are both of these with mixers.
 """
 
 from __future__ import annotations
@@ -57,14 +54,7 @@ class AdapterFolder:
 
 
 def read_foreign(root: Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:
-    """Read a folder of another library.
-
-    Args:
-        component: for a file of diffusers, which part of the pipeline; None: the only one.
-
-    Raises:
-        AdapterError: not an adapter folder; a file that is missing, damaged or of another method.
-    """
+    """Read a folder of another library."""
     if (root / STOCK_CONFIG).is_file():
         return _read_peft(root, trainable)
     if (root / DIFFUSERS_WEIGHTS).is_file():

@@ -71,11 +71,7 @@ class ModuleStart:
 
     @classmethod
     def of(cls, layer: MoSLoRALayer, adapter_name: str, A: Tensor, B: Tensor) -> ModuleStart:
-        """From the start that a layer holds.
-
-        Args:
-            layer: its parameters are not read.
-        """
+        """From the start that a layer holds."""
         start = layer.starts.get(adapter_name, Start())
         return cls(M=start.mixer if adapter_name in layer.lora_mixer else None, **_overlaps(start, A, B))
 
@@ -111,11 +107,7 @@ def starts_of(model: nn.Module, adapter_name: str) -> dict[str, Start]:
 
 @torch.no_grad()
 def start_tensors(starts: Mapping[str, Start], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a folder keeps, by its names in the file.
-
-    Args:
-        tensors: A, M and B of the adapter under their names in the folder.
-    """
+    """What a folder keeps, by its names in the file."""
     stored: dict[str, Tensor] = {}
     for path, start in starts.items():
         name = f"{PREFIX}{path}"
@@ -143,15 +135,7 @@ def set_starts(
     *,
     starts: Mapping[str, Start],
 ) -> None:
-    """Give the layers of an adapter the start that a folder keeps; those that it does not know have none.
-
-    A and B at the start are not in the folder. Known ones stay where they give the products in it: the folder is of the
-    same run then.
-
-    Args:
-        tensors: gives A, M and B of the folder; asked where a start of A or B is known.
-        starts: what is known, of `starts_of`; values that are loaded into a layer drop its start.
-    """
+    """Give the layers of an adapter the start that a folder keeps; those that it does not know have none."""
     mixers = mixer_starts(stored)
     again: dict[str, Tensor] = {}
     if stored and any(start.A is not None or start.B is not None for start in starts.values()):
@@ -172,12 +156,7 @@ def set_starts(
 
 
 def restore_start(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
-    """Go on from the start that a checkpoint's adapter folder keeps; see `set_starts`.
-
-    Args:
-        model: holds the adapter and the start of the same run, drawn or loaded again.
-        folder: of the checkpoint; where it keeps no start, nothing changes.
-    """
+    """Go on from the start that a checkpoint's adapter folder keeps; see `set_starts`."""
     if stored := read_start(folder, read_manifest(folder)):
         set_starts(
             model, adapter_name, stored, lambda: read_tensors(folder / OWN_WEIGHTS),

@@ -102,17 +102,8 @@ def _set_values(model: peft.PeftModel, adapter_name: str, tensors: dict[str, Ten
 
 @torch.no_grad()
 def restore_frozen_mixers(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
-    """Set the mixers of an adapter that do not train to those of its folder, bit for bit.
-
-    They are buffers, so the optimiser's state does not hold them. Drawing them again is not exact: with another number
-    of threads or on another device, a QR decomposition rounds otherwise.
-
-    Returns:
-        How many were set.
-
-    Raises:
-        AdapterError: see `read_folder`; a mixer that the folder lacks.
-    """
+    """Set the mixers of an adapter that do not train to those of its folder, bit for bit; how many were set."""
+    # Drawing them again is not exact: with another number of threads or on another device, a QR rounds otherwise.
     frozen = {
         f"{PREFIX}{path}{MIXER}": buffer
         for path, layer in named_adapter_layers(model)
@@ -188,16 +179,7 @@ def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tens
 
 
 def read_folder(folder: str | Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:
-    """Read and verify an adapter folder without a model.
-
-    Args:
-        folder: of `save_adapter`, stock PEFT, diffusers, or the paper's authors.
-        trainable: for a stock folder, whether its identity mixer trains.
-        component: for a file of diffusers, which part of the pipeline; None: the only one.
-
-    Raises:
-        AdapterError: see `load_adapter`; factors that do not fit each other, or hold NaN.
-    """
+    """Read and verify an adapter folder without a model."""
     root = Path(folder)
     if not root.is_dir():
         raise AdapterError(why_no_adapter_folder(root))

@@ -1,8 +1,7 @@
 """What an adapter's options may be: numbers, words that PEFT's annotations list, and names of modules.
 
-PEFT checks no types, and some of its options name files, models or Python modules, which it opens. Options come from
-folders of others and from recipes. A value is permitted for what it is, and everything else is refused, so that an
-option of a later PEFT that names a file is refused, too.
+PEFT checks no types, and some of its options name files, models or Python modules, which it opens. A value is permitted
+for what it is, so that an option of a later PEFT that names a file is refused, too.
 """
 
 from __future__ import annotations
@@ -48,14 +47,7 @@ _OF_FOLDERS = {item.name for item in dataclasses.fields(peft.PeftConfig)}
 
 
 def permitted_options(kind: type[Any], options: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The method's own options in a folder or a recipe, without what its configuration does not know.
-
-    Args:
-        options: as read; nested ones may be objects of their classes.
-
-    Raises:
-        AdapterError: a value is neither a number, nor a known word, nor the name of a module.
-    """
+    """The method's own options in a folder or a recipe, without what its configuration does not know."""
     hints = typing.get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind) if item.init and item.name not in _OF_FOLDERS}
     for name, value in ((name, value) for name, value in options.items() if name in fields):

@@ -107,11 +107,7 @@ def take_adapter(
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> AdapterOptions:
-    """The configuration of one adapter of a PEFT model or of the base model with adapters inside.
-
-    Raises:
-        AdapterError: no such adapter, or one that is not MoSLoRA.
-    """
+    """The configuration of one adapter of a PEFT model or of the base model with adapters inside."""
     if isinstance(model, peft.PeftMixedModel):
         raise AdapterError(
             "A PeftMixedModel cannot be saved, in PEFT neither: its adapters lie inside each other. Merge it "
@@ -180,16 +176,7 @@ def write_folder(
     auto_mapping: Mapping[str, Any] | None = None,
     start: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the double folder from factors under their names in the folder.
-
-    Args:
-        folder: made if missing.
-        tensors: A, M, B and the other tensors that PEFT saves, in float32.
-        start: what is known of the start of training; see `kept_start`.
-
-    Raises:
-        AdapterError: factors that a reader of the folder would refuse.
-    """
+    """Write the double folder from factors under their names in the folder."""
     paths = target_paths(tensors)
     check_tensors(tensors, shapes_by_rank(config, tensors))
     contents = {STOCK_WEIGHTS: fold_state_dict(tensors), OWN_WEIGHTS: tensors}
@@ -232,11 +219,7 @@ def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping
 def stock_config(
     config: AdapterOptions, paths: Sequence[str] | None, auto_mapping: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of stock PEFT's `adapter_config.json`.
-
-    Args:
-        paths: the adapted modules; None keeps the targets as they are.
-    """
+    """The content of stock PEFT's `adapter_config.json`; `paths` are the adapted modules (None: as they are)."""
     changes: dict[str, Any] = {"inference_mode": True, "auto_mapping": auto_mapping}
     if not config.changes_base:  # else PEFT must take the same start out of its base
         changes["init_lora_weights"] = True
@@ -258,15 +241,7 @@ def _class_of(kind: type[nn.Module]) -> dict[str, str]:
 
 
 def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mapping[str, Any] | None) -> None:
-    """Turn what `PeftModel.save_pretrained` just wrote into the double folder.
-
-    Args:
-        folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
-        config: the adapter's configuration; all that is written where the folder is a double folder already.
-
-    Raises:
-        AdapterError: the weights were pickled, hold an empty or broken factor, or lack mixers.
-    """
+    """Turn what `PeftModel.save_pretrained` just wrote, with or without weights, into the double folder."""
     weights = folder / STOCK_WEIGHTS
     if (folder / "adapter_model.bin").is_file():
         raise AdapterError(
@@ -311,11 +286,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Module] | None) -> None:
-    """Write into `adapter_config.json` which model the adapter belongs to, so that PEFT's Auto classes load both.
-
-    Args:
-        kind: class of the base, of which `AutoPeftModel` makes one; None: `AutoPeftModelForCausalLM` knows it.
-    """
+    """Write into `adapter_config.json` which model the adapter belongs to, so that PEFT's Auto classes load both."""
     data = read_json(folder / STOCK_CONFIG)
     data |= {"base_model_name_or_path": base, "revision": revision}
     if kind is not None:

@@ -1,9 +1,6 @@
 """Adapted layers: PEFT's LoRA layers with a mixer between A and B.
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
-
-`MoSLoRALayer` is the base of all layer types, which are in `fused_linear`, `other_layer_types` and
-`bitsandbytes_layers`; `layer_dispatch` chooses.
 """
 
 from __future__ import annotations
@@ -197,11 +194,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Load the identity as the mixer where a state holds A and no mixer.
-
-        Folded factors and plain LoRA have no mixer. Beside the random start of a mixer they would be silently wrong;
-        with the identity they are exact. The start that belongs to the values comes with them, or is not known.
-        """
+        """Load the identity as the mixer where a state holds A and no mixer."""
+        # Folded factors and plain LoRA have none. A random one would be silently wrong, the identity is exact.
         for adapter_name in self.lora_mixer:
             mixer = f"{prefix}lora_mixer.{adapter_name}.weight"
             names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")

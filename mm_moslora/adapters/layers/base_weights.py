@@ -2,9 +2,8 @@
 
 Shapes: x ``[..., D_in]``, W ``[D_out, D_in]``.
 
-`weight_of` gives the weight of a linear layer, or None where the layer computes more than the product with it. The
-library's function dequantises a weight into the dtype that the library computes in, once forward and once backward; no
-dense weight is kept in between.
+A weight is dequantised into the dtype that its library computes in, once forward and once backward; no dense weight is
+kept in between.
 """
 
 from __future__ import annotations
@@ -36,11 +35,7 @@ def quantisation(base: nn.Module) -> Quantisation | None:
 
 
 def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
-    """The weight that a linear layer multiplies x with; None where the layer computes more.
-
-    Args:
-        x: its input, ``[..., D_in]``.
-    """
+    """The weight that a linear layer multiplies x with; None where the layer computes more."""
     # Hooks and replaced forward methods (offloading, tensor parallelism) run only when the base is called as a module.
     if "forward" in base.__dict__ or torch.compiler.is_compiling() or not only_fetches(base):
         return None
@@ -99,14 +94,9 @@ def _four_bit(base: Any, x: Tensor) -> Packed | None:
 
 
 def unpack(weight: Any) -> None:
-    """Undo the layout that bitsandbytes gives a 4-bit weight at the first evaluation on a CPU.
-
-    The kernel for that layout has no gradient, so nothing would learn through the layer. PEFT reads it as the usual
-    layout, which makes a merge wrong by 28 % of the output's range. The scales stay rounded to bfloat16.
-
-    Args:
-        weight: `Params4bit`; changed in place.
-    """
+    """Undo, in place, the layout that bitsandbytes gives a 4-bit weight at the first evaluation on a CPU."""
+    # Its kernel has no gradient. PEFT reads it as the usual layout, which makes a merge wrong by 28 % of the output's
+    # range. The scales stay rounded to bfloat16.
     state = getattr(weight, "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes import functional

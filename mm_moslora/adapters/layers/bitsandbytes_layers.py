@@ -16,11 +16,10 @@ from mm_moslora.utils.errors import AdapterError
 
 
 class _DoraOnGpus(MoSLoRALayer):
-    """Refuses DoRA on a CPU.
+    """Refuses DoRA on a CPU."""
 
-    PEFT's DoRA dequantises the weight at every step. On a CPU bitsandbytes 0.50 has repacked it before (4-bit) or lost
-    its scales (8-bit): the result is wrong, or an error inside of bitsandbytes.
-    """
+    # PEFT's DoRA dequantises the weight at every step. On a CPU bitsandbytes 0.50 has repacked it (4-bit) or lost its
+    # scales (8-bit) before: the result is wrong, or an error inside of bitsandbytes.
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The mixer's variant; see the base class."""

@@ -1,7 +1,4 @@
-"""Linear layers that the fused kernel computes.
-
-Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
-"""
+"""Linear layers that the fused kernel computes; shapes as in `adapter_layers`."""
 
 from __future__ import annotations
 
@@ -43,12 +40,8 @@ class FusedLinear(MoSLoRALayer):
         return super().forward(x) if layer is None else fused_linears(x, [layer])[0]  # type: ignore[no-any-return]
 
     def fused_operands(self, x: Tensor, *, plain_too: bool = False) -> LinearOperands | None:
-        """This layer's operands for the fused kernel; None where the modules would compute something else.
-
-        Args:
-            x: the input, ``[..., D_in]``.
-            plain_too: also for an adapter without any mixer in the model, which the kernel `auto` leaves to PEFT.
-        """
+        """This layer's operands for the fused kernel; None where the modules would compute something else."""
+        # `plain_too`: also for an adapter without any mixer in the model, which the kernel `auto` leaves to PEFT.
         adapter = self._fusable_adapter(plain_too=plain_too)
         if adapter is None:
             return None

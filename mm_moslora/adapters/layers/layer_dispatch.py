@@ -1,7 +1,7 @@
 """The adapted layer for a module, by its type.
 
-`create_layer` is the only entrance. It raises for module types that are not supported. PEFT's dispatch would silently
-put plain LoRA on a quantised layer, whose class takes every variant that it does not know for plain LoRA.
+`create_layer` is the only entrance: PEFT's dispatch would silently put plain LoRA on a quantised layer, whose class
+takes every variant that it does not know for plain LoRA.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def create_layer(target: nn.Module, adapter_name: str, *, config: AdapterOptions, **kwargs: Any) -> nn.Module:
-    """The adapted layer around `target`; PEFT calls this for every module it replaces.
-
-    Raises:
-        AdapterError: a module type or a quantised weight that cannot be adapted.
-    """
+    """The adapted layer around `target`; PEFT calls this for every module it replaces."""
     path = kwargs.get("target_name", "")
     kwargs.pop("parameter_name", None)
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):

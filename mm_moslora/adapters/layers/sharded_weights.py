@@ -1,7 +1,7 @@
 """Sharded and offloaded weights: whether a module's weights are whole while it computes, and a tensor holds values.
 
-DeepSpeed gathers a parameter when its module is called, and for every module that registered it as an external
-parameter. A kernel that reads weights without calling their modules needs the latter.
+DeepSpeed gathers a parameter when its module is called. A kernel that reads weights without calling their modules needs
+them registered as external parameters.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 def fetches_whole(module: nn.Module) -> bool:
-    """Whether all weights below a module are whole, now and in the module's backward pass.
-
-    Args:
-        module: in its forward pass; without ZeRO-3 its weights are always whole.
-    """
+    """Whether all weights below a module are whole, now and in the module's backward pass."""
     fetched = getattr(module, "_external_params", {})
     shards = (parameter for parameter in module.parameters() if hasattr(parameter, "ds_id"))
     return all(id(shard) in fetched and cast(Any, shard).ds_status.name == "AVAILABLE" for shard in shards)

@@ -42,8 +42,8 @@ def why_not_called(parent: nn.Module | None, name: str) -> str | None:
 
 @functools.cache
 def _is_only_read(kind: type[nn.Module], name: str) -> bool:
-    """Whether a class of transformers or torch reads `self.NAME.weight`, and has `self.NAME` nowhere else but where it
-    is made. Other libraries call layers from outside the module that holds them: diffusers has processors for this."""
+    """Whether a class reads `self.NAME.weight`, and has `self.NAME` nowhere else but where it is made."""
+    # Of transformers and torch alone: diffusers' processors call layers from outside the module that holds them.
     bases = [base for base in kind.__mro__ if base.__module__.startswith(("transformers.models.", "torch.nn.modules."))]
     code = "".join(map(_code_of, bases[: bases.index(nn.Module)] if nn.Module in bases else bases))
     layer = rf"(?<!isinstance\()(?<!hasattr\()(?<!`)\bself\.{re.escape(name)}\b"

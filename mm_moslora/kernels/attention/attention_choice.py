@@ -1,8 +1,7 @@
 """The attention of a model in training: which one, by the recipe, the device and the model, and how it is set.
 
-On CUDA it is the first of flash-attention 4, 3 and 2 that is installed and runs (transformers passes them
-`cu_seq_lens_*`), else PyTorch's `varlen_attn`, else a loop over segments. Models with softcapping, sinks or a position
-bias get transformers' `eager`, since the others would leave these out.
+On CUDA it is the first of flash-attention 4, 3 and 2 that is installed and runs, else PyTorch's `varlen_attn`, else a
+loop over segments. Softcapping, sinks and a position bias need transformers' `eager`: the others leave them out.
 """
 
 from __future__ import annotations
@@ -48,14 +47,8 @@ class AttentionChoice:
 def choose_attention(
     model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None
 ) -> AttentionChoice:
-    """The attention to train with on padding-free batches. On a GPU every kernel is tried first.
-
-    Args:
-        requested: `auto`, or a transformers attention name, which is used unchanged (sdpa builds a dense mask).
-
-    Raises:
-        ConfigError: the kernel that was asked for does not run here.
-    """
+    """The attention to train with on padding-free batches. On a GPU every kernel is tried first."""
+    # A name of transformers is used unchanged (sdpa builds a dense mask).
     device, decoder = device or model.device, model.get_decoder()
     plain = getattr(decoder, "_supports_attention_backend", False) and getattr(decoder, "_supports_sdpa", False)
     if requested == "auto" and not plain:

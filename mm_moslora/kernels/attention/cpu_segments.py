@@ -39,12 +39,10 @@ def attend_on_cpu(
 
 
 class _CpuSegments(torch.autograd.Function):
-    """Attention of every segment, by matrix products or by PyTorch's kernel (`products_are_faster`).
+    """Attention of every segment, by matrix products or by PyTorch's kernel (`products_are_faster`)."""
 
-    Both keep q, k and v for the backward pass. Products keep P as well where `keeps_probabilities` holds; the kernel
-    keeps its output and the statistics of its softmax. On the meta device products run, and keep what the kernel keeps:
-    a plan counts there what a GPU would keep.
-    """
+    # Kept for the backward pass: q, k, v; by products P where `keeps_probabilities` holds, by the kernel its output and
+    # the statistics of its softmax. On the meta device products run and keep what the kernel keeps, as a GPU would.
 
     @staticmethod
     def forward(
@@ -98,10 +96,9 @@ class _CpuSegments(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class _PaddedSegments:
-    """Segments of about the same length, padded at their ends to the longest one's, ``L``.
+    """Segments of about the same length, padded at their ends to the longest one's, ``L``."""
 
-    Causal attention needs no mask then: no token sees the padding, and the gradients of the padding are zero.
-    """
+    # Causal attention needs no mask then: no token sees the padding, and the gradients of the padding are zero.
 
     longest: int
     positions: Tensor

@@ -3,17 +3,11 @@
 Shapes: ``H`` heads of queries, ``K`` of keys and values, ``G = H / K``, ``T`` tokens of the row, ``E`` head width.
 
 PyTorch brings FlashAttention 2 (`varlen_attn`: half precision, compute capability 8.0 or more). transformers runs the
-packages flash-attn, flash-attn-3 and flash-attn-4. `fault_of` runs a kernel on a small row, forward and backward, and
-compares it with products in fp32: a package that was built for another GPU or another PyTorch is found before the run.
+packages flash-attn, flash-attn-3 and flash-attn-4. A trial finds a package that was built for another GPU or PyTorch.
 
-The kernel in PyTorch takes fewer heads of keys than of queries in all releases from 2.11 on. `varlen_attn` documents
-this where it has the argument `enable_gqa`. Without the argument it does not look at the heads, so it gets shared heads
-where `fault_of` finds the results right, and repeated ones elsewhere.
-
-Two other ways were considered. FlexAttention is a kernel only under torch.compile (else it computes all scores of the
-row) and has no backward pass on a CPU; the kernels above have segments and windows without a compiler.
-`torch.nn.attention.activate_flash_attention_impl` runs flash-attn-3 and flash-attn-4 behind `varlen_attn`. PyTorch
-calls it a prototype, and transformers runs the same packages by their public functions.
+`varlen_attn` documents fewer heads of keys than of queries where it has the argument `enable_gqa`. Without it the heads
+are not looked at, so it gets shared heads where a trial finds the results right, and repeated ones elsewhere.
+FlexAttention is a kernel only under torch.compile (else it computes all scores of the row).
 """
 
 from __future__ import annotations
@@ -110,14 +104,7 @@ def _varlen_attn(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float | None, window: int, *,
     repeats: bool,
 ) -> Tensor:  # fmt: skip
-    """``[T, H, E]``.
-
-    Args:
-        query: ``[T, H, E]``.
-        ends: starts of the segments and the end of the last one, int32.
-        window: number of earlier tokens that a token sees; -1: all.
-        repeats: give the kernel as many heads of keys as of queries.
-    """
+    """``[T, H, E]``; a token sees `window` earlier ones (-1: all), `repeats` makes as many heads of keys as queries."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups, options = query.shape[1] // key.shape[1], {}
@@ -163,14 +150,7 @@ def flash_fault(name: str, shape: HeadShape) -> str | None:
 
 
 def fault_of(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], shape: HeadShape) -> str | None:
-    """Run a kernel on segments of `LENGTHS`, forward and backward; None: it agrees with products in fp32.
-
-    Args:
-        attend: takes queries, keys and values ``[1, H, T, E]`` and the ends of segments; gives ``[1, T, H, E]``.
-
-    Returns:
-        The error, or which result differs by how much.
-    """
+    """Run a kernel, from ``[1, H, T, E]`` to ``[1, T, H, E]``, and its backward pass; None: it agrees with fp32."""
     inputs, ends = _small_row(shape), torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
     try:
         # The caller may be in inference mode, under autocast or in a backward pass.

@@ -9,8 +9,7 @@ Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P recom
 
 On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s; the same core multiplies matrices at 108 in
 fp32 and at 485 in bf16. On an Intel Xeon with matrix units the kernel uses them and is the faster of the two for
-segments of 1,024 tokens and more. Scores and their softmax are in fp32, as in the kernel. The backward pass needs q, k
-and v; it is faster with P, which is kept for short segments in half precision.
+segments of 1,024 tokens and more. Scores and their softmax are in fp32, as in the kernel.
 """
 
 from __future__ import annotations
@@ -31,33 +30,21 @@ SHORT = 128
 
 
 def products_are_faster(q: Tensor) -> bool:
-    """Whether `attend` is taken: faster than PyTorch's kernel by measurements, or on the meta device.
-
-    Short segments in half precision are products on every CPU, long ones on AMD's.
-    """
+    """Whether `attend` is taken: faster than PyTorch's kernel by measurements, or on the meta device."""
+    # Short segments in half precision are products on every CPU, long ones on AMD's.
     return q.is_meta or (q.dtype.itemsize == 2 if q.shape[1] <= SHORT else made_by_amd())
 
 
 def keeps_probabilities(q: Tensor) -> bool:
-    """Whether P is kept for the backward pass: in half precision, for segments of at most eight head widths.
-
-    P is then at most about as large as q, k, v and O together (larger where query heads share keys, or nothing is
-    masked). Most of the cost of P is the scores in fp32, and the products of the backward pass read it in half
-    precision.
-    """
+    """Whether P is kept for the backward pass: in half precision, for segments of at most eight head widths."""
+    # P is then about as large as q, k, v and O together, and most of its cost is the scores in fp32.
     return q.dtype.itemsize == 2 and q.shape[1] <= 8 * q.shape[2]
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool = True, keep: list[Tensor] | None = None
 ) -> None:
-    """Attention to all keys, or to those up to the query's position.
-
-    Args:
-        out: ``[H, T, E]``, is overwritten with the result; like the others in any layout.
-        causal: no query sees a later key.
-        keep: P of every block is appended to it, in the dtype of q.
-    """
+    """Attention to all keys, or to those up to the query's position, put into `out`; P of every block into `keep`."""
     output, values = _grouped(out, k), v.contiguous()
     for heads, queries, P in _probabilities(_grouped(q, k), k, scale, causal=causal):
         P = P.to(q.dtype)
@@ -78,12 +65,7 @@ def attend_backward(
     causal: bool = True,
     probabilities: Iterator[Tensor] | None = None,
 ) -> None:
-    """The gradients of q, k and v from that of `attend`'s result.
-
-    Args:
-        out: are overwritten with the gradients of q, k and v.
-        probabilities: what `attend` kept, in its order; None: P is recomputed.
-    """
+    """The gradients of q, k and v, put into `out`, from that of `attend`'s result; P is what it kept, or recomputed."""
     rows, pulls = (_grouped(tensor.contiguous(), k) for tensor in (q, grad))
     keys, values = k.contiguous(), v.contiguous()
     dq = _grouped(out[0], k)
@@ -107,11 +89,7 @@ def attend_backward(
 
 
 def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool) -> Tensor:
-    """`attend` by PyTorch's kernel.
-
-    Returns:
-        The logarithms of the softmax's sums, for the backward pass.
-    """
+    """`attend` by PyTorch's kernel; gives the logarithms of the softmax's sums, for the backward pass."""
     rows = _batched(q, k, v)
     output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, causal, scale=scale)
     out.copy_(output[0])

@@ -2,13 +2,8 @@
 
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` supervised positions, ``E`` head width.
 
-A dense block-diagonal mask costs the square of the row's length, a loop over segments the sum of the squares (2.4 times
-faster on a CPU).
-
-- CPU: short segments of about the same length together, longer ones alone, by matrix products where these are faster
-  than PyTorch's kernel.
-- CUDA: PyTorch's `varlen_attn`, or a loop over segments; see `gpu_attention`. `attention_choice` takes flash-attention
-  where it is installed and runs.
+A dense block-diagonal mask costs the square of the row's length, segments the sum of their squares (2.4 times faster on
+a CPU). `cpu_segments` computes them on a CPU, PyTorch's `varlen_attn` (`gpu_attention`) or a loop on a GPU.
 """
 
 from __future__ import annotations
@@ -67,19 +62,7 @@ def segment_attention(
     step_context: StepContext,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment of one row.
-
-    Args:
-        query: ``[1, H, S, E]``; key and value may have fewer heads.
-        scaling: factor on the scores; None: ``E ** -0.5``.
-        sliding_window: number of latest tokens that a token sees, itself included; None: all.
-
-    Returns:
-        ``[1, S, H, E]`` and None.
-
-    Raises:
-        ConfigError: the layer asks for more than softmax attention.
-    """
+    """Causal attention ``[1, S, H, E]`` within each segment of a row; a window includes the token itself."""
     if step_context.spread is not None and step_context.kept is not None:
         # Products of weights are computed once for a shared beginning, and its scores in every segment that has it.
         q, k, v = (tensor.index_select(2, step_context.spread) for tensor in (query, key, value))
@@ -138,14 +121,7 @@ def picture_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention among all patches of a picture: that of transformers, except where another is faster on a CPU.
-
-    Args:
-        module: the attention layer; its `is_causal` applies.
-
-    Returns:
-        ``[N, P, H, E]`` and None.
-    """
+    """Attention among all patches of a picture: that of transformers, except where another is faster on a CPU."""
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
@@ -173,12 +149,8 @@ def segment_arguments(
     target_positions: Tensor | None = None,
     shared: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments with the segments of a row, for this module's attention and for flash-attention.
-
-    Args:
-        shared: tokens before these that each segment has of the last one before it that shares none; this module's
-            attention alone follows them. Empty: none.
-    """
+    """Keyword arguments with the segments of a row, for this module's attention and for flash-attention."""
+    # `shared`: tokens of the last segment that shares none which each segment has before its own; this module's only.
     if min(segment_lengths) < 1:
         raise ValueError(f"A row has segments of {segment_lengths} tokens, but each needs at least one.")
     spread = kept = None

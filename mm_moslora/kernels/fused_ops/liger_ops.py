@@ -2,9 +2,8 @@
 
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width.
 
-The import needs liger_kernel and triton; `models.memory_efficient.kernel_selection` checks that and chooses. The norm,
-its gradient and the gated activation with its gradients are Liger's. The others stay those of `triton_ops`: Liger would
-compute a kept ``1 / rms`` again, and rotates query and key in place, which autograd may still need.
+The norm, its gradient and the gated activation with its gradients are Liger's. The others stay those of `triton_ops`:
+Liger would compute a kept ``1 / rms`` again, and rotates query and key in place, which autograd may still need.
 """
 
 from __future__ import annotations
@@ -51,10 +50,8 @@ def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.gated_silu_backward`; the gradients overwrite e and g.
-
-    Both are saved tensors. Their version counters increase, so that autograd raises in a second backward pass.
-    """
+    """See `torch_ops.gated_silu_backward`; the gradients overwrite e and g."""
+    # Both are saved tensors. Their version counters increase, so that autograd raises in a second backward pass.
     of_e, of_g = swiglu_backward(e.contiguous(), g.contiguous(), grad.contiguous())
     torch.autograd.graph.increment_version((e, g))
     return of_e, of_g

@@ -2,8 +2,8 @@
 
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
-Each is a chain of operators that reads and writes its tensors several times. A compiler makes one pass of a chain, and
-so do the kernels of `triton_ops`. The matrix products around them gain nothing from either.
+Each is a chain of operators that reads and writes its tensors several times; compiled, or as a kernel of `triton_ops`,
+it is one pass.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMS norm of x ``[S, D]``, as transformers computes it.
-
-    Returns:
-        The norm's output, and ``1 / rms`` (fp32 ``[S, 1]``).
-    """
+    """RMS norm of x ``[S, D]``, as transformers computes it, and ``1 / rms`` (fp32 ``[S, 1]``)."""
     wide = x.float()
     inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
     return _product(x, wide, inverse).to(x.dtype).mul_(weight), inverse
@@ -70,13 +66,7 @@ def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in halves.
-
-    Args:
-        x: ``[S, H, E]``.
-        cos: ``[S, 1, E]``, both halves equal.
-        sin: ``[S, 1, E]``, the first half negative and the second not.
-    """
+    """Rotary embedding of x ``[S, H, E]`` in halves; of sin, ``[S, 1, E]`` like cos, the first half is negative."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 

@@ -3,7 +3,7 @@
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
 All kernels compute in fp32. They round where the functions of `torch_ops` do, except in the gated activation, which is
-rounded once. The import needs triton, which PyTorch's CUDA builds bring; `kernel_selection` checks that and chooses.
+rounded once. The import needs triton.
 """
 
 from __future__ import annotations

@@ -120,11 +120,7 @@ def fused_linear(
 
 
 def fused_linears(x: Tensor, layers: Sequence[LinearOperands]) -> tuple[Tensor, ...]:
-    """Several linear layers on one input, in one autograd node; see `fused_linear`.
-
-    Returns:
-        One ``[..., D_out]`` per layer.
-    """
+    """Several linear layers on one input, in one autograd node; see `fused_linear`."""
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     x = x.to(compute_dtype(x))
     with without_autocast(x.device):
@@ -192,15 +188,8 @@ class LoraMatmul:
         *,
         needs_x: bool,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of x, and those of every layer's tensors; None where it is not needed.
-
-        Args:
-            x: ``[T, D_in]``; None: no layer has an adapter or a weight that trains.
-            grads: every ``dY`` ``[T, D_out]``; None: nothing reads that layer's output.
-
-        Raises:
-            AdapterError: a second derivative is asked for.
-        """
+        """The gradient of x, and those of every layer's tensors; None where it is not needed."""
+        # A missing x: no layer has an adapter or a weight that trains. A missing dY: nothing reads that layer's output.
         if torch.is_grad_enabled():
             raise AdapterError(
                 "The fused kernel has no second derivative (the backward pass was asked for a graph: create_graph). "

@@ -16,10 +16,8 @@ from torch.nn import functional as F
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export, torch.jit.trace, torch.func or forward_ad takes the operations.
-
-    None of them can take a custom autograd node.
-    """
+    """Whether torch.compile, torch.export, torch.jit.trace, torch.func or forward_ad takes the operations."""
+    # None of them can take a custom autograd node.
     # Dynamo takes the first to be true and never evaluates the others.
     return (
         torch.compiler.is_compiling()

@@ -20,23 +20,14 @@ from mm_moslora.kernels.lora.lora_math import without_autocast
 
 
 def fold_right(B: Tensor, M: Tensor) -> Tensor:
-    """``B M``: the B of a plain LoRA of the same rank with the same update.
-
-    Args:
-        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
-
-    Returns:
-        Same shape as B, in the wider dtype of the two and at least float32.
-    """
+    """``B M``: the B of a plain LoRA of the same rank with the same update, at least float32."""
     dtype = torch.promote_types(torch.promote_types(B.dtype, M.dtype), torch.float32)
     return (B.to(dtype).flatten(1) @ M.to(dtype)).view(B.shape)
 
 
 def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once; on GPUs one kernel.
-
-    Some CPUs take several times as long for so small a product in bfloat16, and so the value is that of `fold_right`.
-    """
+    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once; on GPUs one kernel."""
+    # Some CPUs take several times as long for so small a product in bfloat16; so the value is that of `fold_right`.
     if M is None:
         return (B * scaling).to(dtype)
     if _multiplies_at_once(B, M, dtype):
@@ -45,11 +36,7 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
 
 
 def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> tuple[Tensor, Tensor | None]:
-    """The gradients of B and M from that of ``C = s B M``, computed as `combine` is.
-
-    Returns:
-        ``dB`` and ``dM`` (None without a mixer), each with its factor's shape and dtype.
-    """
+    """The gradients of B and M from that of ``C = s B M``, computed as `combine` is."""
     wide = torch.promote_types(torch.promote_types(B.dtype, dC.dtype), torch.float32)
     if M is None:
         return (dC.to(wide) * scaling).to(B.dtype), None
@@ -63,10 +50,8 @@ def mixer_gradients(dC: Tensor, B: Tensor, M: Tensor | None, scaling: float) -> 
 
 
 def _multiplies_at_once(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether to take `_scaled_product`: on a GPU, which adds up in float32 as it does for all other products.
-
-    Where cuBLAS splits a long sum it may round the parts; a run switches that off (`training.precision`).
-    """
+    """Whether to take `_scaled_product`: on a GPU, which adds up in float32 as it does for all other products."""
+    # Where cuBLAS splits a long sum it may round the parts; a run switches that off (`training.precision`).
     return a.device.type == "cuda" and a.dtype == b.dtype == dtype
 
 

@@ -1,8 +1,8 @@
 """Dropout with masks that are drawn again from a seed instead of being kept.
 
-A mask is a tensor of integers as wide as the entries: all bits are set where an entry stays, none where it is dropped.
-Applying it is one bitwise `and`, which costs a fraction of a comparison and a product on a CPU. On a CPU masks come in
-blocks of rows that fit into the cache. On a GPU the kernels of `triton_dropout` draw masks of their own in registers.
+A mask is a tensor of integers as wide as the entries: all bits are set where an entry stays. Applying it is one bitwise
+`and`, a fraction of a comparison and a product on a CPU, where masks come in blocks of rows that fit into the cache. On
+a GPU the kernels of `triton_dropout` draw masks of their own in registers.
 """
 
 from __future__ import annotations
@@ -52,10 +52,8 @@ def _triton_module(device: torch.device, dtype: torch.dtype) -> Any | None:
 
 
 def exact_rate(dropout: float) -> float:
-    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1.
-
-    It is off by at most 2^-15. Layers scale by the exact rate, so that the mean of the output has no bias.
-    """
+    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1."""
+    # Layers scale by the exact rate, so that the mean of the output has no bias.
     return min(round(dropout * _STEPS), _STEPS - 1) / _STEPS
 
 
@@ -90,11 +88,7 @@ def kernel_masks(masks: Mapping[int, Mask | None]) -> list[tuple[int, int]]:
 
 
 def kept_rows(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, Tensor]]:
-    """Rows with zeros where the masks of several layers drop entries.
-
-    Yields:
-        The layer's index, the rows, and what stays of them.
-    """
+    """The layer, the rows and their copy with zeros, where the masks of several layers drop entries."""
     if (kernels := triton_kernels(rows)) is not None:
         copies = kernels.kept_copies(rows, kernel_masks(masks))
         yield from ((index, slice(0, rows.shape[0]), copy) for index, copy in zip(masks, copies, strict=True))
@@ -125,11 +119,7 @@ _EVERYTHING = KeptBits(None)
 
 
 def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, KeptBits]]:
-    """The masks of several layers for the same rows: block by block, and within a block layer by layer.
-
-    Yields:
-        The layer's index, the rows, and the entries of them that stay.
-    """
+    """The layer, the rows and what its mask keeps of them, for several layers: by blocks, and in a block by layers."""
     sources = {index: kept_bits(rows, mask.rate, mask.seed) for index, mask in masks.items() if mask is not None}
     for block in _blocks(rows):
         for index in masks:  # one mask at a time: they are as large as the rows
@@ -137,14 +127,7 @@ def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tupl
 
 
 def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """The mask for `rows`, block by block; the same for the same seed (on the same kind of device).
-
-    Args:
-        rows: ``[T, D]``; only its shape, dtype and device count.
-
-    Yields:
-        The rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.
-    """
+    """The mask for `rows` ``[T, D]``, block by block: integers, all bits set or none; the same for the same seed."""
     width, integers = rows.shape[1], _INTEGERS[rows.element_size()]
     if rows.device.type == "meta":  # a plan counts costs there
         yield slice(0, rows.shape[0]), torch.empty_like(rows, dtype=integers)

@@ -21,14 +21,7 @@ MASKS_PER_KERNEL = 3
 
 
 def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Copies of `rows` with zeros where a mask drops entries; up to `MASKS_PER_KERNEL` from one read.
-
-    Args:
-        masks: per copy the seed, and the number of 2^15 random numbers that drop an entry.
-
-    Returns:
-        ``[T, D]`` each.
-    """
+    """A copy of `rows` per mask (its seed, and how many of 2^15 random numbers drop an entry), zeros where it drops."""
     rows = rows.contiguous()
     all_copies: list[Tensor] = []
     for some in _chunks(masks):
@@ -46,13 +39,7 @@ def kept_copies(rows: Tensor, masks: Sequence[tuple[int, int]]) -> list[Tensor]:
 def add_kept_products(
     total: Tensor, us: Sequence[Tensor], As: Sequence[Tensor], masks: Sequence[tuple[int, int]]
 ) -> None:
-    """Add ``u A`` of every layer, with zeros where its mask drops entries, to `total`; rounded once.
-
-    Args:
-        total: ``[T, D]``, contiguous.
-        us: ``[T, R]`` per layer.
-        As: ``[R, D]`` per layer.
-    """
+    """Add ``u A`` of every layer, with zeros where its mask drops entries, to `total`; rounded once."""
     assert total.is_contiguous()
     # Products in fp32 run on the cores that draw the masks, and need their registers.
     tokens, inner = (32, 32) if total.dtype == torch.float32 else (64, 64)
@@ -83,10 +70,8 @@ def _filled(masks: Sequence[tuple[int, int]]) -> list[int]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kept(seed, dropped, row, group):  # type: ignore[no-untyped-def]
-    """Which entries stay: ``[ROWS, 8 GROUPS]``, for rows ``[ROWS]`` and groups of eight columns ``[GROUPS]``.
-
-    Philox passes the tests of BigCrush from 7 rounds on (Salmon et al., Parallel random numbers, table 2).
-    """
+    """Which entries stay: ``[ROWS, 8 GROUPS]``, for rows ``[ROWS]`` and groups of eight columns ``[GROUPS]``."""
+    # Philox passes the tests of BigCrush from 7 rounds on (Salmon et al., Parallel random numbers, table 2).
     zero = (row[:, None] + group[None, :]) * 0
     a, b, c, d = tl.philox(seed, zero + group[None, :], zero + row[:, None], zero, zero, 7)
     words = tl.join(tl.join(a, b), tl.join(c, d))
