@@ -1,7 +1,4 @@
-"""The one way from a recipe's `model` to a model, or to its parts: `load_parts`.
-
-Read from top to bottom, it is the order of work.
-"""
+"""The one way from a recipe's `model` to a model, or to its parts: `load_parts`, the order of work from the top."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
 """The model families: what is known of towers, decoders and ready-made models by their name in transformers.
 
 A family is one entry of `TOWERS`, `DECODERS` or `VLMS`, keyed by `model_type`. A model without an entry works, too, on
-the defaults: padded rows, stock layers, ImageNet's pixel statistics. What a model shows by itself is asked of it and is
-not kept here: its image token (`config.image_token_id`), positions of three parts (`get_rope_index`), deepstack layers.
-
-What adapters need when they are used alone lies in `mm_moslora.adapters`: which projections read one input
-(`layers.fused_linear`), which layers are read in place (`layers.uncalled_layers`), and llama.cpp's names of language
-models (`export.gguf_model.FAMILIES`).
+the defaults. What a model shows by itself is asked of it and not kept here: its image token, positions of three parts,
+deepstack layers. Projections that read one input are in `adapters.layers.fused_linear`, llama.cpp's names of language
+models in `export.gguf_model.FAMILIES`.
 """
 
 from __future__ import annotations

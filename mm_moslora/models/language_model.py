@@ -51,11 +51,7 @@ class LanguageModel(NamedTuple):
 def language_model(
     config: ModelConfig, *, weights: Weights, dtype: torch.dtype, device: torch.device | None
 ) -> LanguageModel:
-    """Load the recipe's language model, or as much of it as is needed; see `mm_moslora.models.assembly.load_parts`.
-
-    Raises:
-        ModelError: nothing there, not a causal language model, or one that cannot be part of another.
-    """
+    """Load the recipe's language model, or as much of it as is needed; see `mm_moslora.models.assembly.load_parts`."""
     assert config.language is not None
     name, revision = config.language, config.language_revision
     if weights == "shapes":
@@ -96,11 +92,7 @@ def load_language(
     quantisation: str = "none",
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load any causal language model with its tokenizer; `device` as for `load_parts`.
-
-    Raises:
-        ModelError: nothing there, or not a causal language model.
-    """
+    """Load any causal language model with its tokenizer; `device` as for `load_parts`."""
     try:
         tokenizer = _tokenizer(name, revision)
         language = load_base(
@@ -117,12 +109,7 @@ def load_language(
 
 
 def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
-    """Make a system prompt the default of the chat template of a tokenizer or processor, in place, so that whoever
-    renders it uses it.
-
-    Raises:
-        ModelError: there is no chat template to put it into.
-    """
+    """Make a system prompt the default of a chat template, in place, so that whoever renders it uses it."""
     if prompt is None:
         return
     if not isinstance(tokenizer.chat_template, str):
@@ -160,10 +147,7 @@ def refuse_head_extras(language: PreTrainedModel, name: str) -> None:
 
 
 def add_embedding_row(language: PreTrainedModel, token_id: int) -> None:
-    """Give the embedding table a row for the image token.
-
-    The row is the mean of all others: it is never looked up (visual tokens take its place) and its logit never wins.
-    """
+    """Give the image token a row, the mean of all others: it is never looked up, and its logit never wins."""
     first = cast(nn.Parameter, language.get_input_embeddings().weight)
     old, device = first.shape[0], first.device
     if token_id < old:

@@ -39,8 +39,7 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention on the meta device with the memory of fused kernels; the plain operator would keep all
-    probabilities."""
+    """Attention on the meta device with the memory of fused kernels: the plain operator keeps all probabilities."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,11 +114,7 @@ def without_autocast_on_meta() -> Iterator[None]:
 
 
 def layer_calls(model: PreTrainedModel) -> list[int]:
-    """How often a forward pass of a model runs each of its decoder layers: classes may loop over some of them.
-
-    Raises:
-        ModelError: it runs none, but reads their weights itself.
-    """
+    """How often a forward pass of a model runs each of its decoder layers: classes may loop over some of them."""
     decoder, calls = model.get_decoder(), {id(layer): 0 for layer in decoder_layers(model)}
 
     def count(layer: nn.Module, *_: object) -> None:

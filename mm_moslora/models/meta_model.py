@@ -104,11 +104,7 @@ def build_meta_model(
     dtype: torch.dtype = torch.bfloat16,
     picture: tuple[int, int] = PICTURE,
 ) -> MetaModel:
-    """Build a recipe's model on the meta device, adapters and what trains included.
-
-    Raises:
-        ModelError: a configuration cannot be read, or is of a kind that cannot be built without its weights.
-    """
+    """Build a recipe's model on the meta device, adapters and what trains included."""
     try:
         return _built(config, adapter, dtype=dtype, picture=picture)
     except (MoSLoRAError, OSError):
@@ -169,11 +165,7 @@ def _share(model: PreTrainedModel) -> bool:
 
 
 def _keep_kinds(model: PreTrainedModel, *, every: bool) -> list[int]:
-    """Leave of the decoder's layers the first one and the last of every kind of shapes, in place.
-
-    Returns:
-        How many layers each one that is left stands for.
-    """
+    """Leave the first layer and the last of every kind of shapes, in place; gives how many each one stands for."""
     layers = decoder_layers(model)
     if every:
         return [1] * len(layers)

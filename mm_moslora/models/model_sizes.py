@@ -36,16 +36,7 @@ def shipped_shapes() -> dict[str, dict[str, Any]]:
 
 
 def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
-    """A model's configuration, for its sizes only.
-
-    Args:
-        name: folder or hub id. The models of shipped recipes are known where the hub is out of reach or asks for a
-            licence to be accepted; InternLM2 in Llama's layout.
-
-    Raises:
-        ModelError: it asks for a model that is too large for any machine.
-        OSError, ValueError, KeyError: as `AutoConfig`, for other models.
-    """
+    """A model's configuration, for its sizes; shipped recipes' models are known where the hub does not answer."""
     try:
         with hub_or_cache(name):
             refuse_configuration(name, revision)
@@ -67,11 +58,7 @@ def shipped_config(name: str) -> PreTrainedConfig:
 
 
 def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
-    """`config_to_count` of a recipe's model.
-
-    Raises:
-        ModelError: there is no configuration, or none that a model can be made of.
-    """
+    """`config_to_count` of a recipe's model."""
     require_model(key, name)
     try:
         return config_to_count(name, revision)
@@ -138,12 +125,7 @@ def refuse_adapter_beside(name: str, revision: str | None = None) -> None:
 def load_base(
     loader: Any, name: str | Path, *, revision: str | None = None, needed: Needed | None = None, **options: Any
 ) -> Any:
-    """A model of a folder or of the hub with all its weights: `loader.from_pretrained`, which makes up missing ones.
-
-    Raises:
-        ModelError: an adapter lies beside it, its class cannot be built, or a weight of the model is not in its files.
-        OSError, ValueError, KeyError, SafetensorError: as `from_pretrained`.
-    """
+    """A model with all its weights: `loader.from_pretrained`, and a ModelError where that would make some up."""
     with hub_or_cache(name):
         refuse_adapter_beside(str(name), revision)
         refuse_configuration(str(name), revision)

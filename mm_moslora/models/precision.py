@@ -31,10 +31,7 @@ def run_arithmetic(*, deterministic: bool) -> Iterator[None]:
     """Sums in fp32 within the block and, if asked, always in the same order; what was set before comes back.
 
     cuBLAS may round the parts of a long sum to half precision; PyTorch allows it by default. The gradients of A and of
-    ``s B M`` are sums over all tokens of a micro-batch, so here it does not.
-
-    Args:
-        deterministic: `train.deterministic`. cuBLAS reads its variable at the first product of the process.
+    ``s B M`` are sums over all tokens of a micro-batch, so here it does not. It reads its variable once.
     """
     products = torch.backends.cuda.matmul
     with ExitStack() as stack:

@@ -1,7 +1,6 @@
 """Ready-made vision-language models: any `AutoModelForImageTextToText` checkpoint with its own processor.
 
-Nothing is assembled. The recipe names one model (`model.vlm`), and its parts are found by what they are in
-transformers: the decoder, the vision tower and what lies between them.
+Decoder, vision tower and what lies between them are found by what they are in transformers.
 """
 
 from __future__ import annotations
@@ -30,14 +29,7 @@ PICTURE = (640, 480)
 def load_pretrained_vlm(
     name: str, revision: str | None, *, dtype: torch.dtype, device: torch.device | None = None, packed: Any = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a ready-made model with its processor.
-
-    Args:
-        device: of the weights, read straight to it; None: main memory. On `meta` they are not read.
-
-    Raises:
-        ModelError: nothing there, or no image-text-to-text model.
-    """
+    """Load a ready-made model with its processor, the weights straight to a device; on `meta` they are not read."""
     refuse_adapter_beside(name, revision)
     processor = load_pretrained_processor(name, revision)
     try:
@@ -67,11 +59,7 @@ def refuse_without_head(model: PreTrainedModel, name: str) -> None:
 
 
 def load_pretrained_processor(name: str, revision: str | None) -> Any:
-    """Load the processor of a ready-made model.
-
-    Raises:
-        ModelError: nothing there, no processor for pictures, or a package that it needs is missing.
-    """
+    """Load the processor of a ready-made model."""
     if lacking := _lacks_processor(Path(name)):
         raise ModelError(
             f"model.vlm is {name!r}, a folder without {lacking}. Put the processor of the model that it was made from "
@@ -152,11 +140,7 @@ def side_of(tower: Any, key: str) -> int:
 
 
 def outside_decoder(config: PreTrainedConfig, kind: str) -> list[str]:
-    """Paths of a ready-made model's parts besides the language model, which stay dense: head, tower, projector.
-
-    Raises:
-        ModelError: experts, which bitsandbytes does not pack, are most of the language model.
-    """
+    """Paths of a ready-made model's parts besides the language model, which stay dense: head, tower, projector."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=False)

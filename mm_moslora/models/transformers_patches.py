@@ -16,13 +16,10 @@ from transformers import PreTrainedModel
 
 
 def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
-    """Give a layer a class made of a mixin and its own class, or a subclass of its own class, in place.
+    """Give a layer a class of a mixin, whose `forward` goes first, and its own class, or a subclass of that, in place.
 
     A wrapper around the layer would change the names of its weights, by which models are saved, merged and read; and
     transformers has no registry of layer classes, as it has one of attention functions.
-
-    Args:
-        mixin: its `forward` goes first; the gradient checkpointing of transformers stays around both.
     """
     classes: tuple[Any, Any] = (mixin, type(layer))  # mypy takes a class of modules for unhashable
     layer.__class__ = _mixed(*classes)
@@ -38,10 +35,9 @@ def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def attention_within(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another attention of the decoder within the block.
+    """Another attention of the decoder within the block, which is one forward pass, and while decoding one token.
 
-    `set_attn_implementation` visits every module and may load packages; here the attention changes for one forward
-    pass, and while decoding that is for one token.
+    `set_attn_implementation` visits every module and may load packages.
     """
     config = model.get_decoder().config
     before = config._attn_implementation
@@ -55,12 +51,9 @@ def attention_within(model: PreTrainedModel, name: str) -> Iterator[None]:
 def wrap_checkpointing(
     model: PreTrainedModel, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Tensor]]
 ) -> None:
-    """Put a function around the gradient checkpointing of every layer that has it on.
+    """Put a function around the checkpoint function of every layer that has gradient checkpointing on.
 
     `gradient_checkpointing_enable` takes no function of the caller's.
-
-    Args:
-        wrap: from a layer and its checkpoint function to another checkpoint function.
     """
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):

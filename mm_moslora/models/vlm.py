@@ -192,10 +192,6 @@ def _unique_states(
     """`tower_states` of a frozen tower without a graph; pictures with the same key are encoded once.
 
     The tower is in evaluation mode: dropout of a frozen tower is off in training, too.
-
-    Args:
-        keys: ``N`` of them, or none.
-        cache: pictures that were encoded before; None: this call alone counts.
     """
     if tower.training:
         tower.eval()

@@ -2,9 +2,8 @@
 
 Shapes: ``S`` tokens of the row, ``G`` conversations, ``T`` longest of them, ``K`` supervised positions, ``D`` width.
 
-No conversation attends to another. A model takes such a row where its attention is causal throughout. Its forward pass
-places the pictures and gets positions that restart with every conversation. In Qwen-VL positions have three parts,
-which the model computes as for padded rows.
+A model takes such a row where its attention is causal throughout. Its forward pass places the pictures and gets
+positions that restart with every conversation; the three parts of Qwen-VL's are those of padded rows.
 """
 
 from __future__ import annotations
@@ -39,18 +38,7 @@ def has_mrope(model: PreTrainedModel) -> bool:
 
 
 def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """`packed_row_hidden` of a ready-made model.
-
-    Args:
-        dummy: for a batch without images where other ranks have some: one more conversation with a weight of zero, so
-            that all ranks take part in the same collectives.
-
-    Returns:
-        ``[K, D]``.
-
-    Raises:
-        ModelError: placeholders and images do not match.
-    """
+    """`packed_row_hidden` of a ready-made model, ``[K, D]``; `dummy` as in `padded_hidden`."""
     row = batch if dummy is None or batch.images else _with_stand_in(batch, dummy)
     try:
         inputs = {"input_ids": row.input_ids[None], "position_ids": _positions(model, row), **_pictures(model, row)}
@@ -113,9 +101,6 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 
     Qwen-VL's would pass the keywords of the decoder's attention to the tower as well; its pictures are encoded before,
     together with its videos, so that the tower runs once on every rank.
-
-    Raises:
-        ModelError: the installed transformers does not take encoded pictures.
     """
     if not batch.images:
         return {}

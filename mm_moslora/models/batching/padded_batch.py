@@ -4,9 +4,8 @@ Prompts are read this way. Models without packed rows (`mm_moslora.models.batchi
 
 Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
-The models are classes of transformers and get the same inputs as from their processors: ids, mask, image inputs, and a
-type per token where they take it (Qwen-VL derives its three-part positions from it, Gemma which tokens of a picture see
-each other, PaliGemma its prefix).
+Models get the inputs that their processors make, a type per token among them: Qwen-VL derives its three-part positions
+from it, Gemma which tokens of a picture see each other, PaliGemma its prefix.
 """
 
 from __future__ import annotations
@@ -202,11 +201,7 @@ def _first_supervised(batch: Batch) -> list[int]:
 
 
 def _runs(counts: Tensor) -> Tensor:
-    """LLaVA-OneVision's pictures per sample, from one count per picture (1: tiled, more: one of several, not tiled).
-
-    Raises:
-        ModelError: a single picture that is not tiled, which these counts cannot express.
-    """
+    """LLaVA-OneVision's pictures per sample, from a count per picture (1: tiled, more: one of several, not tiled)."""
     runs: list[int] = []
     for tiled, group in itertools.groupby(counts.tolist(), key=lambda count: count == 1):
         length = len(list(group))

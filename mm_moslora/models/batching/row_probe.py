@@ -50,12 +50,7 @@ class RowFinding:
 
 
 def rows_of(model: PreTrainedModel, attention: str, *, shared: bool = False) -> RowFinding:
-    """Probe the class of a model's decoder; once per class, layer pattern and attention in a process.
-
-    Args:
-        model: causal language model or VLM, on any device, the meta device too; its weights are not read.
-        shared: whether the conversations share their beginning, see `Batch.shared`.
-    """
+    """Probe the class of a decoder, once per layer pattern and attention; `shared`: with a beginning in common."""
     decoder = model.get_decoder()
     kinds = layer_kinds(getattr(decoder, "config", None))
     key = f"{type(decoder).__module__}.{type(decoder).__qualname__} {attention} {kinds} {shared}"

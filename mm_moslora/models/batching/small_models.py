@@ -31,14 +31,7 @@ SIZES: tuple[dict[str, int], ...] = (
 
 
 def small_model(kind: type[PreTrainedModel], config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedModel:
-    """A model of a class in fp32 and evaluation mode, with random weights, on the default device.
-
-    Args:
-        sizes: one of `SIZES`. Configurations fit together in ways that only their classes know, so some raise.
-
-    Raises:
-        ValueError: even the smallest is too large.
-    """
+    """A random model of a class in fp32 for evaluation, or ValueError; of `SIZES` only its class knows which fit."""
     config, build = small_config(config, sizes), kind._from_config
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())

@@ -2,9 +2,8 @@
 
 Shapes: ``B`` prompts, ``T`` tokens of a prompt, ``Q`` visual tokens per image, ``D`` LLM width.
 
-Prompts of one group begin alike (the same system prompt and images). Their common beginning is run once per group and
-only the rest per prompt (see `prefix_cache`). Whatever is padded is padded on the left and masked, and
-position ids count real tokens only, so that an fp32 model gives each prompt the answer that it gives alone.
+The common beginning of a group is run once (see `prefix_cache`). Padding is on the left and masked, and position ids
+count real tokens only, so that an fp32 model gives each prompt the answer that it gives alone.
 """
 
 from __future__ import annotations
@@ -51,11 +50,7 @@ def encode_images(model: PreTrainedModel, pixel_values: Tensor, cache: StepFeatu
 
 
 def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
-    """Embeddings ``[T, D]`` of a prompt with the visual tokens at their placeholders.
-
-    Raises:
-        ModelError: the prompt has more or fewer placeholders than visual tokens.
-    """
+    """Embeddings ``[T, D]`` of a prompt with the visual tokens at their placeholders."""
     table: Any = model.get_input_embeddings()
     ids = prompt.input_ids
     row = table(ids.to(table.weight.device, non_blocking=True))
@@ -84,16 +79,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> list[in
 def stream(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Iterator[list[int | None]]:
-    """Decode greedily, yielding one token per prompt and step.
-
-    The first token comes from the logits of the prompt itself, so `max_new_tokens=1` runs no decoding step.
-
-    Yields:
-        A list of ``B`` token ids, None for a prompt that has ended. Ends when all have.
-
-    Raises:
-        ModelError: see `likeliest`; ask one by one to know which prompt it is.
-    """
+    """Decode greedily: per step the token of each prompt, None where it has ended; ends when all have."""
     yield from continued(model, _read(model, prompts), max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
 
@@ -155,13 +141,7 @@ def _gathered(steps: Iterable[list[int | None]], count: int) -> list[list[int]]:
 def generate_beams(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, beams: int, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:
-    """Decode by transformers' beam search; see `generate`. Nothing is shared between prompts.
-
-    The model's generation settings have no effect, as in `generate`.
-
-    Raises:
-        ModelError: see `likeliest`.
-    """
+    """Decode by transformers' beam search as `generate` does, generation settings without effect; nothing is shared."""
     rows = [embed_prompt(model, prompt) for prompt in prompts]
     embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
     masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
@@ -213,19 +193,7 @@ class ContinuationScore:
 def score_options(
     model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[ContinuationScore]]:
-    """Log-likelihood of several continuations of each prompt, which is run once for all of them.
-
-    Continuations of one token are read off the prompt's logits; longer ones share its keys and values.
-
-    Args:
-        options: token ids of each continuation of each prompt, at least one token each.
-
-    Returns:
-        One score per option, per prompt.
-
-    Raises:
-        ModelError: a probability is NaN.
-    """
+    """Log-likelihood of several continuations (token ids, at least one) of each prompt, which is run once for all."""
     return _score(model, _read(model, prompts), options)
 
 
@@ -234,11 +202,7 @@ def generate_and_score(
     model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]], *,
     max_new_tokens: int, stop_ids: Sequence[int], draws: Sequence[Draw] | None = None,
 ) -> tuple[list[list[int]], list[list[ContinuationScore]]]:  # fmt: skip
-    """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`.
-
-    Raises:
-        ModelError: see `stream` and `score_options`.
-    """
+    """`generate` and `score_options` of the same prompts, which are run once; the answers are those of `generate`."""
     state = _read(model, prompts)
     scores = _score(model, state, options)
     steps = continued(model, state, max_new_tokens=max_new_tokens, stop_ids=stop_ids, draws=draws)

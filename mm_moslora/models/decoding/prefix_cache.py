@@ -3,9 +3,8 @@
 Shapes: ``B`` rows, ``G`` groups, ``R`` rows per group at most, ``T`` tokens so far, ``t`` new tokens, ``L`` tokens of a
 level, ``H`` key-value heads, ``E`` head width, ``D`` LLM width, ``C`` vocabulary.
 
-Text grows like a tree: a system prompt with a picture, the questions on it, the options of a question. Each fork ends a
-*level*. Keys and values of a level exist once per group of rows that came out of the fork; a row attends to every level
-of its ancestors and to its own tokens under one softmax, which is the attention it would have alone.
+Text grows like a tree, and each fork ends a *level*. Keys and values of a level exist once per group of rows that came
+out of the fork; a row attends to every level of its ancestors and to its own tokens under one softmax.
 """
 
 from __future__ import annotations
@@ -111,13 +110,9 @@ class Decoder:
         self._cache = self._empty_cache() if self.can_share else cache
 
     def start(self, arguments: Mapping[str, Any]) -> None:
-        """Run a first row as the model itself takes it, pictures and all; only tokens may follow.
+        """Run a first row (`input_ids` ``[1, T]``) as the model takes it, pictures and all; only tokens may follow.
 
-        The positions of what follows count on from the last one that the decoder got, so that models with positions of
-        their own (three per token, from 1) need no word here.
-
-        Args:
-            arguments: of the model's forward pass for one row without padding, `input_ids` ``[1, T]`` among them.
+        The positions of what follows count on from the last one that the decoder got, whatever the model counts.
         """
         positions: list[Tensor] = []
 
@@ -136,27 +131,16 @@ class Decoder:
         self.logits = output.logits[:, -1].float()
 
     def append(self, rows: Sequence[Tensor], *, head: bool = True) -> None:
-        """Run more of every row.
-
-        Args:
-            rows: embeddings ``[t_b, D]`` of different lengths; they are padded on the left here.
-            head: False where the logits are not needed, because the rows go on at once.
-        """
+        """Run more embeddings ``[t_b, D]`` of every row; without `head` no logits, because the rows go on at once."""
         embeddings = pad_sequence(list(rows), batch_first=True, padding_side="left")
         tokens = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         valid = pad_sequence(tokens, batch_first=True, padding_side="left")
         self.extend(embeddings, valid, keep=1 if head else torch.empty(0, dtype=torch.long, device=valid.device))
 
     def extend(self, embeddings: Tensor, valid: Tensor, *, keep: int | Tensor = 1) -> Tensor:
-        """Run more tokens.
+        """Run more embeddings ``[B, t, D]``, those that count by `valid` ``[B, t]``; fp32 logits ``[B, kept, C]``.
 
-        Args:
-            embeddings: ``[B, t, D]``.
-            valid: ``[B, t]``, 0 where a row is padded.
-            keep: how many of the last tokens get logits (0: all), or their numbers.
-
-        Returns:
-            fp32 logits ``[B, kept, C]``.
+        `keep`: how many of the last tokens get logits (0: all), or their numbers.
         """
         self._valid = valid if self._valid is None else torch.cat([self._valid, valid], dim=1)
         positions = (self._length + valid.cumsum(dim=1) - 1).clamp_min(0)
@@ -212,10 +196,7 @@ class Decoder:
         self._keep_rows(rows)
 
     def join(self, other: Decoder) -> None:
-        """Put the rows of another decoder of this model behind one's own; `other` is used up.
-
-        Both must be able to share and have no forks. Columns that no row needs any more are dropped.
-        """
+        """Put the rows of another decoder behind one's own and use it up; both can share and have no forks."""
         assert self.can_share
         assert not self._levels
         assert not other._levels
@@ -250,13 +231,7 @@ class Decoder:
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, list[int]]:
-    """The token ``[B]`` with the largest of each row of logits ``[B, C]``, on their device and here.
-
-    The host waits once.
-
-    Raises:
-        ModelError: a logit is NaN, or none is finite.
-    """
+    """The token ``[B]`` with the largest of each row of logits ``[B, C]``, there and here; the host waits once."""
     tokens = logits.argmax(dim=-1)  # of NaN, where there is one
     numbers, highest = torch.stack((tokens.double(), logits.gather(-1, tokens[..., None]).flatten().double())).tolist()
     if wrong := [value for value in highest if not math.isfinite(value)]:

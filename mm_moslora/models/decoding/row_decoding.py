@@ -16,11 +16,7 @@ from mm_moslora.models.decoding.prefix_cache import Decoder
 
 @torch.inference_mode()
 def prefill_row(model: PreTrainedModel, prompt: Tensor, pictures: Sequence[ProcessedImage]) -> Decoder:
-    """Run one prompt with its pictures; the decoder stands at its end and can join others.
-
-    Raises:
-        ModelError: placeholders and images do not match.
-    """
+    """Run one prompt with its pictures; the decoder stands at its end and can join others."""
     decoder = Decoder(model)
     tensors = join_images([picture.tensors for picture in pictures])
     pixels = tensors.pop("pixel_values", None)

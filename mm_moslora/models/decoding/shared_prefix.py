@@ -87,17 +87,10 @@ def shared_prefix_attention(
     branch_visible: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of new tokens to every level and, causally, to their row's own tokens.
+    """Attention of new tokens to every level, outermost first, and, causally, to their row's own tokens.
 
-    Args:
-        query: ``[B, heads, t, E]``.
-        key: the row's own keys ``[B, H, T, E]``; value alike.
-        scaling: factor on the scores; None: ``E ** -0.5``.
-        branch_levels: outermost first.
-        branch_visible: bool ``[B, t, T]``, which of its row's own tokens each new token sees; None: all.
-
-    Returns:
-        ``[B, t, heads, E]`` and no weights.
+    Takes queries ``[B, heads, t, E]`` and the row's own keys and values ``[B, H, T, E]``; gives ``[B, t, heads, E]``.
+    `branch_visible`: bool ``[B, t, T]``, which of its row's own tokens each new token sees; None: all.
     """
     layer: Any = module.layer_idx
     rows, heads, new, width = query.shape

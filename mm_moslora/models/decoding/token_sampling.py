@@ -60,13 +60,9 @@ class Draw:
 
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[int | ModelError]:
-    """Sample the next token of every answer; the host waits for the device once.
+    """Sample the next token of every answer, or give the error of its logits; the host waits for the device once.
 
-    A row's token does not depend on the other rows. It is the token that `torch.multinomial` draws with the row's
-    generator on the CPU.
-
-    Returns:
-        For every row its token, or the error of logits that are not finite.
+    A row's token depends on no other row: it is what `torch.multinomial` draws with the row's generator on the CPU.
     """
     logits = _penalised(logits, draws)
     tokens = logits.argmax(dim=-1)  # of NaN, where there is one

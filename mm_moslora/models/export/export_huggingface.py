@@ -143,10 +143,6 @@ def export_lora(
     Args:
         assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
         final: where the folder will lie, if not here.
-
-    Raises:
-        ModelError: the model carries no adapter, or what was written gives other logits.
-        ConfigError: the folder is not empty.
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
@@ -198,17 +194,7 @@ def _round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def merge_adapter(assembly: Parts, dtype: torch.dtype) -> LogitDifference | None:
-    """Merge the live adapter, and only then cast the weights.
-
-    Args:
-        assembly: loaded with `merge=False` in float32; changed in place.
-
-    Returns:
-        Largest difference of logits from those of the live adapter, the rounding to `dtype` included; None: no adapter.
-
-    Raises:
-        AdapterError: see `mm_moslora.adapters.merge`.
-    """
+    """Merge the live adapter in fp32, then cast; the difference of logits, rounding included (None: no adapter)."""
     live = None if assembly.peft_model is None else _probe(assembly, assembly.model)
     if assembly.peft_model is not None:
         adapters.merge(assembly.peft_model)
@@ -266,11 +252,7 @@ def _check(assembly: Parts, folder: Path) -> LogitDifference:
 
 
 def largest_logit_difference(ours: Tensor, theirs: Tensor) -> LogitDifference:
-    """The largest difference between a model's logits and those of its written files.
-
-    Raises:
-        ModelError: it is larger than rounding.
-    """
+    """The largest difference between a model's logits and those of its written files."""
     difference = LogitDifference.between(ours, theirs)
     accepted = TOLERANCE * max(1.0, difference.scale)
     if not difference <= accepted:  # not a number is no agreement

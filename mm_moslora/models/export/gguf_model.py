@@ -1,7 +1,6 @@
 """Export to GGUF for llama.cpp: the language model in one file, the CLIP tower and the projector (mmproj) in another.
 
-Both files are read back tensor by tensor. Weights are written in fp32 or fp16, unquantised; llama.cpp's own
-`llama-quantize` makes the language model smaller.
+Both files are read back. Weights are in fp32 or fp16; llama.cpp's `llama-quantize` makes the language model smaller.
 """
 
 from __future__ import annotations
@@ -63,15 +62,7 @@ class GgufFiles:
 
 
 def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFiles:
-    """Write `model.gguf` and, where the model sees, `mmproj.gguf`.
-
-    Args:
-        assembly: loaded with `merge=True`.
-        half: fp16 matrices; vectors stay in fp32, as llama.cpp has them.
-
-    Raises:
-        ModelError: llama.cpp has no place for a part, with the reason and the nearest choice.
-    """
+    """Write `model.gguf` of a merged model, if it sees `mmproj.gguf`; `half`: fp16 matrices and fp32 vectors."""
     refuse_gguf(assembly)
     text, sees = dict(_text_tensors(assembly.model)), is_multimodal(assembly.model)
     with new_folder(folder) as part:
@@ -279,11 +270,7 @@ def _write(path: Path, writer: gguf.GGUFWriter, tensors: Mapping[str, Tensor], *
 
 
 def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
-    """Largest difference between tensors and what a file holds under their names.
-
-    Raises:
-        ModelError: the file lacks one, or holds it in another shape.
-    """
+    """Largest difference between tensors and what a file holds under their names."""
     written = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
     largest = 0.0
     for name, value in tensors.items():
@@ -295,10 +282,7 @@ def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:
 
 
 def _in_row_order(value: Tensor, module: str, text: Any) -> Tensor:
-    """A weight or bias with its rows as llama.cpp has them.
-
-    In the Llama family the rows of a head go from two halves (transformers' rotary layout) to pairs.
-    """
+    """A weight or bias with llama.cpp's rows: of a Llama head in pairs, not in transformers' two rotary halves."""
     if not (FAMILIES[text.model_type].pairs_rows and module.endswith(("q_proj", "k_proj"))):
         return value
     heads = text.num_key_value_heads if module.endswith("k_proj") else text.num_attention_heads

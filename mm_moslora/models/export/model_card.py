@@ -27,12 +27,7 @@ _HASHED_BYTES = 2**33
 def write_card(
     assembly: Parts, folder: Path, *, source: Path, licence: str | None = None, adapter_of: str | None = None
 ) -> Path:
-    """Write `README.md`.
-
-    Args:
-        licence: an SPDX name as the hub knows it; None: the card says that the licences of the parts hold.
-        adapter_of: the base, where the folder is an adapter for stock PEFT.
-    """
+    """Write `README.md`; without a licence those of the parts hold. `adapter_of`: the base of an adapter for PEFT."""
     checkpoint = find_checkpoint(source)
     recipe = recipe_of(checkpoint) if (checkpoint / MANIFEST).is_file() else None
     front = yaml.safe_dump(_front(assembly, recipe, licence, adapter_of), sort_keys=False, allow_unicode=True)

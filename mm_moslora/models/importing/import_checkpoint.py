@@ -6,8 +6,7 @@ What is read::
     LLaVA, projector     mm_projector.bin with model.mm_projector.*
     LLaVA, LoRA          adapter_config.json, adapter weights, non_lora_trainables.bin; the base is named
 
-The result is a folder with `projector.safetensors` and, where the source holds or changes it, `language/`, a plain
-causal language model. `whole_config` says how to assemble the parts.
+The result is a folder with `projector.safetensors` and, where the source holds or changes it, `language/`.
 """
 
 from __future__ import annotations
@@ -71,15 +70,7 @@ class Imported:
 
 
 def import_parts(source: Path, folder: Path, *, language: str | None = None) -> Imported:
-    """Turn a foreign checkpoint into parts.
-
-    Args:
-        source: a folder or a .bin file; see the top.
-        language: the base of a LoRA, where the one that the source names cannot be read.
-
-    Raises:
-        ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
-    """
+    """Turn a folder or .bin file into parts; `language`: the base of a LoRA, where the one it names cannot be read."""
     with new_folder(folder) as part:  # the same command works as soon as the cause of an error is mended
         imported = _import(source, part, language=language)
     inside = imported.language == str(part / "language")
@@ -107,14 +98,7 @@ def _import(source: Path, folder: Path, *, language: str | None) -> Imported:
 
 
 def whole_config(imported: Imported, *, vision: str | None = None, language: str | None = None) -> ModelConfig:
-    """How to assemble a whole model from what was imported.
-
-    Args:
-        vision: the vision tower, where the source names none or it lies elsewhere.
-
-    Raises:
-        ModelError: a part is neither in the source nor named.
-    """
+    """How to assemble a model from what was imported; tower and language model where the source's are not meant."""
     settings = imported.settings
     tower = vision or settings.get("mm_vision_tower")
     model = language or imported.language

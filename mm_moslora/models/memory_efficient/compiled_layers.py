@@ -19,8 +19,8 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 class CompiledLayer(nn.Module):
     """Mixed in before a layer's class; runs its forward pass compiled.
 
-    transformers wraps the forward pass of every layer class for gradient checkpointing. Compiling around that wrapper
-    (`layer.compile`) has no effect, since torch does not trace checkpoints. Here the compiled part is inside of it.
+    Compiling around transformers' wrapper for gradient checkpointing (`layer.compile`) has no effect, since torch does
+    not trace checkpoints. Here the compiled part is inside of it.
     """
 
     compiled_forward: Callable[..., Tensor]
@@ -47,17 +47,10 @@ def require_backend(backend: str) -> None:
 
 
 def compile_layers(model: PreTrainedModel, backend: str) -> int:
-    """Compile the decoder layers in place, for rows of any length; weights and their names stay.
+    """Compile the decoder layers in place, for rows of any length, and count them; weights and their names stay.
 
     In lean layers the passes between matrix products are compiled, which is faster than the whole stock layer and keeps
-    as little as before. Gradient checkpointing recomputes with the compiled code. The loop over segments stays outside
-    of the graphs: it would be compiled again for every batch.
-
-    Returns:
-        The number of layers.
-
-    Raises:
-        ConfigError: unknown backend, no layers, or a compiler is missing.
+    as little as before. The loop over segments stays outside of the graphs: every batch would compile it again.
     """
     require_backend(backend)
     layers: Any = getattr(model.get_decoder(), "layers", None)

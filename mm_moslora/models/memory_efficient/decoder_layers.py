@@ -2,19 +2,13 @@
 
 Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
-`kernel_selection.use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging,
-generation and gradient checkpointing work unchanged. A layer falls back to its stock forward pass where a call is not
-plain training on a padding-free row: with a cache, without gradients, with LLM.int8 weights, several adapters, or
-weights that ZeRO-3 has released (the engine of this package lets it gather them, a layer at a time).
+`kernel_selection.use_lean_layers` changes the class of the layers, not their weights or names. A layer falls back to
+its stock forward pass where a call is not plain training on a padding-free row (`_usable`).
 
 A layer is three autograd nodes: norm, query, key and value; the output projection; norm and gated MLP. What a cheap
-elementwise pass can recompute is not kept: the norm's output is recomputed from its input, the product of the gated MLP
-from its two factors. Per token and layer 6 D + 2 F values are kept (stock modules with PEFT's adapters keep about twice
-as many in fp32, three times in bf16). Base weights and norms may train; what their gradients need is kept or recomputed
-anyway, except the input of the output projection. `mm_moslora.kernels.lora.lora_linear` has the formulas of the linear
-layers.
-
-The last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
+elementwise pass can recompute is not kept: the norm's output, the product of the gated MLP. Per token and layer
+6 D + 2 F values are kept (stock modules with PEFT's adapters: about twice as many in fp32, three times in bf16). The
+last layer computes what follows its attention at the supervised positions alone, since the head reads no others.
 """
 
 from __future__ import annotations
@@ -137,11 +131,7 @@ def drops_positions(model: PreTrainedModel) -> bool:
 
 
 def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare = WHOLE_ROW, **inputs: Any) -> Tensor:
-    """The hidden states at the supervised positions of one packed row, or of this rank's part of it.
-
-    Returns:
-        ``[K, D]``.
-    """
+    """The hidden states ``[K, D]`` at the supervised positions of one packed row, or of this rank's part of it."""
     trimmed, device = drops_positions(model), batch.input_ids.device
     lengths, positions = batch.segment_lengths, batch.target_positions
     if share.of > 1:
@@ -157,11 +147,7 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, *, share: RowShare =
 def normed_linears(
     x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[LinearOperands], passes: FusedOps
 ) -> tuple[Tensor, ...]:
-    """RMS norm, then several linear layers that read it; keeps x ``[S, D]`` and the adapters' inner products.
-
-    Returns:
-        ``[S, D_out]`` for each.
-    """
+    """RMS norm, then several linear layers that read it; keeps x ``[S, D]`` and the adapters' inner products."""
     flat = [tensor for linear in linears for tensor in linear.tensors()]
     return _NormedLinears.apply(x, norm_weight, eps, passes, LinearRules.of(linears), *flat)  # type: ignore[no-any-return]
 
@@ -175,11 +161,7 @@ def gated_mlp(
     down: LinearOperands,
     passes: FusedOps,
 ) -> Tensor:
-    """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x ``[S, D]``, what gate and up give, and inner products.
-
-    Returns:
-        ``[S, D]``.
-    """
+    """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x ``[S, D]``, the two factors and inner products."""
     flat = [tensor for linear in (gate, up, down) for tensor in linear.tensors()]
     rules = (LinearRules.of((gate, up)), LinearRules.of((down,)))
     return _GatedMlp.apply(x, norm_weight, eps, passes, rules, *flat)  # type: ignore[no-any-return]
@@ -217,12 +199,7 @@ def _rotary_factors(kwargs: dict[str, Any], dtype: torch.dtype) -> RotaryFactors
 
 
 def rotate(x: Tensor, factors: RotaryFactors, passes: FusedOps, *, norm: Any = None) -> Tensor:
-    """Rotary embedding of whole heads in the layout of halves; keeps x only for a norm before it.
-
-    Args:
-        x: ``[S, H, E]``.
-        norm: RMS norm of every head before the rotation (Qwen3), or None.
-    """
+    """Rotary embedding in halves of heads ``[S, H, E]``, behind an RMS norm of each in Qwen3; keeps x only for that."""
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
     return _Rotate.apply(x, weight, eps, factors, passes)  # type: ignore[no-any-return]
 

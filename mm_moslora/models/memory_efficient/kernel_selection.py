@@ -27,14 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
-    """Make the decoder layers of a model lean, in place.
-
-    Args:
-        depth: number of decoder layers of the whole model, where `model` holds only some of them; None: it holds all.
-
-    Returns:
-        The number of layers changed; 0 where the family is unknown.
-    """
+    """Make the decoder layers that are known lean, in place, and count them; `depth`: layers of the whole model."""
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         return 0
@@ -78,14 +71,7 @@ class Kernels:
 def choose_kernels(
     wanted: str, device: torch.device, *, lean: bool = True, dtype: torch.dtype = torch.bfloat16
 ) -> Kernels:
-    """Triton's kernels where they can run, else PyTorch's. Triton's are compiled and tried.
-
-    Args:
-        lean: whether the model has lean layers, which the Triton kernels between products need.
-
-    Raises:
-        ConfigError: triton or liger is required and cannot run.
-    """
+    """Triton's kernels where they can run, else PyTorch's. Triton's are compiled and tried."""
     if wanted == "torch":
         return Kernels(passes=TORCH_OPS, words="PyTorch's", dropout="torch")
     required = wanted if wanted in _WHERE else None
@@ -137,14 +123,7 @@ def attention_words(model: PreTrainedModel) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Set the kernels of a model's lean layers, in place.
-
-    Returns:
-        A sentence on what runs on them besides attention; empty where nothing does.
-
-    Raises:
-        ConfigError: nothing does, and the recipe requires them.
-    """
+    """Set the kernels of a model's lean layers, in place."""
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes

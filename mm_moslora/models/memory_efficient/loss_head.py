@@ -3,11 +3,8 @@
 Shapes: ``K`` supervised positions, ``C`` vocabulary, ``D`` LLM width.
 
 The loss of an optimiser step is ``sum over supervised tokens / global count of supervised tokens``, both weighted where
-records have weights; it does not depend on the split into ranks, micro-batches or packs.
-
-Training has no logits but those of the head, so it must know what a class does around it. The class's own forward pass
-is asked, with a decoder that returns given values and a head that returns its input: no weight is read, and no class is
-named.
+records have weights. Training has no logits but those of the head, so the class's own forward pass is asked what it
+does around it, with a decoder that returns given values and a head that returns its input: no class is named.
 """
 
 from __future__ import annotations
@@ -85,11 +82,7 @@ class _Output(BaseModelOutput):
 
 
 def head_form(model: PreTrainedModel, name: str = "") -> HeadForm:
-    """Ask a model's class what it does around its head.
-
-    Raises:
-        ModelError: it is none of the forms, so training would learn other logits.
-    """
+    """Ask a model's class what it does around its head; a form unknown here is refused: training would lack it."""
     try:
         with torch.no_grad():
             found = _asked(model)
@@ -163,11 +156,7 @@ def forward_instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
 def token_loss_sum(
     logits: Tensor, targets: Tensor, right: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Sum of the cross entropies, in fp32.
-
-    Args:
-        logits: ``[K, C]`` in any floating dtype; for ``K = 0`` the sum and its gradient are 0.
-    """
+    """Sum of the cross entropies of logits ``[K, C]``, in fp32; 0 with a gradient of 0 for ``K = 0``."""
     if right is not None and targets.numel():
         values = logits.detach()
         right += (values.gather(1, targets[:, None]) == values.amax(-1, keepdim=True)).sum()
@@ -276,10 +265,7 @@ def _loss_(
 ) -> Tensor:
     """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
 
-    Args:
-        logits: the head's products ``[K, C]``, overwritten; with `pull` by their gradient.
-        wanted: targets, int64 ``[K, 1]``.
-        weights: fp32 ``[K, 1]``, or None; see `head_loss_sum`.
+    `logits` ``[K, C]`` are overwritten, with `pull` by their gradient; `wanted` and `weights` are ``[K, 1]``.
     """
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=logits.device)

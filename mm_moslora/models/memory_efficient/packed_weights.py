@@ -15,11 +15,7 @@ from mm_moslora.utils.package_requirements import install_command, is_installed
 
 
 def packing(kind: str, dtype: torch.dtype, *, keep: Sequence[str] | None = None) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` is given to pack linear layers while it reads them; None: nothing is packed.
-
-    Raises:
-        ModelError: bitsandbytes is not installed.
-    """
+    """What `from_pretrained` is given to pack linear layers while it reads them; None: nothing is packed."""
     if kind == "none":
         return None
     if not is_installed("bitsandbytes"):

@@ -1,7 +1,4 @@
-"""Which tokens of a packed row a rank computes.
-
-Shapes: ``S`` tokens of the whole batch.
-"""
+"""Which tokens of a packed row, of ``S`` tokens in the whole batch, a rank computes."""
 
 from __future__ import annotations
 

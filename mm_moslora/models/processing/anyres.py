@@ -1,9 +1,7 @@
 """Anyres: the whole picture and tiles of it, without padding, with a newline embedding after every row of patches.
 
 The composition is transformers' `LlavaNextForConditionalGeneration` with the recipe's parts inside, so that stock
-transformers loads the trained model. The number of visual tokens depends on the picture, so the forward pass of this
-class inserts them (`mm_moslora.models.batching.packed_batch`). The whole picture is squeezed to a square, as in
-LLaVA-NeXT.
+transformers loads the trained model. As in LLaVA-NeXT the whole picture is squeezed to a square.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Turns pictures into squares of a fixed number of visual tokens, for assembled models without anyres.
-
-Shapes: ``H x W`` pixels.
-"""
+"""Turns pictures into squares of a fixed number of visual tokens, for assembled models without anyres."""
 
 from __future__ import annotations
 
@@ -58,11 +55,7 @@ class SquareImageProcessing:
 
 
 def picture_frame(processor: Any, size: tuple[int, int]) -> PictureFrame | None:
-    """Where the pixels of a picture go that an image processor crops or pads; None: the whole picture is stretched.
-
-    Raises:
-        ModelError: it does so in another way than those of CLIP and LLaVA.
-    """
+    """Where the pixels of a picture go that an image processor crops or pads; None: the whole picture is stretched."""
     crops, pads = (bool(getattr(processor, name, False)) for name in ("do_center_crop", "do_pad"))
     if getattr(processor, "image_grid_pinpoints", None) or not (crops or pads):  # the whole one comes beside its tiles
         return None
@@ -90,8 +83,7 @@ def picture_frame(processor: Any, size: tuple[int, int]) -> PictureFrame | None:
 def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:
     """A function from an RGB picture to float32 ``[3, H, W]``.
 
-    A picture that becomes a square as a whole, padded or not, skips the processor's steps in numpy: the same pixels (to
-    1e-6) in half the time.
+    A picture that becomes a square as a whole skips the processor's numpy: the same pixels (to 1e-6) in half the time.
     """
     side = _whole_square(processor)
 

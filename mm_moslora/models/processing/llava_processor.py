@@ -85,11 +85,7 @@ def plain_template(template: str | None) -> str | None:
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
 ) -> LlavaProcessor:
-    """The processor of an assembled model.
-
-    Args:
-        standard: True for a stock `LlavaProcessor`, which counts tokens from the patch size.
-    """
+    """The processor of an assembled model; a `standard` one is stock and counts tokens from the patch size."""
     images = image_processor(spec, aspect)
     template = flattening_template(tokenizer)
     if not standard:

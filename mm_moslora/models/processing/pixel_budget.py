@@ -1,8 +1,4 @@
-"""The budget of pixels of a picture: `model.min_pixels` and `model.max_pixels`, for any processor that has one.
-
-Image processors with a budget keep it as `size`, with `shortest_edge` and `longest_edge`, and give grids of patches.
-Others have sides there.
-"""
+"""The budget of pixels of a picture: `model.min_pixels` and `model.max_pixels`, for any processor that has one."""
 
 from __future__ import annotations
 
@@ -34,11 +30,7 @@ def limit_pixels(processor: Any, config: ModelConfig) -> None:
 
 
 def fitting_tiles(config: ModelConfig, spec: ImageSpec) -> Sequence[tuple[int, int]]:
-    """The tile grids of an assembled model within `model.max_pixels`.
-
-    Raises:
-        ModelError: none fits, or the model sees one square of every picture.
-    """
+    """The tile grids of an assembled model within `model.max_pixels`."""
     most = config.max_pixels
     if config.min_pixels is not None:
         raise ModelError(

@@ -1,7 +1,5 @@
 """Turns pictures and videos into tensors and placeholders where a processor decides how many tokens they take.
 
-These are ready-made models, and assembled ones with anyres.
-
 A video stays one where the model takes it in one of two forms: its frames are pictures with text around them
 (`pixel_values`, as in SmolVLM and InternVL), or patches with a grid and a token of their own (`video_grid_thw`, as in
 Qwen-VL). A small video shows which. For other models a video is several pictures.

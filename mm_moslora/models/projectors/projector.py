@@ -41,20 +41,12 @@ _DEEP = re.compile(r"mlp([1-9])x_gelu")
 
 
 def build_projector(kind: str, shape: ProjectorShape) -> Projector:
-    """A projector with fresh weights.
-
-    Raises:
-        ModelError: no such projector, or it does not fit the shape.
-    """
+    """A projector with fresh weights."""
     return projector_class(kind)(shaped(kind, shape))
 
 
 def projector_tokens(kind: str, shape: ProjectorShape) -> int:
-    """Visual tokens per image, before a projector is built.
-
-    Raises:
-        ModelError: no such projector, or it does not fit the shape.
-    """
+    """Visual tokens per image, before a projector is built."""
     return projector_class(kind).tokens(shaped(kind, shape))
 
 

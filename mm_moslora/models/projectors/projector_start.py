@@ -20,11 +20,7 @@ TOKENS_TO_FIT = 16
 
 
 def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
-    """The factor on a new projector's last layer that gives visual tokens the size of word embeddings.
-
-    Tokens of a new projector are several times larger or smaller than word embeddings, which training first has to
-    undo.
-    """
+    """The factor on a new last layer that gives visual tokens the size of word embeddings: training had to find it."""
     return embedding_size(embeddings) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))
 
 
@@ -34,15 +30,10 @@ def embedding_size(embeddings: Tensor) -> float:
 
 
 def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
-    """Fold the normalisation ``(features - mean) / spread`` into a projector's first linear layer.
+    """Fold ``(features - mean) / spread``, each ``[V]``, into a projector's first linear layer, in place.
 
     Most of a vision tower's features is common to all pictures: in DINOv2 the part that differs can be a tenth. Without
     the normalisation a new layer gives nearly the same token for every picture.
-
-    Args:
-        projector: changed in place; unchanged where no dimension varies.
-        mean: ``[V]``.
-        spread: standard deviations, ``[V]``; at least a tenth of their mean is used.
     """
     layer = linear_layers(projector)[0]
     assert layer.bias is not None
@@ -55,25 +46,16 @@ def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
 
 
 def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *, size: float) -> float | None:
-    """Fit a projector so that visual tokens point in the directions of their picture's words.
+    """Fit linear layers with GELU between them so that visual tokens point in the directions of their picture's words.
 
     The fit is ridge regression from the features to the mean embedding of the words. The mean over all pictures is left
-    out, and the rest gets the size of word embeddings. The language model then reads in the picture what it can already
-    read in a word. Every nonlinear layer begins as a linear one for the fitted directions, since `gelu(x) - gelu(-x)`
-    is `x`: random directions would lose a part of what the features tell. Its other units keep their random start.
+    out, and the rest gets the `size` of word embeddings, so that the language model reads in the picture what it can
+    already read in a word. Every nonlinear layer begins as a linear one for the fitted directions, since
+    `gelu(x) - gelu(-x)` is `x`: random directions would lose a part of what the features tell. Its other units keep
+    their random start.
 
-    Args:
-        projector: changed in place; linear layers with GELU between them.
-        pairs: for some pictures at a time, the input of the first linear layer ``[N, Q, V]`` and the mean embeddings
-            ``[N, D]``.
-        size: root mean square of the tokens.
-
-    Returns:
-        The share of the words' variance that the tokens explain, 0 to 1; None, and nothing changed, where the words or
-        the pictures do not differ.
-
-    Raises:
-        ModelError: the layer's input is not finite.
+    `pairs`: some pictures' inputs of the first layer ``[N, Q, V]`` and the mean embeddings ``[N, D]`` of their words.
+    Gives the share of the words' variance that is explained, 0 to 1; None, and nothing changed, where none differ.
     """
     layers = linear_layers(projector)
     rows, pictures, moments = 0, 0, _Moments(layers[0].in_features, layers[-1])
@@ -109,9 +91,7 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
 def _write(layers: Sequence[nn.Linear], weight: Tensor, mean: Tensor, covariance: Tensor) -> None:
     """Write the linear map ``weight (x - mean)`` into layers with GELU between them.
 
-    Args:
-        covariance: of the outputs, ``[D, D]``; where layers are too narrow for all outputs, the directions with the
-            largest variance are written.
+    Layers too narrow for all outputs get the directions with the largest variance, by the outputs' `covariance`.
     """
     if len(layers) > 1:
         variances, directions = torch.linalg.eigh(covariance)
@@ -164,8 +144,7 @@ def linear_layers(projector: nn.Module) -> list[nn.Linear]:
 def last_layer(projector: nn.Module) -> Iterator[Callable[[], nn.Module]]:
     """Watch a pass within the block; the function then returns the layer that put out the visual tokens.
 
-    It is the projector's `last` where its class has one, else the layer whose output lies in the memory of the tokens.
-    Where none does, since `forward` copies its result, it is the layer that was called last.
+    It is the projector's `last`, else the one whose output lies in the memory of the tokens, else the last one called.
     """
     outputs: list[tuple[nn.Module, Tensor]] = []
     layers = [module for module in projector.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]

@@ -2,8 +2,7 @@
 
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
 
-All end in a linear layer to the language model's width. The forward pass of a module uses every parameter that it
-holds, so that ZeRO-3 gathers it in time.
+The forward pass of a module uses every parameter that it holds, so that ZeRO-3 gathers it in time.
 """
 
 from __future__ import annotations
@@ -60,10 +59,7 @@ class PerceiverBlock(nn.Module):
 
 
 class PerceiverProjector(nn.Module):
-    """Perceiver resampler: ``queries`` learned tokens attend to the patches in ``depth`` blocks.
-
-    ``[N, P, V] -> [N, Q, D]``.
-    """
+    """Perceiver resampler: learned tokens attend to the patches in blocks, ``[N, P, V] -> [N, Q, D]``."""
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -115,8 +111,7 @@ class QFormerProjector(nn.Module):
 class CAbstractorProjector(nn.Module):
     """Honeybee's C-Abstractor (2312.06742, section 3.2): RegNet stages around a pooling, then an MLP.
 
-    It gives ``queries`` tokens in the order of the patches' places, which learned queries do not keep.
-    ``[N, P, V] -> [N, Q, D]``.
+    Its tokens are in the order of the patches' places, which learned queries do not keep: ``[N, P, V] -> [N, Q, D]``.
     """
 
     def __init__(self, shape: ProjectorShape) -> None:

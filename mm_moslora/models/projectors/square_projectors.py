@@ -13,10 +13,7 @@ from mm_moslora.utils.errors import ModelError
 
 
 class AvgPoolProjector(nn.Module):
-    """The mean of every square of ``shuffle x shuffle`` patches, then the two-layer MLP.
-
-    ``[N, P, V] -> [N, ceil(grid / shuffle)^2, D]``; squares at the edge may be smaller.
-    """
+    """Means of squares of patches (smaller at the edge), an MLP: ``[N, P, V] -> [N, ceil(grid / shuffle)^2, D]``."""
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -38,10 +35,7 @@ class AvgPoolProjector(nn.Module):
 
 
 class PixelShuffleProjector(nn.Module):
-    """Fold squares of ``shuffle x shuffle`` patches into one token, then norm and MLP (as in InternVL).
-
-    ``[N, P, V] -> [N, P / shuffle^2, D]``: fewer visual tokens, with all features.
-    """
+    """Squares of patches folded into tokens, norm and MLP (as in InternVL): ``[N, P, V] -> [N, P / shuffle^2, D]``."""
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()

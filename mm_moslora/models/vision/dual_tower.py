@@ -51,11 +51,7 @@ class FusedVisionModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] = -1, **_: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode images.
-
-        Args:
-            pixel_values: ``[N, 3, H, W]``, normalised for the first tower.
-        """
+        """Encode images."""
         layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
         parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         for index, tower in enumerate(self.towers):

@@ -1,9 +1,9 @@
 """Features of pictures, kept by key in memory and on disk.
 
 The disk holds features of a frozen vision tower, one file per picture, for all runs and ranks that use the tower. A
-hash of the prepared pixels names the entry, so picture and processing count; a hash of the tower (weights,
-configuration, layers, dtype) names its folder. An entry is written to a temporary file and renamed, so any number of
-processes may share a folder, and is read as a memory map. A damaged entry is logged, and the picture is encoded again.
+hash of the prepared pixels names the entry; a hash of the tower (weights, configuration, layers, dtype) names its
+folder. An entry is written aside and renamed, so any number of processes may share a folder. A damaged one is logged,
+and the picture is encoded again.
 """
 
 from __future__ import annotations
@@ -88,12 +88,9 @@ def _size_of(file: Path) -> int:
 
 
 class FeatureStore:
-    """The features of one tower on disk.
+    """The features of one tower on disk, of at most `limit_gib` (0: no limit) among so many `writers`.
 
-    Args:
-        limit_gib: size of this tower's folder beyond which nothing is added; 0: no limit but the disk's. Of runs at one
-            time each may exceed it by what it writes between two looks: 64 pictures, or a sixteenth of the files.
-        writers: number of processes that add to it at the same time.
+    Of runs at one time each may exceed the limit by what it writes between two looks: 64 pictures, or a sixteenth.
     """
 
     def __init__(self, folder: Path, tower: str, *, limit_gib: float = 0.0, writers: int = 1) -> None:
@@ -174,8 +171,7 @@ class FeatureStore:
 
 
 class FeatureCache:
-    """Features by key: in memory up to a limit (the least recently used are dropped first; 0: none are kept), and on
-    disk where a store is given."""
+    """Features by key: on disk where a store is given, and in memory up to a limit, without the longest unused."""
 
     def __init__(self, *, memory_bytes: float = MEMORY_BYTES, store: FeatureStore | None = None) -> None:
         self.store = store
@@ -194,11 +190,9 @@ class FeatureCache:
         *,
         device: torch.device | None = None,
     ) -> list[Tensor]:
-        """Features of all keys.
+        """Features of all keys; `encode` gives those at some indices.
 
-        Args:
-            encode: returns the features at some indices of `keys`. It is called once with the missing ones, even if
-                there are none: ranks may have to agree about them.
+        It is called once with the missing ones, even if there are none: ranks may have to agree about them.
         """
         indices: dict[str, int] = {}
         for index, key in enumerate(keys):
@@ -249,12 +243,9 @@ class StepFeatureCache:
     def states(
         self, pixels: Tensor, keys: Sequence[str], encode: Callable[[Tensor], Tensor], *, together: bool
     ) -> Tensor:
-        """Features of pictures, ``[N, ...]``.
+        """Features of pictures, ``[N, ...]``; those of one `tensor_hash` (made here if missing) are encoded once.
 
-        Args:
-            keys: ``N`` of them, from `tensor_hash`; those with the same key are encoded once. Another number of keys:
-                they are computed.
-            together: all ranks run `encode`, or none does (ZeRO-3 gathers the tower's weights while it runs).
+        `together`: all ranks run `encode`, or none does (ZeRO-3 gathers the tower's weights while it runs).
         """
         if len(keys) != len(pixels):
             # Without a store nothing is gained by knowing which are the same.

@@ -1,7 +1,6 @@
 """open_clip towers as classes of transformers, where these can express them: equal features, stock exports.
 
-The built tower decides, not its name: a plain CLIP ViT becomes `CLIPVisionModel`, a SigLIP ViT of timm becomes
-`SiglipVisionModel`. Other towers stay classes of open_clip in a `WrappedVisionModel`.
+The built tower decides, not its name: a plain CLIP ViT or a SigLIP ViT of timm. Others stay classes of open_clip.
 """
 
 from __future__ import annotations

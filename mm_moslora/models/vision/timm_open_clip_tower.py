@@ -58,8 +58,7 @@ class WrappedVisionConfig(PreTrainedConfig):
 class WrappedVisionModel(PreTrainedModel):
     """Runs an open_clip or timm tower and returns its feature maps as tokens ``[N, P, V]``, without prefix tokens.
 
-    `hidden_states[i]` is the output of block or stage ``i`` (counted from 1, as in transformers; entry 0, the
-    embeddings, is None). Only the requested ones are computed.
+    `hidden_states[i]` is the output of block or stage ``i``, counted from 1 as in transformers, if it was requested.
     """
 
     config: WrappedVisionConfig
@@ -104,11 +103,7 @@ class WrappedVisionModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] = True, **_: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode images.
-
-        Args:
-            output_hidden_states: True for all blocks, or the index or indices wanted.
-        """
+        """Encode images; hidden states of all blocks (True), or at the index or indices wanted."""
         self._match_statistics()
         count = self.blocks + 1
         wanted = (
@@ -171,10 +166,9 @@ AutoModel.register(WrappedVisionConfig, WrappedVisionModel)
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of a model's parameters in place.
+    """Change the dtype of a model's parameters in place, save packed ones and those of modules that require fp32.
 
-    Buffers do not change (rotary frequencies and running statistics lose too much in half precision), nor do modules
-    that require fp32, nor packed weights.
+    Buffers stay: rotary frequencies and running statistics lose too much in half precision.
     """
     in_fp32 = {id(parameter) for parameter in fp32_parameters(module)}
     for parameter in module.parameters():
@@ -202,11 +196,7 @@ def is_timm_folder(folder: Path) -> bool:
 
 
 def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
-    """A timm tower by name or folder, with its pixel statistics; without weights it is only built.
-
-    Raises:
-        ModelError: unknown name, or weights are missing.
-    """
+    """A timm tower by name or folder, with its pixel statistics; without weights it is only built."""
     import timm
 
     folder = Path(name)
@@ -238,9 +228,7 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
 
 
 def require_named(name: str | None) -> None:
-    """Refuse a vision tower of open_clip or timm by a name (`open_clip:MODEL`, `timm:MODEL`) that the library does not
-    know.
-    """
+    """Refuse a vision tower by a name (`open_clip:MODEL`, `timm:MODEL`) that its library does not know."""
     library, _, model = (name or "").partition(":")
     if library not in ("open_clip", "timm") or Path(model).is_dir():
         return
@@ -259,13 +247,7 @@ def require_named(name: str | None) -> None:
 
 
 def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
-    """An open_clip tower by name or folder, with its pixel statistics; as a class of transformers where one fits.
-
-    Without weights it is only built.
-
-    Raises:
-        ModelError: unknown name, or weights are missing.
-    """
+    """An open_clip tower, as a class of transformers where one fits, with its pixel statistics; maybe only built."""
     import open_clip
     from open_clip.factory import get_model_config
 
@@ -304,10 +286,7 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
 
 
 def _pretrained_settings(name: str, pretrained: str | None) -> dict[str, Any]:
-    """How open_clip prepares pictures for the weights of a tag: statistics and interpolation.
-
-    Weights of a file, and random ones, have no tag: then what all tags of the model agree on.
-    """
+    """How open_clip prepares pictures for a tag's weights; of a file's, which has no tag, what all tags agree on."""
     import open_clip
 
     of_tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}

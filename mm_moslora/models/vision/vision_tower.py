@@ -1,11 +1,8 @@
 """Vision encoders: towers of transformers, of open_clip (as a class of transformers where one fits) and of timm.
 
-Other towers of open_clip and timm are in one registered wrapper. Two towers can run side by side.
-
 Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
 
-An `ImageSpec` holds what the rest of the model needs of a tower (visual tokens, width, pixel statistics); it is known
-before any weight is loaded.
+An `ImageSpec` holds what the rest of the model needs of a tower; it is known before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -68,11 +65,7 @@ class ImageSpec:
 
     @property
     def grid(self) -> int:
-        """Patches along one side.
-
-        Raises:
-            ModelError: the patches form no square.
-        """
+        """Patches along one side."""
         side = math.isqrt(self.tokens)
         if side * side != self.tokens:
             raise ModelError(f"The vision tower gives {self.tokens} patches, which form no square grid.")
@@ -82,15 +75,7 @@ class ImageSpec:
 def load_vision(
     config: VisionConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, ImageSpec]:
-    """Load a vision tower, or two side by side, and describe it.
-
-    Args:
-        device: of the weights; None: main memory. On `meta` those of transformers are not read, and others are in main
-            memory.
-
-    Raises:
-        ModelError: unknown tower, a size it cannot take, a layer it does not have, or two that do not fit together.
-    """
+    """Load a vision tower, or two side by side, and describe it; those of transformers are not read on `meta`."""
     with hub_or_cache(config.name, config.fuse_with):
         tower, spec = _load(config, weights=True, device=device)
     cast_parameters(tower, dtype)
@@ -177,11 +162,7 @@ def _features(run: _TowerRun) -> tuple[int, ...]:
 
 
 def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatistics) -> ImageSpec:
-    """Measure what a tower gives, by running its architecture without weights (on the meta device).
-
-    Raises:
-        ModelError: the tower cannot take the size, or lacks the layer.
-    """
+    """Measure what a tower gives, by running its architecture without weights (on the meta device)."""
     size = config.image_size or pixels.size
     native = getattr(tower.config, "image_size", size)
     kind = tower.config.model_type
