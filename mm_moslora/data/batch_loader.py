@@ -73,18 +73,9 @@ class _Preparation(Dataset[_Prepared]):
 class BatchLoader:
     """Endless iterator over optimiser steps, each a list of micro-batches; use it in a `with` block.
 
-    A damaged record is left out of its micro-batch, counted and written to quarantine. A micro-batch without examples
-    holds one token without supervision, so that all ranks take the same number of forward passes. Where lengths are
-    estimates, a micro-batch beyond the limit is cut, and one collective per step evens the number out.
-
-    Args:
-        config: the recipe's `data`; 0 workers prepare in a thread, those of a stream are threads.
-        global_batch: examples, or packed rows, per optimiser step over all ranks.
-        start_step: optimiser steps already done; the loader has no other state.
-        pin: put batches into pinned memory, for asynchronous copies to an accelerator.
-
-    Raises:
-        DataError: while iterating, when more records than `max_bad_share` are bad, or any with `on_bad` error.
+    A micro-batch without examples holds one token without supervision, so that all ranks take the same number of
+    forward passes. Where lengths are estimates, a micro-batch beyond the limit is cut, and one collective per step
+    evens the number out. `start_step` is the only state.
     """
 
     def __init__(
@@ -121,8 +112,7 @@ class BatchLoader:
         return [[number for unit in step for number in unit] for step in self.plan_units(epoch)]
 
     def plan_units(self, epoch: int) -> list[list[list[int]]]:
-        """The optimiser steps of an epoch, or of the window with this number, over all ranks; a unit is a record or a
-        packed row."""
+        """The optimiser steps of an epoch or a window over all ranks; a unit is a record or a packed row."""
         data, config = self.data, self.config
         chosen = records_of_epoch(data.members, data.weights, seed=self.seed, epoch=epoch)
         if config.pack_tokens:

@@ -18,25 +18,14 @@ MEGABATCH = 16
 
 
 def source_repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int | None = None) -> list[float]:
-    """Repeats per record of each source that give the sources their parts of an epoch.
-
-    Args:
-        sizes: usable records of every source.
-        parts: part of every source; only the ratios matter. The part of an empty source is shared by the others.
-        records: records of an epoch; None: the number of usable records.
-    """
+    """Repeats per record that give the sources their parts of an epoch; empty sources leave theirs to the others."""
     total = sum(part for part, size in zip(parts, sizes, strict=True) if size)
     wanted = records or sum(sizes)
     return [part / total * wanted / size if size else 1.0 for part, size in zip(parts, sizes, strict=True)]
 
 
 def with_replay(parts: Sequence[float], replayed: Sequence[bool]) -> list[float]:
-    """Parts of sources, of which only the ratios matter, such that those replayed are their share of the whole.
-
-    Args:
-        parts: part of every source, of one that is replayed its share of all records.
-        replayed: by source; the shares add up to less than 1.
-    """
+    """Parts of sources, of which only the ratios matter, such that those replayed are their share of the whole."""
     share = sum(part for part, replay in zip(parts, replayed, strict=True) if replay)
     others = sum(parts) - share
     return [part * others / (1 - share) if replay else part for part, replay in zip(parts, replayed, strict=True)]
@@ -67,14 +56,10 @@ def even_size(units: int, most: int) -> int:
 
 
 def records_of_epoch(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
-    """Record numbers of one epoch, source by source.
+    """Record numbers of one epoch, source by source; `weights` are repeats per record.
 
-    Every epoch has the same number of records. A fractional weight takes successive stretches of a seeded permutation,
-    so that over several epochs all records are seen equally often.
-
-    Args:
-        weights: repeats per record: 2 repeats all records, 0.5 takes another half in each epoch. A source gives at
-            least one record.
+    Every epoch has the same number of records, and of each source at least one. A fractional weight takes successive
+    stretches of a seeded permutation, so that over several epochs all records are seen equally often.
     """
     chosen: list[int] = []
     for source, (numbers, weight) in enumerate(zip(members, weights, strict=True)):
@@ -106,11 +91,6 @@ def plan_epoch(
     `grouped` orders by modality and length as LLaVA does, with another random generator. Each modality is shuffled and
     cut into mega-batches. Each mega-batch is sorted by length and cut into steps of one modality. The remainders of
     both modalities share steps. The steps are shuffled; a step with too few examples comes last.
-
-    Args:
-        lengths: tokens per example.
-        global_batch: examples per step; the last step may be shorter.
-        order: grouped, random, or sequential (the given order).
     """
     rng = random.Random(f"{seed} {epoch}")
     everything = list(range(len(lengths)))
@@ -177,13 +157,8 @@ def deal(
     Examples are spread evenly over the fewest micro-batches that could be enough. Where one of these is beyond the
     limit, micro-batches are filled with the examples that fit best, and ranks share the filled ones.
 
-    Args:
-        lengths: tokens per example, by example number.
-
     Returns:
-        ``[rank][micro-batch]`` lists; every example once, every rank the same number of micro-batches. A micro-batch
-        is empty only where the step has fewer examples than there are micro-batches over all ranks. The result depends
-        on the arguments alone.
+        ``[rank][micro-batch]`` lists, as many for every rank; one is empty only where the step has too few examples.
     """
     order = sorted(batch, key=lambda index: (-lengths[index], index))
     count = -(-len(order) // (world_size * limit.examples))
@@ -250,10 +225,7 @@ def _filled(order: Sequence[int], lengths: Sequence[int], *, limit: MicroBatchLi
 def _share(
     micro_batches: Sequence[list[int]], lengths: Sequence[int], *, world_size: int, limit: MicroBatchLimit
 ) -> list[list[list[int]]]:
-    """Micro-batches shared by ranks, as many for each, so that ranks finish each micro-batch together.
-
-    The largest are halved until every rank has as many.
-    """
+    """Micro-batches shared by ranks, as many for each, by size; the largest are halved until there are enough."""
     sized = sorted((-limit.size([lengths[index] for index in members]), members) for members in micro_batches)
     wanted = -(-len(sized) // world_size) * world_size
     while len(sized) < wanted:

@@ -142,11 +142,7 @@ class TrainedVideos(NamedTuple):
 def preprocessing_of(
     parts: PreprocessingParts, *, video_frames: Sequence[int] = (), video_fps: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """The fingerprint of a model's preprocessing; empty, with a warning, where its parts refuse the probe.
-
-    Args:
-        parts: of a model, with or without its weights.
-    """
+    """The fingerprint of a model's preprocessing; empty, with a warning, where its parts refuse the probe."""
     try:
         encoder, images = ConversationEncoder.of(parts), parts.image_processing
         pictures = [] if images is None else images.process([probe_picture()])
@@ -187,11 +183,7 @@ def write_preprocessing(fingerprint: Mapping[str, Any], folder: Path) -> None:
 
 
 def stored_preprocessing(path: str | Path) -> dict[str, Any]:
-    """The fingerprint of a run, a checkpoint or an export; empty where it has none.
-
-    Raises:
-        ModelError: the file is damaged, or of a later version.
-    """
+    """The fingerprint of a run, a checkpoint or an export; empty where it has none, refused where it is damaged."""
     folder = Path(path)
     file = (folder if (folder / PREPROCESSING).is_file() else find_checkpoint(folder)) / PREPROCESSING
     try:
@@ -217,13 +209,7 @@ def stored_preprocessing(path: str | Path) -> dict[str, Any]:
 
 
 def preprocessing_digest(path: str | Path) -> str:
-    """SHA-256 of what decides in the fingerprint of a run, a checkpoint or an export; empty where it has none.
-
-    Names of settings and versions are left out: they only explain a difference.
-
-    Raises:
-        ModelError: see `stored_preprocessing`.
-    """
+    """SHA-256 of what decides in the fingerprint of a folder; settings and versions only explain a difference."""
     decides = {key: value for key, value in stored_preprocessing(path).items() if key not in ("settings", "versions")}
     return sha256_of_values(decides, ascii_only=True) if decides else ""
 
@@ -254,14 +240,7 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
 
 
 def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
-    """Refuse loaded parts whose preprocessing differs from that of the folder that they were loaded from.
-
-    Args:
-        accepted: log the differences, and go on.
-
-    Returns:
-        Whether they differ.
-    """
+    """Whether parts prepare inputs otherwise than the training of their folder; an error unless `accepted`."""
     if not (stored := stored_preprocessing(path)) or not (own := preprocessing_of(parts)):
         return False
     notes = {key: differing_values(own[key], stored[key]) for key in ("settings", "versions")}
@@ -276,13 +255,9 @@ def check_processor(
     stop_ids: Sequence[int] = (),
     accepted: bool = False,
 ) -> bool:
-    """The same for a processor, or a language model's tokenizer, as transformers alone calls it.
+    """The same for an export's processor, or a language model's tokenizer, as transformers alone calls it.
 
     A processor without a chat template is not compared, since every program words its prompts itself.
-
-    Args:
-        path: an export; for other folders nothing is compared.
-        stop_ids: tokens that end an answer.
     """
     template = getattr(processor, "chat_template", None)
     if not (Path(path) / PREPROCESSING).is_file() or template is None:

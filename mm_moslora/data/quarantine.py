@@ -17,13 +17,10 @@ from mm_moslora.utils.untrusted_files import read_text_below
 
 
 class Quarantine:
-    """Counts and keeps bad records.
+    """Counts and keeps bad records, also in a file where it has a path.
 
     Every rank finds the same bad records while the data set is built, so these are written at once, as a whole file.
     Records found later (pictures damaged inside) are appended one by one.
-
-    Args:
-        path: the file; None keeps the counts only.
     """
 
     def __init__(self, path: Path | None, total: int, config: DataConfig) -> None:
@@ -44,15 +41,7 @@ class Quarantine:
         return index in self._numbers
 
     def add(self, index: int, error: RecordError, *, write: bool = True) -> None:
-        """Add one bad record; a second fault of the same record does not count.
-
-        Args:
-            write: whether this rank writes the line; False: another one does.
-
-        Raises:
-            RecordError: `on_bad` is error.
-            DataError: the share of bad records is too large (checked by `close` while the data set is built).
-        """
+        """Add one bad record, once; with `write` False another rank writes its line."""
         dropped = error.code is Code.TOO_LONG and self.config.too_long == "drop"
         if self.config.on_bad == "error" and not dropped:
             raise error
@@ -71,11 +60,7 @@ class Quarantine:
             self._check_share()
 
     def close(self) -> None:
-        """Write the bad records found so far; called when the data set is built.
-
-        Raises:
-            DataError: the share of bad records is too large.
-        """
+        """Write the bad records found so far, and check their share; called when the data set is built."""
         if self.path is not None and self._late is not None and self._lines is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +90,6 @@ class StreamQuarantine(Quarantine):
     """The bad records of a stream, which are found as it is read.
 
     Their share is of the records read so far, and of no fewer than `FIRST`. A resumed run keeps the file.
-
-    Args:
-        path: see `Quarantine`.
-        fresh: whether the run starts; the file is then emptied.
     """
 
     FIRST = 1000

@@ -64,11 +64,7 @@ class RecordExamples:
         return source, index - self._starts[source]
 
     def record(self, index: int) -> Record:
-        """The record with a number over all sources.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
+        """The record with a number over all sources."""
         source, row = self.source_and_row(index)
         return self.files[source][row]
 
@@ -77,21 +73,13 @@ class RecordExamples:
         return encode_record(record, self.encoder, self.image_processing, config=self.config, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
-        """The tokens of a record, from the cache if there is one.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
+        """The tokens of a record, from the cache if there is one."""
         source, row = self.source_and_row(index)
         cache = self.caches[source]
         return self.encode(record) if cache is None else cache.encoded(row)
 
     def load(self, index: int) -> Example:
-        """Make one example.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
+        """Make one example."""
         record, processing = self.record(index), self.image_processing
         if processing is not None and (record.objects or not processing.fixed):
             images = decoded(record, len(record.images))
@@ -115,11 +103,7 @@ class RecordExamples:
         )
 
     def process(self, record: Record, count: int) -> list[ProcessedImage]:
-        """The first pictures and videos of a record, ready for the model.
-
-        Raises:
-            RecordError: a picture cannot be used.
-        """
+        """The first pictures and videos of a record, ready for the model."""
         if self.image_processing is None:
             return []
         return self._processed(record, decoded(record, count))
@@ -132,11 +116,7 @@ class RecordExamples:
 
 
 def decoded(record: Record, count: int) -> list[Image.Image | Video]:
-    """The first pictures, as RGB, and videos of a record.
-
-    Raises:
-        RecordError: a picture cannot be used.
-    """
+    """The first pictures, as RGB, and videos of a record."""
     images: list[Image.Image | Video] = []
     for number, picture in enumerate(record.images[:count]):
         with faults_of_picture(record, number):
@@ -155,12 +135,7 @@ def written(
     """A record with its boxes and points written into its texts, in the model's form; without them, the same record.
 
     Args:
-        processing: of the model; None: it has no vision encoder.
         sizes: widths and heights of its pictures, upright; None: as their headers say, pictures of URLs are fetched.
-
-    Raises:
-        RecordError: a box does not lie in its picture, or in the part that the model sees; a picture has a fault.
-        ConfigError: the form of the model is not known.
     """
     if record.objects is None or processing is None:
         return record
@@ -235,11 +210,7 @@ class MeasuredRecords(RecordExamples, ABC):
 
     @abstractmethod
     def leave_out(self, index: int, error: RecordError) -> None:
-        """Put a record in quarantine whose fault showed up after it was measured.
-
-        Raises:
-            DataError: `on_bad` is error, or the share of bad records is too large.
-        """
+        """Put a record in quarantine whose fault showed up after it was measured."""
 
 
 def encode_record(
@@ -255,10 +226,6 @@ def encode_record(
     Args:
         processing: of the model; None: it has no vision encoder.
         pictures: placeholders of every picture and video, where they depend on it; None: as the headers say.
-
-    Raises:
-        RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
-            has no vision encoder; see also `written`.
     """
     if (record.images or record.objects) and processing is None:
         what = f"{len(record.images)} images" if record.images else "objects of pictures"
@@ -278,11 +245,7 @@ def encode_record(
 
 
 def check_headers(record: Record, count: int) -> None:
-    """Read the headers of the first pictures and videos of a record.
-
-    Raises:
-        RecordError: one has a fault.
-    """
+    """Read the headers of the first pictures and videos of a record."""
     for number, picture in enumerate(record.images[:count]):
         with faults_of_picture(record, number):
             picture.size()
@@ -310,11 +273,7 @@ def _image_fault(record: Record, number: int, error: ImageError) -> RecordError:
 
 
 def _placeholders(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...] | str] | None:
-    """Placeholders of the pictures and videos of a record, from their headers; None where all take the same number.
-
-    Raises:
-        RecordError: a picture's header has a fault.
-    """
+    """Placeholders of a record's pictures and videos, from their headers; None where all take the same number."""
     if image_processing is None or image_processing.fixed:
         return None
     sizes: list[tuple[int, int] | VideoMetadata] = []

@@ -143,11 +143,7 @@ class Where:
 
 
 class RecordError(DataError):
-    """A record that cannot be used.
-
-    Args:
-        field: the part of the record, such as `conversations[2]`.
-    """
+    """A record that cannot be used, with the `field` at fault, such as `conversations[2]`."""
 
     def __init__(
         self, *, code: Code, where: Where, field: str, what: str, remedy: str, path: str | None = None

@@ -15,14 +15,10 @@ _FREELY = 3.0
 
 
 def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting: int = WAITING) -> list[list[int]]:
-    """Pack examples into padding-free rows with a maximum number of tokens, so that forward passes cost about the same.
+    """Pack examples, by number, into padding-free rows of about so many tokens, so that forward passes cost the same.
 
     A row takes the examples that have waited longest until it is nearly full, and then the one or two that leave the
     least room. No example waits for more than `waiting` rows.
-
-    Args:
-        lengths: tokens per example, by number; none above `tokens`.
-        tokens: per row.
     """
     coming, pool = iter(numbers), _Pool()
     rows: list[list[int]] = []

@@ -43,14 +43,7 @@ Encode = Callable[[Record], Encoded]
 
 
 class TokenCache:
-    """The tokenised records of one source.
-
-    Args:
-        tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
-
-    Raises:
-        OSError, ValueError: it is damaged.
-    """
+    """The tokenised records of one source; an image has `tokens_per_image`, or its own where these differ (1)."""
 
     def __init__(
         self, folder: Path, source: RecordSource, *, image_token_id: int | None, tokens_per_image: int
@@ -80,11 +73,7 @@ class TokenCache:
         return where.error(Code(code), field, what, remedy, path=path)
 
     def encoded(self, row: int) -> Encoded:
-        """A tokenised record.
-
-        Raises:
-            RecordError: it cannot be used.
-        """
+        """A tokenised record."""
         if row in self.faults:
             raise self.fault(row)
         rows = self._batches[0].num_rows
@@ -105,12 +94,7 @@ class TokenCache:
 
 
 class SourceCache:
-    """The cache of a source, built or not.
-
-    Args:
-        tokens_per_image: tokens of every picture, or 1 where they differ.
-        on_progress: called with (records done, all records) while it is built.
-    """
+    """The cache of a source, built or not."""
 
     def __init__(
         self,

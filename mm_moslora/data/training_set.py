@@ -151,10 +151,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
         return whole | {f"the content of {key}.{index}": file.content()[:12] for index, file in enumerate(self.files)}
 
     def statistics(self) -> dict[str, float]:
-        """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
-
-        Tokens and shortened records are estimates where `estimated` is true; visual tokens are included.
-        """
+        """Counts for a report; tokens and shortened records are estimates where `estimated` is true."""
         lengths = sorted(self.lengths[index] for index in self.usable)
         return {
             "records": len(self),
@@ -169,9 +166,7 @@ class TrainingSet(SourceExamples, MeasuredRecords):
     def leave_out(self, index: int, error: RecordError) -> None:
         """Put a record in quarantine whose fault showed up after the set was built.
 
-        Raises:
-            DataError: `on_bad` is error, the share of bad records is too large, or a picture that was there when the
-                set was built is there no more: a run without its record could not be resumed.
+        A picture that was there then and is there no more is refused: a run without its record could not be resumed.
         """
         fetched = "://" in (error.path or "")  # not looked at before
         if self._read_headers and error.code is Code.IMAGE_MISSING and not fetched and index not in self.quarantine:

@@ -86,14 +86,9 @@ class Window(MeasuredRecords):
 
 
 class TrainingStream(RecordExamples):
-    """The records of sources of which one or more have no end, in windows.
+    """The records of sources of which one or more have no end, in windows, mixed by the ratios of their weights.
 
-    Args:
-        sources: mixed by the ratios of their weights.
-        fresh: whether the run starts, so that `thinking: auto` follows the first records and the quarantine is new.
-
-    Raises:
-        DataError: a source cannot be read.
+    Only at the `fresh` start of a run `thinking: auto` follows the first records, and the quarantine is new.
     """
 
     def __init__(
@@ -164,11 +159,7 @@ class TrainingStream(RecordExamples):
             wait([self._ahead], timeout=30)  # a source may hang
 
     def next_window(self, *, steps: int) -> Window:
-        """Go on behind a window of so many steps; the window behind the new one is then read ahead.
-
-        Raises:
-            DataError: a source broke off, or too many records cannot be used.
-        """
+        """Go on behind a window of so many steps; the window behind the new one is then read ahead."""
         before = self.at_hand.place
         self.read_ahead()
         assert self._ahead is not None
@@ -191,11 +182,7 @@ class TrainingStream(RecordExamples):
         return "; ".join(f"{source.key} ({source.config.path}): {fault}" for source, fault in faults if fault)
 
     def go_to(self, stored: dict[str, Any]) -> None:
-        """Go on from a place.
-
-        Raises:
-            CheckpointError: it is not a place of this stream.
-        """
+        """Go on from a place."""
         try:
             self._go_to(StreamPlace(**{key: stored[key] for key in StreamPlace._fields}))
         except (TypeError, LookupError, ValueError) as error:
@@ -205,11 +192,7 @@ class TrainingStream(RecordExamples):
         self.quarantine.remember()
 
     def leave_out(self, number: int, error: RecordError, *, write: bool = True) -> None:
-        """Put a record in quarantine.
-
-        Raises:
-            DataError: `on_bad` is error, or the share of bad records is too large.
-        """
+        """Put a record in quarantine."""
         if number not in self.quarantine:
             logger.warning("Left out: %s", error)
         self.quarantine.add(number, error, write=write)

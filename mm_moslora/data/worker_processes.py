@@ -29,11 +29,7 @@ def usable_processes() -> int:
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
-    """`work(item)` for every item, in order; items and results are picklable. With one process this one does it.
-
-    Raises:
-        DataError: a process died (out of memory, most likely).
-    """
+    """`work(item)` for every item, in order; items and results are picklable. With one process this one does it."""
     context = fork_context()
     if processes <= 1 or context is None:
         yield from map(work, items)

@@ -99,14 +99,7 @@ class CroppedError(DataError):
 
 
 def coordinates(numbers: Sequence[float], form: BoxForm, frame: PictureFrame) -> list[int]:
-    """The numbers that a form writes for a box or a point, still x before y.
-
-    Args:
-        numbers: x1, y1, x2, y2 or x, y in pixels of the file.
-
-    Raises:
-        CroppedError: less than half of the box is seen, or not the point.
-    """
+    """The numbers that a form writes for a box or a point in pixels of the file, still x before y."""
     points = [frame.seen(x, y) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
     clipped = [(min(max(x, 0.0), frame.width), min(max(y, 0.0), frame.height)) for x, y in points]
     if len(points) == 1:

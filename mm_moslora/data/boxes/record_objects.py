@@ -58,14 +58,7 @@ class Objects:
     """Whether coordinates are shares of the picture's sides, 0 to 1."""
 
     def in_pixels(self, sizes: Sequence[tuple[int, int]], where: Where) -> tuple[Region, ...]:
-        """The regions in pixels of their pictures.
-
-        Args:
-            sizes: widths and heights of the record's pictures, upright.
-
-        Raises:
-            RecordError: one lies outside of its picture.
-        """
+        """The regions in pixels of their upright pictures, which have these widths and heights."""
         result = []
         for index, region in enumerate(self.regions):
             sides = sizes[region.image] * (len(region.numbers) // 2)
@@ -85,16 +78,7 @@ class Objects:
 def objects_of(
     value: Any, texts: Sequence[str], *, images: int, where: Where, has_video: bool = False
 ) -> Objects | None:
-    """Read `objects` of a record; None where there are none, and no text shows the list of none.
-
-    Args:
-        texts: of the record. Without pictures and objects, words such as `<bbox>` are text.
-        has_video: whether the record has a video, in which boxes are not supported.
-
-    Raises:
-        RecordError: BAD_BOX; another form, a wrong number of coordinates, NaN, reversed corners, shares that are not
-            marked as such, objects that do not fit the texts and pictures, placeholders without an object.
-    """
+    """Read `objects` of a record; None where there are none, and no text shows the list of none."""
     objects = Objects() if is_empty(value) else _read(value, where)
     if objects == Objects() and not (images and any(map(_MARKS.search, texts))):
         return None
@@ -235,16 +219,7 @@ def _check(objects: Objects, texts: Sequence[str], *, images: int, where: Where,
 def filler(
     objects: Objects, sizes: Sequence[tuple[int, int]], processing: ImageProcessing | None, where: Where
 ) -> Callable[[str], str]:
-    """A function that fills the placeholders of the texts of a record, called on them in order.
-
-    Args:
-        sizes: see `Objects.in_pixels`.
-
-    Raises:
-        RecordError: a box lies outside of its picture, or is cropped away.
-        ConfigError: the model's form is not known.
-        ModelError: its processing of pictures cannot be followed.
-    """
+    """A function that fills the placeholders of the texts of a record, called on them in order."""
     regions = objects.in_pixels(sizes, where)
     if processing is None or processing.boxes is None:
         raise ConfigError(

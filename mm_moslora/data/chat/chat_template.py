@@ -1,13 +1,8 @@
 """A tokenizer's chat template: the scaffold around contents.
 
-The scaffold is the fixed text around the contents of a conversation. A template is rendered once per sequence of roles
-with a marker for every content. The text between the markers is the scaffold. A second rendering, with white
-space around the markers, detects templates that trim contents.
-
-Tools, calls and their results are no contents, because templates write them in forms of their own: the template gets
-them as they are, and they stand in the scaffold. Special tokens that they spell
-have private names there (`guarded_tokens`), and are text. `conversation_shape` has the form in which a template gets
-them.
+A template is rendered once per sequence of roles with a marker for every content. The text between the markers is the
+scaffold. A second rendering, with white space around the markers, detects templates that trim contents. Tools, calls
+and their results are no contents, because templates write them in forms of their own: they stand in the scaffold.
 """
 
 from __future__ import annotations
@@ -131,11 +126,7 @@ class Template:
         return [turn], "c" if turn.role == "assistant" and turn.tools and not turn.text.strip() else ""
 
     def plan(self, roles: tuple[str, ...]) -> TemplatePlan:
-        """The scaffold of these roles.
-
-        Raises:
-            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
-        """
+        """The scaffold of these roles; refuses a template that leaves contents out, reorders or changes them."""
         return remembered(self._plans, roles, self._new_plan)
 
     def accepts(self, roles: tuple[str, ...]) -> bool:
@@ -225,9 +216,8 @@ class Template:
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
         """White space after the generation prompt, which the model writes itself.
 
-        Any other text between the generation prompt and an answer (an empty thinking block, a header of a template
-        without a generation prompt) belongs to the prompt, both in training and in inference; but not where tools are
-        offered and calls stand before it.
+        Any other text there (an empty thinking block, a header of a template without a generation prompt) belongs to
+        the prompt, in training as in inference; but not where tools are offered and calls stand before it.
         """
         rest = text.removeprefix(self.render(roles, marks, prompt=True))
         written = not rest.strip() or (data_of(roles[0]) and self.calls_come_first)
@@ -317,14 +307,7 @@ class Template:
         reasoning: dict[str, str] | None = None,
         **switch: Any,
     ) -> str:
-        """The text of a conversation.
-
-        Args:
-            prompt: with the generation prompt at its end.
-
-        Raises:
-            ConfigError: the template refuses the roles.
-        """
+        """The text of a conversation, with `prompt` up to the answer to generate."""
         try:
             messages = self._messages(roles, contents)
             messages[-1] |= reasoning or {}

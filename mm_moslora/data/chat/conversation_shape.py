@@ -1,7 +1,7 @@
 """The shape of a conversation: what a chat template gets of each turn besides its texts.
 
 A turn's part of it is `role`, or `role:kinds` (`t` a text, `i` a picture, `v` a video, `c` calls without text), and
-after a line break the JSON text of `Turn.tools`. A call, its tool and its result show how a template writes them.
+after a line break the JSON text of `Turn.tools`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Token ids of scaffold and contents of a chat template.
 
 Special tokens are recognised in the scaffold, which is trusted, and never in contents, which come from users. Both are
-tokenised together, as one string, so that ordinary text gives exactly the tokenizer's ids for the whole. If a content
-spells a special token, a second tokenizer is used: a copy in which the special tokens have private names. The scaffold
-is rewritten with these names. Contents are not, so they cannot match them.
+tokenised as one string, so that ordinary text gives exactly the tokenizer's ids. If a content spells a special token, a
+copy of the tokenizer is used in which the special tokens have private names, and the scaffold is rewritten with these.
 """
 
 from __future__ import annotations
@@ -36,12 +35,7 @@ class SpecialTextError(DataError):
 
 
 class RenamedTokens:
-    """A copy of a tokenizer with private names of the guarded tokens, which no text spells.
-
-    Raises:
-        SpecialTextError: the tokenizer is not a fast one.
-        ConfigError: it cannot be copied.
-    """
+    """A copy of a fast tokenizer with private names of the guarded tokens, which no text spells."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, guarded: Mapping[str, int]) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -98,12 +92,10 @@ def marked_spans(turn: Turn, spans: Sequence[TextSpan]) -> list[TextSpan]:
 
 
 class Tokens:
-    """Tokenises spans.
+    """Tokenises spans, with a slow tokenizer too until untrusted text spells a special token.
 
-    Args:
-        tokenizer: a fast tokenizer (a slow one works until untrusted text spells a special token).
-        structural: texts of the chat template. Added tokens that occur in them are guarded too, special or not, because
-            a user could forge a turn by typing them.
+    Added tokens that occur in `structural`, the texts of the chat template, are guarded too, special or not, because a
+    user could forge a turn by typing them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, structural: Iterable[str] = ()) -> None:
@@ -149,11 +141,7 @@ class Tokens:
         ]
 
     def encode(self, spans: Sequence[TextSpan]) -> list[int]:
-        """Token ids of consecutive spans.
-
-        Raises:
-            SpecialTextError: untrusted text spells a special token and the tokenizer is not a fast one.
-        """
+        """Token ids of consecutive spans."""
         text = "".join(span.text for span in spans)
         if not text:
             return []

@@ -30,11 +30,7 @@ _KINDS = {IMAGE: "i", VIDEO: "v"}
 
 
 class ProcessorTemplate(Template):
-    """The chat template of a processor.
-
-    Raises:
-        ConfigError: it has no chat template and is not a known model without one.
-    """
+    """The chat template of a processor."""
 
     def __init__(self, processor: Any) -> None:
         own = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template

@@ -1,8 +1,4 @@
-"""Forms of records besides LLaVA's `conversations` with the pictures in the text.
-
-Here are `text`, `texts`, `question` and `answer`, `caption`, contents in parts, and the placeholders of videos.
-`records` reads the rest, and checks what comes from here.
-"""
+"""Forms of records besides LLaVA's `conversations` with the pictures in the text, and the placeholders of videos."""
 
 from __future__ import annotations
 
@@ -31,11 +27,7 @@ class Mark(NamedTuple):
 
 
 def plain_text(value: Mapping[str, Any], where: Where) -> str | None:
-    """The text of a record that is learned whole; None for another form.
-
-    Raises:
-        RecordError: the text has a fault, is empty, or the record has keys of conversations.
-    """
+    """The text of a record that is learned whole; None for another form."""
     others = {"conversations", "messages", "texts", "question", "caption", "image", "images", "video", "videos"}
     if not isinstance(value.get("text"), str) or value.keys() & others:
         return None
@@ -53,9 +45,6 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, floa
     """Questions and answers in turn with their weights, of a form in which `<image>` is text; None for a conversation.
 
     The form is `texts` (objects with `user` and `assistant`), `question` and `answer`, or `caption` alone.
-
-    Raises:
-        RecordError: a text is missing or has a fault.
     """
     items = value.get("texts")
     if isinstance(items, list):
@@ -81,11 +70,7 @@ def single_texts(value: Mapping[str, Any], where: Where) -> list[tuple[str, floa
 
 
 def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tuple[str, list[int], list[Mark]]:
-    """The text of a content in parts, as chat messages have them, with the offsets of its placeholders.
-
-    Raises:
-        RecordError: a part is of another kind than text, or in a user's turn image and video, or has a fault.
-    """
+    """The text of a content in parts, as chat messages have them, with the offsets of its placeholders."""
     text = ""
     offsets: list[int] = []
     marks: list[Mark] = []
@@ -107,17 +92,12 @@ def text_of_parts(role: str, content: list[Any], field: str, where: Where) -> tu
 
 
 def video_mark(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str:
-    """The placeholder of videos in the texts of a record that names some: `<video>`, or `<image>` as in LLaVA-Video if
-    there is no `<video>`."""
+    """The placeholder of videos in a record that names some: `<video>`, or without it `<image>`, as in LLaVA-Video."""
     return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
 
 
 def filled_marks(marks: list[Mark], named: dict[str, list[Any]], where: Where) -> list[Mark]:
-    """Assign the videos and images that a record names to the placeholders in its conversation.
-
-    Raises:
-        RecordError: they are named twice, or their number differs from that of the placeholders.
-    """
+    """Assign the videos and images that a record names to the placeholders in its conversation."""
     names = {kind: list(items) for kind, items in named.items() if items}
     if not names:
         return marks

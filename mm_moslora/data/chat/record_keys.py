@@ -92,11 +92,7 @@ def check_turn(turn: Mapping[str, Any], field: str, where: Where) -> None:
 
 
 def weight_of(turn: Mapping[str, Any], field: str, where: Where) -> float:
-    """The weight in the loss that the turn of an answer gives to its tokens; 1 without a key.
-
-    Raises:
-        RecordError: it is no number of 0 or more, or two keys give different ones.
-    """
+    """The weight in the loss that the turn of an answer gives to its tokens; 1 without a key."""
     weight = 1.0
     for key in WEIGHING:
         if (value := turn.get(key)) is None or (isinstance(value, str) and not value.strip()):
@@ -135,11 +131,7 @@ def content_of(turn: Mapping[str, Any]) -> Any:
 
 
 def thinking_of(turn: Mapping[str, Any], role: str, field: str, where: Where, *, content: Any) -> str:
-    """The thinking that a turn holds beside its content, as the block at the start of an answer; empty without any.
-
-    Raises:
-        RecordError: it is no text, holds a block's tags, is given twice, or belongs to no answer.
-    """
+    """The thinking that a turn holds beside its content, as the block at the start of an answer; empty without any."""
     texts = {key: turn[key] for key in REASONING if not is_empty(turn.get(key))}
     if not texts:
         return ""
@@ -160,11 +152,7 @@ def given(value: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
 
 
 def checked_text(value: Any, field: str, where: Where) -> str:
-    """A text of a record.
-
-    Raises:
-        RecordError: it is no string, too long, or has characters that are no text.
-    """
+    """A text of a record: a string, not too long, of characters that are text."""
     if not isinstance(value, str):
         raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
     if len(value) > MAX_TEXT:

@@ -164,8 +164,7 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
 
 
 def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
-    """The values of `image` or `images`, or of `video` or `videos`; null and NaN, which mark the empty cells of
-    tables, count as absent."""
+    """The values of `image(s)` or `video(s)`; null and NaN, which mark the empty cells of tables, count as absent."""
     names = [value[key] for key in (kind, f"{kind}s") if not is_nothing(value.get(key))]
     if len(names) > 1:
         raise where.error(Code.IMAGE_COUNT, kind, f"both `{kind}` and `{kind}s` are given", "keep one of them")

@@ -89,12 +89,8 @@ class SegmentEncoder(AnswerThinking):
 
     Args:
         tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
-        system_prompt: replaces the template's default. For a template without a system turn it is put before the first
-            question. An empty string removes the default, if there is one.
+        system_prompt: replaces the default; empty: removes it. Without a system turn it stands before the question.
         thinking: handling of thinking in answers; see `ModelConfig.thinking`.
-
-    Raises:
-        ConfigError: the template cannot be split into scaffold and contents, or no token ends an answer.
     """
 
     def __init__(
@@ -190,10 +186,7 @@ class SegmentEncoder(AnswerThinking):
         return self.tokens.encode_behind(answer)  # tokenised together, prompt and answer would share a token
 
     def _end_of_turn(self, behind: str, tail: str) -> str:
-        """The part of the scaffold that ends an answer: up to a special token, or the text that ends every answer.
-
-        Empty when the template has neither.
-        """
+        """The part of the scaffold that ends an answer: up to a special token, or the text that ends all; or empty."""
         last = self.tokens.first_special(tail)
         ending = self.tokens.first_special(behind)
         if last is not None and ending is not None and ending[0] == last[0]:

@@ -78,10 +78,7 @@ def settled(
     files: Sequence[RecordSource | Sequence[Record]],
     supervise: Literal["all", "last"] = "all",
 ) -> tuple[ConversationEncoder, ThinkingForm]:
-    """An encoder whose form of thinking follows the records where it is `auto`, and what the records showed.
-
-    Where most answers think, `auto` becomes `always`: every answer is learned behind the prompt that is asked.
-    """
+    """An encoder whose `auto` is `always` where most answers of the records think, and what the records showed."""
     total = sum(len(file) for file in files)
     numbers = [total * sample // SAMPLED for sample in range(SAMPLED)] if total > SAMPLED else range(total)
     endings: Counter[Ending] = Counter()

@@ -41,11 +41,7 @@ def _refusals(field: str, where: Where) -> Iterator[None]:
 
 
 def offered(value: Any, key: str, where: Where) -> str:
-    """The JSON text of a record's tools in OpenAI's form; empty without any.
-
-    Raises:
-        RecordError: they are no list of functions with names, two have the same one, or one is of another type.
-    """
+    """The JSON text of a record's tools in OpenAI's form; empty without any."""
     with _refusals(key, where):
         return checked_text(_offered(value), key, where)
 
@@ -106,11 +102,7 @@ class OpenCalls:
         self._count = 0
 
     def of_turn(self, item: Mapping[str, Any], role: Role, content: Any, field: str, where: Where) -> tuple[str, Any]:
-        """What a turn calls, or the call that it answers, as JSON text, and its content without that.
-
-        Raises:
-            RecordError: a call is no JSON, has no name, its arguments are no object, or a result has no open call.
-        """
+        """What a turn calls, or the call that it answers, as JSON text, and its content without that."""
         with _refusals(field, where):
             if role == "tool":
                 tools = self._answered(item)

@@ -178,17 +178,12 @@ def check(
     objective: Objective = "sft",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Check sources as a run would use them.
+    """Check sources as a run would use them; of preference records the chosen answers are counted.
 
     Args:
-        image_processing: of the model; None: it has no vision encoder.
         decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
         processes: number of processes that share the work; None: one per processor.
-        objective: what is learned from the sources; of preference records the chosen answers are counted.
         on_progress: called with (records done, all records).
-
-    Raises:
-        DataError: a source cannot be read at all.
     """
     files = open_sources(sources, objective=objective, processing=image_processing)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share

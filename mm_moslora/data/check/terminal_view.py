@@ -82,11 +82,7 @@ def _runs(ids: Sequence[int], supervised: Sequence[bool], special: set[int]) -> 
 
 
 def view_report(report: CheckReport, *, everything: bool = False) -> list[RenderableType]:
-    """A check's report: counts, lengths, findings, faults.
-
-    Args:
-        everything: show all faults and repeated ids instead of the first `SHOWN`.
-    """
+    """A check's report: counts, lengths, findings, the first `SHOWN` faults and repeated ids, or `everything`."""
     most = None if everything else SHOWN
     parts: list[RenderableType] = [_counts(report), _lengths(report), view_findings(findings(report))]
     if report.bad:

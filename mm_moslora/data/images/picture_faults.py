@@ -1,7 +1,4 @@
-"""Faults of pictures: limits, codes and messages.
-
-The content decides the format, not the suffix; a message names what the content is instead.
-"""
+"""Faults of pictures: limits, codes and messages, which name what the content is where it is no picture."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ Choose = Callable[[VideoFacts], Sequence[int]]
 
 
 def frame_indices(frames: int, count: int, *, middles: bool = False) -> list[int]:
-    """Numbers of the frames to take: `count` at even distances, the first and last frame included.
+    """Numbers of `count` frames at even distances, the first and last included, or the middles of as many equal parts.
 
-    With `middles` they are the middles of `count` equal parts, rounded as MVBench rounds them.
+    Middles are rounded as MVBench rounds them.
     """
     if middles:
         part = (frames - 1) / count
@@ -84,16 +84,7 @@ def check_decoded(pixels: int, name: str, *, most: int = MAX_DECODED) -> None:
 
 
 def decode_frames(stream: BinaryIO, choose: Choose | None, *, name: str) -> list[Image.Image]:
-    """Frames of a video file as RGB.
-
-    Args:
-        stream: the file; seekable.
-        choose: the frames; None: the first one, without reading the rest of the file.
-
-    Raises:
-        ImageError: of no accepted container, broken, too long or too large.
-        DataError: PyAV is not installed.
-    """
+    """Chosen frames of a seekable video file as RGB; None: the first one, without reading the rest of the file."""
     av = _pyav()
     with _faults(name), _container(av, stream, name) as container:
         if not container.streams.video:

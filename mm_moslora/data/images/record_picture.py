@@ -74,18 +74,10 @@ class Picture(Protocol):
         """Path, member or URL; of a frame its video and number."""
 
     def rgb(self) -> Image.Image:
-        """The picture as 8-bit RGB.
-
-        Raises:
-            ImageError: it cannot be read, fetched or decoded.
-        """
+        """The picture as 8-bit RGB."""
 
     def size(self) -> tuple[int, int] | None:
-        """Width and height, upright, from the header alone; None for a picture that is not fetched yet.
-
-        Raises:
-            ImageError: a fault in the header, as from `rgb`.
-        """
+        """Width and height, upright, from the header alone; None for a picture that is not fetched yet."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +121,8 @@ class StoredPicture:
 def find_picture(value: Any, index: int, where: Where, rules: PictureRules) -> LocalPicture | StoredPicture:
     """The picture that a record names; URLs of other machines are for `remote_files.find_remote`.
 
-    Args:
-        value: a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
-            tables, or a `StoredPicture`.
-
-    Raises:
-        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
+    `value` is a path below the image folder, a data URL, bytes, an object with `bytes` or `path` as in Hugging Face
+    tables, or a `StoredPicture`.
     """
     field_name, data = f"image[{index}]", content_of(value)
     if isinstance(data, StoredPicture):
@@ -158,11 +146,7 @@ def content_of(value: Any) -> Any:
 
 
 def find_file(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
-    """The file below the image folder that a plain path names; `imagefolder` tables contain absolute paths.
-
-    Raises:
-        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
-    """
+    """The file below the image folder that a plain path names; `imagefolder` tables contain absolute paths."""
     if not isinstance(name, str) or not name.strip():
         kind = kind_of(name) if not isinstance(name, str) else "empty"
         raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {kind}", "write a path below the image folder")
@@ -178,11 +162,7 @@ def find_file(name: Any, field_name: str, where: Where, rules: PictureRules) -> 
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open a picture file as RGB.
-
-    Raises:
-        ImageError: missing, not a regular file, not a picture, cut short, too large or out of proportion.
-    """
+    """Open a picture file as RGB."""
     return open_image_bytes(read_picture(path), name=str(path))
 
 
@@ -194,11 +174,7 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Check a picture by its header alone, without decoding it.
-
-    Returns:
-        Width and height in pixels, upright.
-    """
+    """Check a picture by its header alone; its width and height in pixels, upright."""
     with _regular_file(path) as stream, _opened(stream, str(path)) as image:
         return _upright_size(image)
 

@@ -61,12 +61,7 @@ class RemotePicture:
         return check_image_bytes(self.read(), name=self.name) if self.fetched else None
 
     def read(self) -> bytes:
-        """The bytes of the picture file, fetched if need be.
-
-        Raises:
-            ImageError: the host does not answer in time, redirects to another host, breaks off, or sends too much or no
-                picture. Nothing is cached then.
-        """
+        """The bytes of the picture file, fetched if need be; nothing is cached that is no picture."""
         if self.fetched:
             return read_picture(self.path)
         data = self._fetch()
@@ -91,11 +86,7 @@ class RemotePicture:
 
 
 def find_remote(value: Any, index: int, where: Where, rules: PictureRules) -> RemotePicture | None:
-    """The picture that a record of a source with hosts names by a URL; None for any other name.
-
-    Raises:
-        RecordError: BAD_IMAGE_NAME, the URL may not be fetched.
-    """
+    """The picture that a record of a source with hosts names by a URL; None for any other name."""
     name = content_of(value)
     plain = not isinstance(name, str) or not SCHEME.match(name) or DATA_URL.match(name) or BAD_CHARACTER.search(name)
     if plain:
@@ -118,15 +109,7 @@ def is_of_set(path: str, dataset: str) -> bool:
 
 
 def read_hub_file(path: str, dataset: str) -> bytes:
-    """A file of a data set on the hub, through the hub's client alone.
-
-    Args:
-        path: `hf://datasets/NAME@REVISION/...`.
-        dataset: NAME; files of other data sets are refused.
-
-    Raises:
-        DataError: the file belongs to another data set, is too large, or cannot be fetched.
-    """
+    """A file of the hub (`hf://datasets/NAME@REVISION/...`), through its client; of no other data set than NAME."""
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 

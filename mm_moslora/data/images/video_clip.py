@@ -80,10 +80,9 @@ class Excerpt:
 
 @dataclass(eq=False)
 class Clip:
-    """A video of a record, of which some frames are shown.
+    """A video of a record, of which some frames are shown, decoded when the first one is needed.
 
-    These are decoded when the first one is needed, and kept as long as the clip exists. With `sampling` it stands for
-    one picture of the record (see `Picture`), the first frame; else for as many as it has frames.
+    With `sampling` it stands for one picture of the record (see `Picture`), the first frame; else for its frames.
     """
 
     source: Path | Callable[[], bytes]
@@ -111,23 +110,14 @@ class Clip:
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def pictures(self) -> list[Clip] | list[Frame]:
-        """What it stands for in a record.
-
-        Raises:
-            ImageError: the number of frames depends on the file, which has a fault; see `frames`.
-        """
+        """What it stands for in a record; with a rate, the number of frames depends on the file."""
         if self.sampling is not None:
             return [self]
         count = self.count if self.fps is None else len(self._known()[1])
         return [Frame(self, index, count) for index in range(count)]
 
     def frames(self) -> list[Image.Image]:
-        """The shown frames as RGB.
-
-        Raises:
-            ImageError: missing, of no accepted kind, broken, too long or too large.
-            DataError: PyAV is needed and not installed.
-        """
+        """The shown frames as RGB."""
         with self._lock:
             if self._frames is None:
                 self._frames = self._decoded(self._chosen)
@@ -154,12 +144,7 @@ class Clip:
         return self.frames()[0]
 
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, from the first frame.
-
-        Raises:
-            ImageError: a fault in the file's header or its first frame.
-            DataError: PyAV is needed and not installed.
-        """
+        """Width and height in pixels, from the first frame."""
         if self._facts is not None:
             return self._facts.size
         if self._size is None:
@@ -289,15 +274,7 @@ class Frame:
 
 
 def find_clip(value: Any, index: int, where: Where, rules: PictureRules, *, excerpt: Excerpt | None = None) -> Clip:
-    """The video that a record names.
-
-    Args:
-        value: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
-            `path` as in Hugging Face tables.
-
-    Raises:
-        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
-    """
+    """The video that a record names: a path of a file or of a folder of frames, bytes, or a table's object of these."""
     field_name, data = f"video[{index}]", content_of(value)
     clip = partial(
         Clip, count=rules.video_frames, fps=rules.video_fps, sampling=rules.videos, excerpt=excerpt,

@@ -45,11 +45,7 @@ class PreferencePair:
 
 
 def parse_pair(value: Any, where: Where, rules: PictureRules) -> PreferencePair:
-    """Turn one value into a pair of records.
-
-    Raises:
-        RecordError: with one of `record_faults.Code`.
-    """
+    """Turn one value into a pair of records."""
     chosen, rejected = (parse_record(side, where, rules) for side in _sides(_object(value, where), where))
     where = chosen.where
     if chosen.turns[:-1] != rejected.turns[:-1]:
@@ -163,11 +159,7 @@ class AskedQuestion:
 
 
 def parse_judged(value: Any, where: Where, rules: PictureRules) -> tuple[JudgedAnswer, ...]:
-    """Turn one value into a judged answer, or a preference record into two.
-
-    Raises:
-        RecordError: with one of `record_faults.Code`.
-    """
+    """Turn one value into a judged answer, or a preference record into two."""
     value = _object(value, where)
     if any(not is_nothing(value.get(key)) for key in REJECTED):
         pair = parse_pair(value, where, rules)

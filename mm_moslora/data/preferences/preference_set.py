@@ -1,8 +1,6 @@
 """The records of the other objectives: pairs of answers, judged answers and questions, and the count of unusable ones.
 
-Labels are those of `ConversationEncoder`, on the last answer alone, so a model is asked and answers as in inference.
-
-Shapes: ``T`` tokens of one example.
+Labels are those of `ConversationEncoder`, on the last answer alone. Shapes: ``T`` tokens of one example.
 """
 
 from __future__ import annotations
@@ -50,13 +48,6 @@ class AnswerSet(SourceExamples, Generic[Item]):
 
     The constructor reads and tokenises all answers of every record and reads the header of every picture, so that all
     ranks know the bad records before the first step.
-
-    Args:
-        sources: as for `SourceExamples`, as are the others but the last.
-        on_progress: called with (records read, all records) while the set is built.
-
-    Raises:
-        DataError: a file cannot be read, the share of bad records is too large, or no record is usable.
     """
 
     objective: ClassVar[Objective]
@@ -103,11 +94,7 @@ class AnswerSet(SourceExamples, Generic[Item]):
 
     @abstractmethod
     def answered(self, index: int) -> Sequence[Record]:
-        """The conversations of a record, one per answer; they share its pictures.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
+        """The conversations of a record, one per answer; they share its pictures."""
 
     @abstractmethod
     def load_item(self, number: int) -> Item:
@@ -135,11 +122,7 @@ class AnswerSet(SourceExamples, Generic[Item]):
         }
 
     def item(self, number: int) -> Item:
-        """The usable item with a number, counted around; where its fault shows up now, the next one.
-
-        Raises:
-            DataError: `on_bad` is error, or the share of bad records is too large.
-        """
+        """The usable item with a number, counted around; where its fault shows up now, the next one."""
         start = number % len(self.usable)
         for found in itertools.islice(itertools.cycle(self.usable), start, start + len(self.usable)):
             try:
@@ -223,11 +206,7 @@ class PreferenceSet(AnswerSet[tuple[Example, Example]]):
 
 
 class JudgedSet(AnswerSet[tuple[Example, bool]]):
-    """Examples with the judgement of their last answer; a pair is two of them.
-
-    Raises:
-        DataError: no answer is good, or none is bad.
-    """
+    """Examples with the judgement of their last answer, good and bad ones; a pair is two of them."""
 
     objective, sides = "kto", 2
 
@@ -367,12 +346,7 @@ SETS: dict[Objective, type[PreferenceSet] | type[JudgedSet] | type[QuestionSet]]
 
 
 def shared_prompt(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> int:
-    """Tokens of the prompt of two answers; 0 where their prompts differ.
-
-    Args:
-        first: ids and flags of the answer, ``[T]`` each.
-        second: see `first`.
-    """
+    """Tokens of the prompt of two answers, each ids and flags ``[T]``; 0 where their prompts differ."""
     starts = [int(answer.nonzero()[0]) for _, answer in (first, second)]
     prompts = [ids[:start] for (ids, _), start in zip((first, second), starts, strict=True)]
     return starts[0] if torch.equal(*prompts) else 0

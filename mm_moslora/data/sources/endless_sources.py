@@ -38,7 +38,7 @@ _NAMED = 5
 
 
 class EndlessSource:
-    """Records of one source in an order that a seed gives every pass, for ever.
+    """Records of one source, for ever, in an order that a seed gives every pass.
 
     A source that has an end, such as one to replay beside a stream, is shuffled as a whole in every pass.
     """
@@ -70,8 +70,7 @@ class EndlessSource:
         return str, (self.key,)  # what `datasets` hashes of the generator of numbers
 
     def contents(self) -> dict[str, Any]:
-        """Sizes of local files, and what else chooses the rows, as JSON; equal on all ranks, and as long as the files
-        are the same. Files of the hub are pinned by `revision`."""
+        """What chooses the rows, and sizes of local files, as JSON, equal on all ranks; `revision` pins the hub's."""
         config, path = self.config, self.config.path
         rows = [config.subset, config.split, config.revision, sorted(map(list, config.columns.items()))]
         folder = path if os.path.isdir(path) else os.path.dirname(re.split(r"[*?[{]", path)[0])
@@ -92,12 +91,7 @@ class EndlessSource:
         self._rows = iter(self._stream)
 
     def take(self) -> Record:
-        """Read the next record.
-
-        Raises:
-            RecordError: the record cannot be used.
-            DataError: the source is empty, or it is no longer there.
-        """
+        """Read the next record."""
         with self._breaking():
             row = next(self._rows, None)
             if row is None and self.row:
@@ -112,11 +106,7 @@ class EndlessSource:
             return parse_record(self._values(row, where.row), where, self._rules)
 
     def require_unchanged(self) -> None:
-        """Refuse local files that are not those of the start.
-
-        Raises:
-            DataError: one is gone, or it has changed.
-        """
+        """Refuse local files that are not those of the start."""
         with self._breaking():
             for name, stamp in self.stamps.items():
                 stamp.require(Path(name), Path(name))

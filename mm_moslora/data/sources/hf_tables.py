@@ -35,15 +35,7 @@ if TYPE_CHECKING:
 
 
 class TableSource(RecordSource):
-    """The rows of a Hugging Face dataset.
-
-    Args:
-        config: path (`hf:NAME`, a folder, or .parquet or .arrow files with wildcards), subset, split, revision,
-            columns, streaming.
-
-    Raises:
-        DataError: it cannot be loaded, the split is missing, or `columns` names a missing column.
-    """
+    """The rows of a Hugging Face dataset: `hf:NAME`, a folder, or .parquet or .arrow files with wildcards."""
 
     def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
         super().__init__(Path(config.path), rules)
@@ -148,11 +140,7 @@ def hub_revision(table: Any) -> str | None:
 
 
 def hub_store(name: str) -> tuple[Path, ...]:
-    """Folders of the files that `datasets` fetches from the hub; the first is the folder of the data set itself.
-
-    Args:
-        name: name of the data set; the hub's cache of other data sets is not included.
-    """
+    """Folders of the files that `datasets` fetches from the hub for a data set; the first is that of the set itself."""
     import datasets
     import huggingface_hub
     from huggingface_hub.file_download import repo_folder_name
@@ -241,13 +229,8 @@ _FORMATS = ("parquet", "arrow", "json", "csv")
 def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
     """Call `datasets.load_dataset` after checking that every data file belongs to the data set itself.
 
-    A data set's README lists its data files, and `datasets` opens every file named there.
-
-    Args:
-        path: a format such as `parquet` with `data_files` in `options`, a folder, or an id on the hub.
-
-    Raises:
-        DataError: a data file lies outside the folder or the repository.
+    A data set's README lists its data files, and `datasets` opens every file named there. `path` is a format such as
+    `parquet` with `data_files`, a folder, or an id on the hub.
     """
     import datasets
 
@@ -280,9 +263,6 @@ def _check_named_files(path: str, options: Mapping[str, Any]) -> None:
 
     `datasets` hands each name to fsspec, which opens URLs, chains of protocols and templates on the way to a list of
     files.
-
-    Args:
-        options: arguments of `datasets.load_dataset`: `revision`, and `data_files`, which are checked as well.
     """
     named = list(_texts(options.get("data_files")))
     for card in _CARDS:
@@ -357,11 +337,7 @@ def _state(files: Iterable[str]) -> str:
 
 
 def load_saved(folder: Path) -> Any:
-    """Call `datasets.load_from_disk` after checking that every table lies in the folder itself.
-
-    Raises:
-        DataError: a table lies outside the folder.
-    """
+    """Call `datasets.load_from_disk` after checking that every table lies in the folder itself."""
     import datasets
 
     root = folder.resolve()
@@ -384,10 +360,7 @@ def _is_own(file: str, path: str) -> bool:
 
 
 def undecoded(table: Any) -> Any:
-    """The table with pictures, videos and other files as bytes or paths, so that `datasets` does not open them.
-
-    They are opened by the rules of `mm_moslora.data.images` instead.
-    """
+    """The table with files as bytes or paths, which are opened by the rules of `data.images` and not by `datasets`."""
     if table.features and hasattr(table, "decode"):  # a stream of the hub decodes in threads, whatever its features
         table = table.decode(False)
     for name, feature in (table.features or {}).items():
@@ -411,11 +384,7 @@ def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def table_stream(config: SourceConfig) -> Any:
-    """The rows of a table in order, as an `IterableDataset` in the arrow format, for `TableRows`.
-
-    Raises:
-        DataError: see `TableSource`.
-    """
+    """The rows of a table in order, as an `IterableDataset` in the arrow format, for `TableRows`."""
     path, name = Path(config.path), config.path.removeprefix("hf:")
     with _loading(config):
         if _is_saved(path):
@@ -436,10 +405,7 @@ def stream_of_files(rows: Callable[[list[str]], Iterator[dict[str, Any]]], files
 
 
 def _streamed(config: SourceConfig, name: str) -> Dataset:
-    """The first `limit` rows of a stream, stored on this machine for random access.
-
-    One process reads the stream; other processes that need the same rows wait for it.
-    """
+    """The first `limit` rows of a stream, stored here for random access by one process; others wait for it."""
     import datasets
 
     assert config.limit is not None, "checked by SourceConfig"

@@ -1,7 +1,6 @@
-"""Finds the start and end of every value of a JSON list or a JSONL file.
+"""Finds the start and end of every value of a JSON list or a JSONL file, in bounded memory.
 
-A file is read in chunks of a few megabytes, so that memory does not depend on its size. The values of a list are
-decoded one by one to find their ends; a line is checked when it is read.
+The values of a list are decoded one by one to find their ends; a line is checked when it is read.
 """
 
 from __future__ import annotations
@@ -63,11 +62,7 @@ def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
 
 
 def scan_list(path: Path) -> tuple[array[int], array[int]]:
-    """Starts and ends (bytes) of the values of a list.
-
-    Raises:
-        DataError: not UTF-8, or not a list to its end; the error names the byte.
-    """
+    """Starts and ends (bytes) of the values of a list; refuses one that breaks off, and names the byte."""
     starts, ends = array("Q"), array("Q")
     window = _Window(path)
     window.peek()

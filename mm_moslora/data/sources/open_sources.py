@@ -73,14 +73,7 @@ def _content_of(source: SourceConfig) -> tuple[str, str | None, str]:
 
 
 def open_source(config: SourceConfig, *, processing: ImageProcessing | None = None) -> RecordSource:
-    """Open one source by its configuration.
-
-    Args:
-        processing: of the model, which decides whether a video stays one; without it a video becomes pictures.
-
-    Raises:
-        DataError: it is missing, of an unknown kind, cannot be read, or has no end.
-    """
+    """Open one source; `processing` of the model decides whether a video stays one, without it it becomes pictures."""
     if config.endless:
         raise DataError(
             f"data source {config.path!r} has streaming without limit, so it has no end, and only training reads it. "
@@ -113,11 +106,7 @@ def _with_records(parts: Sequence[SourceConfig], processing: ImageProcessing | N
 
 
 def stream_files(config: SourceConfig) -> list[Path]:
-    """The files of JSON records or tar files that make up a stream, in order; none for a table.
-
-    Raises:
-        DataError: no file matches.
-    """
+    """The files of JSON records or tar files that make up a stream, in order; none for a table."""
     from mm_moslora.data.sources.webdataset_tars import files_of
 
     folder = Path(config.path)
@@ -171,25 +160,14 @@ def _held_apart(source: RecordSource, config: SourceConfig) -> RecordSource:
 def open_sources(
     sources: Sequence[SourceConfig], *, objective: Objective = "sft", processing: ImageProcessing | None = None
 ) -> list[RecordSource]:
-    """Open several sources.
-
-    Args:
-        objective: what is learned from them; their records become conversations, see `preference_records.SHOWN`.
-
-    Raises:
-        DataError: no source is named, or one cannot be read.
-    """
+    """Open several sources; records of another objective become conversations, see `preference_records.SHOWN`."""
     require_sources(sources)
     opened = [open_source(source, processing=processing) for source in sources]
     return opened if objective == "sft" else [ShownRecords(source, objective) for source in opened]
 
 
 def rules_of(config: SourceConfig, processing: ImageProcessing | None = None) -> PictureRules:
-    """Where a source's pictures may lie, and whether its videos stay videos.
-
-    Raises:
-        DataError: `image_folder` is no folder.
-    """
+    """Where a source's pictures may lie, and whether its videos stay videos."""
     path = Path(config.path)
     folder = Path(config.image_folder) if config.image_folder else path if path.is_dir() else path.parent
     if config.image_folder and not folder.is_dir():

@@ -53,11 +53,7 @@ class FileStamp(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns)
 
     def require(self, file: Path | int, path: Path) -> None:
-        """Refuse a file that has another stamp now.
-
-        Raises:
-            DataError: it has changed.
-        """
+        """Refuse a file that has another stamp now."""
         if (now := FileStamp.of(file)) != self:
             what = f"{now.size} bytes instead of {self.size}" if now.size != self.size else "been written again"
             raise DataError(
@@ -127,14 +123,9 @@ class RecordSource(ABC):
 
 
 class RecordFile(RecordSource):
-    """The records of a JSON list or a JSONL file.
+    """The records of a JSON list or a JSONL file, in which blank lines, a byte order mark and CRLF do not count.
 
-    Args:
-        path: the file; in JSONL blank lines do not count. A byte order mark and CRLF are accepted.
-        rules: rules for its pictures; None: files below the file's folder.
-
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, of another kind, or a list that breaks off or has no values.
+    Without rules, pictures lie below the file's folder.
     """
 
     def __init__(self, path: Path, rules: PictureRules | None = None) -> None:

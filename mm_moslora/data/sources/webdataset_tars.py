@@ -36,9 +36,6 @@ class TarSource(RecordSource):
 
     A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption). Its other members
     are pictures and videos. A json member may name only pictures of the same record.
-
-    Raises:
-        DataError: no such file, compressed, damaged, or with members that are neither files nor folders.
     """
 
     def __init__(self, pattern: str, rules: PictureRules) -> None:
@@ -176,11 +173,7 @@ def _named(shown: dict[str, StoredPicture]) -> dict[str, list[StoredPicture]]:
 
 
 def files_of(pattern: str) -> list[Path]:
-    """The files that a pattern names, in order.
-
-    Raises:
-        DataError: no file matches.
-    """
+    """The files that a pattern names, in order; refuses one that names none."""
     match = _BRACES.search(pattern)
     if match:
         first, last = match.groups()
