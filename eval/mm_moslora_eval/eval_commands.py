@@ -47,29 +47,7 @@ def run(
     merge: bool = False,
     changes: Sequence[str] = (),
 ) -> list[TaskResult]:
-    """Evaluate a model on tasks, one after the other; results are written after each.
-
-    Args:
-        model: the model, or a function that loads it; it is called after all tasks and their data are found.
-        tasks: names as in `task_registry.get_task`.
-        output: run folder.
-        modes: own, blind, wrong.
-        baselines: majority, question_majority.
-        training: answers of the training set, for the baselines.
-        settings: batch size, limit, seed, ranks, shard.
-        progress: called with (task, image mode, answered, all).
-        judge: grades free answers; without a judge such tasks stay unscored.
-        named: the model as the user names it; shards of another name are not merged.
-        merge: score the answers of the shards in `output`; the model is not loaded.
-        changes: other values of the tasks' keys; see `task_registry.with_changes`.
-
-    Returns:
-        The results; none of a shard.
-
-    Raises:
-        EvalError: an unknown task, data that cannot be read, a folder of another run.
-        ConfigError: shards that are missing or belong to other work.
-    """
+    """Evaluate a model on tasks, one after the other; results are written after each."""
     from mm_moslora_eval.protocol.task import shown_name
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes
     from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
@@ -110,11 +88,7 @@ def run(
 
 
 def training_answers(*names: str) -> Sequence[TrainingAnswer]:
-    """Training answers for the baselines from files, each FILE or FILE@IMAGE_FOLDER; empty names are left out.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Training answers for the baselines from files, each FILE or FILE@IMAGE_FOLDER; empty names are left out."""
     from mm_moslora_eval.run.baselines import read_training_answers
 
     answers: list[TrainingAnswer] = []
@@ -162,18 +136,6 @@ def score(
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
     If a view cannot be scored, the others are scored all the same.
-
-    Args:
-        path: a run folder, a folder in it, or an `answers.jsonl`.
-        protocol: score the answers to this task with its extraction and metric (`NAME@PROTOCOL`); answers to other
-            tasks are left alone.
-        judge: grades free answers.
-        partial: also score views of which only some documents have an answer.
-        failures: gets what stopped the scoring of a view; None: the first is raised.
-
-    Raises:
-        EvalError: there is nothing to score, or documents have no answer.
-        MoSLoRAError: a file of a view is damaged.
     """
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.result_file import score_folder, write_results
@@ -220,11 +182,7 @@ def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """The run that a folder or answer file belongs to.
-
-    Raises:
-        EvalError: there is no run.
-    """
+    """The run that a folder or answer file belongs to."""
     start = path.parent if path.is_file() else path
     run = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
     if run is None:
@@ -235,18 +193,7 @@ def run_folder(path: Path) -> Path:
 def make_judge(
     name: str | None, run: Path, *, budget: int | None = None, service: ServiceSettings | None = None, **options: Any
 ) -> Judge | None:
-    """The judge that `--judge` names, its replies cached in the run folder.
-
-    Args:
-        name: URL#MODEL, or a name of `open_model`; None or `none`: there is no judge.
-        run: the run folder.
-        budget: most tokens.
-        service: limits and patience with it.
-        options: of `Judge`.
-
-    Raises:
-        EvalError: the name has another form, or there is no such folder.
-    """
+    """The judge that `--judge` names, its replies cached in the run folder."""
     if name is None or name == "none":
         return None
     from mm_moslora_eval.backends.open_model import check_name, open_model
@@ -267,11 +214,7 @@ def make_judge(
 
 
 class Bars:
-    """Progress of the passes of an evaluation one after the other, with the time left.
-
-    Args:
-        passes: how many there will be: the tasks in every image mode, and those of the untuned model.
-    """
+    """Progress of the passes of an evaluation one after the other, with the time left."""
 
     def __init__(self, passes: int) -> None:
         self._passes = passes
@@ -283,15 +226,7 @@ class Bars:
         self(task, mode, done, total, shown="untuned")
 
     def __call__(self, task: str, mode: ImageMode, done: int, total: int, *, shown: str = "") -> None:
-        """Report that `done` of `total` documents are answered.
-
-        Args:
-            task: the task's name.
-            mode: the pictures that are shown.
-            done: documents with an answer.
-            total: all documents.
-            shown: name of the pass; default: the mode.
-        """
+        """Report that `done` of `total` documents are answered."""
         from mm_moslora.utils.progress_bar import Progress as Bar
 
         name = task, shown or {"own": "own pictures", "wrong": "wrong pictures", "blind": "blind"}[mode]
@@ -372,11 +307,7 @@ def describe(name: str) -> str:
 
 
 def check(name: str) -> str:
-    """Read a task's data and report all faults.
-
-    Raises:
-        EvalError: the data cannot be read, or some documents cannot be asked.
-    """
+    """Read a task's data and report all faults."""
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.request_preparation import Preparation
     from mm_moslora_eval.sources.image_controls import Hasher, open_image
@@ -405,11 +336,7 @@ def check(name: str) -> str:
 
 
 def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
-    """Compare runs or task folders; several seeds of one system are separated by commas.
-
-    Raises:
-        EvalError: nothing comparable, or different documents.
-    """
+    """Compare runs or task folders; several seeds of one system are separated by commas."""
     from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
     from mm_moslora_eval.run.evaluate_suite import paired_folders
 

@@ -14,9 +14,6 @@ def boxes_of(request: Request, text: str, processing: ImageProcessing | None) ->
     """`Answer.boxes` of a text.
 
     In a control the model sees another picture. What it wrote counts as shares of that one, and lies in its own.
-
-    Raises:
-        EvalError: the model's form of boxes is not known.
     """
     if request.boxes is None or not request.images:
         return None

@@ -26,13 +26,7 @@ _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ca
 
 
 class AutomaticBatch:
-    """A model that is asked in batches of a size that is found while it answers.
-
-    Args:
-        model: a model that is loaded here.
-        clock: seconds.
-        room: whether the machine has memory for a larger batch; None: by this process.
-    """
+    """A model that is asked in batches of a size that is found while it answers."""
 
     def __init__(
         self, model: Model, *, clock: Callable[[], float] = time.monotonic, room: Callable[[], bool] | None = None

@@ -18,14 +18,7 @@ _VARYING = ("padding", "truncation")
 
 
 def model_fingerprint(model: PreTrainedModel, *, processor: Any, tokenizer: Any, template: str | None) -> str:
-    """SHA-256 over every weight, the configurations of model and generation, and the processing of text and pictures.
-
-    Args:
-        model: with its weights.
-        processor: its image and video processors are hashed; a tokenizer or None has none.
-        tokenizer: the tokenizer.
-        template: the chat template.
-    """
+    """SHA-256 over every weight, the configurations of model and generation, and the processing of texts and images."""
     configurations = (model.config, getattr(model, "generation_config", None))
     processors = (getattr(processor, name, None) for name in ("image_processor", "video_processor"))
     about = [

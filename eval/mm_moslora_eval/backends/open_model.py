@@ -29,12 +29,7 @@ def is_local(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Check the name of a model before anything is imported or read.
-
-    Raises:
-        EvalError: no name, or no folder.
-        ModelError: the folder holds no model of mm_moslora.
-    """
+    """Check the name of a model before anything is imported or read."""
     if not name:
         raise EvalError(f"No model was given. Add --model {_FORMS}.")
     kind, separator, _ = name.partition(":")
@@ -159,16 +154,7 @@ def open_model(
 
 
 def _require_preprocessing(endpoint: Endpoint, folder: Path) -> None:
-    """Refuse a server that does not publish the preprocessing of a folder.
-
-    Args:
-        endpoint: the server, and the name of its model.
-        folder: a run, a checkpoint or an export.
-
-    Raises:
-        EvalError: the server publishes another digest or none, or the folder has no fingerprint.
-        ModelError: there is no model, or its fingerprint cannot be read.
-    """
+    """Refuse a server that does not publish the preprocessing of a folder."""
     from mm_moslora.data.preprocessing_print import preprocessing_digest
 
     if not (expected := preprocessing_digest(folder)):

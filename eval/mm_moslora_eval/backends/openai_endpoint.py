@@ -89,15 +89,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> Endpoint:
-        """Read `URL#MODEL`.
-
-        Args:
-            text: the name without its kind.
-            options: further fields, such as `timeout` and `attempts`.
-
-        Raises:
-            EvalError: no URL, no model, or a key within the URL.
-        """
+        """Read `URL#MODEL`."""
         url, separator, model = text.partition("#")
         if not url.startswith(("http://", "https://")) or not separator or not model:
             raise EvalError(
@@ -109,15 +101,7 @@ class Endpoint:
         return cls(url=url.rstrip("/"), model=model, **options)
 
     def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """One chat completion; waits and tries again where that can help.
-
-        Raises:
-            EvalError: the server refuses the key, the model or the address, or no server answers. The latter is raised
-                at once if the server has not answered before, else after all attempts.
-            ServerError: the server was at fault in every attempt.
-            NoAnswerError: it refuses to answer.
-            RuntimeError: this request failed.
-        """
+        """One chat completion; waits and tries again where that can help."""
         wait, attempt = self.first_wait, 0
         while True:
             body = json.dumps(self._accepted({"model": self.model, **payload})).encode()
@@ -250,11 +234,7 @@ class ServiceSettings:
     """Folder whose preprocessing the server must publish."""
 
     def endpoint(self, name: str) -> Endpoint:
-        """The service that `openai:URL#MODEL` or `URL#MODEL` names.
-
-        Raises:
-            EvalError: another form, or an impossible limit or price.
-        """
+        """The service that `openai:URL#MODEL` or `URL#MODEL` names."""
         return Endpoint.parse(
             name.removeprefix("openai:"), timeout=self.timeout, attempts=self.attempts,
             limit=RateLimit(requests=self.requests_per_minute, tokens=self.tokens_per_minute),
@@ -293,10 +273,6 @@ class EndpointModel:
 
     Its fingerprint covers only the address and the model's name. A client cannot detect changed weights under the same
     name.
-
-    Args:
-        endpoint: where to ask.
-        reference: one request at a time.
     """
 
     def __init__(self, endpoint: Endpoint, *, reference: bool = False) -> None:
@@ -329,11 +305,7 @@ class EndpointModel:
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """Score options of one token by the 20 most likely first tokens.
-
-        Raises:
-            RuntimeError: an option is not among them, so the endpoint does not give its probability.
-        """
+        """Score options of one token by the 20 most likely first tokens."""
         yield from in_parallel(self._score, requests, workers=1 if self._reference else batch_size)
 
     def close(self) -> None:

@@ -16,12 +16,7 @@ from mm_moslora_eval.scoring.visible_text import Markers
 
 
 class ReasoningMarkers:
-    """What a chat template writes around the reasoning of an answer.
-
-    Args:
-        template: of the model; None: it has none, and no markers.
-        tokenizer: decodes answers; it may count markers among its special tokens, which decoding leaves out.
-    """
+    """What a chat template writes around reasoning; it may be special tokens, which decoding leaves out."""
 
     def __init__(self, template: Template | None, tokenizer: Any) -> None:
         self.pairs: tuple[Markers, ...] = () if template is None else _pairs(template)

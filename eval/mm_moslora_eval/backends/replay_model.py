@@ -18,15 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReplayModel:
-    """Answers by document id; where several answers share an id, by their prompt.
-
-    Args:
-        path: JSONL of this package (`answers.jsonl`, `samples.jsonl`), LLaVA (`question_id`, `text`) or lmms-eval (its
-            samples), a JSON list or mapping, or VLMEvalKit's `index` and `prediction` as a TSV or a workbook.
-
-    Raises:
-        EvalError: not one of these files; later, two different answers to one question that is asked once.
-    """
+    """Answers by document id; where several answers share an id, by their prompt."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():

@@ -39,15 +39,7 @@ class ReplayedAnswer:
 
 
 def read_answers(path: Path, data: bytes) -> Iterator[ReplayedAnswer]:
-    """The rows of a file.
-
-    Args:
-        path: the suffix decides the format: .tsv, .xlsx, .json, else JSONL.
-        data: content of the file.
-
-    Raises:
-        EvalError: not one of these formats, or a row without an id or an answer.
-    """
+    """The rows of a file."""
     for number, row in enumerate(_rows(path, data), start=1):
         if "question_id" in row and "image" in row and "prediction" not in row:
             raise EvalError(f"{path}, row {number} is a question; replay needs a file with answers.")

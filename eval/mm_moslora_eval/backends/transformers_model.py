@@ -87,17 +87,7 @@ class _Drawn(LogitsProcessor):
 
 
 class TransformersModel:
-    """An image-text-to-text model, or a causal language model for text tasks.
-
-    Args:
-        model: in eval mode.
-        processor: its processor, or its tokenizer for a language model.
-        name: display name.
-        reference: always use batch size 1.
-        encoder: of a trained model: prompts end as they did in training; None: as the chat template has it.
-        boxes: the form of its boxes; auto: see `box_form_of`.
-        whole_videos: show a video as such where the processor takes one; False: the model was trained on its frames.
-    """
+    """An image-text-to-text model, or a causal language model for text tasks."""
 
     reads_boxes = True
 
@@ -137,12 +127,7 @@ class TransformersModel:
         device: torch.device | None = None,
         other_preprocessing: bool = False,
     ) -> TransformersModel:
-        """Load by hub id or folder, onto this rank's accelerator or the given device.
-
-        Raises:
-            EvalError: there is no loadable model of this name.
-            ModelError: an export's processor prepares inputs otherwise than the training did.
-        """
+        """Load by hub id or folder, onto this rank's accelerator or the given device."""
         import mm_moslora.models.processing.llava_processor
         import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 

@@ -27,13 +27,7 @@ _WORKERS = max(1, min(4, os.cpu_count() or 1))
 
 
 class VisualTokens:
-    """Visual tokens by picture.
-
-    Args:
-        assembly: with a vision tower.
-        keep: False encodes every picture separately for every use (reference mode).
-        store: features of the vision tower on disk, before the projector.
-    """
+    """Visual tokens by picture."""
 
     def __init__(self, assembly: Parts, *, keep: bool = True, store: FeatureStore | None = None) -> None:
         self._assembly, self._keep = assembly, keep
@@ -59,12 +53,7 @@ class VisualTokens:
                 self._decoding[key] = self._pool.submit(self._decode, image)
 
     def __call__(self, images: Sequence[ImageLike]) -> dict[str, Tensor]:
-        """Visual tokens ``[Q, D]`` of pictures, by hash.
-
-        Raises:
-            DataError: a picture cannot be decoded.
-            EvalError: the model has no vision tower.
-        """
+        """Visual tokens ``[Q, D]`` of pictures, by hash."""
         keys = self.keys(images)
         together = _ENCODE_TOGETHER if self._keep else 1
 

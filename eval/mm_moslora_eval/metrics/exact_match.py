@@ -44,11 +44,6 @@ def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str
     English yes/no question one of the two words must occur and not the other. Grammar is ignored: a plural is another
     word, and "not a cat" contains "cat". A reference in a script without spaces between words, such as Chinese,
     Japanese or Thai, matches anywhere, also within a longer word and after a negation.
-
-    Args:
-        text: the whole answer.
-        references: correct answers; letters where there are options.
-        options: letter -> text.
     """
     if options:
         matching = [letter for letter, option in options.items() if _holds(text, option)]

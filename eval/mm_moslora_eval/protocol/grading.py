@@ -56,11 +56,7 @@ class Grading:
             raise EvalError(f"grading.max_tokens is {self.max_tokens}, expected 1 or more.")
 
     def text(self, document: Document, response: str) -> str:
-        """The judge's prompt for an answer.
-
-        Raises:
-            EvalError: the prompt names a field that the document has not.
-        """
+        """The judge's prompt for an answer."""
         fields = {
             **document.extra, "question": document.question, "reference": document.reference,
             "references": "; ".join(document.answers), "category": document.category or "",

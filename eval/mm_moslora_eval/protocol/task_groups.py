@@ -37,11 +37,7 @@ def _shipped() -> Path:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """The groups of a YAML file, which maps names to lists of tasks and further groups; each is read when it is used.
-
-    Raises:
-        ConfigError: it is no such file.
-    """
+    """The groups of a YAML file, which maps names to lists of tasks and groups; each is read when it is used."""
     return {str(name): items for name, items in parse_yaml(read_text(path), source=str(path)).items()}
 
 
@@ -52,15 +48,7 @@ def _items(groups: Mapping[str, object], name: str, path: Path) -> tuple[str, ..
 
 
 def expanded(names: Sequence[str], protocol: str | None = None) -> list[str]:
-    """Names of tasks, in the place of groups and tags the tasks in them, each once.
-
-    Args:
-        names: of tasks, groups and tags.
-        protocol: of the tasks that a tag chooses; None: the first one with the tag.
-
-    Raises:
-        EvalError: there is no such group, or it holds itself.
-    """
+    """Names of tasks, in the place of groups and tags the tasks in them, each once."""
     return list(dict.fromkeys(task for name in names for task in _members(name, (), protocol)))
 
 
@@ -129,11 +117,7 @@ def _tagged(
 
 
 def with_protocol(names: Sequence[str], protocol: str | None) -> list[str]:
-    """The tasks of names and groups; the protocol is added to those without one.
-
-    Raises:
-        EvalError: no task at all; see `expanded`.
-    """
+    """The tasks of names and groups; the protocol is added to those without one."""
     if not names:
         raise EvalError("No task was given. Name one or more; `mm-moslora eval list` shows them.")
     own_data = ("llava:", "tsv:")
@@ -155,11 +139,7 @@ def _once(names: Iterable[str]) -> list[str]:
 
 
 def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks of `validate.tasks`, those of groups included.
-
-    Raises:
-        EvalError: no such task or group, or two tasks with the same metric names.
-    """
+    """The tasks of `validate.tasks`, those of groups included."""
     every = expanded(names)
     tasks = [get_task(name) for name in every]
     for number, task in enumerate(tasks):

@@ -88,11 +88,7 @@ class TaskPrompt:
         return fill(self.template, fields)
 
     def messages(self, document: Document) -> tuple[Message, ...]:
-        """The conversation that asks the document.
-
-        Raises:
-            EvalError: no question, or `<image>` tags in the text that do not fit the document's images.
-        """
+        """The conversation that asks the document."""
         if not document.question and self.default_question is None and "{question}" in self.template:
             raise EvalError("the document has no question")
         content = self._content(*self._split(document), len(document.images))
@@ -104,9 +100,6 @@ class TaskPrompt:
 
         A numbered tag may occur anywhere and several times. Images without a numbered tag are not shown (MMMU). Without
         tags every image is shown once, in order.
-
-        Raises:
-            EvalError: see `messages`.
         """
         order = self._split(document)[1]
         return order or tuple(range(len(document.images)))
@@ -163,16 +156,7 @@ class TaskPrompt:
 
 
 def fill(template: str, fields: Mapping[str, str], *, missing: str = "") -> str:
-    """Replace `{name}` in one pass, so that braces within the values stay as they are.
-
-    Args:
-        template: with the names.
-        fields: their values.
-        missing: what lacks a field without a value, which is then an error; empty: such a field is empty.
-
-    Raises:
-        EvalError: a field is missing.
-    """
+    """Replace `{name}` in one pass, so that braces within the values stay as they are."""
     names = set(_FIELD.findall(template)) if missing else set()
     if unknown := sorted(names - fields.keys()):
         raise EvalError(f"{{{unknown[0]}}} has no value ({missing}). Known: {', '.join(sorted(fields))}.")

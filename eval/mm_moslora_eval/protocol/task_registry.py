@@ -29,11 +29,7 @@ def task_file(name: str) -> Path:
 
 
 def load_file(path: Path) -> list[Task]:
-    """Read a task file: one task, or several under `protocols` that share the rest.
-
-    Raises:
-        ConfigError: not YAML, an unknown key (with a suggestion), a missing or impossible value.
-    """
+    """Read a task file: one task, or several under `protocols` that share the rest."""
     data = parse_yaml(read_text(path), source=str(path))
     protocols = data.pop("protocols", None)
     if protocols is None:
@@ -118,16 +114,7 @@ CHANGEABLE = ("prompt", "decoding", "over_samples", "thinking")
 
 
 def with_changes(task: Task, changes: Sequence[str]) -> Task:
-    """A task with other values of some keys, which its results name.
-
-    Args:
-        task: the protocol.
-        changes: `KEY=VALUE` with the value as in YAML, such as `decoding.temperature=0.7`.
-
-    Raises:
-        EvalError: no such form, or a key that decides which benchmark it is.
-        ConfigError: an unknown key or an impossible value.
-    """
+    """A task with other values of some keys, which its results name."""
     if not changes:
         return task
     data = task.to_dict() | {"folder": task.folder, "changed": list(changes)}

@@ -47,13 +47,7 @@ _MODES = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run folder with `results.json`, by default as its `report.html`.
-
-    Raises:
-        EvalError: the run has no scores.
-        ConfigError: `out` is a folder or a file of another program.
-        FileError: a result names a folder out of the run.
-    """
+    """Write the report of a run folder with `results.json`, by default as its `report.html`."""
     results = read_results(run)
     if not results:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
@@ -120,11 +114,7 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
 
 
 def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path:
-    """Write comparisons as a page, including the samples that changed.
-
-    Raises:
-        ConfigError: `out` is a folder or a file of another program.
-    """
+    """Write comparisons as a page, including the samples that changed."""
     page = _render(
         "comparison.html.j2",
         title="A against B",
@@ -145,11 +135,7 @@ def write_comparison(comparisons: Sequence[PairedComparison], out: Path) -> Path
 
 
 def write_models(table: Any, out: Path) -> Path:
-    """Write a `ModelsTable` as a page.
-
-    Raises:
-        ConfigError: `out` is a folder or a file of another program.
-    """
+    """Write a `ModelsTable` as a page."""
     page = _render("models.html.j2", title="Scores of models", table=table)
     return write_page(out, lambda: page)
 
@@ -231,11 +217,7 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
 
 
 def _samples_view(run: Path, result: TaskResult) -> Path | None:
-    """Folder of the samples of a result; None for a baseline and for missing samples.
-
-    Raises:
-        FileError: it leads out of the run.
-    """
+    """Folder of the samples of a result; None for a baseline and for missing samples."""
     view = view_below(run, result.folder or f"{result.task}@{result.protocol}/{result.mode}")
     return view if (view / SAMPLES).is_file() else None
 

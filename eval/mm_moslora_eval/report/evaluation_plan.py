@@ -65,13 +65,7 @@ class Measured:
 
 def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens | None = None) -> TaskPlan:
     """The plan of a task whose data are at hand, since nothing is fetched; else its documents as the task file has
-    them, and the fault.
-
-    Args:
-        task: the protocol.
-        settings: which documents are asked.
-        counter: knows the model; None: prompts are counted by the length of their texts, and no answer thinks.
-    """
+    them, and the fault."""
     task = task if counter is None else shown_as_trained(task, counter)
     decoding = task.within(settings.max_new_tokens, thinking_tokens=counter.thinking_tokens if counter else 0).decoding
     most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
@@ -103,11 +97,7 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
 
 
 def _prompt_of(task: Task, document: Document, counter: PromptTokens | None) -> tuple[float, int]:
-    """Tokens and pictures of a prompt.
-
-    Raises:
-        MoSLoRAError: it cannot be asked.
-    """
+    """Tokens and pictures of a prompt."""
     if document.problem is not None:
         raise EvalError(document.problem)
     if counter is not None:
@@ -123,11 +113,7 @@ def _prompt_of(task: Task, document: Document, counter: PromptTokens | None) -> 
 
 
 def measured(run: Path) -> Measured:
-    """Seconds and tokens of an answer in a run folder.
-
-    Raises:
-        EvalError: it holds no answers with a time.
-    """
+    """Seconds and tokens of an answer in a run folder."""
     folders = dict.fromkeys(view.parent for view in views_below(run))
     rows = [row for folder in folders for row in read_folder(folder).values()]
     timed = [row for row in rows if isinstance(row.get("seconds"), int | float) and row.get("error") is None]
@@ -143,15 +129,7 @@ def plan_text(
     plans: Sequence[TaskPlan], *, before: Measured | None, price: Prices | None,
     picture_tokens: int | None, modes: int = 1,
 ) -> str:  # fmt: skip
-    """The plan as a table, with what it rests on.
-
-    Args:
-        plans: of the tasks.
-        before: an earlier run of this model; None: hours are unknown.
-        price: None: no cost.
-        picture_tokens: of one picture; None: the plans count them.
-        modes: image modes, each of which asks everything.
-    """
+    """The plan as a table, with what it rests on."""
     rows = []
     for plan in plans:
         numbers = [plan.documents, *(modes * one for one in (plan.answers, plan.pictures, plan.prompt_tokens))]

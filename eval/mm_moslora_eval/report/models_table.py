@@ -49,11 +49,7 @@ class ModelsTable:
 
 
 def models_table(runs: Sequence[Path], *, mode: str = "own") -> ModelsTable:
-    """The table of several runs.
-
-    Raises:
-        EvalError: a folder has no results in this mode.
-    """
+    """The table of several runs."""
     found = []
     for run in runs:
         results = [result for result in read_results(run) if result.mode == mode]

@@ -22,14 +22,7 @@ from mm_moslora_eval.sources.source_videos import VideoFrame, WholeVideo
 
 
 class PromptTokens:
-    """Counts prompts by a model's tokenizer and processor; pictures are measured, not decoded.
-
-    Args:
-        folder: a run, a checkpoint or an export.
-
-    Raises:
-        ModelError: there is no model in it.
-    """
+    """Counts prompts by a model's tokenizer and processor; pictures are measured, not decoded."""
 
     def __init__(self, folder: Path) -> None:
         parts = load_unweighted(folder)
@@ -46,12 +39,7 @@ class PromptTokens:
         """Chooses the frames of videos that the model takes as such; None: frames are pictures."""
 
     def of_prompt(self, messages: Sequence[Message], images: Sequence[ImageLike]) -> int:
-        """Tokens of a prompt with its pictures and videos.
-
-        Raises:
-            EvalError: the model sees no pictures.
-            DataError: a picture cannot be measured, or the chat template cannot express the messages.
-        """
+        """Tokens of a prompt with its pictures and videos."""
         if images and self._images is None:
             raise EvalError(f"the task shows pictures, but {self.name} is a language model")
         shown = [] if self._images is None else self._images.placeholders([self._size(image) for image in images])

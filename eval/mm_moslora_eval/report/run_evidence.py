@@ -49,14 +49,7 @@ _MODES = {
 
 
 def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Sequence[TaskResult] = ()) -> None:
-    """Write scores into the run to which they belong; does nothing for exports and for models of other projects.
-
-    Args:
-        model: the value of `--model`.
-        results: results of the tuned model and baselines.
-        output: folder of the evaluation.
-        before: results of the model before tuning.
-    """
+    """Write scores into the run to which they belong; does nothing for exports and for models of other projects."""
     from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
     if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
@@ -126,14 +119,7 @@ def _named_results(results: Sequence[TaskResult], before: Sequence[TaskResult], 
 def before_tuning(
     result: TaskResult, view: Path, *, own: Sequence[Scored], label: str = "Before tuning"
 ) -> list[NamedResult]:
-    """The scores of the model before tuning, strict and lenient.
-
-    Args:
-        result: its result.
-        view: the folder of its samples.
-        own: samples of the tuned model; empty if it was not evaluated.
-        label: display name.
-    """
+    """The scores of the model before tuning, strict and lenient."""
     if not result.scored:
         return []
     less = ahead_by(result, own, read_scored(view)) if own else None

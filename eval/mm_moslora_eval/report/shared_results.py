@@ -27,15 +27,7 @@ _DECIDES = (
 
 
 def write_model_index(run: Path, out: Path) -> int:
-    """Write the results of a run with its own pictures.
-
-    Returns:
-        Number of results that have no score and are left out.
-
-    Raises:
-        EvalError: no results with a score.
-        ConfigError: `out` is a folder, or a file that exists.
-    """
+    """Write the results of a run with its own pictures; gives how many have no score and are left out."""
     results = [result for result in read_results(run) if result.mode == "own"]
     scored = [result for result in results if result.scored]
     if not scored:

@@ -144,12 +144,7 @@ def _is_ended(path: Path, stack: ExitStack) -> bool:
 
 
 def answer_row(item: Item, result: Answer | Sequence[OptionScore], task: Task) -> Row:
-    """What a row holds of a model's output.
-
-    Raises:
-        TypeError: the answer is no text.
-        ValueError: the log-likelihoods of the options name no answer.
-    """
+    """What a row holds of a model's output."""
     if isinstance(result, Answer):
         if not isinstance(result.text, str):  # a backend of another package
             raise TypeError(f"the model answered with {result.text!r}, expected text")

@@ -39,14 +39,7 @@ def folder_of_shard(output: Path, shard: Shard) -> Path:
 def work_of(
     tasks: Sequence[tuple[Task, str]], modes: Sequence[ImageMode], settings: EvaluationSettings, *, model: str
 ) -> dict[str, Any]:
-    """The settings that all shards of an evaluation, and its merge, must share.
-
-    Args:
-        tasks: with the checksums of their data.
-        modes: image modes.
-        settings: of the run.
-        model: the model as the user names it.
-    """
+    """The settings that all shards of an evaluation, and its merge, must share."""
     names = {task.id: task.to_dict() | {"sha256 of the data": data} for task, data in tasks}
     work = {"format": FORMAT, "--model": model, "--modes": modes, "tasks": list(names)}
     work |= {name: getattr(settings, name) for name in _DIVIDING} | names
@@ -127,12 +120,7 @@ class _Done:
 
 
 def gather(output: Path, work: dict[str, Any]) -> StoredModel:
-    """Copy the answers of all shards into the run folder that they divide.
-
-    Raises:
-        ConfigError: shards are missing, belong to other work, or are damaged.
-        EvalError: the same.
-    """
+    """Copy the answers of all shards into the run folder that they divide."""
     lines: dict[str, list[str]] = {mode_folder: [] for mode_folder in _mode_folders(work)}
     model: StoredModel | None = None
     for shard, path in finished(output / SHARDS, f"/{DONE}").items():

@@ -35,15 +35,7 @@ class TrainingAnswer:
 
 
 def read_training_answers(path: Path, *, image_folder: Path | None = None) -> list[TrainingAnswer]:
-    """Questions and answers of a training file in any form that `data.train` of a recipe takes.
-
-    Args:
-        path: the file or folder.
-        image_folder: folder of its pictures, which are not opened; None: the file's folder.
-
-    Raises:
-        DataError: it cannot be read, or holds no usable record.
-    """
+    """Questions and answers of a training file in any form that `data.train` of a recipe takes."""
     from mm_moslora.config import SourceConfig
     from mm_moslora.data.record_faults import RecordError
     from mm_moslora.data.sources.open_sources import open_source

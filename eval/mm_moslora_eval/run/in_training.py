@@ -83,17 +83,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
 
 def forgotten(before: Sequence[float], after: Sequence[float], tasks: tuple[Path, Path] | None) -> list[dict[str, Any]]:
-    """What a model lost or gained between two moments, with paired 95 % intervals.
-
-    Args:
-        before: log-likelihood per token of every document of a general text; none where it was not measured.
-        after: of the same documents.
-        tasks: folders of `measure` before and after; None: tasks were not measured.
-
-    Returns:
-        Rows of `forgetting.json`: of the text first, then of each task the score, and the log-likelihood of its
-        reference answers if the model gives one.
-    """
+    """What a model lost or gained between two moments, with paired 95 % intervals."""
     rows = []
     if after and (text := likelihood_difference([after], [before], range(len(after)))):
         rows.append(_lost("general text", text.b, text.a, text.estimate.as_difference(LIKELIHOOD)))

@@ -65,19 +65,7 @@ class Item:
 class Preparation:
     """The items of one task in one image mode.
 
-    Args:
-        task: the protocol.
-        documents: to be asked.
-        mode: which pictures to show.
-        seed: seed that chooses the wrong pictures.
-        fingerprint: fingerprint of the model.
-        hasher: identifies pictures.
-        pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
-            selection; None: `documents` is the whole data set.
-        videos: of a model that takes videos as such; None: their frames are pictures.
-
-    Raises:
-        EvalError: there are not enough of them.
+    Wrong pictures come from `pool`, the whole data set, so that a document gets the same one in every selection.
     """
 
     def __init__(
@@ -198,11 +186,7 @@ class Preparation:
         return next(filter(None, faults), None)
 
     def request(self, item: Item) -> Request:
-        """The request for the model; creates the pictures of the mode `blind`.
-
-        Raises:
-            DataError: the picture cannot be decoded (mode `blind`), or measured (tasks of boxes).
-        """
+        """The request for the model; creates the pictures of the mode `blind`."""
         pictures: list[Any] = []
         for name in item.image_ids:
             own = self._pictures[name.removeprefix(_MEAN)]
@@ -252,10 +236,8 @@ def _aliases(document: Document) -> tuple[str, ...]:
 def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
     """This rank's share: groups of one picture stay together; the costliest group goes first to the least loaded rank.
 
-    The shares depend only on the items, so that all ranks and reruns agree without communication.
-
-    Returns:
-        The share, longest first, so that a lack of memory appears at once.
+    The shares depend only on the items, so that all ranks and reruns agree without communication. The longest items
+    come first, so that a lack of memory appears at once.
     """
     groups: dict[Hashable, list[Item]] = {}
     for item in items:

@@ -64,13 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 def result_from_dict(data: dict[str, Any]) -> TaskResult:
-    """The inverse of `TaskResult.to_dict`.
-
-    Raises:
-        ConfigError: a value has another type.
-        KeyError: the score or the counts are missing.
-        TypeError: another key is missing, or unknown.
-    """
+    """The inverse of `TaskResult.to_dict`."""
     check_result(data, get_type_hints(TaskResult) | {"counts": Any})
     counts = build_known(Counts, data["counts"], source="its counts")
     numbers = {name: float("nan" if data[name] is None else data[name]) for name in ("score", "stderr", "low", "high")}
@@ -86,16 +80,6 @@ def score_folder(
 
     A task that needs a judge stays unscored without one or if the judge fails. Then its score is nan,
     `about["unscored"]` is the reason, and a submission file is written to the samples' folder.
-
-    Args:
-        folder: the folder that `task_runner.run_task` returned, or TASK@PROTOCOL/MODE.
-        rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
-            then written to a further view.
-        judge: grades free answers.
-        partial: where only some documents have an answer, the others count as failed samples.
-
-    Raises:
-        EvalError: files are missing or of another format, or documents have no answer yet.
     """
     view = find_view(folder)
     stored_format = read_json(view / TASK).get("format")
@@ -314,19 +298,7 @@ def summarise(
     errors: Sequence[str | None] = (), likelihood: dict[str, Any] | None = None,
     each: Sequence[Scored] | None = None,
 ) -> TaskResult:  # fmt: skip
-    """Aggregate scored samples; fails unless every document of the data is scored exactly once.
-
-    Args:
-        task: its aggregation is used.
-        scored: all samples.
-        mode: image mode, or name of a baseline.
-        about: see `TaskResult.about`.
-        truncated: answers that max_new_tokens cut off.
-        folder: see `TaskResult.folder`; empty for a baseline, where equal answers need no remark.
-        errors: the error of each sample; None for samples that did not fail.
-        likelihood: see `TaskResult.likelihood`.
-        each: every answer, for remarks on them; None: there is one to a document.
-    """
+    """Aggregate scored samples; fails unless every document of the data is scored exactly once."""
     assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
     result = unscored(
         task, scored, mode=mode, about=about, truncated=truncated, folder=folder, errors=errors, likelihood=likelihood,
@@ -438,9 +410,6 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
     A result replaces an older one with the same key (task, protocol, image mode, documents, number of answers and what
     sums them up), unless the older one is more complete: it has a score and the new one has none, or fewer of its
     samples failed.
-
-    Returns:
-        Results that did not replace the older one.
     """
     with _alone(folder):
         merged = {result.key: result for result in read_results(folder)}

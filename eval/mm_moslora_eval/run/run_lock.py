@@ -28,12 +28,7 @@ _LOCK_ATTEMPTS = 10
 
 @contextmanager
 def hold_run(folder: Path, *, rank: int = 0, wait: bool = False, below: Path | None = None) -> Iterator[None]:
-    """Lock a run folder for this rank; `wait` until another process leaves it; `below` as for `make_subfolder`.
-
-    Raises:
-        EvalError: another process works in it, or it cannot be created.
-        ConfigError: other files have the names of an evaluation's files, or a link leads out of `below`.
-    """
+    """Lock a run folder for this rank; `wait` until another process leaves it; `below` as for `make_subfolder`."""
     refuse_strangers(folder, _FILES, kind="evaluation", also=(RUN,))
     try:
         make_subfolder(folder, below=below or folder)  # a user's folder may be a link
@@ -55,22 +50,14 @@ def hold_run(folder: Path, *, rank: int = 0, wait: bool = False, below: Path | N
 
 
 def claim_run(folder: Path, model: Model) -> None:
-    """Record the model of a run folder's answers.
-
-    Raises:
-        EvalError: it belongs to another model or format.
-    """
+    """Record the model of a run folder's answers."""
     identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
     claim_folder(folder / RUN, identity, what=str(folder))
 
 
 @contextmanager
 def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
-    """Lock a run folder for this rank and this model.
-
-    Raises:
-        EvalError: see `hold_run` and `claim_run`.
-    """
+    """Lock a run folder for this rank and this model."""
     with hold_run(folder, rank=rank):
         claim_run(folder, model)
         yield

@@ -65,15 +65,7 @@ def shown_samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def store_thumbnails(
     run: Path, rows: Sequence[dict[str, Any]], documents: Iterable[Document], *, mode: ImageMode, hasher: Hasher
 ) -> None:
-    """Write small copies of the pictures of the samples for a report.
-
-    Args:
-        run: the evaluation's folder.
-        rows: the samples.
-        documents: documents of the task, with their pictures.
-        mode: the image mode; pictures of `blind` are not kept.
-        hasher: the hasher that identified the pictures.
-    """
+    """Write small copies of the pictures of the samples for a report."""
     if mode == "blind":
         return
     chosen = [*shown_samples(rows), *spread(rows, MOST_EVIDENCE)]

@@ -85,12 +85,6 @@ def find_view(folder: Path) -> Path:
     """The view of a folder: the folder itself, or of several views the one with the most documents, then the latest.
 
     A view that was scored by another protocol must be named explicitly.
-
-    Args:
-        folder: a view, or TASK@PROTOCOL/MODE.
-
-    Raises:
-        EvalError: there is no view.
     """
     if (folder / TASK).is_file() or (folder / DOCUMENTS).is_file():
         return folder
@@ -104,11 +98,7 @@ def find_view(folder: Path) -> Path:
 
 
 def view_below(run: Path, name: object) -> Path:
-    """The folder that a file of a run names as a view.
-
-    Raises:
-        FileError: the folder, or a link in it, leads out of the run.
-    """
+    """The folder that a file of a run names as a view."""
     root = Path(os.path.realpath(run))
     for part in (TASK, DOCUMENTS, SAMPLES):
         find_below(root, f"{name}/{part}")
@@ -137,20 +127,12 @@ def task_of(view: Path) -> Task | None:
 
 
 def read_view(view: Path) -> dict[str, Any]:
-    """The `task.json` of a view.
-
-    Raises:
-        EvalError: it is missing or damaged.
-    """
+    """The `task.json` of a view."""
     return check_view(read_json(view / TASK), source=str(view / TASK))
 
 
 def documents_of(view: Path) -> list[dict[str, Any]]:
-    """The documents of a view with their prompts and keys, as rows.
-
-    Raises:
-        EvalError: the file is missing or damaged.
-    """
+    """The documents of a view with their prompts and keys, as rows."""
     path = view / DOCUMENTS
     if not path.is_file():
         raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
@@ -210,11 +192,7 @@ def last_line(error: str | None) -> str | None:
 
 
 def read_scored(folder: Path) -> list[Scored]:
-    """The samples of a task folder; the score of one without a score is nan.
-
-    Raises:
-        EvalError: it is not a task folder, or it is not scored.
-    """
+    """The samples of a task folder; the score of one without a score is nan."""
     view = find_view(folder)
     path = view / SAMPLES
     if not path.is_file():

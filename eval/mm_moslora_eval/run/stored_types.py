@@ -272,11 +272,7 @@ class Call:
 
 
 def check_row(kind: type[T], row: Mapping[str, Any], *, source: str) -> T:
-    """A stored row in its type; other keys are passed over, and null is a value.
-
-    Raises:
-        EvalError: a key is missing, or a value has another type.
-    """
+    """A stored row in its type; other keys are passed over, and null is a value."""
     names = [part.name for part in fields(kind)]  # type: ignore[arg-type]
     try:
         return build_strictly(kind, {name: row[name] for name in names if name in row}, source=source)
@@ -285,11 +281,7 @@ def check_row(kind: type[T], row: Mapping[str, Any], *, source: str) -> T:
 
 
 def check_view(described: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """The content of a `task.json` without nulls.
-
-    Raises:
-        EvalError: a key is missing, or a value has another type.
-    """
+    """The content of a `task.json` without nulls."""
     try:
         build_known(View, described, source=source)
     except ConfigError as error:
@@ -298,11 +290,7 @@ def check_view(described: Mapping[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def check_result(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Check an entry of `results.json`.
-
-    Raises:
-        ConfigError: a value has another type.
-    """
+    """Check an entry of `results.json`."""
     read_value(dict[str, Any], data, source="it", where="the entry")
     numbers = dict.fromkeys(("score", "stderr", "low", "high"), Number)
     many = dict[str, Number]

@@ -14,15 +14,7 @@ from mm_moslora_eval.scoring.visible_text import without_thinking
 
 
 def write_submission(folder: Path, out: Path, *, form: str) -> int:
-    """Write the answers of a view, or of TASK@PROTOCOL/MODE of a run, in one of `submission_forms`.
-
-    Returns:
-        Number of documents without an answer; these are written as empty answers.
-
-    Raises:
-        EvalError: an unknown form, a folder without answers, or documents that have not been asked.
-        ConfigError: `out` is a folder, or a file that exists.
-    """
+    """Write the answers of a view, or of TASK@PROTOCOL/MODE of a run, in one of `submission_forms`."""
     content, missing = submission(folder, form=form)
     output_file(out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as part:
@@ -40,11 +32,7 @@ def keep_submission(view: Path, task: str) -> str:
 
 
 def submission(folder: Path, *, form: str) -> tuple[bytes, int]:
-    """The content of a submission file, and the number of documents without an answer.
-
-    Raises:
-        EvalError: see `write_submission`.
-    """
+    """The content of a submission file, and the number of documents without an answer."""
     forms = submission_forms()
     if form not in forms:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, forms)} Known: {', '.join(forms)}.")

@@ -79,19 +79,7 @@ def score_answer(
     document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None,
     markers: Sequence[Markers] = (THINK,),
 ) -> Scored:  # fmt: skip
-    """Extract and score one answer.
-
-    Args:
-        document: with its references.
-        text: the answer; None: a missing one.
-        extraction: a name in `EXTRACTORS`.
-        metric: a name in `METRICS`.
-        cluster: of the sample.
-        markers: of reasoning, which is removed before.
-
-    Raises:
-        EvalError: the document has no reference.
-    """
+    """Extract and score one answer."""
     if not document.answers and document.problem is None:
         raise EvalError(f"Document {document.id!r} has no reference answer and cannot be scored.")
     if text is None:

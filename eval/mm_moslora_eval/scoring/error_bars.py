@@ -36,13 +36,7 @@ def mean_stderr(values: Sequence[float]) -> float:
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean of values that are correlated within clusters, as other harnesses print it.
-
-    `estimates` has a larger one, for few clusters.
-
-    Returns:
-        The error of Miller 2024, equation 4: the usual variance plus the cross terms within clusters.
-    """
+    """Standard error of the mean of values that are correlated within clusters, as other harnesses print it."""
     count = len(values)
     if count < 2:
         return math.nan
@@ -90,13 +84,7 @@ def t_quantile(level: float, degrees: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def shown_by_t_test(level: float, degrees: float, *, power: float = 0.8) -> float:
-    """The true value, in true standard errors, that a t-test shows so often (by the noncentral t, its near tail).
-
-    Args:
-        level: 1 - the two-sided level of the test.
-        degrees: degrees of freedom of the estimated standard error; infinite: it is known.
-        power: how often.
-    """
+    """The true value, in true standard errors, that a t-test shows so often (by the noncentral t, its near tail)."""
     import numpy as np
     from scipy.optimize import brentq
     from scipy.special import gammaincinv, ndtr

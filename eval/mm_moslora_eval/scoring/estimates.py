@@ -149,10 +149,6 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> ScoreEsti
     allow. The interval of a score with bounds is the exact one of as many independent right-or-wrong answers as have
     the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval. Where all
     clusters are alike, exact bounds limit the share of others.
-
-    Args:
-        ratios: their sum is the score; none: the score is 0, without an error.
-        clusters: the cluster of each sample, such as its picture.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
     numbers = np.array([names[name] for name in clusters], dtype=int)

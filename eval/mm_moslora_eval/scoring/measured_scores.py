@@ -121,13 +121,7 @@ class ScoreDifference:
 
 
 def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Samples]) -> ScoreDifference:
-    """Compare two systems in the task's score on the documents for which all runs have one.
-
-    Args:
-        aggregation: the task's aggregation.
-        a: samples of each run (seed) of one system.
-        b: of another system, in any order.
-    """
+    """Compare two systems in the task's score on the documents for which all runs have one."""
     without = {sample.document.id for samples in (*a, *b) for sample in samples if math.isnan(sample.score)}
     marked = [replace(one, score=math.nan) if one.document.id in without else one for one in a[0]]
     first = whole_questions(aggregation, marked)

@@ -30,11 +30,7 @@ KINDS = ("extraction", "metric", "aggregation", "over_samples")
 
 
 def part_text(kind: str, value: Any) -> Any:
-    """The text of a part that a task file gives as a mapping; anything else is returned as it is.
-
-    Raises:
-        EvalError: no name.
-    """
+    """The text of a part that a task file gives as a mapping; anything else is returned as it is."""
     if not isinstance(value, Mapping):
         return value
     options = {str(key): item for key, item in value.items() if key != "name"}
@@ -64,24 +60,14 @@ def options_of(part: str) -> dict[str, Any]:
 
 
 class NamedParts(Mapping[str, F], Generic[F]):
-    """The functions of one kind. A key is a name, or a name with options; iterating gives the names.
-
-    Args:
-        kind: of `KINDS`, or another word, such as `grader`.
-        shipped: this package's own functions.
-        table: name of the table of further ones in the benchmarks' `rules.py`; empty: there is none.
-    """
+    """The functions of one kind. A key is a name, or a name with options; iterating gives the names."""
 
     def __init__(self, kind: str, shipped: Mapping[str, F], *, table: str = "") -> None:
         self.kind, self._shipped, self._table = kind, dict(shipped), table
         self._added: dict[str, F] = {}
 
     def add(self, function: F) -> F:
-        """Add a function of an imported file under its own name, also as a decorator.
-
-        Raises:
-            EvalError: a function of this package has the name.
-        """
+        """Add a function of an imported file under its own name, also as a decorator."""
         name = function.__name__
         if self._known(name) is not None and name not in self._added:
             raise EvalError(f"{self.kind} {name!r} is one of this package. Give the function another name.")
@@ -90,12 +76,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
         return function
 
     def __getitem__(self, part: str) -> F:
-        """The function, with its options.
-
-        Raises:
-            KeyError: no function has this name.
-            EvalError: an option does not fit.
-        """
+        """The function, with its options."""
         return _prepared(self, part)  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
@@ -119,11 +100,7 @@ class NamedParts(Mapping[str, F], Generic[F]):
         return self is other
 
     def check(self, part: str, *, also: Collection[str] = ()) -> None:
-        """Refuse a part that no task can have.
-
-        Raises:
-            EvalError: an unknown name, or options that do not fit.
-        """
+        """Refuse a part that no task can have."""
         name = name_of(part)
         if part in also:
             return

@@ -88,13 +88,7 @@ class LikelihoodDifference:
 def likelihood_difference(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], clusters: Sequence[Hashable]
 ) -> LikelihoodDifference | None:
-    """Compare two systems; None if no document has a log-likelihood in all runs.
-
-    Args:
-        a: nats of each run of A by document, NaN where there are none.
-        b: of each run of B, on the same documents.
-        clusters: the cluster of each document.
-    """
+    """Compare two systems; None if no document has a log-likelihood in all runs."""
     columns = [(*column, cluster) for *column, cluster in zip(*a, *b, clusters, strict=True)]
     complete = [column for column in columns if all(math.isfinite(value) for value in column[:-1])]
     if not complete:

@@ -24,11 +24,7 @@ def mean(answers: Sequence[Scored]) -> Scored:
 
 
 def pass_at(answers: Sequence[Scored], *, k: int, right_from: float | None = None) -> Scored:
-    """The chance that one of `k` answers is right, without bias from all n answers (Chen et al. 2021).
-
-    Raises:
-        ValueError: scores between 0 and 1, and no `right_from`, the least score of a right answer.
-    """
+    """The chance that one of `k` answers is right, without bias from all n answers (Chen et al. 2021)."""
     graded = [one.score for one in answers if one.score not in (0.0, 1.0)]
     if graded and right_from is None:
         raise ValueError(f"pass_at asks what is right, and the metric gave {graded[0]:.4g}; set its right_from")
@@ -60,11 +56,7 @@ OVER_SAMPLES: NamedParts[Combining] = NamedParts(
 
 
 def check_repeated(over_samples: str, aggregation: str, *, samples: int) -> None:
-    """Refuse what cannot be summed up.
-
-    Raises:
-        EvalError: pass@k of fewer answers than k, or a mean where the aggregation needs one answer.
-    """
+    """Refuse what cannot be summed up."""
     k = options_of(over_samples).get("k", 1)
     if not 1 <= k <= samples:
         raise EvalError(f"over_samples is {over_samples}, expected k from 1 to the {samples} of decoding.samples.")

@@ -43,12 +43,7 @@ def circular(samples: Samples) -> Summed:
 
 
 def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
-    """Refuse documents that an aggregation could not group after their answers.
-
-    Raises:
-        EvalError: `circular`, which reads the question from an id, with an id that is no integer; an aggregation whose
-            options do not fit the data, such as a column that it has not.
-    """
+    """Refuse documents that an aggregation could not group after their answers."""
     if options_of(aggregation) and not AGGREGATIONS.origin(aggregation):
         _summed(aggregation, [Scored(document=one, text="", parsed="", score=0.0) for one in documents])
     odd = [document.id for document in documents if not document.id.isdecimal()] if aggregation == "circular" else []
@@ -135,13 +130,7 @@ class NoScoreError(AggregationError):
 
 
 def summed(aggregation: str, samples: Samples) -> Summed:
-    """The samples as a task sums them up.
-
-    Raises:
-        AggregationError: a function of others failed.
-        NoScoreError: no sample has a part that the score sums up.
-        EvalError: options that do not fit the data.
-    """
+    """The samples as a task sums them up."""
     found = _summed(aggregation, samples)
     if samples and not found.ratios:
         raise NoScoreError(f"The score of {name_of(aggregation)!r} has no part in any of {len(samples)} samples.")

@@ -15,11 +15,7 @@ RULES = ("extraction", "metric", "aggregation", "over_samples", "thinking")
 
 def variant_of(described: Mapping[str, Any]) -> str:
     """The name of what makes a score another measurement of the same documents: the number of answers to a question,
-    what sums them up, and how reasoning is read; empty where these are the usual ones.
-
-    Args:
-        described: a task as plain data, or `TaskResult.about`.
-    """
+    what sums them up, and how reasoning is read; empty where these are the usual ones."""
     samples = described.get("decoding", {}).get("samples", 1)
     parts = [samples, described.get("over_samples"), described.get("thinking")]
     return "" if parts == [1, None, None] else f"-{sha256_of_values(parts)[:6]}"

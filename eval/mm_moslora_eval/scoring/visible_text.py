@@ -25,10 +25,6 @@ def without_thinking(text: str, markers: Sequence[Markers] = (THINK,)) -> Visibl
     """Remove blocks of reasoning, such as `<think>...</think>`, from an answer.
 
     If the chat template opens the block, the answer contains only its end; the text before that is removed too.
-
-    Args:
-        text: the whole answer.
-        markers: of the blocks; none: nothing is removed.
     """
     rest = text
     for start, end in markers:

@@ -24,15 +24,7 @@ __all__ = ["Source", "find_file", "load"]
 
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
-    """Read the documents.
-
-    Args:
-        source: description of the data.
-        beside: folder of the task file, where relative paths start; None: the working directory.
-
-    Raises:
-        EvalError: the file is missing, has another checksum, or cannot be read; names the place.
-    """
+    """Read the documents."""
     if source.kind == "hf":
         return hf_dataset.load(source, beside=beside)
     where = f" VLMEvalKit's files are at {VLMEVALKIT}{source.path}." if source.kind == "tsv" and source.md5 else ""

@@ -22,16 +22,7 @@ if TYPE_CHECKING:
 
 
 def read(path: Path, *, rules: PictureRules, source: Source) -> Iterator[Document]:
-    """Read the objects of a file.
-
-    Args:
-        path: the file.
-        rules: rules for pictures.
-        source: with the places of id, image and category.
-
-    Raises:
-        EvalError: the file is no JSON, or an object has nothing at the place of its picture.
-    """
+    """Read the objects of a file."""
     image_at = source.columns.get("image", "image")
     for row, record in records(path):
         image = _at(record, image_at)

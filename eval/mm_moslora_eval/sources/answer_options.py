@@ -18,13 +18,7 @@ _NONE = ("", "nan", "None", "[]")
 
 
 def options_of(value: Any, *, lettered: bool = False, optional: bool = False) -> tuple[dict[str, str], str | None]:
-    """The options by their letters, and the problem with them if there is one.
-
-    Args:
-        value: a list, an object with the letters, or a text: a list, or `(A) red (B) blue`. A list within it is text.
-        lettered: their texts may begin with their own letters, since the answer is a letter.
-        optional: a text without options is none, since it is that of the question.
-    """
+    """The options by their letters, and the problem with them if there is one."""
     if isinstance(value, str):
         inner = value.strip()[1:-1].strip()
         texts: Any = parse_list(value) or ([inner] if parse_list(inner) else _written(value))
@@ -67,11 +61,7 @@ def _without_letters(values: Sequence[Any]) -> Sequence[Any]:
 def answers_of(
     value: Any, options: Mapping[str, str], answer_is: str, *, where: str
 ) -> tuple[tuple[str, ...], str | None]:
-    """The references, letters where they name options, and the problem with one if there is one.
-
-    Raises:
-        EvalError: `answer_is` is auto, and an answer names different options in different forms.
-    """
+    """The references, letters where they name options, and the problem with one if there is one."""
     if value is None or value == "":
         return (), None
     given = list(value) if isinstance(value, list | tuple) else [value]

@@ -34,11 +34,7 @@ class StoredImage:
     """What identifies it without its bytes, of a frame of a video; empty: its bytes."""
 
     def read(self) -> bytes:
-        """The bytes of the file.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """The bytes of the file."""
         return self.reader(self.row, self.column, self.number)
 
 
@@ -123,11 +119,7 @@ class DataSet:
 
 
 def checked(documents: Iterable[Document], stated: Source, *, path: str, dropped: int = 0) -> tuple[Document, ...]:
-    """Check the whole set and mark documents with an answer that cannot be right, or without what they must have.
-
-    Raises:
-        EvalError: no documents, none with what some must have, or two with the same id.
-    """
+    """Check the whole set and mark documents with an answer that cannot be right, or without what they must have."""
     read = tuple(documents)
     if dropped and not read:
         raise EvalError(

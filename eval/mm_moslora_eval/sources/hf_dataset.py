@@ -31,15 +31,7 @@ _BRACED = re.compile(r"\{([^{}]+)\}")
 
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
-    """Read a split.
-
-    Args:
-        source: a file or folder relative to the task file, or an id on the hub.
-        beside: folder of the task file; None: the working directory.
-
-    Raises:
-        EvalError: the data set cannot be opened, or a named column does not exist.
-    """
+    """Read a split."""
     unknown = source.columns.keys() - set(_KEYS)
     if unknown:
         name = sorted(unknown)[0]
@@ -287,18 +279,7 @@ def document(
     images: Sequence[ImageLike] = (),
     answer_is: str = "auto",
 ) -> Document:
-    """One row as a document.
-
-    Args:
-        row: the data set's columns.
-        columns: document field -> column, by default of the same name; `options` may name several, with commas.
-        default_id: id if there is no id column.
-        images: its pictures.
-        answer_is: see `Source.answer_is`.
-
-    Raises:
-        EvalError: see `answers_of`.
-    """
+    """One row as a document."""
 
     def cell(name: str) -> Any:
         return row.get(columns.get(name, name))
@@ -354,12 +335,7 @@ _MARKUP = re.compile(r"<[^<>]{0,200}>|\{\\[^{}]{0,200}\}")
 
 
 def _texts_beside(names: Mapping[str, str], rules: PictureRules) -> tuple[dict[str, str], str | None]:
-    """The texts of files below the folder of the data, and the first problem.
-
-    Args:
-        names: column -> file; a file that does not exist is an empty text, of subtitles (.srt) the spoken lines count.
-        rules: where files may lie.
-    """
+    """The texts of files below the folder of the data, and the first problem."""
     found: dict[str, str] = {}
     for column, name in names.items():
         try:

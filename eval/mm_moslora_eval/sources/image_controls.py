@@ -28,11 +28,7 @@ class Hasher:
         self._known: dict[Path | StoredImage, str] = {}
 
     def __call__(self, image: ImageLike) -> str:
-        """Hash of the file's bytes, or of size, mode and pixels of an opened picture.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
+        """Hash of the file's bytes, or of size, mode and pixels of an opened picture."""
         if isinstance(image, bytes):
             return sha256_of_bytes(image)
         if isinstance(image, Path | StoredImage):
@@ -52,11 +48,7 @@ def _digest(image: Path | StoredImage) -> str:
 
 
 def open_image(image: ImageLike) -> Image:
-    """Decode to RGB by the rules of training (`mm_moslora.data.images.record_picture`).
-
-    Raises:
-        DataError: not an image, cut short, too large or out of proportion.
-    """
+    """Decode to RGB by the rules of training (`mm_moslora.data.images.record_picture`)."""
     from mm_moslora.data.images import record_picture
 
     if isinstance(image, Path):
@@ -90,16 +82,7 @@ def mean_image(image: ImageLike) -> ImageLike:
 
 
 def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequence[str]] = ()) -> dict[str, str]:
-    """Another picture for every picture: a seeded permutation without fixed points.
-
-    Args:
-        identities: hashes of pictures; duplicates count once.
-        seed: seed of this function's own generator.
-        apart: groups of pictures of one document; if possible, no picture replaces another of its group.
-
-    Raises:
-        EvalError: fewer than two different pictures.
-    """
+    """Another picture for every picture: a seeded permutation without fixed points."""
     distinct = sorted(set(identities))
     if len(distinct) < 2:
         raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")

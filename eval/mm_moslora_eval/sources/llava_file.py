@@ -36,16 +36,7 @@ RecordPictures = tuple[tuple[ImageLike, ...], str | None]
 
 
 def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = None) -> Iterator[Document | None]:
-    """Read a question or conversation file, JSON list or JSONL.
-
-    Args:
-        path: the file.
-        rules: rules for pictures.
-        where: only records with these values in these fields; None stands for a dropped record.
-
-    Raises:
-        EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
-    """
+    """Read a question or conversation file, JSON list or JSONL."""
     for row, record in records(path):
         if not matches(record, where):
             yield None
@@ -72,11 +63,7 @@ def reference_of(answer: str) -> str:
 
 
 def records(path: Path) -> Iterator[tuple[int, Record]]:
-    """The objects of a JSON list or of JSON lines, with their numbers.
-
-    Raises:
-        EvalError: something that is no JSON object; names the row.
-    """
+    """The objects of a JSON list or of JSON lines, with their numbers."""
     try:
         text = read_text(path, most=MOST_BYTES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -18,12 +18,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.I)
 
 
 def with_reference_box(document: Document, form: str) -> Document:
-    """The document with its box as `[x1, y1, x2, y2]` in pixels; another reference is a problem of the document.
-
-    Args:
-        document: the box stands in its answers, as text or as four numbers.
-        form: of `BOX_FORMS`.
-    """
+    """The document with its box as `[x1, y1, x2, y2]` in pixels; another reference is a problem of the document."""
     if document.problem is not None or not document.answers:
         return document
     written = ", ".join(document.answers)

@@ -91,11 +91,7 @@ class Source:
         return {*self.has, *(self.columns.keys() & {"image", "video", "options"}), *folder}
 
     def rows_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The rows that a row of the table stands for.
-
-        Raises:
-            ValueError: the row has another form.
-        """
+        """The rows that a row of the table stands for."""
         load: Callable[[Mapping[str, Any]], list[dict[str, Any]]] | None = (
             rule("ROWS", self.rows) if self.rows else None
         )

@@ -18,16 +18,7 @@ _DERIVED = "cache-"
 
 
 def find_file(path: str, *, beside: Path | None = None, where: str = "") -> Path:
-    """Look a data file up: beside the task file, then below MM_MOSLORA_DATA, LMUData and ~/LMUData.
-
-    Args:
-        path: as the task names it.
-        beside: folder of the task file; None (for a task built in Python): the working directory.
-        where: where the file comes from, for the message.
-
-    Raises:
-        EvalError: it is in none of these places.
-    """
+    """Look a data file up: beside the task file, then below MM_MOSLORA_DATA, LMUData and ~/LMUData."""
     file = _first(path, "Data file", Path.is_file, beside)
     if file is None:
         tried = ", ".join(map(str, _candidates(path, beside)))
@@ -39,20 +30,12 @@ def find_file(path: str, *, beside: Path | None = None, where: str = "") -> Path
 
 
 def find_data(path: str, *, beside: Path | None = None) -> Path | None:
-    """A file or folder, looked up as by `find_file`; None if it does not exist, so that it may be an id on the hub.
-
-    Raises:
-        EvalError: it exists only in the working directory.
-    """
+    """A file or folder, looked up as by `find_file`; None if it does not exist, so that it may be an id on the hub."""
     return _first(path, "Data set", Path.exists, beside)
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
-    """The folder of a data file's pictures, resolved: as the task file beside it names it, else that of the data.
-
-    Raises:
-        EvalError: there is no such folder.
-    """
+    """The folder of a data file's pictures, resolved: as the task file beside it names it, else that of the data."""
     if image_folder is None:
         return (data if data.is_dir() else data.parent).resolve()
     folder = resolve_model_paths(beside or Path.cwd(), image_folder)

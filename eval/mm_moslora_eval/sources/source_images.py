@@ -67,15 +67,7 @@ def pictures_of_record(
 
 
 class Pictures:
-    """The picture columns of a table.
-
-    Args:
-        table: a `datasets.Dataset` that decodes nothing.
-        names: candidates; columns with pictures, lists of pictures or pictures as base64 are used.
-        file: source of the table, for messages.
-        rules: rules for pictures named by path.
-        store: folders of fetched files; a path into one of them is accepted like bytes.
-    """
+    """The picture columns of a table."""
 
     def __init__(
         self, table: Any, names: Sequence[str], *, file: Path, rules: PictureRules, store: Sequence[Path] = ()

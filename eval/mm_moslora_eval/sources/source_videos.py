@@ -35,15 +35,7 @@ _KEPT = 4
 def frames_of_record(
     videos: Any, cell: Callable[[str], Any], *, file: Path, row: int, rules: PictureRules
 ) -> tuple[tuple[ImageLike, ...], str | None]:
-    """The frames of the videos that a record names, and the first problem.
-
-    Args:
-        videos: a name, a list of names, or None.
-        cell: gives the record's value of `video_start` and `video_end`.
-        file: of the record, for messages.
-        row: its number.
-        rules: where videos may lie, and how many frames are shown.
-    """
+    """The frames of the videos that a record names, and the first problem."""
     from mm_moslora.data.images.video_clip import find_clip
     from mm_moslora.data.record_faults import RecordError, Where
 
@@ -123,11 +115,7 @@ class VideoFrames:
         return buffer.getvalue()
 
     def whole(self, sampling: VideoSampling) -> WholeVideo:
-        """It for a model that takes videos as such.
-
-        Raises:
-            DataError: see `Clip.video`.
-        """
+        """It for a model that takes videos as such."""
         if self._whole is not None and self._whole.sampling is sampling:
             return self._whole
         clip = self._shown(sampling)
@@ -186,12 +174,7 @@ class WholeVideo(StoredImage):
 
 
 def with_whole_videos(document: Document, sampling: VideoSampling | None) -> Document:
-    """The document with each video as one picture; unchanged where other tags than theirs stand between its frames.
-
-    Args:
-        document: with videos as frames.
-        sampling: of a model that takes videos as such; None: it does not.
-    """
+    """The document with each video as one picture; unchanged where other tags than theirs stand between its frames."""
     images: list[ImageLike] = []
     question = document.question
     if sampling is None or not any(isinstance(image, VideoFrame) for image in document.images):

@@ -42,18 +42,7 @@ def read(
     answer_lists: bool = True,
     where: Mapping[str, str] | None = None,
 ) -> Iterator[Document | None]:
-    """Read a TSV; None stands for a row that was dropped on purpose.
-
-    Args:
-        path: the file.
-        rules: rules for pictures named by path.
-        drop_without_image: leave out rows without a picture, as VLMEvalKit does.
-        answer_lists: an answer such as `['a', 'b']` holds several references.
-        where: only rows with these values in these columns; other rows are dropped.
-
-    Raises:
-        EvalError: no header, a missing column, an unclosed quote, or a row of another width; names the row.
-    """
+    """Read a TSV; None stands for a row that was dropped on purpose."""
     rows = read_columns(path, required=("index", "answer", *(where or ())))
     pictures = {row["index"]: row.get("image", "") for row in rows}
     for number, row in enumerate(rows, start=2):

@@ -33,11 +33,7 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 
 
 def data_url(image: ImageLike) -> str:
-    """A picture as a data URL: files unchanged, opened pictures as PNG.
-
-    Raises:
-        DataError: a file that no local model could read, either.
-    """
+    """A picture as a data URL: files unchanged, opened pictures as PNG."""
     if isinstance(image, bytes | Path | StoredImage):
         from mm_moslora.data.images.record_picture import read_picture
         from mm_moslora_eval.sources.image_controls import open_image

@@ -17,11 +17,6 @@ class LocalChat:
     """Answers texts with a model that is loaded at the first request.
 
     Requests of several threads are decoded together: the thread whose turn it is answers all that wait.
-
-    Args:
-        model: loads the model.
-        name: its name.
-        batch_size: requests that are decoded together.
     """
 
     greedy = True
@@ -45,11 +40,7 @@ class LocalChat:
         return self._loaded
 
     def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Answer one conversation of texts, in OpenAI's form.
-
-        Raises:
-            RuntimeError: the model gave no answer.
-        """
+        """Answer one conversation of texts, in OpenAI's form."""
         messages = tuple(Message(role=turn["role"], content=(turn["content"],)) for turn in payload["messages"])
         own = _Waiting(Request(id="judge", messages=messages, max_new_tokens=payload["max_tokens"]))
         with self._adding:

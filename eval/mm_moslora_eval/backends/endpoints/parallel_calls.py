@@ -27,15 +27,6 @@ def in_parallel(
     After a failure the other items are still processed, unless several fail without a success between them. An
     `EvalError` stops everything at once. The threads are daemons, so that an interrupted program does not wait for a
     server that hangs.
-
-    Args:
-        call: takes an item, in a thread.
-        items: all items.
-        workers: number of threads.
-        fatal: failures that may concern all items.
-
-    Raises:
-        EvalError: too many such failures in a row.
     """
     left = iter(enumerate(items))
     taking, stopped = threading.Lock(), threading.Event()

@@ -18,12 +18,6 @@ class RateLimit:
 
     A request takes its share of the minute when it starts, by the tokens that are expected; what it used more or less
     is settled when its reply is there.
-
-    Args:
-        requests: most requests in a minute; None: no limit.
-        tokens: most tokens of prompts and replies in a minute; None: no limit.
-        clock: seconds.
-        sleep: waits.
     """
 
     def __init__(
@@ -68,11 +62,7 @@ class Prices:
 
     @classmethod
     def parse(cls, text: str) -> Prices:
-        """Read `IN/OUT`, such as 3/15.
-
-        Raises:
-            EvalError: it has another form.
-        """
+        """Read `IN/OUT`, such as 3/15."""
         try:
             prompt, completion = (float(part) for part in text.split("/"))
         except ValueError:

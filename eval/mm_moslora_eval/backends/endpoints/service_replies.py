@@ -74,11 +74,7 @@ def _count_of(value: object) -> int:
 
 
 def has_message(said: Any) -> bool:
-    """Whether a server's reply has the form of a chat completion.
-
-    Raises:
-        NoAnswerError: it says that no answer is given.
-    """
+    """Whether a server's reply has the form of a chat completion."""
     choices = said.get("choices") if isinstance(said, dict) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     message = first.get("message") if isinstance(first, dict) else None

@@ -31,11 +31,7 @@ class Lexicon:
 
 @cache
 def lexicon() -> Lexicon:
-    """The installed one.
-
-    Raises:
-        MissingRequirementError: a package or WordNet is not there.
-    """
+    """The installed one."""
     missing = [name for name in ("nltk", "jieba") if not is_installed(name)]
     if missing:
         raise MissingRequirementError(f"METEOR needs {' and '.join(missing)}: {install_extra('ocr')}.")

@@ -84,11 +84,7 @@ def _words(text: str) -> float:
 
 
 def within(answer: str, reference: str, *, relative: float = 0.0, absolute: float = 0.0) -> float:
-    """1 where the last number of an answer is the reference's, up to a tolerance of its amount or an absolute one.
-
-    Raises:
-        ValueError: the reference holds no number.
-    """
+    """1 where the last number of an answer is the reference's, up to a tolerance of its amount or an absolute one."""
     expected, found = numbers_in(reference, from_end=True), numbers_in(answer, from_end=True)
     if not expected:
         raise ValueError(f"the reference {reference[:80]!r} holds no number")

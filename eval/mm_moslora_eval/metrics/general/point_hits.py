@@ -25,13 +25,8 @@ def first_point(text: str) -> Point | None:
 def inside(answer: str, reference: str) -> float:
     """1 where the first point of an answer lies in the reference.
 
-    Args:
-        answer: a text with a point.
-        reference: JSON: a box `[x1, y1, x2, y2]`, a polygon `[[x, y], ...]`, or a mask `{"size": [height, width],
-            "counts": [...]}` of run lengths down the columns, as COCO writes them, that begin with the outside.
-
-    Raises:
-        ValueError: the reference has none of these forms, or no area.
+    A reference is JSON: a box `[x1, y1, x2, y2]`, a polygon `[[x, y], ...]`, or a mask `{"size": [height, width],
+    "counts": [...]}` of run lengths down the columns, as COCO writes them, that begin with the outside.
     """
     try:
         area: Any = parse_json(reference)

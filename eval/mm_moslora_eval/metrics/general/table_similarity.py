@@ -136,17 +136,7 @@ def table_in(text: str) -> tuple[TableNode | None, int]:
 
 
 def teds(answer: str, reference: str, *, structure_only: bool = False, signed: bool = False) -> float:
-    """1 less the edits that turn one table into the other, as a share of the elements of the larger one.
-
-    Args:
-        answer: a text with an HTML table.
-        reference: a text with an HTML table.
-        structure_only: without the content of cells (TEDS-S).
-        signed: keep a value below 0, which tables of opposite forms have.
-
-    Raises:
-        ValueError: the reference is no table, or too large a one.
-    """
+    """1 less the edits that turn one table into the other, as a share of the elements of the larger one."""
     (expected, size), (found, nodes) = table_in(reference), table_in(answer)
     if expected is None:
         raise ValueError(f"the reference is no HTML table of at most {MOST_NODES} elements")

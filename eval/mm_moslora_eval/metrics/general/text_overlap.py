@@ -44,14 +44,7 @@ def f_measure(found: Words, wanted: Words) -> float:
 def meteor(
     found: Words, wanted: Words, *, stem: Callable[[str], str], synonyms: Callable[[str], Collection[str]]
 ) -> float:
-    """METEOR: words are paired if they are equal, else by their stems, else by synonyms of the stems.
-
-    Args:
-        found: words of the answer.
-        wanted: words of the reference.
-        stem: the stem of a word in lower case.
-        synonyms: the words of equal meaning.
-    """
+    """METEOR: words are paired if they are equal, else by their stems, else by synonyms of the stems."""
     pairs = _pairs([word.lower() for word in found], [word.lower() for word in wanted], stem, synonyms)
     if not pairs:
         return 0.0

@@ -45,18 +45,7 @@ class TimedProcess:
         return float(self.result(compare, seconds=seconds, **arguments))
 
     def result(self, compare: Callable[..., Any], *, seconds: float = SECONDS, **arguments: Any) -> Any:
-        """The result of a comparison, as plain data; its module has its first call in `FIRST_CALLS`.
-
-        Args:
-            compare: the function, which is called by its name in the other process.
-            seconds: time limit, the same for every answer: what the process imports is loaded before.
-            arguments: its own.
-
-        Raises:
-            TimeoutError: it takes longer than the time limit.
-            MissingRequirementError: the process lacks a package or data.
-            RuntimeError: the process ended, such as for lack of memory, or the comparison failed.
-        """
+        """The result of a comparison, as plain data; its module has its first call in `FIRST_CALLS`."""
         comparison = name_of(compare)
         with self._lock:
             try:

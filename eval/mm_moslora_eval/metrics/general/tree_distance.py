@@ -21,14 +21,7 @@ N = TypeVar("N", bound=Node)
 def tree_distance(
     a: N, b: N, *, change: Callable[[N, N], float], cost: Callable[[N], float] = lambda node: 1.0
 ) -> float:
-    """The least sum of costs that turns one tree into the other.
-
-    Args:
-        a: root of a tree.
-        b: root of the other.
-        change: cost of a node of `a` in the place of one of `b`.
-        cost: of a node that only one tree has.
-    """
+    """The least sum of costs that turns one tree into the other."""
     return _TreeDistance(a, b, change, cost).value
 
 

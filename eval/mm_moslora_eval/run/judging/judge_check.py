@@ -49,11 +49,7 @@ _KEYS = frozenset(_GradedAnswer.__dataclass_fields__)
 
 
 def read_graded(text: str, *, source: str) -> list[tuple[Scored, float]]:
-    """Graded answers with their grades.
-
-    Raises:
-        EvalError: a line is damaged, or has no answer or no grade from 0 to 1.
-    """
+    """Graded answers with their grades."""
     try:
         rows = parse_lines(text)
     except ValueError as error:
@@ -85,14 +81,6 @@ def check_judge(judge: Judge, task: Task, view: Path) -> dict[str, Any] | None:
     """The agreement of a judge with graded answers of `--judge-check`, or of the task; None without such answers.
 
     An answer to which the judge gives no readable reply counts as one on which it disagrees.
-
-    Args:
-        judge: its replies are cached as those of any answer.
-        task: its grader is asked.
-        view: may hold the task's graded answers.
-
-    Raises:
-        EvalError: the file cannot be used, or the judge fails.
     """
     path = judge.graded or view / GRADED
     text = read_text(path) if judge.graded is not None else read_text_below(view, GRADED)
@@ -116,12 +104,7 @@ def check_judge(judge: Judge, task: Task, view: Path) -> dict[str, Any] | None:
 
 
 def graded_text(task: Task) -> str:
-    """The text of the task's file of graded answers, checked; empty without one.
-
-    Raises:
-        EvalError: it cannot be used.
-        FileError: it is missing.
-    """
+    """The text of the task's file of graded answers, checked; empty without one."""
     if task.grading is None or not task.grading.check:
         return ""
     path = Path(task.folder or ".") / task.grading.check

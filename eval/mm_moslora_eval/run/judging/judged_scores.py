@@ -30,10 +30,6 @@ def judged(judge: Judge, task: Task, samples: Sequence[Scored]) -> list[Scored]:
 
     A missing answer and an unfinished thinking block score 0 without the judge. The score of an answer to which the
     judge gives no readable reply is nan.
-
-    Raises:
-        BudgetError: see `Judge.ask`.
-        EvalError: the judge cannot be reached, or too many of its replies cannot be read.
     """
     grader = grader_of(task)
     seen = [sample.visible for sample in samples]

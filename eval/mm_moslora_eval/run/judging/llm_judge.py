@@ -65,18 +65,7 @@ class ChatService(Protocol):
 
 
 class Judge:
-    """A judge with a cache and a budget.
-
-    Args:
-        endpoint: what answers its prompts.
-        cache: folder of the replies.
-        budget_tokens: tokens (prompt and completion) of this process from which nothing more is asked, so that requests
-            under way may exceed it; None: no limit.
-        thinking_tokens: tokens of a reply besides those of its own form, for judges that think first.
-        graded: file of graded answers, see `judge_check`; None: that of the task.
-        least_agreement: share of them with which the judge must agree.
-        workers: answers that are graded at the same time.
-    """
+    """A judge with a cache and a budget."""
 
     def __init__(
         self, endpoint: ChatService, *, cache: Path, budget_tokens: int | None = None,
@@ -99,21 +88,7 @@ class Judge:
         make_subfolder(cache)
 
     def ask(self, prompt: str, read: Callable[[str], _T | None], *, max_tokens: int) -> tuple[_T, str] | None:
-        """The first of up to five replies that can be read, from the cache if it is there.
-
-        Args:
-            prompt: the user's text.
-            read: the value of a reply, from which thinking was removed; None if it has another form than asked for.
-            max_tokens: most tokens of the reply without thinking.
-
-        Returns:
-            The value and the reply; None if no reply can be read.
-
-        Raises:
-            BudgetError: the budget is used up.
-            EvalError: the endpoint refuses the request.
-            RuntimeError: the request failed.
-        """
+        """The first of up to five replies that can be read, from the cache if it is there."""
         messages = [{"role": "user", "content": prompt}]
         requests = [
             {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}

@@ -35,8 +35,7 @@ def edit_similarity(parsed: str, document: Document, *, ignore_case: bool = Fals
 
 def teds(parsed: str, document: Document, *, structure_only: bool = False, seconds: float = TABLE_SECONDS) -> float:
     """TEDS of the first HTML table in the answer and that of the reference; `structure_only` is TEDS-S.
-    An answer that takes longer than `seconds` has no score and is counted.
-    """
+    An answer that takes longer than `seconds` has no score and is counted."""
 
     def similarity(answer: str, reference: str) -> float:
         return PROCESS.value(

@@ -14,11 +14,7 @@ Columns = tuple[str, ...]
 
 
 def values_of(samples: Samples, columns: Sequence[str], *, named: str) -> list[tuple[str, ...]]:
-    """The values of every sample in columns: `id`, `category`, or a further column of the data.
-
-    Raises:
-        EvalError: a sample has no value in one of them, or no column is named.
-    """
+    """The values of every sample in columns: `id`, `category`, or a further column of the data."""
     if not columns:
         raise EvalError(f"{named} needs the name of a column.")
     for column in columns:

@@ -17,8 +17,7 @@ def first_number(text: str, document: Document) -> str:
 
 def last_number(text: str, document: Document) -> str:
     """The last number of the answer, in digits or in words: `-3`, `1,200`, `1 000`, `2/3`, `1.5x10^3`, `3 million`.
-    What goes on in another way, such as `2^5` or `two thirds`, is no number.
-    """
+    What goes on in another way, such as `2^5` or `two thirds`, is no number."""
     return next(map(number_text, reversed(numbers_in(text, from_end=True))), "")
 
 
