@@ -1,7 +1,4 @@
-"""Training a diffusion run in one process: load, adapt, step, save. Any start continues where the last one ended.
-
-A step draws all its random numbers from the seed and its number, so a resumed run repeats the straight run bit for bit.
-"""
+"""Training a diffusion run in one process; a step draws its random numbers from the seed and its number alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The logits of a model's class in TRL's head, which otherwise guesses scale and cap from the names of a configuration.
-
-TRL reads both when it makes the head, and the configuration says the class's own while it does.
-"""
+"""The logits of a model's class in TRL's head, which otherwise guesses scale and cap from a configuration."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from mm_moslora.utils.errors import ModelError
 
 
 def ask_class(model: PreTrainedModel) -> None:
-    """Note what the class does around its head, as `use_loss_head` does; no weight is read. ModelError where TRL's
-    head, which computes from the weight and the bias of a linear layer, cannot do it."""
+    """Note what the class does around its head; ModelError where TRL's head cannot do it."""
     head: Any = model.get_output_embeddings()
     form = head_form(model)
     if getattr(type(head), "forward", None) is not nn.Linear.forward:

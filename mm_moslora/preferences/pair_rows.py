@@ -54,11 +54,7 @@ class PairRows:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokens: int) -> PairRows:
-        """Find what a model takes, and set its attention.
-
-        Raises:
-            ConfigError: it takes padded rows, or the conversations of a row see each other.
-        """
+        """Find what a model takes, and set its attention; ConfigError where it takes padded rows."""
         kind = model.get_decoder().config.model_type
         remedy = "Set data.pack_tokens to 0: each answer then is a padded row of its own."
         if needs_padding(model):
@@ -114,8 +110,7 @@ def _prompt_of(pair: tuple[Example, Example]) -> int:
 
 
 def take_rows(model: PreTrainedModel) -> StepFeatureCache:
-    """Let a base model with TRL's head also take `ROW`, in place; its output is a table ``[2 P, A]`` then. Returns the
-    features of pictures, which the reference takes from the policy where the tower is frozen."""
+    """Let a base model with TRL's head take `ROW`, and give a table ``[2 P, A]``; returns the features of pictures."""
     own, head = model.forward, _RowHead(model)
 
     @functools.wraps(own)
@@ -128,8 +123,7 @@ def take_rows(model: PreTrainedModel) -> StepFeatureCache:
 
 
 def gather_uneven(gather: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Gather the values ``[P]`` of all ranks, whose rows hold different numbers of pairs; of other shapes all have as
-    many."""
+    """Gather the values ``[P]`` of all ranks, whose rows hold different numbers of pairs; other shapes as they are."""
     if values.ndim != 1:
         return gather(values)
     counts = gather(torch.tensor([len(values)], device=values.device)).tolist()
@@ -161,8 +155,7 @@ class _RowHead(nn.Module):
         return BaseModelOutput(last_hidden_state=supervised_hidden(self.whole[0], row, cache=self.pictures)[None])
 
     def table(self, row: Batch, mask: Tensor) -> Any:
-        """The output of TRL's head for the chosen answers, then the rejected ones; bool `mask` ``[2 P, A]`` marks
-        tokens."""
+        """The output of TRL's head for the chosen, then the rejected answers; `mask` ``[2 P, A]`` marks tokens."""
         output = self(row=row, shift_labels=row.targets[None], fused_lm_head=True, output_router_logits=False)
         by_pair = mask.unflatten(0, (2, -1)).transpose(0, 1)  # the order of the row
         for name in FIELDS:

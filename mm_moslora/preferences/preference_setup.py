@@ -105,11 +105,7 @@ def is_sharded(recipe: Recipe) -> bool:
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
-    """Load the model, attach its adapters, and read the records. A checkpoint gives a resumed run its start.
-
-    Raises:
-        MoSLoRAError: a part does not load, or the data cannot be used.
-    """
+    """Load the model, attach its adapters, and read the records; a checkpoint gives a resumed run its start."""
     _check_batch(recipe)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))
     with distributed.failing_together("Loading the model"):
@@ -200,9 +196,7 @@ def _records(
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator:
-    """Makes the batches of TRL's DPOTrainer: all chosen answers, then all rejected ones, in padded rows. They have the
-    project's labels and the inputs of `PaddedCollator`, which equal those of the model's processor. `PairRows.collate`
-    makes those of rows without padding."""
+    """The batches of TRL's DPOTrainer, with the project's labels: all chosen answers, then all rejected ones."""
 
     run: PreferenceRun
 
@@ -220,8 +214,7 @@ class PairCollator:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedCollator:
-    """Makes the batches of TRL's KTOTrainer: answers with their labels, and each question with another answer, that of
-    the row before as in TRL's collators, from which the divergence is estimated."""
+    """The batches of TRL's KTOTrainer; the divergence is estimated with each question and the answer before it."""
 
     run: PreferenceRun
 
@@ -264,11 +257,8 @@ def _padded(run: PreferenceRun, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def rows_of(run: PreferenceRun, *, held_out: bool) -> Any:
-    """A table of `datasets` with the numbers of items, which the collators read; TRL takes no other data set.
-
-    Pairs are drawn by the trainer. KTO, GRPO and packed pairs walk through their tables, which hold a whole run in
-    order.
-    """
+    """A table of `datasets` with the numbers of items, which the collators read; TRL takes no other data set."""
+    # Pairs are drawn by the trainer. KTO, GRPO and packed pairs walk through their tables, which hold a whole run.
     from datasets import Dataset
 
     records = run.held_out if held_out else run.records

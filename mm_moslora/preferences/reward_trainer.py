@@ -1,9 +1,6 @@
-"""TRL's GRPOTrainer on a run: the project's prompts, pictures and rewards.
+"""TRL's GRPOTrainer on a run; it imports TRL, so it is imported where the run is known to need it."""
 
-It imports TRL, so it is imported where the run is known to need it.
-
-Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer tokens padded on the right, ``T`` tokens.
-"""
+# Shapes: ``B`` answers, ``P`` prompt tokens padded on the left, ``C`` answer tokens padded on the right, ``T`` tokens.
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ logging.getLogger(GRPOTrainer.__module__).addFilter(
 
 
 class RewardTrainer(RunTrainer, GRPOTrainer):
-    """TRL's GRPOTrainer for one run; for the arguments see `RunTrainer`. TRL sees token ids only: the pictures of a row
-    are found by the number of its question."""
+    """TRL's GRPOTrainer for one run; TRL sees token ids only, pictures are found by the number of the question."""
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         grpo = run.recipe.grpo
@@ -176,8 +172,7 @@ class RewardTrainer(RunTrainer, GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probabilities and entropies ``[B, C]`` of the answers, from rows as in training; `input_ids` ``[B, P +
-        C]``."""
+        """Log-probabilities and entropies ``[B, C]`` from rows as in training; `input_ids` ``[B, P + C]``."""
         size = batch_size or len(input_ids)
         lengths = attention_mask[:, -logits_to_keep:].sum(1)
         logps, entropies = [], []

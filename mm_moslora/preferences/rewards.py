@@ -86,8 +86,7 @@ def document_of(question: Question) -> Document:
 
 
 def box_reader(question: Question, processing: ImageProcessing | None) -> Callable[[str], str]:
-    """A function that gives the boxes of an answer to a question, in pixels of the picture's file; it raises ValueError
-    for a question whose references cannot be compared."""
+    """Gives the boxes of an answer in pixels of the picture's file; ValueError where references cannot be compared."""
 
     def read(text: str) -> str:
         if question.size is None:
@@ -109,8 +108,7 @@ def fault_of_boxes(
 
 
 def check_box_rewards(rewards: Mapping[str, Reward], with_boxes: int, processing: ImageProcessing | None) -> None:
-    """Refuse rewards of boxes for a model whose form of boxes is not known, and references that are boxes without
-    them."""
+    """Refuse rewards of boxes for a model of unknown form, and references that are boxes without such rewards."""
     reading = [name for name, reward in rewards.items() if isinstance(reward, BoxReward)]
     if reading and (processing is None or processing.boxes is None):
         raise ConfigError(
@@ -133,11 +131,7 @@ class Scorer:
     def scores(
         self, texts: Sequence[str], documents: Sequence[Document], boxes: Sequence[Callable[[str], str]] = ()
     ) -> list[float]:
-        """One number per answer; NaN where the reward failed.
-
-        Raises:
-            TrainingError: it failed for every answer.
-        """
+        """One number per answer, NaN where the reward failed; TrainingError where it failed for every answer."""
         scores, failed, first = [], 0, ""
         for number, (text, document) in enumerate(zip(texts, documents, strict=True)):
             try:
@@ -167,11 +161,7 @@ def scores_together(
     documents: Sequence[Document],
     boxes: Sequence[Callable[[str], str]] = (),
 ) -> list[list[float]]:
-    """The scores of each reward; NaN in all of them for an answer for which one fails, else the rest would judge it.
-
-    Raises:
-        TrainingError: one of them failed for every answer, or no answer has all of them.
-    """
+    """The scores of each reward; NaN in all for an answer for which one fails, else the rest would judge it."""
     columns = [scorer.scores(texts, documents, boxes) for scorer in scorers]
     failed = [any(map(math.isnan, row)) for row in zip(*columns, strict=True)]
     if all(failed):

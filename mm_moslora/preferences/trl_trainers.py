@@ -1,7 +1,4 @@
-"""TRL's trainers on a run: the project's batches, optimiser, trackers and checkpoints.
-
-It imports TRL, so it is imported where the run is known to need it.
-"""
+"""TRL's trainers on a run; it imports TRL, so it is imported where the run is known to need it."""
 
 from __future__ import annotations
 
@@ -85,10 +82,7 @@ TrlSession = Session[PreferenceRun, Any]
 
 
 class RunTrainer(ZeroTrainer):
-    """What TRL's trainers share here; `train` continues from a checkpoint's `rank_folder`.
-
-    TRL gives the run's PEFT model the frozen copy `ref` of the start's adapter, which is the reference.
-    """
+    """What TRL's trainers share here; the reference is TRL's frozen copy `ref` of the start's adapter."""
 
     _metrics: Any
     """TRL's: values of each measure since the last log, of `train` and `eval`."""
@@ -218,8 +212,7 @@ def _complete_reference(model: nn.Module) -> None:
 
 
 class PairTrainer(RunTrainer, DPOTrainer):
-    """TRL's DPOTrainer for one run; for the arguments see `RunTrainer`. TRL averages over the pairs or tokens of a
-    micro-batch. Weights by their numbers make this the mean over the step, however it is split."""
+    """TRL's DPOTrainer for one run, weighted so that the loss is the mean over the step, however it is split."""
 
     def __init__(self, run: PreferenceRun, saves: PreferenceSaves) -> None:
         preference = run.recipe.preference
@@ -323,8 +316,7 @@ def arguments_of(run: PreferenceRun) -> dict[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Counts steps, logs to the run's trackers, and on a signal or after step `stop_at` has the trainer save and
-    stop."""
+    """Counts steps, logs to the run's trackers, and has the trainer save and stop on a signal or after `stop_at`."""
 
     def __init__(self, trainer: RunTrainer, session: TrlSession, *, stop_at: int | None) -> None:
         self.trainer, self.session, self.stop_at = trainer, session, stop_at

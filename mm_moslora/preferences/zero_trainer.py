@@ -1,7 +1,4 @@
-"""A Trainer whose DeepSpeed engine is that of training: its presets, its corrections, its states of optimisers.
-
-accelerate makes the live engine and calls it; `DeepSpeedEngine` prepares the model, and reads and writes the state.
-"""
+"""A Trainer on the DeepSpeed engine of training, which prepares the model, and reads and writes the state."""
 
 from __future__ import annotations
 

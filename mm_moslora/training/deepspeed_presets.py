@@ -23,8 +23,7 @@ DEFAULTS = {
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The settings that `train.zero` names: a preset, or a path that ends in `.json`; ConfigError where there are
-    none."""
+    """The settings that `train.zero` names, a preset or a path that ends in `.json`; else ConfigError."""
     path = _file(name)
     try:
         settings: dict[str, Any] = read_json(path, linked=True)
@@ -60,8 +59,7 @@ def _stage(value: object, name: str) -> int:
 
 
 def fill_zero(zero: dict[str, Any], *, largest_adapter: int, ranks_of_host: int) -> None:
-    """Put values in the place of "auto" in `zero_optimization`, in place; DeepSpeed's default is that of other keys.
-    ZeRO-3 leaves weights of `largest_adapter` elements (the largest A, B or mixer) whole."""
+    """Put values in the place of "auto" in `zero_optimization`; DeepSpeed's default is that of other keys."""
     if zero.get("stage") == 3:
         zero.setdefault(_PERSISTENCE, "auto")
     filled = {_PERSISTENCE: max(PERSISTENT, largest_adapter), _SECONDARY: ranks_of_host}
@@ -98,8 +96,7 @@ class ZeroSettings:
 
     @classmethod
     def of(cls, name: str, *, world: int, ranks_of_host: int, largest_adapter: int) -> ZeroSettings:
-        """The settings that `train.zero` names, with DeepSpeed's defaults for missing keys; see `read_preset` and
-        `fill_zero`."""
+        """The settings that `train.zero` names, with DeepSpeed's defaults for missing keys."""
         zero = read_preset(name).get("zero_optimization", {})
         fill_zero(zero, largest_adapter=largest_adapter, ranks_of_host=ranks_of_host)
 

@@ -1,8 +1,7 @@
-"""What a run forgets: the log-likelihood of general text, and harness tasks, before the first step and at the end.
+"""What a run forgets: the log-likelihood of general text, and harness tasks, before the first step and at the end."""
 
-`validate.forgetting: auto` measures what takes less than a tenth of the run. Both times are measured: a batch of each
-kind runs without a gradient, and the forward passes of the whole run alone, a part of its time, count as the run.
-"""
+# `validate.forgetting: auto` measures what takes less than a tenth of the run's forward passes, by the times of a batch
+# of each.
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ _DOCUMENTS, _TOKENS = 64, 512
 
 
 class Forgetting:
-    """Measures a run at its two ends; nothing where `forgotten`, which compares them, is None. A signal that `stop` has
-    received ends a measurement."""
+    """Measures a run at its two ends; nothing where `forgotten`, which compares them, is None."""
 
     def __init__(self, run: Run, measure: Measure | None, forgotten: Forgotten | None, stop: StopRequest) -> None:
         self.run, self.measure, self.stop = run, measure, stop
@@ -56,8 +54,7 @@ class Forgetting:
         self.always = run.recipe.validate.forgetting == "always"
 
     def measure_start(self, *, tokens: float) -> None:
-        """Measure the model before the first step, where it is worth its time; `tokens`: of the whole run, over all
-        ranks."""
+        """Measure the model before the first step, where it is worth its time in a run of so many tokens."""
         if self.forgotten is None:
             return
         with undisturbed(self.run.engine):
@@ -74,8 +71,7 @@ class Forgetting:
             files.replace_json(self.run.folder / START, start)
 
     def measure_end(self, *, validated: bool) -> dict[str, float]:
-        """Measure the model at the end if the start was measured, and write the comparison; returns metrics by name.
-        `validated`: whether the tasks were run at this step."""
+        """Measure the end if the start was measured, and write the comparison; returns metrics by name."""
         start = distributed.from_main(self._start() if self.forgotten and distributed.is_main() else None)
         if start is None or self.forgotten is None:
             return {}

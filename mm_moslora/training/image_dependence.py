@@ -1,10 +1,7 @@
-"""Check that the model depends on its images: once per start, after the first step with images.
+"""Check that the model depends on its images: once per start, after the first step with images."""
 
-A library may accept a keyword argument and ignore it. The model then trains without its images, or without some images
-of a record, and the loss does not reveal it.
-
-Shapes: ``K`` supervised positions of the batch, ``D`` width.
-"""
+# A library may accept a keyword argument and ignore it. The model then trains without its images, or without some
+# images of a record, and the loss does not reveal it.
 
 from __future__ import annotations
 
@@ -44,22 +41,14 @@ class Replaced:
 
 
 class ImageCheck:
-    """Compares the inputs of the head with those under noise in place of an image of every record, and checks the
-    gradients of projector and tower.
-
-    It changes neither weights nor random generators. All ranks call it together.
-    """
+    """Compares the inputs of the head with those under noise; it changes neither weights nor random generators."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.done = not is_multimodal(run.assembly.model)
 
     def __call__(self, micro_batches: Sequence[Batch], result: StepResult) -> None:
-        """Check once, after the first suitable step.
-
-        Raises:
-            TrainingError: an image has no effect, or a trained part got no gradient.
-        """
+        """Check once, together; TrainingError where an image has no effect, or a trained part got no gradient."""
         if self.done or not result.images or not result.applied:
             return
         token = getattr(self.run.assembly.model.config, "image_token_id", None)
@@ -120,12 +109,9 @@ _REMEDY = (
 
 
 def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
-    """One image of every record that comes before a supervised token of its conversation. Without a placeholder
-    `token`, images count wherever they are.
-
-    For records with several images, the first such record gives its second image, the next record its third, and so on.
-    A single record of three images then reveals a model that reads the first or the last image alone.
-    """
+    """One image of every record that comes before a supervised token of its conversation."""
+    # The first record of several images gives its second image, the next record its third, and so on: a single record
+    # of three images then reveals a model that reads the first or the last image alone.
     if batch.pixel_values is None:
         return []
     starts = [0, *itertools.accumulate(batch.segment_lengths)]
@@ -162,8 +148,7 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
-    """A batch's images with noise in place of the chosen ones. All-zero tiles stay zero: models take them as padding of
-    pictures with fewer tiles."""
+    """A batch's images with noise in place of the chosen ones; all-zero tiles, which are padding, stay zero."""
     assert batch.pixel_values is not None
     pixels = batch.pixel_values.clone()
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(_SEED)).to(pixels)
@@ -176,8 +161,7 @@ def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
 
 @contextmanager
 def _read_by_head(module: LossModule) -> Iterator[list[Tensor]]:
-    """Record the head's input in each forward pass, ``[K, D]``; without cached features, on disk and of earlier
-    micro-batches."""
+    """Record the head's input ``[K, D]`` in each forward pass, without cached features."""
     read: list[Tensor] = []
     pictures, module.pictures = module.pictures, StepFeatureCache()
     hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))

@@ -1,7 +1,4 @@
-"""How new parts of a model start: a projector from pictures and their answers.
-
-A resumed run takes the weights of its checkpoint instead, so `resumed_start` only has to find parts of equal shapes.
-"""
+"""How new parts of a model start: a projector from pictures and their answers."""
 
 from __future__ import annotations
 
@@ -44,11 +41,8 @@ PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
 def resumed_start(
     config: ModelConfig, model: ModelConfig, adapter: AdapterConfig, checkpoint: Path
 ) -> tuple[ModelConfig, AdapterConfig]:
-    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone.
-
-    `model` is `config`, the recipe's, as `resolve_model_paths` found it. Trained weights are loaded from the
-    checkpoint's state later, so only frozen parts and shapes depend on this.
-    """
+    """The source of a resumed run's initial weights: its checkpoint, where the original ones are gone."""
+    # Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
     weights, saved = config.projector.weights, checkpoint / "projector.safetensors"
     fresh = weights is None and model.vlm is None and not model.projector_trains and saved.is_file()
     if fresh or (weights and not projector_file(model.projector.weights or "").is_file()):
@@ -60,8 +54,7 @@ def resumed_start(
 
 @torch.no_grad()
 def start_projector(config: ModelConfig, assembly: Parts, data: MeasuredRecords) -> None:
-    """Fit a new projector to pictures of the training data and their answers, as its configuration asks. Rank 0
-    computes on the device that it trains on; the other ranks get its weights."""
+    """Fit a new projector to pictures and their answers, as asked: rank 0 computes, the others get its weights."""
     model, wanted = assembly.model, config.projector
     if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
         return
@@ -105,8 +98,7 @@ def _fit(assembly: Parts, data: MeasuredRecords, *, to_answers: bool) -> None:
 def _spread_out(
     data: MeasuredRecords, count: int, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Example, Tensor]]:
-    """At most `count` records with pictures, and their pictures or tiles ``[n, 3, H, W]``, evenly spaced, since files
-    are often sorted by content."""
+    """At most `count` records and their tiles ``[n, 3, H, W]``, evenly spaced: files are often sorted by content."""
     with_images = [index for index in range(len(data)) if data.has_image[index]]
     chosen = with_images
     if len(with_images) > count:
@@ -120,8 +112,7 @@ def _spread_out(
 
 
 def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32, over pictures
-    of ``[n, 3, H, W]``."""
+    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32."""
     with inputs_of(linear_layers(model.model.multi_modal_projector)[0]) as taken:
         for pixels in pictures:
             image_features(model, pixels)

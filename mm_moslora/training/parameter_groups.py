@@ -86,11 +86,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
 
 
 def _linear_weights(model: nn.Module) -> set[int]:
-    """Ids of the weights of linear layers, which map hidden features to others; A, B and mixers are such layers.
-
-    Other tensors of two dimensions have a row for each token (tables, heads), place (queries, positions) or expert
-    (biases, routers), or hold several matrices beside each other (A and B of stacked experts).
-    """
+    """Ids of the weights of linear layers, which map hidden features to others; A, B and mixers are such layers."""
+    # Other tensors of two dimensions have a row for each token, place or expert, or hold several matrices beside each
+    # other.
     linear, others = set(), set[int]()
     for module in model.modules():
         inside: list[nn.Module | None] = []

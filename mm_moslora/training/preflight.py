@@ -45,15 +45,7 @@ LOSS, ACCURACY = "validation_loss", "validation_token_accuracy"
 
 
 def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] | None = None) -> None:
-    """Refuse a recipe that cannot run, as far as this can be decided without PyTorch.
-
-    Args:
-        resume: as for `train`.
-        tasks: names of harness tasks in `validate.tasks`; None: they are not known here.
-
-    Raises:
-        MoSLoRAError: names the key, what was found and what was expected.
-    """
+    """Refuse a recipe that cannot run, without PyTorch; `tasks`: names in `validate.tasks`, None: not known here."""
     run = Path(recipe.train.output)
     before = resume_folder(resume) or next((folder for _, folder in reversed(checkpoints(run))), None)
     if before is not None and resume != "never":
@@ -66,8 +58,7 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
 
 
 def checks_here(recipe: Recipe, *, resume: str = "auto") -> dict[str, Callable[[], None]]:
-    """The checks of a recipe that depend on this machine's files and packages, which raise `MoSLoRAError`, by
-    subject."""
+    """The checks of a recipe that depend on this machine's files and packages, by subject."""
     run = Path(recipe.train.output)
 
     def folder() -> None:
@@ -104,10 +95,7 @@ def check_settings(recipe: Recipe, *, tasks: Sequence[str] | None = None) -> Non
 
 
 def check_names(recipe: Recipe) -> None:
-    """Refuse names that no registry holds. Only a name that is not usual imports its registry and is looked up there.
-
-    A name of a user's own is in its registry once the file that adds it is imported in this process.
-    """
+    """Refuse names that no registry holds; only a name that is not usual imports its registry."""
     model, train = recipe.model, recipe.train
     require_template(model.chat_template)
     check_adapter_names(recipe.adapter)
@@ -309,8 +297,7 @@ def _check_parts(model: ModelConfig, adapter: AdapterConfig) -> None:
 
 
 def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
-    """Refuse a recipe that the libraries or this machine do not support, before a model is loaded. `fresh`: whether the
-    run starts from the weights in the recipe."""
+    """Refuse what the libraries or this machine do not support; `fresh`: the run starts from the recipe's weights."""
     from mm_moslora.kernels.attention.attention_choice import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend
     from mm_moslora.models.precision import resolve_precision
@@ -337,8 +324,7 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
 
 
 def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
-    """Refuse settings of a run that its model does not support; training and `plan` ask the same. `layers` are those of
-    the whole model: on the meta device it may have a few of them."""
+    """Refuse settings that a model does not support; `layers` are those of the whole model, which may have a few."""
     import torch
 
     from mm_moslora.kernels.attention.attention_choice import choose_attention

@@ -1,8 +1,4 @@
-"""A rehearsal before the first step, so that a run does not fail hours later.
-
-It tries the largest micro-batch, and a checkpoint that is written, read back and deleted. The state of the run is
-restored bit for bit.
-"""
+"""A rehearsal before the first step, so that a run does not fail hours later: the largest batch, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def rehearse(run: Run, saver: Saver) -> None:
-    """Run the rehearsal; see the module docstring.
-
-    Raises:
-        TrainingError: the largest micro-batch does not fit, or the state cannot be restored.
-        CheckpointError: a checkpoint cannot be written.
-    """
+    """Step on the largest micro-batch, write and read a checkpoint, and restore the state of the run bit for bit."""
     started = time.monotonic()
     before = RandomState.now()
     taken = snapshot(run)

@@ -36,11 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def restore(run: Run, folder: Path, manifest: Manifest) -> None:
-    """Restore the state of a checkpoint; bit for bit on the same number of ranks and the same ZeRO stage.
-
-    Raises:
-        CheckpointError: the data changed, or the checkpoint lacks state of a trained parameter.
-    """
+    """Restore the state of a checkpoint; bit for bit on the same number of ranks and the same ZeRO stage."""
     if manifest.data not in ("", run.training_set.fingerprint):
         stream = run.training_set if isinstance(run.training_set, TrainingStream) else None
         files = "" if stream is None else stream.what_changed(manifest.place)
@@ -94,11 +90,7 @@ def _restore_statistics(run: Run, folder: Path) -> None:
 
 @torch.no_grad()
 def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
-    """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
-
-    Raises:
-        CheckpointError: a folder or a part of a parameter is missing, or a parameter has another size.
-    """
+    """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine."""
     stored = StoredOptimizer(folders)
     groups: dict[int, list[ParameterShard]] = defaultdict(list)
     for shard in engine.shards():
@@ -124,11 +116,7 @@ def load_optimizer(engine: TrainingEngine, folders: Sequence[Path]) -> None:
 
 
 class StoredOptimizer:
-    """The optimiser state of all ranks of a checkpoint, from a folder per rank that wrote.
-
-    Raises:
-        CheckpointError: there is no folder, or one without state.
-    """
+    """The optimiser state of all ranks of a checkpoint, from a folder per rank that wrote."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
@@ -150,8 +138,7 @@ class StoredOptimizer:
                 self._parts[kind, name].append((int(start), file, key))
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """One flat fp32 tensor, put together from its parts; CheckpointError where it is missing, or has a gap between
-        parts."""
+        """One flat fp32 tensor from its parts; CheckpointError where it is missing, or has a gap."""
         if (kind, name) not in self._parts:
             raise CheckpointError(f"{self.folders[0].parent} has no state of {name}, which trains.")
         parts, end = [], 0

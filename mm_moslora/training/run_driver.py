@@ -1,8 +1,7 @@
-"""One driver of runs: folder, supervision, resume, trackers, saves and end mark, of whatever is learned.
+"""One driver of runs: folder, supervision, resume, trackers, saves and end mark, of whatever is learned."""
 
-`supervised_run` is around a whole run. An objective is a `Session` with its own steps: `training_loop` learns from
-answers, `preferences` with TRL's losses, `diffusion` to denoise.
-"""
+# `supervised_run` is around a whole run. An objective is a `Session` with its own steps: `training_loop` learns from
+# answers, `preferences` with TRL's losses, `diffusion` to denoise.
 
 from __future__ import annotations
 
@@ -67,12 +66,7 @@ class TrainResult:
 def supervised_run(
     recipe: Any, check: Callable[[], None], *, resume: str, stop_at: int | None
 ) -> Iterator[tuple[Watchdog, RunEnding]]:
-    """The ranks of a run in its folder, which belongs to them inside the block: they agree on the recipe, `check` has
-    refused nothing, the watchdog watches, and `state.json` tells how the run ends.
-
-    Raises:
-        MoSLoRAError: the ranks or the recipe are refused, or the folder is taken.
-    """
+    """The ranks of a run in its folder: agreed on the recipe, which `check` accepts, watched, their end recorded."""
     train = recipe.train
     distributed.join(timeout_minutes=train.timeout_minutes)
     folder = Path(train.output)
@@ -96,13 +90,7 @@ def supervised_run(
 
 
 class Session(ABC, Generic[Ran, Taken]):
-    """One session of a run, from its start or from the checkpoint `resumed_from`, whose counters the run has already.
-    All ranks call each method together.
-
-    Args:
-        total: optimiser steps of the whole run.
-        best: what chooses a checkpoint that stays; None: nothing.
-    """
+    """One session of a run of `total` steps; all ranks call each method together. `best` chooses a kept checkpoint."""
 
     def __init__(
         self,
@@ -217,11 +205,8 @@ class Session(ABC, Generic[Ran, Taken]):
             amend(folder, counters)
 
     def agree(self, stop_at: int | None) -> bool:
-        """After a step: commits a save that has ended, and tells whether all ranks stop now.
-
-        One collective per step shares signals and the state of the checkpoint that is being written: ranks that stopped
-        or committed by themselves would leave the others waiting in their next collective.
-        """
+        """After a step: commits a save that has ended, and tells whether all ranks stop now."""
+        # Ranks that stopped or committed by themselves would leave the others waiting in their next collective.
         arrived = time.monotonic()
         number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saves.saver.busy)])
         self._waited(time.monotonic() - arrived)

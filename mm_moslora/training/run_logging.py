@@ -80,8 +80,7 @@ class RunLog:
         seconds: float,
         data_seconds: float,
     ) -> None:
-        """Warn of a loss spike and of a skipped step, and log metrics where they are due. The run's counters include
-        the step; `seconds` are for data and step."""
+        """Warn of a spike and a skipped step, and log metrics where they are due; `seconds` are for data and step."""
         self.clock.count(result)
         note_memory(self.run.counters)
         spike = self.spikes.update(result.loss)

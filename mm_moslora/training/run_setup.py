@@ -90,8 +90,7 @@ class Run(RunParts):
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
-    """Assemble model, data and engine, in this order, and log the trainable parameters. A checkpoint helps to find
-    models that were moved."""
+    """Assemble model, data and engine, in this order; a checkpoint helps to find models that were moved."""
     recipe = recipe.for_ranks(distributed.world_size())
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     kernels = kernels_of(recipe, precision)
@@ -200,8 +199,7 @@ def remark_short_steps(recipe: Recipe, records: int) -> None:
 
 
 def with_form_of_thinking(recipe: Recipe, assembly: Parts, data: SourceExamples | TrainingStream) -> Recipe:
-    """The recipe with the form of thinking that the data decided; checkpoints hold it, and exports by their template. A
-    resumed run keeps the form of its checkpoint."""
+    """The recipe with the form of thinking that the data decided; a resumed run keeps its checkpoint's."""
     if (form := data.form) is not None and distributed.is_main() and (form.thinking or form.asks or form.mixed):
         if form.mixed:
             logger.warning("%s: %s.", form.words, form.remedy)

@@ -1,9 +1,7 @@
-"""The contents of a checkpoint: copied, so that they can be written while training continues.
+"""The contents of a checkpoint: copied, so that they can be written while training continues."""
 
-The optimiser state does not know how it was split. Each rank writes its shards of flat parameters as safetensors, and
-any number of ranks on any ZeRO stage reads what it needs from all files: the state of two ranks on ZeRO-2 continues on
-four ranks on ZeRO-3, or in plain torch. Nothing here needs pickle.
-"""
+# Each rank writes its shards of flat parameters as safetensors, and any number of ranks on any ZeRO stage reads what it
+# needs from all files. Nothing here needs pickle.
 
 from __future__ import annotations
 
@@ -70,12 +68,7 @@ class Snapshot:
 
 
 def snapshot(run: Run) -> Snapshot:
-    """Copy a run's state. All ranks take part.
-
-    Raises:
-        CheckpointError: the weights to save differ from the trained ones.
-        DataError: the ranks have read different records of a stream.
-    """
+    """Copy a run's state; all ranks take part."""
     place = run.training_set.place(run.step) if isinstance(run.training_set, TrainingStream) else {}
     read = distributed.gather_objects(place["taken"]) if place else []
     if any(taken != read[0] for taken in read):
@@ -123,10 +116,7 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
 def write_model(
     run: RunParts, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
 ) -> None:
-    """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
-
-    It reads no weight of the live model, which may be training meanwhile.
-    """
+    """Write the part of a checkpoint for use; it reads no weight of the live model, which may be training meanwhile."""
     state, assembly = weights, run.assembly
     model = assembly.model
     (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")

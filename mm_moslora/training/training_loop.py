@@ -213,8 +213,7 @@ class _Loop(Session[run_setup.Run, Snapshot]):
             logger.info("Early stopping: no better %s for %d validations.", self.best.config.best, self.best.since)
 
     def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> None:
-        """One optimiser step. Its numbers are read at once, or in the middle of the next step: see
-        `TrainingEngine.late`."""
+        """One optimiser step; its numbers are read at once, or in the middle of the next (`TrainingEngine.late`)."""
         run, train = self.run, self.run.recipe.train
         # The first data wait for workers to start, and the first step compiles and tries kernels.
         limit = train.timeout_minutes if first else train.step_timeout_minutes
@@ -233,8 +232,7 @@ class _Loop(Session[run_setup.Run, Snapshot]):
             self._read()
 
     def _lr_factor(self) -> float:
-        """The factor of the step at hand, once that before it is read: the schedule follows the applied steps. Those
-        that fp16 skips to find its loss scale shorten no warm-up."""
+        """The factor of the step at hand, once that before it is read: the schedule follows the applied steps."""
         self._read()
         self.lr_factor = lr_factor(int(self.run.counters.get("applied", 0)), self.total, self.run.recipe.optim)
         return self.lr_factor

@@ -1,7 +1,4 @@
-"""Validation during the run: held-out loss, sample answers, harness tasks; best checkpoint and early stopping.
-
-It does not change training: random generators, training mode, attention and data order are restored.
-"""
+"""Validation: held-out loss, sample answers, harness tasks; it leaves generators, modes and data order as they were."""
 
 from __future__ import annotations
 
@@ -81,8 +78,7 @@ class CutShortError(Exception):
 
 
 class Validator:
-    """Validates a run, logs what it measures, and keeps the best value. A signal that `stop` has received interrupts
-    it."""
+    """Validates a run, logs what it measures, and keeps the best value; a signal interrupts it."""
 
     def __init__(self, run: Run, measure: Measure | None, stop: StopRequest, *, trackers: Trackers, best: Best) -> None:
         self.run, self.measure, self.stop, self.trackers, self.best = run, measure, stop, trackers, best

@@ -1,10 +1,8 @@
-"""A checkpoint folder: its manifest, how it is written, and how it is checked.
+"""A checkpoint folder: its manifest, how it is written, and how it is checked."""
 
-All ranks write into a temporary folder, agree, write the manifest, sync and rename once. A thread writes and hashes the
-files while training continues; it never communicates with other ranks. All ranks commit together at the end of a step,
-after every rank has written. The manifest holds a sha256 of every file: a folder with a valid manifest is a checkpoint,
-whatever its name.
-"""
+# All ranks write into a temporary folder, agree, write the manifest, sync and rename once. The thread that writes never
+# communicates with other ranks; all commit together at the end of a step. A folder with a valid manifest is a
+# checkpoint, whatever its name.
 
 from __future__ import annotations
 
@@ -83,10 +81,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 class Saver:
-    """Writes one checkpoint at a time into the run folder that all ranks share.
-
-    Every rank makes the same calls in the same order: `start`, `busy` any number of times, then `finish` or `discard`.
-    """
+    """Writes one checkpoint at a time; every rank calls `start`, `busy` as often as it likes, `finish` or `discard`."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -99,17 +94,7 @@ class Saver:
         """Size and hash of the files that this rank has written; of all ranks after `wait`."""
 
     def start(self, manifest: Manifest, write: Callable[[Path], None], *, size: int = 0) -> None:
-        """Start to write.
-
-        Args:
-            manifest: of the state to be written; `files` is filled in later.
-            write: called on every rank with the temporary folder, in a thread. Each rank may write into its own
-                `rank_folder`; rank 0 may write anywhere else, too.
-            size: estimate of the bytes that this rank will write.
-
-        Raises:
-            CheckpointError: too little disk space, or the folder cannot be made; the same on every rank.
-        """
+        """Call `write` with the temporary folder in a thread: each rank writes its `rank_folder`, rank 0 the rest."""
         assert self.pending is None, "one at a time"
         self._temporary = self.run / f".tmp-{folder_name(manifest.step)}"
         (needed,) = distributed.sum_over_ranks([float(size)])
@@ -170,8 +155,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> Path:
-        """Wait until all ranks have written; returns the temporary folder, complete but not committed. CheckpointError
-        on every rank where one could not write; its files are deleted."""
+        """Wait until all ranks have written, or all raise CheckpointError; the temporary folder, not yet committed."""
         assert self.pending is not None and self._thread is not None, "start() comes first"  # noqa: PT018
         self._thread.join()
         self._thread = None
@@ -188,8 +172,7 @@ class Saver:
         return self._temporary
 
     def finish(self) -> Path:
-        """Wait until all ranks have written, and commit; returns the checkpoint. CheckpointError on every rank where
-        one could not write; earlier checkpoints are untouched."""
+        """Wait until all ranks have written, and commit, or all raise CheckpointError; returns the checkpoint."""
         self.wait()
         assert self.pending is not None
         final = self.run / folder_name(self.pending.step)
@@ -215,13 +198,7 @@ class Saver:
 
 
 def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Turn a complete temporary folder into a checkpoint.
-
-    The writers have synced their files. This function syncs folders, writes the manifest and renames, in this order.
-
-    Raises:
-        CheckpointError: a file of another rank is not complete here.
-    """
+    """Turn a complete temporary folder, whose files are synced, into a checkpoint."""
     for name, entry in manifest.files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -261,15 +238,7 @@ def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
-    """Read a checkpoint's manifest and check its files against it.
-
-    Args:
-        verify: hash every file; False compares sizes only.
-
-    Raises:
-        OtherFormatError: another version wrote it.
-        CheckpointError: there is no manifest, or a file is missing, truncated or altered.
-    """
+    """A checkpoint's manifest; CheckpointError for a file that differs. Without `verify` sizes are compared only."""
     manifest = parse_manifest(folder / MANIFEST)
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected, verify=verify)

@@ -45,16 +45,7 @@ def changed_keys(
 
 
 def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from, the same on every rank.
-
-    Args:
-        resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a checkpoint that is damaged or belongs
-        to another run.
-        DistributedError: any of these on another rank.
-    """
+    """The checkpoint that `auto`, `required`, `never` or a folder stands for, the same on every rank."""
     return choose_checkpoint(
         Path(recipe.train.output), resume, lambda folder, manifest: _check_same_run(folder, manifest, recipe)
     )

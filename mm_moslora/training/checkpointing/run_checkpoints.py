@@ -1,7 +1,4 @@
-"""The checkpoints of a run: the newest valid one, the best one, renaming of others, deletion of old ones.
-
-`latest` is a hint for people; resuming takes the newest valid folder.
-"""
+"""The checkpoints of a run: the newest valid one, the best one, renaming of others, deletion of old ones."""
 
 from __future__ import annotations
 
@@ -31,14 +28,7 @@ BEST = "best.json"
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
-    """The newest valid checkpoint of a run.
-
-    Newer checkpoints that are damaged are renamed to `*.corrupt`, logged and skipped.
-
-    Raises:
-        OtherFormatError: another version of mm_moslora wrote the newest intact checkpoint; nothing is renamed.
-        CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.
-    """
+    """The newest valid checkpoint of a run; newer ones that are damaged are renamed to `*.corrupt`, if one is valid."""
     damaged: list[tuple[Path, CheckpointError]] = []
     for _, folder in reversed(checkpoints(run)):
         try:
@@ -67,8 +57,9 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
 
 
 def set_aside_newer(run: Path, step: int) -> None:
-    """Rename a run's checkpoints that are newer than the step it resumes from to `*.superseded`. Otherwise the next
-    start would resume from the newest of them, and retention would delete the new checkpoints first."""
+    """Rename a run's checkpoints that are newer than the step it resumes from to `*.superseded`."""
+    # Otherwise the next start would resume from the newest of them, and retention would delete the new checkpoints
+    # first.
     for number, folder in checkpoints(run):
         if number > step:
             aside = files.set_aside(folder, "superseded")
@@ -98,14 +89,7 @@ class Retention:
 
 
 def remove_old(run: Path, retention: Retention) -> None:
-    """Delete checkpoints outside the retention policy, oldest first, after the newest checkpoint has been verified.
-
-    A folder is kept, with a warning, where it holds files that are not in its manifest, or is not a checkpoint that
-    this version can read.
-
-    Raises:
-        CheckpointError: the newest is damaged; nothing was deleted.
-    """
+    """Delete checkpoints outside the retention policy, oldest first, after the newest has been verified."""
     present = checkpoints(run)
     superfluous = retention.superfluous(present)
     if superfluous:
@@ -230,8 +214,7 @@ class Best:
         return None if measured.step < 0 else measured.step
 
     def write(self, folder: Path, checkpoint: str | None) -> None:
-        """Store it for people and for a resumed run, and link `best` to its checkpoint, an earlier step's where the
-        best step was not saved."""
+        """Store it for people and for a resumed run, and link `best` to its checkpoint."""
         content: dict[str, Any] = {
             "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
             "history": self.history,

@@ -61,8 +61,7 @@ Taken = TypeVar("Taken", bound=TakenState)
 
 
 class RunSaves(Generic[Taken]):
-    """Writes the checkpoints of one session; all ranks call each method together. `take` copies the run's state, `best`
-    names a checkpoint that stays, and `saved_at` is the step of the newest one in the run folder; -1: there is none."""
+    """Writes the checkpoints of one session; all ranks call each method together. `take` copies the run's state."""
 
     def __init__(
         self,
@@ -118,8 +117,7 @@ class RunSaves(Generic[Taken]):
         logger.debug("Saved %s.", folder)
 
     def finish_last(self) -> Path:
-        """The checkpoint of this step, committed; CheckpointError where it cannot be written: a failure of the last one
-        is an error."""
+        """The checkpoint of this step, committed; CheckpointError where the last one cannot be written."""
         self.finish()
         if self.saved_at != self.run.step:
             self.start()

@@ -1,8 +1,7 @@
-"""The engine on DeepSpeed ZeRO, any stage.
+"""The engine on DeepSpeed ZeRO, any stage."""
 
-Masters and moments lie in attributes of DeepSpeed's optimisers that are not documented. The methods behind `shards`
-read them; `deepspeed_patches` holds what the project replaces and corrects.
-"""
+# Masters and moments lie in attributes of DeepSpeed's optimisers that are not documented. The methods behind `shards`
+# read them; `deepspeed_patches` holds what the project replaces and corrects.
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def _initialise(module: nn.Module, config: dict[str, Any], optimizer: torch.opti
 
 
 class DeepSpeedEngine(TrainingEngine):
-    """DeepSpeed ZeRO, any stage. `initialise` makes the live engine with the optimiser, for a trainer of another
-    library; None: DeepSpeed does."""
+    """DeepSpeed ZeRO, any stage; `initialise` makes the live engine where a trainer of another library does."""
 
     def __init__(
         self,

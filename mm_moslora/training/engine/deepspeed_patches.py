@@ -1,8 +1,4 @@
-"""What the project replaces and corrects in a live DeepSpeed engine, and why.
-
-No upstream issue is known for any of it. The tests (`tests/training/test_deepspeed_patches.py`) fail when an installed
-release changes what a patch relies on.
-"""
+"""What the project replaces and corrects in a live DeepSpeed engine, and why; no upstream issue is known."""
 
 from __future__ import annotations
 
@@ -19,8 +15,7 @@ from mm_moslora.utils import distributed
 
 
 def restore_linear() -> None:
-    """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the rest of the process: a later run in half
-    precision would have other digits."""
+    """Put back `torch.nn.functional.linear`, which ZeRO-3 replaces for the process: later runs had other digits."""
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Replacing
 
     nn.functional.linear = getattr(Replacing, "linear_bk", nn.functional.linear)
@@ -28,9 +23,8 @@ def restore_linear() -> None:
 
 @contextmanager
 def without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """DeepSpeed's half-precision optimiser of stage 0 steps with zero gradients when it is made; not within this block.
-    Such a step decays the weights and leaves counts at one. Without it, stage 0 gives the numbers of the other
-    stages."""
+    """Keep DeepSpeed's half-precision optimiser of stage 0 from stepping with zero gradients when it is made."""
+    # Such a step decays the weights and leaves counts at one.
     own = vars(optimizer)
     before = own.get("step")  # of DeepSpeed's AdamW for main memory it was replaced already
     own["step"] = lambda *_, **__: None
@@ -44,11 +38,9 @@ def without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def cpu_adam(adamw: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """DeepSpeed's compiled AdamW for main memory, with the groups and settings of torch's.
-
-    It counts steps in an int, for which the state of a checkpoint has a tensor; a step turns one into the other.
-    DeepSpeed asks for the class itself, so the step of the instance is replaced.
-    """
+    """DeepSpeed's compiled AdamW for main memory, with the groups and settings of torch's."""
+    # It counts steps in an int, for which the state of a checkpoint has a tensor. DeepSpeed asks for the class itself,
+    # so the step of the instance is replaced.
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     settings = adamw.defaults
@@ -78,12 +70,10 @@ def skip_at_lowest_scale(scaler: Any) -> None:
 
 
 def read_norm_once(engine: Any, stage: int) -> None:
-    """Stages 1 and 2: have the host wait for the device once in a step, for the norm of the gradients.
-
-    DeepSpeed (0.19.8) reads a separate check for overflow, with a collective and two kernels for every gradient, and
-    then the norm, again for every group after the first. The norm is not finite where a gradient is not, which it also
-    checks. Earlier releases do not; they stay as they are.
-    """
+    """Stages 1 and 2: have the host wait for the device once in a step, for the norm of the gradients."""
+    # DeepSpeed (0.19.8) reads a separate check for overflow, with a collective and two kernels for every gradient, and
+    # then the norm again for every group. The norm is not finite where a gradient is not, which it also checks; earlier
+    # releases do not.
     from deepspeed.runtime.zero import stage_1_and_2
 
     optimizer = engine.optimizer
@@ -103,12 +93,10 @@ def offloads(engine: Any, stage: int) -> bool:
 
 @torch.no_grad()
 def clear_gradients(engine: Any, stage: int) -> None:
-    """Empty the buffers of gradients of stage 3 and of offloading before a step.
-
-    DeepSpeed overwrites a parameter's buffer in the first micro-batch of a step, if that uses the parameter. One that a
-    step does not use at all (the projector, when no rank has a picture) would be updated with the gradient of an
-    earlier step, and one that only a later micro-batch uses would add to it. Seen with 0.19 at stage 3.
-    """
+    """Empty the buffers of gradients of stage 3 and of offloading before a step."""
+    # DeepSpeed overwrites a parameter's buffer in the first micro-batch of a step, if that uses the parameter. One that
+    # no micro-batch uses would be updated with an earlier step's gradient, and one that only a later one uses would add
+    # to it (0.19).
     optimizer = engine.optimizer
     buffers: list[Tensor | None] = []
     if stage == 3:
@@ -125,11 +113,9 @@ def clear_gradients(engine: Any, stage: int) -> None:
 
 @torch.no_grad()
 def shard_from_main(module: nn.Module, config: dict[str, Any], *, device: torch.device) -> None:
-    """Stage 3: cut rank 0's weights up over all ranks, one after the other; parameters stay the same objects.
-
-    `deepspeed.initialize` would first move the whole model to each rank's device. DeepSpeed's conversion of one weight,
-    used here, sends rank 0's values anyway, so the other ranks may have theirs on the meta device.
-    """
+    """Stage 3: cut rank 0's weights up over all ranks, one after the other; parameters stay the same objects."""
+    # `deepspeed.initialize` would first move the whole model to each rank's device. The conversion of one weight sends
+    # rank 0's values anyway, so the other ranks may have theirs on the meta device.
     from deepspeed.runtime.zero import Init
     from deepspeed.utils import groups
 
@@ -166,12 +152,10 @@ def allocate(tensor: Tensor, device: torch.device) -> None:
 
 
 def fetch_whole_layers(module: nn.Module) -> None:
-    """Have ZeRO-3 fetch the weights of a decoder or tower layer for the whole layer at once, and those of adapted ones.
-
-    By default DeepSpeed fetches each for the submodule that owns it: dozens of gathers a layer, and kernels that span
-    several submodules would find nothing. Its leaf modules do not serve here: they reduce gradients when that of their
-    input is ready, which a first layer behind frozen embeddings never gets, so its adapter would not train.
-    """
+    """Have ZeRO-3 fetch the weights of a decoder or tower layer, or an adapted one, for the whole layer at once."""
+    # By default each is fetched for its submodule: dozens of gathers a layer, and kernels over several submodules find
+    # nothing. Leaf modules reduce gradients when that of their input is ready, which a layer behind frozen embeddings
+    # never gets.
     from deepspeed.runtime.zero import register_external_parameter
 
     for layer in module.modules():
@@ -181,11 +165,9 @@ def fetch_whole_layers(module: nn.Module) -> None:
 
 
 def gather_persistent_together(engine: Any) -> None:
-    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one.
-
-    DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model. With `zero_hpz_partition_size` it
-    gathers them from each host's copies of before the step, which it drops only afterwards.
-    """
+    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one."""
+    # DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model. With `zero_hpz_partition_size`
+    # it gathers them from each host's copies of before the step, which it drops only afterwards.
     persistent = engine.optimizer.persistent_parameters
     if not persistent:
         return
@@ -207,11 +189,8 @@ def gather_persistent_together(engine: Any) -> None:
 
 @contextmanager
 def whole(engine: Any, module: nn.Module) -> Iterator[None]:
-    """Stage 3 with all weights gathered once, and with the hooks taken off that would let them go after each layer.
-
-    A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank. The
-    small weights that stay whole during training are whole again afterwards.
-    """
+    """Stage 3 with all weights gathered once, and without the hooks that would let them go after each layer."""
+    # A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank.
     from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload

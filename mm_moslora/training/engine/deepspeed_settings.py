@@ -24,15 +24,7 @@ NVME_FOLDER = "MM_MOSLORA_NVME"
 def deepspeed_config(
     train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0, trains_here: bool = True
 ) -> dict[str, Any]:
-    """A preset or file with the values of the recipe filled in.
-
-    Args:
-        largest_adapter: elements of it, see `largest_adapter`; ZeRO-3 leaves weights of that size whole.
-        trains_here: whether `MM_MOSLORA_NVME` must name the folder for swapped weights.
-
-    Raises:
-        ConfigError: no such preset, or the file contradicts the recipe.
-    """
+    """A preset or file with the values of the recipe; ZeRO-3 leaves weights of `largest_adapter` elements whole."""
     config = read_preset(train.zero)
     world = distributed.world_size()
     filled = {
@@ -106,11 +98,8 @@ def check_operators(config: Mapping[str, Any], zero: str) -> None:
 
 
 def check_settings(config: dict[str, Any], zero: str) -> None:
-    """Have DeepSpeed read the settings of a user's file, so that it refuses them before a model is loaded.
-
-    Outside its groups DeepSpeed ignores unknown keys. A key that resembles a known one is refused here; a warning names
-    the others.
-    """
+    """Have DeepSpeed read the settings of a user's file, so that it refuses them before a model is loaded."""
+    # Outside its groups DeepSpeed ignores unknown keys.
     import deepspeed
 
     settings = _ReadKeys(config)

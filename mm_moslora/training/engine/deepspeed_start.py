@@ -64,11 +64,9 @@ def skip_shared_memory_operator() -> None:
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate's state of this process, new within the block and new behind it.
-
-    It would keep the settings of an earlier run. Behind a run on ZeRO a Trainer would train with DeepSpeed, and behind
-    one on ZeRO-3 transformers would load models in shards.
-    """
+    """accelerate's state of this process, new within the block and new behind it."""
+    # Behind a run on ZeRO a Trainer would train with DeepSpeed, and behind one on ZeRO-3 transformers would load models
+    # in shards.
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -39,8 +39,7 @@ def kernels_of(recipe: Recipe, precision: str) -> Kernels:
 
 
 def prepare_execution(model: PreTrainedModel, recipe: Recipe, kernels: Kernels, precision: str) -> None:
-    """Set attention, kernels and memory savings of a model with its adapters, not yet in an engine, and log what
-    runs."""
+    """Set attention, kernels and memory savings of a model with its adapters, not yet in an engine."""
     _choose_attention(model, recipe, precision)
     _save_memory(model, recipe)
     if (note := use_kernels(model, kernels, lean=_runs_lean(recipe))) and distributed.is_main():

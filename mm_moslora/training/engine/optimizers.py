@@ -1,7 +1,4 @@
-"""The optimisers of `optim.optimizer`: how each is built, and what it keeps of a parameter.
-
-What a checkpoint holds is read from the state itself, so a kind says only how a state begins.
-"""
+"""The optimisers of `optim.optimizer`: how each is built, and what it keeps of a parameter."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ class OptimizerKind:
     def make(
         self, settings: OptimizerSettings, groups: Groups, parameters: Sequence[Sequence[nn.Parameter]], *, fused: bool
     ) -> torch.optim.Optimizer:
-        """The optimiser, with one group for each of `groups`, in their order; `fused`: one kernel reads and writes all
-        states of many parameters, for AdamW's states on a GPU."""
+        """The optimiser, with one group for each of `groups`; `fused`: one kernel steps many parameters, on a GPU."""
         # On a CPU a fused kernel has another order of operations, and so other bits.
         return torch.optim.AdamW(
             _as_dicts(groups, parameters), betas=settings.betas, eps=settings.eps, fused=fused or None

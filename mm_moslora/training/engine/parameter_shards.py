@@ -89,12 +89,9 @@ class ParameterShard:
 
 
 class Norms:
-    """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks, computed when it is made, by every rank.
+    """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks, computed when it is made, by every rank."""
 
-    The momentum is the mean of the last gradients, after clipping: the one trace of a component's gradients that every
-    ZeRO stage keeps. `groups` are those of all parameters, COMPONENT the part of a group's name before the slash;
-    `copies` ranks hold the same shards.
-    """
+    # The momentum is the one trace of a component's gradients that every ZeRO stage keeps.
 
     @torch.no_grad()
     def __init__(

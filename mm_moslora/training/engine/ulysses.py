@@ -1,9 +1,7 @@
-"""Sequence parallelism by DeepSpeed's Ulysses: the ranks of a group compute one packed row together.
+"""Sequence parallelism by DeepSpeed's Ulysses (2309.14509): the ranks of a group compute one packed row together."""
 
-Each rank runs all layers on its share of the tokens. Around the attention it gives the others their tokens and gets all
-tokens for its share of the heads (2309.14509), so the attention sees whole segments. All ranks of a group take the same
-micro-batches; to the rest of the engine each is one of the data-parallel ranks, with the loss of its own tokens.
-"""
+# Around the attention a rank gives the others their tokens and gets all tokens for its share of the heads, so the
+# attention sees whole segments. To the rest of the engine each is a data-parallel rank with the loss of its own tokens.
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ def row_share(ranks: int) -> RowShare:
 
 
 def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> None:
-    """Refuse a model, on any device, whose rows `ranks` of a group cannot compute together; with one, nothing is
-    refused."""
+    """Refuse a model, on any device, whose rows several ranks cannot compute together."""
     if ranks == 1:
         return
     if has_own_forward(model):
@@ -56,8 +53,7 @@ def refuse_row_shares(model: PreTrainedModel, ranks: int, *, attention: str) -> 
 
 
 def share_rows(model: PreTrainedModel, ranks: int) -> None:
-    """Have the attention of a decoder, which is set, see the tokens of all ranks of a group; every rank of the run
-    calls it once DeepSpeed is started."""
+    """Have the attention of a decoder see the tokens of all ranks of a group; every rank calls it."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     config: Any = model.get_decoder().config

@@ -1,7 +1,4 @@
-"""Memory of a training step on one GPU, by part, and the micro-batches of a run on a GPU.
-
-Formulas and their checks: docs/planning.md.
-"""
+"""Memory of a training step on one GPU, by part, and the micro-batches of a run (formulas: docs/planning.md)."""
 
 from __future__ import annotations
 
@@ -134,8 +131,7 @@ class StepMemory:
         )
 
     def main_memory(self, *, packed: bool = False) -> float:
-        """Bytes of the first host's main memory for weights and optimiser: read under ZeRO-3, or offloaded. `packed`:
-        the base is quantised, which every rank reads to its GPU."""
+        """Bytes of a host's main memory for weights and optimiser; a `packed` base every rank reads to its GPU."""
         size, zero = self.size, self.settings
         trained, b, ranks = size.trainable, size.value_bytes, min(self.on_host, self.world)
         if zero is None:
@@ -150,8 +146,7 @@ class StepMemory:
 
     @property
     def generating(self) -> float:
-        """Bytes while a validation generates, without its cache: ZeRO-3 then has all weights whole on every GPU; else
-        0."""
+        """Bytes while a validation generates, without its cache, under ZeRO-3, which gathers all weights; else 0."""
         size, (_, _, whole, gathered) = self.size, self._weights()
         if not whole + gathered:
             return 0.0
@@ -159,8 +154,7 @@ class StepMemory:
         return self.of(0, supervised=0, images=0).total - gathered + model - whole
 
     def cannot_generate(self, capacity: float) -> str:
-        """Why the validation of `validate.samples` and `validate.tasks` does not fit into so many bytes, with the
-        remedy, or empty."""
+        """Why the answers of a validation do not fit into so many bytes, with the remedy, or empty."""
         if self.generating <= FREE_SHARE * capacity:
             return ""
         return (
@@ -171,8 +165,7 @@ class StepMemory:
         )
 
     def _weights(self) -> tuple[float, float, float, float]:
-        """Bytes of all frozen weights; the share of all weights on this GPU; bytes of weights that are whole on every
-        GPU beside their shards; and of those that are gathered at a time."""
+        """Bytes of frozen weights; share of weights on this GPU; bytes whole beside shards; bytes gathered at once."""
         size, zero = self.size, self.settings
         if zero is None or zero.stage < 3 or (self.world == 1 and not zero.parameters_off):
             return size.weight_bytes, 1.0, 0.0, 0.0
@@ -207,15 +200,13 @@ class StepMemory:
         return bisect.bisect_right(range(1, 2**31), room, key=lambda tokens: self.worst(tokens).total)
 
     def token_budget(self, capacity: float, *, longest: int) -> int:
-        """The default of `train.micro_tokens` on a GPU of so many bytes: the tokens that surely fit; 0: `longest` does
-        not fit. At least `longest`, which may take the room that is left for errors of the estimate."""
+        """The default of `train.micro_tokens`, at least `longest`, which may use the margin; 0: it does not fit."""
         room = FREE_SHARE * capacity
         budget = self.most_tokens(room / (1 + MODEL_ERROR))
         return budget if budget >= longest else longest if self.most_tokens(room) >= longest else 0
 
     def remedies(self, capacity: float, *, longest: int, key: str) -> str:
-        """What would make an example or row of `longest` tokens fit, as the end of a sentence; `key`: the recipe's for
-        them."""
+        """What would make an example or row of `longest` tokens fit, as the end of a sentence."""
         most = self.most_tokens(FREE_SHARE * capacity)
         remedies = [f"lower {key} to {most}"] if most >= SHORTEST else []
         stages, last = ((self.zero, "zero3"), "zero3_offload") if self.world > 1 else ((self.zero,), "zero2_offload")
@@ -247,15 +238,7 @@ class RunEstimate(NamedTuple):
 
 
 def estimate_run(recipe: Recipe, model: ModelConfig, *, precision: str) -> RunEstimate:
-    """Estimate a step of a run where memory is limited or a peak is known; all ranks call it before the model is
-    loaded, and get the same.
-
-    `train.micro_tokens` is kept; where it is left out, the tokens are those that surely fit.
-
-    Raises:
-        TrainingError: the longest example, or a validation that generates, does not fit on the smallest GPU of the run.
-        DistributedError: the same on another rank.
-    """
+    """Estimate a step where memory is limited or a peak is known; all ranks get the same, or TrainingError."""
     memory, name = math.inf, ""
     if (device := distributed.device()).type == "cuda":
         # The total, not what is free: a resumed run must cut its steps as before.

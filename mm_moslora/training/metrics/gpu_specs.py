@@ -91,11 +91,7 @@ def card_of(name: str, memory: float) -> Gpus:
 
 
 def parse_gpus(text: str) -> Gpus:
-    """Parse `8xA100-80G` into `Gpus`; the memory may be left out where a card has one size.
-
-    Raises:
-        ConfigError: the text has another form, or the card is unknown.
-    """
+    """Parse `8xA100-80G`, or `8xH100` where a card has one size; ConfigError for what is unknown."""
     match = re.fullmatch(r"(?:([0-9]+)x)?([A-Za-z0-9]+)(?:-([0-9]+)G?B?)?", text.strip())
     if match is None or not re.fullmatch("[1-9][0-9]{0,5}", match[1] or "1"):
         raise ConfigError(f"{text!r} is not a list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")

@@ -1,7 +1,4 @@
-"""Measures of a run's adapter: its start, records for the trackers, and `mixers.json` for the report.
-
-Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``. `adapters.adapter_inspection` has the measures.
-"""
+"""Measures of a run's adapter: its start, records for the trackers, and `mixers.json` for the report."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ ADAPTERS = ".lora_"
 
 @torch.no_grad()
 def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to. The
-    model supplies the parameters that do not train; the tensors of `state` (full fp32 values by name) are kept."""
+    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to."""
     for _, layer, name, (A, M, B) in _factors(model, state):
         A0, B0 = (factor if factor.any() else None for factor in (A, B))
         layer.starts[name] = Start(mixer=M, A=A0, B=B0)
@@ -47,13 +43,8 @@ def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _factors(
     model: nn.Module, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, MoSLoRALayer, str, tuple[Tensor, Tensor | None, Tensor]]]:
-    """Path, layer, adapter, and its whole A, M and B: of a state, and of the layer where they are frozen.
-
-    Of the adapter of the run alone; a trainer of preferences has a frozen copy of the start beside it.
-
-    Raises:
-        AdapterError: the state lacks a factor that trains; the layer may hold a shard of it.
-    """
+    """Path, layer, adapter, and whole A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``, of a state or as frozen."""
+    # Of the adapter of the run alone; a trainer of preferences has a frozen copy of the start beside it.
     for path, layer in named_adapter_layers(model):
         for name in filter(layer.holds, [RUN_ADAPTER]):
             own = dict(zip("AB", layer.outer_factors(name), strict=True))
@@ -82,8 +73,7 @@ def adapter_reports(model: nn.Module, state: Mapping[str, Tensor]) -> list[Modul
 
 
 def adapter_metrics(reports: Sequence[ModuleReport]) -> dict[str, float]:
-    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`. Finite numbers
-    only (a rank-deficient mixer has no condition number); empty without adapters."""
+    """Finite means over the adapted modules for a tracker, under `mixer/...`; empty without adapters."""
     return {name: value for name, value in (summary(reports) if reports else {}).items() if math.isfinite(value)}
 
 
@@ -113,8 +103,7 @@ def log_adapter(
     model: nn.Module, state: Mapping[str, Tensor], trackers: Trackers, step: int, *, file: Path | None = None,
     metrics: bool = True,
 ) -> None:  # fmt: skip
-    """Log the measures of an adapter, on rank 0; without an adapter there are none. `metrics`: False where the means of
-    the step are logged already."""
+    """Log the measures of an adapter, on rank 0; without `metrics`, the means of the step are logged already."""
     if not distributed.is_main():
         return
     with only_measuring("The adapter"):

@@ -135,13 +135,7 @@ class PictureWork:
 
 
 class FlopCounter:
-    """Counts the FLOPs of a model. Construction walks over the model's modules, so make one counter per model.
-
-    Args:
-        runs: how often a forward pass runs each decoder layer, and those it stands for where the model holds only some
-            of them; None: once.
-        picture: of a typical picture; None: of an assembled model one of its size is counted.
-    """
+    """Counts the FLOPs of a model; `runs`: of each decoder layer at hand in a pass, `picture`: work of a usual one."""
 
     def __init__(
         self, model: PreTrainedModel, *, runs: Sequence[int] | None = None, picture: PictureWork | None = None
@@ -168,8 +162,7 @@ class FlopCounter:
         self.passes_back = any(p.requires_grad for p in model.parameters() if p is not head.weight)
 
     def count(self, shape: StepShape, *, checkpointing: float = 0.0, vision_checkpointing: bool = False) -> Flops:
-        """FLOPs of forward and backward passes of a step, on one rank or over all; the recomputation of a share of the
-        decoder layers with gradient `checkpointing`, and of a tower, is counted where it is asked for."""
+        """FLOPs of a step's passes, with the recomputation of a share of the decoder layers, and of a tower."""
         again = float(checkpointing)
         every = 2 + 2 * again + (2 if self.passes_back else 0)
         dropped = shape.tokens - shape.supervised if self.drops else 0
@@ -306,11 +299,7 @@ def model_cost(
     dtype: torch.dtype = torch.bfloat16,
     picture: tuple[int, int] = PICTURE,
 ) -> ModelCost:
-    """Measure a recipe's model on the meta device; `picture` (width, height) counts where a model's cost depends on it.
-
-    Raises:
-        ModelError: its configuration cannot be read, or it does not compute without weights.
-    """
+    """Measure a recipe's model on the meta device with a picture of (width, height); ModelError where it cannot."""
     bones = build_meta_model(model, adapter, dtype=dtype, picture=picture)
     try:
         return _measured(bones, model, vision_checkpointing=vision_checkpointing, dtype=dtype)
@@ -387,8 +376,7 @@ def _kept_by_layers(bones: MetaModel, tokens: int) -> list[int]:
 
 
 def _kept(bones: MetaModel) -> tuple[float, int]:
-    """What decoder layers keep for the backward pass: bytes of a layer per token, mean of all, and bytes of all layers
-    for any number of tokens."""
+    """Bytes for the backward pass: of a layer per token, mean of all, and of all layers for any number of tokens."""
     fewer, more = (_kept_by_layers(bones, tokens) for tokens in (PROBE, 2 * PROBE))
     slopes = [(most - least) / PROBE for least, most in zip(fewer, more, strict=True)]
     fixed = [max(0.0, least - PROBE * slope) for least, slope in zip(fewer, slopes, strict=True)]

@@ -17,9 +17,7 @@ from mm_moslora.utils import distributed
 
 
 def rank_figures(*, seconds: float, data_seconds: float = 0.0, work_seconds: float = 0.0) -> dict[str, float]:
-    """Measurements of this rank by name; metrics hold the largest and the smallest over all ranks. `seconds` and
-    `data_seconds` are of the last step: all, and those in which it waited for data. `work_seconds` are per step since
-    the last record, without waiting for other ranks at step boundaries."""
+    """Measures of this rank: of the last step, and `work_seconds` per step since the last record, without waits."""
     on_gpu = torch.cuda.is_available()
     return {
         "step_seconds": seconds,
@@ -32,8 +30,7 @@ def rank_figures(*, seconds: float, data_seconds: float = 0.0, work_seconds: flo
 
 
 class Clock:
-    """The wall time of a run, split by activity; `wall_seconds` grows with all time, `seconds` with optimiser steps
-    only."""
+    """The wall time of a run: `wall_seconds` grows with all time, `seconds` with optimiser steps only."""
 
     def __init__(self, counters: MutableMapping[str, float], step: int) -> None:
         self._counters = counters
@@ -63,8 +60,7 @@ class Clock:
         self.tick()
 
     def record(self, step: int, total: int) -> tuple[dict[str, float], float]:
-        """Metrics since the last record, and this rank's `work_seconds` for `rank_figures`. Rates include all time in
-        between: saves, validations and waiting."""
+        """Metrics and this rank's `work_seconds` since the last record; rates include saves, validations and waits."""
         now = time.monotonic()
         wall, steps = max(now - self._recorded_at, 1e-9), max(1, step - self._recorded)
         per_step = (now - self._began) / max(1, step - self._first)
@@ -84,13 +80,10 @@ class Clock:
 
 
 class Speedometer:
-    """Computes a step's shares from its counts and the figures of all ranks; all ranks make and call it together.
+    """A step's shares from its counts and the figures of all ranks; all ranks make and call it together."""
 
-    MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
-    divides by the sum of the ranks' dense half-precision peaks. It is missing where a rank's device has no known peak,
-    such as a CPU, and where the work of a picture cannot be estimated. `copies` ranks get the same micro-batches
-    (`train.sequence_parallel`).
-    """
+    # MFU counts the FLOPs that the step needs (no padding, no recomputation) against the ranks' dense half-precision
+    # peaks.
 
     def __init__(self, model: PreTrainedModel, estimate: RunEstimate, *, copies: int = 1) -> None:
         self.copies, self.peak = copies, estimate.peak

@@ -1,8 +1,6 @@
-"""Ranks that train together agree about software, recipe and data; those that do not fail together, before a step.
+"""Ranks that train together agree about software, recipe and data, or fail together before a step."""
 
-Hosts may have other copies of a recipe or of the data, and other environments. Gradients of two recipes would be added
-up without a word, and samples seen twice or never.
-"""
+# Hosts may have other copies of a recipe or of the data: gradients of two recipes would be added up without a word.
 
 from __future__ import annotations
 
@@ -65,11 +63,7 @@ def agree_on_data(identity: Mapping[str, object]) -> None:
 
 
 def agree(facts: Mapping[str, object], remedy: str) -> None:
-    """Compare what every rank has; all ranks call it together.
-
-    Raises:
-        DistributedError: on every rank; names what differs, and the ranks.
-    """
+    """Compare what every rank has; DistributedError on every rank, which names what differs and the ranks."""
     own = {name: repr(value) for name, value in facts.items()}
     if len({*distributed.gather_objects(sha256_of_text(repr(sorted(own.items()))))}) == 1:
         return

@@ -25,8 +25,7 @@ def refuse_folder(run: Path) -> None:
 
 
 def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder: `required` without a checkpoint,
-    `never` with one, or a folder that does not exist."""
+    """Refuse a value of `--resume` that contradicts the contents of the run folder, or names no folder."""
     resume_folder(resume)
     if resume == "never" and checkpoints(run):
         raise CheckpointError(
@@ -38,13 +37,7 @@ def refuse_resume(run: Path, resume: str) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this run; the kernel frees the lock when the process ends.
-
-    Raises:
-        ConfigError: files of another program have names that a run writes.
-        TrainingError: another process holds the lock, or the folder is not writable.
-        DistributedError: the same on another rank.
-    """
+    """Lock a run folder for this run; the kernel frees the lock when the process ends."""
     from mm_moslora.utils import distributed  # torch, which the refusals above do without
 
     with ExitStack() as stack:

@@ -34,11 +34,8 @@ class RunEnding:
 
 @contextmanager
 def record_run_state(folder: Path) -> Iterator[RunEnding]:
-    """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
-
-    A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
-    surviving rank records the end.
-    """
+    """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`."""
+    # A process that is killed leaves "running"; readers check its process id and the heartbeats.
     own = os.getpid()
     began: dict[str, Any] = {
         "process": own, "started": process_start(own), "host": socket.gethostname(), "since": round(time.time(), 3),

@@ -1,6 +1,4 @@
-"""Stopping on request. Before there is anything to save, a signal ends the program at once. Later it sets a flag: all
-ranks learn of it at the same step, save and exit.
-"""
+"""Stopping on request: at once while there is nothing to save, later at the same step on all ranks."""
 
 from __future__ import annotations
 
@@ -23,11 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Handles the signals of `mm_moslora.launch.child_processes.STOP_SIGNALS`.
-
-    In a `with` block of it, the first signal is stored, and the third Ctrl-C stops at once (KeyboardInterrupt); see
-    `RequestCounter` there. In an outer block of `at_once`, every signal stops at once (Stopped).
-    """
+    """Within it, the first signal is stored and the third Ctrl-C stops at once; within `at_once` every signal does."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -47,11 +41,9 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Stop at once on a signal, in phases with nothing to save.
-
-        With several ranks the handlers stay unchanged: the launcher ends the other ranks by the same signals after a
-        failure, which is not a request, and a rank that waits in a collective would not react.
-        """
+        """Stop at once on a signal, in phases with nothing to save."""
+        # With several ranks the handlers stay unchanged: the launcher ends the other ranks by the same signals after a
+        # failure, and a rank that waits in a collective would not react.
         process = os.getpid()
 
         def leave(number: int, frame: FrameType | None) -> None:

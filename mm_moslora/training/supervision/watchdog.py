@@ -1,9 +1,4 @@
-"""Watchdog over the ranks: positions, deaths and hangs. It writes stacks and ends a hanging run.
-
-Every rank updates a small file in the run folder, `heartbeat/rank-00000.json`. When a phase exceeds its limit, each
-rank writes its stacks, reads the others' files, reports which rank is behind, silent or dead, and ends its process, so
-that the launcher can restart the run.
-"""
+"""Watchdog over the ranks: positions, deaths and hangs. It writes stacks, names who is to blame and ends the run."""
 
 from __future__ import annotations
 
@@ -152,8 +147,8 @@ class Watchdog:
                     self._give_up("The other ranks cannot be reached.")
 
     def _misses_a_rank(self) -> bool:
-        """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0. Otherwise a rank
-        that waits for another's address in a new group waits for the timeout of a collective."""
+        """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0."""
+        # A rank that waits for another's address in a new group would wait for the timeout of a collective.
         beats = self.read() if distributed.is_main() else self.read(name="rank-00000.json")
         return any(
             beat.age > _GONE_SECONDS
@@ -202,11 +197,9 @@ class Watchdog:
         os._exit(EXIT_HANG)
 
     def _ask_for_stacks(self) -> None:
-        """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang.
-
-        Its default action ends a process, and anybody may have written the files: only processes that this rank's own
-        launcher has started, and which handle the signal, get it.
-        """
+        """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang."""
+        # Its default action ends a process, and anybody may have written the files: only siblings that handle it get
+        # it.
         for beat in self.read():
             if beat.pid != os.getpid() and beat.rank < distributed.world_size() and _is_sibling(beat):
                 with contextlib.suppress(OSError):
@@ -299,11 +292,9 @@ def _without_heartbeat(missing: set[int]) -> Blame:
 
 
 def release_torchrun() -> None:
-    """Make torchrun end with its ranks when they run on several hosts and no restart is left.
-
-    On a host that is cut off, torchrun would wait for the rendezvous store until TCP times out after 15 minutes.
-    While it waits, it handles SIGTERM minutes late, so a process that outlives this one kills it.
-    """
+    """Make torchrun end with its ranks when they run on several hosts and no restart is left."""
+    # On a host that is cut off, torchrun would wait for the rendezvous store until TCP times out after 15 minutes.
+    # While it waits, it handles SIGTERM minutes late, so a process that outlives this one kills it.
     several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     restarts, allowed = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if several and restarts is not None and restarts == allowed:
@@ -325,12 +316,9 @@ def _is_sibling(beat: Heartbeat) -> bool:
 
 
 def _blocking_line(phase: str) -> str:
-    """Function and line of the main thread; empty when it waits for other ranks.
-
-    On a GPU, collectives are queued and the host continues until it reads a value. Within a step, the position of the
-    main thread is therefore not informative. Nor is it within autograd's own code: torch's data-parallel wrapper waits
-    there.
-    """
+    """Function and line of the main thread; empty when it waits for other ranks."""
+    # On a GPU the host waits where it reads a value, so its line in a step tells nothing; nor does one in autograd's
+    # own code, where torch's data-parallel wrapper waits.
     if phase == "step" and distributed.device().type == "cuda":
         return ""
     stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
