@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import unmatched_patterns
@@ -94,6 +95,9 @@ class MoSLoRAModel(LoraModel):
         except Exception:
             _take_out(model, adapter_name, spared=before)
             raise
+        if isinstance(config.target_modules, set):  # PEFT saves an adapted embedding with its base, by the short name
+            ends = {path.rpartition(".")[2] for path in config.target_modules}
+            config.target_modules |= ends.intersection(EMBEDDING_LAYER_NAMES)
         if not config.inference_mode:
             stop_repacking(model)
 

@@ -141,6 +141,10 @@ def test_a_configuration_alone_leaves_the_weights_of_its_folder_alone(saved: Pat
         (tmp_path / "a" / name).unlink()
     with pytest.raises(AdapterError, match=r"has no mixer for .*q_proj"):
         model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(AdapterError, match="adapter_model.safetensors is damaged or truncated"):
+        model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
 
 
 def test_a_configuration_alone_comes_back_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import peft
 import torch
 from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_options import AdapterOptions
@@ -31,6 +31,7 @@ from mm_moslora.adapters.folder_format import (
     is_factor,
     mixers_in,
     named_as_modules,
+    read_tensors,
     target_paths,
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
@@ -250,7 +251,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
         )
     if _is_intact(folder):  # it is an adapter folder already; only the configuration is new
         manifest = read_json(folder / OWN_CONFIG)
-        own, start = load_file(folder / OWN_WEIGHTS), read_start(folder, manifest)
+        own, start = read_tensors(folder / OWN_WEIGHTS), read_start(folder, manifest)
         write_folder(folder, config, own, base=manifest["base"], auto_mapping=auto_mapping, start=start)
         return
     if not weights.is_file():
@@ -260,7 +261,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
             _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
         return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
-    tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
+    tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in read_tensors(weights).items()}
     start = {name: tensors.pop(name).float() for name in list(tensors) if START_PART in name}
     if empty := next((name for name, tensor in tensors.items() if is_factor(name) and not tensor.numel()), None):
         raise AdapterError(f"{empty} of {weights} is empty. Gather the factors of all ranks before saving.")
