@@ -143,7 +143,7 @@ def test_a_configuration_alone_leaves_the_weights_of_its_folder_alone(saved: Pat
         model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
     weights = tmp_path / "a" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(AdapterError, match="adapter_model.safetensors is damaged or truncated"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged or truncated"):
         model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
 
 
