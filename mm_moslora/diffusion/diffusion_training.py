@@ -25,10 +25,10 @@ from mm_moslora.models.model_paths import COMMITS, marks_of
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
-from mm_moslora.training.checkpointing.resume_choice import changed_keys, choose_checkpoint
+from mm_moslora.training.checkpointing.run_checkpoints import changed_keys, choose_checkpoint
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_start, log_adapter
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
-from mm_moslora.training.supervision.run_summary import peak_memory_gib
+from mm_moslora.training.supervision.run_faults import peak_memory_gib
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, DivergedError
@@ -65,7 +65,7 @@ def train_diffusion(
 
 
 def find_resume(recipe: DiffusionRecipe, resume: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint to resume from; see `mm_moslora.training.checkpointing.resume_choice.find_resume`."""
+    """The checkpoint to resume from; see `mm_moslora.training.checkpointing.run_checkpoints.find_resume`."""
 
     def check(checkpoint: Path, manifest: Manifest) -> None:
         if changed := changed_keys(DiffusionRecipe, manifest.recipe, recipe.to_dict()).other_run:

@@ -29,7 +29,6 @@ from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
 from mm_moslora.training.engine.deepspeed_patches import allocate
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS
-from mm_moslora.training.model_start import resumed_start
 from mm_moslora.training.run_setup import (
     RunParts,
     described,
@@ -38,6 +37,7 @@ from mm_moslora.training.run_setup import (
     whole_projector,
     with_form_of_thinking,
 )
+from mm_moslora.training.weight_init import resumed_start
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.progress_bar import Progress

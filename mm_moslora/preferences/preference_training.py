@@ -15,9 +15,9 @@ from mm_moslora.models.precision import resolve_precision
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
-from mm_moslora.training.checkpointing.resume_choice import find_resume
+from mm_moslora.training.checkpointing.run_checkpoints import find_resume
 from mm_moslora.training.engine import check_engine
-from mm_moslora.training.engine.deepspeed_start import fresh_accelerate, prepare_deepspeed
+from mm_moslora.training.engine.deepspeed_settings import fresh_accelerate, prepare_deepspeed
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run

@@ -22,10 +22,8 @@ from mm_moslora.training.checkpointing.checkpoint_folder import amend
 from mm_moslora.training.checkpointing.run_checkpoints import Best, set_aside_newer
 from mm_moslora.training.checkpointing.run_saves import RunInFolder, RunSaves, Taken
 from mm_moslora.training.supervision.rank_agreement import agree_on_recipe
-from mm_moslora.training.supervision.run_faults import telling_errors
-from mm_moslora.training.supervision.run_folder import exclusive
-from mm_moslora.training.supervision.run_state import RunEnding, record_run_state
-from mm_moslora.training.supervision.run_summary import note_memory, only_measuring
+from mm_moslora.training.supervision.run_faults import note_memory, only_measuring, telling_errors
+from mm_moslora.training.supervision.run_folder import RunEnding, exclusive, record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.utils import distributed, files

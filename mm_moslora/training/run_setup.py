@@ -32,9 +32,9 @@ from mm_moslora.training.engine.model_execution import kernels_of, prepare_execu
 from mm_moslora.training.engine.ulysses import row_share
 from mm_moslora.training.metrics.gpu_memory import RunEstimate, estimate_run
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
-from mm_moslora.training.model_start import resumed_start, start_projector
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.preflight import check_model
+from mm_moslora.training.weight_init import resumed_start, start_projector
 from mm_moslora.utils import distributed
 from mm_moslora.utils.progress_bar import Progress
 

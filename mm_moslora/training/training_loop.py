@@ -17,8 +17,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import OptimConfig, Recipe, require_sft
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.training import run_setup
-from mm_moslora.training.checkpointing.resume_choice import continued, find_resume
-from mm_moslora.training.checkpointing.run_checkpoints import Best
+from mm_moslora.training.checkpointing.run_checkpoints import Best, continued, find_resume
 from mm_moslora.training.engine.step_result import QueuedStep
 from mm_moslora.training.forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck

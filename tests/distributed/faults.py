@@ -16,7 +16,7 @@ from ranks import train_recipes
 
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import model_start, snapshot, training_loop
+from mm_moslora.training import snapshot, training_loop, weight_init
 from mm_moslora.training.engine import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.metrics import mixer_metrics
@@ -67,7 +67,7 @@ def other_version(*recipes: str) -> int:
 
 def fit_on_main_alone(outcome: str, *recipes: str) -> int:
     """What the projector is fitted to is measured on rank 0 alone; there it may fail."""
-    real = model_start._fit
+    real = weight_init._fit
 
     def fit(*arguments, **keywords):
         assert distributed.is_main(), "measured twice"
@@ -75,7 +75,7 @@ def fit_on_main_alone(outcome: str, *recipes: str) -> int:
             raise RuntimeError("no room for the tower")
         real(*arguments, **keywords)
 
-    model_start._fit = fit
+    weight_init._fit = fit
     return train_recipes(list(recipes))
 
 

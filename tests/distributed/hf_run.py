@@ -11,7 +11,7 @@ from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.training.engine.deepspeed_start import prepare_deepspeed
+from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.utils.distributed import seed_everything
 
 

@@ -26,7 +26,7 @@ from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.metrics.gpu_memory import RunEstimate, StepMemory
 from mm_moslora.training.metrics.gpu_specs import card_of, device_peak
 from mm_moslora.training.metrics.model_cost import FlopCounter, PictureWork, StepShape
-from mm_moslora.training.metrics.throughput import Speedometer, rank_figures
+from mm_moslora.training.run_logging import Speedometer, rank_figures
 
 TESTS = Path(__file__).parents[1]
 

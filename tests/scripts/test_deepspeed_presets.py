@@ -127,7 +127,7 @@ def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_r
 def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mm_moslora.training.engine.deepspeed_start import warn_of_stale_locks
+    from mm_moslora.training.engine.deepspeed_settings import warn_of_stale_locks
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     warn_of_stale_locks()
@@ -141,7 +141,7 @@ def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
 
 
 def test_a_run_keeps_what_it_compiles_to_itself_under_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mm_moslora.training.engine.deepspeed_start import prepare_deepspeed
+    from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 
     monkeypatch.setattr("deepspeed.comm.init_distributed", lambda **_: None)
     for name, value in (("DS_ACCELERATOR", "cpu"), ("DS_SKIP_CUDA_CHECK", "1"), ("LOCAL_RANK", "0")):

@@ -30,7 +30,7 @@ from mm_moslora.models.decoding.generation import Prompt, encode_images, generat
 from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.vision.feature_cache import FeatureStore
 from mm_moslora.models.vlm import has_own_forward, is_multimodal
-from mm_moslora.training import model_start, run_setup
+from mm_moslora.training import run_setup, weight_init
 from mm_moslora.training.engine import OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.utils import distributed
@@ -142,7 +142,7 @@ def fitted(recipe: Recipe) -> dict[str, Any]:
         to_cuda(model.vision_tower)
         to_cuda(model.multi_modal_projector)
         with torch.no_grad():
-            model_start._fit(run.assembly, examples, to_answers=True)
+            weight_init._fit(run.assembly, examples, to_answers=True)
         return {"fit": device.noted()}
 
 

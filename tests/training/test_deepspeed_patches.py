@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mm_moslora.training.engine.deepspeed_patches import cpu_adam
-from mm_moslora.training.engine.deepspeed_start import skip_shared_memory_operator
+from mm_moslora.training.engine.deepspeed_settings import skip_shared_memory_operator
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 

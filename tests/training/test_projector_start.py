@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mm_moslora.config import ProjectorConfig, Recipe, SourceConfig
 from mm_moslora.models.vlm import image_features
-from mm_moslora.training import model_start
+from mm_moslora.training import weight_init
 from mm_moslora.training.run_setup import Run, prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError
@@ -46,8 +46,8 @@ def tokens(run: Run, place: int) -> torch.Tensor:
 
 
 def test_visual_tokens_point_to_the_answers_of_a_sorted_file(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("mm_moslora.training.model_start.PICTURES_TO_STANDARDISE", 6)
-    monkeypatch.setattr("mm_moslora.training.model_start.PICTURES_TO_FIT", 12)  # of 60: the first twelve are all black
+    monkeypatch.setattr("mm_moslora.training.weight_init.PICTURES_TO_STANDARDISE", 6)
+    monkeypatch.setattr("mm_moslora.training.weight_init.PICTURES_TO_FIT", 12)  # of 60: the first twelve are all black
     run = prepared(recipe, sorted_records(tmp_path, 60, answers={"black": "one", "gray": "two", "white": "six"}))
     embeddings = run.assembly.model.get_input_embeddings().weight.float()
     ids = [run.assembly.tokenizer.encode(word, add_special_tokens=False) for word in ("one", "two", "six")]
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_keeps_its_projector(mode, recipe, tmp_path, monkeypa
     )
     whole = train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "whole"))))
     train(recipe, stop_at=2)
-    monkeypatch.setattr("mm_moslora.training.model_start._fit", None)  # all of it is in the checkpoint
+    monkeypatch.setattr("mm_moslora.training.weight_init._fit", None)  # all of it is in the checkpoint
     assert train(recipe).step == whole.step
     both = [
         load_file(run / "checkpoint-000006" / "projector.safetensors") for run in (tmp_path / "whole", tmp_path / "run")
@@ -94,13 +94,13 @@ def test_a_run_that_goes_on_keeps_its_projector(mode, recipe, tmp_path, monkeypa
 
 def test_features_that_are_not_finite_are_an_error_and_no_fit(recipe, tmp_path, monkeypatch):
     source = sorted_records(tmp_path, 12, answers={"black": "one", "gray": "two", "white": "six"})
-    real = model_start._spread_out
+    real = weight_init._spread_out
 
     def overflowing(*arguments, **keywords):
         for place, (example, pixels) in enumerate(real(*arguments, **keywords)):
             yield example, torch.full_like(pixels, torch.inf) if place == 5 else pixels
 
-    monkeypatch.setattr(model_start, "_spread_out", overflowing)
+    monkeypatch.setattr(weight_init, "_spread_out", overflowing)
     with pytest.raises(ModelError, match=r"not finite for a picture .* Train in fp32 or bf16"):
         prepared(recipe, source)
 

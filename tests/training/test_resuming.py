@@ -15,7 +15,7 @@ from trials import hexed, with_train
 from mm_moslora.config import ProjectorConfig, Recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
-from mm_moslora.training.checkpointing.resume_choice import changed_keys
+from mm_moslora.training.checkpointing.run_checkpoints import changed_keys
 from mm_moslora.training.metrics.gpu_memory import RunEstimate
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import CheckpointError, ModelError
@@ -202,7 +202,7 @@ def test_a_machine_with_another_precision_or_token_budget_is_told(recipe, monkey
         monkeypatch.setattr(
             "mm_moslora.training.run_setup.estimate_run", lambda *_, tokens=tokens, **__: RunEstimate(tokens, None)
         )
-        for module in ("run_setup", "checkpointing.resume_choice"):
+        for module in ("run_setup", "checkpointing.run_checkpoints"):
             monkeypatch.setattr(f"mm_moslora.training.{module}.resolve_precision", lambda _, here=here: here)
         assert train(recipe, stop_at=step).step == step
         assert ("precision on this machine: bf16 -> fp32" in caplog.text) == (here == "fp32")

@@ -24,7 +24,7 @@ from mm_moslora.launch.child_processes import STOP_SIGNALS
 from mm_moslora.launch.launcher import leave_mark, stopped_text
 from mm_moslora.training import training_loop
 from mm_moslora.training.supervision import stop_signals
-from mm_moslora.training.supervision.run_state import record_run_state
+from mm_moslora.training.supervision.run_folder import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.training_loop import train
 

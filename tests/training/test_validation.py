@@ -127,7 +127,7 @@ def test_what_was_measured_before_the_step_a_run_goes_on_from_counts(recipe):
 def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe, monkeypatch):
     chosen = watched(recipe, samples=2, sample_tokens=3, tasks=["fake"])
     for memory, stop_at in ((3.0, 4), (2.0, None)):
-        monkeypatch.setattr("mm_moslora.training.supervision.run_summary.peak_memory_gib", lambda memory=memory: memory)
+        monkeypatch.setattr("mm_moslora.training.supervision.run_faults.peak_memory_gib", lambda memory=memory: memory)
         train(chosen, measure=unruly, stop_at=stop_at)
     run = Path(chosen.train.output)
     its_session = ("state.json", "run.lock")
@@ -139,7 +139,7 @@ def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe
     def never(moment):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("mm_moslora.training.supervision.run_summary.peak_memory_gib", lambda: 99.0)
+    monkeypatch.setattr("mm_moslora.training.supervision.run_faults.peak_memory_gib", lambda: 99.0)
     again = train(replace(chosen, name="again"), measure=never)
     assert again.finished
     assert again.checkpoint == run / "checkpoint-000006"

@@ -20,11 +20,12 @@ from mm_moslora.training.engine.deepspeed_settings import (
     check_settings,
     deepspeed_config,
     deepspeed_refuses,
+    import_deepspeed,
     largest_adapter,
+    prepare_deepspeed,
 )
-from mm_moslora.training.engine.deepspeed_start import import_deepspeed, prepare_deepspeed
 from mm_moslora.training.engine.engine_base import TrainingEngine
-from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.optimizers import ParameterShard
 from mm_moslora.training.engine.step_result import StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup

@@ -20,8 +20,7 @@ from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.deepspeed_presets import wants_cpu_adam
 from mm_moslora.training.engine import deepspeed_patches
 from mm_moslora.training.engine.engine_base import TrainingEngine
-from mm_moslora.training.engine.optimizers import KINDS, set_rates
-from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.optimizers import KINDS, ParameterShard, set_rates
 from mm_moslora.training.engine.step_result import Arriving, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import TrainingError

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch
 from mm_moslora.models.memory_efficient.row_share import WHOLE_ROW
 from mm_moslora.models.vlm import LossModule
-from mm_moslora.training.engine.optimizers import OptimizerKind
-from mm_moslora.training.engine.parameter_shards import Norms, ParameterShard
+from mm_moslora.training.engine.optimizers import Norms, OptimizerKind, ParameterShard
 from mm_moslora.training.engine.step_result import QueuedStep, StepResult, Update
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed

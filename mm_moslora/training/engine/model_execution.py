@@ -24,7 +24,7 @@ from mm_moslora.models.precision import dtype_of
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers, offload_inputs
 from mm_moslora.models.vlm import is_multimodal, needs_padding
-from mm_moslora.training.engine.deepspeed_start import prepare_deepspeed
+from mm_moslora.training.engine.deepspeed_settings import prepare_deepspeed
 from mm_moslora.training.engine.ulysses import share_rows
 from mm_moslora.utils import distributed
 

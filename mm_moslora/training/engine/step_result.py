@@ -36,7 +36,7 @@ class StepResult:
     rescaling: bool = False
     """Whether the step was skipped because the loss scale of fp16 was too large; it has been lowered."""
     norms: dict[str, float] = field(default_factory=dict)
-    """See `parameter_shards.Norms`, after the step; empty where they were not asked for."""
+    """See `optimizers.Norms`, after the step; empty where they were not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch
 from mm_moslora.models.vlm import LossModule
 from mm_moslora.training.engine.engine_base import TrainingEngine
-from mm_moslora.training.engine.optimizers import KINDS, set_rates
-from mm_moslora.training.engine.parameter_shards import ParameterShard
+from mm_moslora.training.engine.optimizers import KINDS, ParameterShard, set_rates
 from mm_moslora.training.engine.step_result import Arriving, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 

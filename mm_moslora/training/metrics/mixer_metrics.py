@@ -13,7 +13,7 @@ from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_report, s
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.tracking import Trackers
-from mm_moslora.training.supervision.run_summary import only_measuring
+from mm_moslora.training.supervision.run_faults import only_measuring
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replace_json

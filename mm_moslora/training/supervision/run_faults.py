@@ -1,11 +1,15 @@
-"""Faults of a running run, of whatever trainer: steps that are skipped, and errors that end it."""
+"""Faults and measures of a run of any trainer: skipped steps, errors that end it, peak memory."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+import torch
 
 from mm_moslora.launch import heartbeat
 from mm_moslora.tracking import Trackers
@@ -70,3 +74,24 @@ def telling_errors(trackers: Trackers, phase: Callable[[str], None], step: Calla
         title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
         trackers.alert(title, f"Step {step()}: {error}"[:ALERT_LENGTH])
         raise
+
+
+@contextlib.contextmanager
+def only_measuring(what: str) -> Iterator[None]:
+    """A block without collectives that measures; its failure is logged and does not end the run."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("%s could not be measured (%s: %s). Training continues.", what, type(error).__name__, error)
+
+
+def note_memory(counters: dict[str, float]) -> None:
+    """Count the peak memory over all sessions of a run."""
+    counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: device memory on an accelerator, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -24,7 +24,7 @@ import torch
 from mm_moslora.launch import heartbeat
 from mm_moslora.launch.child_processes import start
 from mm_moslora.launch.heartbeat import Heartbeat, means_lost
-from mm_moslora.training.supervision.run_state import record_failure
+from mm_moslora.training.supervision.run_folder import record_failure
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
 from mm_moslora.utils.files import discard, make_subfolder, replacing, writing_in_place
