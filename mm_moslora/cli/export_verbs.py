@@ -92,7 +92,7 @@ def _hand_on(
     from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter, refuse_own_class
     from mm_moslora.models.export.model_card import write_card
     from mm_moslora.models.load_model import load
-    from mm_moslora.models.memory_efficient.packed_weights import is_packed
+    from mm_moslora.models.model_sizes import is_packed
     from mm_moslora.models.precision import dtype_of
 
     refuse_full_folder(output)  # before minutes of loading
@@ -181,7 +181,7 @@ def import_model(
     quiet_libraries()
     from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.export.export_huggingface import export_model
-    from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
+    from mm_moslora.models.import_checkpoint import import_parts, whole_config
 
     imported = import_parts(source, output, language=language)
     summary = f"{imported.kind}, {imported.projector} projector, {imported.tensors} tensors"

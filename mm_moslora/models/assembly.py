@@ -31,25 +31,29 @@ from mm_moslora.config.llava_chat_templates import note_thinking
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.families import box_form_of
 from mm_moslora.models.language_model import Weights, language_model, savable_generation_config, set_system_prompt
-from mm_moslora.models.memory_efficient.packed_weights import packing, refuse_packed
 from mm_moslora.models.model_paths import hub_names
-from mm_moslora.models.model_sizes import base_sizes
+from mm_moslora.models.model_sizes import base_sizes, packing, refuse_packed
 from mm_moslora.models.pretrained_vlm import (
     load_pretrained_processor,
     load_pretrained_vlm,
     outside_decoder,
     pretrained_image_token,
 )
-from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
+from mm_moslora.models.processing.anyres import (
+    NEWLINE,
+    anyres_processor,
+    compose_anyres,
+    fitting_tiles,
+    newline_of,
+    require_anyres,
+)
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import build_processor
-from mm_moslora.models.processing.pixel_budget import fitting_tiles, limit_pixels
-from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
+from mm_moslora.models.processing.processor_images import ProcessorImageProcessing, limit_pixels
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
-from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
-from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch_vision
+from mm_moslora.models.vision.vision_tower import FusedVisionModel, ImageSpec, load_vision, sketch_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.identity import check_stored

@@ -21,8 +21,7 @@ from mm_moslora.config import ModelConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.models.memory_efficient.loss_head import head_form
-from mm_moslora.models.memory_efficient.packed_weights import packing
-from mm_moslora.models.model_sizes import base_sizes, load_base, sizes_of
+from mm_moslora.models.model_sizes import base_sizes, load_base, packing, sizes_of
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 from mm_moslora.utils.errors import ModelError, reason_of
 

@@ -24,9 +24,8 @@ from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.config import BoxChoice, BoxFormName, ModelConfig, Recipe, Thinking
 from mm_moslora.config.llava_chat_templates import notes_thinking
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
-from mm_moslora.models.memory_efficient.packed_weights import is_packed, make_dense
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.models.model_sizes import load_base, refuse_configuration
+from mm_moslora.models.model_sizes import is_packed, load_base, make_dense, refuse_configuration
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents

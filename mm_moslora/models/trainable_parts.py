@@ -22,7 +22,7 @@ from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
 from mm_moslora.models.transformers_patches import wrap_checkpointing
-from mm_moslora.models.vision.dual_tower import FusedVisionModel
+from mm_moslora.models.vision.vision_tower import FusedVisionModel
 from mm_moslora.models.vlm import is_multimodal, part_of
 from mm_moslora.utils.errors import ConfigError, suggestion
 from mm_moslora.utils.run_paths import adapter_folder

@@ -23,8 +23,7 @@ from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.preprocessing_print import check_preprocessing, trained_videos
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
-from mm_moslora.models.decoding.row_decoding import stream_padded_row
+from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream, stream_padded_row
 from mm_moslora.models.load_model import load
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit

@@ -110,7 +110,7 @@ def check_names(recipe: Recipe) -> None:
 
         require_attention(model.attention)
     if train.compile is not None and train.compile not in usual_names.COMPILE_BACKENDS:
-        from mm_moslora.models.memory_efficient.compiled_layers import require_backend
+        from mm_moslora.models.memory_efficient.kernel_selection import require_backend
 
         require_backend(train.compile)
     if not import_words():  # else the table with those of imported files is asked when the run begins
@@ -299,7 +299,7 @@ def _check_parts(model: ModelConfig, adapter: AdapterConfig) -> None:
 def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     """Refuse what the libraries or this machine do not support; `fresh`: the run starts from the recipe's weights."""
     from mm_moslora.kernels.attention.attention_choice import require_attention
-    from mm_moslora.models.memory_efficient.compiled_layers import require_backend
+    from mm_moslora.models.memory_efficient.kernel_selection import require_backend
     from mm_moslora.models.precision import resolve_precision
     from mm_moslora.models.trainable_parts import adapter_config, start_folder
     from mm_moslora.models.vision.timm_open_clip_tower import require_named

@@ -23,8 +23,7 @@ from mm_moslora.data.record_examples import written
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.assembly import Parts
-from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
-from mm_moslora.models.decoding.row_decoding import stream_padded_row
+from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids, stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
 from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import SampleAnswer

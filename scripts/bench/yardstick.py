@@ -23,9 +23,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
-from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.kernel_selection import (
     choose_kernels,
+    compile_layers,
     use_kernels,
     use_lean_layers,
     use_loss_head,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.models.importing.import_checkpoint import import_parts, whole_config
+from mm_moslora.models.import_checkpoint import import_parts, whole_config
 from mm_moslora.utils.errors import ModelError, MoSLoRAError
 
 

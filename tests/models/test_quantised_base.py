@@ -15,7 +15,7 @@ from mm_moslora.kernels.attention.attention_choice import choose_attention, set_
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.meta_execution import kept_bytes
+from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine

@@ -83,14 +83,14 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "runpy": "examples",
     "sys.modules": "cli_app diffusers_saving imported_code lens_maps run_environment uncalled_layers",
     "sys.path": "examples scripts",
-    "unittest.mock": "meta_execution scripts",
+    "unittest.mock": "meta_model scripts",
     ".set_attn_implementation": "attention_choice",
     # Pickles
     "pandas": "trackio_tracker",
     "pickle": "import_checkpoint",
     "torch.load": "asset_conversion diffusion_training examples import_checkpoint",
     # Names of models and data sets
-    ".from_config": "assembly dual_tower examples language_model load_model pipeline_families pretrained_vlm"
+    ".from_config": "assembly examples language_model load_model pipeline_families pretrained_vlm"
     " scripts vision_tower",
     ".from_config without trust_remote_code": "examples pipeline_families",
     ".from_pretrained": "asset_conversion examples export_huggingface import_checkpoint language_model load_model"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm_moslora import adapters
-from mm_moslora.models.importing.import_checkpoint import import_parts
+from mm_moslora.models.import_checkpoint import import_parts
 from mm_moslora.models.load_model import load
 from mm_moslora.utils.errors import MoSLoRAError
 from tests.adapters.adapter_models import llama

@@ -12,7 +12,7 @@ from mm_moslora import cli
 from mm_moslora.config import Recipe
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.batching.padded_batch import picture_inputs
-from mm_moslora.models.meta_execution import kept_bytes
+from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
 from mm_moslora.planning.run_plan import DataSize, plan

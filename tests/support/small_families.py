@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.models.auto import image_processing_auto, processing_auto, video_processing_auto
 
 from mm_moslora.models.assembly import Parts, pretrained_parts
-from mm_moslora.models.batching.small_models import SIZES, small_config
+from mm_moslora.models.batching.row_probe import SIZES, small_config
 from mm_moslora.models.pretrained_vlm import side_of
 
 _DEPTH = 2

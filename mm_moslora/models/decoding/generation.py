@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from mm_moslora.batch import ProcessedImage, join_images
+from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest, logits_error
 from mm_moslora.models.decoding.token_sampling import Draw, choose
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
@@ -282,3 +284,29 @@ def _common_length(ids: Sequence[Tensor]) -> int:
         same &= row[:shortest] == ids[0][:shortest]
     different = (~same).nonzero()
     return int(different[0]) if len(different) else shortest
+
+
+@torch.inference_mode()
+def prefill_row(model: PreTrainedModel, prompt: Tensor, pictures: Sequence[ProcessedImage]) -> Decoder:
+    """Run one prompt with its pictures; the decoder stands at its end and can join others."""
+    decoder = Decoder(model)
+    tensors = join_images([picture.tensors for picture in pictures])
+    pixels = tensors.pop("pixel_values", None)
+    decoder.start(padded_inputs(model, [prompt], pixels, tensors, answers=[len(prompt)]))
+    return decoder
+
+
+@torch.inference_mode()
+def stream_padded_row(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    pictures: Sequence[ProcessedImage],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> Iterator[int]:
+    """Greedy answer to one prompt, token by token, without the one that ends it."""
+    decoder = prefill_row(model, prompt, pictures)
+    for (token,) in continued(model, decoder, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
+        assert token is not None, "the only row has not ended"
+        yield token

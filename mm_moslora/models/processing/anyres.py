@@ -6,6 +6,7 @@ transformers loads the trained model. As in LLaVA-NeXT the whole picture is sque
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,3 +93,23 @@ def anyres_processor(
         num_additional_image_tokens=spec.prefix,
         chat_template=flattening_template(tokenizer),
     )
+
+
+def fitting_tiles(config: ModelConfig, spec: ImageSpec) -> Sequence[tuple[int, int]]:
+    """The tile grids of an assembled model within `model.max_pixels`."""
+    most = config.max_pixels
+    if config.min_pixels is not None:
+        raise ModelError(
+            "model.min_pixels is set, and an assembled model sees every picture in squares of model.vision.image_size. "
+            "Leave it out."
+        )
+    if most is None:
+        return config.anyres_tiles
+    anyres = config.image_aspect == "anyres"
+    tiles = [(rows, columns) for rows, columns in config.anyres_tiles if rows * columns * spec.size**2 <= most]
+    if (anyres and not tiles) or (not anyres and spec.size**2 > most):
+        raise ModelError(
+            f"model.max_pixels is {most}, and {'every grid of squares' if anyres else 'the one square'} of "
+            f"{spec.size} x {spec.size} pixels has more. Set model.vision.image_size to at most {math.isqrt(most)}."
+        )
+    return tiles or config.anyres_tiles

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from mm_moslora.batch import PictureFrame, ProcessedImage, Video, VideoSampling
-from mm_moslora.config import BoxFormName
+from mm_moslora.config import BoxFormName, ModelConfig
 from mm_moslora.models.families import processor_family
 from mm_moslora.models.processing.image_processing import picture_frame
 from mm_moslora.utils.errors import ModelError, reason_of
@@ -229,3 +229,21 @@ def _takes_videos(processing: ProcessorImageProcessing) -> bool:
         return set(shown.tensors) <= {"pixel_values", "pixel_attention_mask"}
     grids = {"pixel_values_videos", "video_grid_thw"}
     return processor.video_token in text and grids <= set(shown.tensors) <= grids | {"second_per_grid_ts"}
+
+
+def limit_pixels(processor: Any, config: ModelConfig) -> None:
+    """Set the budget of a ready-made model's processor, which exports then have, too."""
+    if config.min_pixels is None and config.max_pixels is None:
+        return
+    images = processor.image_processor
+    own: Mapping[str, int] = dict(getattr(images, "size", None) or {})
+    least, most = (own.get(name) for name in ("shortest_edge", "longest_edge"))
+    if not least or not most or "image_grid_thw" not in images.model_input_names:
+        raise ModelError(
+            f"model.min_pixels or model.max_pixels is set, and {type(images).__name__} has no budget of pixels: its "
+            f"size is {own}. Leave them out, or change the size in the model's preprocessor file."
+        )
+    least, most = config.min_pixels or min(least, config.max_pixels or least), config.max_pixels or most
+    if least > most:
+        raise ModelError(f"model.min_pixels is {least}, more than the {most} pixels that the model's processor allows.")
+    images.size = {**own, "shortest_edge": least, "longest_edge": most}

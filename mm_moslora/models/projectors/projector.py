@@ -18,8 +18,13 @@ from mm_moslora.models.projectors.projector_layers import (
     MlpProjector,
     ProjectorShape,
 )
-from mm_moslora.models.projectors.resamplers import CAbstractorProjector, PerceiverProjector, QFormerProjector
-from mm_moslora.models.projectors.square_projectors import AvgPoolProjector, PixelShuffleProjector
+from mm_moslora.models.projectors.resamplers import (
+    AvgPoolProjector,
+    CAbstractorProjector,
+    PerceiverProjector,
+    PixelShuffleProjector,
+    QFormerProjector,
+)
 from mm_moslora.utils.errors import ModelError, suggestion
 
 Projector = (

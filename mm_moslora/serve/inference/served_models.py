@@ -27,9 +27,8 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.preprocessing_print import check_preprocessing, preprocessing_digest
 from mm_moslora.models.assembly import Parts, load_projector
-from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
+from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, prefill_row, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
-from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.load_model import load, model_of, recipe_of
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache, tensor_hash

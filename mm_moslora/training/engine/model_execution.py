@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import AttentionChoice, choose_attention, set_attention
-from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.kernel_selection import (
     Kernels,
     attention_words,
     choose_kernels,
+    compile_layers,
     use_kernels,
     use_lean_layers,
     use_loss_head,

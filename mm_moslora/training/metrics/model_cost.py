@@ -38,14 +38,15 @@ from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.models.memory_efficient.loss_head import forward_instead
-from mm_moslora.models.meta_execution import (
+from mm_moslora.models.meta_model import (
     FUSED_ATTENTION,
     FusedAttention,
     MetaAndHost,
+    MetaModel,
+    build_meta_model,
     kept_bytes,
     without_autocast_on_meta,
 )
-from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, decoder_layers, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.transformers_patches import wrap_checkpointing

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, merge, use_kernel
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
-from mm_moslora.models.meta_execution import kept_bytes
+from mm_moslora.models.meta_model import kept_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -21,11 +21,10 @@ from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import VLMS
 from mm_moslora.models.load_model import load
-from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
-from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import compile_layers, use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.meta_execution import kept_bytes
+from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import needs_padding, part_of, supervised_hidden

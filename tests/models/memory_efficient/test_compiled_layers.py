@@ -13,8 +13,7 @@ from tiny import make_language
 from transformers import AutoModelForCausalLM
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
-from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import compile_layers, use_lean_layers
 from mm_moslora.training.preflight import check_zero
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError
@@ -124,7 +123,7 @@ def test_layers_compiled_to_machine_code_give_the_numbers_of_the_others(recipe: 
 
 
 def test_the_default_backend_needs_a_compiler_on_a_cpu(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.compiled_layers.shutil.which", lambda _: None)
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.kernel_selection.shutil.which", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*leave train.compile out"):
         train(compiled(recipe, "inductor"))
 

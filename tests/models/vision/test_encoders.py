@@ -12,7 +12,7 @@ from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vision.open_clip_conversion import to_transformers
+from mm_moslora.models.vision.timm_open_clip_tower import to_transformers
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import part_of
 from mm_moslora.utils.errors import ModelError

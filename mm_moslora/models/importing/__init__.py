@@ -1,1 +1,0 @@
-"""Adapters and models of other programs, as run folders of this project."""
