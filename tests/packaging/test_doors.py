@@ -90,8 +90,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "pickle": "import_checkpoint",
     "torch.load": "asset_conversion diffusion_training examples import_checkpoint",
     # Names of models and data sets
-    ".from_config": "assembly examples language_model load_model pipeline_families pretrained_vlm"
-    " scripts vision_tower",
+    ".from_config": "assembly examples language_model load_model pipeline_families pretrained_vlm scripts vision_tower",
     ".from_config without trust_remote_code": "examples pipeline_families",
     ".from_pretrained": "asset_conversion examples export_huggingface import_checkpoint language_model load_model"
     " model_sizes moslora_config peft_methods pipeline_families pretrained_vlm scripts"
