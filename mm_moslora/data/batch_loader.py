@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig
-from mm_moslora.data.epoch_order import MicroBatchLimit, deal, even_size, plan_epoch, plan_rows, records_of_epoch
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, even_size, pack, plan_epoch, plan_rows, records_of_epoch
 from mm_moslora.data.record_examples import MeasuredRecords
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sequence_packing import pack
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.launch.child_processes import fork_context

@@ -16,10 +16,15 @@ from PIL import Image
 
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage, Video
 from mm_moslora.config import DataConfig, Objective, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong, UnlearnedThinking, UnrenderedTools
+from mm_moslora.data.chat.conversation_encoder import (
+    ConversationEncoder,
+    Encoded,
+    TooLong,
+    UnlearnedThinking,
+    UnrenderedTools,
+)
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
 from mm_moslora.data.images.picture_faults import ImageError, similar_file
 from mm_moslora.data.images.record_picture import LocalPicture

@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.untrusted_files import BAD_CHARACTER
+
+MAX_TEXT = 2_000_000
+"""Characters of one turn; longer ones are refused."""
 
 
 def kind_of(value: Any) -> str:
@@ -27,6 +32,15 @@ def kind_of(value: Any) -> str:
 def is_nothing(value: Any) -> bool:
     """Whether a value is null or NaN, which mark empty cells of tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, NaN, an empty text, or a structure of such values."""
+    if isinstance(value, Mapping):
+        return all(is_empty(item) for item in value.values())
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return is_nothing(value) or (isinstance(value, list | tuple) and not value)
 
 
 class Code(StrEnum):
@@ -160,3 +174,23 @@ class RecordError(DataError):
 
 def _rebuild(code: Code, where: Where, field: str, what: str, remedy: str, path: str | None) -> RecordError:
     return RecordError(code=code, where=where, field=field, what=what, remedy=remedy, path=path)
+
+
+def checked_text(value: Any, field: str, where: Where) -> str:
+    """A text of a record: a string, not too long, of characters that are text."""
+    if not isinstance(value, str):
+        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
+    if len(value) > MAX_TEXT:
+        raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
+    check_characters(value, field, where)
+    return value
+
+
+def check_characters(text: str, field: str, where: Where) -> None:
+    """Refuse half a surrogate pair, NUL and other control characters; see `checked_text`."""
+    bad = BAD_CHARACTER.search(text)
+    if bad:
+        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
+        surrogate = bad[0] >= "\ud800"
+        remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
+        raise where.error(Code.BAD_CHARACTER, field, what, remedy)

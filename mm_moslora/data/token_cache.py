@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.worker_processes import in_processes, usable_processes

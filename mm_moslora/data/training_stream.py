@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import SAMPLED, ThinkingForm, settled
 from mm_moslora.data.epoch_order import with_replay
 from mm_moslora.data.quarantine import StreamQuarantine, summary

@@ -14,13 +14,11 @@ from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
-from mm_moslora.data.check.record_check import CheckReport, check
-from mm_moslora.data.check.terminal_view import view_findings, view_matches, view_report, view_statistics
-from mm_moslora.data.epoch_order import repeats_of
-from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
+from mm_moslora.data.check.data_views import view_findings, view_matches, view_report, view_statistics
+from mm_moslora.data.check.record_check import CheckReport, Fingerprint, Match, check, fingerprint
+from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import open_image
-from mm_moslora.data.sequence_packing import fill_rate, pack
 from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize

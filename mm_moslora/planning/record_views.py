@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from rich.panel import Panel
 from rich.text import Text
 
-from mm_moslora.data.check.html_view import RecordSample, page
-from mm_moslora.data.check.terminal_view import legend, view_record
+from mm_moslora.data.check.data_views import RecordSample, legend, page, view_record
 from mm_moslora.data.record_examples import encode_record
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources

@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from mm_moslora.batch import Batch, Example
-from mm_moslora.data.epoch_order import plan_rows
-from mm_moslora.data.preferences.preference_set import PreferenceSet, shared_prompt
-from mm_moslora.data.sequence_packing import pack
+from mm_moslora.data.epoch_order import pack, plan_rows
+from mm_moslora.data.preference_set import PreferenceSet, shared_prompt
 from mm_moslora.kernels.attention.attention_choice import choose_attention, set_attention
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS
 from mm_moslora.models.batching.row_probe import rows_of

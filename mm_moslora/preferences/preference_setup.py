@@ -15,7 +15,7 @@ from torch import nn
 from mm_moslora.batch import IGNORED, Example
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preferences.preference_set import SETS, AnswerSet, PreferenceSet, QuestionSet
+from mm_moslora.data.preference_set import SETS, AnswerSet, PreferenceSet, QuestionSet
 from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on

@@ -16,7 +16,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from mm_moslora.batch import join_images
-from mm_moslora.data.preferences.preference_set import Question
+from mm_moslora.data.preference_set import Question
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.generation import stop_token_ids
 from mm_moslora.preferences.preference_setup import PreferenceRun

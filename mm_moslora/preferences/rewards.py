@@ -21,7 +21,7 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import GrpoConfig
 from mm_moslora.data.boxes.box_forms import read_boxes
-from mm_moslora.data.preferences.preference_set import Question
+from mm_moslora.data.preference_set import Question
 from mm_moslora.launch.imported_code import foreign_code
 from mm_moslora.utils.errors import ConfigError, TrainingError, suggestion
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from mm_moslora_eval.metrics.exact_match import relaxed
 
-from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
+from mm_moslora.data.chat.record_turns import IMAGE, VIDEO
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import check_image, read_picture
 from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, question_record, yes_no_questions

@@ -42,7 +42,7 @@ from PIL import Image
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.sequence_packing import fill_rate, pack
+from mm_moslora.data.epoch_order import fill_rate, pack
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch, records_of_epoch
-from mm_moslora.data.sequence_packing import fill_rate, pack
+from mm_moslora.data.epoch_order import MicroBatchLimit, deal, fill_rate, pack, plan_epoch, records_of_epoch
 
 ORDERS = ["grouped", "random", "sequential"]
 sets = st.lists(st.tuples(st.integers(1, 4000), st.booleans()), min_size=1, max_size=150)

@@ -118,9 +118,9 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "wandb": "wandb_tracker",
     # Texts to be parsed
     ".json": "scripts",
-    ".raw_decode": "json_scan",
+    ".raw_decode": "record_file",
     "ast": "scripts untrusted_data",
-    "json": "checkpoint_folder examples json_scan scripts untrusted_data",
+    "json": "checkpoint_folder examples record_file scripts untrusted_data",
     "tomllib": "package_requirements scripts",
     "xml": "stored_answers",
     "yaml": "examples scripts untrusted_data",
@@ -144,7 +144,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".rename": "files",
     ".replace": "files",
     ".rmdir": "files",
-    ".save": "chat_content diffusion_training evaluation_page examples html_view inline_images scripts source_videos",
+    ".save": "chat_content data_views diffusion_training evaluation_page examples inline_images scripts source_videos",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
     ".save_to_disk": "hf_tables",

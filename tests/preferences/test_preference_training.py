@@ -23,7 +23,7 @@ from mm_moslora.adapters.folder_format import START_WEIGHTS
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.preferences.preference_set import JudgedSet, PreferenceSet
+from mm_moslora.data.preference_set import JudgedSet, PreferenceSet
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.load_model import load
 from mm_moslora.preferences import preference_training

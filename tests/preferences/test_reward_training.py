@@ -15,9 +15,9 @@ from pairs import logged, make_questions, make_recipe, plain_recipe
 
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import GrpoConfig, Recipe, load_recipe
+from mm_moslora.data.chat.preference_records import parse_question
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.preferences.preference_records import parse_question
-from mm_moslora.data.preferences.preference_set import Question
+from mm_moslora.data.preference_set import Question
 from mm_moslora.data.record_faults import Where
 from mm_moslora.launch.imported_code import import_file, imported
 from mm_moslora.models.batching.padded_batch import padded_inputs

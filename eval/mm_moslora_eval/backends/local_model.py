@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.record_forms import IMAGE
-from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.record_turns import IMAGE, Turn
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import (
     ContinuationScore,

@@ -7,8 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from mm_moslora.data.chat.answer_thinking import EXCHANGE
-from mm_moslora.data.chat.chat_template import MARK, Template
-from mm_moslora.data.chat.processor_template import ProcessorTemplate
+from mm_moslora.data.chat.chat_template import MARK, ProcessorTemplate, Template
 from mm_moslora.data.chat.record_keys import REASONING
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.identity import sha256_of_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mm_moslora.data.boxes.box_units import are_shares
+from mm_moslora.data.boxes import are_shares
 
 Box = tuple[float, float, float, float]
 _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"

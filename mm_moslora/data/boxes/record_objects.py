@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.data.boxes import are_shares
 from mm_moslora.data.boxes.box_forms import FORMS, SPECIAL, CroppedError, coordinates, write_list, write_region
-from mm_moslora.data.boxes.box_units import are_shares
-from mm_moslora.data.chat.record_keys import checked_text, is_empty
-from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.data.record_faults import Code, Where, checked_text, is_empty, is_nothing, kind_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 

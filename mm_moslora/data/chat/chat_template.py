@@ -21,21 +21,9 @@ from typing import Any, NoReturn, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config.llava_chat_templates import without_note
-from mm_moslora.data.chat.conversation_shape import (
-    ASKED_WITH_TOOLS,
-    BREAK,
-    PROBE_CALL,
-    PROBE_RESULT,
-    data_of,
-    kinds_of,
-    named,
-    parsed_data,
-    role_of,
-    slots_of,
-    with_text_arguments,
-)
-from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.record_turns import IMAGE, VIDEO, Turn
 from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.untrusted_data import MAX_DEPTH, parse_json
 
 Value = TypeVar("Value")
 PLAIN_TEMPLATE = (
@@ -44,6 +32,16 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 """For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
+PREFIX_TEMPLATE = (
+    "{%- for message in messages -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    "{{ bos_token }}"
+    "{%- for message in messages -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
+    "{{ '\n' if message['role'] == 'user' else eos_token }}{%- endfor -%}"
+)
+"""PaliGemma, which has no chat template: pictures, BOS, the question and a line break, then the answer."""
+_KINDS = {IMAGE: "i", VIDEO: "v"}
 _REMEMBERED = 512
 """Sequences of roles whose scaffold is remembered; conversations of other lengths or with a system turn differ."""
 
@@ -54,6 +52,68 @@ _LEFT = {"keep": "\n \t", "lines": " \t", "space": ""}
 """Kind of trimming -> remainder of the white space that was put before a marker."""
 _RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
 """The same for the white space after a marker."""
+BREAK = "\n"
+"""Before the JSON text in a turn's part of a sequence of roles."""
+PROBE_CALL: dict[str, Any] = {
+    "id": "call00000", "type": "function",
+    "function": {"name": "probe_tool", "arguments": {"probe_key": "probe value", "second_key": "second value"}},
+}  # fmt: skip
+"""A call that shows how a template writes calls."""
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool", "description": "A tool.", "parameters": {
+            "type": "object",
+            "properties": {key: {"type": "string", "description": "A text."} for key in ("probe_key", "second_key")},
+        },
+    },
+}  # fmt: skip
+"""Its tool."""
+ASKED_WITH_TOOLS = (f"user{BREAK}{json.dumps([PROBE_TOOL])}",)
+"""The shortest prompt in which the tool is offered."""
+PROBE_RESULT = {"tool_call_id": "call00000", "name": "probe_tool", "content": "a result"}
+"""Its result."""
+
+
+def role_of(shape: str) -> str:
+    """The role of a turn's part of a sequence of roles."""
+    return shape.partition(BREAK)[0].partition(":")[0]
+
+
+def kinds_of(shape: str) -> str:
+    """The kinds of its contents; empty: one text."""
+    return shape.partition(BREAK)[0].partition(":")[2]
+
+
+def data_of(shape: str) -> Any:
+    """What it gives to the template besides contents, see `Turn.tools`; None: nothing."""
+    data = shape.partition(BREAK)[2]
+    return parsed_data(data) if data else None
+
+
+def parsed_data(data: str) -> Any:
+    """The value of such a JSON text."""
+    return parse_json(data, max_depth=2 * MAX_DEPTH, surrogates=True)
+
+
+def slots_of(shape: str) -> int:
+    """The number of contents that have a slot."""
+    kinds = kinds_of(shape) or "t"
+    return 0 if role_of(shape) == "tool" else kinds.count("t") + kinds.count("c")
+
+
+def named(roles: Sequence[str]) -> str:
+    """The shape for messages, without JSON."""
+    return ", ".join(shape.partition(BREAK)[0] for shape in roles)
+
+
+def with_text_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls with their arguments as JSON text."""
+    return [
+        call
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in calls
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,3 +413,65 @@ def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+
+
+class ProcessorTemplate(Template):
+    """The chat template of a processor."""
+
+    def __init__(self, processor: Any) -> None:
+        own = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+        source = own.get("default") if isinstance(own, dict) else own
+        if source is None and type(processor).__name__ == "PaliGemmaProcessor":
+            source = PREFIX_TEMPLATE
+        if source is None:
+            raise ConfigError(
+                f"{type(processor).__name__} has no chat template, so conversations cannot be encoded. Choose an "
+                "instruction-tuned checkpoint, or put a chat_template.jinja into its folder."
+            )
+        super().__init__(processor.tokenizer)
+        self.source, self._processor = without_note(source), processor
+        self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
+        self.media = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
+
+    def missing_bos(self) -> list[int]:
+        """See `Template.missing_bos`; also what the processor itself puts before a text."""
+        if ids := super().missing_bos():
+            return ids
+        start = self.plan(("user", "assistant")).slots[0].before or "a"
+        own = self.tokenizer.encode(start, add_special_tokens=False)
+        try:
+            given = list(self._processor(text=[start], add_special_tokens=False)["input_ids"][0])
+        except Exception:  # some take no text without a picture
+            return []
+        lead = given[: len(given) - len(own)]
+        return lead if lead + own == given else []
+
+    def contents_of(self, turn: Turn) -> tuple[list[Turn], str]:
+        """See `Template.contents_of`; a question with pictures has one content per text between them."""
+        texts = turn.parts()
+        if len(texts) == 1:
+            return super().contents_of(turn)
+        kinds = ""
+        contents: list[Turn] = []
+        for index, text in enumerate(texts):
+            kinds += _KINDS[turn.marks[index - 1]] if index else ""
+            # Templates write line breaks around a picture themselves.
+            text = text.removeprefix("\n") if index else text
+            text = text.removesuffix("\n") if index + 1 < len(texts) else text
+            if text:
+                kinds += "t"
+                contents.append(Turn(role=turn.role, text=text, offsets=(), marked=turn.marked))
+        return contents, kinds
+
+    def content(self, kinds: str, texts: Iterator[str]) -> Any:
+        """See `Template.content`."""
+        shown = {"i": {"type": "image"}, "v": {"type": "video"}}
+        parts = [shown[kind] if kind in shown else {"type": "text", "text": next(texts)} for kind in kinds or "t"]
+        return [part for part in parts if part.get("text") != ""] if kinds == "c" else parts
+
+    def rendered(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+        """See `Template.rendered`."""
+        if any(part["type"] == "video" for message in messages for part in message["content"]):
+            # Some processors have another template for conversations with videos.
+            return str(self._processor.apply_chat_template(messages, tokenize=False, **settings))
+        return super().rendered(messages, **settings)

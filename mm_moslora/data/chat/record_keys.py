@@ -9,11 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
-from mm_moslora.utils.untrusted_files import BAD_CHARACTER
+from mm_moslora.data.record_faults import Code, Where, is_empty, kind_of
 
-MAX_TEXT = 2_000_000
-"""Characters of one turn; longer ones are refused."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer's thinking in chat messages (transformers, vLLM, OpenRouter, gpt-oss)."""
 TOOLS = ("tools", "functions")
@@ -151,26 +148,6 @@ def given(value: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, Any]:
     return next(((key, value[key]) for key in keys if not is_empty(value.get(key))), ("", ""))
 
 
-def checked_text(value: Any, field: str, where: Where) -> str:
-    """A text of a record: a string, not too long, of characters that are text."""
-    if not isinstance(value, str):
-        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
-    if len(value) > MAX_TEXT:
-        raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
-    check_characters(value, field, where)
-    return value
-
-
-def check_characters(text: str, field: str, where: Where) -> None:
-    """Refuse half a surrogate pair, NUL and other control characters; see `checked_text`."""
-    bad = BAD_CHARACTER.search(text)
-    if bad:
-        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
-        surrogate = bad[0] >= "\ud800"
-        remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
-        raise where.error(Code.BAD_CHARACTER, field, what, remedy)
-
-
 def ignored_keys(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a record, of its turns as `conversations[].key`, and of their parts, that are not read."""
     form = _form(value)
@@ -214,12 +191,3 @@ def _number(value: Any) -> float | None:
 def truth_of(value: Any) -> bool | None:
     """A label as a truth value; tables keep them as numbers or strings. None: it is none."""
     return {1.0: True, 0.0: False}.get(_number(value))  # type: ignore[arg-type]
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, NaN, an empty text, or a structure of such values."""
-    if isinstance(value, Mapping):
-        return all(is_empty(item) for item in value.values())
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
-    return is_nothing(value) or (isinstance(value, list | tuple) and not value)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from mm_moslora.data.chat.record_forms import IMAGE, VIDEO
 from mm_moslora.data.images.record_picture import Picture
 from mm_moslora.data.record_faults import Code, Where
 
 if TYPE_CHECKING:
     from mm_moslora.data.boxes.record_objects import Objects
 
+IMAGE = "<image>"
+"""Marks where an image belongs in a question."""
+VIDEO = "<video>"
+"""Marks where a video belongs in a question of a record that names videos."""
 Role = Literal["system", "user", "assistant", "tool", "document"]
 
 

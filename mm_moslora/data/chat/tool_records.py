@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from mm_moslora.data.chat.record_keys import CALLING, CALLS, SPEAKER, checked_text, given
+from mm_moslora.data.chat.record_keys import CALLING, CALLS, SPEAKER, given
 from mm_moslora.data.chat.record_turns import Role, Turn
-from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
+from mm_moslora.data.record_faults import Code, Where, checked_text, is_nothing, kind_of
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_data import MAX_DEPTH, StrictJsonError, parse_json
 

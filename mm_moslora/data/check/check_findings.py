@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mm_moslora.data.check.record_check import CheckReport
-from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, matches
+from mm_moslora.data.check.record_check import CheckReport, Fingerprint, Match, matches
 
 FEW_SUPERVISED = 0.02
 """Below this share of supervised tokens, most of the computation is spent on text that is not learned."""

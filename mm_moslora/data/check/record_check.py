@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.chat.answer_thinking import masked_block
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.data.chat.thinking_form import Ending, ThinkingForm, ending, form_of
 from mm_moslora.data.chat.tool_records import names_not_offered
-from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
 from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.record_examples import encode_record, faults_of_picture
 from mm_moslora.data.record_faults import Code, RecordError
@@ -26,10 +28,31 @@ from mm_moslora.data.worker_processes import in_processes, usable_processes
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.identity import sha256_of_text
 
+DISTANCE = 3
+"""Bits of 64 that may differ. Of two hashes this close, at least one of four bands of 16 bits is equal."""
+COLOUR_DISTANCE = 16
+"""Largest difference of mean colours (per channel, of 255); needed because flat pictures have equal gradients."""
+_BANDS = 4
 _TOGETHER = 128
 _SHORT_ANSWER = 60
 _OF_RECIPE = ("sources", "max_length", "max_bad_share", "too_long", "form")
 """Fields of a report that all its parts have in common, or that follow from the others."""
+
+
+class Fingerprint(NamedTuple):
+    """The perceptual hash and mean colour of a picture."""
+
+    gradient: int
+    """64 bits: whether grey grows to the right, in 8 x 8 cells."""
+    colour: tuple[int, int, int]
+    """Mean red, green and blue."""
+
+
+class Match(NamedTuple):
+    """Two pictures with similar fingerprints."""
+
+    first: str
+    second: str
 
 
 @dataclass(kw_only=True)
@@ -317,3 +340,37 @@ def _separators(encoder: ConversationEncoder) -> re.Pattern[str] | None:
             text = text.replace(special, "\n")
         lines |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
     return re.compile("|".join(map(re.escape, sorted(lines, key=len, reverse=True)))) if lines else None
+
+
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """The fingerprint of an RGB picture."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
+    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert isinstance(mean, tuple)
+    return Fingerprint(int.from_bytes(bits.tobytes(), "big"), (int(mean[0]), int(mean[1]), int(mean[2])))
+
+
+def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint]) -> list[Match]:
+    """Pictures of the first set that look like one of the second set, each with its nearest match."""
+    table: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, mark in second.items():
+        for band in _bands(mark.gradient):
+            table[band].append(name)
+    pairs = []
+    for name, mark in first.items():
+        near = {other for band in _bands(mark.gradient) for other in table.get(band, ())}
+        alike = [other for other in near if _alike(mark, second[other])]
+        ranked = sorted(((mark.gradient ^ second[other].gradient).bit_count(), other) for other in alike)
+        if ranked:
+            pairs.append(Match(name, ranked[0][1]))
+    return pairs
+
+
+def _bands(gradient: int) -> Iterable[tuple[int, int]]:
+    return ((band, gradient >> (16 * band) & 0xFFFF) for band in range(_BANDS))
+
+
+def _alike(one: Fingerprint, other: Fingerprint) -> bool:
+    near = max(abs(a - b) for a, b in zip(one.colour, other.colour, strict=True)) <= COLOUR_DISTANCE
+    return near and (one.gradient ^ other.gradient).bit_count() <= DISTANCE

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import HeldOut, Objective, SourceConfig
+from mm_moslora.data.chat.preference_records import SHOWN
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.preferences.preference_records import SHOWN
 from mm_moslora.data.record_faults import Where
 from mm_moslora.data.sources.record_file import EmptySourceError, RecordFile, RecordSource, require_file
 from mm_moslora.utils.errors import DataError

@@ -18,8 +18,7 @@ from typing import Any
 from mm_moslora.data.images.record_picture import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
-from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
-from mm_moslora.data.sources.record_file import EmptySourceError, FileStamp, RecordSource, reopened
+from mm_moslora.data.sources.record_file import MAX_VALUE_BYTES, EmptySourceError, FileStamp, RecordSource, reopened
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.identity import sha256_of_text
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.boxes.box_forms import FoundBox
-from mm_moslora.data.chat.record_forms import IMAGE
-from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.chat.record_turns import IMAGE, Turn
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatMessage, ChatRequest, MessagePicture
 from mm_moslora.serve.api.request_limits import Limits

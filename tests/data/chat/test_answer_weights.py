@@ -15,9 +15,8 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLo
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.chat.thinking_form import settled
-from mm_moslora.data.check.html_view import RecordSample, page
+from mm_moslora.data.check.data_views import RecordSample, page, view_record
 from mm_moslora.data.check.record_check import check
-from mm_moslora.data.check.terminal_view import view_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_examples import encode_record
 from mm_moslora.data.record_faults import RecordError, Where

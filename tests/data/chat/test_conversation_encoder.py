@@ -12,9 +12,8 @@ from tiny import CHATML, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.chat.segment_encoder import Encoded
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.conftest import Setup, turns
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import LocalPicture, PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
-from mm_moslora.data.sources import json_scan, record_file
+from mm_moslora.data.sources import record_file
 from mm_moslora.data.sources.record_file import RecordFile
 from mm_moslora.utils.errors import DataError
 
@@ -243,7 +243,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
     def test_the_size_of_the_chunks_read_does_not_matter(self, tmp_path: Path, monkeypatch, chunk: int) -> None:
-        monkeypatch.setattr(json_scan, "CHUNK", chunk)
+        monkeypatch.setattr(record_file, "CHUNK", chunk)
         values = [{"é": "日本\n🙂"}, 12345, "a]b,", [1, [2]], -1.5e3, None, {"a": {"b": '\\"'}}]
         (tmp_path / "a.json").write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
         (tmp_path / "a.jsonl").write_text(

@@ -11,9 +11,8 @@ import torch
 from tiny import CHATML, make_tokenizer
 from tokenizers import AddedToken
 
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.chat.segment_encoder import Encoded
 from tests.data.conftest import turns
 
 THINKING = [

@@ -20,8 +20,8 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Unren
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.check.check_findings import findings
+from mm_moslora.data.check.data_views import view_tokens
 from mm_moslora.data.check.record_check import check
-from mm_moslora.data.check.terminal_view import view_tokens
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import RecordError, Where
 from mm_moslora.data.training_set import TrainingSet

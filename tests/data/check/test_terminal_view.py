@@ -8,8 +8,8 @@ from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.data.check.data_views import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from mm_moslora.data.check.record_check import CheckReport, check
-from mm_moslora.data.check.terminal_view import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from tests.data.conftest import Setup, turns
 from tests.data.sets import TinyTower, damage, to_pixels
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_moslora.data.images import picture_modes, record_picture
+from mm_moslora.data.images import record_picture
 from mm_moslora.data.images.picture_faults import ImageError
 from mm_moslora.data.images.record_picture import check_image, open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code
@@ -228,5 +228,5 @@ def test_transparency_in_strips_gives_the_pixels_of_the_whole(mode: str, monkeyp
         image = image.convert(mode)
     layer = image.convert("RGBA")
     whole = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
-    monkeypatch.setattr(picture_modes, "_STRIP", 100)  # strips of one row
+    monkeypatch.setattr(record_picture, "_STRIP", 100)  # strips of one row
     assert record_picture.as_rgb(image).tobytes() == whole.tobytes()

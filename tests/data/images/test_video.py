@@ -21,7 +21,7 @@ from video_files import number_of, write_animation, write_frames, write_video
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.records import parse_record
-from mm_moslora.data.check.html_view import RecordSample, page
+from mm_moslora.data.check.data_views import RecordSample, page
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.images import pyav_decode, video_clip
 from mm_moslora.data.images.picture_faults import ImageError

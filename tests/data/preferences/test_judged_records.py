@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from mm_moslora.data.chat.preference_records import parse_judged, parse_question
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.preferences.preference_records import parse_judged, parse_question
 from mm_moslora.data.record_faults import RecordError, Where
 
 WHERE = Where(file=Path("records.jsonl"), line=1, row=0)

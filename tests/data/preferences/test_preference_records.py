@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mm_moslora.data.chat.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.preferences.preference_records import PreferencePair, parse_pair
 from mm_moslora.data.record_faults import RecordError, Where
 
 WHERE = Where(file=Path("pairs.jsonl"), line=1, row=0)

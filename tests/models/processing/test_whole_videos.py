@@ -25,8 +25,7 @@ from mm_moslora.config import (
     TrainConfig,
 )
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.check.html_view import RecordSample, page
-from mm_moslora.data.check.terminal_view import view_tokens
+from mm_moslora.data.check.data_views import RecordSample, page, view_tokens
 from mm_moslora.data.preprocessing_print import trained_videos
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts

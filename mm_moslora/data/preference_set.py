@@ -20,12 +20,8 @@ from torch import Tensor
 from mm_moslora.batch import Example, ImageProcessing, Placeholders, ProcessedImage
 from mm_moslora.config import DataConfig, Objective, SourceConfig
 from mm_moslora.data.boxes.record_objects import ALL, BOX, pixel_filler, reference_box
-from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.chat.segment_encoder import Encoded
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.data.preferences.preference_records import (
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
+from mm_moslora.data.chat.preference_records import (
     AskedQuestion,
     JudgedAnswer,
     PreferencePair,
@@ -33,6 +29,9 @@ from mm_moslora.data.preferences.preference_records import (
     parse_pair,
     parse_question,
 )
+from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import SourceExamples, check_headers, decoded, sizes_of, written
 from mm_moslora.data.record_faults import Code, RecordError

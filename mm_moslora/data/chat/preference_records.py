@@ -24,9 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm_moslora.data.chat.record_forms import IMAGE
 from mm_moslora.data.chat.record_keys import LABELS, READ, READ_OF_OBJECTIVE, REFERENCES, REJECTED, content_of, truth_of
-from mm_moslora.data.chat.record_turns import Record
+from mm_moslora.data.chat.record_turns import IMAGE, Record
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Code, Where, is_nothing, kind_of
