@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mm_moslora_eval.run.judging.llm_judge import Judge
     from mm_moslora_eval.run.task_runner import EvaluationSettings
     from mm_moslora_eval.scoring.task_result import TaskResult
-    from mm_moslora_eval.sources.document import Document
+    from mm_moslora_eval.sources.document import DataSet, Document
     from mm_moslora_eval.sources.image_controls import ImageMode
 
 
@@ -57,11 +57,16 @@ def run(
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
-    checksums = [task.load().sha256 for task in opened_tasks]  # fail before the model is loaded
+    data: list[DataSet | None] = []
+    checksums = []
+    for task in opened_tasks:  # fail before the model is loaded
+        read = task.load()
+        checksums.append((task, read.sha256))
+        data.append(None if data and read.holds_pictures else read)
     chosen = settings or EvaluationSettings()
     chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
     divided = merge or chosen.shard is not None
-    work = work_of([*zip(opened_tasks, checksums, strict=True)], modes, chosen, model=named) if divided else {}
+    work = work_of(checksums, modes, chosen, model=named) if divided else {}
     folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
     with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
         if chosen.shard is not None and is_finished(folder, work):
@@ -77,7 +82,7 @@ def run(
                 report = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
                 results += evaluate(
                     loaded, task, folder, modes=modes, baselines=baselines, training=training, settings=chosen,
-                    progress=report, judge=judge, locked=True,
+                    progress=report, judge=judge, locked=True, data=data.pop(0),
                 )  # fmt: skip
             if chosen.shard is not None and chosen.rank == 0:
                 finish(folder, loaded, work)

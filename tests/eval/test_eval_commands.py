@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 from huggingface_hub import constants
+from mm_moslora_eval import eval_commands, sources
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.evaluate_suite import compare, read_samples
@@ -93,6 +94,15 @@ def test_every_other_miniature_runs_with_a_checkpoint(tiny: Path, miniature: Pat
     assert results["nlvr2_test"].metrics.keys() >= {"consistency"}
     assert results["lvbench"].metrics.keys() >= {"reasoning", "summarization"}
     assert results["naturalbench"].metrics.keys() >= {"vanilla", "question", "image"}
+
+
+def test_the_data_of_a_task_are_read_once(question_file: Path, tmp_path: Path, monkeypatch) -> None:
+    read: list[str] = []
+    load = sources.load
+    monkeypatch.setattr(sources, "load", lambda source, **given: read.append(source.path) or load(source, **given))
+    tasks = [f"llava:{question_file}", f"llava:{write_questions(tmp_path / 'other', count=4)}"]
+    eval_commands.run(FakeModel(), tasks, tmp_path / "run")
+    assert len(read) == len(set(read)) == 2
 
 
 def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:

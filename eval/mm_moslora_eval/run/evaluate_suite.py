@@ -41,7 +41,7 @@ from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, l
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
-from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
 from mm_moslora_eval.sources.source_videos import with_whole_videos
 
@@ -66,6 +66,7 @@ def evaluate(
     progress: ModeProgress | None = None,
     judge: Judge | None = None,
     locked: bool = False,
+    data: DataSet | None = None,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
 
@@ -80,6 +81,7 @@ def evaluate(
         progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
         locked: the caller has opened the run folder (`run_lock.open_run`), over several tasks.
+        data: what `task.load` gives, if it is loaded already.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -89,8 +91,9 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     with nullcontext() if locked else open_run(output, model, rank=settings.rank):
-        task = shown_as_trained(task, model)
-        data, hasher = task.load(), Hasher()
+        asked, task, hasher = task, shown_as_trained(task, model), Hasher()
+        if data is None or (task != asked and data.shows_videos):
+            data = task.load()
         results: list[TaskResult] = []
         for mode in modes:
             report = None if progress is None else partial(progress, mode)

@@ -1,14 +1,13 @@
 """Distributions and tests on which `estimates` and `mm_moslora.compare` stand. scipy is imported where it is used.
 
-Sources: Miller 2024 (2411.00640) for clustered errors, Clopper and Pearson 1934 for proportions, McNemar 1947.
+Sources: Clopper and Pearson 1934 for proportions, McNemar 1947.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
 NORMAL_QUANTILE = NormalDist().inv_cdf(0.975)
@@ -28,26 +27,6 @@ def sample_stddev(values: Sequence[float]) -> float:
         return math.nan
     centre = mean(values)
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
-
-
-def mean_stderr(values: Sequence[float]) -> float:
-    """Standard error of the mean of independent values; nan for fewer than two."""
-    return sample_stddev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean of values that are correlated within clusters, as other harnesses print it."""
-    count = len(values)
-    if count < 2:
-        return math.nan
-    centre = mean(values)
-    deviations: dict[Hashable, list[float]] = defaultdict(list)
-    for value, cluster in zip(values, clusters, strict=True):
-        deviations[cluster].append(value - centre)
-    cross = math.fsum(math.fsum(part) ** 2 - math.fsum(item * item for item in part) for part in deviations.values())
-    variance = mean_stderr(values) ** 2 + cross / count**2
-    # The sum may be negative by a rounding error when clusters cancel exactly.
-    return math.sqrt(max(0.0, variance))
 
 
 def binomial_interval(successes: float, count: float) -> tuple[float, float]:

@@ -111,6 +111,16 @@ class DataSet:
     revision: str | None = None
     """Commit of a data set from the hub."""
 
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether its pictures are in memory, as those of a TSV: it is not kept beside another data set."""
+        return any(isinstance(image, bytes) for document in self.documents for image in document.images)
+
+    @property
+    def shows_videos(self) -> bool:
+        """Whether some of its images are frames of videos."""
+        return any(getattr(image, "video", None) is not None for one in self.documents for image in one.images)
+
     def to_dict(self) -> dict[str, Any]:
         """The description of the data for result files."""
         about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}

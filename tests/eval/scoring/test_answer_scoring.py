@@ -21,6 +21,7 @@ from mm_moslora_eval.run.request_preparation import Preparation, deal
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
+from mm_moslora_eval.scoring.estimates import estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
@@ -97,10 +98,8 @@ def test_the_interval_covers_the_true_value_at_its_level() -> None:
 
 
 def test_clusters_widen_the_error_of_correlated_samples() -> None:
-    scores = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    clusters = list("aaaabbbb")
-    assert error_bars.clustered_stderr(scores, clusters) > 1.5 * error_bars.mean_stderr(scores)
-    assert error_bars.clustered_stderr(scores, range(8)) == pytest.approx(error_bars.mean_stderr(scores))
+    scores = [mean_of([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])]
+    assert estimate(scores, list("aaaabbbb")).stderr > 1.5 * estimate(scores, range(8)).stderr
 
 
 @pytest.mark.parametrize("right", [0.0, 1.0])
