@@ -14,12 +14,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import groupby
+from itertools import chain, groupby, takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora import __version__
@@ -27,16 +30,6 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, EncoderParts
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.preprocessing_differences import (
-    as_tensor,
-    differences,
-    differing_counts,
-    differing_ids,
-    differing_question,
-    differing_tensors,
-    differing_values,
-    tensor_summary,
-)
 from mm_moslora.utils.errors import DataError, ModelError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.identity import sha256_of_values
@@ -47,6 +40,13 @@ from mm_moslora.utils.untrusted_data import build_strictly, parse_json, read_val
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+TOLERANCE = 0.03
+"""Largest accepted difference of the statistics of pixels, whose spread is near 1. The two backends of pictures of
+transformers 5.24 differed by up to 0.017, at 28 pixels."""
+_STRETCHES = 24
+"""Stretches of a tensor of pixels of which mean and standard deviation are compared."""
+_SHOWN = 60
+"""Characters shown of a long value, from shortly before the first difference on."""
 PROBE_SIZE = (1344, 1008)
 """Width and height of the picture: more pixels than most budgets allow, and no multiple of most patches."""
 COUNTED_SIZES = ((64, 48), (480, 640), (2048, 1536), (28, 28), (28, 84), (4096, 4096))
@@ -228,15 +228,20 @@ def compare(path: str | Path, inputs: Mapping[str, Any]) -> list[str]:
     stored = stored_preprocessing(path)
     if not stored:
         raise DataError(f"{path} has no {PREPROCESSING} to compare with.")
-    ids = inputs.get("input_ids")
-    tensors = {name: tensor_summary(as_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
-    if ids is None and not tensors:
+    own = _of_inputs(inputs, stored)
+    if not any(own.values()):
         raise DataError(
             f"The inputs are {', '.join(sorted(inputs)) or 'empty'}; expected some of "
             f"{', '.join(['input_ids', *sorted(stored['tensors'])])}."
         )
-    differing = [] if ids is None else differing_ids(as_tensor(ids).flatten().tolist(), stored["prompt"])
-    return [visible(line) for line in differing + differing_tensors(tensors, stored["tensors"])]
+    return [visible(line) for line in differences(own, stored)]
+
+
+def _of_inputs(inputs: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a fingerprint that a processor's inputs show."""
+    ids = as_tensor(inputs.get("input_ids", [])).flatten().tolist()
+    tensors = {name: tensor_summary(as_tensor(inputs[name])) for name in stored["tensors"] if name in inputs}
+    return {"prompt": [[number, 1, ""] for number in ids], "tensors": tensors}
 
 
 def check_preprocessing(path: str | Path, parts: PreprocessingParts, *, accepted: bool = False) -> bool:
@@ -271,11 +276,10 @@ def check_processor(
     more = {"images": [[probe_picture()]]} if sees else {}
     special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
     inputs = processor(text=[text], return_tensors="pt", add_special_tokens=special, **more)
-    own = {"tokens_per_picture": _tokens_per_picture(images), "stop_ids": list(stop_ids)}
-    own["question"] = [[number, 1, ""] for number in tokenizer(alone, add_special_tokens=special)["input_ids"]]
-    stored = stored_preprocessing(path)
-    differing = (compare(path, inputs) or differing_question(own, stored)) + differing_counts(own, stored)
-    return _refuse(path, differing, {}, accepted=accepted)
+    stored, alone_ids = stored_preprocessing(path), tokenizer(alone, add_special_tokens=special)["input_ids"]
+    own = _of_inputs(inputs, stored) | {"question": [[number, 1, ""] for number in alone_ids]}
+    own |= {"tokens_per_picture": _tokens_per_picture(images), "stop_ids": list(stop_ids)}
+    return _refuse(path, differences(own, stored), {}, accepted=accepted)
 
 
 def hand_on_preprocessing(path: str | Path, parts: PreprocessingParts, folder: Path) -> None:
@@ -294,6 +298,94 @@ def trained_videos(path: str | Path) -> TrainedVideos:
     return TrainedVideos(
         frames[0] if len(frames) == 1 and not fps else None, fps[0] if len(fps) == 1 and not frames else None, whole
     )
+
+
+def differences(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints in what the first has, for people: `here`, in the second `in training`."""
+    texts = {number: text for prompt in (stored["prompt"], own["prompt"]) for number, _, text in prompt if text}
+    differing = _differing_ids("the prompt", own["prompt"], stored["prompt"], texts) if own["prompt"] else []
+    question = own.get("question", stored["question"])
+    differing = differing or _differing_ids("a question alone", question, stored["question"], texts)
+    differing += differing_values(_counts(own), _counts(stored))
+    differing += _differing_tensors(own["tensors"], stored["tensors"])
+    missing = stored["tensors"].keys() - own["tensors"].keys() if "settings" in own else ()  # others may name a part
+    return differing + [f"{name} is missing here" for name in sorted(missing)]
+
+
+def _differing_ids(
+    what: str, own: Sequence[Sequence[Any]], stored: Sequence[Sequence[Any]], texts: Mapping[int, str]
+) -> list[str]:
+    """The first difference of the tokens of two prompts; of another program's tokens the texts may not be known."""
+    ids, expected = (list(chain.from_iterable([number] * count for number, count, _ in runs)) for runs in (own, stored))
+    if ids == expected:
+        return []
+    first = _agreement(ids, expected)
+    lengths = f"{len(ids)} tokens here, {len(expected)} in training"
+    shown = [
+        "".join(texts.get(number, f"[{number}]") for number in some[max(0, first - 2) : first + 6])
+        for some in (ids, expected)
+    ]
+    return [f"{what} ({lengths}) has from token {first} on {shown[0]!r} here, {shown[1]!r} in training"]
+
+
+def _counts(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    counts = fingerprint.get("tokens_per_picture", {})
+    ends = fingerprint.get("stop_ids")  # empty: unknown
+    return {f"the number of tokens of a picture of {size}": count for size, count in counts.items()} | (
+        {"the ids of tokens that end an answer": ends} if ends else {}
+    )
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor of an array, of nested lists, or of a list of tensors of one shape."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor | np.ndarray):
+        return torch.stack([torch.as_tensor(item) for item in value])
+    return torch.as_tensor(value)
+
+
+def tensor_summary(value: Tensor) -> dict[str, Any]:
+    """Shape without leading ones, which programs differ in, and values: all of a few, statistics of many."""
+    shape = list(value.shape)
+    while shape and shape[0] == 1:
+        del shape[0]
+    flat = value.detach().flatten().double().cpu()
+    if len(flat) > 2 * _STRETCHES:
+        flat = torch.cat([torch.stack([part.mean(), part.std()]) for part in flat.tensor_split(_STRETCHES)])
+    return {"shape": shape, "values": [round(number, 4) for number in flat.tolist()]}
+
+
+def _differing_tensors(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Differences of the tensors that both have; see `tensor_summary`."""
+    differing = []
+    for name in sorted(own.keys() & stored.keys()):
+        (shape, values), (old_shape, old_values) = (
+            (item[name]["shape"], item[name]["values"]) for item in (own, stored)
+        )
+        if shape != old_shape or len(values) != len(old_values):
+            differing.append(f"{name} has shape {shape} here, {old_shape} in training")
+            continue
+        far = max(range(len(values)), key=lambda index: abs(values[index] - old_values[index]), default=None)
+        if far is not None and not abs(values[far] - old_values[far]) <= TOLERANCE:
+            what = ("mean", "spread")[far % 2] if len(values) == 2 * _STRETCHES else "a value"
+            differing.append(f"{name}: {what} {values[far]:.4g} here, {old_values[far]:.4g} in training")
+    return differing
+
+
+def differing_values(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Differences of the values that both have; long ones are shown from shortly before their first difference on."""
+    differing = []
+    for key in sorted(key for key in own.keys() & stored.keys() if own[key] != stored[key]):
+        one, other = str(own[key]), str(stored[key])
+        if max(len(one), len(other)) > _SHOWN:
+            start = max(0, _agreement(one, other) - _SHOWN // 3)
+            one, other = (f"{'...' * (start > 0)}{text[start : start + _SHOWN]!r}" for text in (one, other))
+        differing.append(f"{key} is {one} here, {other} in training")
+    return differing
+
+
+def _agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    return sum(takewhile(bool, map(eq, one, other)))
 
 
 def _refuse(path: str | Path, differing: Sequence[str], notes: Mapping[str, Sequence[str]], *, accepted: bool) -> bool:

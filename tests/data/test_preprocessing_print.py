@@ -18,10 +18,10 @@ from vlms import FAMILIES, make_vlm
 
 from mm_moslora.cli.cli_app import run as command
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.data.preprocessing_differences import differences
 from mm_moslora.data.preprocessing_print import (
     check_preprocessing,
     compare,
+    differences,
     preprocessing_of,
     probe_messages,
     probe_picture,

@@ -19,8 +19,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import CellRun
 from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings
 from mm_moslora.config import load_recipe
-from mm_moslora.data.preprocessing_differences import differences
-from mm_moslora.data.preprocessing_print import preprocessing_of, stored_preprocessing, trained_videos
+from mm_moslora.data.preprocessing_print import differences, preprocessing_of, stored_preprocessing, trained_videos
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.serve.inference.served_models import load_models
 from mm_moslora.serve.terminal_chat import Chat

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from mm_moslora.data.chat.answer_thinking import begins_with_block, thinks
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import Record, Turn
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.sources.record_file import RecordSource
 
 SAMPLED = 1000
 """Largest number of records that are sampled, evenly spaced; a share of one half is then known to 3 points."""
@@ -32,6 +31,14 @@ FEW_ASIDE = 0.01
 Ending = tuple[str, int]
 """The last answer of a record with a letter for every text, empty where it is not learned, and the number of those
 before its question that are."""
+
+
+class Records(Protocol):
+    """Records by number: a source, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Record: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class ThinkingForm:
 
 def settled(
     encoder: ConversationEncoder,
-    files: Sequence[RecordSource | Sequence[Record]],
+    files: Sequence[Records],
     supervise: Literal["all", "last"] = "all",
 ) -> tuple[ConversationEncoder, ThinkingForm]:
     """An encoder whose `auto` is `always` where most answers of the records think, and what the records showed."""
