@@ -311,6 +311,8 @@ def _row(
         "reference": settings.reference_arm,
         "task": subject[1],
         **judged.numbers(comparisons=comparisons),
+        "low": difference.low,
+        "high": difference.high,
         "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
         "share_of_documents": estimate.documents,
         "groups": difference.groups,

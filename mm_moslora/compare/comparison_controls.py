@@ -251,10 +251,15 @@ def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Difference:
-    """An estimate in the form that verdicts take; graded scores need no least number of questions."""
-    graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
-    groups = None if graded else estimate.fewest
-    return Difference(value=estimate.value, low=estimate.low, high=estimate.high, groups=groups)
+    """An estimate in the form that verdicts take; graded scores need no least number of questions.
+
+    Shares differ by 1 at most, whatever a t-interval of few runs says.
+    """
+    scores = [score for task in tasks for row in task.scores for score in row]
+    most = 1.0 if all(abs(score) <= 1 for score in scores) else math.inf
+    groups = None if any(score not in (-1.0, 0.0, 1.0) for score in scores) else estimate.fewest
+    low, high = max(estimate.low, -most), min(estimate.high, most)
+    return Difference(value=estimate.value, low=low, high=high, groups=groups)
 
 
 def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[str, TaskAnswers]]) -> None:

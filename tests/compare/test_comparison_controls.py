@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,23 +257,36 @@ def test_an_arm_above_a_baseline_only_is_better_in_answers_only(tmp_path: Path, 
     assert any("fewer than two different pictures" in line for line in results["says"]) == ("second" in left_out)
 
 
-def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
-    """An example is the similarity of generated pictures of eight subjects."""
+def graded(folder: Path, score: Callable[[int, int], float]) -> dict[str, Any]:
+    """The results of runs that scored eight samples without a task; `score`: of a run's number and a sample's."""
     settings = ComparisonSettings(
         arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"]
     )
     outcomes = {}
     for number, cell in enumerate(reported_cells(settings, choose_rates(settings, {}))):
-        place = tmp_path / "runs" / cell.name / "samples"
+        place = folder / "runs" / cell.name / "samples"
         place.mkdir(parents=True)
-        rows = [{"id": str(n), "cluster": str(n), "score": 0.3 + 0.01 * n + 0.2 * (number % 2)} for n in range(8)]
+        rows = [{"id": str(n), "cluster": str(n), "score": score(number, n)} for n in range(8)]
         (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        places = {"likeness": {"own": place.relative_to(tmp_path).as_posix()}}
+        places = {"likeness": {"own": place.relative_to(folder).as_posix()}}
         outcomes[cell.name] = Outcome(status="ok", test={"likeness": 0.4}, places=places)
-    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
+    return analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=folder, recipe=RECIPE))
+
+
+def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
+    """An example is the similarity of generated pictures of eight subjects."""
+    results = graded(tmp_path, lambda run, n: 0.3 + 0.01 * n + 0.2 * (run % 2))
     assert [arm["controls"] for arm in results["arms"]] == [{}, {}]
     assert [(row["verdict"], row["groups"]) for row in results["comparisons"]] == [("better", None)]
     write_page(tmp_path / "results.json", tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("most", "widest"), [(1.0, 1.0), (2.0, math.inf)], ids=["shares", "other scores"])
+def test_an_interval_of_shares_holds_differences_of_shares_alone(tmp_path: Path, most: float, widest: float) -> None:
+    """Arms that are right in one of their two seeds alone leave a t-interval of several hundred points."""
+    results = graded(tmp_path, lambda run, n: most * (run in (0, 3)) * (n != run))
+    (row,) = results["comparisons"]
+    assert -widest <= row["low"] <= -1.0 < 1.0 <= row["high"] <= widest
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> ScoreEsti
     The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
     same in all its clusters, these do not show its error, and one cluster is taken to differ as much as the bounds
     allow. The interval of a score with bounds is the exact one of as many independent right-or-wrong answers as have
-    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval. Where all
+    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval, cut at its bounds. Where all
     clusters are alike, exact bounds limit the share of others.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
@@ -178,7 +178,7 @@ def _interval(estimate: ScoreEstimate, low: float, high: float) -> tuple[float, 
             bounds = binomial_interval(share * independent, independent)
             return bounds[0] * high, bounds[1] * high
         bounds = (value - quantile * estimate.stderr, value + quantile * estimate.stderr)
-        return bounds if low < 0 < high else (max(low, bounds[0]), min(high, bounds[1]))
+        return max(low, bounds[0]), min(high, bounds[1])
     if not math.isfinite(high - low):
         return math.nan, math.nan
     if not score:

@@ -83,6 +83,12 @@ def test_an_interval_stays_within_the_bounds_of_the_score(name: str) -> None:
     scores = [float(index != 3) for index in range(40)]
     found = aggregate(name, fitting(name, samples(scores, pictures=20, categories=4)))
     assert 0 <= found.low < found.value < found.high <= (800 if name == "mme" else 10)
+    right, wrong = (
+        fitting(name, samples(of, pictures=4, categories=4)) for of in ([1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0])
+    )
+    less = difference_of_scores(name, [right], [wrong]).estimate
+    widest = {"mme": 800.0, "caption": 10.0, "caption_plain": 10.0, "llavabench": 10.0}.get(name, 1.0)
+    assert -widest <= less.low <= less.high <= widest
 
 
 def test_few_pictures_give_a_wide_interval_and_are_named() -> None:
