@@ -289,13 +289,13 @@ def _memory() -> Iterator[Diagnosis]:
 def _threads() -> Iterator[Diagnosis]:
     cores = usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS")
-    policy = os.environ.get("OMP_WAIT_POLICY", "")
-    detail = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")  # every verb sets it where the shell does not
+    detail = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy}"
     remedies = []
     if threads and threads.isdigit() and int(threads) > cores:
         remedies.append(f"export OMP_NUM_THREADS={cores}")
     if policy.lower() != "passive":
-        remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")
+        remedies.append("unset OMP_WAIT_POLICY  # waiting threads then leave the cores to others")
     yield Diagnosis(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies))
 
 

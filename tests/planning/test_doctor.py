@@ -141,13 +141,24 @@ print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+def test_this_environment_has_nothing_bad(tmp_path: Path) -> None:
     findings = diagnose(tmp_path / "not" / "yet")
     assert [finding for finding in findings if finding.status == "bad"] == []
     names = {finding.name for finding in findings}
     assert {"python", "torch", "accelerator", "bf16", "compiler", "disk for runs", "threads", "wandb login"} <= names
     assert len(names) == len(findings)
+
+
+@pytest.mark.parametrize(("policy", "status"), [(None, "ok"), ("PASSIVE", "ok"), ("active", "warn")])
+def test_only_a_shell_that_lets_threads_spin_is_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str | None, status: str
+) -> None:
+    """Without a policy of the shell, every verb sets the passive one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy) if policy else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    (threads,) = (finding for finding in diagnose(tmp_path) if finding.name == "threads")
+    assert threads.status == status
+    assert ("unset OMP_WAIT_POLICY" in threads.remedy) == (status == "warn")
 
 
 def test_one_broken_library_does_not_hide_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

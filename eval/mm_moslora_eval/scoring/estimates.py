@@ -147,8 +147,8 @@ def estimate(ratios: Sequence[Ratio], clusters: Sequence[Hashable]) -> ScoreEsti
     The error counts samples of one cluster together (CR2 of Bell and McCaffrey). Where one of several ratios is the
     same in all its clusters, these do not show its error, and one cluster is taken to differ as much as the bounds
     allow. The interval of a score with bounds is the exact one of as many independent right-or-wrong answers as have
-    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval, cut at its bounds. Where all
-    clusters are alike, exact bounds limit the share of others.
+    the same error, fewer by the quantiles of t (Korn and Graubard); that of a difference is the t-interval, cut at its
+    bounds. Where all clusters are alike, exact bounds limit the share of others.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
     numbers = np.array([names[name] for name in clusters], dtype=int)
