@@ -14,38 +14,12 @@ from waiting import wait_until
 from mm_moslora.launch import jobs as module
 from mm_moslora.launch.jobs import Job, ProcessEngine, run_jobs
 from mm_moslora.utils.errors import ConfigError
-
-CHECKOUT = Path(__file__).parents[2]
+from tests.launch.job_runs import CHECKOUT, ends, fake_devices, job, starts
 
 
 @pytest.fixture(autouse=True)
 def _commands_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{CHECKOUT}:{CHECKOUT / 'eval'}")
-
-
-def job(below: Path, kind: str, name: str = "", **changes) -> Job:
-    place = below / (name or kind)
-    command = ("tests.launch.odd_jobs", kind, str(place))
-    return Job(name=place.name, command=command, log=place / "log.txt", output=place / "output", **changes)
-
-
-def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str = "") -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-
-
-def ends(jobs: list[Job], engine=None) -> tuple[dict[str, str], dict[str, str]]:
-    """What `run_jobs` returns, and what it told by job."""
-    told: dict[str, str] = {}
-    failed = run_jobs(
-        lambda: jobs, engine or ProcessEngine(parallel=2), over=lambda one, why: told.update({one.name: why})
-    )
-    return failed, told
-
-
-def starts(folder: Path, name: str) -> list[list[str]]:
-    return [line.split(" ") for line in (folder / name / "starts").read_text().splitlines()]
 
 
 def test_a_job_that_fails_three_times_is_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -125,7 +99,7 @@ def test_what_does_not_end_when_asked_is_killed_and_named(tmp_path: Path, monkey
 def test_a_killed_parent_leaves_no_process_behind(tmp_path: Path) -> None:
     """The kernel's killer for want of memory chooses the parent, say."""
     program = (
-        "import sys; from pathlib import Path; from tests.launch.test_jobs import job, ends;"
+        "import sys; from pathlib import Path; from tests.launch.job_runs import job, ends;"
         "ends([job(Path(sys.argv[1]), 'saves')])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

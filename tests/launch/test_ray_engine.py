@@ -19,7 +19,7 @@ from mm_moslora.launch import ray_engine
 from mm_moslora.launch.jobs import Job, run_jobs
 from mm_moslora.launch.ray_engine import RayEngine, open_engine
 from mm_moslora.utils.errors import ConfigError, reason_of
-from tests.launch.test_jobs import CHECKOUT, job, starts
+from tests.launch.job_runs import CHECKOUT, job, starts
 
 ray = pytest.importorskip("ray", reason="needs the extra ray; make test-extras has it")
 STORE = 80 * 2**20
@@ -122,7 +122,7 @@ def test_what_a_stop_does_not_save_is_named_and_a_killed_parent_lets_jobs_save(c
     assert caplog.messages[0].startswith("ignores did not save when it was asked to (killed")
 
     program = (
-        "import sys; from pathlib import Path; from tests.launch.test_jobs import job, ends;"
+        "import sys; from pathlib import Path; from tests.launch.job_runs import job, ends;"
         "from mm_moslora.launch.ray_engine import RayEngine;"
         "ends([job(Path(sys.argv[1]), 'saves')], RayEngine(sys.argv[2]))"
     )

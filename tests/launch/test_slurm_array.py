@@ -11,7 +11,7 @@ import pytest
 
 from mm_moslora.launch.slurm_array import write_array
 from mm_moslora.utils.errors import ConfigError
-from tests.launch.test_jobs import CHECKOUT, job, starts
+from tests.launch.job_runs import CHECKOUT, job, starts
 
 
 def test_an_element_runs_its_job_in_place_of_the_shell(tmp_path: Path) -> None:
