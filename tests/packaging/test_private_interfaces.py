@@ -209,16 +209,6 @@ def test_the_hub_reads_whether_it_is_offline_when_it_is_asked() -> None:
     assert "HF_HUB_OFFLINE" in constants.is_offline_mode.__code__.co_names
 
 
-def test_uvicorn_calls_the_methods_that_are_overridden() -> None:
-    module = pytest.importorskip("uvicorn.protocols.http.h11_impl", reason="uvicorn is not installed")
-    protocol = module.H11Protocol
-    assert parameters(protocol.connection_made) == ["self", "transport"]
-    assert parameters(protocol.data_received) == ["self", "data"]
-    assert parameters(protocol.connection_lost) == ["self", "exc"]
-    assert parameters(protocol.send_400_response) == ["self", "msg"]
-    assert {"connections", "cycle", "conn"} <= set(protocol.__init__.__code__.co_names)
-
-
 def test_trl_reads_its_data_and_writes_checkpoints_by_methods() -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     from trl.trainer.dpo_trainer import DPOTrainer

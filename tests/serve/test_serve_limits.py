@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -13,8 +12,6 @@ import pytest
 from PIL import Image
 from waiting import wait_until
 
-from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.request_intake import Budget, Reservation
 from mm_moslora.serve.api.request_limits import Limits
 from tests.serve.serve_tools import HEAD, asking, data_url
 
@@ -92,18 +89,6 @@ def test_pictures_are_counted_by_their_memory(serve_with: Any, mode: str, size: 
         assert reply.status_code == (200 if allowed else 400), reply.text
         if not allowed:
             assert "MiB of memory" in reply.json()["error"]["message"]
-        wait_until(lambda: server.intake.pictures.used == 0)
-
-
-def test_pictures_above_the_shared_limit_are_opened_one_after_the_other(serve_with: Any) -> None:
-    body = json.dumps(asking("what?", data_url(Image.new("RGB", (1000, 1000)))))
-    with serve_with(pictures_bytes=20 * MIB) as server, ThreadPoolExecutor(6) as pool:
-        budget, used = server.intake.pictures, []
-        take = budget.take
-        budget.take = lambda count: (take(count), used.append(budget.used))[0]
-        assert [reply.status_code for reply in pool.map(server.post, [body] * 6)] == [200] * 6
-        assert 0 < max(used) <= 20 * MIB
-        wait_until(lambda: server.intake.pictures.used == 0)
 
 
 def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypatch: Any) -> None:
@@ -122,9 +107,8 @@ def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypat
     body = asking("what?", *[data_url(Image.new("RGB", (30, 30), colour)) for colour in ("red", "blue")])
     with serve_with(prepare_seconds=3) as server:
         assert server.post(body).status_code == 429
-        assert server.intake.pictures.used > 0  # the thread still has it
         go.set()
-        wait_until(lambda: server.intake.pictures.used == server.intake.bodies.used == 0)
+        wait_until(lambda: server.intake.memory.used == 0)
         assert len(opened) == 1
         assert server.post(asking("hello")).status_code == 200
 
@@ -146,9 +130,9 @@ def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serv
         with server.socket() as connection:
             connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             assert opened.wait(60)
-        wait_until(lambda: server.intake.bodies.used == 0)
+        wait_until(lambda: server.intake.memory.used == 0)
         go.set()
-        wait_until(lambda: server.intake.pictures.used == server.intake.bodies.used == 0)
+        wait_until(lambda: server.intake.memory.used == 0)
 
 
 def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
@@ -158,12 +142,12 @@ def test_slow_uploads_do_not_count_as_waiting_requests(serve_with: Any) -> None:
         try:
             for connection in slow:
                 connection.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
-            wait_until(lambda: server.intake.bodies.used == len(slow))
+            wait_until(lambda: server.intake.memory.used == len(slow))
             assert server.post(asking("hello")).status_code == 200
         finally:
             for connection in slow:
                 connection.close()
-        wait_until(lambda: server.intake.bodies.used == 0)
+        wait_until(lambda: server.intake.memory.used == 0)
 
 
 @pytest.mark.parametrize(
@@ -179,35 +163,6 @@ def test_any_loopback_address_is_a_name_of_this_machine(server: Any, host: str, 
     assert server.get("/health", headers={"Host": host}).status_code == status
     assert server.get("/health", headers={"Origin": f"http://{host}"}).status_code == status
     assert server.get("/health", headers={"Origin": f"chrome-extension://{host}"}).status_code == 403
-
-
-def test_a_budget_serves_the_longest_waiting_request_and_drops_cancelled_ones() -> None:
-    async def scenario() -> None:
-        budget = Budget(10)
-        assert budget.take(8)
-        first = asyncio.ensure_future(budget.wait(6, 60))
-        second = asyncio.ensure_future(budget.wait(2, 60))
-        await asyncio.sleep(0)
-        assert not first.done()
-        assert not second.done()  # two bytes are free, but the first waits for them
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await second
-        assert budget.used == 10
-        with pytest.raises(TimeoutError):
-            await budget.wait(1, 0.01)
-        budget.give(10)
-        await budget.wait(10, 0)
-        assert budget.used == 10
-
-    asyncio.run(scenario())
-    with Reservation(budget := Budget(10)) as held, Reservation(budget) as other:
-        held.set(10)
-        with pytest.raises(ApiError, match="busy"):
-            other.set(1)
-        held.set(4)
-        other.set(6)
-    assert budget.used == 0
 
 
 def test_the_largest_allowed_picture_fits_the_memory_limit() -> None:

@@ -19,7 +19,7 @@ from mm_moslora.serve.api.api_errors import ApiError, busy, internal, stopping
 from mm_moslora.serve.api.chat_replies import DONE, Reply, frame
 from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
 from mm_moslora.serve.api.request_guard import Guard
-from mm_moslora.serve.api.request_intake import Intake, Reservation, unless_left
+from mm_moslora.serve.api.request_intake import Intake, unless_left
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
 from mm_moslora.serve.inference.prompt_preparation import Prepared
@@ -93,16 +93,16 @@ class _Chat:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         self._refuse_if_busy()
-        with Reservation(self._intake.bodies) as reservation:
+        with self._intake.memory.share() as hold:
             # A slow upload does not count towards the requests that wait for an answer.
-            body = await self._intake.body(request, reservation)
+            body = await self._intake.body(request, hold)
             self._refuse_if_busy()
             self._busy += 1
             try:
                 chat = await self._intake.parsed(request, body)
                 _checked_name(self._engine, chat.model)
                 self._note(chat.unread)
-                prepared = await self._intake.prepared(request, chat, reservation)
+                prepared = await self._intake.prepared(request, chat, hold)
                 chat = replace(chat, messages=())
                 reply = Reply(request=chat, prompt_tokens=len(prepared.input_ids), boxes=prepared.boxes)
                 last = await unless_left(receive, self._answer(request, prepared, reply, send))

@@ -79,6 +79,12 @@ class ChatRequest:
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
     """Parse a body into a JSON object."""
     what = "is not a JSON object"
+    if sum(map(body.count, b",[{")) > limits.json_items or body.count(b"\\") > limits.json_escapes:
+        raise ApiError(
+            f"The body holds more than {limits.json_items} commas and opening brackets, or more than "
+            f"{limits.json_escapes} backslashes; send a shorter conversation.",
+            code="invalid_json",
+        )
     try:
         value = parse_json(body, max_depth=limits.json_depth, surrogates=True)
     except StrictJsonError as error:

@@ -1,11 +1,13 @@
-"""Run an ASGI application with connection deadlines, OpenAI's error format and a graceful shutdown. No torch."""
+"""Run an ASGI application with uvicorn and a graceful shutdown. No torch.
+
+A proxy in front of it stops clients that send headers slowly, or bad HTTP; see docs/serving.md.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import ipaddress
-import json
 import logging
 import math
 import signal
@@ -16,12 +18,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mm_moslora.launch.child_processes import install_handler, restore_handlers
-from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.hardware import keep_freed_memory
@@ -65,7 +64,7 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 
 def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Callable[[], object]) -> None:
-    """Run an application with deadlines, until a signal asks it to stop."""
+    """Run an application until a signal asks it to stop."""
     # The libraries' objects live as long as the process. Collecting garbage among them would hold every thread for
     # tenths of a second.
     gc.collect()
@@ -87,8 +86,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: App, limits: Limits, *, end: Callable[[], object] = lambda: None) -> None:
         super().__init__(
             uvicorn.Config(
-                app, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False,
-                server_header=False, date_header=False, proxy_headers=False, loop="asyncio",
+                app, http="h11", limit_concurrency=limits.connections, ws="none", lifespan="on", log_config=None,
+                access_log=False, server_header=False, date_header=False, proxy_headers=False, loop="asyncio",
                 timeout_graceful_shutdown=math.ceil(limits.drain_seconds + END_SECONDS),
             )  # type: ignore[arg-type]
         )  # fmt: skip
@@ -141,45 +140,3 @@ class Server(uvicorn.Server):
                 host, port, *_ = listener.getsockname()
                 shown = f"[{host}]" if ":" in host else host
                 logger.info("Listening on http://%s:%d (Ctrl-C ends it).", shown, port)
-
-
-def _protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's protocol with a deadline for headers, a limit on connections and OpenAI's error format."""
-
-    class Protocol(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.close()
-            self._await_header()
-
-        def data_received(self, data: bytes) -> None:
-            before = self.cycle
-            super().data_received(data)
-            if self.cycle is not before:  # a header is complete
-                self._header_deadline.cancel()
-            elif self.cycle is not None and self.cycle.response_complete and self._header_deadline.cancelled():
-                self._await_header()  # the next request on this connection has started
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._header_deadline.cancel()
-            super().connection_lost(exc)
-
-        def _await_header(self) -> None:
-            self._header_deadline = self.loop.call_later(limits.header_seconds, self.transport.close)
-
-        def send_400_response(self, msg: str) -> None:
-            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                self.transport.close()
-                return
-            fault = ApiError("The request is not valid HTTP.", code="invalid_http")
-            body = json.dumps(fault.body()).encode()
-            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=body), h11.EndOfMessage(),
-            ):  # fmt: skip
-                self.transport.write(self.conn.send(event) or b"")
-            self.transport.close()
-
-    return Protocol

@@ -16,19 +16,17 @@ class Limits:
     bodies_bytes: int = 256 * 2**20
     """Bytes of all request bodies and their parsed contents in memory; counted until the answers end."""
     pictures_bytes: int = 2**30
-    """Bytes of memory for all pictures being decoded: a file of 200 kB may hold 40 million pixels."""
+    """Bytes of memory for decoding the pictures of one request: a file of 200 kB may hold 40 million pixels."""
     json_items: int = 100_000
-    """Commas and opening brackets of a body; counted while it arrives, before anything is parsed."""
+    """Commas and opening brackets of a body; counted before anything is parsed."""
     json_escapes: int = 1_000_000
-    """Backslashes of a body; counted in the same way."""
+    """Backslashes of a body; counted before anything is parsed."""
     json_depth: int = 32
     """Nesting depth of a body; a request needs 6."""
     characters_per_token: int = 16
     """Characters per token of the context; a longer conversation is refused before it is tokenised."""
     body_seconds: float = 30.0
     """Seconds for a body to arrive."""
-    header_seconds: float = 10.0
-    """Seconds for the header of a request to arrive."""
     write_seconds: float = 30.0
     """Seconds without reading after which a client is dropped."""
     prepare_seconds: float = 20.0
@@ -38,7 +36,7 @@ class Limits:
     drain_seconds: float = 30.0
     """Seconds for running answers to end after a stop signal."""
     connections: int = 1024
-    """Open connections; further ones are closed at once."""
+    """Open connections; further ones get 503."""
     queue: int = 128
     """Answers in the queue; further ones get 429."""
     batch: int = 32

@@ -69,8 +69,8 @@ def picture_files(pictures: Sequence[MessagePicture], limits: Limits, *, stop: t
     return files
 
 
-def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
-    """Bytes of memory for decoding pictures one after the other and for processing all of them."""
+def refuse_large(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> None:
+    """Refuse pictures that take too much memory when they are decoded one after the other and processed together."""
     copies, peak, allowed = 0, 0, limits.pictures_bytes
     for file in files:
         wide = file.mode in ("I", "F", "LAB") or file.mode.startswith("I;16")
@@ -86,7 +86,6 @@ def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) ->
                 f"takes the request to {(copies + peak) // 2**20} MiB of memory when it is opened ({file.size[0]} x "
                 f"{file.size[1]} pixels, {file.mode}), at most {allowed // 2**20} are allowed; scale pictures down",
             )
-    return copies + peak
 
 
 def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> list[Image.Image]:
