@@ -31,7 +31,7 @@ _WORKERS = 2
 _Result = TypeVar("_Result")
 
 
-class Memory:
+class RequestMemory:
     """Bytes that requests hold. Only the event loop's thread may use it."""
 
     def __init__(self, most: int) -> None:
@@ -61,7 +61,7 @@ class Intake:
     def __init__(self, models: Models, limits: Limits) -> None:
         self._models, self._limits = models, limits
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mm-moslora-prepare")
-        self.memory = Memory(limits.bodies_bytes)
+        self.memory = RequestMemory(limits.bodies_bytes)
 
     def close(self) -> None:
         """Start no further work."""
