@@ -1,4 +1,4 @@
-"""Staying alive: values that are not finite, ranks that die, hang or are told to stop, disks that are full."""
+"""Staying alive: values that are not finite, ranks that die, hang, come late or are told to stop, full disks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import make_records
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
 from waiting import wait_until
 
-from mm_moslora.config import ProjectorConfig
+from mm_moslora.config import ProjectorConfig, SourceConfig, ValidateConfig
 from mm_moslora.launch.launcher import stopped_text
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.supervision import watchdog
@@ -283,3 +284,26 @@ def test_a_rank_does_not_end_while_a_thread_of_gloo_is_at_work():
     distributed.wait_for_gloo(seconds=60)
     assert over
     thread.join()
+
+
+def test_a_rank_that_is_late_everywhere_changes_nothing(parts, ranks, tmp_path):
+    held_out = make_records(tmp_path / "held-out", 6)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "text": "say red", "answer": "red"}\n')
+    source = SourceConfig(path=str(held_out), image_folder=str(held_out.parent / "images"))
+    straight = make_recipe(parts, tmp_path / "straight", "zero2", dropout=0.1)
+    recipe = make_recipe(
+        parts, tmp_path / "run", "zero2", dropout=0.1, rehearsal=True, save_every=1, keep_last=1, validate_every=1
+    )
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, validation=[source], cache=str(tmp_path / "tokens")),
+        validate=ValidateConfig(samples=1, sample_tokens=2, tasks=[f"llava:{questions}"], best="validation_loss"),
+    )
+    for words in (["--stop-at", "2"], []):  # and on from the checkpoint
+        group = ranks.run(["faults:late", "1", str(tmp_path), "train", write(recipe), *words])
+        assert int(re.search(r"late (\d+) times", group.output(1))[1]) > 15
+    ranks.run([write(straight)])
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert not list((tmp_path / "run").glob(".t*"))

@@ -147,3 +147,20 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on_exactly(
     ranks.run(["pairs:train", straight, *(str(tmp_path / f"{fault}.yaml") for fault in ("SIGKILL", "SIGSTOP"))])
     for fault in ("SIGKILL", "SIGSTOP"):
         assert logged(tmp_path / fault) == logged(tmp_path / "straight")
+
+
+def test_two_ranks_learn_from_rows_what_one_does(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    """Rows hold different numbers of pairs, each of which has the same weight in a step."""
+    pairs, model = make_pairs(tmp_path / "pairs", pictures=False), {"language": str(parts["language"])}
+    mixture, files = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]}, {}
+    for name, batch in (("one", 2), ("two", 1), ("resumed", 1)):
+        recipe = make_recipe(
+            tmp_path / name, pairs, model, preference=mixture, data={"max_length": 64, "pack_tokens": 128},
+            train={"steps": 4, "global_batch": 2, "micro_batch": batch},
+        )  # fmt: skip
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(recipe.to_dict()))
+    train(str(files["one"]))
+    ranks.run(["pairs:train", str(files["two"]), f"{files['resumed']}@2", str(files["resumed"])])
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "two")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trials import HALF, full, hexed, losses, make_recipe, metrics, weights, write
 
-from mm_moslora.config import AdapterConfig, Recipe
+from mm_moslora.config import AdapterConfig, Recipe, SourceConfig
+from mm_moslora.training.training_loop import train
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +111,33 @@ def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path
         assert before.read_bytes() == after.read_bytes()
         assert load(tmp_path / f"tune-{stage}").model is not None
     assert losses(tmp_path / "tune-zero3") == pytest.approx(losses(tmp_path / "tune-zero2"), rel=1e-5)
+
+
+def test_ranks_learn_the_stream_of_one(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+    lines = parts["records"].read_text().splitlines()
+    lines[5] = "{broken"
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        (tmp_path / "shards" / f"{number}.jsonl").write_text("\n".join(lines[20 * number : 20 * number + 20]))
+    source = SourceConfig(
+        path=str(tmp_path / "shards"), streaming=True, image_folder=str(parts["records"].parent / "images")
+    )
+
+    def recipe(name: str, micro_batch: int) -> Recipe:
+        made = make_recipe(parts, tmp_path / name, "zero2", steps=8, micro_batch=micro_batch)
+        return replace(made, data=replace(made.data, train=[source], shuffle_buffer=16, max_bad_share=0.1))
+
+    one = recipe("one", 8)
+    train(one)
+    files = [write(recipe(name, 4)) for name in ("two", "resumed")]
+    ranks.run([files[0], f"{files[1]}@3", files[1]])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "two")
+    alone = recipe("alone", 8)
+    train(alone, stop_at=3)
+    again = write(replace(alone, train=replace(alone.train, micro_batch=4)))
+    ranks.run([again])
+    assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    rows = (tmp_path / "two" / "quarantine.jsonl").read_text().splitlines()
+    assert 1 <= len(rows) <= 3
+    assert all('"code": "BAD_JSON"' in row for row in rows)

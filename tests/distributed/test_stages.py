@@ -11,7 +11,7 @@ import pytest
 from tiny import make_records
 from trials import STAGES, bounded, full, hexed, losses, make_recipe, metrics, with_train, write
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import OptimConfig, Recipe
 
 pytestmark = pytest.mark.slow
 SPLITS = {1: (*STAGES, "none"), 2: STAGES, 4: ("zero1", "zero3")}
@@ -306,3 +306,14 @@ def test_weights_of_answers_are_summed_over_ranks(parts, ranks, tmp_path):
     for name in ("zero2", "zero3", "together"):
         found = [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / name)]
         assert sum(found, ()) == pytest.approx(sum(expected, ()), rel=1e-5), name
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_trainer_gives_our_losses(stage, parts, ranks, tmp_path):
+    optim = OptimConfig(lr=1e-3, schedule="constant", warmup=0)
+    ours = replace(make_recipe(parts, tmp_path / "ours", f"zero{stage}", order="sequential", steps=3), optim=optim)
+    theirs = replace(ours, train=replace(ours.train, output=str(tmp_path / "theirs")))
+    ranks.run([write(ours)])
+    ranks.run(["hf_run:train", write(theirs), "3", stage])
+    found = json.loads((tmp_path / "theirs" / "losses.json").read_text())
+    assert found == pytest.approx(losses(tmp_path / "ours"), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: complete, loadable, exported to the same logits."""
+"""What a checkpoint holds: complete, loadable, exported to the same logits; and what is tried before the first step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import supervised_logits
-from trials import with_train
+from trials import hexed, losses, with_train
 
 from mm_moslora.batch import Batch
-from mm_moslora.config import Recipe
+from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.models.export.export_huggingface import export_lora, export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
+from mm_moslora.training import rehearsal
+from mm_moslora.training.engine import TorchEngine
 from mm_moslora.training.training_loop import train
+from mm_moslora.utils import files
+from mm_moslora.utils.errors import CheckpointError, TrainingError
 
 
 def test_every_checkpoint_is_complete_and_loads(recipe, tmp_path):
@@ -112,3 +116,82 @@ def test_a_save_in_the_background_looks_at_no_weight_of_the_live_model(recipe, m
         monkeypatch.setattr(torch.nn.Module, name, noting(getattr(torch.nn.Module, name)))
     train(with_train(recipe, steps=2, save_every=1))
     assert looked == {"MainThread"}
+
+
+def test_nothing_remains_of_it(recipe, tmp_path, caplog):
+    caplog.set_level("INFO")
+    short = replace(recipe, train=replace(recipe.train, steps=2))
+    train(short)
+    train(replace(short, train=replace(short.train, rehearsal=False, output=str(tmp_path / "other"))))
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "other")
+    assert caplog.text.count("Rehearsal: a checkpoint takes") == 1
+    assert not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_a_micro_batch_that_does_not_fit_is_said_before_the_first_step(recipe, monkeypatch, tmp_path):
+    def full(self, micro_batches, lr_factor):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TorchEngine, "step", full)
+    with pytest.raises(TrainingError, match=r"4 examples with \d+ tokens .* does not fit .* Lower train\.micro_batch"):
+        train(recipe)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_too_little_room_is_said_before_the_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 1000)
+    with pytest.raises(CheckpointError, match=r"0 MiB free, .* MiB are needed, .* MiB are missing"):
+        train(recipe)
+
+
+def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplog, tmp_path):
+    """Two saves find no room, the later ones do; three in a row would stop the run."""
+    real = files.free_bytes
+    steps = replace(recipe.train, save_every=1, rehearsal=False, keep_last=0)
+
+    remaining = {"full": 2}
+
+    def free(folder):
+        if remaining["full"]:
+            remaining["full"] -= 1
+            return 1000
+        return real(folder)
+
+    monkeypatch.setattr(files, "free_bytes", free)
+    train(replace(recipe, train=steps))
+    assert caplog.text.count("Training continues.") == 2
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == [f"checkpoint-{step:06d}" for step in (3, 4, 5, 6)]
+    remaining["full"] = 3
+    with pytest.raises(CheckpointError, match="The last 3 saves failed"):
+        train(replace(recipe, train=replace(steps, output=str(tmp_path / "full"))))
+
+
+def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
+    hashes = iter(range(10**6))
+    monkeypatch.setattr(rehearsal, "sha256_of", lambda path: str(next(hashes)))
+    with pytest.raises(CheckpointError, match="reads back differently than it was written"):
+        train(recipe)
+
+
+def test_a_run_is_saved_as_peft_saves_and_continues_bit_for_bit(recipe, tmp_path):
+    options = {"type": "LORA", "init_lora_weights": "pissa"}
+    given = replace(recipe, adapter=AdapterConfig(rank=4, alpha=8, peft=options))
+    train(with_train(given, output=str(tmp_path / "whole"), save_every=2, steps=4))
+    train(with_train(given, save_every=2, steps=4), stop_at=2)
+    train(with_train(given, save_every=2, steps=4))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert len(set(losses(tmp_path / "run"))) == 4
+    folder = tmp_path / "run" / "checkpoint-000004"
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    live, merged = load(folder, merge=False), load(folder)
+    assert live.peft_model.peft_config["default"].peft_type == options["type"]
+    assert merged.peft_model is None
+    batch = Batch.from_examples([_example(live)])
+    with torch.no_grad():
+        expected = supervised_logits(live.model, batch)
+        torch.testing.assert_close(supervised_logits(merged.model, batch), expected, rtol=0, atol=1e-5)
+        with live.peft_model.disable_adapter():
+            assert not torch.allclose(supervised_logits(live.model, batch), expected, atol=1e-4)

@@ -18,7 +18,7 @@ from between import just_before
 from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.in_training import measure
 from mm_moslora_eval.run.task_runner import _AnswerJob
-from trials import colour_task
+from trials import colour_task, hexed
 
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
@@ -31,11 +31,6 @@ from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.training.validation import Validator
 from mm_moslora.utils.errors import CheckpointError, EvalError, MoSLoRAError, TrainingError
-
-
-def losses(folder: Path) -> list[str]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"].hex() for line in lines if "loss" in line]
 
 
 def watched(recipe, **validate):
@@ -64,7 +59,7 @@ def test_measuring_leaves_a_base_in_four_bits_and_its_training_bit_equal(recipe,
     run = Path(chosen.train.output)
     assert not train(chosen, stop_at=3).finished
     assert train(chosen).finished
-    assert losses(run) == losses(tmp_path / "run")
+    assert hexed(run) == hexed(tmp_path / "run")
 
 
 def test_loss_answers_and_tasks_leave_the_training_bit_equal(recipe, tmp_path):
@@ -72,7 +67,7 @@ def test_loss_answers_and_tasks_leave_the_training_bit_equal(recipe, tmp_path):
     chosen = watched(recipe, samples=3, sample_tokens=5, tasks=["fake"])
     train(chosen, measure=unruly)
     run = Path(chosen.train.output)
-    assert losses(run) == losses(tmp_path / "run")
+    assert hexed(run) == hexed(tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "validation_loss" in line]
     assert [line["step"] for line in measured] == [2, 4, 6]
@@ -159,13 +154,13 @@ def test_a_run_is_saved_before_its_end_is_measured(recipe, every):
 
     with pytest.raises(TrainingError, match="no answers"):
         train(chosen, measure=failing)
-    trained = losses(Path(chosen.train.output))
+    trained = hexed(Path(chosen.train.output))
     assert len(trained) == 7
     for _ in range(2):  # the second time everything was measured
         assert train(chosen, measure=unruly).finished
     lines = [json.loads(line) for line in (Path(chosen.train.output) / "metrics.jsonl").read_text().splitlines()]
     assert [line["eval/fake/score"] for line in lines if "eval/fake/score" in line] == [3.0]
-    assert losses(Path(chosen.train.output)) == trained
+    assert hexed(Path(chosen.train.output)) == trained
 
 
 def test_a_signal_while_the_end_is_measured_costs_nothing(recipe):
