@@ -367,19 +367,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(text_pairs: Path, language_
     assert train_preferences(recipe).finished
 
 
-def test_the_command_line_trains_exports_and_continues(
-    vlm: Path, picture_pairs: Path, tmp_path: Path, capsys: Any
-) -> None:
-    file = tmp_path / "pairs.yaml"
-    file.write_text(yaml.safe_dump(plain_recipe(tmp_path / "run", picture_pairs, {"vlm": str(vlm)})))
-    assert command(["train", str(file), "--stop-at", "2"]) == 0
-    assert command(["train", str(file)]) == 0
-    assert "checkpoint-000006 (step 6 of 6)" in capsys.readouterr().out
-    assert command(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
-    assert load(tmp_path / "model").processor is not None
-    assert command(["adapters", "inspect", str(tmp_path / "run")]) == 0
-
-
 @pytest.mark.parametrize("kind", [PreferenceSet, JudgedSet])
 @pytest.mark.parametrize("thinking", ["never", "mask", "always"])
 def test_answers_that_differ_in_dropped_thinking_alone_prefer_nothing(kind: Any, thinking: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from deepspeed.ops import adam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -42,12 +43,46 @@ def attributes(kind: type) -> set[str]:
     return {name for value in vars(kind).values() if inspect.isfunction(value) for name in value.__code__.co_names}
 
 
-def test_gathers_of_a_parameter_take_a_list() -> None:
+STAGE_3, STAGES_1_AND_2 = DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer
+PARAMETERS: dict[Callable[..., Any], list[str]] = {
+    STAGE_3.invalidate_secondary_tensor: ["self"],
+    STAGE_3._rigid_load_state_dict: ["self", "state_dict", "load_optimizer_states"],
+    STAGE_3._rigid_state_dict: ["self"],
+    STAGE_3.checkpoint_event_prologue: ["self"],
+    STAGE_3.checkpoint_event_epilogue: ["self"],
+    STAGE_3._get_param_partition_rank: ["self", "param"],
+    STAGE_3.get_param_id: ["self", "param"],
+    STAGES_1_AND_2.scaled_global_norm: ["self", "norm_type"],
+    STAGES_1_AND_2.check_overflow: ["self", "partition_gradients"],
+    UlyssesSPAttentionHF.forward: ["self", "module", "query", "key", "value", "attention_mask"],
+}
+"""The first ones of functions that are called."""
+ATTRIBUTES: dict[type, set[str]] = {
+    STAGE_3: {
+        "persistent_parameters", "ds_secondary_tensor", "grad_partitions_flat_buffer", "grad_position",
+        "fp32_partitioned_groups_flat", "offload_optimizer", "swap_optimizer",
+    },
+    STAGES_1_AND_2: {"bit16_groups", "single_partition_of_fp32_groups", "cpu_offload"},
+    FP16_UnfusedOptimizer: {"fp16_groups", "fp32_groups"},
+    DeepSpeedZeRoOffload: {"fwd_pre_hook", "forward_hooks", "backward_hooks"},
+    DynamicLossScaler: {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"},
+}  # fmt: skip
+
+
+def test_what_is_called_and_read_has_these_names() -> None:
+    for function, expected in PARAMETERS.items():
+        assert parameters(function)[: len(expected)] == expected, function
+    for kind, names in ATTRIBUTES.items():
+        assert attributes(kind) >= names, kind
     convert = Init._convert_to_deepspeed_param
-    assert convert.__module__ == "deepspeed.runtime.zero.partition_parameters"
     assert inner(convert, "all_gather")[0] == "param_list"
     assert inner(convert, "all_gather_coalesced")[0] == "params"
-    assert "persistent_parameters" in attributes(DeepSpeedZeroOptimizer_Stage3)
+    assert "_hp_mapping" in link_hp_params.__code__.co_names
+    assert "raise_error_at_min_scale" in parameters(DynamicLossScaler.__init__)
+    assert {
+        "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
+        "process_group", "seq_length_is_variable",
+    } <= set(parameters(UlyssesSPAttentionHF.__init__))  # fmt: skip
 
 
 def test_weights_are_cut_up_one_by_one_and_by_their_identity() -> None:
@@ -68,11 +103,6 @@ def test_weights_are_cut_up_one_by_one_and_by_their_identity() -> None:
 
     Noting()._convert_to_zero_parameters(arriving())
     assert [len(parameter) for parameter in seen] == [1, 2, 3]
-
-
-def test_copies_of_a_host_are_dropped_by_the_optimiser() -> None:
-    assert "ds_secondary_tensor" in attributes(DeepSpeedZeroOptimizer_Stage3)
-    assert inspect.signature(DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor).parameters.keys() == {"self"}
 
 
 def test_the_compiled_adam_counts_steps_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,57 +135,11 @@ def test_the_compiled_adam_counts_steps_for_checkpoints(monkeypatch: pytest.Monk
     assert [made.state[parameter]["step"].item() for parameter in (first, second)] == [9.0, 2.0]
 
 
-def test_ulysses_wraps_an_attention_of_transformers() -> None:
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-
-    assert {
-        "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
-        "process_group", "seq_length_is_variable",
-    } <= set(parameters(UlyssesSPAttentionHF.__init__))  # fmt: skip
-    assert parameters(UlyssesSPAttentionHF.forward)[:6] == [
-        "self", "module", "query", "key", "value", "attention_mask",
-    ]  # fmt: skip
-
-
 def test_stages_1_and_2_find_overflows_in_the_norm() -> None:
-    kind = DeepSpeedZeroOptimizer
-    assert parameters(kind.scaled_global_norm) == ["self", "norm_type"]
-    assert parameters(kind.check_overflow) == ["self", "partition_gradients"]
     if not hasattr(stage_1_and_2, "is_invalid_grad_norm"):
         pytest.skip("this DeepSpeed checks for overflow apart from the norm")
-    names = kind.step.__code__.co_names
+    names = DeepSpeedZeroOptimizer.step.__code__.co_names
     assert names.index("scaled_global_norm") < names.index("is_invalid_grad_norm") < names.index("_update_scale")
-
-
-def test_hooks_of_stage_3_are_kept_by_handle() -> None:
-    assert attributes(DeepSpeedZeRoOffload) >= {"fwd_pre_hook", "forward_hooks", "backward_hooks"}
-    handle = nn.Linear(1, 1).register_forward_hook(lambda *_: None)
-    assert handle.id is not None
-    assert callable(handle.hooks_dict_ref)
-
-
-def test_stage_3_reads_and_writes_its_own_state() -> None:
-    kind = DeepSpeedZeroOptimizer_Stage3
-    assert kind.__module__ == "deepspeed.runtime.zero.stage3"
-    assert parameters(kind._rigid_load_state_dict) == ["self", "state_dict", "load_optimizer_states"]
-    for method in (kind._rigid_state_dict, kind.checkpoint_event_prologue, kind.checkpoint_event_epilogue):
-        assert parameters(method) == ["self"]
-    assert parameters(kind._get_param_partition_rank) == parameters(kind.get_param_id) == ["self", "param"]
-    assert attributes(kind) >= {
-        "grad_partitions_flat_buffer", "grad_position", "fp32_partitioned_groups_flat", "offload_optimizer",
-        "swap_optimizer",
-    }  # fmt: skip
-
-
-def test_masters_of_the_other_stages_are_where_they_are_read() -> None:
-    assert attributes(DeepSpeedZeroOptimizer) >= {"bit16_groups", "single_partition_of_fp32_groups", "cpu_offload"}
-    assert attributes(FP16_UnfusedOptimizer) >= {"fp16_groups", "fp32_groups"}
-    assert "_hp_mapping" in link_hp_params.__code__.co_names
-
-
-def test_the_scaler_ends_a_run_at_its_lowest_scale_unless_told_otherwise() -> None:
-    assert "raise_error_at_min_scale" in parameters(DynamicLossScaler.__init__)
-    assert attributes(DynamicLossScaler) >= {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
 def test_the_operator_for_communication_on_cpus_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

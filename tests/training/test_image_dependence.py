@@ -212,12 +212,3 @@ def test_a_ready_made_model_that_reads_one_of_two_images_is_stopped(family, tmp_
     monkeypatch.setattr(vlm, "packed_hidden", without_the_second)
     with pytest.raises(TrainingError, match="image 2 of 2 of record"):
         train(recipe)
-
-
-def test_noise_leaves_tiles_that_only_fill_up():
-    batch = batch_of(([IMAGE, 1], [0, 1]))
-    pixels = torch.ones(1, 2, 3, 4, 4)
-    pixels[0, 1] = 0
-    noise = with_noise(replace(batch, pixel_values=pixels), to_replace(batch, IMAGE))
-    assert noise.flatten(2).any(dim=2).tolist() == [[True, False]]
-    assert not torch.equal(noise, pixels)

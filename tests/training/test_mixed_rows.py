@@ -33,37 +33,19 @@ KINDS = {
     "falcon": lambda: transformers.FalconConfig(**SIZES),
     "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**SIZES, **HEADS, **HYBRID, num_experts=4),
-    "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(**SIZES, **HEADS, **HYBRID),
     "lfm2": lambda: transformers.Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
-    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
-        **SIZES,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_experts=2,
-        num_experts_per_tok=1,
-        num_dense_layers=1,
-        layer_types=["conv", "full_attention"],
-    ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
-    "bamba": transformers.BambaConfig,
-    "falcon_h1": transformers.FalconH1Config,
-    "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "jamba": transformers.JambaConfig,
-    "bailing_hybrid": transformers.BailingHybridConfig,
-    "kimi_linear": transformers.KimiLinearConfig,
-    "lfm3": transformers.Lfm3Config,
-    "minimax": transformers.MiniMaxConfig,
     "minimax_m2": transformers.MiniMaxM2Config,
     "olmo_hybrid": transformers.OlmoHybridConfig,
     "mpt": transformers.MptConfig,
-    "nemotron_h": transformers.NemotronHConfig,
     "recurrent_gemma": transformers.RecurrentGemmaConfig,
     "qwen3": transformers.Qwen3Config,
     "mistral": transformers.MistralConfig,
     "phi3": transformers.Phi3Config,
 }
-"""Small configurations, and default ones, which are those of large models: the probe makes them small."""
+"""Some of each kind: small configurations, and default ones, which are those of large models; the probe makes them
+small."""
 APART = {"gemma2", "llama", "falcon", "opt", "qwen3", "mistral", "phi3", "minimax_m2"}
 
 

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from trials import write
 
 from mm_moslora.cli import run
-from mm_moslora.config import Recipe, SourceConfig
+from mm_moslora.config import Recipe, SourceConfig, ValidateConfig
 from mm_moslora.training import training_loop
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import MoSLoRAError
@@ -39,6 +39,11 @@ FROM_FILES: dict[str, tuple[str, str]] = {
         "--validate.best eval/mme/score --validate.tasks [pope] --train.validate_every 2",
         "expected one of eval/pope/",
     ),
+    "best of a misspelt name": (
+        "--validate.best validation_los --data.validation [{path: HERE/gone.jsonl}] --train.validate_every 2",
+        "Did you mean 'validation_loss'",
+    ),
+    "patience for nothing": ("--validate.patience 1", "validate.best names no metric"),
     "samples of nothing": ("--validate.samples 3", "data.validation names no source"),
     "data": ("--data.train.0.path HERE/gone.jsonl", "gone.jsonl does not exist"),
     "tables": ("--data.train.0.path HERE/gone.parquet", "No file matches"),
@@ -48,6 +53,7 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "held-out data": ("--data.validation [{path: HERE/gone.jsonl}]", "gone.jsonl does not exist"),
     "token cache": ("--data.cache HERE/file", "data.cache is"),
     "projector": ("--model.projector.weights HERE/empty", "is a folder without checkpoints and projector"),
+    "projector that is not there": ("--model.projector.weights HERE/gone", "does not exist"),
     "adapter": ("--adapter.weights HERE/empty", "holds no adapter"),
     "adapter that is not there": ("--adapter.weights HERE/gone", "There is no adapter folder"),
     "model": ("--model.language HERE/gone", "nothing is there"),
@@ -169,8 +175,10 @@ def test_a_preset_of_ones_own_with_keys_that_deepspeed_reads_is_taken(recipe: Re
 def test_programs_that_call_train_are_refused_first_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_loop.run_setup, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
     gone = replace(recipe, data=replace(recipe.data, validation=[SourceConfig(path="gone.jsonl")]))
-    with pytest.raises(MoSLoRAError, match=r"gone\.jsonl does not exist"):
-        train(gone)
+    unmeasured = replace(recipe, validate=ValidateConfig(tasks=["pope"]))
+    for refused, said in ((gone, r"gone\.jsonl does not exist"), (unmeasured, "has no evaluation harness")):
+        with pytest.raises(MoSLoRAError, match=said):
+            train(refused)
     assert not Path(recipe.train.output).exists()
 
 

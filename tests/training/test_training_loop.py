@@ -14,28 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig
-from trials import bounded, hexed, losses, with_train
+from trials import bounded, losses, with_train
 from waiting import wait_until
 
 from mm_moslora.config import OptimConfig, SourceConfig
 from mm_moslora.models.load_model import load
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.training.training_loop import lr_factor, train
-from mm_moslora.utils.errors import ConfigError, ModelError, TrainingError
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import ConfigError, TrainingError
 from mm_moslora.utils.run_paths import RUN_FILES
-
-
-def test_a_projector_that_is_not_there_is_named(recipe, tmp_path):
-    for weights, said in ((tmp_path / "gone", "does not exist"), (tmp_path, "is a folder without checkpoints")):
-        model = replace(recipe.model, projector=replace(recipe.model.projector, weights=str(weights)))
-        with pytest.raises(ModelError, match=said):
-            train(replace(recipe, model=model))
-
-
-def test_a_model_folder_that_is_gone_is_told(recipe, tmp_path):
-    gone = replace(recipe.model, language=str(tmp_path / "gone"))
-    with pytest.raises(ModelError, match=r"model\.language is '.*gone', and nothing is there"):
-        train(replace(recipe, model=gone))
 
 
 def test_mixers_decay_by_a_key_of_their_own():
@@ -189,23 +176,3 @@ def test_two_runs_in_one_folder_are_refused(recipe):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-
-
-def test_validation_disturbs_nothing(recipe, tmp_path):
-    source = recipe.data.train
-    watched = replace(recipe, data=replace(recipe.data, validation=source))
-    train(with_train(watched, validate_every=2))
-    train(with_train(recipe, output=str(tmp_path / "plain")))
-    plain = hexed(tmp_path / "plain")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"].hex() for line in lines if "loss" in line] == plain
-    assert len([line for line in lines if "validation_loss" in line]) == 3
-
-
-def test_the_learning_rate_warms_up_and_comes_down():
-    optim = OptimConfig(warmup=0.1, min_lr_ratio=0.1)
-    values = [lr_factor(step, 100, optim) for step in range(100)]
-    assert values[0] == pytest.approx(1 / 11)
-    assert max(values) == values[10] == 1.0
-    assert values[10:] == sorted(values[10:], reverse=True)
-    assert values[-1] == pytest.approx(0.1, abs=0.01)

@@ -30,7 +30,7 @@ from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.training.validation import Validator
-from mm_moslora.utils.errors import CheckpointError, EvalError, MoSLoRAError, TrainingError
+from mm_moslora.utils.errors import CheckpointError, EvalError, TrainingError
 
 
 def watched(recipe, **validate):
@@ -202,31 +202,6 @@ def test_held_out_records_are_seen_once_however_training_mixes(recipe):
     run = prepare(replace(recipe, data=data))
     loader = BatchLoader(run.validation_set, rank=0, world_size=1, config=data, global_batch=4, limit=run.limit)
     assert sorted(number for step in loader.plan(0) for number in step) == [0, 1, 2, 3, 4]
-
-
-BEST = "validation_loss"
-
-
-@pytest.mark.parametrize(
-    ("validate", "every", "held_out", "said"),
-    [
-        ({"tasks": ["pope"]}, 0, False, "has no evaluation harness"),
-        ({"samples": 2}, 0, False, "names no source"),
-        ({"patience": 1}, 0, False, r"validate\.best names no metric"),
-        ({"best": BEST}, 0, False, r"train\.validate_every is 0"),
-        ({"best": BEST}, 2, False, "nothing is measured"),
-        ({"best": "validation_los"}, 2, True, "Did you mean 'validation_loss'"),
-    ],
-)
-def test_what_cannot_be_measured_is_said_before_the_first_step(validate, every, held_out, said, recipe):
-    data = replace(recipe.data, validation=recipe.data.train if held_out else [])
-    with pytest.raises(MoSLoRAError, match=said):
-        train(
-            replace(
-                recipe, data=data, validate=ValidateConfig(**validate),
-                train=replace(recipe.train, validate_every=every),
-            )
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
