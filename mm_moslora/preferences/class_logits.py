@@ -13,7 +13,7 @@ from mm_moslora.models.memory_efficient.loss_head import form_of, head_form
 from mm_moslora.utils.errors import ModelError
 
 
-def ask_class(model: PreTrainedModel) -> None:
+def infer_logit_transform(model: PreTrainedModel) -> None:
     """Note what the class does around its head; ModelError where TRL's head cannot do it."""
     head: Any = model.get_output_embeddings()
     form = head_form(model)
@@ -32,7 +32,7 @@ def ask_class(model: PreTrainedModel) -> None:
 
 @contextmanager
 def logits_of_class(model: PreTrainedModel) -> Iterator[None]:
-    """TRL's heads that are made within compute the logits that `ask_class` found."""
+    """TRL's heads that are made within compute the logits that `infer_logit_transform` found."""
     form, config = form_of(model.get_output_embeddings()), vars(model.config.get_text_config())
     new = {"logit_scale": form.scale, "final_logit_softcapping": form.cap}
     own = {name: config[name] for name in new if name in config}

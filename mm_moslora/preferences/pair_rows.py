@@ -37,7 +37,7 @@ from mm_moslora.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 ROW = "row"
-"""Keyword argument of a model for the `Batch` of a micro-batch; see `take_rows`."""
+"""Keyword argument of a model for the `Batch` of a micro-batch; see `patch_packed_forward`."""
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
 """What TRL's DPOTrainer reads of its head."""
 
@@ -89,7 +89,7 @@ class PairRows:
         return list(itertools.islice(itertools.chain.from_iterable(epochs), rows))
 
     def collate(self, pairs: Sequence[tuple[Example, Example]]) -> dict[str, Any]:
-        """A micro-batch for DPOTrainer: the answers in a table behind an empty column, and the row for `take_rows`."""
+        """A micro-batch for DPOTrainer: the answers in a table behind an empty column, and the row."""
         shared = [tokens for pair in pairs for tokens in (0, self.shares * _prompt_of(pair))]
         row = Batch.from_examples([example for pair in pairs for example in pair], shared=shared)
         answers = [pair[side].input_ids[1:][pair[side].supervised[1:]] for side in (0, 1) for pair in pairs]
@@ -108,7 +108,7 @@ def _prompt_of(pair: tuple[Example, Example]) -> int:
     return shared_prompt(*((example.input_ids, example.supervised) for example in pair))
 
 
-def take_rows(model: PreTrainedModel) -> StepFeatureCache:
+def patch_packed_forward(model: PreTrainedModel) -> StepFeatureCache:
     """Let a base model with TRL's head take `ROW`, and give a table ``[2 P, A]``; returns the features of pictures."""
     own, head = model.forward, _RowHead(model)
 

@@ -21,7 +21,7 @@ from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.preferences.class_logits import ask_class
+from mm_moslora.preferences.class_logits import infer_logit_transform
 from mm_moslora.preferences.pair_rows import PairRows
 from mm_moslora.preferences.rewards import Reward, check_box_rewards, fault_of_boxes, find_rewards
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
@@ -120,7 +120,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
         assembly = load_parts(start, dtype=dtype_of(precision), device=device)
         attach_adapters(assembly, recipe.model, adapter, seed=recipe.train.seed)
         _keep_fp32(assembly.model)
-        ask_class(assembly.model)
+        infer_logit_transform(assembly.model)
         rows = PairRows.of(assembly.model, recipe.data.pack_tokens) if recipe.data.pack_tokens else None
         for name, tensor in [*assembly.model.named_parameters(), *assembly.model.named_buffers()]:
             if ADAPTERS in name:  # on ranks that wait for the weights: TRL copies adapters

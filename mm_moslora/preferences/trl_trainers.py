@@ -23,7 +23,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from mm_moslora.adapters import TakenAdapter, load_adapter, take_adapter
 from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.class_logits import logits_of_class
-from mm_moslora.preferences.pair_rows import ROW, gather_uneven, take_rows
+from mm_moslora.preferences.pair_rows import ROW, gather_uneven, patch_packed_forward
 from mm_moslora.preferences.preference_setup import IDS, REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
 from mm_moslora.preferences.zero_trainer import ZeroTrainer, deepspeed_arguments, trained_groups
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
@@ -228,7 +228,7 @@ class PairTrainer(RunTrainer, DPOTrainer):
         super().__init__(run, saves, args=args, data_collator=PairCollator(run=run))
         self.pictures = None
         if run.rows is not None:
-            self.pictures = take_rows(run.assembly.model)
+            self.pictures = patch_packed_forward(run.assembly.model)
             gather = partial(gather_uneven, self.accelerator.gather)
             self.accelerator.gather = gather  # type: ignore[method-assign]  # of TRL's measures
         self.given_weights = list(self.loss_weights)

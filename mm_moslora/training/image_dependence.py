@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -26,18 +27,13 @@ from mm_moslora.utils.errors import TrainingError
 _SEED = 20_261_127
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replaced:
-    """An image of a record that noise replaces; answers must follow it."""
+class Replaced(NamedTuple):
+    """An image of a record that noise replaces, and that answers must follow."""
 
-    what: str
-    """For a message: `image 2 of 3 of record r7`."""
-    of: int
-    """Number of the record's images that come before an answer."""
-    rows: slice
-    """Its rows in `Batch.pixel_values`."""
-    targets: slice
-    """Indices into `Batch.target_positions` of the record's targets."""
+    what: str  # for a message: `image 2 of 3 of record r7`
+    of: int  # images of the record that come before an answer
+    rows: slice  # of `Batch.pixel_values`, its own
+    targets: slice  # of `Batch.target_positions`, the record's
 
 
 class ImageCheck:
@@ -131,7 +127,7 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
         if count and bool(batch.pixel_values[rows].any()):  # all-zero images are padding
             name = batch.ids[number] if batch.ids else str(number)
             what = f"image {image + 1} of {len(own)} of record {name}"
-            replaced.append(Replaced(what=what, of=count, rows=rows, targets=targets))
+            replaced.append(Replaced(what, count, rows, targets))
     return replaced
 
 

@@ -332,7 +332,7 @@ def check_model(recipe: Recipe, model: PreTrainedModel, *, layers: int) -> None:
     from mm_moslora.models.pretrained_vlm import tower_path
     from mm_moslora.models.trainable_parts import refuse_checkpointing
     from mm_moslora.models.vlm import is_multimodal, needs_padding
-    from mm_moslora.training.engine.ulysses import refuse_row_shares
+    from mm_moslora.training.engine.model_execution import refuse_row_shares
 
     train, decoder = recipe.train, model.get_decoder()
     kind = decoder.config.model_type

@@ -28,8 +28,7 @@ from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCach
 from mm_moslora.models.vlm import is_multimodal, needs_padding
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
-from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
-from mm_moslora.training.engine.ulysses import row_share
+from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution, row_share
 from mm_moslora.training.metrics.gpu_memory import RunEstimate, estimate_run
 from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
 from mm_moslora.training.parameter_groups import parameter_groups

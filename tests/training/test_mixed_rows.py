@@ -15,7 +15,7 @@ from mm_moslora.kernels.attention.attention_choice import choose_attention, set_
 from mm_moslora.models.batching import row_probe
 from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.training.engine.ulysses import refuse_row_shares
+from mm_moslora.training.engine.model_execution import refuse_row_shares
 from mm_moslora.training.preflight import check_model
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError

@@ -28,14 +28,9 @@ class RunInFolder(Protocol):
 
     counters: dict[str, float]
     precision: str
-
-    @property
-    def recipe(self) -> Any:
-        """Resolved; its `train` has what `TrainConfig` says of saves and time limits."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
+    folder: Path
+    recipe: Any
+    """Resolved; its `train` has what `TrainConfig` says of saves and time limits."""
 
     @property
     def step(self) -> int:

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mm_moslora.utils.errors import ConfigError, suggestion
 
-DENSE_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100 PCIE": 756.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "GH200": 989.0,
-    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 125.0, "A10": 125.0, "A6000": 155.0,
-    "RTX 6000 ADA": 364.0, "RTX 5090": 209.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0,
-    "MI300X": 1307.0, "MI250X": 383.0,
+CARDS = {
+    "A100-40G": ("A100", 312, 19.5, 230, 1555), "A100-80G": ("A100", 312, 19.5, 230, 2039),
+    "A800-80G": ("A800", 312, 19.5, 160, 2039), "H100-80G": ("H100", 989, 67, 370, 3350),
+    "H800-80G": ("H800", 989, 67, 160, 3350), "H200-141G": ("H200", 989, 67, 370, 4800),
+    "H20-96G": ("H20", 148, 44, 370, 4000), "B200-180G": ("B200", 2250, 75, 700, 8000),
+    "L40S-48G": ("L40S", 362, 91.6, 20, 864), "L4-24G": ("L4", 121, 30.3, 20, 300),
+    "A10-24G": ("A10", 125, 31.2, 20, 600), "A6000-48G": ("A6000", 155, 38.7, 20, 768),
+    "RTX3090-24G": ("RTX 3090", 71, 35.6, 10, 936), "RTX4090-24G": ("RTX 4090", 165, 82.6, 10, 1008),
+    "RTX5090-32G": ("RTX 5090", 209, 104.8, 20, 1792), "V100-32G": ("V100", 125, 15.7, 120, 900),
+    "T4-16G": ("T4", 65, 8.1, 8, 320), "MI300X-192G": ("MI300X", 1307, 163.4, 300, 5300),
 }  # fmt: skip
-"""Dense half-precision peak by a part of the device's name, TFLOP/s (vendors' data sheets; fp32 accumulation). The
-longest matching name counts. V100 and T4: fp16, they have no bf16."""
-
-FP32_TFLOPS = {
-    "B200": 75.0, "H200": 67.0, "H100": 67.0, "H800": 67.0, "H20": 44.0, "A100": 19.5, "A800": 19.5, "L40S": 91.6,
-    "L4": 30.3, "A10": 31.2, "A6000": 38.7, "RTX 5090": 104.8, "RTX 4090": 82.6, "RTX 3090": 35.6, "V100": 15.7,
-    "T4": 8.1, "MI300X": 163.4,
+"""Name with the memory in GB: a part of the device's name, dense half-precision peak (fp32 accumulation; fp16 on V100
+and T4) and peak in fp32 without TF32, in which PyTorch does not multiply unless it is asked to, TFLOP/s; bandwidth
+between GPUs of one machine (usual wiring) and of the memory, GB/s. From vendors' data sheets."""
+DENSE_TFLOPS = {part: peak for part, peak, *_ in CARDS.values()} | {
+    "H100 PCIE": 756, "GH200": 989, "A10G": 125, "RTX 6000 ADA": 364, "MI250X": 383
 }  # fmt: skip
-"""Peak in fp32 of the cards in `MEMORY_GB`, TFLOP/s (data sheets), without TF32, in which PyTorch does not multiply
-unless it is asked to."""
+"""Dense half-precision peak by a part of the device's name; the longest matching name counts."""
 WITHOUT_BF16 = ("V100", "T4")
 """Cards on which `train.precision: auto` is fp32."""
-
-MEMORY_GB = {
-    "A100-40G": ("A100", 40, 230, 1555), "A100-80G": ("A100", 80, 230, 2039), "A800-80G": ("A800", 80, 160, 2039),
-    "H100-80G": ("H100", 80, 370, 3350), "H800-80G": ("H800", 80, 160, 3350), "H200-141G": ("H200", 141, 370, 4800),
-    "H20-96G": ("H20", 96, 370, 4000), "B200-180G": ("B200", 180, 700, 8000), "L40S-48G": ("L40S", 48, 20, 864),
-    "L4-24G": ("L4", 24, 20, 300), "A10-24G": ("A10", 24, 20, 600), "A6000-48G": ("A6000", 48, 20, 768),
-    "RTX3090-24G": ("RTX 3090", 24, 10, 936), "RTX4090-24G": ("RTX 4090", 24, 10, 1008),
-    "RTX5090-32G": ("RTX 5090", 32, 20, 1792), "V100-32G": ("V100", 32, 120, 900), "T4-16G": ("T4", 16, 8, 320),
-    "MI300X-192G": ("MI300X", 192, 300, 5300),
-}  # fmt: skip
-"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring), and
-bandwidth of the memory in GB/s (data sheets)."""
 
 PER_HOST = 8
 """GPUs of a host, unless it is known."""
@@ -72,19 +63,23 @@ class Gpus:
         return self.bandwidth if self.count <= PER_HOST else min(self.bandwidth, self.network)
 
 
+def _parts_in(name: str, parts: Iterable[str]) -> list[str]:
+    """Those of the parts that are words of a driver's name of a device."""
+    words = f" {name.upper().replace('-', ' ')} ".replace(" NVIDIA ", " ")
+    return [part for part in parts if f" {part} " in words]
+
+
 def device_peak(name: str) -> float | None:
     """Dense half-precision peak of a device, FLOP/s, by the name from its driver; None where it is unknown."""
-    words = name.upper().replace("-", " ")
-    keys = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
+    keys = _parts_in(name, DENSE_TFLOPS)
     return DENSE_TFLOPS[max(keys, key=len)] * 1e12 if keys else None
 
 
 def card_of(name: str, memory: float) -> Gpus:
     """One card by the name from its driver and its memory in bytes; an unknown one counts as the slowest known."""
-    words = f" {name.upper().replace('-', ' ')} "
-    known = [key for key, (part, *_) in MEMORY_GB.items() if f" {part} " in words]
-    likeliest = min(known or ["T4-16G"], key=lambda key: abs(MEMORY_GB[key][1] * 1e9 - memory))
-    card = parse_gpus(likeliest)
+    parts = _parts_in(name, DENSE_TFLOPS)
+    known = [parse_gpus(key) for key, (part, *_) in CARDS.items() if part in parts]
+    card = min(known or [parse_gpus("T4")], key=lambda card: abs(card.memory - memory))
     return replace(
         card, name=name, memory=memory, peak=device_peak(name) or card.peak, has_bf16=card.has_bf16 or not known
     )
@@ -96,12 +91,12 @@ def parse_gpus(text: str) -> Gpus:
     if match is None or not re.fullmatch("[1-9][0-9]{0,5}", match[1] or "1"):
         raise ConfigError(f"{text!r} is not a list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
     name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
-    keys = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
+    keys = [key for key in CARDS if key == name or (not match[3] and key.startswith(f"{name}-"))]
     if len(keys) != 1:
-        raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
-    peak, memory, bandwidth, own = MEMORY_GB[keys[0]]
+        raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, CARDS)} Known: {', '.join(CARDS)}.")
+    part, peak, peak_fp32, bandwidth, own = CARDS[keys[0]]
     return Gpus(
-        name=keys[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
-        peak_fp32=FP32_TFLOPS[peak] * 1e12, has_bf16=peak not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
+        name=keys[0], count=int(match[1] or 1), memory=float(keys[0].rpartition("-")[2][:-1]) * 1e9, peak=peak * 1e12,
+        peak_fp32=peak_fp32 * 1e12, has_bf16=part not in WITHOUT_BF16, bandwidth=bandwidth * 1e9,
         memory_bandwidth=own * 1e9, network=1e9 * (FAST_NETWORK_GB if bandwidth >= FAST_LINK_GB else NETWORK_GB),
     )  # fmt: skip
