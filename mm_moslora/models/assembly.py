@@ -199,8 +199,8 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
     _require_fitting(config, spec, tower, standard=standard)
     token = language.add_image_token()
     own = None if device is None or device.type == "meta" else device  # of parts that are made, not read
+    settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=token, tokens=tokens)
     if weights != "none":
-        settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=token, tokens=tokens)
         if config.image_aspect == "anyres":
             parts.model = compose_anyres(config, settings, spec, dtype=dtype, device=own)
         else:
@@ -215,8 +215,9 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
             parts.processor = anyres_processor(language.tokenizer, spec, config.anyres_tiles)
         else:
             parts.processor = build_processor(
-                language.tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard
-            )
+                language.tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard,
+                select=settings["vision_feature_select_strategy"],
+            )  # fmt: skip
     parts.image, parts.image_token_id, parts.tokens_per_image = spec, token, tokens
     parts.base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
     return parts
@@ -224,7 +225,7 @@ def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype, dev
 
 def _require_fitting(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel, *, standard: bool) -> None:
     assert config.vision is not None
-    if not standard and config.vision.select == "cls_patch":
+    if config.vision.select == "cls_patch" and not (standard and spec.prefix):
         raise ModelError(
             "model.vision.select is cls_patch, which only a stock tower with CLS and the mlp2x_gelu projector offers. "
             "Use select: patch."

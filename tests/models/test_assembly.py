@@ -82,6 +82,8 @@ MATRIX = [
     ("dinov2_registers", "mlp2x_gelu", False, 16),
     ("dinov3", "mlp2x_gelu", False, 16),
     ("open_clip", "pixel_shuffle", False, 4),
+    ("clip cls_patch", "mlp2x_gelu", True, 17),
+    ("dinov2 cls_patch", "mlp2x_gelu", True, 17),
 ]
 
 
@@ -89,7 +91,9 @@ MATRIX = [
 def test_every_combination_builds_saves_and_loads_back_with_equal_logits(
     vision, projector, stock, tokens, language_folder, tmp_path
 ):
-    assembly = load_parts(config_for(language_folder, vision_name(vision, tmp_path), projector))
+    vision, _, select = vision.partition(" ")
+    config = config_for(language_folder, vision_name(vision, tmp_path), projector, select=select or "patch")
+    assembly = load_parts(config)
     assert assembly.tokens_per_image == tokens
     assert (type(assembly.model) is LlavaForConditionalGeneration) == stock
     assembly.model.save_pretrained(tmp_path / "out")
@@ -181,8 +185,11 @@ def test_on_the_meta_device_no_weights_are_read_and_all_else_is_the_same(aspect,
 
 
 @pytest.mark.parametrize("weights", ["all", "none", "shapes"])
-def test_parts_that_do_not_fit_are_refused_however_much_is_loaded(weights, language_folder, vision_folder):
-    config = config_for(language_folder, str(vision_folder), "linear", select="cls_patch")
+@pytest.mark.parametrize(("vision", "projector"), [("dinov2", "linear"), ("siglip", "mlp2x_gelu")])
+def test_parts_that_do_not_fit_are_refused_however_much_is_loaded(
+    weights, vision, projector, language_folder, tmp_path
+):
+    config = config_for(language_folder, vision_name(vision, tmp_path), projector, select="cls_patch")
     with pytest.raises(ModelError, match="cls_patch, which only a stock tower"):
         load_parts(config, weights=weights)
 

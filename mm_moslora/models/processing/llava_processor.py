@@ -83,9 +83,14 @@ def plain_template(template: str | None) -> str | None:
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
-) -> LlavaProcessor:
-    """The processor of an assembled model; a `standard` one is stock and counts tokens from the patch size."""
+    tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool,
+    select: str,
+) -> LlavaProcessor:  # fmt: skip
+    """The processor of an assembled model; a `standard` one is stock and counts tokens from the patch size.
+
+    Args:
+        select: the model's `vision_feature_select_strategy`; `default` drops the tokens before the first patch.
+    """
     images = image_processor(spec, aspect)
     template = flattening_template(tokenizer)
     if not standard:
@@ -94,7 +99,7 @@ def build_processor(
         images,
         tokenizer,
         patch_size=spec.patch,
-        vision_feature_select_strategy="default" if spec.prefix else "full",
+        vision_feature_select_strategy=select,
         num_additional_image_tokens=spec.prefix,
         chat_template=template,
     )
