@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.export_adapter import layers_read_as_experts
@@ -23,7 +23,7 @@ from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family
 from mm_moslora.models.language_model import savable_generation_config
 from mm_moslora.models.model_sizes import load_base
-from mm_moslora.models.processing.llava_processor import save_processor
+from mm_moslora.models.processing.llava_processor import save_processor, takes_plain_contents
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
@@ -33,6 +33,8 @@ from mm_moslora.utils.run_paths import BASE, writing
 
 TOLERANCE = 1e-4
 """Largest accepted difference of logits in fp32, relative to the largest logit (but to no less than 1)."""
+_PICTURE = Image.linear_gradient("L").convert("RGB")
+"""What the model and its written files are shown: a gradient from dark to light."""
 
 
 class LogitDifference(float):
@@ -242,12 +244,19 @@ def _rename_tensors(folder: Path, old: str, new: str) -> None:
 
 
 def _check(assembly: Parts, folder: Path) -> LogitDifference:
-    """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
+    """Load the folder back in fp32; compare the tokens of a picture, where there is a tower, and logits on a prompt."""
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
     twin = load_base(loader, folder, dtype=next(model.parameters()).dtype).eval()
     if type(twin) is not type(model):
         raise ModelError(f"The written files load as {type(twin).__name__}, expected {type(model).__name__}.")
+    if assembly.image_processing is not None and takes_plain_contents(assembly.processor):
+        written = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        ids = written(images=[_PICTURE], text=[written.image_token])["input_ids"][0]
+        (picture,) = assembly.image_processing.process([_PICTURE])
+        counts = [list(tokens).count(assembly.image_token_id) for tokens in (ids, picture.placeholders)]
+        if counts[0] != counts[1]:
+            raise ModelError(f"The written processor gives a picture {counts[0]} tokens, the model {counts[1]}.")
     return largest_logit_difference(_probe(assembly, model), _probe(assembly, twin))
 
 
@@ -265,11 +274,11 @@ def largest_logit_difference(ours: Tensor, theirs: Tensor) -> LogitDifference:
 
 @torch.no_grad()
 def _probe(assembly: Parts, model: PreTrainedModel) -> Tensor:
-    """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
+    """Logits ``[T, C]`` of a prompt with a picture, where the model sees."""
     text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
     if assembly.image_processing is None:
         return model(input_ids=text[None]).logits[0]
-    (picture,) = assembly.image_processing.process([Image.linear_gradient("L").convert("RGB")])
+    (picture,) = assembly.image_processing.process([_PICTURE])
     ids = torch.cat([torch.tensor(picture.placeholders), text])
     others = {name: value for name, value in picture.tensors.items() if name != "pixel_values"}
     inputs = padded_inputs(model, [ids], picture.tensors["pixel_values"], others, answers=[len(ids)])
