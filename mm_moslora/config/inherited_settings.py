@@ -16,7 +16,7 @@ from mm_moslora.config.data_config import SourceConfig
 from mm_moslora.config.model_config import AdapterConfig, ModelConfig
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.config.recipe_keys import keys_with
-from mm_moslora.config.recipe_paths import from_working_folder
+from mm_moslora.config.recipe_paths import from_working_folder, start_of_run
 from mm_moslora.utils.run_paths import MANIFEST, PREPROCESSING, PROJECTOR, checkpoints, projector_file
 from mm_moslora.utils.untrusted_data import parse_json, parse_yaml
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -97,7 +97,7 @@ def _recipe_in(checkpoint: Path) -> dict[str, Any]:
     source = str(checkpoint / "config.yaml")
     data: dict[str, Any] = {} if text is None else parse_yaml(text, source=source)
     model = data.get("model")
-    if isinstance(model, dict):
+    if isinstance(model, dict) and start_of_run(data, checkpoint) is not None:  # else the run was moved
         base = {key: model[key] for key in ("language", "vlm", "vision") if key in model}
         of_base = {"model": base, "train": data.get("train")}  # whose output says where relative paths start
         data["model"] = model | from_working_folder(Recipe, of_base, checkpoint, source=source)["model"]

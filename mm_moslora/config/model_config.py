@@ -187,6 +187,11 @@ class ModelConfig:
             "(model.language).",
         )
         require(
+            "/" not in self.attention,
+            f"model.attention is {self.attention!r}, native code of the hub, which no recipe names. Write auto, or "
+            "a name of transformers' own, such as sdpa.",
+        )
+        require(
             (self.language is None) != (self.vlm is None),
             f"model: language is {self.language!r} and vlm is {self.vlm!r}; name exactly one of them: a language model "
             "to assemble, or a ready-made vision-language model.",

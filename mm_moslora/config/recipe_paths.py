@@ -33,7 +33,7 @@ def from_working_folder(
     Raises:
         ConfigError: a path does not exist relative to the file, but exists relative to the working directory.
     """
-    start = _start_of_run(data, folder) or folder
+    start = start_of_run(data, folder) or folder
     if start.resolve() == Path.cwd().resolve():
         return dict(data)
     train = data.get("train")
@@ -71,7 +71,7 @@ def _path_of(kind: type, key: str) -> str:
     return facts_at(kind, key).get("path", "")
 
 
-def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
+def start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
     """The working directory of the run to which a resolved recipe in a run or checkpoint folder belongs."""
     train = data.get("train")
     output = train.get("output") if isinstance(train, Mapping) else None

@@ -95,6 +95,24 @@ def test_the_same_command_reads_the_same_when_the_first_run_went_on_or_is_gone(t
     assert read(tmp_path, data) == first
 
 
+@pytest.mark.parametrize("output", ["first", "{folder}/first", "elsewhere/before"], ids=["here", "absolute", "moved"])
+def test_relative_names_of_parts_are_those_of_the_working_folder_wherever_the_run_lies(
+    tmp_path, run, monkeypatch, output
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lm", "tower"):
+        (tmp_path / name).mkdir()
+    config = run / "checkpoint-000002" / "config.yaml"
+    stored = yaml.safe_load(config.read_text())
+    stored["train"]["output"] = output.format(folder=tmp_path)
+    stored["model"]["language"], stored["model"]["vision"]["name"] = "lm", "tower"
+    config.write_text(yaml.safe_dump(stored))
+    named = {"language": "lm", "vision": {"name": "tower"}}
+    for model in ({}, named):
+        taken = read(tmp_path, {"model": model, "adapter": {"weights": str(run)}}).model
+        assert (taken.language, taken.vision.name, taken.vision.image_size) == ("lm", "tower", 56)
+
+
 def test_a_projector_brings_pictures_alone(tmp_path, run):
     model = read(tmp_path, {
         "model": {"language": "lm", "vision": {"name": "tower"}, "projector": {"weights": str(run)}},

@@ -171,3 +171,5 @@ def test_a_configuration_chooses_no_native_code(tmp_path: Path, language_folder:
     for read in readers:
         with pytest.raises(MoSLoRAError, match="fetch native code"):
             read(folder)
+    with pytest.raises(MoSLoRAError, match="native code of the hub"):
+        ModelConfig(language=str(folder), attention=FOREIGN)

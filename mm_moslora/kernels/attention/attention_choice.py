@@ -20,7 +20,7 @@ from mm_moslora.utils.errors import ConfigError, suggestion
 def require_attention(requested: str) -> None:
     """Refuse an attention that transformers does not know, or that needs a missing package."""
     names = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name != PICTURES)]
-    if "/" not in requested and requested not in names:
+    if requested not in names:
         raise ConfigError(
             f"model.attention is {requested!r}, expected one of {', '.join(names)}.{suggestion(requested, names)}"
         )
