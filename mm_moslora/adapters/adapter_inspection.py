@@ -17,9 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.folder_format import FACTORS_A, MIXER_PART, PREFIX, adapted_path, is_factor, mixers_in
+from mm_moslora.adapters.folder_format import (
+    FACTORS_A,
+    MIXER_PART,
+    PREFIX,
+    START_MIXER,
+    adapted_path,
+    is_factor,
+    mixers_in,
+)
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder
-from mm_moslora.adapters.folders.kept_start import ModuleStart, Overlap
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.tree import named_adapter_layers
@@ -27,11 +34,8 @@ from mm_moslora.utils.errors import AdapterError
 
 MEASURES = (
     "norm_update", "effective_rank", "stable_rank", "effective_pairs", "orthogonal_distance", "condition", "moved",
-    "reshaped", "row_angle", "column_angle",
 )  # fmt: skip
 """Numbers of a `ModuleReport`, as `mixers.json` and, as means, the metrics below `mixer/` name them."""
-SMALLEST = 1e-7
-"""Directions below this share of the largest are rounding of float32, and no part of a space."""
 EQUAL = 1e-6
 """Singular values that differ by less than this share of the largest are equal: their directions are not unique."""
 
@@ -58,12 +62,6 @@ class ModuleReport:
     """Largest over smallest singular value of M; infinite for a singular one; None: plain LoRA."""
     moved: float | None
     """``|M - M0| / |M0|``, in the coordinates of training."""
-    reshaped: float | None
-    """What of this no other B explains: the distance from M0 of M, lined up with A0 and turned and scaled to fit it."""
-    row_angles: tuple[float, ...] | None
-    """Principal angles, degrees, rising, between the row spaces of ``M A`` and ``M0 A0``."""
-    column_angles: tuple[float, ...] | None
-    """The same of the column spaces of ``B M`` and ``B0 M0``; None where B starts at zero."""
     singular_values: tuple[float, ...]
     """Of ``s B M A``, in falling order, R of them."""
     pair_energy: tuple[tuple[float, ...], ...]
@@ -73,16 +71,6 @@ class ModuleReport:
     """M; None: plain LoRA."""
     mixer_start: tuple[tuple[float, ...], ...] | None
     """M0."""
-
-    @property
-    def row_angle(self) -> float | None:
-        """Mean of `row_angles`."""
-        return _mean(self.row_angles)
-
-    @property
-    def column_angle(self) -> float | None:
-        """Mean of `column_angles`."""
-        return _mean(self.column_angles)
 
     def measures(self) -> dict[str, float]:
         """The `MEASURES` that are known."""
@@ -117,10 +105,12 @@ def inspect_adapter(folder: str | Path, *, against: str | Path | None = None) ->
         path = adapted_path(name)
         if path is None:
             continue
-        B = content.tensors[_name_of_B(name)]
+        suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
+        B = content.tensors[f"{name.removesuffix(suffix)}{suffix.replace('_A', '_B')}"]
+        kept = content.initial_mixers.get(f"{PREFIX}{path}{START_MIXER}")
+        initial = kept if other is None else _mixer_in(other, name)
         M, scaling = mixers.get(f"{PREFIX}{path}"), content.config.scaling_for(path)
-        start = _other_module(other, name, A, B) if other else ModuleStart.read(content.start, path, len(A))
-        reports.append(describe(path, A, M, B, scaling, start=start))
+        reports.append(describe(path, A, M, B, scaling, initial=initial))
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")
     return sorted(reports, key=lambda report: _natural(report.path))
@@ -137,19 +127,12 @@ def trained_parameters(folder: str | Path) -> int:
     )
 
 
-def _name_of_B(name: str) -> str:  # noqa: N802
-    suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
-    return f"{name.removesuffix(suffix)}{suffix.replace('_A', '_B')}"
-
-
-def _other_module(other: AdapterFolder, name: str, A: Tensor, B: Tensor) -> ModuleStart:
-    """A module of another adapter, taken for the start."""
-    if name not in other.tensors:
-        return ModuleStart()
-    old_A, old_B = other.tensors[name], other.tensors[_name_of_B(name)]
-    M = mixers_in(other.tensors).get(f"{PREFIX}{adapted_path(name)}", torch.eye(len(old_A)))
-    rows, columns = ((A, old_A), (B.flatten(1).T, old_B.flatten(1).T))
-    return ModuleStart(M=M, rows=Overlap.of(rows[0].flatten(1), rows[1].flatten(1)), columns=Overlap.of(*columns))
+def _mixer_in(folder: AdapterFolder, name_of_A: str) -> Tensor | None:
+    """M of a module of another adapter, the identity in plain LoRA; None: it does not adapt the module."""
+    if name_of_A not in folder.tensors:
+        return None
+    identity = torch.eye(len(folder.tensors[name_of_A]))
+    return mixers_in(folder.tensors).get(f"{PREFIX}{adapted_path(name_of_A)}", identity)
 
 
 @torch.no_grad()
@@ -177,25 +160,23 @@ def inspect_model(model: nn.Module, *, adapter_name: str = "default") -> list[Mo
 def layer_report(
     path: str, layer: MoSLoRALayer, adapter_name: str, A: Tensor, M: Tensor | None, B: Tensor
 ) -> ModuleReport:
-    """The report of one adapted layer."""
-    return describe(path, A, M, B, layer.scaling[adapter_name], start=ModuleStart.of(layer, adapter_name, A, B))
+    """The report of one adapted layer from its whole factors; the layer supplies the scaling and the initial mixer."""
+    return describe(path, A, M, B, layer.scaling[adapter_name], initial=layer.initial_mixers.get(adapter_name))
 
 
 def why_unknown(reports: Sequence[ModuleReport], *, against_other: bool) -> str | None:
-    """Why measures that need the start are missing from the reports of a folder; None: they are not."""
-    if against_other:
-        lost = sum(report.row_angles is None for report in reports)
-        return f"{lost} modules are not in the other adapter, or have other widths or NaN there." if lost else None
-    if any(report.row_angles is not None for report in reports):
-        return None
-    if any(report.moved is not None for report in reports):
-        return "start of A not kept: reshaped and angles are -. --against FOLDER compares with an earlier adapter."
-    return "start not kept: the folder does not tell how the adapter began, so moved, reshaped and angles are -."
+    """Why `moved` is missing from the reports of a folder; None: it is not."""
+    lost = sum(report.moved is None for report in reports)
+    if against_other and lost:
+        return f"{lost} modules have no mixer, are not in the other adapter, or have another rank or NaN there."
+    if lost == len(reports):
+        return "start not kept: the folder does not tell how the adapter began, so moved is -."
+    return None
 
 
 @torch.no_grad()
 def describe(
-    path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float, *, start: ModuleStart | None = None
+    path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float, *, initial: Tensor | None = None
 ) -> ModuleReport:
     """Describe one module's factors; every measure is NaN where one of them is not finite.
 
@@ -204,25 +185,23 @@ def describe(
         M: ``[R, R]``, None for the identity.
         B: ``[D_out, R]``, or a convolution's.
         scaling: s.
+        initial: M as training began; one of another rank, of zeros or with NaN is not known.
     """
-    A, B, start = A.double().flatten(1), B.double().flatten(1), start or ModuleStart()
-    rank = len(A)
+    A, B, rank = A.double().flatten(1), B.double().flatten(1), len(A)
     mixer = torch.eye(rank, dtype=torch.float64) if M is None else M.double()
     if not all(bool(factor.isfinite().all()) for factor in (A, mixer, B)):
-        A, mixer, B, start = (torch.zeros_like(A), torch.zeros_like(mixer), torch.zeros_like(B), ModuleStart())
+        A, mixer, B, initial = torch.zeros_like(A), torch.zeros_like(mixer), torch.zeros_like(B), None
         scaling = math.nan
-    if start.M is not None and not start.M.isfinite().all():
-        start = ModuleStart()
     # B = U S V^T and A^T = U S V^T: the update is U_B (S_B V_B^T M V_A S_A) U_A^T times s.
-    rows, columns = _FactorSVD.of(A.T), _FactorSVD.of(B)
-    core = columns.inner @ mixer @ rows.inner.T
+    (S_A, V_A), (S_B, V_B) = _svd(A.T), _svd(B)
+    core = S_B[:, None] * V_B @ mixer @ V_A.T * S_A
     values = torch.linalg.svdvals(core) * abs(scaling)
     values = torch.cat([values, values.new_zeros(max(0, rank - len(values)))])[:rank]
-    pairs = _shares(core.square()) + 0 * scaling
-    pairs = _averaging(columns.values) @ pairs @ _averaging(rows.values)
+    pairs = _averaging(S_B) @ (_shares(core.square()) + 0 * scaling) @ _averaging(S_A)
     of_mixer = torch.linalg.svdvals(mixer) + 0 * scaling
-    first = start.M if start.M is not None and start.M.shape == mixer.shape else None
-    first = None if first is None or not first.any() else first.double()
+    first = None
+    if M is not None and initial is not None and initial.shape == M.shape and initial.isfinite().all():
+        first = initial.double() if initial.any() else None
     return ModuleReport(
         path=path,
         rank=rank,
@@ -232,72 +211,18 @@ def describe(
         effective_pairs=_effective(pairs),
         orthogonal_distance=None if M is None else _sine(float(of_mixer.sum()), rank**0.5 * float(of_mixer.norm())),
         condition=None if M is None else _condition(of_mixer),
-        moved=None if M is None or first is None else float((mixer - first).norm() / first.norm()),
-        reshaped=None if M is None or first is None else _reshaped(mixer, first, start.rows),
-        row_angles=_angles(rows, mixer, start.rows, start.M),
-        column_angles=_angles(columns, mixer.T, start.columns, None if start.M is None else start.M.T),
+        moved=None if first is None else float((mixer - first).norm() / first.norm()),
         singular_values=tuple(values.tolist()),
         pair_energy=_rows(pairs),
         mixer=None if M is None else _rows(M),
-        mixer_start=None if M is None or first is None else _rows(first),
+        mixer_start=None if first is None else _rows(first),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _FactorSVD:
-    """The singular value decomposition ``U S V^T`` of a tall factor ``[D, R]`` without U."""
-
-    values: Tensor
-    """S ``[K]``, K the smaller of D and R."""
-    right: Tensor
-    """V^T ``[K, R]``."""
-
-    @classmethod
-    def of(cls, factor: Tensor) -> _FactorSVD:
-        _, S, Vh = torch.linalg.svd(torch.linalg.qr(factor, mode="r").R, full_matrices=False)
-        return cls(values=S, right=Vh)
-
-    @classmethod
-    def of_gram(cls, gram: Tensor) -> _FactorSVD:
-        """From ``V S^2 V^T``."""
-        squares, V = torch.linalg.eigh(gram)
-        return cls(values=squares.flip(0).clamp_min(0).sqrt(), right=V.flip(1).T)
-
-    @property
-    def inner(self) -> Tensor:
-        """``S V^T``, the factor in the coordinates U."""
-        return self.values[:, None] * self.right
-
-    @property
-    def whitening(self) -> Tensor:
-        """The pseudo-inverse of ``inner^T``: ``S^-1 V^T`` without the directions that are rounding."""
-        return torch.where(self.values > SMALLEST * self.values.amax(), 1 / self.values, 0.0)[:, None] * self.right
-
-
-def _angles(now: _FactorSVD, mixer: Tensor, overlap: Overlap | None, first: Tensor | None) -> tuple[float, ...] | None:
-    """Principal angles between the spaces of a mixed factor and of its start, degrees."""
-    if overlap is None:
-        return None
-    old = _FactorSVD.of_gram(overlap.start)
-    between = now.whitening @ overlap.cross @ old.whitening.T  # U^T U0
-    first = torch.eye(len(overlap.start)) if first is None or len(first) != len(overlap.start) else first
-    spaces = _space(mixer @ now.inner.T), _space(first.double() @ old.inner.T)
-    cosines = torch.linalg.svdvals(spaces[0] @ between @ spaces[1].T)
-    return tuple(torch.rad2deg(cosines[: min(len(spaces[0]), len(spaces[1]))].clamp(max=1).arccos()).tolist())
-
-
-def _space(matrix: Tensor) -> Tensor:
-    """Orthonormal rows that span the row space of a matrix."""
-    _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Vh[S / S.amax() > SMALLEST]
-
-
-def _reshaped(mixer: Tensor, first: Tensor, rows: Overlap | None) -> float | None:
-    """See `ModuleReport.reshaped`: the smallest ``|c P M Q^T - M0| / |M0|``, where Q turns A to A0, over P and c."""
-    if rows is None or rows.cross.shape != mixer.shape:
-        return None
-    U, _, Vh = torch.linalg.svd(rows.cross.T)  # A0 A^T
-    return _sine(float(torch.linalg.svdvals(mixer @ (U @ Vh).T @ first.T).sum()), float(mixer.norm() * first.norm()))
+def _svd(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """S ``[K]`` and V^T ``[K, R]`` of a tall factor ``[D, R]``, K the smaller of D and R."""
+    _, S, Vh = torch.linalg.svd(torch.linalg.qr(factor, mode="r").R, full_matrices=False)
+    return S, Vh
 
 
 def _sine(product: float, lengths: float) -> float:
@@ -330,10 +255,6 @@ def _averaging(values: Tensor) -> Tensor:
     group = torch.cat([steps.new_zeros(1), steps]).cumsum(0)
     same = (group[:, None] == group[None, :]).to(values.dtype)
     return same / same.sum(0)
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:

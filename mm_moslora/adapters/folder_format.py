@@ -5,7 +5,7 @@
     adapter_config.json         stock PEFT's configuration, without keys of this package
     adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
     moslora.safetensors         A, M and B in float32, under PEFT's names
-    moslora_start.safetensors   the mixers as training began, for `adapter_inspection`; see `folders.kept_start`
+    moslora_start.safetensors   the mixers as training began, for `adapter_inspection`
     moslora.json                full configuration, format version, sha256 of all of them, the base they belong to
 
 `moslora.json` is written last and names the others by hash: an interrupted or half-replaced folder is noticed. A folder

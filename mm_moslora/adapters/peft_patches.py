@@ -28,15 +28,13 @@ from mm_moslora.adapters.folder_format import (
     OWN_TYPE,
     OWN_WEIGHTS,
     PREFIX,
-    START_MIXER,
     STOCK_WEIGHTS,
     downloaded,
     names_mixers,
 )
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.kept_start import start_tensors, starts_of
+from mm_moslora.adapters.folders.initial_mixers import initial_mixers
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.layers.adapter_layers import Start
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
@@ -54,8 +52,7 @@ def whole_state(model: Any, state_dict: Any = None, adapter_name: str = "default
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor) and (reason := why_not_whole(tensor)):
                 raise AdapterError(f"{name} {reason}")
-        starts = starts_of(model, adapter_name)
-        tensors |= start_tensors({path: Start(mixer=start.mixer) for path, start in starts.items()}, {})
+        tensors |= initial_mixers(model, adapter_name)
     return tensors
 
 
@@ -75,7 +72,7 @@ def load_peft_weights(
         return stock
     device = utils.infer_device() if device is None else device
     content = read_folder(folder)
-    stored = content.tensors | {name: tensor for name, tensor in content.start.items() if name.endswith(START_MIXER)}
+    stored = content.tensors | content.initial_mixers
     return {_renamed(name, key_mapping or {}): tensor.to(device) for name, tensor in stored.items()}
 
 

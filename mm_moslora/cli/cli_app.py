@@ -351,7 +351,7 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     picture
         Also draw measures by module and layer, energies by pairs and singular values into this PNG, SVG or PDF file.
     against
-        Adapter folder, checkpoint or run to compare with in the place of the start, such as another seed's.
+        Adapter folder, checkpoint or run whose mixers take the place of the start, such as an earlier checkpoint's.
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters import add_moslora, export_adapter, load_adapter, take_adapter
 from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, OWN_CONFIG
-from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
+from mm_moslora.adapters.folders.load_folder import restore_mixers
 from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
 from mm_moslora.diffusion.picture_batches import LatentBatches, generator
 from mm_moslora.diffusion.pipeline_families import DenoisingLoss, PipelineFamily, load_family, pipeline_source
@@ -26,7 +25,7 @@ from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import moslora_config
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
 from mm_moslora.training.checkpointing.run_checkpoints import changed_keys, choose_checkpoint
-from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_start, log_adapter
+from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_initial_mixers, log_adapter
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.supervision.run_faults import peak_memory_gib
 from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -92,7 +91,7 @@ class DiffusionRun:
         adapt(self.family)
         self.denoiser, self.loss = self.family.denoiser, DenoisingLoss(self.family)
         self.trainable = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
-        keep_start(self.denoiser, self.values())
+        keep_initial_mixers(self.denoiser, self.values())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.trainable, recipe.optim))
         schedule = "constant_with_warmup" if recipe.optim.schedule == "constant" else recipe.optim.schedule
         self.schedule = get_scheduler(
@@ -142,8 +141,7 @@ class DiffusionRun:
         """Restore a checkpoint; training then goes on bit for bit."""
         if manifest.data != self.data:
             raise CheckpointError(f"The pictures or prompts are not those of {folder}. Choose another train.output.")
-        restore_frozen_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
-        restore_start(self.denoiser, folder / "adapter" / self.family.denoiser_name)
+        restore_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
         path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
         with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
             state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)

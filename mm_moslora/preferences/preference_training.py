@@ -18,7 +18,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_f
 from mm_moslora.training.checkpointing.run_checkpoints import find_resume
 from mm_moslora.training.engine import check_engine
 from mm_moslora.training.engine.deepspeed_settings import fresh_accelerate, prepare_deepspeed
-from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start, log_adapter
+from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_initial_mixers, log_adapter
 from mm_moslora.training.preflight import check_recipe
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.run_setup import trainable_table
@@ -109,7 +109,7 @@ class _Session(Session[PreferenceRun, Any]):
         if distributed.is_main():
             for line in trainable_table(run.assembly):
                 logger.info("%s", line)
-            keep_start(run.assembly.model, _factors(run))
+            keep_initial_mixers(run.assembly.model, _factors(run))
 
     def _begin(self) -> None:
         self.trainer = _trainer(self.run.recipe.objective)(self.run, self.saves)

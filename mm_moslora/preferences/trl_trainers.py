@@ -21,7 +21,6 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from mm_moslora.adapters import TakenAdapter, load_adapter, take_adapter
-from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
 from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, patch_packed_forward
 from mm_moslora.preferences.preference_setup import IDS, REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
@@ -200,7 +199,6 @@ class RunTrainer(ZeroTrainer):
         """Put the trained factors of a checkpoint in the place of those of the start."""
         peft_model, folder = self.run.peft_model, checkpoint / "adapter"
         load_adapter(peft_model, folder, trainable=True)
-        restore_frozen_mixers(peft_model, folder)
 
 
 def _complete_reference(model: nn.Module) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
+from mm_moslora.adapters.folders.load_folder import restore_mixers
 from mm_moslora.preferences.preference_setup import PreferenceRun
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder, read_manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, ParameterShard, TrainingEngine, largest_adapter
@@ -118,8 +117,7 @@ class ZeroTrainer(Trainer):
         checkpoint = state.parents[1]
         ranks = read_manifest(checkpoint, verify=False).world_size
         load_optimizer(self.holder, [rank_folder(checkpoint, rank) for rank in range(ranks)])
-        restore_frozen_mixers(self.run.peft_model, checkpoint / "adapter")
-        restore_start(self.run.peft_model, checkpoint / "adapter")
+        restore_mixers(self.run.peft_model, checkpoint / "adapter")
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         for group, rate in zip(self.stepping.param_groups, rates, strict=True):  # a schedule sets them when it steps

@@ -26,9 +26,6 @@ MEASURES = {
     "orthogonal_distance": "from orthogonal",
     "condition": "condition",
     "moved": "moved",
-    "reshaped": "reshaped",
-    "row_angle": "rows °",
-    "column_angle": "columns °",
 }
 """Headings of the measures (`adapters.adapter_inspection.MEASURES`) in `mixers.json` and below `mixer/` in the metrics.
 
@@ -36,7 +33,6 @@ They are stated again because reports need no torch."""
 TITLES = {
     "moved": "M moved, as a share of its start",
     "orthogonal_distance": "M from orthogonal",
-    "row_angle": "Row space turned, degrees",
     "effective_rank": "Effective rank of the update",
 }
 """Measures that are drawn."""
@@ -110,13 +106,10 @@ def _short(kind: tuple[str, ...], kinds: Sequence[tuple[str, ...]]) -> str:
 
 def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The measures as text, one line a module; - for one that is not known."""
-    shown = {
-        name: head for name, head in MEASURES.items() if name != "column_angle" or any(name in row for row in rows)
-    }
     width = max(len(row["path"]) for row in rows)
-    lines = [f"{'module':{width}}  rank  " + "  ".join(f"{head:>8}" for head in shown.values())]
+    lines = [f"{'module':{width}}  rank  " + "  ".join(f"{head:>8}" for head in MEASURES.values())]
     for row in rows:
-        texts = ((f"{row[name]:.3g}" if name in row else "-", max(8, len(head))) for name, head in shown.items())
+        texts = ((f"{row[name]:.3g}" if name in row else "-", max(8, len(head))) for name, head in MEASURES.items())
         lines.append(
             f"{row['path']:{width}}  {row['rank']:4d}  " + "  ".join(f"{text:>{size}}" for text, size in texts)
         )

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mm_moslora.adapters.folders.kept_start import restore_start
-from mm_moslora.adapters.folders.load_folder import restore_frozen_mixers
+from mm_moslora.adapters.folders.load_folder import restore_mixers
 from mm_moslora.adapters.peft_methods import restore_method
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
@@ -61,8 +60,7 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
     if run.assembly.peft_model is not None and run.recipe.adapter.peft:
         restore_method(run.assembly.peft_model, folder / "adapter")
     elif run.assembly.peft_model is not None:
-        restore_frozen_mixers(run.assembly.peft_model, folder / "adapter")
-        restore_start(run.assembly.peft_model, folder / "adapter")
+        restore_mixers(run.assembly.peft_model, folder / "adapter")
     run.counters.update(manifest.counters)
     if manifest.world_size == distributed.world_size():
         RandomState.read(rank_folder(folder)).restore()

@@ -30,7 +30,7 @@ from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution, row_share
 from mm_moslora.training.metrics.gpu_memory import RunEstimate, estimate_run
-from mm_moslora.training.metrics.mixer_metrics import ADAPTERS, keep_start
+from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_initial_mixers
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.preflight import check_model
 from mm_moslora.training.weight_init import resumed_start, start_projector
@@ -124,9 +124,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     # Read before the engine, which shards it under ZeRO-3.
     frozen_projector = whole_projector(assembly) if recipe.model.projector.mode == "frozen" else {}
     engine = _engine(assembly, recipe, precision)
-    state = engine.trainable_state(only=ADAPTERS, keep=distributed.is_main())
+    state = engine.trainable_state(only=MIXERS, keep=distributed.is_main())
     if distributed.is_main():
-        keep_start(model, state)
+        keep_initial_mixers(model, state)
     return Run(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly,
         training_set=training_set, validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora, load_adapter, peft_patches, save_adapter
-from mm_moslora.adapters.folders.kept_start import starts_of
+from mm_moslora.adapters.folders.initial_mixers import initial_mixers
 from mm_moslora.adapters.tuner import MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
@@ -222,12 +222,11 @@ def test_trl_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(language_folder:
             processing_class=AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume and str(resume))
-        starts = starts_of(trainer.model, "default")
-        return factors(trainer.model) | {f"start of {path}": start.mixer for path, start in starts.items()}
+        return factors(trainer.model) | initial_mixers(trainer.model, "default")
 
     whole = run("whole", None)
     torch.rand(1)  # so that the mixers that the checkpoint replaces are drawn as others
-    assert any(name.startswith("start of") for name in whole)
+    assert any("lora_start" in name for name in whole)
     assert same(run("resumed", tmp_path / "whole" / "checkpoint-2"), whole)
 
 

@@ -77,7 +77,7 @@ def run_folder(tmp_path: Path) -> Path:
     matrix = [[1.0, -0.5], [0.25, 1.0]]
     mixers = [
         {"path": "layers.0.q_proj", "rank": 2, "before": matrix, "after": [[1.2, -0.4], [0.2, 0.9]], "moved": 0.1,
-         "pairs": [[0.7, 0.1], [0.0, 0.2]], "norm_update": 2.0, "effective_rank": 1.5, "row_angle": 12.0},
+         "pairs": [[0.7, 0.1], [0.0, 0.2]], "norm_update": 2.0, "effective_rank": 1.5},
         {"path": "layers.1.q_proj", "rank": 2, "norm_update": 0.4, "effective_rank": 1.25},
     ]  # fmt: skip
     (folder / "mixers.json").write_text(json.dumps(mixers))

@@ -68,8 +68,8 @@ def _page(folder: Path) -> _Page:
 def test_every_part_is_on_the_page(run_folder: Path) -> None:
     page = _page(run_folder)
     assert "Demo run" in page.text
-    assert len(page.of("figure", "chart")) == 4 + 3  # and the heat maps of moved, row_angle and effective_rank
-    assert len(page.of("g", "titled")) == 4
+    assert len(page.of("figure", "chart")) == 4 + 2  # and the heat maps of moved and effective_rank
+    assert len(page.of("g", "titled")) == 3
     places = [point[::2] for point in json.loads(page.of("figure", "chart")[0]["data-series"] or "")[0]["points"]]
     assert [places[0], places[-1]] == [[1.5, 52], [399.5, 425.5]], "the read-out knows the steps and where they stand"
     assert len(page.of("article", "sample")) == 2

@@ -49,8 +49,8 @@ class AdapterFolder:
     """A, M, B and other entries under PEFT's names."""
     base: dict[str, Any]
     """What was remembered of the base model; empty for a folder of another library."""
-    start: dict[str, Tensor] = field(default_factory=dict)
-    """What was kept of the start of training; see `kept_start`."""
+    initial_mixers: dict[str, Tensor] = field(default_factory=dict)
+    """M as training began, as far as it was kept."""
 
 
 def read_foreign(root: Path, *, trainable: bool = False, component: str | None = None) -> AdapterFolder:

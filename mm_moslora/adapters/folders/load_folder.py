@@ -24,7 +24,7 @@ from mm_moslora.adapters.folder_format import (
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, unexpected_entry
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
-from mm_moslora.adapters.folders.kept_start import read_start, set_starts, starts_of
+from mm_moslora.adapters.folders.initial_mixers import read_initial_mixers, set_initial_mixers
 from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
@@ -77,10 +77,9 @@ def load_adapter(
             wrapped = inject(
                 model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
-    known = starts_of(wrapped, adapter_name)
     try:
         _set_values(wrapped, adapter_name, content.tensors, source)
-        set_starts(wrapped, adapter_name, content.start, lambda: content.tensors, starts=known)
+        set_initial_mixers(wrapped, adapter_name, content.initial_mixers)
     except AdapterError:
         if wrapped is not model:
             wrapped.unload()
@@ -101,23 +100,22 @@ def _set_values(model: peft.PeftModel, adapter_name: str, tensors: dict[str, Ten
 
 
 @torch.no_grad()
-def restore_frozen_mixers(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
-    """Set the mixers of an adapter that do not train to those of its folder, bit for bit; how many were set."""
+def restore_mixers(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
+    """Set what the optimiser's state does not hold of an adapter: mixers that do not train, and the initial ones."""
     # Drawing them again is not exact: with another number of threads or on another device, a QR rounds otherwise.
+    if initial := read_initial_mixers(folder, read_manifest(folder)):
+        set_initial_mixers(model, adapter_name, initial)
     frozen = {
         f"{PREFIX}{path}{MIXER}": buffer
         for path, layer in named_adapter_layers(model)
         if adapter_name in layer.lora_mixer
         for buffer in layer.lora_mixer[adapter_name].buffers()
     }
-    if not frozen:
-        return 0
-    tensors = read_folder(folder).tensors
+    tensors = read_folder(folder).tensors if frozen else {}
     for name, buffer in frozen.items():
         if name not in tensors or tensors[name].shape != buffer.shape:
             raise AdapterError(f"{folder} has no {name} of shape {list(buffer.shape)}. It is of another adapter.")
         buffer.copy_(tensors[name])
-    return len(frozen)
 
 
 def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
@@ -217,8 +215,8 @@ def _read_own(root: Path) -> AdapterFolder:
             raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
         if sha256_of(path) != digest:
             raise AdapterError(_stale(root, name))
-    tensors, start = read_tensors(root / OWN_WEIGHTS), read_start(root, manifest)
-    return AdapterFolder(config=config, tensors=tensors, base=manifest["base"], start=start)
+    tensors, initial = read_tensors(root / OWN_WEIGHTS), read_initial_mixers(root, manifest)
+    return AdapterFolder(config=config, tensors=tensors, base=manifest["base"], initial_mixers=initial)
 
 
 def _stale(root: Path, name: str) -> str:

@@ -35,8 +35,7 @@ from mm_moslora.adapters.folder_format import (
     target_paths,
 )
 from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
-from mm_moslora.adapters.folders.kept_start import read_start, start_tensors, starts_of
-from mm_moslora.adapters.layers.adapter_layers import Start
+from mm_moslora.adapters.folders.initial_mixers import initial_mixers, read_initial_mixers
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
@@ -78,13 +77,15 @@ class TakenAdapter:
     shapes: dict[str, tuple[int, ...]]
     base: dict[str, Any]
     auto_mapping: dict[str, str] | None
-    starts: dict[str, Start]
+    initial_mixers: dict[str, Tensor]
 
     def write(self, folder: Path) -> None:
         """Write the double folder; see `save_adapter`."""
         check_tensors(self.tensors, self.shapes)
-        start = start_tensors(self.starts, self.tensors)
-        write_folder(folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping, start=start)
+        write_folder(
+            folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping,
+            start=self.initial_mixers,
+        )  # fmt: skip
 
 
 def take_adapter(
@@ -103,7 +104,7 @@ def take_adapter(
         shapes=expected_shapes(model, adapter_name),
         base=dict(base or {}) | {"fingerprint": base_fingerprint(model)},
         auto_mapping=_class_of(type(base_model(model))) if config.task_type is None else None,
-        starts=starts_of(model, adapter_name),
+        initial_mixers=initial_mixers(model, adapter_name),
     )
 
 
@@ -251,7 +252,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
         )
     if _is_intact(folder):  # it is an adapter folder already; only the configuration is new
         manifest = read_json(folder / OWN_CONFIG)
-        own, start = read_tensors(folder / OWN_WEIGHTS), read_start(folder, manifest)
+        own, start = read_tensors(folder / OWN_WEIGHTS), read_initial_mixers(folder, manifest)
         write_folder(folder, config, own, base=manifest["base"], auto_mapping=auto_mapping, start=start)
         return
     if not weights.is_file():

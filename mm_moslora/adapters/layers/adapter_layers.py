@@ -39,23 +39,11 @@ class Factors:
     """s."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What is known of one adapter's factors in one layer as training began: float32, on the CPU, not for training."""
-
-    mixer: Tensor | None = None
-    """``[R, R]``; None: not kept."""
-    A: Tensor | None = None
-    """``[R, D_in]``; None: not kept, as A is large. `mm-moslora train` keeps it on its first rank."""
-    B: Tensor | None = None
-    """``[D_out, R]``; as A."""
-
-
 class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """The base of all adapted layer types; holds the mixers, by adapter name."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
-    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "starts")
+    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "initial_mixers")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
     outer_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     """A and B, as PEFT saves them below the module's path."""
@@ -65,8 +53,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
     """How M starts, or `none`, by adapter; adapters without any mixer in the model are left out."""
-    starts: dict[str, Start]
-    """By adapter name; values that are loaded without their start remove it."""
+    initial_mixers: dict[str, Tensor]
+    """M as training began, float32 on the CPU, by adapter name; values that are loaded without it remove it."""
     _adding: str
     _module_path: str
 
@@ -75,7 +63,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not hasattr(self, "lora_mixer"):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
-            self.starts = {}
+            self.initial_mixers = {}
         # The module's path decides the mixer, and PEFT resolves the variant before it passes the path. For a new layer
         # of some types PEFT does not pass it at all; `create_layer` sets it in the configuration.
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
@@ -107,7 +95,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         M = M.to(like)
         self.lora_mixer[adapter_name] = Mixer(M, trainable=config.mixer_trainable)
         if not like.is_meta:
-            self.keep_start(adapter_name, M)
+            self.keep_initial_mixer(adapter_name, M)
 
     @torch.no_grad()
     def _mix_start(self, adapter_name: str, config: AdapterOptions) -> None:
@@ -158,13 +146,13 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             )
         return cast(Tensor, module.weight)
 
-    def keep_start(self, adapter_name: str, mixer: Tensor | None) -> None:
-        """Keep this M as the mixer's start; one of another rank, a shard and NaN leave the start unknown."""
-        self.starts.pop(adapter_name, None)
+    def keep_initial_mixer(self, adapter_name: str, mixer: Tensor | None) -> None:
+        """Keep this M as the initial one; one of another rank, a shard and NaN leave it unknown."""
+        self.initial_mixers.pop(adapter_name, None)
         if adapter_name not in self.lora_mixer or mixer is None:
             return
         if mixer.shape == (self.r[adapter_name],) * 2 and bool(mixer.isfinite().all()):
-            self.starts[adapter_name] = Start(mixer=mixer.detach().to("cpu", torch.float32, copy=True))
+            self.initial_mixers[adapter_name] = mixer.detach().to("cpu", torch.float32, copy=True)
 
     def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names, as PEFT saves them below the module's path, and whole shapes of A, B and M."""
@@ -201,7 +189,8 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
             names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
             factor = next((state_dict[name] for name in names if name in state_dict), None)
             if factor is not None or mixer in state_dict:
-                self.keep_start(adapter_name, state_dict.pop(f"{prefix}{START_PART[1:]}{adapter_name}.weight", None))
+                initial = state_dict.pop(f"{prefix}{START_PART[1:]}{adapter_name}.weight", None)
+                self.keep_initial_mixer(adapter_name, initial)
             if factor is not None and mixer not in state_dict:
                 state_dict[mixer] = torch.eye(self.r[adapter_name], device="cpu").to(factor)
         super()._load_from_state_dict(state_dict, prefix, *args)

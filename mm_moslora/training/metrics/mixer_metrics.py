@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_inspection import ModuleReport, layer_report, summary
-from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, Start
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.tracking import Trackers
 from mm_moslora.training.supervision.run_faults import only_measuring
@@ -33,11 +33,11 @@ ADAPTERS = ".lora_"
 
 
 @torch.no_grad()
-def keep_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take the factors of this moment as the start of the run's adapters, which checkpoints and measures refer to."""
-    for _, layer, name, (A, M, B) in _factors(model, state):
-        A0, B0 = (factor if factor.any() else None for factor in (A, B))
-        layer.starts[name] = Start(mixer=M, A=A0, B=B0)
+def keep_initial_mixers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take the mixers of this moment as the initial ones, which checkpoints and measures refer to."""
+    for path, layer in named_adapter_layers(model):
+        if layer.holds(RUN_ADAPTER):
+            layer.keep_initial_mixer(RUN_ADAPTER, _mixer(state, path, layer))
 
 
 def _factors(
@@ -52,10 +52,12 @@ def _factors(
                 _whole(state, factor, f"{path}.lora_{side}.{name}.weight", f"{path}.lora_embedding_{side}.{name}")
                 for side, factor in own.items()
             )
-            M = layer.mixer(name)
-            if M is not None:
-                M = _whole(state, M, f"{path}{MIXERS}.{name}.weight").cpu().float()
-            yield path, layer, name, (A.cpu(), M, B.cpu())
+            yield path, layer, name, (A.cpu(), _mixer(state, path, layer), B.cpu())
+
+
+def _mixer(state: Mapping[str, Tensor], path: str, layer: MoSLoRALayer) -> Tensor | None:
+    M = layer.mixer(RUN_ADAPTER)
+    return None if M is None else _whole(state, M, f"{path}{MIXERS}.{RUN_ADAPTER}.weight").cpu().float()
 
 
 def _whole(state: Mapping[str, Tensor], own: Tensor, *names: str) -> Tensor:
