@@ -107,9 +107,9 @@ def test_a_peft_model_is_not_wrapped_again() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_alpha": 32}, "scaling of .*q_proj is 8 there and 2 in the folder"),
-        ({"use_rslora": True}, "scaling of .*q_proj is 4 there"),
-        ({"r": 2}, r"is \(2, 32\) there and \(4, 32\) in the folder"),
+        ({"lora_alpha": 32}, "rank 4 and scaling 8 there and rank 4 and scaling 2 in the folder"),
+        ({"use_rslora": True}, "q_proj has rank 4 and scaling 4 there"),
+        ({"r": 2}, "rank 2 and scaling .* there and rank 4"),
         ({"target_modules": ["q_proj"]}, "in other modules"),
     ],
 )

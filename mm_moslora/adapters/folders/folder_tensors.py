@@ -14,25 +14,30 @@ from mm_moslora.kernels.lora.mixed_product import fold_right
 from mm_moslora.utils.errors import AdapterError
 
 
-def check_tensors(
+def check_shapes(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
 ) -> None:
-    """Refuse factors that are missing, unknown or empty, of another shape or dtype, or that hold NaN or infinity."""
+    """Refuse factors that are missing, unknown, empty or of another shape."""
     factors = set(filter(is_factor, tensors))
     for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
         if names:
             raise AdapterError(f"{source} {problem} {len(names)} factors, the first is {min(names)!r}.")
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
+    if empty := next((name for name, tensor in tensors.items() if tensor.numel() == 0), None):
+        raise AdapterError(
+            f"{empty} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
             raise AdapterError(
-                f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
-            )
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise AdapterError(
-                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}. It was made for "
+                f"{source}: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}. It was made for "
                 "another base model, or its files were changed."
             )
-        if name in shapes and not tensor.is_floating_point():
+
+
+def check_values(tensors: Mapping[str, Tensor], *, source: str = "The adapter") -> None:
+    """Refuse factors that are no floats, and NaN and infinity."""
+    for name, tensor in tensors.items():
+        if is_factor(name) and not tensor.is_floating_point():
             raise AdapterError(f"{source}: {name} holds {tensor.dtype}, expected floats. Its files were changed.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(

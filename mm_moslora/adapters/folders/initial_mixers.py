@@ -29,13 +29,6 @@ def initial_mixers(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def set_initial_mixers(model: nn.Module, adapter_name: str, stored: Mapping[str, Tensor]) -> None:
-    """Give the layers of an adapter the initial mixers that a folder keeps; those that it does not know have none."""
-    for path, layer in named_adapter_layers(model):
-        if layer.holds(adapter_name):
-            layer.keep_initial_mixer(adapter_name, stored.get(f"{PREFIX}{path}{START_MIXER}"))
-
-
 def read_initial_mixers(root: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a folder keeps of them; empty where it keeps nothing, or its file is not the one it was saved with."""
     path, digest = root / START_WEIGHTS, manifest.get("start")

@@ -18,14 +18,14 @@ from mm_moslora.adapters.folder_format import (
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
+    START_MIXER,
     STOCK_WEIGHTS,
     read_manifest,
     read_tensors,
 )
-from mm_moslora.adapters.folders.folder_tensors import check_tensors, shapes_by_rank, unexpected_entry
+from mm_moslora.adapters.folders.folder_tensors import check_shapes, check_values, shapes_by_rank, unexpected_entry
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
-from mm_moslora.adapters.folders.initial_mixers import read_initial_mixers, set_initial_mixers
-from mm_moslora.adapters.folders.save_folder import expected_shapes
+from mm_moslora.adapters.folders.initial_mixers import read_initial_mixers
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
@@ -66,20 +66,21 @@ def load_adapter(
     config, source = content.config, str(folder)
     _check_base(model, content.base, base or {}, source)
     paths = sorted(config.target_modules or ())
-    check_tensors(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
     config.inference_mode = not trainable
     exists = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
     if isinstance(model, peft.PeftModel) and exists:
         _check_same(model, adapter_name, content, source)
         wrapped = model
     else:
+        check_shapes(content.tensors, _planned_shapes(model, config, paths, content.tensors, source), source=source)
         with _usable(source):
             wrapped = inject(
                 model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )
     try:
-        _set_values(wrapped, adapter_name, content.tensors, source)
-        set_initial_mixers(wrapped, adapter_name, content.initial_mixers)
+        if problem := _misfit(wrapped, adapter_name, content.tensors):
+            raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
+        set_peft_model_state_dict(wrapped, content.tensors | content.initial_mixers, adapter_name=adapter_name)
     except AdapterError:
         if wrapped is not model:
             wrapped.unload()
@@ -92,22 +93,17 @@ def load_adapter(
     return wrapped
 
 
-def _set_values(model: peft.PeftModel, adapter_name: str, tensors: dict[str, Tensor], source: str) -> None:
-    problem = _misfit(model, adapter_name, tensors)
-    if problem:
-        raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-
-
 @torch.no_grad()
 def restore_mixers(model: nn.Module, folder: Path, *, adapter_name: str = "default") -> None:
     """Set what the optimiser's state does not hold of an adapter: mixers that do not train, and the initial ones."""
     # Drawing them again is not exact: with another number of threads or on another device, a QR rounds otherwise.
+    layers = {f"{PREFIX}{path}": layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
     if initial := read_initial_mixers(folder, read_manifest(folder)):
-        set_initial_mixers(model, adapter_name, initial)
+        for name, layer in layers.items():
+            layer.keep_initial_mixer(adapter_name, initial.get(f"{name}{START_MIXER}"))
     frozen = {
-        f"{PREFIX}{path}{MIXER}": buffer
-        for path, layer in named_adapter_layers(model)
+        f"{name}{MIXER}": buffer
+        for name, layer in layers.items()
         if adapter_name in layer.lora_mixer
         for buffer in layer.lora_mixer[adapter_name].buffers()
     }
@@ -121,25 +117,17 @@ def restore_mixers(model: nn.Module, folder: Path, *, adapter_name: str = "defau
 def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
     """Refuse values for an existing adapter that would compute other outputs with them."""
     layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
-    expected = expected_shapes(model, adapter_name)
-    differing = sorted(name for name in expected if shapes.get(name) != expected[name])
     own, theirs = content.config, cast(MoSLoRAConfig, model.peft_config[adapter_name])
-    scaled = [path for path, layer in layers.items() if layer.scaling[adapter_name] != own.scaling_for(path)]
+    there = {path: (layer.r[adapter_name], layer.scaling[adapter_name]) for path, layer in layers.items()}
+    saved = {path: (own.rank_for(path), own.scaling_for(path)) for path in own.target_modules or ()}
     problem = ""
-    if set(layers) != set(own.target_modules or ()):
+    if there.keys() != saved.keys():
         problem = "it is in other modules"
-    elif differing:
-        problem = (
-            f"{differing[0]} is {expected[differing[0]]} there and {shapes.get(differing[0], 'missing')} in the folder"
-        )
+    elif differing := next((path for path in there if there[path] != saved[path]), None):
+        parts = ("rank {} and scaling {:g}".format(*pair[differing]) for pair in (there, saved))
+        problem = "{} has {} there and {} in the folder".format(differing, *parts)
     elif own.use_dora != theirs.use_dora:
         problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
-    elif scaled:
-        scaling, saved = layers[scaled[0]].scaling[adapter_name], own.scaling_for(scaled[0])
-        problem = f"the scaling of {scaled[0]} is {scaling:g} there and {saved:g} in the folder"
-    elif any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        problem = "it is merged into the weights"
     if problem:
         raise AdapterError(
             f"The model has an adapter {adapter_name!r} already, and {source} cannot take its place: {problem}. Load "
@@ -192,7 +180,8 @@ def read_folder(folder: str | Path, *, trainable: bool = False, component: str |
         content = _read_own(root) if has_config else read_foreign(root, trainable=trainable, component=component)
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
-    check_tensors(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
+    check_shapes(content.tensors, shapes_by_rank(content.config, content.tensors), source=str(root))
+    check_values(content.tensors, source=str(root))
     if extra := unexpected_entry(content.tensors, content.config):
         raise AdapterError(
             f"{root} holds {extra!r}, for which its configuration has no place. Load the folder that was saved, or "

@@ -34,7 +34,7 @@ from mm_moslora.adapters.folder_format import (
     read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.folder_tensors import check_tensors, fold_state_dict, shapes_by_rank
+from mm_moslora.adapters.folders.folder_tensors import check_shapes, check_values, fold_state_dict, shapes_by_rank
 from mm_moslora.adapters.folders.initial_mixers import initial_mixers, read_initial_mixers
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
@@ -81,7 +81,7 @@ class TakenAdapter:
 
     def write(self, folder: Path) -> None:
         """Write the double folder; see `save_adapter`."""
-        check_tensors(self.tensors, self.shapes)
+        check_shapes(self.tensors, self.shapes)
         write_folder(
             folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping,
             start=self.initial_mixers,
@@ -180,7 +180,8 @@ def write_folder(
 ) -> None:
     """Write the double folder from factors under their names in the folder."""
     paths = target_paths(tensors)
-    check_tensors(tensors, shapes_by_rank(config, tensors))
+    check_shapes(tensors, shapes_by_rank(config, tensors))
+    check_values(tensors)
     contents = {STOCK_WEIGHTS: fold_state_dict(tensors), OWN_WEIGHTS: tensors}
     if start:
         contents[START_WEIGHTS] = start
