@@ -14,7 +14,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.precision import resolve_precision
 from mm_moslora.models.trainable_parts import component_table
 from mm_moslora.preferences.preference_setup import PreferenceRun, is_sharded, prepare
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder, reading_state
 from mm_moslora.training.checkpointing.run_checkpoints import find_resume
 from mm_moslora.training.engine import check_engine
 from mm_moslora.training.engine.deepspeed_settings import fresh_accelerate, prepare_deepspeed
@@ -121,12 +121,19 @@ class _Session(Session[PreferenceRun, Any]):
 
     def _train(self, stop_at: int | None) -> None:
         """The loop is TRL's; a run that ended before it was measured takes its factors."""
-        from mm_moslora.preferences.trl_trainers import RunCallback
+        from transformers import TrainerState
+
+        from mm_moslora.preferences.trl_trainers import PROGRESS, RunCallback
 
         trainer, resumed = self._made(), self.resumed_from
         if self.run.step < self.total:
             trainer.add_callback(RunCallback(trainer, self, stop_at=stop_at))
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(rank_folder(resumed, 0)))
+            state = None if resumed is None else rank_folder(resumed, 0)
+            if state is not None:
+                with reading_state(state):
+                    if (found := TrainerState.load_from_json(str(state / PROGRESS)).global_step) != self.run.step:
+                        raise ValueError(f"{PROGRESS} is of step {found}, the manifest of step {self.run.step}")
+            trainer.train(resume_from_checkpoint=state and str(state))
         elif resumed is not None and distributed.is_main():  # it ended before it was measured
             trainer.load_factors(resumed)
 

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _HELD_OUT = "eval_"
 """Prefix of the trainer's measures on held-out pairs; here it is `validation_`, as in other runs."""
+PROGRESS = "trainer_state.json"
+"""Name of the trainer's own file of its progress, which it asks for."""
 _OF_SESSION = "train_"
 """Prefix of the trainer's totals of a session."""
 
@@ -71,7 +73,7 @@ class TakenPreferences:
         if not distributed.is_main():
             return
         write_model(self.run, folder, weights={}, adapter=self.adapter)
-        self.progress.save_to_json(str(own / "trainer_state.json"))
+        self.progress.save_to_json(str(own / PROGRESS))
         if self.reference is not None:
             self.reference.write(own / REFERENCE)
 

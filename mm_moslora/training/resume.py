@@ -16,7 +16,7 @@ from torch import Tensor
 from mm_moslora.adapters.folders.load_folder import restore_mixers
 from mm_moslora.adapters.peft_methods import restore_method
 from mm_moslora.data.training_stream import TrainingStream
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder, reading_state
 from mm_moslora.training.engine import ParameterShard, TrainingEngine
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import (
@@ -63,7 +63,8 @@ def restore(run: Run, folder: Path, manifest: Manifest) -> None:
         restore_mixers(run.assembly.peft_model, folder / "adapter")
     run.counters.update(manifest.counters)
     if manifest.world_size == distributed.world_size():
-        RandomState.read(rank_folder(folder)).restore()
+        with reading_state(rank_folder(folder)):
+            RandomState.read(rank_folder(folder)).restore()
     else:
         # One stream per rank; none may repeat an earlier stream.
         seed_everything(run.recipe.train.seed + 7919 * (run.step + 1) + 31 * distributed.world_size())
@@ -124,16 +125,14 @@ class StoredOptimizer:
         if not self.folders:
             raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
         for folder in self.folders:
-            try:
+            with reading_state(folder):
                 details = read_json(folder / OPTIMIZER_DETAILS)
                 file = safe_open(folder / OPTIMIZER, framework="pt")
-            except OSError as error:
-                raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
-            self.steps |= details["steps"]
-            self.scaler = self.scaler or details["scaler"]
-            for key in file.keys():  # noqa: SIM118  (not a mapping)
-                kind, start, name = key.split(".", 2)
-                self._parts[kind, name].append((int(start), file, key))
+                self.steps |= details["steps"]
+                self.scaler = self.scaler or details["scaler"]
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    kind, start, name = key.split(".", 2)
+                    self._parts[kind, name].append((int(start), file, key))
 
     def whole(self, kind: str, name: str) -> Tensor:
         """One flat fp32 tensor from its parts; CheckpointError where it is missing, or has a gap."""

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from pairs import break_steps, logged, make_questions, make_recipe, plain_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_experts
 from vlms import make_vlm
 
@@ -29,6 +30,7 @@ from mm_moslora.models.load_model import load
 from mm_moslora.preferences import preference_training
 from mm_moslora.preferences.preference_setup import PairCollator, PreferenceRun, prepare
 from mm_moslora.preferences.preference_training import train_preferences
+from mm_moslora.training.checkpointing.checkpoint_folder import parse_manifest
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -185,6 +187,49 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     assert [path.name for path in sorted((tmp_path / "resumed").glob("checkpoint-*"))] == [
         "checkpoint-000004", "checkpoint-000006",
     ]  # fmt: skip
+
+
+OTHER_FORMS = {
+    "optimizer.safetensors": (None, b"PK", "renamed"), "optimizer.json": (None, b"{}"),
+    "trainer_state.json": (None, b"{}", b"[]"),
+}  # fmt: skip
+"""Files of a rank, without them or with other contents: of other programs, other releases, or another objective."""
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, new) for name, forms in OTHER_FORMS.items() for new in forms])
+def test_a_state_of_another_form_is_one_error(
+    name: str, content: Any, stopped: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    """The manifest agrees with the files, so nothing is damaged."""
+    recipe, run = stopped
+    checkpoint = Path(shutil.copytree(run, tmp_path / "run")) / "checkpoint-000002"
+    file = checkpoint / "trainer" / "rank-00000" / name
+    if content == "renamed":
+        save_file({key.replace(".0.", "."): value for key, value in load_file(file).items()}, file)
+    elif content is None:
+        file.rename(file.with_suffix(".pt"))
+    else:
+        file.write_bytes(content)
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in paths
+    }
+    manifest = replace(parse_manifest(checkpoint / "manifest.json"), files=files)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000 holds optimizer\..*, and not the trainer state .*adapter\.weights"
+    ):
+        train_preferences(recipe, resume=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def stopped(text_pairs: Path, language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run that was stopped after two steps."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    recipe = make_recipe(run, text_pairs, {"language": str(language_folder)})
+    train_preferences(recipe, stop_at=2)
+    return recipe, run
 
 
 def test_a_run_goes_on_from_stage_to_stage_and_leaves_the_process_as_it_was(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mm_moslora import __version__
 from mm_moslora.utils import distributed, files, folder_marks
-from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.errors import CheckpointError, ConfigError, MoSLoRAError
 from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.run_paths import MANIFEST
 
@@ -40,6 +43,22 @@ def folder_name(step: int) -> str:
 def rank_folder(checkpoint: Path, rank: int | None = None) -> Path:
     """The folder of a rank's part of the trainer state."""
     return checkpoint / "trainer" / f"rank-{distributed.rank() if rank is None else rank:05d}"
+
+
+@contextmanager
+def reading_state(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise over a rank's part into one error: its bytes are sound, and their form is another."""
+    try:
+        yield
+    except MoSLoRAError:
+        raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+        raise CheckpointError(
+            f"{folder} holds {found}, and not the trainer state that this version writes for this objective "
+            f"({type(error).__name__}: {error}). Choose another checkpoint, or start another run from its weights "
+            "(another train.output, with adapter.weights and model.projector.weights)."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
