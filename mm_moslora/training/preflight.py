@@ -308,7 +308,8 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     from mm_moslora.utils import distributed
 
     model, train = recipe.model, recipe.train
-    check_zero(recipe)  # again: a resumed run may have another engine than its recipe names
+    if not fresh:
+        check_zero(recipe)  # a resumed run may have another engine than its recipe names
     check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
     require_optimizer(recipe.optim.optimizer, distributed.device())
     if train.compile is not None:
