@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 from pathlib import Path
 
 import pytest
@@ -35,18 +36,23 @@ ANYWHERE = _words(
     concurrent.futures.Executor concurrent.futures.Future concurrent.futures.ThreadPoolExecutor concurrent.futures.wait
     importlib.metadata importlib.resources importlib.util.find_spec io.BufferedReader io.BytesIO io.StringIO
     io.TextIOWrapper
+    faulthandler.cancel_dump_traceback_later faulthandler.dump_traceback faulthandler.dump_traceback_later
     json.JSONDecodeError json.dumps os.O_APPEND os.O_CREAT os.O_NOCTTY os.O_NOFOLLOW os.O_NONBLOCK os.O_RDONLY os.O_RDWR
     os.O_WRONLY os.SEEK_END os.W_OK os._exit os.access os.close os.cpu_count os.devnull os.dup os.dup2 os.environ
     os.fsencode os.fstat os.fsync os.getcwd os.getpid os.getppid os.lstat os.name os.path os.pathsep os.pread os.pwrite
-    os.read os.readlink os.sep os.stat os.strerror os.urandom os.walk os.write shutil.disk_usage
-    shutil.which socket.gethostname urllib.parse yaml.YAMLError yaml.safe_dump
+    os.read os.readlink os.sep os.stat os.strerror os.urandom os.walk os.write peft.utils.save_and_load
+    safetensors.torch.load_file shutil.disk_usage shutil.which socket.gethostname sys.stdout.write
+    torch.autograd.graph.save_on_cpu torch.autograd.graph.saved_tensors_hooks triton.language.load urllib.parse
+    yaml.YAMLError yaml.safe_dump
     """
 )
 """Modules and names for any file, but for their parts in the lists below."""
 NOWHERE = _words(
     """
-    .extract .extractall .from_single_file .hardlink_to .load_lora_weights .load_module .subprocess_exec
-    .subprocess_shell .to_parquet .tofile PIL.ImageShow accelerate.commands accelerate.launchers
+    .chmod .extract .extractall .from_file .from_single_file .hardlink_to .load_checkpoint .load_lora_weights
+    .load_module .save_checkpoint .save_file .save_html .save_svg .save_text .save_vocabulary .subprocess_exec
+    .subprocess_shell .to_csv .to_excel .to_json_file .to_parquet .to_pickle .to_sql .tofile PIL.ImageShow
+    accelerate.commands accelerate.launchers deepspeed.utils.zero_to_fp32 torch.utils.data.dataloader types.CodeType
     accelerate.notebook_launcher allow_pickle= builtins.__builtins__ builtins.__import__ builtins.eval
     deepspeed.launcher diffusers.utils.dynamic_modules_utils logging.FileHandler logging.config logging.handlers
     num_proc= numpy.ctypeslib numpy.f2py numpy.fromfile numpy.genfromtxt numpy.lib numpy.load numpy.loadtxt
@@ -83,10 +89,18 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "runpy": "examples",
     "sys.modules": "cli_app diffusers_saving imported_code lens_maps run_environment uncalled_layers",
     "sys.path": "examples scripts",
+    "diffusers as a value": "pipeline_families",
+    "peft as a value": "peft_patches",
+    "sys as a value": "distributed",
+    "torch as a value": "meta_model",
+    "transformers as a value": "vision_tower",
+    "transformers.TrainerState.load_from_json": "preference_training",
     "unittest.mock": "meta_model scripts",
     ".set_attn_implementation": "attention_choice",
     # Pickles
     "pandas": "trackio_tracker",
+    "onnx.load": "asset_conversion",
+    "peft.utils.save_and_load.load_peft_weights": "peft_methods peft_patches",
     "pickle": "import_checkpoint",
     "torch.load": "asset_conversion diffusion_training examples import_checkpoint",
     # Names of models and data sets
@@ -98,6 +112,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".from_pretrained without trust_remote_code": "examples export_huggingface moslora_config peft_methods tuner",
     ".get_config_dict": "load_model model_sizes",
     ".load_config": "pipeline_families",
+    "diffusers.DiffusionPipeline.load_config": "pipeline_families",
     "datasets": "examples hf_dataset hf_tables preference_setup scripts source_images",
     "huggingface_hub": "folder_format hf_dataset hf_tables hub_access model_paths remote_files shared_results",
     "lm_eval": "lm_eval_adapter",
@@ -144,6 +159,8 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".rename": "files",
     ".replace": "files",
     ".rmdir": "files",
+    ".save_model": "examples",
+    ".save_to_json": "trl_trainers",
     ".save": "chat_content data_views diffusion_training evaluation_page examples inline_images scripts source_videos",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
@@ -178,6 +195,10 @@ OWN = {"lmms_eval"}
 SAFE = {"trust_remote_code=False", "allow_pickle=False", "weights_only=True"}
 SWITCHES = {name.rstrip("=") for name in DOORS if name.endswith("=")}
 LOADERS = {"from_pretrained", "from_config"}
+MODULES = {name.split(".")[0] for name in DOORS if re.fullmatch(r"\w+(\.\w+)*", name)}
+"""Libraries that a list names, or parts of them."""
+STORES = re.compile(r"(\w+_)?(dump|load|save|serialize|write)(_\w+)?")
+"""Functions of libraries that read or write files have such names; each needs its own entry."""
 
 
 def uses(source: str) -> set[str]:
@@ -233,11 +254,20 @@ def door_of(use: str) -> str | None:
         return "" if use in SAFE else f"{use.partition('=')[0]}="
     if use.endswith(".") and any(name.startswith(use) for name in ANYWHERE):
         return ""
+    if use in MODULES - DOORS.keys():  # as in getattr(module, name)
+        return f"{use} as a value" if f"{use} as a value" in DOORS else None
     parts = use.rstrip(".").split(".")
-    if parts[0].startswith("mm_moslora") and (
-        through := next((part for part in parts if part in DOORS.keys() - OWN), None)
-    ):
-        return through  # a library that one of this project's modules has imported
+    for at, part in enumerate(parts):  # a library that another module has imported
+        if at and part.lstrip("_") in MODULES - OWN:
+            through = _listed([part.lstrip("_"), *parts[at + 1 :]])
+            if through != "":
+                return through
+    found = _listed(parts)
+    reads_or_writes = STORES.fullmatch(parts[-1]) and use not in ANYWHERE and not parts[0].startswith("mm_moslora")
+    return None if found == "" and reads_or_writes else found
+
+
+def _listed(parts: list[str]) -> str | None:
     for name in (".".join(parts[:count]) for count in range(len(parts), 0, -1)):
         if name in DOORS or name in ANYWHERE:
             return name if name in DOORS else ""
@@ -281,12 +311,16 @@ def test_what_starts_opens_fetches_or_runs_is_used_where_it_may_be() -> None:
         "import ray; ray.init()", "import psutil; psutil.Popen(a)", "from tqdm.contrib.concurrent import process_map",
         "data.map(f, num_proc=4)", "from torch.utils.data import DataLoader as D", "f(num_workers=2)",
         "f(x, shell=True)", "import torch; torch.utils.cpp_extension.load(a, b)",
-        "from torchdata.stateful_dataloader import StatefulDataLoader",
+        "from torchdata.stateful_dataloader import StatefulDataLoader", "import logging; logging.os.system(x)",
+        "import threading; threading._os.system(x)", "import transformers; transformers.utils.subprocess",
+        "import inspect; inspect.builtins.exec(x)", "import typing; typing.sys.modules",
         # Pickles
         "import pickle as p; p.loads(x)", "from pickle import *", "import torch; torch.serialization.load(f)",
         "import torch as t; t.jit.load(f)", "import torch; torch.export.load(f)", "map(torch.load, f); import torch",
         "from torch.distributed import checkpoint", "import pandas as pd; pd.read_pickle(f)", "import cloudpickle",
         "import shelve", "import marshal", "import dill", "import torch; torch.load(f, weights_only=False)",
+        "import torch; getattr(torch, 'load')(f)", "from accelerate.utils import load", "engine.load_checkpoint(f)",
+        "from peft.utils.save_and_load import torch_load", "import timm; timm.models.load_checkpoint(m, f)",
         "import numpy as np; np.load(f)", "f(allow_pickle=True)", "from torch import load",
         # Code of others
         "import transformers; transformers.pipeline(model=x)", "from transformers import pipeline", "import evaluate",
@@ -314,6 +348,7 @@ def test_what_starts_opens_fetches_or_runs_is_used_where_it_may_be() -> None:
         "from shutil import rmtree", "import os; map(os.unlink, a)", "import tempfile",
         "from PIL import Image; Image.open(p)", "import torch; torch.save(x, p)", "picture.save(p)", "import sqlite3",
         "import numpy as np; np.savez(p, x)", "array.tofile(p)", "figure.savefig(p)", "model.save_pretrained(p)",
+        "import onnx; onnx.save_model(m, p)", "from safetensors.numpy import save_file", "frame.to_csv(p)",
         "import pyarrow.parquet", "import logging; logging.FileHandler(p)", "from safetensors.torch import save_file",
     ],
 )  # fmt: skip
