@@ -30,6 +30,7 @@ from mm_moslora.adapters.folders.permitted_options import permitted_options
 from mm_moslora.adapters.tree import adapted_layers, base_model
 from mm_moslora.utils.errors import AdapterError, reason_of, suggestion
 from mm_moslora.utils.files import staging
+from mm_moslora.utils.identity import check_stored
 from mm_moslora.utils.run_paths import writing
 
 _COMMON = {item.name for item in dataclasses.fields(peft.PeftConfig)} | {"target_modules"}
@@ -314,6 +315,7 @@ def load_method(model: nn.Module, folder: str | Path) -> peft.PeftModel:
         )
     kind = method_named(name).config
     options = permitted_options(kind, data, str(path / STOCK_CONFIG))
+    check_stored(path)
     with _explained(f"{path}, an adapter of PEFT's {name}, does not load"):
         # Without the name of the base, which PEFT would look up on the hub.
         config = kind(task_type=data.get("task_type"), **options)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -136,9 +136,12 @@ def _weight_files(source: Path) -> list[Path]:
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a file; pickles are read as weights only."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118  (not a dict)
-                yield name, stream.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as stream:
+                for name in stream.keys():  # noqa: SIM118  (not a dict)
+                    yield name, stream.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file} is damaged or truncated ({error}). Copy it again.") from error
         return
     try:
         with opened(file, most=None) as source:

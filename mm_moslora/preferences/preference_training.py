@@ -133,7 +133,7 @@ class _Session(Session[PreferenceRun, Any]):
                 with reading_state(state):
                     if (found := TrainerState.load_from_json(str(state / PROGRESS)).global_step) != self.run.step:
                         raise ValueError(f"{PROGRESS} is of step {found}, the manifest of step {self.run.step}")
-            trainer.train(resume_from_checkpoint=state and str(state))
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
         elif resumed is not None and distributed.is_main():  # it ended before it was measured
             trainer.load_factors(resumed)
 

@@ -214,6 +214,13 @@ def test_a_damaged_file_of_weights_is_told_with_the_part(kept, part, language_fo
         load_parts(config_for(folders["language"], str(folders["vision"])))
 
 
+def test_a_damaged_tower_of_timm_is_one_error(language_folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or truncated"):
+        load_parts(config_for(language_folder, str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

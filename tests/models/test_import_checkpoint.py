@@ -9,7 +9,7 @@ import pytest
 import torch
 from llava_checkpoint import llava_state, write_llava_checkpoint
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_vision
 from transformers import AutoModelForCausalLM
 
@@ -159,6 +159,14 @@ def test_a_pickle_of_anything_is_not_run(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as weights alone"):
         import_parts(tmp_path / "mm_projector.bin", tmp_path / "parts")
     assert not (tmp_path / "touched").exists()
+
+
+def test_a_truncated_source_is_one_error(tmp_path):
+    file = tmp_path / "mm_projector.safetensors"
+    save_file({"mm_projector.0.weight": torch.ones(20, 20)}, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is damaged or truncated"):
+        import_parts(file, tmp_path / "parts")
 
 
 def test_a_folder_without_weights_and_a_projector_without_parts_say_what_is_missing(tmp_path):

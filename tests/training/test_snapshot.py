@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import supervised_logits
 from trials import hexed, losses, with_train
 
+from mm_moslora.adapters import load_method
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.models.export.export_huggingface import export_lora, export_model
@@ -195,3 +196,7 @@ def test_a_run_is_saved_as_peft_saves_and_continues_bit_for_bit(recipe, tmp_path
         torch.testing.assert_close(supervised_logits(merged.model, batch), expected, rtol=0, atol=1e-5)
         with live.peft_model.disable_adapter():
             assert not torch.allclose(supervised_logits(live.model, batch), expected, atol=1e-4)
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors was altered or truncated"):
+        load_method(live.model, folder / "adapter")

@@ -313,11 +313,15 @@ def _pretrained_settings(name: str, pretrained: str | None) -> dict[str, Any]:
 
 def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:
     """Load a tower's weights without those of a text tower or a classifier; a missing weight is an error."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not weights.is_file():
         raise ModelError(f"{weights} does not exist, expected the weights of the vision tower there.")
-    state = load_file(weights)
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise ModelError(f"{weights} is damaged or truncated ({error}). Copy it again.") from error
     prefix = next(item for item in prefixes if any(key.startswith(item) for key in state))
     expected = tower.tower.state_dict()
     weights_by_name = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
