@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from planning_configs import memory_of
 from tiny import make_language, make_vision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
+from mm_moslora.adapters import save_adapter
 from mm_moslora.config import Recipe, VisionConfig
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.meta_model import build_meta_model
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import load_vision, sketch_vision
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
@@ -102,3 +108,14 @@ def test_a_tower_without_checkpointing_is_refused_by_a_plan_as_by_a_run(kind, na
     chosen["train"]["vision_gradient_checkpointing"] = True
     with pytest.raises(ConfigError, match=f"{name} has no gradient checkpointing"):
         memory_of(Recipe.from_dict(chosen))
+
+
+def test_a_recipe_that_starts_from_an_adapter_is_planned(towers, language: str, tmp_path) -> None:
+    """The image token makes the vocabulary one larger than the language model's configuration says."""
+    fresh = recipe(language, towers["transformers"])
+    parts = load_parts(fresh.model)
+    attach_adapters(parts, fresh.model, fresh.adapter)
+    assert parts.model.get_input_embeddings().num_embeddings > AutoConfig.from_pretrained(language).vocab_size
+    save_adapter(parts.peft_model, tmp_path, base=parts.base)
+    again = dataclasses.replace(fresh, adapter=dataclasses.replace(fresh.adapter, weights=str(tmp_path)))
+    assert memory_of(again) == memory_of(fresh)
