@@ -125,6 +125,13 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         if same := next((o for o in ways[:number] if o.slug == way.slug or o.changes == way.changes), None):
             also = "" if same.name == way.name else f", once as {same.name!r}"
             raise ConfigError(f"Arm {way.name!r} is given twice{also}. Name every arm once.")
+        same = next((other for other in ways[:number] if _beside_adapter(other) == _beside_adapter(way)), None)
+        if recipe.adapter.weights is not None and same is not None:
+            raise ConfigError(
+                f"Arms {same.name!r} and {way.name!r} would be the same: both start from adapter.weights "
+                f"{recipe.adapter.weights!r}, whose rank, mixer and targets are those of its folder. Leave it out, or "
+                "compare other keys, such as ARM@optim.mixer_factor=6."
+            )
         try:
             applied = way.apply(recipe)
             if applied.model.language_mode == "adapter":
@@ -132,6 +139,10 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
         except MoSLoRAError as error:
             raise type(error)(f"Arm {way.name!r}: {error}") from error
     return arms
+
+
+def _beside_adapter(arm: Arm) -> dict[str, Any]:
+    return {key: value for key, value in arm.changes.items() if not key.startswith("adapter.")}
 
 
 def reset_line(recipe: Recipe) -> list[str]:

@@ -95,6 +95,13 @@ def test_what_an_arm_cannot_change_is_refused_before_any_run(arms: str) -> None:
         parse_arms(arms, RECIPE)
 
 
+def test_arms_that_start_from_one_adapter_differ_in_other_keys():
+    recipe = dataclasses.replace(RECIPE, adapter=dataclasses.replace(RECIPE.adapter, weights="runs/first"))
+    with pytest.raises(ConfigError, match=r"'lora' and 'moslora:orthogonal' would be the same"):
+        parse_arms("lora,moslora", recipe)
+    assert len(parse_arms("moslora,moslora@optim.mixer_factor=6", recipe)) == 2
+
+
 def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
     """The best rate of LoRA lies two steps above the grid; the other arm diverges just above it."""
     asked = settings(rates=[1e-4, 2e-4, 4e-4], grow=3)
