@@ -197,6 +197,8 @@ BAD = [
     (["run", "llava:QUESTIONS", "--model", "replay:missing.jsonl"], "is missing"),
     (["run", "llava:QUESTIONS", "--batch-size", "0", "--model", "replay:x"], "batch_size is 0"),
     (["check", "mmvet"], "was not found"),
+    (["check", "nlvr2_test@official"], "Data file 'nlvr/nlvr2/data/test1.json' was not found"),
+    (["check", "lvbench@official"], "Data file 'LVBench/video_info.meta.jsonl' was not found"),
     (["score", "nowhere"], "is not part of an evaluation run"),
     (["compare", "nowhere", "elsewhere"], "There is no 'nowhere'"),
     (["compare", ".", "."], "no scored task in common"),

@@ -18,7 +18,7 @@ from mm_moslora_eval.sources.answer_options import answers_of, options_of
 from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
-from mm_moslora_eval.sources.source_files import find_data, folder_checksum, matches, picture_folder
+from mm_moslora_eval.sources.source_files import find_data, find_file, folder_checksum, matches, picture_folder
 from mm_moslora_eval.sources.source_images import Pictures, holds_pictures, pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
 
@@ -40,7 +40,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         )
     from mm_moslora.data.sources.hf_tables import hub_revision, hub_store
 
-    local = find_data(source.path, beside=beside)
+    find = find_file if Path(source.path).suffix in _READERS else find_data  # a file is no id on the hub
+    local = find(source.path, beside=beside)
     tables, sha256 = _open(source, local)
     revision = hub_revision(tables[0].table)
     _check_columns(tables, source)
