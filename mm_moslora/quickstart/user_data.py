@@ -99,11 +99,13 @@ def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links
     """The readable pictures in the class folders, without duplicates."""
     seen: dict[str, _Picture] = {}
     others: Counter[str] = Counter()
+    usable: Counter[str] = Counter()
     classes: dict[str, tuple[str, str]] = {}
     for path in sorted(_files(folder, faults, follow_links=follow_links)):
         parts = path.relative_to(folder).parts
         if len(parts) < 2 or any(part.startswith((".", "__MACOSX")) for part in parts):
             continue
+        usable[parts[0]] += 0
         if path.suffix and path.suffix.lower() not in _SUFFIXES:
             others[path.suffix.lower()] += 1
             continue
@@ -128,7 +130,9 @@ def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links
         if first is not picture:
             notes.append(f"{name}: the same picture as {first.name}; it is used once")
             continue
+        usable[parts[0]] += 1
         yield picture
+    notes[:0] = [f"{name}: gives no picture, so nothing is asked about it" for name, n in usable.items() if not n]
     if others:
         kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
         notes.append(f"{others.total()} files of other kinds: {kinds}; pictures are {', '.join(sorted(_SUFFIXES))}")

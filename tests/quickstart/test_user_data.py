@@ -160,19 +160,22 @@ class TestFolder:
         picture(source / "loose.png", 10)
         for name in ("a.txt", "b.TXT", "c.heic"):
             (source / "dog" / name).write_text("words")
+        (source / "bird").mkdir()
+        (source / "bird" / "0.heic").write_text("words")
         data = read_own(source)
         names = {row["image"] for row in [*data.train, *data.test]}
         assert len(names) == 13
         assert "cat/deep er/down/0 ä.png" in names
         faults, notes = "\n".join(data.faults), "\n".join(data.notes)
-        assert (len(data.faults), len(data.notes)) == (4, 2)
+        assert (len(data.faults), len(data.notes)) == (4, 3)
+        assert data.notes[0] == "bird: gives no picture, so nothing is asked about it"
         assert all(name in faults for name in ("broken.png", "empty.jpg", "away.png", "pipe.png"))
         assert "copy.png" in notes
-        assert "3 files of other kinds: 2 .txt, 1 .heic" in notes
+        assert "4 files of other kinds: 2 .heic, 2 .txt" in notes
         with pytest.raises(DataError, match=r"^4 of 17 pictures or records of .* cannot be used \(24 %.*broken\.png"):
             made(source, tmp_path / "my")
         assert not (tmp_path / "my").exists()
-        assert "names all 6" in made(source, tmp_path / "my", most_left_out=0.5)
+        assert "names all 7" in made(source, tmp_path / "my", most_left_out=0.5)
         rows = [json.loads(line)["reason"] for line in (tmp_path / "my" / "left_out.jsonl").read_text().splitlines()]
         assert rows == [*data.faults, *data.notes]
 
