@@ -16,7 +16,7 @@ from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
 
 from mm_moslora.compare.comparison_plan import ALL, Cell, ComparisonSettings, Outcome, reported_cells
 from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, arm_mean, holm
-from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
+from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SIGNIFICANT, Difference
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Answers:
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters, seeds=seeds), less=less,
             pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, views),
-            score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
+            score=_score_name(rules.aggregation) if rules else "",
             nats=nats, no_nats="" if OWN in nats else _why_no_nats(rules, rows, views[0]["own"]),
         )  # fmt: skip
 
@@ -162,9 +162,12 @@ class Answers:
         return self._floor_scores[task]
 
 
-_FULL_MARKS = {"mme": 2000.0}
-"""Aggregations with a sum as their score -> its maximum; the score is shown as a share of it."""
-_SCORES = {"mme": "perception as a share of its 2,000 points"}
+def _score_name(aggregation: str) -> str:
+    """A score that is a sum is compared as a share of its full marks."""
+    from mm_moslora_eval.scoring.score_aggregation import facts_of
+
+    facts = facts_of(aggregation)
+    return facts.score + (f" as a share of its {facts.full_marks:,.0f} points" if facts.is_sum else "")
 
 
 def _scores(view: Path) -> list[float]:
@@ -202,8 +205,9 @@ def _why_no_nats(rules: Task | None, rows: Sequence[Sequence[Mapping[str, Any]]]
 
 def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
     from mm_moslora_eval.scoring.measured_scores import score_by_sample
+    from mm_moslora_eval.scoring.score_aggregation import facts_of
 
-    return [value / _FULL_MARKS.get(aggregation, 1.0) for value in score_by_sample(aggregation, samples)]
+    return [value / facts_of(aggregation).full_marks for value in score_by_sample(aggregation, samples)]
 
 
 def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], clusters: Sequence[Any]) -> TaskScores:

@@ -45,11 +45,6 @@ AGAINST = {
     "best_answer": "the most frequent answer to each question",
 }
 """Baselines of a tuned model, by their names in `evaluation.json`."""
-SCORE_NAMES: Mapping[str, str] = {
-    "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception",
-    "mmstar_macro": "macro average", "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
-}  # fmt: skip
-"""Aggregations with a score that is not a share of right answers -> the name of the score."""
 
 
 def unread_text(unread: int, answers: int) -> str:
@@ -80,7 +75,7 @@ class Difference:
     groups: int | None = None
     """Number of independent pictures or questions; None: unknown."""
     unit: str = ""
-    """Name of the score, see `SCORE_NAMES`; empty for a share of right answers."""
+    """Name of the score; empty for a share of right answers."""
 
     @classmethod
     def of_intervals(cls, a: _Interval, b: _Interval, *, groups: int | None, unit: str = "") -> Difference:

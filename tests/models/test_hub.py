@@ -105,13 +105,15 @@ def test_the_card_lists_the_scores_of_the_run(folder, tmp_path, monkeypatch):
     scores = folder / "own" / "evaluation"
     scores.mkdir()
     item = {"task": "pope", "protocol": "llava", "mode": "own", "score": 0.5, "low": 0.4, "high": 0.6, "n": 10}
-    (scores / "results.json").write_text(json.dumps({"results": [item]}))
+    named = item | {"task": "mine", "about": {"aggregation": "of_mine", "unit": "F1"}}
+    (scores / "results.json").write_text(json.dumps({"results": [item, named]}))
     going = folder / "own" / "going"  # as folders do while a run trains on
     going.mkdir()
     just_before(monkeypatch, os, "scandir", going.rmdir, when=lambda path=".": path in (going, str(going)))
     assert run(["export", str(folder / "own"), str(tmp_path / "out"), "--to", "hf"]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "pope (llava, own) | 50.0 [40.0, 60.0], n 10" in text
+    assert "mine (llava, own) | F1 0.500 [0.400, 0.600], n 10" in text
     assert "import mm_moslora.models" in text
     assert not going.exists()
 

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.verdicts import SCORE_NAMES, amount_text, between, own_pictures, resting_on, score_text
+from mm_moslora.reporting.verdicts import amount_text, between, own_pictures, resting_on, score_text
 from mm_moslora.utils.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
@@ -166,10 +166,10 @@ def format_score(value: float | None, aggregation: str = "mean") -> str:
 
 def _format_measured(value: float | None, aggregation: str = "mean") -> str:
     """The same as the sentences say it: CIDEr, F1 and other named scores as they are."""
-    named = not facts_of(aggregation).is_sum and aggregation in SCORE_NAMES
-    if not named or value is None or math.isnan(value):
+    facts = facts_of(aggregation)
+    if facts.is_sum or not facts.score or value is None or math.isnan(value):
         return format_score(value, aggregation)
-    return score_text(value, SCORE_NAMES[aggregation], named=False)
+    return score_text(value, facts.score, named=False)
 
 
 def _row(result: TaskResult) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _row(result: TaskResult) -> dict[str, Any]:
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
-        "unit": SCORE_NAMES.get(aggregation, ""), "learned_from": result.about.get("learned_from", ""),
+        "unit": facts.score, "learned_from": result.about.get("learned_from", ""),
         "baseline": result.mode in ("majority", "question_majority"), "unscored": result.about.get("unscored"),
         "basis": f"on {result.clusters} pictures" if result.clusters not in (None, result.n) else "",
     }  # fmt: skip

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text, unread_text
+from mm_moslora.reporting.verdicts import score_text, unread_text
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.report.evaluation_page import names_of
 from mm_moslora_eval.report.shared_results import model_of
 from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.task_result import TaskResult
 
 
@@ -73,7 +74,7 @@ def _cell(result: TaskResult | None) -> str:
         return "-"
     if not result.scored:
         return "unscored"
-    unit = SCORE_NAMES.get(str(result.about.get("aggregation", "mean")), "")
+    unit = facts_of(str(result.about.get("aggregation", "mean"))).score
     score, low, high = (score_text(value, unit, named=False) for value in (result.score, result.low, result.high))
     return f"{score}{'*' if _missing(result) else ''} ({low.removesuffix(' %')} to {high})"
 

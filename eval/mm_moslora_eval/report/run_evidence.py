@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
+from mm_moslora.reporting.verdicts import Difference, difference_of
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.file_locks import lock_file
@@ -170,7 +170,7 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
 
 def row_of(named: NamedResult) -> dict[str, Any]:
     """A row of `evaluation.json`, without the details of the measurement."""
-    result, unit = named.result, SCORE_NAMES.get(_aggregation(named.result), "")
+    result, unit = named.result, facts_of(_aggregation(named.result)).score
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()

@@ -42,7 +42,7 @@ from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
-from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids
+from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids, facts_of
 from mm_moslora_eval.scoring.score_remarks import (
     answers_alike,
     disagreement,
@@ -270,6 +270,7 @@ def unscored(
     described = (
         {name: parts[name] for name in (*_PROTOCOL, *_SOMETIMES) if name in parts}
         | ({"code": task.code} if task.code else {})
+        | ({"unit": name} if (name := facts_of(task.aggregation).score) else {})
         | about
     )
     return TaskResult(

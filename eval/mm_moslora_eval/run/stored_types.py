@@ -117,6 +117,7 @@ class _About:
     extraction: str = ""
     metric: str = ""
     aggregation: str = ""
+    unit: str = ""
     asked_as: str = ""
     learned_from: str = ""
     over_samples: str = ""

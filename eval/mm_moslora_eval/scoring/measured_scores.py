@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference
+from mm_moslora.reporting.verdicts import Difference
 from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
 from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
 from mm_moslora_eval.scoring.score_aggregation import NoScoreError, facts_of, summed, together
@@ -134,7 +134,7 @@ def difference_of_scores(aggregation: str, a: Sequence[Samples], b: Sequence[Sam
     x, y = ({name: fmean(run[name] for run in side) for name in side[0]} for side in scores)
     return ScoreDifference(
         a=value_of(left), b=value_of(right), estimate=estimate(minus(left, right), _clusters(first, totals[0][0])),
-        unit=SCORE_NAMES.get(aggregation, ""), seeds_a=tuple(map(value_of, sums[0])),
+        unit=facts_of(aggregation).score, seeds_a=tuple(map(value_of, sums[0])),
         seeds_b=tuple(map(value_of, sums[1])), questions=len(x),
         wins=sum(x[name] > y[name] for name in x), changed=tuple(name for name in x if x[name] != y[name]),
     )  # fmt: skip

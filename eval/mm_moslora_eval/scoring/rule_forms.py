@@ -70,6 +70,10 @@ class AggregationFacts:
     """Its headline is a sum instead of a share."""
     beyond_1: bool = False
     """Its headline is no share."""
+    score: str = ""
+    """Name of its headline where that is no share of right answers."""
+    full_marks: float = 1.0
+    """The largest headline, of which comparisons show a sum as a share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ def _summed(aggregation: str, samples: Samples) -> Summed:
 _FACTS = {
     **dict.fromkeys(
         ("caption", "caption_plain"),
-        AggregationFacts(reads_answers=True, one_answer=True, captions=True, beyond_1=True),
+        AggregationFacts(reads_answers=True, one_answer=True, captions=True, beyond_1=True, score="CIDEr"),
     ),
     **dict.fromkeys(("circular", "all_within"), AggregationFacts(one_answer=True)),
 }

@@ -126,6 +126,6 @@ def _ratings_lmms_eval(reply: str) -> tuple[float, float] | None:
 
 GRADERS = {"llavabench_judge": _grader(_ratings), "llavabench_judge_lmms_eval": _grader(_ratings_lmms_eval)}
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"llavabench": llavabench}
-FACTS = {"llavabench": AggregationFacts(beyond_1=True)}
+FACTS = {"llavabench": AggregationFacts(beyond_1=True, score="relative rating")}
 SUBMISSIONS = {"llavabench": Submission(write=llava_lines, suffix="jsonl")}
 """LLaVA's answer JSONL, which its script judges."""

@@ -80,4 +80,4 @@ def _mme_pair(sample: Scored) -> str:
 
 EXTRACTORS: dict[str, Extractor] = {"mme_lmms_eval": of_text(mme_lmms_eval)}
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"mme": mme}
-FACTS = {"mme": AggregationFacts(one_answer=True, is_sum=True)}
+FACTS = {"mme": AggregationFacts(one_answer=True, is_sum=True, score="perception", full_marks=2000.0)}

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from mm_moslora_eval.scoring.estimates import Ratio
+from mm_moslora_eval.scoring.rule_forms import AggregationFacts
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed
 
 
@@ -44,3 +45,4 @@ def macro(samples: Samples) -> Summed:
 
 
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"mmstar_macro": macro}
+FACTS = {"mmstar_macro": AggregationFacts(score="macro average")}

@@ -148,4 +148,7 @@ AGGREGATIONS: dict[str, Callable[..., Summed]] = {
     "pope_splits": pope_splits,
     "pope_lmms_eval": pope_without_unread,
 }
-FACTS = dict.fromkeys(AGGREGATIONS, AggregationFacts(reads_answers=True, one_answer=True, by_split=True))
+FACTS = {
+    name: AggregationFacts(reads_answers=True, one_answer=True, by_split=True, score=score)
+    for name, score in (("pope", "F1"), ("pope_splits", "mean F1"), ("pope_lmms_eval", "F1"))
+}

@@ -14,7 +14,7 @@ from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.load_model import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
-from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
+from mm_moslora.reporting.verdicts import score_text
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.identity import sha256_of
@@ -129,7 +129,7 @@ def _results(checkpoint: Path) -> str:
             for item in read_json(file, below=checkpoint.parent)["results"]:
                 if item["score"] is None:
                     continue
-                unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
+                unit = item.get("about", {}).get("unit", "")
                 mean, low, high = (
                     score_text(item[key], unit, named=key == "score").removesuffix(" %")
                     for key in ("score", "low", "high")

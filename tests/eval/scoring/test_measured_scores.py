@@ -188,3 +188,15 @@ def test_circular_needs_numbered_documents_before_anything_is_asked(tmp_path: Pa
     with pytest.raises(EvalError, match=r"1 of 1 ids are no integers \(first: 'q1'\).*rotation k of question n"):
         evaluate(model, get_task(str(task)), tmp_path / "run", settings=ONE)
     assert model.asked == []
+
+
+@pytest.mark.parametrize(("aggregation", "unit"), [("mean", None), ("pope", "F1"), ("mmstar_macro", "macro average")])
+def test_a_result_names_a_score_that_is_no_share_of_right_answers(
+    tmp_path: Path, aggregation: str, unit: str | None
+) -> None:
+    rows = [{"id": f"q{number}", "question": "?", "answer": ("yes", "no")[number % 2]} for number in range(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "t.yaml"
+    task.write_text(f"name: t\nsource: {{kind: llava, path: q.jsonl}}\naggregation: {aggregation}\n")
+    (found, *_) = evaluate(FakeModel(), get_task(str(task)), tmp_path / "run", settings=ONE, modes=("own",))
+    assert found.about.get("unit") == unit

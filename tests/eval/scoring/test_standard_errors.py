@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from mm_moslora_eval.metrics import caption
 from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores, score_by_sample
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
-
-from mm_moslora.reporting.verdicts import SCORE_NAMES
 
 PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
@@ -187,7 +185,7 @@ def test_the_standard_error_is_that_of_drawing_whole_pictures(name: str) -> None
     assert found.stderr == pytest.approx(number(samples, weights_of(samples)).std(ddof=1), rel=0.1)
 
 
-@pytest.mark.parametrize("name", SCORE_NAMES)
+@pytest.mark.parametrize("name", [name for name in PARTS if facts_of(name).score])
 def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) -> None:
     a, b = prepared(name, seed=3), prepared(name, seed=3)
     worse = np.random.default_rng(9).random(len(b)) < 0.3
