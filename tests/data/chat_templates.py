@@ -1,12 +1,21 @@
-"""Tokenizers and chat templates of the kinds that exist: byte-level and SentencePiece, with and without BOS."""
+"""Tokenizers and chat templates of the kinds that exist, with and without BOS, and real ones that packages carry.
+
+`MM_MOSLORA_TEST_TOKENIZERS` may name a folder with further tokenizers, one folder each, such as GPT-2's.
+"""
 
 from __future__ import annotations
 
+import base64
+import copy
 import functools
+import importlib.resources
+import json
+import os
+import tempfile
+from pathlib import Path
 
+import pytest
 from tiny import CHATML, make_tokenizer
-
-from tests.data.real_tokenizers import tokenizer_copy
 
 VICUNA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set rest = messages[1:] %}"
@@ -78,3 +87,86 @@ def build_tokenizer(kind: str, template: str | None, *, image: bool = True, add_
 def shared_tokenizer(name: str):
     """One of `TEMPLATES`, made once; do not change it."""
     return build_tokenizer(*TEMPLATES[name])
+
+
+NAMES = ("llama-legacy", "llama", "mistral-v3", "tekken", "open_clip", "smollm2", "gpt2", "stories260k")
+
+
+@functools.cache
+def real_tokenizer(name: str):
+    """One of `NAMES`, made once; change a `tokenizer_copy`. Skips the test where its files are missing."""
+    if name.startswith("llama"):
+        return _sentencepiece("tokenizer.model.v1", legacy="legacy" in name, add_bos_token="without-bos" not in name)
+    if name == "mistral-v3":
+        return _sentencepiece("mistral_instruct_tokenizer_240323.model.v3", legacy=False, add_bos_token=True)
+    if name == "tekken":
+        return _tekken()
+    if name == "open_clip":
+        return _open_clip()
+    return _from_folder(name)
+
+
+def tokenizer_copy(name: str):
+    """A copy of `real_tokenizer(name)` to change; its vocabulary is shared, since copying that takes half a second."""
+    tokenizer = real_tokenizer(name)
+    values = [*vars(tokenizer).values(), *tokenizer.init_kwargs.values()]
+    vocabularies = [value for value in values if isinstance(value, dict | list) and len(value) > 1000]
+    return copy.deepcopy(tokenizer, {id(value): value for value in vocabularies})
+
+
+def _data(package: str, *parts: str) -> bytes:
+    return importlib.resources.files(package).joinpath(*parts).read_bytes()
+
+
+def _sentencepiece(file: str, **options: bool):
+    from transformers import LlamaTokenizer
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "tokenizer.model").write_bytes(_data("mistral_common", "data", file))
+    return LlamaTokenizer.from_pretrained(folder, **options)
+
+
+def _tekken():
+    """The first 16,000 ranks of Mistral's tiktoken vocabulary, which are a BPE vocabulary of their own."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    stored = json.loads(_data("mistral_common", "data", "tekken_240911.json"))
+    path = Path(tempfile.mkdtemp()) / "vocabulary.tiktoken"
+    ranks = [(base64.b64decode(item["token_bytes"]), item["rank"]) for item in stored["vocab"][:16_000]]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks))
+    converter = TikTokenConverter(str(path), pattern=stored["config"]["pattern"])
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token="<s>", eos_token="</s>")
+
+
+def _open_clip():
+    """OpenAI CLIP's byte-pair vocabulary, which knows lower case only."""
+    import gzip
+
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    lines = gzip.decompress(_data("open_clip", "bpe_simple_vocab_16e6.txt.gz")).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 1]
+    symbols = list(bytes_to_unicode().values())
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(line.split()) for line in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder = Path(tempfile.mkdtemp())
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _from_folder(name: str):
+    from transformers import AutoTokenizer
+
+    more = os.environ.get("MM_MOSLORA_TEST_TOKENIZERS")
+    places = [Path(more) / name] if more else []
+    if name == "smollm2":
+        from mm_moslora.utils.run_paths import cache_folder
+
+        places.append(cache_folder("quickstart") / "smollm2-135m-instruct")
+    for place in places:
+        if place.is_dir():
+            return AutoTokenizer.from_pretrained(place)
+    pytest.skip(f"the tokenizer {name} is in none of {[str(place) for place in places]}")

@@ -1,4 +1,4 @@
-"""Encoders and training sets for tests of data preparation."""
+"""Records, encoders and training sets for tests of data preparation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from tiny import CHATML
 from mm_moslora.batch import PictureFrame, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
+from mm_moslora.data.chat.record_turns import Record, Turn
+from mm_moslora.data.chat.records import parse_record
+from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.record_faults import Where
 from mm_moslora.data.training_set import TrainingSet
-from tests.data.chat_templates import build_tokenizer
+from tests.data.chat_templates import build_tokenizer, shared_tokenizer
 
 OF_SET = ("quarantine_path", "on_progress", "exact_limit")
 
@@ -47,6 +51,24 @@ class TinyTower:
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """A tiny image transform."""
     return torch.from_numpy(np.asarray(image.resize((4, 4)), dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+def turns(*texts: str) -> list[Turn]:
+    """Questions and answers in turn."""
+    return [Turn(role="assistant" if index % 2 else "user", text=text) for index, text in enumerate(texts)]
+
+
+def parsed(value: object, folder: Path | None = None, **rules: object) -> Record:
+    """The record of a value, whose pictures lie in a folder."""
+    where = Where(file=Path("data.jsonl"), line=1, row=0)
+    return parse_record(value, where, PictureRules(folder=folder or Path.cwd(), **rules))
+
+
+@functools.cache
+def shared_encoder(name: str) -> ConversationEncoder:
+    """An encoder for one of `chat_templates.TEMPLATES`, with three tokens an image."""
+    tokenizer = shared_tokenizer(name)
+    return ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=3)
 
 
 @functools.cache

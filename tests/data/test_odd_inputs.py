@@ -11,7 +11,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +22,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import ImageError, PictureRules, check_image_bytes, open_image_bytes
 from mm_moslora.data.record_faults import Code, RecordError, Where
-from mm_moslora.data.sources.open_sources import RecordFile, open_source
+from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from tests.data.sets import chatml_encoder, make_set
@@ -79,52 +78,10 @@ def test_nan_infinity_null_and_keys_written_twice(tmp_path: Path) -> None:
         assert (error.code, error.where.row) == (Code.BAD_TEXT, 0)
 
 
-def test_special_tokens_typed_by_users_are_text(tmp_path: Path) -> None:
-    encoder = chatml_encoder()
-    parts = [{"type": "text", "text": "what do <image>, <|im_end|> and </s> mean?"}]
-    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "<|im_end|> ends"}]}
-    record = RecordFile(write(tmp_path, row))[0]
-    ids = encoder.encode(record.turns).input_ids.tolist()
-    special = set(encoder.tokenizer.all_special_ids)
-    plain = encoder.encode(RecordFile(write(tmp_path, chat()))[0].turns).input_ids.tolist()
-    assert sum(token in special for token in ids) == sum(token in special for token in plain)
-    assert "what do <image>, <|im_end|> and </s> mean?" in encoder.tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
-def test_a_picture_that_is_cut_short(kind: str) -> None:
-    whole = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), kind)
-    assert refused(whole[: len(whole) // 2]).code in (Code.IMAGE_DAMAGED, Code.IMAGE_FORMAT)
-    from PIL import ImageFile
-
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
-def test_other_colour_models(mode: str) -> None:
-    for colour in ((200, 30, 20), (10, 180, 90), (240, 240, 10)):
-        image = Image.new("RGB", (16, 16), colour).convert(mode)
-        seen = open_image_bytes(encoded(image, "JPEG", quality=98)).getpixel((8, 8))
-        assert np.abs(np.subtract(seen, colour)).max() <= 8
-
-
-def test_lab() -> None:
-    from PIL import ImageCms
-
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = ImageCms.applyTransform(
-        Image.new("RGB", (4, 4), (200, 30, 20)), ImageCms.buildTransform(*profiles, "RGB", "LAB")
-    )
-    assert np.abs(np.subtract(open_image_bytes(encoded(lab, "TIFF")).getpixel((0, 0)), (200, 30, 20))).max() <= 4
-
-
-def test_exotic_formats_are_refused_and_so_are_texts_that_unpack_to_megabytes() -> None:
-    picture = Image.new("RGB", (8, 8), "red")
-    for kind in ("EPS", "PPM", "ICO", "PCX"):
-        assert refused(encoded(picture, kind)).code == Code.IMAGE_FORMAT
+def test_texts_that_unpack_to_megabytes_are_refused() -> None:
     body = b"zTXtx\0\0" + zlib.compress(b"\0" * 50_000_000)
     bomb = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    whole = encoded(picture)
+    whole = encoded(Image.new("RGB", (8, 8), "red"))
     assert refused(whole[:33] + bomb + whole[33:]).code == Code.IMAGE_DAMAGED
 
 

@@ -15,7 +15,7 @@ from mm_moslora.cli import cli_app as cli
 from mm_moslora.config import Recipe, load_recipe
 from mm_moslora.planning.recipe_data import check_recipe
 from mm_moslora.training.training_loop import train
-from tests.data.real_tokenizers import tokenizer_copy
+from tests.data.chat_templates import tokenizer_copy
 
 RANKS = (0, 10, 25, 50, 75, 90, 95, 99, 100)
 PARTS = {
@@ -142,7 +142,7 @@ def test_the_ids_are_those_of_the_authors_tokenisation() -> None:
     """Anew from the definition of finetune.py: one text, cut off, and the end of sequence where there is room."""
     from mm_moslora.config.llava_chat_templates import set_chat_template
     from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-    from tests.data.conftest import turns
+    from tests.data.sets import turns
 
     blanks = " " * 16
     for name in ("llama-legacy", "tekken"):

@@ -13,17 +13,16 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, TooLong
 from mm_moslora.data.chat.record_turns import Turn
-from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.data_views import RecordSample, page, view_record
 from mm_moslora.data.check.record_check import check
-from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_examples import encode_record
-from mm_moslora.data.record_faults import RecordError, Where
+from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.chat_templates import shared_tokenizer
+from tests.data.sets import parsed
 
 
 def talk(*answers: dict, **record) -> dict:
@@ -35,10 +34,6 @@ def talk(*answers: dict, **record) -> dict:
         for turn in ({"role": "user", "content": f"{name}?"}, {"role": "assistant", "content": name} | answer)
     ]
     return {"messages": turns} | record
-
-
-def parsed(value: dict):
-    return parse_record(value, Where(file=Path("data.jsonl"), line=1, row=0), PictureRules(folder=Path.cwd()))
 
 
 def weights(value: dict) -> list[float]:

@@ -20,7 +20,7 @@ from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.record_picture import PictureRules
 from mm_moslora.data.record_faults import Where
 from mm_moslora.utils.errors import ConfigError
-from tests.data.real_tokenizers import NAMES, real_tokenizer, tokenizer_copy
+from tests.data.chat_templates import NAMES, real_tokenizer, tokenizer_copy
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_labels.json"
 ENDS = {

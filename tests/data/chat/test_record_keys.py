@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
-from mm_moslora.data.images.record_picture import PictureRules
-from mm_moslora.data.record_faults import RecordError, Where
+from mm_moslora.data.record_faults import RecordError
 from tests.data.chat_templates import shared_tokenizer
-
-
-def parsed(value: dict):
-    return parse_record(value, Where(file=Path("data.jsonl"), line=1, row=0), PictureRules(folder=Path.cwd()))
+from tests.data.sets import parsed
 
 
 def chat(*, record: dict | None = None, llava: bool = False, user: dict | None = None, **answer) -> dict:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_moslora.data.chat.records import parse_record
@@ -16,6 +16,7 @@ from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources import record_file
 from mm_moslora.data.sources.record_file import RecordFile
 from mm_moslora.utils.errors import DataError
+from tests.data.sets import parsed
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
@@ -49,7 +50,7 @@ class TestGoodRecords:
         parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what is <image>?"}]
         row = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts},
                             {"role": "assistant", "content": [{"type": "text", "text": "a tag"}]}]}  # fmt: skip
-        record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
+        record = parsed(row, tmp_path)
         assert [turn.role for turn in record.turns] == ["system", "user", "assistant"]
         assert record.turns[1].parts() == ["", "\nwhat is <image>?"]  # the typed one is text
         assert record.images == (LocalPicture(tmp_path / "a.png"),)
@@ -65,16 +66,13 @@ class TestGoodRecords:
             "images": ["a.png", "b.png"],
             "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
         }
-        record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
+        record = parsed(row, tmp_path)
         assert [picture.path.name for picture in record.images] == ["a.png", "b.png"]
         assert record.turns[0].images == 2
 
     def test_a_placeholder_in_an_answer_is_text(self, tmp_path: Path) -> None:
         row = chat(("human", "which tag?"), ("gpt", "<image>"))
-        assert (
-            parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path)).turns[1].images
-            == 0
-        )
+        assert parsed(row, tmp_path).turns[1].images == 0
 
 
 def deep(levels: int) -> str:
@@ -208,7 +206,7 @@ class TestBadRecords:
     )  # fmt: skip
     def test_anything_is_a_record_or_a_named_error(self, value) -> None:
         with contextlib.suppress(RecordError):  # anything else is a failure
-            parse_record(value, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
+            parsed(value, Path("/nowhere"))
 
 
 class TestFiles:
@@ -241,18 +239,6 @@ class TestFiles:
         with pytest.raises(DataError, match="does not exist or is no file"):
             RecordFile(tmp_path / name)
 
-    @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
-    def test_the_size_of_the_chunks_read_does_not_matter(self, tmp_path: Path, monkeypatch, chunk: int) -> None:
-        monkeypatch.setattr(record_file, "CHUNK", chunk)
-        values = [{"é": "日本\n🙂"}, 12345, "a]b,", [1, [2]], -1.5e3, None, {"a": {"b": '\\"'}}]
-        (tmp_path / "a.json").write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
-        (tmp_path / "a.jsonl").write_text(
-            "\n \n".join(json.dumps(value, ensure_ascii=False) for value in values), encoding="utf-8"
-        )
-        for name in ("a.json", "a.jsonl"):
-            file = RecordFile(tmp_path / name)
-            assert [file.value(row) for row in range(len(file))] == values
-
     def test_a_record_beyond_the_limit_is_not_read(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(record_file, "MAX_VALUE_BYTES", 100)
         path = tmp_path / "d.jsonl"
@@ -275,7 +261,7 @@ class TestFiles:
 )
 def test_the_only_image_of_a_question_stands_first_as_in_llava(written: str, read: str) -> None:
     row = {"image": "a.png", "conversations": [{"from": "human", "value": written}, {"from": "gpt", "value": "red"}]}
-    record = parse_record(row, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
+    record = parsed(row, Path("/nowhere"))
     assert record.turns[0].text == read
     assert record.turns[0].images == 1
 
@@ -283,5 +269,42 @@ def test_the_only_image_of_a_question_stands_first_as_in_llava(written: str, rea
 def test_several_images_of_a_question_stay_in_place() -> None:
     talk = [{"from": "human", "value": "is <image> like <image>?"}, {"from": "gpt", "value": "no"}]
     row = {"image": ["a.png", "b.png"], "conversations": talk}
-    record = parse_record(row, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
+    record = parsed(row, Path("/nowhere"))
     assert record.turns[0].text == "is <image> like <image>?"
+
+
+texts = st.text(st.sampled_from('a"\\[]{},: \n\té🙂'), max_size=12)
+values = st.recursive(texts | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+objects = st.dictionaries(texts, values, max_size=3)
+relaxed = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@relaxed
+@given(
+    st.lists(objects, min_size=1, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.sampled_from([3, 7, 64])
+)
+def test_a_list_gives_its_values(tmp_path: Path, monkeypatch, rows, indent, ascii_only, chunk) -> None:
+    monkeypatch.setattr(record_file, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_text(f" \n{json.dumps(rows, indent=indent, ensure_ascii=ascii_only)} \n", encoding="utf-8")
+    file = RecordFile(path)
+    assert [file.value(row) for row in range(len(file))] == rows
+
+
+@relaxed
+@given(
+    st.lists(st.one_of(objects.map(json.dumps), st.sampled_from(["", "  ", "\t", " {}", "7"])), max_size=8),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from([3, 7, 64]),
+)
+def test_lines_give_their_values_and_numbers(tmp_path: Path, monkeypatch, lines, ending, closed, chunk) -> None:
+    monkeypatch.setattr(record_file, "CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((ending.join(lines) + ending * closed).encode())
+    starts, ends, numbers = record_file.scan_lines(path)
+    raw = path.read_bytes()
+    found = [
+        (number, raw[start:end].strip().decode()) for start, end, number in zip(starts, ends, numbers, strict=True)
+    ]
+    assert found == [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

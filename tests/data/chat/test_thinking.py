@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.record_turns import Turn
-from tests.data.conftest import turns
+from tests.data.sets import turns
 
 THINKING = [
     "<think>\nIt is round.\n</think>\n\na ball",

@@ -19,7 +19,7 @@ from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.training_set import TrainingSet
 from tests.data.chat_templates import TEMPLATES, shared_tokenizer
-from tests.data.conftest import turns
+from tests.data.sets import turns
 
 SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 THINKING = [

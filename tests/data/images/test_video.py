@@ -30,7 +30,7 @@ from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.utils.errors import ConfigError, DataError
-from tests.data.sets import chatml_encoder, make_set, tiny_tower
+from tests.data.sets import chatml_encoder, make_set, parsed, tiny_tower
 
 QA = [{"from": "human", "value": "<video>\nwhat happens?"}, {"from": "gpt", "value": "it gets brighter"}]
 KINDS = {
@@ -48,8 +48,7 @@ KINDS = {
 
 
 def parse(value: object, folder: Path, *, frames: int = 4, follow_links: bool = False) -> Record:
-    rules = PictureRules(folder=folder.resolve(), video_frames=frames, follow_links=follow_links)
-    return parse_record(value, Where(file=Path("d.jsonl"), line=1, row=0), rules)
+    return parsed(value, folder.resolve(), video_frames=frames, follow_links=follow_links)
 
 
 def shown(path: Path, count: int) -> list[int]:

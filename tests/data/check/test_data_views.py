@@ -10,30 +10,27 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.record_turns import Turn
 from mm_moslora.data.check.data_views import IMAGE, SPECIAL, SUPERVISED, view_tokens
 from mm_moslora.data.check.record_check import CheckReport, check
-from tests.data.conftest import Setup, turns
-from tests.data.sets import TinyTower, damage, to_pixels
+from tests.data.sets import chatml_encoder, damage, tiny_tower, turns
 
 
-def run_check(setup: Setup, path: Path, *, config: DataConfig | None = None, **options: object) -> CheckReport:
+def run_check(path: Path, **options: object) -> CheckReport:
     sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images"))]
-    encoder = setup.encoder()
-    tower = TinyTower(to_pixels, token=encoder.image_token_id, tokens=encoder.tokens_per_image)
-    return check(sources, encoder, config=config or DataConfig(), image_processing=tower, **options)
+    return check(sources, chatml_encoder(), config=DataConfig(), image_processing=tiny_tower(), **options)
 
 
 class TestCheck:
-    def test_without_decoding_only_headers_are_read(self, chatml: Setup, tmp_path: Path) -> None:
+    def test_without_decoding_only_headers_are_read(self, tmp_path: Path) -> None:
         path = make_records(tmp_path, 4)
         damage(tmp_path / "images" / "0.png")
         seen: list[tuple[int, int]] = []
-        report = run_check(chatml, path, on_progress=lambda done, total: seen.append((done, total)))
+        report = run_check(path, on_progress=lambda done, total: seen.append((done, total)))
         assert dict(report.bad) == {"IMAGE_DAMAGED": 1}
         assert not report.ok
         assert seen[-1] == (4, 4)
-        assert run_check(chatml, path, decode=False).ok
+        assert run_check(path, decode=False).ok
 
-    def test_the_histogram_counts_every_length_once(self, chatml: Setup, tmp_path: Path) -> None:
-        report = run_check(chatml, make_records(tmp_path))
+    def test_the_histogram_counts_every_length_once(self, tmp_path: Path) -> None:
+        report = run_check(make_records(tmp_path))
         histogram = report.histogram()
         assert sum(count for _, count in histogram) == report.usable == 24
         assert histogram[-1][0] == report.max_length
@@ -42,22 +39,22 @@ class TestCheck:
 
 
 class TestView:
-    def test_supervised_text_is_marked_and_images_are_counted(self, chatml: Setup) -> None:
-        encoder = chatml.encoder()
+    def test_supervised_text_is_marked_and_images_are_counted(self) -> None:
+        encoder = chatml_encoder()
         encoded = encoder.encode(turns("<image>\nwhat?", "a [red] cat", "more?", "no"))
         text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
         styled = lambda part: "".join(text.plain[s.start : s.end] for s in text.spans if part in str(s.style))  # noqa: E731
         assert styled(SUPERVISED) == "a [red] cat<|im_end|>no<|im_end|>"
-        assert styled(IMAGE) == "[image: 3 tokens]"
+        assert styled(IMAGE) == "[image: 4 tokens]"
         assert styled(SPECIAL) == "<|im_start|><|im_end|>" * 4
-        assert text.plain.startswith("<|im_start|>user\n[image: 3 tokens]\nwhat?<|im_end|>")
+        assert text.plain.startswith("<|im_start|>user\n[image: 4 tokens]\nwhat?<|im_end|>")
 
-    def test_characters_of_several_tokens_stay_whole(self, chatml: Setup) -> None:
-        encoded = chatml.encoder().encode(turns("你好", "🙂é"))
-        assert "🙂é<|im_end|>" in view_tokens(encoded, chatml.tokenizer).plain
+    def test_characters_of_several_tokens_stay_whole(self) -> None:
+        encoded = chatml_encoder().encode(turns("你好", "🙂é"))
+        assert "🙂é<|im_end|>" in view_tokens(encoded, chatml_encoder().tokenizer).plain
 
-    def test_typed_special_tokens_do_not_look_like_special_ones(self, chatml: Setup) -> None:
-        encoder = chatml.encoder()
+    def test_typed_special_tokens_do_not_look_like_special_ones(self) -> None:
+        encoder = chatml_encoder()
         encoded = encoder.encode([Turn(role="user", text="a <|im_end|> <image> b", offsets=()), *turns("", "c")[1:]])
         text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
         special = "".join(text.plain[s.start : s.end] for s in text.spans if SPECIAL in str(s.style))
