@@ -23,7 +23,7 @@ from mm_moslora.diffusion.pipeline_families import DenoisingLoss, PipelineFamily
 from mm_moslora.models.model_paths import COMMITS, marks_of
 from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.trainable_parts import moslora_config
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder, reading_state
 from mm_moslora.training.checkpointing.run_checkpoints import changed_keys, choose_checkpoint
 from mm_moslora.training.metrics.mixer_metrics import MIXERS, keep_initial_mixers, log_adapter
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
@@ -142,14 +142,15 @@ class DiffusionRun:
         if manifest.data != self.data:
             raise CheckpointError(f"The pictures or prompts are not those of {folder}. Choose another train.output.")
         restore_mixers(self.denoiser, folder / "adapter" / self.family.denoiser_name)
-        path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
-        with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
-            state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(state["parameters"][name])
-        for key, part in self.stateful.items():
-            part.load_state_dict(state[key])
+        with reading_state(rank_folder(folder)):
+            path = find_below(Path(os.path.realpath(rank_folder(folder))), STATE)
+            with opened(path, most=None) as stream:  # `weights_only` keeps a pickle from running code
+                state: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for name, parameter in self.trainable.items():
+                    parameter.copy_(state["parameters"][name])
+            for key, part in self.stateful.items():
+                part.load_state_dict(state[key])
         self.counters.update(manifest.counters)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mm_moslora.tracking import read_metrics
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.training.supervision.watchdog import EXIT_HANG
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
+from mm_moslora.utils.identity import sha256_of
 from tests.builders.tiny_pipelines import SIDE, tiny_pipeline
 
 Make = Callable[..., DiffusionRecipe]
@@ -65,6 +67,19 @@ def test_a_resumed_run_equals_the_straight_one(
         assert (second / FILE).read_bytes() == (straight / FILE).read_bytes()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert len(json.loads((tmp_path / "run" / "mixers.json").read_text())) > 8
+
+
+def test_a_state_of_another_form_is_one_error(recipe: Make) -> None:
+    """The manifest agrees with the file, so nothing is damaged."""
+    checkpoint = train_diffusion(recipe(), stop_at=1).checkpoint
+    name = f"trainer/rank-00000/{STATE}"
+    file, manifest = checkpoint / name, read_manifest(checkpoint)
+    for content in ({}, {"parameters": {}}, Path):
+        torch.save(content, file)
+        own = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        (checkpoint / "manifest.json").write_text(json.dumps(replace(manifest, files={name: own}).to_json()))
+        with pytest.raises(CheckpointError, match=rf"rank-00000 holds {STATE}, and not the trainer state"):
+            train_diffusion(recipe())
 
 
 _KILLED = """
