@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from tiny import make_vision, supervised_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from vlm_runs import vision_name
 
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -24,31 +24,6 @@ from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import image_features
 from mm_moslora.utils.errors import ModelError
-
-OPEN_CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
-}
-
-
-def open_clip_folder(folder):
-    from open_clip.model import _build_vision_tower
-    from safetensors.torch import save_file
-
-    torch.manual_seed(2)
-    tower = _build_vision_tower(OPEN_CLIP["embed_dim"], OPEN_CLIP["vision_cfg"])
-    save_file({f"visual.{k}": v.contiguous() for k, v in tower.state_dict().items()}, folder / "model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
-    return folder
-
-
-def vision_name(kind, tmp_path):
-    if kind == "open_clip":
-        return f"open_clip:{open_clip_folder(tmp_path)}"
-    if kind == "timm":
-        return "timm:test_vit"
-    return str(make_vision(tmp_path / kind, kind))
 
 
 def config_for(language, vision, projector="mlp2x_gelu", **options):

@@ -6,21 +6,16 @@ import re
 
 import pytest
 import torch
-import transformers
 from tiny import make_vision
-from transformers import AutoConfig
 from vlms import FAMILIES
 
 from mm_moslora.config import VisionConfig
-from mm_moslora.models.export.gguf_model import FAMILIES as GGUF
 from mm_moslora.models.families import (
-    DECODERS,
     LEAN_LAYERS,
     TOWERS,
     VLMS,
     VlmFamily,
     processor_family,
-    tower_family,
     vlm_family,
 )
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
@@ -43,26 +38,6 @@ def test_a_tower_has_the_statistics_of_its_family(name, kind, tmp_path):
     assert (spec.mean, spec.std) == (family.statistics.mean, family.statistics.std)
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_transformers_knows_every_tower_and_the_model_around_it(name):
-    family = TOWERS[name]
-    assert type(AutoConfig.for_model(name)).model_type == name
-    if family.whole is not None:
-        assert tower_family(family.whole) is family
-        assert AutoConfig.for_model(family.whole).vision_config.model_type == name
-
-
-SMALL = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", GGUF)
-def test_a_decoder_that_is_exported_to_gguf_has_an_entry(name):
-    assert name in DECODERS
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_ready_made_model_has_the_parts_of_its_family(name):
     torch.manual_seed(0)
@@ -77,18 +52,3 @@ def test_a_ready_made_model_has_the_parts_of_its_family(name):
     assert processor_family(processor) in ((family,) if family.processor else (VlmFamily(),))
     decoder = type(model.get_decoder().layers[0]).__name__
     assert use_lean_layers(model) == (2 if decoder in LEAN_LAYERS else 0)
-
-
-@pytest.mark.parametrize("name", VLMS)
-def test_transformers_knows_every_ready_made_model_and_its_processor(name):
-    assert AutoConfig.for_model(name).model_type == name
-    assert not VLMS[name].processor or hasattr(transformers, VLMS[name].processor)
-
-
-def test_an_entry_is_what_makes_a_family(monkeypatch):
-    """Without its entry a model runs on the defaults."""
-    model, processor = FAMILIES["smolvlm"]()
-    assert not needs_padding(model)
-    monkeypatch.delitem(VLMS, "smolvlm")
-    assert needs_padding(model)
-    assert processor_family(processor) == VlmFamily()

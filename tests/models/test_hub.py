@@ -15,12 +15,14 @@ from llava_checkpoint import write_llava_checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_vision
+from vlm_runs import recipe_for, write_records
 
 from mm_moslora.cli import run
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.models.export.export_huggingface import largest_logit_difference
 from mm_moslora.models.load_model import load
 from mm_moslora.training.training_loop import train
-from tests.models.test_pretrained_vlm import recipe_for, write_records
+from mm_moslora.utils.errors import ModelError
 
 STOCK = """
 import sys
@@ -174,3 +176,15 @@ def test_what_is_pushed_to_the_hub_comes_back_by_its_name(folder, tmp_path):
     ]
     assert {"config.json", "model.safetensors", "processor_config.json"} <= hub.files["models", "me/own"].keys()
     assert not hub.unknown
+
+
+def test_rounding_grows_with_the_logits_and_another_model_is_refused():
+    """SmolLM2's logits reach 40, and its folded adapter differs by 8e-4 in fp32: that is rounding."""
+    logits = torch.linspace(-40, 40, 101)
+    found = largest_logit_difference(logits, logits + 8e-4)
+    assert (found, found.scale) == pytest.approx((8e-4, 40), rel=0.01)
+    for other in (logits + 0.01, logits * 1.001, torch.full_like(logits, torch.nan)):
+        with pytest.raises(ModelError, match="files give other logits"):
+            largest_logit_difference(logits, other)
+    with pytest.raises(ModelError, match="accepted 1e-04"):
+        largest_logit_difference(logits / 100, logits / 100 + 2e-4)

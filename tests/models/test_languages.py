@@ -10,7 +10,8 @@ import timm
 import torch
 import transformers as t
 from safetensors.torch import save_file
-from tiny import make_tokenizer, make_vision, supervised_logits
+from tiny import make_vision, supervised_logits
+from vlm_runs import conversation, make_language_of, picture, recipe_for, vision_name, write_records
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
@@ -23,31 +24,7 @@ from mm_moslora.models.load_model import load
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError, reason_of
-from tests.models.test_assembly import vision_name
-from tests.models.test_pretrained_vlm import conversation, picture, recipe_for, write_records
 
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None,
-}  # fmt: skip
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}  # fmt: skip
-LANGUAGES = {
-    "llama3": lambda s: t.LlamaForCausalLM(t.LlamaConfig(**s, rope_parameters=LLAMA3_ROPE)),
-    "qwen2.5": lambda s: t.Qwen2ForCausalLM(t.Qwen2Config(**s, tie_word_embeddings=True)),
-    "qwen3": lambda s: t.Qwen3ForCausalLM(t.Qwen3Config(**s, head_dim=32)),
-    "mistral": lambda s: t.MistralForCausalLM(t.MistralConfig(**s, sliding_window=64)),
-    "gemma3": lambda s: t.Gemma3ForCausalLM(
-        t.Gemma3TextConfig(**s, head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"])
-    ),
-    "phi3": lambda s: t.Phi3ForCausalLM(t.Phi3Config(**s)),
-    "smollm2": lambda s: t.LlamaForCausalLM(t.LlamaConfig(**s, tie_word_embeddings=True)),
-    "smollm3": lambda s: t.SmolLM3ForCausalLM(t.SmolLM3Config(**s, no_rope_layer_interval=2)),
-    "olmo2": lambda s: t.Olmo2ForCausalLM(t.Olmo2Config(**s)),
-    "gpt_neox": lambda s: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**s)),
-}
 # Language model, tower, projector: each tower and each projector with at least one language model.
 MATRIX = [
     ("llama3", "clip", "mlp2x_gelu"),
@@ -64,15 +41,6 @@ MATRIX = [
 ]
 
 
-def make_language_of(folder, family):
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    LANGUAGES[family](SMALL | ids | {"vocab_size": len(tokenizer)}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def vision_of(kind, folder):
     if kind == "fused":
         a, b = (str(make_vision(folder / name, name)) for name in ("dinov2", "siglip28"))
@@ -85,10 +53,6 @@ def vision_of(kind, folder):
         (folder / "config.json").write_text('{"architecture": "test_vit"}')
         return VisionConfig(name=str(folder))
     return VisionConfig(name=vision_name(kind, folder))
-
-
-def test_the_matrix_holds_everything():
-    assert {row[0] for row in MATRIX} == LANGUAGES.keys()
 
 
 @pytest.mark.parametrize(("language", "tower", "projector"), MATRIX)

@@ -1,17 +1,28 @@
-"""Weights of a checkpoint are read only with the bytes that its manifest names."""
+"""Weights are read only whole: with the bytes that a manifest names, and all that a model needs."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_vision
+from torch import Tensor
 from trials import with_train
+from vlms import make_vlm
 
+from mm_moslora.config import VisionConfig
 from mm_moslora.models.assembly import load_parts
+from mm_moslora.models.language_model import load_language
 from mm_moslora.models.load_model import load
+from mm_moslora.models.pretrained_vlm import load_pretrained_vlm
+from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.training.training_loop import train
-from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.errors import ModelError, MoSLoRAError
 
 
 @pytest.fixture
@@ -89,3 +100,56 @@ def test_a_damaged_manifest_is_one_line(checkpoint, content):
     (checkpoint / "manifest.json").write_bytes(content)
     with pytest.raises(MoSLoRAError, match=r"manifest\.json is damaged"):
         load(checkpoint)
+
+
+Change = Callable[[str], str | None]
+
+
+def changed(source: Path, target: Path, change: Change) -> Path:
+    """A copy of a model with other names of its weights; None leaves one out."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name != "model.safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    weights: Mapping[str, Tensor] = load_file(source / "model.safetensors")
+    named = {name: tensor for old, tensor in weights.items() if (name := change(old)) is not None}
+    save_file(named, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+WRAPPED: Mapping[str, Change] = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "data parallel": lambda name: f"module.{name}",
+    "a layer": lambda name: None if ".layers.1.mlp.up_proj" in name else name,
+}
+
+
+@pytest.mark.parametrize("change", WRAPPED)
+def test_a_language_model_that_lacks_weights_is_refused(change: str, language_folder: Path, tmp_path: Path) -> None:
+    broken = changed(language_folder, tmp_path / "broken", WRAPPED[change])
+    for loading in (lambda: load_language(str(broken), None, dtype=torch.float32), lambda: load(broken)):
+        with pytest.raises(ModelError, match=r"lacks \d+ weights of \w+, such as .*: they would be random"):
+            loading()
+
+
+def test_a_ready_made_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    whole = make_vlm(tmp_path / "whole", "qwen2_5_vl")
+    broken = changed(whole, tmp_path / "broken", WRAPPED["compiled"])
+    with pytest.raises(ModelError, match=r"such as _orig_mod\."):
+        load_pretrained_vlm(str(broken), None, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip", "dinov2"])
+def test_a_tower_needs_the_weights_that_its_features_use(kind: str, tmp_path: Path) -> None:
+    whole = make_vision(tmp_path / "whole", kind)
+    behind = changed(
+        whole, tmp_path / "behind",
+        lambda name: None if any(part in name for part in ("pooler", "head.", "layer.2.", "layers.2.")) else name,
+    )  # fmt: skip
+    second_last = VisionConfig(name=str(behind), feature_layer=-2)
+    load_vision(second_last)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights"):
+        load_vision(VisionConfig(name=str(behind), feature_layer=-1))
+    first = changed(whole, tmp_path / "first", lambda name: None if "layer.0." in name or "layers.0." in name else name)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights"):
+        load_vision(VisionConfig(name=str(first), feature_layer=-2))

@@ -57,15 +57,6 @@ def test_the_checkpointing_of_transformers_is_put_around_the_forward_of_every_su
     assert checkpointed == ["LeanLlamaDecoderLayer"] * 2  # once a layer
 
 
-def test_a_mixed_class_keeps_names_and_is_one_for_all_layers() -> None:
-    model = tiny()
-    names = set(model.state_dict())
-    for layer in model.model.layers:
-        mix_in(layer, LeanLayer)
-    assert set(model.state_dict()) == names
-    assert len({type(layer) for layer in model.model.layers}) == 1
-
-
 def test_attention_is_looked_up_in_the_configuration_at_every_pass() -> None:
     assert set(inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters) >= {
         "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs",

@@ -22,6 +22,7 @@ from mm_moslora_eval.eval_commands import training_answers
 from mm_moslora_eval.protocol.task_registry import get_task
 from PIL import Image
 from tiny import make_vision
+from vlm_runs import make_language_of
 from vlms import make_vlm
 
 from mm_moslora import cli
@@ -37,7 +38,6 @@ from mm_moslora.quickstart.user_recipe import initialise
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils import file_locks
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
-from tests.models.test_languages import make_language_of
 
 
 def picture(path: Path, seed: int) -> Path:

@@ -136,10 +136,10 @@ def test_bad_input_gets_the_same_error_format_and_the_server_continues(
 
 
 def test_a_run_on_a_ready_made_model_is_served_with_its_base(tmp_path: Path) -> None:
+    from vlm_runs import recipe_for, write_records
     from vlms import make_vlm
 
     from mm_moslora.training.training_loop import train
-    from tests.models.test_pretrained_vlm import recipe_for, write_records
 
     vlm = make_vlm(tmp_path / "vlm", "qwen2_5_vl")
     train(recipe_for(vlm, write_records(tmp_path), tmp_path / "run"))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny import make_records
 from trials import hexed
+from vlm_runs import picture, recipe_for, write_records
 from vlms import make_vlm
 
 from mm_moslora.batch import Batch, Example, ProcessedImage
@@ -21,7 +22,6 @@ from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.image_dependence import ImageCheck, to_replace, with_noise
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError, TrainingError
-from tests.models.test_pretrained_vlm import picture, recipe_for, write_records
 
 IMAGE = 9
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+from vlm_runs import conversation, example_of, picture, recipe_for, write_records
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.adapters import MoSLoRALinear
@@ -22,7 +23,7 @@ from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import VLMS
 from mm_moslora.models.load_model import load
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
-from mm_moslora.models.memory_efficient.kernel_selection import compile_layers, use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.processing.image_processing import dummy_image_example
@@ -32,7 +33,6 @@ from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.run_setup import prepare
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError
-from tests.models.test_pretrained_vlm import conversation, example_of, picture, recipe_for, write_records
 
 Read = Callable[..., torch.Tensor]
 PACKED = sorted(name for name, family in VLMS.items() if family.packed)
@@ -196,17 +196,6 @@ def test_in_half_precision_losses_stay_together(family, folders):
     expected, _ = loss_and_gradients(assembly.model, padded_hidden, [batch])
     pack(assembly.model)
     assert loss_and_gradients(assembly.model, supervised_hidden, [batch])[0] == pytest.approx(expected, rel=5e-3)
-
-
-@pytest.mark.slow
-def test_compiled_passes_give_the_same_numbers(folders):
-    assembly = tuned(folders["qwen3_vl"])
-    batch = sighted(assembly)
-    expected = loss_and_gradients(assembly.model, padded_hidden, [batch])
-    pack(assembly.model)
-    torch.compiler.reset()
-    compile_layers(assembly.model, "eager")
-    assert_equal(loss_and_gradients(assembly.model, supervised_hidden, [batch]), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])

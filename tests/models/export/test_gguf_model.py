@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import make_tokenizer, make_vision
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from vlm_runs import LANGUAGES, make_language_of
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.gguf_model import export_gguf
 from mm_moslora.utils.errors import ModelError
-from tests.models.test_languages import LANGUAGES, make_language_of
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,6 @@ def test_transformers_reads_the_text_file_and_gives_the_same_logits(family, monk
     ids = torch.arange(5, 45)[None]
     with torch.no_grad():
         torch.testing.assert_close(twin(ids).logits, assembly.model(ids).logits, rtol=0, atol=1e-4)
-
-
-def test_llama_3_slows_its_frequencies_down_in_the_file_too(tmp_path):
-    assembly = load_parts(ModelConfig(language=make_language_of(tmp_path / "language", "llama3")))
-    export_gguf(assembly, tmp_path / "out")
-    factors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}["rope_freqs.weight"]
-    plain = 1 / 5e5 ** (torch.arange(0, 16, 2) / 16)
-    torch.testing.assert_close(
-        plain / torch.from_numpy(factors.copy()), assembly.model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0
-    )
-    assert factors[0] == pytest.approx(1.0)
-    assert factors[-1] == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny import make_tokenizer, make_vision
+from vlm_runs import make_language_of
 
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.gguf_model import export_gguf
-from tests.models.test_languages import make_language_of
 
 llama_cpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp, which pip install xllamacpp brings")
 TEXT = "what is the color of 1234 red circles?\n\n  it's naïve 🙂"

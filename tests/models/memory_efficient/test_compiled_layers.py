@@ -33,19 +33,25 @@ def test_compiled_layers_give_the_numbers_of_the_others(recipe: Recipe, tmp_path
     torch.compiler.reset()
     plain = replace(recipe, train=replace(recipe.train, steps=2, rehearsal=False, output=str(tmp_path / "plain")))
     train(plain)
-    seen = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        seen.append(graph)
-        return graph.forward
-
-    torch._dynamo.register_backend(backend, name="noting")
+    seen = noting("noting")
     recipe = compiled(recipe, "noting")
     train(recipe)
     assert numbers(recipe) == pytest.approx(numbers(plain), rel=1e-5)
     # Batches of other lengths use the same graphs: far fewer than two steps of two layers would need.
     assert 0 < len(seen) <= 30
     assert not any(_has_products(graph) for graph in seen)
+
+
+def noting(name: str) -> list[torch.fx.GraphModule]:
+    """Registers a backend that runs graphs as they are, and notes them."""
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.register_backend(backend, name=name)
+    return seen
 
 
 def _has_products(graph: torch.fx.GraphModule) -> bool:
@@ -94,13 +100,7 @@ def test_a_lean_layer_that_falls_back_while_training_runs_its_stock_form_compile
     model = AutoModelForCausalLM.from_pretrained(make_language(tmp_path / "language")).requires_grad_(False).train()
     ids = torch.arange(12).view(2, 6)  # two rows: not what lean layers are for
     expected = model(ids).logits
-    seen = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        seen.append(graph)
-        return graph.forward
-
-    torch._dynamo.register_backend(backend, name="noting_stock")
+    seen = noting("noting_stock")
     assert use_lean_layers(model) == compile_layers(model, "noting_stock")
     assert torch.allclose(model(ids).logits, expected, atol=1e-5)
     assert any(_has_products(graph) for graph in seen)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_vision
 from transformers import LlavaNextForConditionalGeneration
+from vlm_runs import picture, recipe_for, write_records
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
@@ -17,7 +18,6 @@ from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ConfigError, ModelError
-from tests.models.test_pretrained_vlm import picture, recipe_for, write_records
 
 TILES = [(1, 2), (2, 1), (2, 2)]
 

@@ -1,23 +1,30 @@
-"""Where the pixels of a picture go: what a frame says, and where a drawn box is found in the model's pixels."""
+"""Pictures: the pixels of the stock processor, where each goes, and a box drawn in it, the budget, tokens around it."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers as t
 from PIL import Image, ImageDraw
+from small_families import default_config, stand_in_processor
 from tiny import make_vision
+from transformers import AutoModelForImageTextToText
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.models.assembly import load_parts
+from mm_moslora.models.assembly import load_parts, pretrained_parts
+from mm_moslora.models.batching.padded_batch import text_inputs
 from mm_moslora.models.families import box_form_of
-from mm_moslora.models.processing.image_processing import SquareImageProcessing, picture_frame
+from mm_moslora.models.processing.image_processing import SquareImageProcessing, image_transform, picture_frame
 from mm_moslora.models.processing.llava_processor import image_processor
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.planning.probe_conversations import SIGHTED, example_of, stock_inputs
 from mm_moslora.utils.errors import ConfigError, ModelError
 
 SIZES = [(640, 480), (150, 450), (51, 37)]
@@ -152,3 +159,46 @@ def test_a_cap_leaves_out_large_grids_of_an_assembled_model(language_folder: Pat
     assert capped.processor.image_processor.image_grid_pinpoints == [[side, 2 * side], [2 * side, side]]
     with pytest.raises(ModelError, match="every grid of squares"):
         load_parts(ModelConfig(**made, max_pixels=side**2), weights="none")
+
+
+CASES = [
+    *itertools.product(["pad", "resize", "crop"], [(32, 32), (50, 20), (333, 201)]),
+    ("pad", (1, 3)),
+    ("resize", (1, 3)),
+]
+"""A line of pixels has nothing to crop."""
+
+
+@pytest.mark.parametrize(("aspect", "size"), CASES)
+@pytest.mark.parametrize("resample", [2, 3])
+def test_pixels_are_those_of_the_stock_processor(aspect: str, size: tuple[int, int], resample: int) -> None:
+    spec = replace(SPEC, size=32, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), resample=resample)
+    processor = image_processor(spec, aspect)
+    image = Image.effect_noise(size, 120).convert("RGB")
+    image.paste((250, 10, 30), (0, 0, max(1, size[0] // 3), size[1]))
+    stock = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+    own = image_transform(processor)(image)
+    assert own.dtype == torch.float32
+    torch.testing.assert_close(own, stock.float(), rtol=0, atol=1e-6)
+
+
+def test_ids_and_types_of_tokens_are_those_of_the_processor() -> None:
+    """Gemma 3's joins its line breaks to the text's."""
+    config = default_config("gemma3")
+    processor = stand_in_processor(config)
+    parts = pretrained_parts(processor, model=None, image_token_id=config.image_token_id, base={})
+    example = example_of(parts, SIGHTED)
+    expected = stock_inputs(processor, SIGHTED)
+    assert example.input_ids.tolist() == expected["input_ids"][0, : example.length].tolist()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    given = text_inputs(model, [example.input_ids])
+    assert given["token_type_ids"].tolist() == expected["token_type_ids"][:, : example.length].tolist()
+
+
+@pytest.mark.parametrize("kind", ["molmo2", "minicpmv4_6"])
+def test_a_processor_that_joins_pictures_is_refused(kind: str) -> None:
+    """Molmo 2's places count over all pictures of a call, MiniCPM-V's pictures become one tensor."""
+    config = default_config(kind)
+    with pytest.raises(ModelError, match=r"joins the pictures of a call.*Choose another model"):
+        pretrained_parts(stand_in_processor(config), model=None, image_token_id=config.image_token_id, base={})
