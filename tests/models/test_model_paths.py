@@ -195,18 +195,6 @@ def test_exchanged_weights_in_the_cache_are_one_error_everywhere(
         assert not (tmp_path / "out").exists()
 
 
-def test_exchanged_weights_of_a_path_are_one_error(recipe: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(recipe.model.language, tmp_path / "llm")
-    recipe = with_train(replace(recipe, model=replace(recipe.model, language=str(tmp_path / "llm"))), steps=4)
-    train(recipe, stop_at=2)
-    assert load(recipe.train.output)
-    name = next(key for key in load_file(tmp_path / "llm" / "model.safetensors") if key.endswith("norm.weight"))
-    _change(tmp_path / "llm", name)
-    for way in WAYS.values():
-        with pytest.raises(ModelError, match=r"model.language is .*which has other weights .*MM_MOSLORA_MODELS"):
-            way(recipe.train.output, recipe)
-
-
 def test_a_path_is_not_looked_up_on_the_hub(
     recipe: Recipe, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from mm_moslora_eval.backends.open_model import open_model
 from PIL import Image
 from tiny import supervised_logits
 from transformers import Qwen3VLMoeConfig
+from vlm_runs import recipe_for, write_records
 from vlms import make_vlm
 
 from mm_moslora import adapters
@@ -54,25 +55,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A run of a few steps, its base beside it."""
     folder = tmp_path_factory.mktemp(request.param)
     base = make_vlm(folder / "base", request.param)
-    Image.effect_noise((60, 40), 60).convert("RGB").save(folder / "a.png")
-    asked = {"from": "human", "value": "<image>\nwhat color?"}
-    rows = [
-        {"id": str(n), "image": "a.png", "conversations": [asked, {"from": "gpt", "value": "red"}]} for n in range(4)
-    ]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = Recipe.from_dict(
-        {
-            "model": {"vlm": str(base), "quantisation": KINDS[request.param]},
-            "adapter": {"rank": 4, "alpha": 8, "mixer_init": "kaiming"},
-            "data": {"train": [{"path": str(folder / "train.jsonl"), "image_folder": str(folder)}]},
-            "optim": {"lr": 1e-2},
-            "train": {
-                "output": str(folder / "run"), "steps": 4, "global_batch": 2, "micro_batch": 2, "zero": "none",
-                "precision": "fp32",
-            },
-            "track": {"trackers": []},
-        }
-    )  # fmt: skip
+    recipe = recipe_for(base, write_records(folder), folder / "run", quantisation=KINDS[request.param])
+    recipe = replace(recipe, train=replace(recipe.train, steps=4))
     train(recipe)
     return folder / "run"
 
@@ -108,7 +92,7 @@ def test_exports_have_the_logits_of_the_run(run: Path, tmp_path: Path, to: str) 
 
 def test_a_run_answers_in_the_terminal_and_in_the_harness(run: Path) -> None:
     chat = Chat(load(run), max_new_tokens=3)
-    chat.show(run.parent / "a.png")
+    chat.show(run.parent / "images" / "0.png")
     assert isinstance(chat.ask("what color?"), str)
     model = open_model(str(run))
     assert model is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.projectors.projector_layers import MlpProjector, ProjectorShape
 from mm_moslora.utils.errors import ModelError
 
 
@@ -156,21 +156,18 @@ def _side(queries: int) -> int:
     return side
 
 
-class AvgPoolProjector(nn.Module):
+class AvgPoolProjector(MlpProjector):
     """Means of squares of patches (smaller at the edge), an MLP: ``[N, P, V] -> [N, ceil(grid / shuffle)^2, D]``."""
 
     def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.grid, self.shuffle = shape.grid, shape.shuffle
-        self.linear_1 = nn.Linear(shape.vision_width, shape.language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project ``[N, P, V]`` to ``[N, Q, D]``."""
         patches = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         pooled = F.avg_pool2d(patches, self.shuffle, ceil_mode=True)
-        return self.linear_2(self.act(self.linear_1(pooled.flatten(2).transpose(1, 2))))
+        return super().forward(pooled.flatten(2).transpose(1, 2))
 
     @staticmethod
     def tokens(shape: ProjectorShape) -> int:

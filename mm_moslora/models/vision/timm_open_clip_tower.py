@@ -9,7 +9,7 @@ transformers, with equal features and stock exports.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mm_moslora.config import VisionConfig
-from mm_moslora.models.families import CLIP, IMAGENET
+from mm_moslora.models.families import CLIP, IMAGENET, Statistics
 from mm_moslora.utils.errors import ModelError, suggestion
 from mm_moslora.utils.files import read_json
 
@@ -50,6 +50,13 @@ class PixelStatistics:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = BICUBIC
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], usual: Statistics, *, size: int) -> PixelStatistics:
+        """From settings with the names that timm and open_clip have, or the usual ones."""
+        resample = _RESAMPLING.get(str(settings.get("interpolation")), BICUBIC)
+        mean, std = (tuple(settings.get(name) or getattr(usual, name)) for name in ("mean", "std"))
+        return cls(size=size, mean=mean, std=std, resample=resample)
 
 
 class WrappedVisionConfig(PreTrainedConfig):
@@ -118,11 +125,10 @@ class WrappedVisionModel(PreTrainedModel):
         """Encode images; hidden states of all blocks (True), or at the index or indices wanted."""
         self._match_statistics()
         count = self.blocks + 1
-        wanted = (
-            range(1, count)
-            if output_hidden_states in (True, False) and isinstance(output_hidden_states, bool)
-            else ([output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states)
-        )
+        if isinstance(output_hidden_states, bool):
+            wanted: Sequence[int] = range(1, count)
+        else:
+            wanted = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
         indices = sorted({index % count for index in wanted})
         if not indices or indices[0] == 0:
             raise ModelError(
@@ -227,16 +233,9 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
         settings = timm.get_pretrained_cfg(name)
         pretrained_cfg = settings.to_dict() if settings else {}
     size = int((pretrained_cfg.get("input_size") or (3, 224, 224))[-1])
-    tower.config.hidden_size, tower.config.image_size = (
-        int(cast(Any, tower.tower).num_features),
-        config.image_size or size,
-    )
-    return tower, PixelStatistics(
-        size=size,
-        mean=tuple(pretrained_cfg.get("mean", IMAGENET.mean)),
-        std=tuple(pretrained_cfg.get("std", IMAGENET.std)),
-        resample=_RESAMPLING.get(str(pretrained_cfg.get("interpolation")), BICUBIC),
-    )
+    tower.config.hidden_size = int(cast(Any, tower.tower).num_features)
+    tower.config.image_size = config.image_size or size
+    return tower, PixelStatistics.of(pretrained_cfg, IMAGENET, size=size)
 
 
 def require_named(name: str | None) -> None:
@@ -283,12 +282,8 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
         tower.tower.load_state_dict(whole.visual.state_dict())
     else:
         logger.warning(_RANDOM, config.name)
-    statistics = PixelStatistics(
-        size=int(size[0] if isinstance(size, list | tuple) else size),
-        mean=tuple(preprocess.get("mean", CLIP.mean)),
-        std=tuple(preprocess.get("std", CLIP.std)),
-        resample=_RESAMPLING.get(str(preprocess.get("interpolation")), BICUBIC),
-    )
+    side = int(size[0] if isinstance(size, list | tuple) else size)
+    statistics = PixelStatistics.of(preprocess, CLIP, size=side)
     converted = to_transformers(tower.tower) if config.image_size in (None, statistics.size) else None
     if converted is not None:
         return converted, statistics

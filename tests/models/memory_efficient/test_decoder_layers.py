@@ -177,41 +177,6 @@ def test_generation_saving_and_copies_know_nothing_of_lean_layers(tmp_path) -> N
     assert isinstance(twin.model.layers[0], LeanLayer)
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(
-    weighed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.SMALLEST_CHUNK", 5)
-    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CACHED_BYTES", 2 * 4 * 97)
-    model = adapted("llama")
-    model.lm_head.weight.requires_grad_(True)
-    torch.manual_seed(0)
-    hidden = torch.randn(17, 32, requires_grad=True)
-    targets = torch.randint(0, 97, (17,))
-    weights = 3 * torch.rand(17) if weighed else None
-    losses = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets, reduction="none")
-    expected = (losses * (1 if weights is None else weights)).sum()
-    torch.testing.assert_close(head_loss_sum(model, hidden, targets, weights=weights), expected)
-    wanted = torch.autograd.grad(expected * 0.5, (hidden, model.lm_head.weight))
-    assert use_loss_head(model)
-    loss = head_loss_sum(model, hidden, targets, weights=weights)
-    found = torch.autograd.grad(loss * 0.5, (hidden, model.lm_head.weight))
-    torch.testing.assert_close(loss, expected)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    with torch.no_grad():
-        torch.testing.assert_close(head_loss_sum(model, hidden, targets, weights=weights), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = head_loss_sum(model, hidden, targets, weights=weights)
-    torch.testing.assert_close(rough, expected, rtol=0.02, atol=0)
-    right = torch.zeros((), dtype=torch.int64)
-    empty = head_loss_sum(model, hidden[:0], targets[:0], right)
-    assert right.item() == 0
-    assert empty.item() == 0
-    assert torch.autograd.grad(empty, hidden)[0].abs().sum() == 0
-
-
 def checkpointed(*, family: str = "llama", first: int | None = None, offload: bool) -> t.PreTrainedModel:
     model = adapted(family, lora_dropout=0.3)
     use_lean_layers(model)

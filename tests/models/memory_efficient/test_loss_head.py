@@ -99,6 +99,20 @@ def test_loss_and_gradients_are_those_of_the_logits_of_the_class(kind: str, kern
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_without_answers_and_autocast_are_taken_too() -> None:
+    model = models()["plain"]
+    hidden, targets = torch.randn(17, 32, requires_grad=True), torch.randint(0, 97, (17,))
+    expected = head_loss_sum(model, hidden, targets)
+    assert use_loss_head(model)
+    empty = head_loss_sum(model, hidden[:0], targets[:0])
+    assert empty.item() == 0
+    assert torch.autograd.grad(empty, hidden)[0].abs().sum() == 0
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss_sum(model, hidden, targets), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head_loss_sum(model, hidden, targets), expected, rtol=0.02, atol=0)
+
+
 def test_a_form_that_training_lacks_is_refused_and_a_class_that_cannot_be_asked_is_named(caplog) -> None:
     known = models()
     known["projected"] = Projected(known["plain"].config)

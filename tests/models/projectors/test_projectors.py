@@ -62,27 +62,20 @@ class Reversed(nn.Module):
         return tokens.transpose(1, 2).transpose(1, 2)
 
 
-class ReversedCopy(Reversed):
-    def forward(self, x):
-        return self.out(self.inner(x)).clone()
-
-
 class Convolution(nn.Module):
-    """`[N, P, V] -> [N, P, D]`, without a linear layer."""
+    """`[N, P, V] -> [N, P, D]`, without a linear layer; it copies what its last layer gives, which it names."""
+
+    last = property(lambda self: self.out)
 
     def __init__(self) -> None:
         super().__init__()
         self.out = nn.Conv2d(4, 16, 1)
 
     def forward(self, x):
-        return self.out(x.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
+        return self.out(x.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2).clone()
 
 
-class NamedConvolution(Convolution):
-    last = property(lambda self: self.out)
-
-
-@pytest.mark.parametrize("kind", [Reversed, ReversedCopy, Convolution, NamedConvolution])
+@pytest.mark.parametrize("kind", [Reversed, Convolution])
 @torch.no_grad()
 def test_the_last_layer_is_the_one_that_puts_out_the_tokens(kind):
     projector, features = kind(), torch.randn(2, 9, 4)
