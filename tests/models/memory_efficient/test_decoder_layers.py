@@ -91,9 +91,9 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     assert kept(model, given) < 0.75 * before
 
 
-@pytest.mark.parametrize("case", ["trained norm", "plain linear", "no segments"])
+@pytest.mark.parametrize("case", ["trained norm", "trained biases", "plain linear", "no segments"])
 def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
-    model, given = adapted("llama"), batch()
+    model, given = adapted("qwen2", bias="lora_only") if case == "trained biases" else adapted("llama"), batch()
     if case == "trained norm":
         model.model.layers[1].input_layernorm.weight.requires_grad_(True)
     if case == "plain linear":
@@ -103,6 +103,7 @@ def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
         given = Batch.from_examples([Example(id="", input_ids=torch.arange(1, 20), supervised=torch.ones(19) > 0)])
     torch.manual_seed(3)
     stock_loss, stock = loss_and_gradients(model, given)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in stock) == (case == "trained biases")
     use_lean_layers(model)
     torch.manual_seed(3)
     loss, gradients = loss_and_gradients(model, given)
@@ -135,15 +136,6 @@ def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) ->
     assert any("norm" in name for name in lean)
     assert_close(lean, stock)
     assert kept(model, given) < 0.8 * before
-
-
-def test_biases_that_train_learn_in_lean_layers() -> None:
-    model, given = adapted("qwen2", bias="lora_only"), batch()
-    _, stock = loss_and_gradients(model, given)
-    assert any(name.endswith("q_proj.base_layer.bias") for name in stock)
-    use_lean_layers(model)
-    _, lean = loss_and_gradients(model, given)
-    assert_close(lean, stock)
 
 
 def test_an_output_projection_without_an_adapter_keeps_nothing() -> None:
@@ -186,7 +178,7 @@ def checkpointed(*, family: str = "llama", first: int | None = None, offload: bo
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("first", [None, 2])
 def test_offloaded_inputs_give_the_same_numbers_in_every_micro_batch(family: str, first: int | None) -> None:
     given, found = batch(), []
