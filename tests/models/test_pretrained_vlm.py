@@ -126,6 +126,8 @@ def test_the_tokens_of_a_picture_are_known_from_its_size(family, folders):
 @pytest.mark.parametrize("family", [*FAMILIES, NEW])
 def test_a_run_tunes_the_language_model_alone_and_its_checkpoint_answers(family, folders, tmp_path):
     recipe = recipe_for(folders(family), write_records(tmp_path), tmp_path / "run")
+    if family == NEW:  # most of its weights are experts
+        recipe = replace(recipe, adapter=replace(recipe.adapter, targets=["q_proj", "v_proj"]))
     result = train(recipe)
     assert not (tmp_path / "run" / "quarantine.jsonl").read_text()
     adapter = json.loads((result.checkpoint / "manifest.json").read_text())["trainable"]
