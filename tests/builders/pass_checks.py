@@ -17,6 +17,7 @@ from mm_moslora.kernels.attention.attention_choice import choose_attention, set_
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, use_kernels, use_lean_layers, use_loss_head
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.training_loop import train
 
@@ -78,23 +79,48 @@ def error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
     return float(torch.stack(relative).mean().sqrt())
 
 
-def batch() -> Batch:
+def texts(*lengths: int) -> Batch:
+    """Random texts, the second half of each supervised."""
     torch.manual_seed(1)
     return Batch.from_examples(
         [
             Example(id=str(n), input_ids=torch.randint(1, 97, (n,)), supervised=torch.arange(n) >= n // 2)
-            for n in (7, 13, 1)
+            for n in lengths
         ]
     )
 
 
+def batch() -> Batch:
+    return texts(7, 13, 1)
+
+
+def loss_of(model: t.PreTrainedModel, given: Batch) -> torch.Tensor:
+    return head_loss_sum(model, supervised_hidden(model, given), given.targets)
+
+
+def learnt(model: t.PreTrainedModel, given: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, given)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def kept(model: t.PreTrainedModel, given: Batch) -> int:
+    """Bytes for the backward pass."""
+    return kept_bytes(lambda: loss_of(model, given), model)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 3e-5 * gradient.norm() + 1e-9, name
+
+
 def loss_and_gradients(model: t.PreTrainedModel, passes: FusedOps) -> tuple[float, dict[str, torch.Tensor]]:
     use(model, passes)
-    model.zero_grad(set_to_none=True)
-    given = batch()
-    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
-    loss.backward()
-    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    loss, gradients = learnt(model, batch())
+    return loss, {name: gradient.double() for name, gradient in gradients.items()}
 
 
 class RunChecks:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as t
 from mm_moslora_eval.backends.open_model import open_model
+from pass_checks import assert_same_gradients, kept, learnt, texts
 from PIL import Image
 from tiny import supervised_logits
 from transformers import Qwen3VLMoeConfig
@@ -27,11 +28,9 @@ from mm_moslora.kernels.attention.attention_choice import choose_attention, set_
 from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import load
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
-from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.pretrained_vlm import outside_decoder
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vlm import part_of, supervised_hidden
+from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import ModelError
@@ -160,28 +159,10 @@ def language(
     return model.train()
 
 
-def some_text() -> Batch:
-    torch.manual_seed(1)
-    lengths = (40, 7, 90)
-    return Batch.from_examples(
-        [Example(id="", input_ids=torch.randint(1, 90, (n,)), supervised=torch.arange(n) >= n // 2) for n in lengths]
-    )
-
-
-def loss_and_gradients(model: t.PreTrainedModel) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    given = some_text()
+def loss_and_gradients(model: t.PreTrainedModel, given: Batch) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
-    loss.backward()
-    return {"loss": loss.detach()} | {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def kept(model: t.PreTrainedModel) -> int:
-    given = some_text()
-    return kept_bytes(lambda: head_loss_sum(model, supervised_hidden(model, given), given.targets), model)
+    loss, gradients = learnt(model, given)
+    return gradients | {"loss": torch.tensor(loss)}
 
 
 @pytest.mark.parametrize(
@@ -192,33 +173,32 @@ def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_ke
     language_folder: Path, kind: str, dropout: float, checkpointing: bool
 ) -> None:
     model = language(language_folder, kind, targets=[], dtype=torch.float32, lora_dropout=dropout)
+    given = texts(40, 7, 90)
     model.model.layers[-1].is_last = False
     with adapters.use_kernel(model, "reference"):
-        stock, before = loss_and_gradients(model), kept(model)
+        stock, before = loss_and_gradients(model, given), kept(model, given)
     assert use_lean_layers(model) == 2
-    assert kept(model) < 0.7 * before
+    assert kept(model, given) < 0.7 * before
     model.model.layers[-1].is_last = not dropout  # fewer rows behind the last attention have other masks
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    lean = loss_and_gradients(model)
-    assert lean.keys() == stock.keys()
-    for name, value in stock.items():
-        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
+    assert_same_gradients(loss_and_gradients(model, given), stock)
 
 
 def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_layers(language_folder: Path) -> None:
     """Both compute with the same dequantised weights, those of bfloat16; so does the truth."""
     model = language(language_folder, "nf4", targets=[], dtype=torch.bfloat16)
+    given = texts(40, 7, 90)
     with adapters.use_kernel(model, "reference"):
-        stock, before = loss_and_gradients(model), kept(model)
+        stock, before = loss_and_gradients(model, given), kept(model, given)
     use_lean_layers(model)
-    lean = loss_and_gradients(model)
-    assert kept(model) < 0.7 * before
+    lean = loss_and_gradients(model, given)
+    assert kept(model, given) < 0.7 * before
     truth = language(language_folder, "nf4", targets=[], dtype=torch.float32)
     for mine, other in zip(truth.parameters(), model.parameters(), strict=True):
         if mine.is_floating_point():
             mine.data = other.data.float()
-    true = loss_and_gradients(truth)
+    true = loss_and_gradients(truth, given)
     far = {name: [((found[name].float() - value).norm() / value.norm()).item() for found in (lean, stock)]
            for name, value in true.items()}  # fmt: skip
     means = [sum(pair[index] for pair in far.values()) / len(far) for index in range(2)]
@@ -227,11 +207,12 @@ def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_
 
 def test_eight_bits_run_in_stock_layers(language_folder: Path) -> None:
     model = language(language_folder, "int8", targets=[], dtype=torch.float32)
-    stock, before = loss_and_gradients(model), kept(model)
+    given = texts(40, 7, 90)
+    stock, before = loss_and_gradients(model, given), kept(model, given)
     use_lean_layers(model)
-    lean = loss_and_gradients(model)
+    lean = loss_and_gradients(model, given)
     model.model.layers[-1].is_last = False
-    assert kept(model) == before
+    assert kept(model, given) == before
     assert all(torch.allclose(lean[name], value, atol=1e-6) for name, value in stock.items())
 
 

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers as t
+from pass_checks import assert_same_gradients, kept, learnt, loss_of, texts
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
@@ -15,10 +16,7 @@ from mm_moslora.kernels.attention.attention_choice import choose_attention, set_
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, fused_linears
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers, use_loss_head
-from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.meta_model import kept_bytes
 from mm_moslora.models.trainable_parts import checkpoint_layers, offload_inputs
-from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.utils.errors import ConfigError
 
 SIZES = {
@@ -47,53 +45,30 @@ def adapted(family: str, **options: object) -> t.PreTrainedModel:
     return model.train()
 
 
-def batch() -> Batch:
-    torch.manual_seed(1)
-    examples = []
-    for length in (7, 33, 1, 20):
-        supervised = torch.arange(length) >= length // 2
-        examples.append(Example(id=str(length), input_ids=torch.randint(1, 97, (length,)), supervised=supervised))
-    return Batch.from_examples(examples)
-
-
-def kept(model: t.PreTrainedModel, given: Batch) -> int:
-    return kept_bytes(lambda: head_loss_sum(model, supervised_hidden(model, given), given.targets), model)
-
-
-def loss_and_gradients(model: t.PreTrainedModel, given: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(lean: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], tolerance: float = 3e-5) -> None:
-    assert lean.keys() == stock.keys()
-    for name, gradient in stock.items():
-        assert (lean[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(family: str, dropout: float) -> None:
-    model, given = adapted(family, lora_dropout=dropout), batch()
+    model, given = adapted(family, lora_dropout=dropout), texts(7, 33, 1, 20)
     torch.manual_seed(3)
-    stock_loss, stock = loss_and_gradients(model, given)
+    stock_loss, stock = learnt(model, given)
     before = kept(model, given)
     assert use_lean_layers(model) == 3
     use_loss_head(model)
     if dropout:  # behind the last attention it computes fewer rows, and their masks are other ones
         model.model.layers[-1].is_last = False
     torch.manual_seed(3)
-    lean_loss, lean = loss_and_gradients(model, given)
+    lean_loss, lean = learnt(model, given)
     assert lean_loss == pytest.approx(stock_loss, rel=1e-6)
-    assert_close(lean, stock)
+    assert_same_gradients(lean, stock)
     assert kept(model, given) < 0.75 * before
 
 
 @pytest.mark.parametrize("case", ["trained norm", "trained biases", "plain linear", "no segments"])
 def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
-    model, given = adapted("qwen2", bias="lora_only") if case == "trained biases" else adapted("llama"), batch()
+    model, given = (
+        adapted("qwen2", bias="lora_only") if case == "trained biases" else adapted("llama"),
+        texts(7, 33, 1, 20),
+    )
     if case == "trained norm":
         model.model.layers[1].input_layernorm.weight.requires_grad_(True)
     if case == "plain linear":
@@ -102,20 +77,20 @@ def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
         set_attention(model, "sdpa")
         given = Batch.from_examples([Example(id="", input_ids=torch.arange(1, 20), supervised=torch.ones(19) > 0)])
     torch.manual_seed(3)
-    stock_loss, stock = loss_and_gradients(model, given)
+    stock_loss, stock = learnt(model, given)
     assert any(name.endswith("q_proj.base_layer.bias") for name in stock) == (case == "trained biases")
     use_lean_layers(model)
     torch.manual_seed(3)
-    loss, gradients = loss_and_gradients(model, given)
+    loss, gradients = learnt(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
-    assert_close(gradients, stock)
+    assert_same_gradients(gradients, stock)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("which", ["all weights", "the last layers", "adapters beside trained weights"])
 def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) -> None:
     torch.manual_seed(0)
-    model, given = FAMILIES[family](), batch()
+    model, given = FAMILIES[family](), texts(7, 33, 1, 20)
     if which == "adapters beside trained weights":
         model = adapted(family)
         model.requires_grad_(True)
@@ -127,24 +102,24 @@ def test_base_weights_and_norms_train_in_lean_layers(family: str, which: str) ->
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     set_attention(model, choose_attention(model).name)
     model.train()
-    stock_loss, stock = loss_and_gradients(model, given)
+    stock_loss, stock = learnt(model, given)
     before = kept(model, given)
     use_lean_layers(model)
     use_loss_head(model)
-    loss, lean = loss_and_gradients(model, given)
+    loss, lean = learnt(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert any("norm" in name for name in lean)
-    assert_close(lean, stock)
+    assert_same_gradients(lean, stock)
     assert kept(model, given) < 0.8 * before
 
 
 def test_an_output_projection_without_an_adapter_keeps_nothing() -> None:
-    model, given = adapted("llama", target_modules=["q_proj", "v_proj"]), batch()
-    stock_loss, stock = loss_and_gradients(model, given)
+    model, given = adapted("llama", target_modules=["q_proj", "v_proj"]), texts(7, 33, 1, 20)
+    stock_loss, stock = learnt(model, given)
     use_lean_layers(model)
-    loss, lean = loss_and_gradients(model, given)
+    loss, lean = learnt(model, given)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
-    assert_close(lean, stock)
+    assert_same_gradients(lean, stock)
     x = torch.randn(5, 32, requires_grad=True)
     operands = LinearOperands(weight=model.model.layers[0].self_attn.o_proj.weight, bias=None)
     kept: list[torch.Tensor] = []
@@ -181,11 +156,11 @@ def checkpointed(*, family: str = "llama", first: int | None = None, offload: bo
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("first", [None, 2])
 def test_offloaded_inputs_give_the_same_numbers_in_every_micro_batch(family: str, first: int | None) -> None:
-    given, found = batch(), []
+    given, found = texts(7, 33, 1, 20), []
     for offload in (False, True):
         model = checkpointed(family=family, first=first, offload=offload)
         torch.manual_seed(3)
-        found.append([loss_and_gradients(model, given) for _ in range(2)])
+        found.append([learnt(model, given) for _ in range(2)])
     for (loss, gradients), (again, offloaded) in zip(*found, strict=True):
         assert again == loss
         assert offloaded.keys() == gradients.keys()
@@ -197,15 +172,15 @@ def test_no_input_of_a_checkpointed_layer_is_kept_where_it_was_computed(offload:
     model, inputs = checkpointed(offload=offload), []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
-    given = batch()
-    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    given = texts(7, 33, 1, 20)
+    loss = loss_of(model, given)
     assert [tensor() is not None for tensor in inputs[1:]] == [not offload] * 2  # the first is the embeddings
     loss.backward()
     assert len(inputs) == 3  # hooks run once
 
 
 def test_so_many_layers_are_checkpointed_and_not_more_than_there_are() -> None:
-    one, two, three = (kept(checkpointed(first=first, offload=False), batch()) for first in (1, 2, 3))
+    one, two, three = (kept(checkpointed(first=first, offload=False), texts(7, 33, 1, 20)) for first in (1, 2, 3))
     assert one > two > three
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing is 4, but LlamaModel has 3 layers"):
         checkpointed(first=4, offload=False)
