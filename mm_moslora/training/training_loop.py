@@ -22,8 +22,7 @@ from mm_moslora.training.engine.step_result import QueuedStep
 from mm_moslora.training.forgetting import Forgetting, Forgotten
 from mm_moslora.training.image_dependence import ImageCheck
 from mm_moslora.training.preflight import check_libraries, check_recipe
-from mm_moslora.training.rehearsal import rehearse
-from mm_moslora.training.resume import restore
+from mm_moslora.training.resume import rehearse, restore
 from mm_moslora.training.run_driver import Session, TrainResult, supervised_run
 from mm_moslora.training.run_logging import RunLog
 from mm_moslora.training.snapshot import Snapshot, snapshot

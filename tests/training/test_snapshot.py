@@ -18,7 +18,7 @@ from mm_moslora.config import AdapterConfig, Recipe
 from mm_moslora.models.export.export_huggingface import export_lora, export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
-from mm_moslora.training import rehearsal
+from mm_moslora.training import resume
 from mm_moslora.training.engine import TorchEngine
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils import files
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
 
 def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
     hashes = iter(range(10**6))
-    monkeypatch.setattr(rehearsal, "sha256_of", lambda path: str(next(hashes)))
+    monkeypatch.setattr(resume, "sha256_of", lambda path: str(next(hashes)))
     with pytest.raises(CheckpointError, match="reads back differently than it was written"):
         train(recipe)
 

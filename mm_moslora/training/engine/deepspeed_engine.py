@@ -23,7 +23,6 @@ from mm_moslora.training.engine.engine_base import TrainingEngine
 from mm_moslora.training.engine.optimizers import KINDS, ParameterShard, set_rates
 from mm_moslora.training.engine.step_result import Arriving, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
-from mm_moslora.utils.errors import TrainingError
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's loss scalers that are their state."""
@@ -152,11 +151,6 @@ class DeepSpeedEngine(TrainingEngine):
             value = masters.get(id(parameter))
             value = safe_get_full_fp32_param(parameter) if value is None else value
             value = parameter.data if value is None else value  # its own master
-            if value.numel() == 0:
-                raise TrainingError(
-                    f"{name} came out empty while gathering the trained weights. Nothing was saved; "
-                    "this is a defect of the ZeRO stage in use, choose another one."
-                )
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             state[name] = value.detach().to("cpu" if keep else "meta", torch.float32, copy=True).reshape(shape)
         return state
