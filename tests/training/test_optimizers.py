@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import json
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -84,24 +83,6 @@ def check_bytes(state: dict[str, torch.Tensor], name: str) -> None:
     held = sum(value.nbytes for key, value in state.items() if key.partition(".")[2] in large) - 4 * values
     assert values
     assert held == pytest.approx(OPTIMIZERS[name].state_bytes * values, rel=1e-6)
-
-
-def test_muon_takes_matrices_and_leaves_the_vocabulary_to_adamw(recipe, tmp_path):
-    train(chosen(recipe, "muon", steps=1, rehearsal=False))
-    kinds: dict[str, set[str]] = {}
-    for key in state_of(tmp_path / "run" / "checkpoint-000001"):
-        kind, _, parameter = key.split(".", 2)
-        kinds.setdefault(parameter, set()).add(kind)
-    matrices = {name for name, held in kinds.items() if held == {"master", "momentum_buffer"}}
-    others = {name for name, held in kinds.items() if held == {"master", "exp_avg", "exp_avg_sq"}}
-    assert matrices | others == kinds.keys()
-    assert any(name.endswith("q_proj.weight") for name in matrices)
-    assert any("norm" in name for name in others)
-    assert {name for name in others if "embed_tokens" in name or "lm_head" in name}
-    assert not {name for name in matrices if "embed_tokens" in name or "lm_head" in name}
-    assert set(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])) >= {
-        "lr/language", "lr/language/adamw",
-    }  # fmt: skip
 
 
 def test_muon_leaves_adapters_of_tables_and_heads_to_adamw(language_folder):

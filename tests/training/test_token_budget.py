@@ -110,16 +110,9 @@ def settings_of(name: str, **more) -> ZeroSettings:
     return ZeroSettings.of(name, **({"world": 16, "ranks_of_host": 8, "largest_adapter": 0} | more))
 
 
-def test_memory_is_counted_with_the_settings_that_deepspeed_gets(tmp_path):
-    assert [settings_of(name).stage for name in ("zero0", "zero1", "zero3", "zero2_offload")] == [0, 1, 3, 2]
-    assert [settings_of(name).secondary for name in ("zero3", "zero3_hpz", "zeropp")] == [1, 8, 8]
+def test_a_file_of_ones_own_is_counted_and_a_wrong_value_in_it_refused(tmp_path):
+    """What the settings of shipped ones cost is tested below."""
     assert settings_of("zero3_hpz", world=4).secondary == 4
-    assert [settings_of(name).frozen_in_bytes for name in ("zero3_hpz", "zeropp")] == [False, True]
-    assert (settings_of("zero2").reduce_bucket, settings_of("zero2_full").reduce_bucket) == (50_000_000, 500_000_000)
-    off = [settings_of(name) for name in ("zero3", "zero3_offload", "zero3_nvme", "zero2_offload")]
-    assert [(found.parameters_off, found.optimizer_off) for found in off] == [
-        ("", 0.0), ("cpu", 1.0), ("nvme", 1.0), ("", 1.0),
-    ]  # fmt: skip
     assert settings_of("zero3", largest_adapter=7_000_000).persistent == 7_000_000
     file = tmp_path / "own.json"
     file.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}')

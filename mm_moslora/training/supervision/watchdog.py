@@ -15,9 +15,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -46,14 +46,11 @@ _GONE_SECONDS = 5.0
 mostly fail by themselves, with a more specific error; on NCCL they would wait for the timeout of a collective."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blame:
-    """The ranks to blame."""
+class Blame(NamedTuple):
+    """One or more sentences, and the ranks to blame; none where they are not known."""
 
     text: str
-    """One or more sentences."""
     ranks: tuple[int, ...] = ()
-    """Empty where the ranks are not known."""
 
     def __str__(self) -> str:
         return self.text
