@@ -121,7 +121,7 @@ def test_all_ranks_lose_patience_at_the_same_step(parts, ranks, held_out, task, 
     assert kept == ["checkpoint-000002", "checkpoint-000006"]
 
 
-PRESETS = Path(__file__).parents[2] / "deepspeed_configs"
+PRESETS = Path(__file__).parents[3] / "deepspeed_configs"
 
 
 def mixer_lines(run: Path) -> list[dict[str, float]]:
