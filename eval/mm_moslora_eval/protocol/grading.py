@@ -39,7 +39,7 @@ class Grading:
     rule: str = ""
     """A metric that scores the extracted answers without a judge, for a second number; empty: none is meaningful."""
     check: str = ""
-    """File of graded answers, beside the task file; see `judge_check`. Empty: none."""
+    """File of graded answers, beside the task file; see `judged_scores`. Empty: none."""
 
     def __post_init__(self) -> None:
         if "{response}" not in self.prompt:

@@ -21,7 +21,7 @@ from mm_moslora.utils.untrusted_files import read_text
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text, judgement
+from mm_moslora_eval.run.judging.judged_scores import GRADED, graded_text, judgement
 from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.scored_subsets import (

@@ -39,7 +39,7 @@ from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, answer_row, line, merge, read_folder
-from mm_moslora_eval.run.judging.judge_check import GRADED, graded_text
+from mm_moslora_eval.run.judging.judged_scores import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
 from mm_moslora_eval.run.run_lock import claim_folder, protocol_differences
 from mm_moslora_eval.run.scored_subsets import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of

@@ -74,7 +74,7 @@ def parted(aggregation: str, samples: Sequence[Scored], selection: Mapping[str, 
 
 
 def agreement_text(found: Mapping[str, Any]) -> str:
-    """How far a judge agrees with graded answers (`judge_check.check_judge`)."""
+    """How far a judge agrees with graded answers (`judged_scores.check_judge`)."""
     return (
         f"The judge agrees with {found['agreed']} of {found['n']} graded answers of {found['file']} "
         f"({found['share']:.0%}, 95 % {found['low']:.0%} to {found['high']:.0%})"

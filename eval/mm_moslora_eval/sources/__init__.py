@@ -5,17 +5,23 @@ One `Document` per question.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.identity import md5_of, sha256_of
 from mm_moslora.utils.untrusted_files import opened
-from mm_moslora_eval.sources import annotation_file, hf_dataset, llava_file, vlmevalkit_tsv
+from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
 from mm_moslora_eval.sources.document import DataSet, Document, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.source_files import find_file, picture_folder
-from mm_moslora_eval.sources.source_images import rules_of
+from mm_moslora_eval.sources.source_images import pictures_of_record, rules_of
+
+if TYPE_CHECKING:
+    from mm_moslora.data.images.record_picture import PictureRules
 
 VLMEVALKIT = "https://opencompass.openxlab.space/utils/VLMEval/"
 """Where the files are whose checksums shipped tasks know."""
@@ -36,7 +42,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     if source.kind == "llava":
         read = list(llava_file.read(path, rules=rules, where=source.where))
     elif source.kind == "annotations":
-        read = list(annotation_file.read(path, rules=rules, source=source))
+        read = list(_annotated(path, rules=rules, source=source))
     else:
         read = list(
             vlmevalkit_tsv.read(
@@ -63,3 +69,37 @@ def _checksum(path: Path, expected_md5: str | None) -> str:
             "Fetch it again, or copy the task file and change `source.md5`."
         )
     return sha256
+
+
+def _annotated(path: Path, *, rules: PictureRules, source: Source) -> Iterator[Document]:
+    """Annotated pictures as documents without references: a JSON list or JSON lines, each object about one picture.
+
+    `columns` names the values of a document by their place, such as `page_info.image_path`; a picture may be
+    `images/{page_info.image_path}`.
+    """
+    image_at = source.columns.get("image", "image")
+    for row, record in llava_file.records(path):
+        image = _at(record, image_at)
+        if not isinstance(image, str) or not image:
+            raise EvalError(
+                f"{path}, record {row} has no name at {image_at!r}; found {', '.join(record) or 'nothing'}."
+            )
+        images, problem = pictures_of_record([image], file=path, row=row, rules=rules)
+        category = _at(record, source.columns.get("category", "category"))
+        yield Document(
+            id=str(_at(record, source.columns.get("id", image_at)) or row),
+            images=images,
+            question="",
+            answers=(),
+            category=None if category in (None, "") else str(category),
+            problem=problem,
+        )
+
+
+def _at(record: Any, place: str) -> Any:
+    """The value at a place, or a text such as `images/{page.name}` with places in braces."""
+    if "{" in place:
+        return re.sub(r"\{([^{}]+)\}", lambda match: str(_at(record, match[1]) or ""), place)
+    for key in place.split("."):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record

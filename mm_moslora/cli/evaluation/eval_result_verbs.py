@@ -50,7 +50,7 @@ def eval_table(
     html
         Also write it as an HTML page.
     """
-    from mm_moslora_eval.report.models_table import as_markdown, as_text, models_table
+    from mm_moslora_eval.report.shared_results import as_markdown, as_text, models_table
 
     if not runs:
         raise ConfigError("No run was given. Name the run folders of the models.")

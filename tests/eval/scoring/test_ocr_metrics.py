@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.metrics.general.python_literals import mapping_in
-from mm_moslora_eval.metrics.general.text_overlap import meteor
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.task_files.ocrbench_v2 import lexicons
 from mm_moslora_eval.task_files.ocrbench_v2 import rules as ocrbench_v2
+from mm_moslora_eval.task_files.ocrbench_v2.text_overlap import meteor
 
 from mm_moslora.utils.errors import MissingRequirementError
 from tests.eval.protocol_runs import Runs
