@@ -277,16 +277,8 @@ class EndpointModel:
 
     def __init__(self, endpoint: Endpoint, *, reference: bool = False) -> None:
         self.endpoint, self._reference = endpoint, reference
-
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return f"{self.endpoint.model} at {self.endpoint.url}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash over address and model name."""
-        return sha256_of_values(["endpoint", self.endpoint.url, self.endpoint.model])
+        self.name = f"{endpoint.model} at {endpoint.url}"
+        self.fingerprint = sha256_of_values(["endpoint", endpoint.url, endpoint.model])
 
     @property
     def details(self) -> dict[str, str]:

@@ -24,8 +24,7 @@ class ReplayModel:
         if not path.is_file():
             raise EvalError(f"{path} is missing; replay needs a file with stored answers.")
         data = read_bytes(path, most=MOST_BYTES)
-        self._path = path
-        self._fingerprint = sha256_of_bytes(data)
+        self._path, self.name, self.fingerprint = path, f"replay of {path}", sha256_of_bytes(data)
         self._by_column: dict[str, dict[str, list[ReplayedAnswer]]] = defaultdict(lambda: defaultdict(list))
         self._unlike = ""
         """A question with different answers, of which only a protocol with drawn answers takes several."""
@@ -39,16 +38,6 @@ class ReplayModel:
         self._column: str | None = None
         self._asked: set[str] = set()
         """Ids of the answers that were looked up."""
-
-    @property
-    def name(self) -> str:
-        """Display name."""
-        return f"replay of {self._path}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the file."""
-        return self._fingerprint
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """Look the answers up; the first missing answer ends the generator with an error."""

@@ -89,14 +89,11 @@ class EvaluationSettings:
         return dealt if self.shard is None else [*self.shard.every_nth(dealt, offset=zlib.crc32(name.encode()))]
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
-        if self.limit is not None and self.limit < 1:
-            raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+        for name in ("batch_size", "limit", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise EvalError(f"{name} is {value}, expected 1 or more.")
         if self.stratify is not None and self.limit is None:
             raise EvalError("stratify draws a sample, and limit says of how many documents: set both.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise EvalError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
 
 
 Settings = EvaluationSettings

@@ -6,15 +6,15 @@ Each aggregation gives the ratios of its score, from which `measured_scores` get
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import caption, ptb_tokeniser
 from mm_moslora_eval.scoring import error_bars
-from mm_moslora_eval.scoring.estimates import Ratio, mean_of
+from mm_moslora_eval.scoring.estimates import mean_of
 from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
 from mm_moslora_eval.scoring.parts import parts_named
+from mm_moslora_eval.scoring.parts.grouped_scores import all_right
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts
 from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
 from mm_moslora_eval.sources.document import Document
@@ -33,13 +33,10 @@ ROTATION = 1_000_000
 def circular(samples: Samples) -> Summed:
     """MMBench: a question counts if all rotations of its options are answered correctly."""
     questions = [int(sample.document.id) % ROTATION for sample in samples]
-    right: dict[int, list[bool]] = defaultdict(list)
-    for question, sample in zip(questions, samples, strict=True):
-        right[question].append(sample.score == 1.0)
-    part = [1 / len(right[question]) for question in questions]
-    hits = [share * all(right[question]) for share, question in zip(part, questions, strict=True)]
-    metrics = {"questions": float(len(right)), "vanilla": error_bars.mean([sample.score for sample in samples])}
-    return Summed(ratios=[Ratio(top=hits, bottom=part)], metrics=metrics, units=[str(one) for one in questions])
+    hits = all_right(questions, [sample.score == 1.0 for sample in samples])
+    vanilla = error_bars.mean([sample.score for sample in samples])
+    metrics = {"questions": float(len(set(questions))), "vanilla": vanilla}
+    return Summed(ratios=[hits], metrics=metrics, units=[str(one) for one in questions])
 
 
 def check_ids(aggregation: str, documents: Sequence[Document]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, get_args
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
-from mm_moslora_eval.sources.document import Document, StoredImage
+from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.image_controls import image_size
 
 BoxForm = Literal["box_xyxy", "box_xywh", "box_norm1"]
 """Corners in pixels; corner, width and height in pixels; corners as shares of width and height (0 to 1)."""
@@ -46,13 +46,6 @@ def _corners(document: Document, numbers: list[float], form: str) -> list[float]
 
 def _size(document: Document) -> tuple[int, int]:
     """Width and height of the document's only picture."""
-    from mm_moslora.data.images.record_picture import check_image, check_image_bytes
-
     if len(document.images) != 1:
         raise EvalError(f"the document has {len(document.images)} pictures, expected one")
-    image = document.images[0]
-    if isinstance(image, StoredImage):
-        image = image.read()
-    if isinstance(image, Path):
-        return check_image(image)
-    return check_image_bytes(image) if isinstance(image, bytes) else image.size
+    return image_size(document.images[0])

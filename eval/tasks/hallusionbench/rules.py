@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mm_moslora_eval.scoring.estimates import mean_of
+from mm_moslora_eval.scoring.estimates import mean_of, value_of
 from mm_moslora_eval.scoring.named_parts import Extractor
+from mm_moslora_eval.scoring.parts.grouped_scores import all_right
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts, of_text
 from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
 
@@ -15,32 +16,6 @@ from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
 def hallusionbench_lmms_eval(text: str) -> str:
     """lmms-eval for HallusionBench without its judge: `yes` anywhere in the answer is a yes, everything else a no."""
     return "yes" if "yes" in text.lower() else "no"
-
-
-def _share_all_right(samples: Sequence[Mapping[str, str]], right: Sequence[bool], columns: Sequence[str]) -> float:
-    groups: dict[tuple[str, ...], bool] = {}
-    for sample, verdict in zip(samples, right, strict=True):
-        key = tuple(sample[name] for name in columns)
-        groups[key] = groups.get(key, True) and verdict
-    return sum(groups.values()) / len(groups) if groups else 0.0
-
-
-def shares(
-    samples: Sequence[Mapping[str, str]], right: Sequence[bool], *, within: Sequence[str] = ("category", "subcategory")
-) -> dict[str, float]:
-    """HallusionBench's shares of correct questions (aAcc), figures (fAcc) and questions over all figures (qAcc).
-
-    Args:
-        samples: with category, subcategory, set_id, figure_id and question_id.
-        right: whether each answer is correct.
-        within: the columns that distinguish sets of the same number. The benchmark's own script and lmms-eval use both
-            columns. VLMEvalKit uses only the sub-category, so `VD` and `VS` share the sets of a sub-category.
-    """
-    return {
-        "aAcc": sum(right) / len(right) if right else 0.0,
-        "fAcc": _share_all_right(samples, right, (*within, "set_id", "figure_id")),
-        "qAcc": _share_all_right(samples, right, (*within, "set_id", "question_id")),
-    }
 
 
 def _hallusion_columns(sample: Scored) -> dict[str, str]:
@@ -72,11 +47,20 @@ def hallusionbench_vlmevalkit(samples: Samples) -> Summed:
 
 
 def _hallusion(samples: Samples, within: Sequence[str]) -> Summed:
+    """The shares of right questions (aAcc), figures (fAcc) and questions over all figures (qAcc).
+
+    `within` are the columns that distinguish sets of the same number. The benchmark's own script and lmms-eval use
+    category and sub-category. VLMEvalKit uses only the sub-category, so `VD` and `VS` share the sets of one.
+    """
     right = [sample.score == 1.0 for sample in samples]
     columns = [_hallusion_columns(sample) for sample in samples]
-    metrics = shares(columns, right, within=within)
     sets = [tuple(values[name] for name in (*within, "set_id")) for values in columns]
-    return Summed(ratios=[mean_of([float(hit) for hit in right])], metrics=metrics, together=sets)
+    ratios = [mean_of([float(hit) for hit in right])]
+    metrics = {"aAcc": value_of(ratios)}
+    for name, part in (("fAcc", "figure_id"), ("qAcc", "question_id")):
+        keys = [(*one, values[part]) for one, values in zip(sets, columns, strict=True)]
+        metrics[name] = value_of([all_right(keys, right)])
+    return Summed(ratios=ratios, metrics=metrics, together=sets)
 
 
 EXTRACTORS: dict[str, Extractor] = {"hallusionbench_lmms_eval": of_text(hallusionbench_lmms_eval)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from mm_moslora_eval.scoring.estimates import Ratio
+from mm_moslora_eval.scoring.estimates import Ratio, value_of
 from mm_moslora_eval.scoring.named_parts import Extractor
+from mm_moslora_eval.scoring.parts.grouped_scores import all_right
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts, of_text
 from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
 
@@ -27,49 +27,29 @@ _PERCEPTION = (
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
-def sums(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
-    """MME's acc + acc+ (0 to 200) per sub-task, and the sums `perception` (to 2000) and `cognition` (to 800).
-
-    acc is the percentage of correct questions, acc+ that of images with every question correct.
-
-    Args:
-        scores: (sub-task, image, 1 or 0) of each question.
-    """
-    images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for category, image, score in scores:
-        images[category][image].append(score)
-    per_task = {}
-    for category, members in images.items():
-        questions = [score for values in members.values() for score in values]
-        both = [float(all(values)) for values in members.values()]
-        per_task[category] = 100 * sum(questions) / len(questions) + 100 * sum(both) / len(both)
-    both_sums = {
-        "perception": sum(per_task.get(name, 0.0) for name in _PERCEPTION),
-        "cognition": sum(per_task.get(name, 0.0) for name in _COGNITION),
-    }
-    return both_sums | per_task
-
-
 def mme(samples: Samples) -> Summed:
     """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task.
 
+    A sub-task has acc + acc+ (0 to 200): the percentages of right questions, and of pictures with every question right.
     Of cognition alone, the score is the cognition sum.
     """
-    metrics = sums((s.document.category or "", _mme_pair(s), s.score) for s in samples)
     names = [sample.document.category or "" for sample in samples]
-    counted = set(names) & set(_PERCEPTION) or set(names) & set(_COGNITION)
-    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
     keys = [(name, _mme_pair(sample)) for name, sample in zip(names, samples, strict=True)]
-    for key, sample in zip(keys, samples, strict=True):
-        pairs[key].append(sample.score)
-    ratios = []
-    for name in sorted(counted):
+    pictures = all_right(keys, [sample.score > 0 for sample in samples])
+    ratios: dict[str, list[Ratio]] = {}
+    for name in dict.fromkeys(names):
         inside = [float(other == name) for other in names]
-        share = [one / len(pairs[key]) for one, key in zip(inside, keys, strict=True)]
         right = [one * sample.score for one, sample in zip(inside, samples, strict=True)]
-        both = [part * all(pairs[key]) for part, key in zip(share, keys, strict=True)]
-        ratios += [Ratio(top=right, bottom=inside) * 100.0, Ratio(top=both, bottom=share) * 100.0]
-    return Summed(ratios=ratios, metrics=metrics, together=keys)
+        top, bottom = (
+            [one * part for one, part in zip(inside, side, strict=True)] for side in (pictures.top, pictures.bottom)
+        )
+        ratios[name] = [Ratio(top=right, bottom=inside) * 100.0, Ratio(top=top, bottom=bottom) * 100.0]
+    metrics = {name: value_of(parts) for name, parts in ratios.items()}
+    sums = {"perception": _PERCEPTION, "cognition": _COGNITION}
+    totals = {total: sum(metrics.get(name, 0.0) for name in of) for total, of in sums.items()}
+    counted = ratios.keys() & _PERCEPTION or ratios.keys() & _COGNITION
+    summed = [ratio for name in sorted(counted) for ratio in ratios[name]]
+    return Summed(ratios=summed, metrics=totals | metrics, together=keys)
 
 
 def _mme_pair(sample: Scored) -> str:

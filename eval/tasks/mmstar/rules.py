@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-from mm_moslora_eval.scoring.estimates import Ratio
+from mm_moslora_eval.scoring.estimates import Ratio, value_of
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed
-
-
-def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
-    """MMStar in lmms-eval: per category and for `average`, the unweighted mean of the sub-categories' means.
-
-    Args:
-        scores: (category, sub-category, score) of each question.
-    """
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for category, sub_category, score in scores:
-        groups[category][sub_category].append(score)
-        groups["average"][sub_category].append(score)
-    return {
-        name: sum(sum(values) / len(values) for values in members.values()) / len(members)
-        for name, members in groups.items()
-    }
 
 
 def _within(keys: Sequence[Hashable], values: Sequence[float]) -> list[Ratio]:
@@ -37,11 +20,16 @@ def _within(keys: Sequence[Hashable], values: Sequence[float]) -> list[Ratio]:
 
 
 def macro(samples: Samples) -> Summed:
-    """MMStar in lmms-eval: unweighted mean of the means of the second-level categories."""
+    """MMStar in lmms-eval: unweighted mean of the means of the second-level categories; the same of each category."""
     names = [sample.document.category or "" for sample in samples]
     parts = [sample.document.extra.get("l2_category", name) for sample, name in zip(samples, names, strict=True)]
-    scores = [sample.score for sample in samples]
-    return Summed(ratios=_within(parts, scores), metrics=macro_average(zip(names, parts, scores, strict=True)))
+    whole = _within(parts, [sample.score for sample in samples])
+    metrics = {"average": value_of(whole)}
+    for category in dict.fromkeys(names):
+        members = [number for number, name in enumerate(names) if name == category]
+        ratios = _within([parts[number] for number in members], [samples[number].score for number in members])
+        metrics[category] = value_of(ratios)
+    return Summed(ratios=whole, metrics=metrics)
 
 
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {"mmstar_macro": macro}

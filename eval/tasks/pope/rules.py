@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 
 from mm_moslora_eval.scoring.error_bars import mean
 from mm_moslora_eval.scoring.estimates import Ratio
@@ -25,71 +24,31 @@ def pope_lmms_eval(text: str) -> str:
     return answer if answer in ("yes", "no") else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BinaryReport:
-    """Counts and rates of a yes/no test; `yes` is the positive class, rates are 0 to 1."""
-
-    tp: int
-    fp: int
-    tn: int
-    fn: int
-    """An answer that is neither yes nor no counts as not yes: it is a `fn` if yes is correct."""
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_ratio: float
-    """Share of answers that are yes."""
-
-
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def binary_report(verdicts: Sequence[tuple[str, str]]) -> BinaryReport:
-    """POPE's rates from (answer, reference) pairs of `yes`, `no` and empty strings.
+def rates(verdicts: Sequence[tuple[str, str]], *, unread_is_no: bool = True) -> Numbers:
+    """POPE's counts and rates (0 to 1) of (answer, reference) pairs; `yes` is the positive class.
 
-    Answers that cannot be inferred are wrong. Rates without a denominator are 0.
+    Answers that cannot be inferred are wrong: an `fn` if yes is correct, but for `recall` only where `unread_is_no`.
+    Rates without a denominator are 0.
     """
     tp = sum(answer == reference == "yes" for answer, reference in verdicts)
     tn = sum(answer == reference == "no" for answer, reference in verdicts)
     fp = sum(answer == "yes" and reference == "no" for answer, reference in verdicts)
-    fn = sum(answer != "yes" and reference == "yes" for answer, reference in verdicts)
-    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
-    return BinaryReport(
-        tp=tp,
-        fp=fp,
-        tn=tn,
-        fn=fn,
-        accuracy=_ratio(tp + tn, len(verdicts)),
-        precision=precision,
-        recall=recall,
-        f1=_ratio(2 * precision * recall, precision + recall),
-        yes_ratio=_ratio(tp + fp, len(verdicts)),
-    )
-
-
-def pope_lmms_eval_rates(verdicts: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """lmms-eval's POPE rates: recall ignores answers that are neither, and the yes ratio is that of the labels."""
-    report = binary_report(verdicts)
-    said_no = sum(answer == "no" and reference == "yes" for answer, reference in verdicts)
-    recall = _ratio(report.tp, report.tp + said_no)
-    return {
-        "accuracy": report.accuracy,
-        "precision": report.precision,
-        "recall": recall,
-        "f1": _ratio(2 * report.precision * recall, report.precision + recall),
-        "yes_ratio_of_ground_truth": _ratio(sum(reference == "yes" for _, reference in verdicts), len(verdicts)),
-    }
+    missed = [answer for answer, reference in verdicts if answer != "yes" and reference == "yes"]
+    precision = _ratio(tp, tp + fp)
+    recall = _ratio(tp, tp + (len(missed) if unread_is_no else missed.count("no")))
+    counts = {"tp": float(tp), "fp": float(fp), "tn": float(tn), "fn": float(len(missed))}
+    return counts | {
+        "accuracy": _ratio(tp + tn, len(verdicts)), "precision": precision, "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall), "yes_ratio": _ratio(tp + fp, len(verdicts)),
+    }  # fmt: skip
 
 
 def _verdicts(samples: Samples) -> list[tuple[str, str]]:
     return [(s.parsed.lower(), "".join(s.document.answers[:1]).strip().lower()) for s in samples]
-
-
-def _pope(samples: Samples) -> Numbers:
-    report = binary_report(_verdicts(samples))
-    return {name: float(value) for name, value in asdict(report).items()}
 
 
 def _by_split(samples: Samples) -> dict[str, list[Scored]]:
@@ -117,14 +76,14 @@ def _split_numbers(splits: dict[str, list[Scored]]) -> Numbers:
         f"{number}_{name}": value
         for name, members in sorted(splits.items())
         if name
-        for number, value in _pope(members).items()
+        for number, value in rates(_verdicts(members)).items()
     }
 
 
 def pope(samples: Samples) -> Summed:
     """F1 of `yes` over the questions of all splits, with the other rates and every split's F1."""
     splits = _by_split(samples)
-    metrics = _pope([sample for members in splits.values() for sample in members]) | _split_numbers(splits)
+    metrics = rates(_verdicts([sample for members in splits.values() for sample in members])) | _split_numbers(splits)
     return Summed(ratios=[_f1(samples, [len(splits_of(sample)) for sample in samples])], metrics=metrics)
 
 
@@ -132,14 +91,17 @@ def pope_splits(samples: Samples) -> Summed:
     """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
     splits = _by_split(samples)
     each = [_f1(samples, [splits_of(sample).count(name) for sample in samples]) for name in splits]
-    f1 = mean([_pope(members)["f1"] for members in splits.values()])
+    f1 = mean([rates(_verdicts(members))["f1"] for members in splits.values()])
     return Summed(ratios=[ratio * (1 / len(splits)) for ratio in each], metrics={"f1": f1} | _split_numbers(splits))
 
 
 def pope_without_unread(samples: Samples) -> Summed:
     """lmms-eval's F1 of `yes`: recall ignores answers that are neither, and the yes ratio is that of the labels."""
-    ratios = [_f1(samples, [1.0] * len(samples), unread_is_no=False)]
-    return Summed(ratios=ratios, metrics=pope_lmms_eval_rates(_verdicts(samples)))
+    ratios, verdicts = [_f1(samples, [1.0] * len(samples), unread_is_no=False)], _verdicts(samples)
+    found = rates(verdicts, unread_is_no=False)
+    metrics = {name: found[name] for name in ("accuracy", "precision", "recall", "f1")}
+    yes = _ratio(sum(reference == "yes" for _, reference in verdicts), len(verdicts))
+    return Summed(ratios=ratios, metrics=metrics | {"yes_ratio_of_ground_truth": yes})
 
 
 EXTRACTORS: dict[str, Extractor] = {"pope_llava": of_text(pope_llava), "pope_lmms_eval": of_text(pope_lmms_eval)}

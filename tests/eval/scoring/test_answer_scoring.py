@@ -52,8 +52,8 @@ def test_defaults_do_not_have_the_faults_of_the_reference_implementations() -> N
     assert mmvet.mmvet_grade("nan") is None
     assert mmvet.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
     assert exact_match.exact_match(" Yes. ", "yes") == 1.0
-    right = pope.binary_report([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
-    assert (right.recall, right.yes_ratio, right.accuracy) == (pytest.approx(1 / 3), 0.25, 0.5)
+    right = pope.rates([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
+    assert (right["recall"], right["yes_ratio"], right["accuracy"]) == (pytest.approx(1 / 3), 0.25, 0.5)
 
 
 @given(st.text(max_size=200))

@@ -48,7 +48,7 @@ def all_within(samples: Samples, *, columns: Columns, further: dict[str, Columns
 
 def _ratio_of_groups(samples: Samples, keys: Sequence[Hashable]) -> Ratio:
     """The share of groups that are right, to which every sample of a group adds the same."""
-    return _all_right(keys, [sample.score == 1.0 for sample in samples])
+    return all_right(keys, [sample.score == 1.0 for sample in samples])
 
 
 def detailed_mean(samples: Samples, *, groups: dict[str, Columns] | None = None, labels: str | None = None) -> Summed:
@@ -166,17 +166,17 @@ def consecutive(
     start = min(known or numbers, default=0) if first is None else first
     places = [divmod(number - start, size) for number in numbers]
     right = [sample.score == 1.0 for sample in samples]
-    whole = _all_right([group for group, _ in places], right)
+    whole = all_right([group for group, _ in places], right)
     metrics = {"vanilla": mean_of([sample.score for sample in samples]).values()[0]}
     for name, smaller in (further or {}).items():
         part_of = {place: number for number, part in enumerate(smaller) for place in part}
         kept = [number for number, (_, place) in enumerate(places) if place in part_of]
         keys = [(places[number][0], part_of[places[number][1]]) for number in kept]
-        metrics[name] = _all_right(keys, [right[number] for number in kept]).values()[0]
+        metrics[name] = all_right(keys, [right[number] for number in kept]).values()[0]
     return Summed(ratios=[whole], metrics=metrics, units=[str(group) for group, _ in places])
 
 
-def _all_right(keys: Sequence[Hashable], right: Sequence[bool]) -> Ratio:
+def all_right(keys: Sequence[Hashable], right: Sequence[bool]) -> Ratio:
     """The share of keys whose answers are all right."""
     members: dict[Hashable, list[bool]] = defaultdict(list)
     for key, hit in zip(keys, right, strict=True):
