@@ -15,8 +15,7 @@ from mm_moslora import cli
 from mm_moslora.cli.evaluation.eval_options import NO_LIMITS, ServiceOptions
 from mm_moslora.cli.evaluation.eval_run_verbs import eval_run
 from mm_moslora.cli.shard_jobs import words_of
-from tests.eval.eval_data import write_questions
-from tests.eval.run.test_answer_shards import contents
+from tests.eval.eval_data import contents, write_questions
 
 pytestmark = pytest.mark.usefixtures("start_at_once")
 ROOT = Path(__file__).parents[2]

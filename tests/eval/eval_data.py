@@ -1,10 +1,11 @@
-"""Generated pictures and question files; nothing is downloaded."""
+"""Generated pictures and question files, nothing is downloaded; and what a run has written."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -42,3 +43,15 @@ def write_questions(folder: Path, *, count: int, pictures: int = 4) -> Path:
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+TIMES = re.compile(rb'"(date|time|seconds|commit|dirty)": ("[^"]*"|[0-9.e-]+|null|true|false)')
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """The results of a run without times; its shards and its log of commands are left out."""
+    return {
+        str(path.relative_to(run)): TIMES.sub(b"", path.read_bytes())
+        for path in sorted(run.rglob("*.json*"))
+        if "shards" not in path.parts and path.name != "invocations.jsonl"
+    }

@@ -11,12 +11,15 @@ from typing import Any
 
 
 class Server:
-    """Answers chat completions with `faults` (HTTP status codes) first, then with `reply(payload)`."""
+    """Answers chat completions with `faults` (HTTP status codes) first, then with `reply(payload)`.
+
+    A reply is the text of an answer, JSON, or a status with headers and JSON or bytes.
+    """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Any], faults: list[int]) -> None:
         self.reply, self.faults = reply, faults
         self.payloads: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
         self.url = ""
 
@@ -30,7 +33,7 @@ def serve(reply: Callable[[dict[str, Any]], Any], *, faults: list[int] | None = 
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
                 server.payloads.append(payload)
-                server.keys.append(self.headers.get("Authorization"))
+                server.headers.append({"path": self.path} | {k.lower(): v for k, v in self.headers.items()})
                 fault = server.faults.pop(0) if server.faults else 0
             said = {"error": {"message": "scripted fault"}} if fault else server.reply(payload)
             if isinstance(said, str):
@@ -39,12 +42,12 @@ def serve(reply: Callable[[dict[str, Any]], Any], *, faults: list[int] | None = 
                     "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
                     "usage": {"prompt_tokens": 10, "completion_tokens": len(said.split())},
                 }
-            data = json.dumps(said).encode()
+            status, headers, said = said if isinstance(said, tuple) else (fault or 200, {}, said)
+            data = said if isinstance(said, bytes) else json.dumps(said).encode()
             with suppress(OSError):  # the client may have given up
-                self.send_response(fault or 200)
-                if fault == 429:
-                    self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(data)))
+                self.send_response(status)
+                for name, value in (headers | {"Content-Length": str(len(data))}).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, Usage
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
-from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.protocol.task_prompt import WORDINGS
+from mm_moslora_eval.protocol.task import Source, Task
+from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run import answer_log, run_lock, task_runner
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
@@ -27,6 +27,8 @@ from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.sources.document import DataSet, Document
 
 ONE = task_runner.EvaluationSettings(batch_size=64, rank=0, world_size=1)
+COUNT, SAID = 24, "it got the colour"
+"""Answers of a judged run, and what each says."""
 
 
 class GivenAnswers:
@@ -110,6 +112,29 @@ class Runs:
         result = score_folder(place, judge=asked)
         rows = (place / "samples.jsonl").read_text(encoding="utf-8").split("\n")
         return Run(result, [json.loads(row) for row in rows if row], model)
+
+
+def answered(folder: Path, metric: str = "mmvet_judge", *, said: str = SAID, count: int = COUNT) -> Path:
+    """A run with answers to a judged task, not scored yet; returns its view."""
+    extraction = "mathvista" if metric == "mathvista" else "text"
+    task = Task(
+        name="judged", source=Source(kind="tsv", path="x.tsv"), metric=metric, extraction=extraction,
+        aggregation="llavabench" if "llavabench" in metric else "mmvet" if "mmvet" in metric else "mean",
+        prompt=TaskPrompt(template="{question}"),
+    )  # fmt: skip
+    documents = tuple(
+        Document(id=str(n), question=f"Q{n}?", answers=("7",), category="rec", extra={"answer_type": "integer"})
+        for n in range(count)
+    )
+    model = GivenAnswers({document.id: said for document in documents})
+    with run_lock.open_run(folder, model):
+        return task_runner.run_task(
+            model, task, folder, settings=ONE, data=DataSet(documents=documents, path="x", sha256="0")
+        )
+
+
+def judge_at(url: str, folder: Path, **options: Any) -> Judge:
+    return Judge(Endpoint(url=url, model="j", attempts=2, first_wait=0.001), cache=folder / "judge", **options)
 
 
 def scripted(reply: Callable[[str, float], str]) -> Endpoint:

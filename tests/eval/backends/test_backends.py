@@ -25,6 +25,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
+from tests.eval.eval_models import export_tiny
 from tests.eval.eval_server import serve
 
 ONE = EvaluationSettings(batch_size=4, rank=0, world_size=1)
@@ -43,19 +44,7 @@ def run_on(model: Model, task: Task, folder: Path) -> TaskResult:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path) -> Path:
     """A tiny stock LLaVA on disk."""
-    from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.assembly import load_parts
-    from mm_moslora.models.processing.llava_processor import save_processor
-
-    folder = tmp_path_factory.mktemp("exported")
-    torch.manual_seed(3)
-    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
-    for name, weight in assembly.model.model.language_model.named_parameters():
-        if "layers" in name and weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)  # answers differ between questions
-    assembly.model.save_pretrained(folder)
-    save_processor(assembly.processor, folder)
-    return folder
+    return export_tiny(tmp_path_factory.mktemp("exported"), language_folder, vision_folder)
 
 
 QUESTIONS = [

@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import email.utils
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +18,7 @@ from mm_moslora_eval.run.result_file import read_results
 from mm_moslora import cli
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_data import picture
-
-Reply = tuple[int, dict[str, str], Any]
-
-
-class Provider:
-    """Requests that came, and the scripted replies: status, headers, and JSON or bytes."""
-
-    def __init__(self, reply: Callable[[dict[str, Any]], Reply]) -> None:
-        self.reply, self.url = reply, ""
-        self.asked: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.lock = threading.Lock()
-
-
-@contextmanager
-def provider(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Provider]:
-    own = Provider(reply)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with own.lock:
-                own.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-                status, headers, said = own.reply(body)
-            data = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(data))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    own.url = f"http://127.0.0.1:{http.server_address[1]}"
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield own
-    finally:
-        http.shutdown()
-        http.server_close()
+from tests.eval.eval_server import serve
 
 
 def openai(text: str = "red", *, reason: str = "stop") -> dict[str, Any]:
@@ -98,47 +53,47 @@ def ask(model: EndpointModel, *requests: Request) -> list[Answer]:
 def test_a_conversation_with_a_picture(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         monkeypatch.setenv(name, f"key of {name}")
-    with provider(lambda _: (200, {}, openai())) as server:
+    with serve(lambda _: openai()) as server:
         (answer,) = ask(model_of(server.url))
     assert answer == Answer(text="red", tokens=4, prompt_tokens=15, finish_reason="stop")
-    ((path, headers, body),) = server.asked
+    (body,), (headers,) = server.payloads, server.headers
     data = base64.b64encode(picture(1)).decode()
-    assert (path, headers["authorization"]) == ("/chat/completions", f"Bearer key of {names[0]}")
+    assert (headers["path"], headers["authorization"]) == ("/v1/chat/completions", f"Bearer key of {names[0]}")
     assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "user"]
     assert data in json.dumps(body["messages"][1])
     assert (body["max_tokens"], body["temperature"], body["stop"]) == (5, 0, ["\n"])
 
 
 def test_answers_that_are_cut_off_empty_or_refused() -> None:
-    with provider(lambda _: (200, {}, openai("re", reason="length"))) as server:
+    with serve(lambda _: openai("re", reason="length")) as server:
         assert ask(model_of(server.url))[0].finish_reason == "length"
     for said in ({"choices": []}, {}, [], {"choices": [], "content": None}):
         with (
-            provider(lambda _, said=said: (200, {}, said)) as server,  # type: ignore[misc]
+            serve(lambda _, said=said: said) as server,  # type: ignore[misc]
             pytest.raises(RuntimeError, match=r"refused|gave no answer|without a message"),
         ):
             ask(model_of(server.url))
-        assert len(server.asked) == 1, "the same request would be refused again"
+        assert len(server.payloads) == 1, "the same request would be refused again"
 
 
 def test_an_answer_that_begins_with_a_stop_word_is_an_empty_answer() -> None:
-    with provider(lambda _: (200, {}, openai(""))) as server:
+    with serve(lambda _: openai("")) as server:
         assert ask(model_of(server.url), QUESTION)[0].text == ""
 
 
 def test_faults_of_a_provider_are_tried_again_and_counted() -> None:
-    faults: list[Reply] = [
+    faults = iter([
         (429, {"Retry-After": "0"}, {"error": "slow down"}), (500, {}, b"<html>oops</html>"), (529, {}, {}),
         (200, {}, b"<!doctype html><title>Sign in</title>"), (200, {}, b'{"half'),
-    ]  # fmt: skip
-    with provider(lambda _: faults.pop(0) if faults else (200, {}, openai())) as server:
+    ])  # fmt: skip
+    with serve(lambda _: next(faults, openai())) as server:
         model = model_of(server.url, attempts=6)
         assert ask(model)[0].text == "red"
     assert model.endpoint.usage.retries == 5
-    with provider(lambda _: (401, {}, {"error": "no key"})) as server:
+    with serve(lambda _: (401, {}, {"error": "no key"})) as server:
         with pytest.raises(EvalError, match="OPENAI_API_KEY"):
             ask(model_of(server.url))
-        assert len(server.asked) == 1
+        assert len(server.payloads) == 1
 
 
 @pytest.mark.parametrize("named", ["seconds", "date"])
@@ -146,8 +101,8 @@ def test_retry_after_is_waited_for_and_holds_back_all_requests(named: str, monke
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     wait = "120" if named == "seconds" else email.utils.formatdate(time.time() + 120, usegmt=True)
-    faults: list[Reply] = [(429, {"Retry-After": wait}, {})]
-    with provider(lambda _: faults.pop(0) if faults else (200, {}, openai())) as server:
+    faults = iter([(429, {"Retry-After": wait}, {})])
+    with serve(lambda _: next(faults, openai())) as server:
         model = model_of(server.url)
         ask(model)
         ask(model)
@@ -155,7 +110,7 @@ def test_retry_after_is_waited_for_and_holds_back_all_requests(named: str, monke
 
 
 def test_parameters_that_a_model_refuses_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    def reply(body: dict[str, Any]) -> Reply:
+    def reply(body: dict[str, Any]) -> Any:
         if "max_tokens" in body:
             said = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
         elif "temperature" in body:
@@ -163,14 +118,14 @@ def test_parameters_that_a_model_refuses_are_left_out_and_named(caplog: pytest.L
         elif "stop" in body:
             said = "Unsupported parameter: 'stop' is not supported with this model."
         else:
-            return 200, {}, openai("red\nand blue")
+            return openai("red\nand blue")
         return 400, {}, {"error": {"message": said, "type": "invalid_request_error"}}
 
-    with provider(reply) as server:
+    with serve(reply) as server:
         model = model_of(server.url)
         assert ask(model, QUESTION, QUESTION)[1].text == "red", "the answer still ends before the stop text"
         assert ask(model)[0].text == "red"
-    assert server.asked[-1][2]["max_completion_tokens"] == 5
+    assert server.payloads[-1]["max_completion_tokens"] == 5
     assert model.endpoint.usage.to_dict()["left_out"] == ["max_tokens", "stop", "temperature"]
     assert model.details == {"refuses": "max_tokens, stop, temperature"}
     assert caplog.text.count("refuses temperature") == 1
@@ -213,8 +168,8 @@ def test_a_run_names_tokens_and_cost_and_keeps_no_key(
     question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-ant-0123456789abcdef0123")
-    lines: list[Reply] = [(400, {}, {"error": "sk-ant-0123456789abcdef0123 is odd"})] * 2
-    with provider(lambda _: lines.pop() if lines else (200, {}, openai("yes"))) as server:
+    lines = iter([(400, {}, {"error": "sk-ant-0123456789abcdef0123 is odd"})] * 2)
+    with serve(lambda _: next(lines, openai("yes"))) as server:
         command = ["eval", "run", f"llava:{question_file}", "--model", f"openai:{server.url}#m", "--output"]
         command += [str(tmp_path / "run"), "--price", "3/15", "--requests-per-minute", "6000", "--batch-size", "4"]
         assert cli.run(command) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from threading import Thread
 
@@ -16,20 +15,9 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora import cli
 from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import ConfigError, EvalError
-from tests.eval.eval_data import write_questions
+from tests.eval.eval_data import contents, write_questions
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny
-
-TIMES = re.compile(rb'"(date|time|seconds|commit|dirty)": ("[^"]*"|[0-9.e-]+|null|true|false)')
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """The results of a run without times; its shards and its log of commands are left out."""
-    return {
-        str(path.relative_to(run)): TIMES.sub(b"", path.read_bytes())
-        for path in sorted(run.rglob("*.json*"))
-        if "shards" not in path.parts and path.name != "invocations.jsonl"
-    }
 
 
 @pytest.fixture

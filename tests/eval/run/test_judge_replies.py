@@ -15,45 +15,19 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
-from mm_moslora_eval.protocol.task import Source, Task, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import compare, evaluate
 from mm_moslora_eval.run.judging.answer_graders import GRADERS
 from mm_moslora_eval.run.judging.judged_scores import MOST_UNREADABLE
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
-from mm_moslora_eval.run.run_lock import open_run
-from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task
-from mm_moslora_eval.sources.document import DataSet, Document
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora.utils.errors import EvalError
 from tests.eval.eval_server import serve
-from tests.eval.protocol_runs import GivenAnswers
+from tests.eval.protocol_runs import COUNT, SAID, answered, judge_at
 
 ONE = EvaluationSettings(batch_size=8, rank=0, world_size=1)
-COUNT = 24
-SAID = "it got the colour"
-
-
-def answered(folder: Path, metric: str = "mmvet_judge", *, said: str = SAID, count: int = COUNT) -> Path:
-    """A run with answers to a judged task, not scored yet; returns its view."""
-    extraction = "mathvista" if metric == "mathvista" else "text"
-    task = Task(
-        name="judged", source=Source(kind="tsv", path="x.tsv"), metric=metric, extraction=extraction,
-        aggregation="llavabench" if "llavabench" in metric else "mmvet" if "mmvet" in metric else "mean",
-        prompt=TaskPrompt(template="{question}"),
-    )  # fmt: skip
-    documents = tuple(
-        Document(id=str(n), question=f"Q{n}?", answers=("7",), category="rec", extra={"answer_type": "integer"})
-        for n in range(count)
-    )
-    model = GivenAnswers({document.id: said for document in documents})
-    with open_run(folder, model):
-        return run_task(model, task, folder, settings=ONE, data=DataSet(documents=documents, path="x", sha256="0"))
-
-
-def judge_at(url: str, folder: Path, **options: Any) -> Judge:
-    return Judge(Endpoint(url=url, model="j", attempts=2, first_wait=0.001), cache=folder / "judge", **options)
 
 
 def number(payload: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Data files: valid ones become documents, invalid ones a clear error or a counted failure, never a wrong score."""
+"""Valid data become documents, invalid data and answers a clear error or a counted failure, never a wrong score."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import base64
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mm_moslora_eval import eval_commands
+from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_file
-from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
 from mm_moslora_eval.run.request_preparation import Preparation
+from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document
@@ -63,24 +65,6 @@ def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str
     assert found["1"].options == {"A": "cat", "B": "None", "C": "NA"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("index\tquestion\n1\tq\n", "no column answer"),
-        ("index\tquestion\tanswer\n1\tq\n", "row 2 has 2 cells, the header has 3"),
-        ('index\tquestion\tanswer\n1\t"open\ta\n2\tq\tb\n', "never closed"),
-        ("index\tquestion\tanswer\n1\tq\ta\n1\tr\tb\n", "1 repeated ids \\('1'\\)"),
-        ("index\tquestion\tanswer\n", "holds no documents"),
-    ],
-)
-def test_an_invalid_tsv_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "bad.tsv"
-    path.write_text(text)
-    with pytest.raises(EvalError, match=message):
-        documents(path)
-
-
 def test_tsv_text_after_a_closing_quote_is_read(tmp_path: Path) -> None:
     path = tmp_path / "loose.tsv"
     path.write_text('index\tquestion\tanswer\n1\t"Hello" she said\ta\n')
@@ -125,8 +109,14 @@ def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("text", "message"),
     [
+        ("", "is empty"),
+        ("index\tquestion\n1\tq\n", "no column answer"),
+        ("index\tquestion\tanswer\n1\tq\n", "row 2 has 2 cells, the header has 3"),
+        ('index\tquestion\tanswer\n1\t"open\ta\n2\tq\tb\n', "never closed"),
+        ("index\tquestion\tanswer\n1\tq\ta\n1\tr\tb\n", "1 repeated ids \\('1'\\)"),
+        ("index\tquestion\tanswer\n", "holds no documents"),
         ("{broken", "line 1 is not valid JSON"),
         ("[1, 2]", "record 1 is a int"),
         ('{"question_id": 1, "answer": "a"}', "needs `question_id` and `text`"),
@@ -136,11 +126,11 @@ def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
         ('{"id": "x", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}', "are from"),
     ],
 )
-def test_an_invalid_llava_file_is_refused(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_text(line + "\n")
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    kind = "llava" if text[:1] in ("{", "[") else "tsv"
+    (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(EvalError, match=message):
-        get_task(f"llava:{path}").load()
+        get_task(f"{kind}:{tmp_path / 'q.jsonl'}").load()
 
 
 def test_an_answer_that_is_no_text_is_a_fault_of_its_question(tmp_path: Path) -> None:
@@ -153,14 +143,6 @@ def test_an_answer_that_is_no_text_is_a_fault_of_its_question(tmp_path: Path) ->
     documents = get_task(f"llava:{path}").load().documents
     assert ["expected text" in (document.problem or "") for document in documents] == 4 * [True] + 3 * [False]
     assert [document.answers for document in documents[4:]] == [("a", "b"), ("3",), ("a",)]
-
-
-@pytest.mark.parametrize("protocols", ["{a: [1]}", "{a: x}", "[a]", "x", "{}"])
-def test_protocols_of_another_form_are_refused(tmp_path: Path, protocols: str) -> None:
-    path = tmp_path / "t.yaml"
-    path.write_text(f"name: t\nprotocols: {protocols}\n")
-    with pytest.raises(EvalError, match="`protocols` must map names"):
-        load_file(path)
 
 
 def test_llava_image_tags_that_differ_from_the_images_are_a_counted_failure(tmp_path: Path) -> None:
@@ -258,12 +240,8 @@ def test_paths_of_a_task_file_start_at_the_task_file(tmp_path: Path, monkeypatch
     assert task.load().documents[0].images == (tmp_path / "tasks" / "images" / "a.png",)
 
 
-@pytest.mark.parametrize("protocol", ["../../elsewhere", "/tmp/x", "..", "a/b", "a@b", "", "a\\b", "x" * 300])
-def test_a_protocol_name_is_not_a_path(tmp_path: Path, protocol: str) -> None:
-    path = tmp_path / "t.yaml"
-    path.write_text(f"name: t\nprotocol: '{protocol}'\nsource: {{kind: tsv, path: x}}\n")
-    with pytest.raises((ConfigError, EvalError), match=r"not acceptable|name of more than"):
-        load_file(path)
+ODD_PROTOCOLS = ("{a: [1]}", "{a: x}", "[a]", "x", "{}")
+NO_NAMES = ("'../../elsewhere'", "'/tmp/x'", "'..'", "'a/b'", "'a@b'", "''", "'a\\b'")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +253,10 @@ def test_a_protocol_name_is_not_a_path(tmp_path: Path, protocol: str) -> None:
         ("name: t\nsource: {kind: tsv, path: x}\nextraction: leter\n", "Did you mean 'letter'"),
         ("name: t\nname: u\n", "written twice"),
         ("name: t\n", "missing source"),
-        ("name: a/b\nsource: {kind: tsv, path: x}\n", "not acceptable"),
+        *((f"name: t\nprotocols: {form}\n", "`protocols` must map names") for form in ODD_PROTOCOLS),
+        *((f"name: {name}\nsource: {{kind: tsv, path: x}}\n", "not acceptable") for name in NO_NAMES),
+        *((f"name: t\nprotocol: {name}\nsource: {{kind: tsv, path: x}}\n", "not acceptable") for name in NO_NAMES),
+        (f"name: t\nprotocol: {'x' * 300}\nsource: {{kind: tsv, path: x}}\n", "name of more than"),
         (
             "name: t\nsource: {kind: tsv, path: x}\nprompt: {function: mathvista_formt}\n",
             "Did you mean 'mathvista_format'",
@@ -424,3 +405,88 @@ def test_an_annotation_without_its_picture_is_named(tmp_path: Path) -> None:
     (path := tmp_path / "pages.json").write_text(json.dumps([{"page": {"name": "p.png"}}, {"page": {}}]))
     with pytest.raises(EvalError, match=r"record 2 has no name at 'page.name'"):
         load(Source(kind="annotations", path=str(path), columns={"image": "page.name"}))
+
+
+class Fixed(FakeModel):
+    """Answers with given texts in the order of the documents' ids."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        for index, request in enumerate(requests):
+            yield index, Answer(text=self.texts[int(request.id)], tokens=1, finish_reason="stop")
+
+
+def rows_of(texts: Sequence[str], encoded: str, **more: Any) -> list[dict[str, Any]]:
+    base = {"image": encoded, "question": "What is it?", "hint": "nan", "A": "cat", "B": "dog", "answer": "A"}
+    return [{"index": number, **base, **more} for number in range(len(texts))]
+
+
+def score(path: Path, texts: Sequence[str], run: Path) -> tuple[TaskResult, list[dict[str, Any]]]:
+    (result,) = evaluate(Fixed(texts), get_task(f"tsv:{path}"), run, modes=("own",), baselines=(), settings=ONE)
+    assert result.n == result.counts.total == len(texts), "N scored equals N in the data"
+    return result, read_samples(run / "bench@own" / "own")
+
+
+def counted(path: Path, problem: str, run: Path) -> None:
+    """Row 0 is valid and right. Row 1 is invalid: it is recorded, counts as wrong and does not affect row 0."""
+    result, samples = score(path, ["A", "A"], run)
+    assert (result.score, result.counts.failed, result.counts.scored) == (0.5, 1, 1)
+    assert problem in samples[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"image": "!!!! not base64 " * 8}, "not base64"),
+        ({"image": "77"}, "does not exist"),
+        ({"image": "1"}, "refers back to it"),
+        ({"answer": "D"}, "not one of the options"),
+        ({"answer": ""}, "no reference answer"),
+        ({"question": "What\0is it?"}, "NUL byte"),
+        ({"image": "", "image_path": "gone.png"}, "cannot be read"),
+        ({"image": "", "image_path": "../../etc/passwd"}, "leaves /"),
+    ],
+    ids=[
+        "base64 junk", "image index that points nowhere", "image index that points to itself",
+        "answer letter outside the options", "no reference", "NUL", "missing image", "image outside the folder",
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_counted(
+    change: dict[str, Any], problem: str, write_tsv: Writer, encoded: str, tmp_path: Path
+) -> None:
+    rows = rows_of(["A", "A"], encoded)
+    counted(write_tsv([rows[0], rows[1] | change]), problem, tmp_path / "run")
+
+
+def test_input_04_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    texts = ["", "   \n", "A " * 5000, "word " * 2000 + "B", "\0", "\ud800", "A\u2028"]
+    result, samples = score(write_tsv(rows_of(texts, encoded)), texts, tmp_path / "run")
+    assert [sample["parsed"] for sample in samples] == ["", "", "", "B", "", "", "A"]
+    assert result.counts.not_inferable == 5
+    assert result.score == pytest.approx(1 / 7)
+    assert [sample["text"] for sample in samples] == [*texts[:5], "\ufffd", texts[6]], "answers are kept as they came"
+
+
+def test_a_model_that_answers_code_is_not_run(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    texts = [f"__import__('pathlib').Path({str(marker)!r}).touch()"]
+    score(write_tsv(rows_of(texts, encoded, A="", B="", answer="['x', 'y']")), texts, tmp_path / "run")
+    assert not marker.exists()
+
+
+def test_a_set_without_references_is_exported_and_a_missing_one_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    rows = [{"question_id": n, "image": "a.png", "text": f"Q{n}?"} for n in range(2)]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Fixed(["yes", "yes"])
+    run = {"modes": ("own",), "baselines": (), "settings": ONE}
+    (result,) = evaluate(model, get_task(f"llava:{path}"), tmp_path / "none", **run)
+    assert "no reference answers" in result.about["unscored"]
+    rows[0]["answer"] = "yes"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = evaluate(model, get_task(f"llava:{path}"), tmp_path / "one", **run)
+    assert (result.score, result.counts.failed) == (0.5, 1)
