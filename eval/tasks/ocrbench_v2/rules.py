@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora_eval.metrics.general.lexicons import Lexicon, lexicon
 from mm_moslora_eval.metrics.general.python_literals import mapping_in
 from mm_moslora_eval.metrics.general.timed_calls import PROCESS, TABLE_SECONDS
 from mm_moslora_eval.metrics.metric_text import levenshtein
@@ -18,7 +19,6 @@ from mm_moslora_eval.sources.document import Document
 from mm_moslora.utils.untrusted_data import parse_literal
 
 from . import parsed_pages, spotted_text
-from .lexicons import Lexicon, lexicon
 from .text_overlap import bleu, f_measure, meteor
 
 _LEAST_SIMILAR = 0.5

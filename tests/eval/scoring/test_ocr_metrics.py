@@ -21,7 +21,7 @@ from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.task_files.ocrbench_v2 import lexicons
+from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.task_files.ocrbench_v2 import rules as ocrbench_v2
 from mm_moslora_eval.task_files.ocrbench_v2.text_overlap import meteor
 
