@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.metrics.general.python_literals import mapping_in
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
@@ -21,7 +22,6 @@ from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.task_files.ocrbench_v2 import rules as ocrbench_v2
 from mm_moslora_eval.task_files.ocrbench_v2.text_overlap import meteor
 
