@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import open_image
+from mm_moslora.data.images.record_picture import Picture
+from mm_moslora.data.worker_processes import usable_processes
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.identity import sha256_of, sha256_of_bytes
+from mm_moslora.utils.progress_bar import Progress
 
 TEST_SHARE, LEAST_TEST, MOST_TEST = 0.2, 2, 100
 """Share of held-out pictures, their minimum number where two are left for training, and their maximum number."""
@@ -20,7 +25,7 @@ number of times that the question is asked at least."""
 CANDIDATES = 1000
 """Pictures among which the next held-out one is chosen, so that the time does not grow with the data. An answer that
 only later pictures of the random order have may not be held out."""
-_SHOWN = 3
+_SHOWN, _AT_ONCE = 3, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,25 +91,31 @@ def test_size(pictures: int) -> int:
     return max(1, min(MOST_TEST, max(LEAST_TEST, round(TEST_SHARE * pictures)), pictures - 2))
 
 
-def decodes(path: Path, faults: list[str]) -> bool:
-    """Whether a picture can be shown; what is wrong with it is added to the faults."""
+def decode_all(pictures: Iterable[Picture], total: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Decode every picture once. By name: what equal pixels share, and what is wrong with those without it."""
+    same, faults = dict[str, str](), dict[str, str]()
+    remaining = iter(pictures)
+    with ThreadPoolExecutor(usable_processes()) as pool, Progress("decode pictures", total, unit="picture") as progress:
+        while part := list(itertools.islice(remaining, _AT_ONCE)):  # some hold their file's bytes
+            for picture, (pixels, fault) in zip(part, pool.map(_decode, part), strict=True):
+                (faults if fault else same)[picture.name] = fault or pixels
+                progress.update(len(same) + len(faults))
+    return same, faults
+
+
+def _decode(picture: Picture) -> tuple[str, str]:
+    """The hash of size and pixels, or what is wrong."""
     try:
-        open_image(path)
-    except ImageError as fault:
-        faults.append(str(fault))
-        return False
-    return True
+        image = picture.rgb()
+    except DataError as fault:
+        return "", str(fault)
+    return sha256_of_bytes(f"{image.size} ".encode(), image.tobytes()), ""
 
 
-def draw(
-    pictures: Mapping[str, Mapping[str, str]], whole: Callable[[str], bool], rng: random.Random
-) -> tuple[set[str], set[str]]:
+def draw(pictures: Mapping[str, Mapping[str, str]], paths: Mapping[str, Path], rng: random.Random) -> set[str]:
     """Draw pictures to hold out, so that every answer is held out as often as its share of the pictures.
 
     The next picture is always one whose answers lack most. An answer that occurs once has no share.
-
-    Returns:
-        The pictures to hold out, and those found damaged.
     """
     size = test_size(len(pictures))
     times = Counter(pair for answers in pictures.values() for pair in answers.items())
@@ -114,12 +125,12 @@ def draw(
         expected = {pair: times[pair] * size / len(pictures) for pair in pictures[name].items() if times[pair] > 1}
         return sum(1 - drawn[pair] / count for pair, count in expected.items()) / max(1, len(expected))
 
-    candidates = rng.sample(sorted(pictures), len(pictures))
+    by_content = sorted(pictures, key=lambda name: sha256_of(paths[name]))  # a new name alters no draw
+    candidates = rng.sample(by_content, len(pictures))
     chosen: set[str] = set()
-    broken: set[str] = set()
-    while candidates and len(chosen) < size:
+    while len(chosen) < size:
         name = max(candidates[:CANDIDATES], key=lack)
         candidates.remove(name)
-        (chosen if whole(name) else broken).add(name)
-        drawn.update(pictures[name].items() if name in chosen else ())
-    return chosen, broken
+        chosen.add(name)
+        drawn.update(pictures[name].items())
+    return chosen

@@ -20,13 +20,11 @@ from typing import Any
 from mm_moslora_eval.metrics.exact_match import relaxed
 
 from mm_moslora.data.chat.record_turns import IMAGE, VIDEO
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import check_image, read_picture
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.quickstart.instruction_data import ImageQuestion, conversation, question_record, yes_no_questions
-from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decodes, first_of, test_size
+from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, decode_all, first_of, test_size
 from mm_moslora.quickstart.user_file import from_file
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.identity import sha256_of_bytes
 from mm_moslora.utils.untrusted_files import FileError, FileFault, find_below
 
 OPEN = "What does the picture show?"
@@ -73,7 +71,7 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
         )
     if len(counts) < 2 or max(counts.values()) < 2:
         raise DataError(_too_little(folder, counts, faults))
-    train, test = _split(folder, pictures, counts, rng, faults)
+    train, test = _split(pictures, counts, rng)
     by_times = _conversations(train, rng)
     records = [record for part in by_times.values() for record in part]
     sizes = [sum(len(turn["value"].encode()) for turn in record["conversations"]) for record in records]
@@ -97,7 +95,7 @@ def _from_folder(folder: Path, rng: random.Random, *, follow_links: bool) -> Own
 
 def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links: bool) -> Iterator[_Picture]:
     """The readable pictures in the class folders, without duplicates."""
-    seen: dict[str, _Picture] = {}
+    named: dict[str, _Picture] = {}
     others: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     classes: dict[str, tuple[str, str]] = {}
@@ -109,29 +107,28 @@ def _pictures(folder: Path, faults: list[str], notes: list[str], *, follow_links
         if path.suffix and path.suffix.lower() not in _SUFFIXES:
             others[path.suffix.lower()] += 1
             continue
-        name, label = "/".join(parts), _class_name(parts[0], classes)
+        picture = _Picture("/".join(parts), _class_name(parts[0], classes))
         try:
-            find_below(folder, name, follow_links=follow_links)
-            check_image(path)
-            digest = sha256_of_bytes(read_picture(path))
-        except (FileError, ImageError) as fault:
-            hint = (
-                ", or give --follow-links" if isinstance(fault, FileError) and fault.fault is FileFault.ESCAPES else ""
-            )
-            faults.append(f"{fault}{hint}".encode("utf-8", "backslashreplace").decode())
-            continue
-        picture = _Picture(name, label)
-        first = seen.setdefault(digest, picture)
-        if first.label != label:
+            find_below(folder, picture.name, follow_links=follow_links)
+            named[str(path)] = picture
+        except FileError as fault:
+            faults.append(f"{fault}{', or give --follow-links' if fault.fault is FileFault.ESCAPES else ''}")
+    same, damaged = decode_all((LocalPicture(Path(path)) for path in named), len(named))
+    faults[:] = [fault.encode("utf-8", "backslashreplace").decode() for fault in (*faults, *damaged.values())]
+    seen: dict[str, _Picture] = {}
+    for name, pixels in same.items():
+        picture = named[name]
+        first = seen.setdefault(pixels, picture)
+        if first.label != picture.label:
             raise DataError(
-                f"{name} and {first.name} in {folder} are the same picture in two classes, {label!a} and "
-                f"{first.label!a}. Delete the one in the wrong folder."
+                f"{picture.name} and {first.name} in {folder} are the same picture in two classes, {picture.label!a} "
+                f"and {first.label!a}. Delete the one in the wrong folder."
             )
-        if first is not picture:
-            notes.append(f"{name}: the same picture as {first.name}; it is used once")
-            continue
-        usable[parts[0]] += 1
-        yield picture
+        if first is picture:
+            usable[picture.name.partition("/")[0]] += 1
+            yield picture
+        else:
+            notes.append(f"{picture.name}: the same picture as {first.name}; it is used once")
     notes[:0] = [f"{name}: gives no picture, so nothing is asked about it" for name, n in usable.items() if not n]
     if others:
         kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
@@ -194,7 +191,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _split(
-    folder: Path, pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random, faults: list[str]
+    pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random
 ) -> tuple[list[_Picture], list[_Picture]]:
     """Training and held-out pictures, of every class the same share. A class keeps at least one training picture."""
     size = test_size(len(pictures))
@@ -208,11 +205,8 @@ def _split(
             train.append(picture)
             continue
         remaining[picture.label] -= 1
-        if decodes(folder / picture.name, faults):
-            quota[picture.label] -= 1
-            test.append(picture)
-    if not test:
-        raise DataError(f"No picture can be held out, since all candidates are damaged: {faults[-1]}.")
+        quota[picture.label] -= 1
+        test.append(picture)
     return sorted(train, key=lambda picture: picture.name), sorted(test, key=lambda picture: picture.name)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,13 @@ from mm_moslora_eval.sources.llava_file import reference_of
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import LocalPicture, Picture, StoredPicture, read_picture
+from mm_moslora.data.images.record_picture import LocalPicture
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.quickstart.instruction_data import YES_NO, ImageQuestion, question_record
-from mm_moslora.quickstart.own_data import OwnData, decodes, draw, lopsided
+from mm_moslora.quickstart.own_data import OwnData, decode_all, draw, lopsided
 from mm_moslora.utils.errors import DataError
-from mm_moslora.utils.identity import sha256_of_bytes
-from mm_moslora.utils.untrusted_files import FileError
 
 CAPTION_WORDS = 5
 """Median words of a question's answers above which they are scored as captions, since no two people word them alike."""
@@ -52,7 +49,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     )
     faults: list[str] = []
     by_picture: dict[str, list[int]] = defaultdict(list)
-    """Rows by their one picture; equal files count as one picture."""
+    """Rows by their one picture; equal pixels count as one picture."""
     paths: dict[str, Path] = {}
     """The first file name of every picture."""
     several: dict[int, set[str]] = {}
@@ -61,15 +58,21 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
     """The answers to the questions about every picture."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     """How often every question has every answer."""
-    hash_of = functools.cache(lambda path: sha256_of_bytes(read_picture(path)))  # each file is read once
+    first: dict[str, int] = {}
+    """The first row that shows a picture."""
+    for row in range(len(source)):
+        with suppress(RecordError):  # named below
+            for picture in source[row].images:
+                first.setdefault(picture.name, row)
+    shown_first = (picture for row in dict.fromkeys(first.values()) for picture in source[row].images
+                   if first[picture.name] == row)  # fmt: skip
+    same, damaged = decode_all(shown_first, len(first))
     for row in range(len(source)):
         try:
             record = source[row]
-            for picture in record.images:
-                picture.size()
-            shown = [_identity(picture, hash_of) for picture in record.images]
-        except (RecordError, ImageError, FileError) as fault:
-            faults.append(str(fault))
+            shown = [same[picture.name] for picture in record.images]
+        except (RecordError, KeyError) as fault:
+            faults.append(damaged[fault.args[0]] if isinstance(fault, KeyError) else str(fault))
             continue
         if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
             by_picture[shown[0]].append(row)
@@ -85,14 +88,12 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
             f"learn from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
             f"{len(faults)} could not be used{', the first: ' + faults[0] if faults else ''}."
         )
-    held_out, broken = draw(answers, lambda name: decodes(paths[name], faults), rng)
-    if not held_out or len(held_out | broken) == len(paths):
-        raise DataError(f"No picture can be held out while another one is left for training: {faults[-1]}.")
-    rows = [row for name, rows in by_picture.items() if name not in held_out | broken for row in rows]
-    others = [row for row, shown in several.items() if not shown & (held_out | broken)]
+    held_out = draw(answers, paths, rng)
+    rows = [row for name, rows in by_picture.items() if name not in held_out for row in rows]
+    others = [row for row, shown in several.items() if not shown & held_out]
     notes = []
     if len(others) < len(several):
-        notes.append(f"{len(several) - len(others)} records with several pictures show a held-out or a broken one")
+        notes.append(f"{len(several) - len(others)} records with several pictures show a held-out one")
     rows = sorted([*rows, *others])
     folder = source.rules.folder
     test, captions = _questions_of([(paths[name], source[row]) for name in by_picture if name in held_out
@@ -104,7 +105,7 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         train=_SourceRows(source, rows),
         test=test,
         captions=captions,
-        train_pictures=len(by_picture) - len(held_out | broken),
+        train_pictures=len(by_picture) - len(held_out),
         test_pictures=len(held_out),
         lopsided=lopsided(counts),
         used=len(source) - len(faults),
@@ -112,13 +113,6 @@ def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_lin
         notes=notes,
         **_sizes(source[row] for row in rows),
     )
-
-
-def _identity(picture: Picture, hash_of: Callable[[Path], str]) -> str:
-    """A text that equal files share. Frames are identified by video and number."""
-    if isinstance(picture, StoredPicture):
-        return sha256_of_bytes(picture.read())
-    return hash_of(picture.path) if isinstance(picture, LocalPicture) else picture.name
 
 
 def _sizes(records: Iterable[Record]) -> dict[str, Any]:
