@@ -200,6 +200,7 @@ def test_a_damaged_tower_of_timm_is_one_error(language_folder, tmp_path):
     ("options", "message"),
     [
         ({"vision": "open_clip:ViT-B-33"}, "open_clip has no model 'ViT-B-33'. Did you mean"),
+        ({"vision": "open_clip:laion/ViT-B-32"}, "open_clip has no model 'laion/ViT-B-32'"),
         ({"vision": "timm:resnet51"}, "timm has no model 'resnet51'"),
         ({"vision": "nowhere/at-all"}, "model.vision.name is .* config.json, or go online"),
         ({"projector": "mlp2x"}, "Did you mean 'mlp2x_gelu'"),

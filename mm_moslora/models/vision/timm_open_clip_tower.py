@@ -247,12 +247,12 @@ def require_named(name: str | None) -> None:
         import open_clip
 
         names = open_clip.list_models()
-        exists = model in names or "/" in model  # a name on the hub is looked up there
+        exists = model in names
     else:
         import timm
 
         names = timm.list_models()
-        exists = timm.is_model(model) or "/" in model
+        exists = timm.is_model(model) or "/" in model  # a name on the hub is looked up there
     if not exists:
         raise ModelError(f"{library} has no model {model!r}.{suggestion(model, names)}")
 
