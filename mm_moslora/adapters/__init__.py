@@ -4,7 +4,7 @@ from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, 
 from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict
 from mm_moslora.adapters.folders.load_folder import load_adapter
-from mm_moslora.adapters.folders.save_folder import TakenAdapter, save_adapter, take_adapter
+from mm_moslora.adapters.folders.save_folder import AdapterSnapshot, adapter_snapshot, save_adapter
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear, use_kernel
 from mm_moslora.adapters.merge_adapter import merge, why_not_merged
@@ -15,8 +15,8 @@ from mm_moslora.adapters.peft_methods import (
     load_method,
     method_config,
     method_named,
+    method_snapshot,
     restore_method,
-    take_method,
 )
 from mm_moslora.adapters.peft_patches import patch_peft
 from mm_moslora.adapters.trainer_callback import MixerCallback, spare_mixers_from_decay
@@ -29,6 +29,7 @@ patch_peft()
 __all__ = [
     "MIXER_INITS",
     "AdaptedModule",
+    "AdapterSnapshot",
     "Layout",
     "Mixer",
     "MixerCallback",
@@ -36,8 +37,8 @@ __all__ = [
     "MoSLoRAConfig",
     "MoSLoRALayer",
     "MoSLoRALinear",
-    "TakenAdapter",
     "adapted_modules",
+    "adapter_snapshot",
     "add_method",
     "add_moslora",
     "base_fingerprint",
@@ -54,13 +55,12 @@ __all__ = [
     "merge",
     "method_config",
     "method_named",
+    "method_snapshot",
     "reference_linear",
     "resolve_targets",
     "restore_method",
     "save_adapter",
     "spare_mixers_from_decay",
-    "take_adapter",
-    "take_method",
     "use_kernel",
     "why_not_merged",
 ]

@@ -40,6 +40,8 @@ OWN_TYPE = "MOSLORA"
 """`peft_type` of an `adapter_config.json` written by hand with keys of `MoSLoRAConfig`. PEFT alone refuses it."""
 USE_MIXER, USE_MIXER_PATTERN = "lora_use_mixer", "lora_use_mixer_pattern"
 """The authors' options."""
+REFERENCE_MIXERS = ("lora_AB", ".downB.")
+"""In the names of the mixers of the authors' code."""
 MIXER_PART = ".lora_mixer."
 MIXER = f"{MIXER_PART}weight"
 START_PART = ".lora_start."
@@ -129,9 +131,9 @@ def declares_mixers(config: Mapping[str, Any]) -> bool:
     return bool(config.get(USE_MIXER) or config.get(USE_MIXER_PATTERN))
 
 
-def names_mixers(names: Iterable[str]) -> str | None:
-    """The first name of a mixer's tensor, of this package or of the authors' fork of PEFT; None: there is none."""
-    return next((name for name in names if "lora_mixer" in name or "lora_AB" in name), None)
+def first_mixer(names: Iterable[str], signs: Sequence[str] = ("lora_mixer", *REFERENCE_MIXERS)) -> str | None:
+    """The first name of a mixer's tensor, of this package or of the authors' code; None: there is none."""
+    return next((name for name in names if any(sign in name for sign in signs)), None)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.fused_linear import use_kernel
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers, unwrapped
+from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers, untie, unwrapped
 from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.utils.errors import AdapterError, reason_of
 

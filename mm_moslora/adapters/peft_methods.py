@@ -259,7 +259,7 @@ def _check_learning(layer: nn.Module, name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakenMethod:
+class MethodSnapshot:
     """An adapter taken out of its model, so that it can be written while the model trains."""
 
     config: peft.PeftConfig
@@ -272,7 +272,7 @@ class TakenMethod:
             self.config.save_pretrained(str(staged))
 
 
-def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor]) -> TakenMethod:
+def method_snapshot(model: peft.PeftModel, *, state: Mapping[str, Tensor]) -> MethodSnapshot:
     """The adapter that `PeftModel.save_pretrained` would write.
 
     Args:
@@ -280,11 +280,11 @@ def take_method(model: peft.PeftModel, *, state: Mapping[str, Tensor]) -> TakenM
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    return TakenMethod(config=config, tensors=_tensors(model, state))
+    return MethodSnapshot(config=config, tensors=_tensors(model, state))
 
 
 def _tensors(model: peft.PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT saves, by names as in the folder, on the CPU; see `take_method`."""
+    """What PEFT saves, by names as in the folder, on the CPU; see `method_snapshot`."""
     own = dict(base_model(model).named_parameters())
     values = {id(own[name]): tensor for name, tensor in state.items() if name in own}
     full = dict(model.state_dict())

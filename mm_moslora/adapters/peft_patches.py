@@ -30,10 +30,10 @@ from mm_moslora.adapters.folder_format import (
     PREFIX,
     STOCK_WEIGHTS,
     downloaded,
-    names_mixers,
+    first_mixer,
 )
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
-from mm_moslora.adapters.folders.initial_mixers import initial_mixers
+from mm_moslora.adapters.folders.folder_tensors import initial_mixers
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
@@ -64,7 +64,7 @@ def load_peft_weights(
     folder = downloaded(model_id, (OWN_CONFIG, OWN_WEIGHTS, STOCK_WEIGHTS), **hub)
     if folder is None:
         stock: dict[str, Tensor] = _stock_weights(model_id, device=device, key_mapping=key_mapping, **hub)
-        if name := names_mixers(stock):
+        if name := first_mixer(stock):
             raise AdapterError(
                 f"{model_id} holds mixers ({name!r}), which this way of loading drops. Load it with "
                 "mm_moslora.adapters.load_adapter."

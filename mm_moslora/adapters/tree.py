@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -13,6 +16,7 @@ from torch import nn
 
 from mm_moslora.adapters.folder_format import WRAPPED, bare_name
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.kernels.lora.lora_linear import is_plain
 from mm_moslora.utils.identity import sha256_of_text
 
 
@@ -97,3 +101,25 @@ def base_fingerprint(model: nn.Module) -> str:
         for name, parameter in module.named_parameters(recurse=False):
             lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
     return sha256_of_text("\n".join(sorted(lines)))
+
+
+@torch.no_grad()
+def untie(model: nn.Module) -> None:
+    """Untie the tied weights of a model if an adapted layer has one: a merge would change the others that hold it."""
+    # All are untied together: `tie_word_embeddings`, which becomes False, applies to all when the model is loaded.
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_plain(parameter):
+                holders[id(parameter)].append((module, name))
+    adapted = [weight for _, layer in adapted_layers(model) for weight in layer.get_base_layer().parameters()]
+    if all(len(holders[id(weight)]) < 2 for weight in adapted):
+        return
+    for _, *others in holders.values():
+        for module, name in others:
+            own: Any = getattr(module, name)
+            setattr(module, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False) is True:
+            config.tie_word_embeddings = False

@@ -23,13 +23,14 @@ from mm_moslora.adapters.folder_format import (
     MIXER_PART,
     OWN_CONFIG,
     OWN_TYPE,
+    REFERENCE_MIXERS,
     START_PART,
     declares_mixers,
     downloaded,
+    first_mixer,
     is_factor,
     named_as_modules,
 )
-from mm_moslora.adapters.folders.authors_format import holds_their_mixers
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.folder_tensors import fold_state_dict, unexpected_entry
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
@@ -37,8 +38,7 @@ from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.layer_dispatch import create_layer
 from mm_moslora.adapters.layers.uncalled_layers import why_not_called
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
-from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.tree import base_model, named_adapter_layers, named_base_modules, untie
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 # One entry for all modules: a type that cannot carry a mixer must raise, not fall through to PEFT's plain LoRA.
@@ -159,7 +159,7 @@ class MoSLoRAModel(LoraModel):
     ) -> dict[str, Tensor]:
         starts = {name: tensor for name, tensor in state_dict.items() if START_PART in name}
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in starts}
-        if holds_their_mixers(state_dict):
+        if first_mixer(state_dict, REFERENCE_MIXERS):
             raise AdapterError(
                 "The values hold mixers of the MoSLoRA authors' code. Load their folder with "
                 "mm_moslora.adapters.load_adapter."

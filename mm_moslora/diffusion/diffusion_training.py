@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters import add_moslora, export_adapter, load_adapter, take_adapter
+from mm_moslora.adapters import adapter_snapshot, add_moslora, export_adapter, load_adapter
 from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, OWN_CONFIG
 from mm_moslora.adapters.folders.load_folder import restore_mixers
 from mm_moslora.diffusion.diffusion_recipe import ATTENTION, DiffusionOptimConfig, DiffusionRecipe
@@ -174,7 +174,7 @@ class TakenDenoiser:
         torch.save(state, rank_folder(folder) / STATE)
         (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
         base = {"id": run.recipe.model.base, "revision": run.recipe.model.revision, "component": name}
-        take_adapter(run.denoiser, base=base).write(folder / "adapter" / name)
+        adapter_snapshot(run.denoiser, base=base).write(folder / "adapter" / name)
         try:
             export_adapter(denoiser_adapter(folder), folder, layout="diffusers")
         except AdapterError as error:  # the file cannot express DoRA

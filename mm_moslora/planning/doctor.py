@@ -23,8 +23,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from mm_moslora.config import Recipe, needs
-from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger
-from mm_moslora.kernels.triton_availability import why_not_triton
+from mm_moslora.kernels.triton_availability import LIGER_RANGE, fits, installed_liger, why_not_triton
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks, usable_cores
 from mm_moslora.utils.package_requirements import (

@@ -20,7 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from mm_moslora.adapters import TakenAdapter, load_adapter, take_adapter
+from mm_moslora.adapters import AdapterSnapshot, adapter_snapshot, load_adapter
 from mm_moslora.preferences.class_logits import logits_of_class
 from mm_moslora.preferences.pair_rows import ROW, gather_uneven, patch_packed_forward
 from mm_moslora.preferences.preference_setup import IDS, REFERENCE, JudgedCollator, PairCollator, PreferenceRun, rows_of
@@ -55,10 +55,10 @@ class TakenPreferences:
     manifest: Manifest
     optimizer: OptimizerState
     """This rank's part."""
-    adapter: TakenAdapter | None
+    adapter: AdapterSnapshot | None
     """On rank 0 only."""
     progress: TrainerState
-    reference: TakenAdapter | None
+    reference: AdapterSnapshot | None
     """See `REFERENCE`."""
 
     @property
@@ -123,7 +123,7 @@ class RunTrainer(ZeroTrainer):
             _complete_reference(run.peft_model)
         if has_reference and run.recipe.adapter.weights is not None and distributed.is_main():
             # It stays as it is, and later the model may hold shards of it.
-            self.reference = take_adapter(run.peft_model, adapter_name="ref", base=run.assembly.base)
+            self.reference = adapter_snapshot(run.peft_model, adapter_name="ref", base=run.assembly.base)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows as they are: the collator tokenises."""
@@ -187,7 +187,9 @@ class RunTrainer(ZeroTrainer):
     def taken(self) -> TakenPreferences:
         """A copy of the run's state."""
         run, trained = self.run, self.trained_state()
-        adapter = take_adapter(run.peft_model, state=trained, base=run.assembly.base) if distributed.is_main() else None
+        adapter = (
+            adapter_snapshot(run.peft_model, state=trained, base=run.assembly.base) if distributed.is_main() else None
+        )
         return TakenPreferences(
             run=run, manifest=run.manifest(trained, run.records.fingerprint), adapter=adapter,
             optimizer=OptimizerState.copy_of(self.holder), progress=copy.deepcopy(self.state),

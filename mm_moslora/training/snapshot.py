@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora import adapters
-from mm_moslora.adapters.peft_methods import TakenMethod
+from mm_moslora.adapters.peft_methods import MethodSnapshot
 from mm_moslora.data.preprocessing_print import write_preprocessing
 from mm_moslora.data.training_stream import TrainingStream
 from mm_moslora.models.processing.anyres import NEWLINE
@@ -47,7 +47,7 @@ class Snapshot:
     manifest: Manifest
     weights: dict[str, Tensor]
     """fp32 masters of all trained parameters, in full; on rank 0 only."""
-    adapter: adapters.TakenAdapter | TakenMethod | None
+    adapter: adapters.AdapterSnapshot | MethodSnapshot | None
     """Adapter tensors, made from `weights`; on rank 0 only."""
     optimizer: OptimizerState
     """This rank's part of the optimiser state."""
@@ -87,15 +87,15 @@ def snapshot(run: Run) -> Snapshot:
         weights = {}
     else:
         weights |= {name: value.detach().cpu().clone() for name, value in moving_statistics(run.assembly.model).items()}
-    adapter: adapters.TakenAdapter | TakenMethod | None = None
+    adapter: adapters.AdapterSnapshot | MethodSnapshot | None = None
     if distributed.is_main() and run.assembly.peft_model is not None:
         # Read here and not in the writing thread: under ZeRO-3, reading a weight during a forward pass starts a gather,
         # in which the other ranks do not take part.
         chosen = {name: value for name, value in weights.items() if adapters.is_adapter_parameter(name)}
         if run.recipe.adapter.peft:
-            adapter = adapters.take_method(run.assembly.peft_model, state=chosen)
+            adapter = adapters.method_snapshot(run.assembly.peft_model, state=chosen)
         else:
-            adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
+            adapter = adapters.adapter_snapshot(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(
         run=run, manifest=manifest, weights=weights, adapter=adapter,
         optimizer=OptimizerState.copy_of(run.engine), random_state=RandomState.now(),
@@ -114,7 +114,11 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_model(
-    run: RunParts, folder: Path, *, weights: dict[str, Tensor], adapter: adapters.TakenAdapter | TakenMethod | None
+    run: RunParts,
+    folder: Path,
+    *,
+    weights: dict[str, Tensor],
+    adapter: adapters.AdapterSnapshot | MethodSnapshot | None,
 ) -> None:
     """Write the part of a checkpoint for use; it reads no weight of the live model, which may be training meanwhile."""
     state, assembly = weights, run.assembly

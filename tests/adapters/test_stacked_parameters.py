@@ -20,8 +20,8 @@ from mm_moslora.adapters import (
     merge,
     method_config,
     method_named,
+    method_snapshot,
     save_adapter,
-    take_method,
 )
 from mm_moslora.adapters.adapter_targets import linear_targets
 from mm_moslora.adapters.folders.export_adapter import layers_read_as_experts
@@ -71,7 +71,7 @@ def test_experts_take_plain_lora_by_pefts_own_option(tmp_path: Path) -> None:
     train_a_bit(model, scale=0.1)
     assert sum("experts" in name and "lora_A" in name for name, _ in model.named_parameters()) == 4
     live = logits(model.eval())
-    take_method(model, state={}).write(tmp_path / "a")
+    method_snapshot(model, state={}).write(tmp_path / "a")
     torch.testing.assert_close(logits(load_method(qwen3_moe(), tmp_path / "a")), live, atol=1e-5, rtol=0)
     with pytest.raises(AdapterError, match="target_parameters is set"):
         load_adapter(qwen3_moe(), tmp_path / "a")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora, load_adapter, peft_patches, save_adapter
-from mm_moslora.adapters.folders.initial_mixers import initial_mixers
+from mm_moslora.adapters.folders.folder_tensors import initial_mixers
 from mm_moslora.adapters.tuner import MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit

@@ -76,7 +76,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
     state, folder = {key: parameter.detach() for key, parameter in trained.items()}, tmp_path / "adapter"
     by_peft = bool(given.adapter.peft)
     if by_peft:
-        adapters.take_method(wrapped, state=state).write(folder)
+        adapters.method_snapshot(wrapped, state=state).write(folder)
     else:
         adapters.save_adapter(wrapped, folder, state=state)
     with torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.kernels.attention import matmul_attention
-from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
+from mm_moslora.kernels.attention import cpu_attention
+from mm_moslora.kernels.attention.cpu_attention import BLOCK, attend, attend_backward
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
 
 SCALE = 0.3
@@ -41,7 +41,7 @@ def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Choose how attention is computed."""
 
     def choose(way: str) -> None:
-        monkeypatch.setattr(matmul_attention, "products_are_faster", lambda _: way == "products")
+        monkeypatch.setattr(cpu_attention, "products_are_faster", lambda _: way == "products")
 
     return choose
 
@@ -49,7 +49,7 @@ def attending(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 @pytest.fixture
 def made_by_amd(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Choose the maker of processors that this one is taken for."""
-    return lambda amd: monkeypatch.setattr(matmul_attention, "made_by_amd", lambda: amd)
+    return lambda amd: monkeypatch.setattr(cpu_attention, "made_by_amd", lambda: amd)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
@@ -119,7 +119,7 @@ def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPa
         return [output, *gradients]
 
     whole = found()
-    monkeypatch.setattr(matmul_attention, "SCORES", 1)
+    monkeypatch.setattr(cpu_attention, "SCORES", 1)
     for mine, exact in zip(found(), whole, strict=True):
         torch.testing.assert_close(mine, exact, atol=1e-6, rtol=1e-6)
 

@@ -84,7 +84,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     # Code of others
     "builtins.compile": "imported_code",
     "builtins.exec": "imported_code",
-    "importlib": "doctor liger_availability scripts seeded_dropout task_rules timed_process triton_availability",
+    "importlib": "doctor scripts seeded_dropout task_rules timed_process triton_availability",
     "os.chdir": "examples scripts",
     "runpy": "examples",
     "sys.modules": "cli_app diffusers_saving imported_code lens_maps run_environment uncalled_layers",

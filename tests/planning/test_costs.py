@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import Recipe
-from mm_moslora.kernels.attention import matmul_attention
+from mm_moslora.kernels.attention import cpu_attention
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
@@ -97,7 +97,7 @@ def vlm(*, mode: str) -> t.PreTrainedModel:
 @pytest.mark.parametrize("lean", [False, True])
 def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool, monkeypatch) -> None:
     # Some torch count the kernel, some do not.
-    monkeypatch.setattr(matmul_attention, "products_are_faster", lambda _: True)
+    monkeypatch.setattr(cpu_attention, "products_are_faster", lambda _: True)
     model = vlm(mode=mode)
     set_attention(model, "mm_moslora_segments" if lean else "eager")
     if lean:

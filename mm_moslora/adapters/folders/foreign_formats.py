@@ -1,17 +1,23 @@
 """Read adapter folders that others wrote: stock PEFT, diffusers, the MoSLoRA authors' fork of PEFT.
 
-Stock PEFT's lora_A and lora_B get a mixer that is the identity; of diffusers' file one component is read; those of the
-authors are both of these with mixers.
+Stock PEFT's lora_A and lora_B get a mixer that is the identity; of diffusers' file one component is read. The authors
+(arXiv 2406.11909) have both with mixers::
+
+    PEFT 0.10 fork   adapter_config.json (lora_use_mixer) + adapter_model; the mixer is lora_AB.weight [R, R]
+    SDXL script      pytorch_lora_weights.safetensors of diffusers; diffusers renames lora_A to lora.down, and with it
+                     lora_AB to lora.downB (lora_linear_layer.downB in text encoders). It has no alpha, which is R
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,23 +26,33 @@ from mm_moslora.adapters.folder_format import (
     MIXER,
     OWN_CONFIG,
     PREFIX,
+    REFERENCE_MIXERS,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
     USE_MIXER,
+    USE_MIXER_PATTERN,
     adapted_path,
     declares_mixers,
+    first_mixer,
     is_factor,
     mixers_in,
-    names_mixers,
     read_json,
     read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.authors_format import check_options, mixer_settings, with_known_names
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config, lora_fields
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.run_paths import adapters_inside
 from mm_moslora.utils.untrusted_data import parse_object
+
+_MIXERS = (".lora_AB.weight", ".lora.downB.weight", ".lora_linear_layer.downB.weight")
+_OF_DIFFUSERS = {
+    f".{part}.{theirs}.weight": f".{ours}.weight"
+    for part in ("lora", "lora_linear_layer")
+    for theirs, ours in (("down", "lora_A"), ("up", "lora_B"))
+}
+# In their older fork's configuration: how the layer computes, not what.
+_WITHOUT_MEANING = {USE_MIXER, USE_MIXER_PATTERN, "merge_weights", "runtime_config", "peft_type"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +91,16 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
         raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
     tensors = read_tensors(root / STOCK_WEIGHTS)
     if not declares_mixers(data):
-        if name := names_mixers(tensors):
+        if name := first_mixer(tensors):
             raise AdapterError(
                 f"{root} holds mixers ({name!r}), and its {STOCK_CONFIG} declares none. As plain LoRA the adapter "
                 "would be wrong. Restore the file that was saved with it, or save the adapter again with the program "
                 "that trained it."
             )
         return _plain(_stock(data), tensors, trainable)
-    check_options(data, lora_fields(), str(root))
-    tensors = with_known_names(tensors)
-    return _content(from_lora_config(_stock(data), **mixer_settings(data, tensors, str(root))), tensors)
+    _check_options(data, lora_fields(), str(root))
+    tensors = _with_known_names(tensors)
+    return _content(from_lora_config(_stock(data), **_mixer_settings(data, tensors, str(root))), tensors)
 
 
 def _stock(options: dict[str, Any]) -> LoraConfig:
@@ -108,7 +124,7 @@ def _content(config: MoSLoRAConfig, tensors: dict[str, Tensor]) -> AdapterFolder
 
 def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> AdapterFolder:
     path = root / DIFFUSERS_WEIGHTS
-    all_tensors = with_known_names(read_tensors(path))
+    all_tensors = _with_known_names(read_tensors(path))
     present = sorted({name.partition(".")[0] for name in all_tensors})
     if component is None and len(present) == 1:
         component = present[0]
@@ -139,7 +155,7 @@ def _read_diffusers(root: Path, component: str | None, *, trainable: bool) -> Ad
     stock = _stock(options)
     if not mixers_in(tensors):
         return _plain(stock, tensors, trainable)
-    return _content(from_lora_config(stock, **mixer_settings({USE_MIXER: True}, tensors, str(path))), tensors)
+    return _content(from_lora_config(stock, **_mixer_settings({USE_MIXER: True}, tensors, str(path))), tensors)
 
 
 def _diffusers_options(path: Path, component: str) -> dict[str, Any]:
@@ -152,3 +168,54 @@ def _diffusers_options(path: Path, component: str) -> dict[str, Any]:
         return {key.removeprefix(start): value for key, value in options.items() if key.startswith(start)}
     except (ValueError, AttributeError) as error:
         raise AdapterError(f"{path} has options that are not valid JSON ({error}). Copy the folder again.") from error
+
+
+def _with_known_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the authors' fork, or of diffusers, under PEFT's names, the mixers as ``.lora_mixer.weight``."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ends = dict.fromkeys(_MIXERS, MIXER) | _OF_DIFFUSERS
+        end = next((end for end in ends if name.endswith(end)), None)
+        if end is None and first_mixer([name], REFERENCE_MIXERS):
+            raise AdapterError(
+                f"{name!r} is a part of a mixer that is not understood; {' or '.join(_MIXERS)} is expected at its end. "
+                "Without it the adapter would compute other values."
+            )
+        renamed[name if end is None else name.removesuffix(end) + ends[end]] = tensor
+    return renamed
+
+
+def _mixer_settings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The mixers' fields of a `MoSLoRAConfig` from the authors' options; modules without a mixer get `none`."""
+    if config.get("use_dora"):
+        raise AdapterError(
+            f"{source} combines use_dora with lora_AB. The authors' code trains and merges that differently; it has no "
+            "right reading."
+        )
+    mixers, without = mixers_in(tensors), []
+    if not mixers:
+        raise AdapterError(f"{source} announces mixers (lora_use_mixer) but holds no lora_AB. Copy the folder again.")
+    pattern = config.get(USE_MIXER_PATTERN) or {}
+    for name, tensor in tensors.items():
+        path = adapted_path(name)
+        if path is None or name.removesuffix(".lora_A.weight") in mixers:
+            continue
+        has_mixer = pattern.get(get_pattern_key(list(pattern), path), config.get(USE_MIXER))
+        # Their embeddings and convolutions have no mixer, whatever the configuration says.
+        if has_mixer and name.endswith(".lora_A.weight") and tensor.ndim == 2:
+            raise AdapterError(
+                f"{source} holds no lora_AB of {path!r}, though its configuration announces one. With another matrix "
+                "in its place the adapter would be wrong. Copy the folder again."
+            )
+        without.append(path)
+    return {"mixer_init": "kaiming", "mixer_trainable": True, "mixer_pattern": dict.fromkeys(sorted(without), "none")}
+
+
+def _check_options(config: Mapping[str, Any], understood: set[str], source: str) -> None:
+    """Refuse options of a configuration with mixers that are not `understood` and change what the adapter computes."""
+    unknown = sorted(key for key, value in config.items() if value and key not in understood | _WITHOUT_MEANING)
+    if unknown:
+        raise AdapterError(
+            f"{source} sets {unknown[0]} to {config[unknown[0]]!r}, which is not understood. The adapter may compute "
+            f"something else with it; remove it from {STOCK_CONFIG} if it has no effect."
+        )

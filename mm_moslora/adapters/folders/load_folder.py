@@ -23,9 +23,14 @@ from mm_moslora.adapters.folder_format import (
     read_manifest,
     read_tensors,
 )
-from mm_moslora.adapters.folders.folder_tensors import check_shapes, check_values, shapes_by_rank, unexpected_entry
+from mm_moslora.adapters.folders.folder_tensors import (
+    check_shapes,
+    check_values,
+    read_initial_mixers,
+    shapes_by_rank,
+    unexpected_entry,
+)
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
-from mm_moslora.adapters.folders.initial_mixers import read_initial_mixers
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules

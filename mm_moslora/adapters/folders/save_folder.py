@@ -34,8 +34,14 @@ from mm_moslora.adapters.folder_format import (
     read_tensors,
     target_paths,
 )
-from mm_moslora.adapters.folders.folder_tensors import check_shapes, check_values, fold_state_dict, shapes_by_rank
-from mm_moslora.adapters.folders.initial_mixers import initial_mixers, read_initial_mixers
+from mm_moslora.adapters.folders.folder_tensors import (
+    check_shapes,
+    check_values,
+    fold_state_dict,
+    initial_mixers,
+    read_initial_mixers,
+    shapes_by_rank,
+)
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
@@ -65,11 +71,11 @@ def save_adapter(
         AdapterError: no such adapter; a factor that is missing, empty, of the wrong shape or not finite.
         OSError: the folder cannot be written.
     """
-    take_adapter(model, adapter_name=adapter_name, state=state, base=base).write(Path(folder))
+    adapter_snapshot(model, adapter_name=adapter_name, state=state, base=base).write(Path(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakenAdapter:
+class AdapterSnapshot:
     """An adapter taken out of its model, so that it can be written while the model trains."""
 
     config: AdapterOptions
@@ -88,17 +94,17 @@ class TakenAdapter:
         )  # fmt: skip
 
 
-def take_adapter(
+def adapter_snapshot(
     model: nn.Module,
     *,
     adapter_name: str = "default",
     state: Mapping[str, Tensor] | None = None,
     base: Mapping[str, Any] | None = None,
-) -> TakenAdapter:
+) -> AdapterSnapshot:
     """The adapter that `save_adapter` writes; tensors that are float32 on the CPU are not copied."""
     model = unwrapped(model)
     config = adapter_config(model, adapter_name)
-    return TakenAdapter(
+    return AdapterSnapshot(
         config=config,
         tensors=adapter_tensors(model, adapter_name, state),
         shapes=expected_shapes(model, adapter_name),

@@ -3,7 +3,7 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` supervised positions, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the row's length, segments the sum of their squares (2.4 times faster on
-a CPU). `cpu_segments` computes them on a CPU, PyTorch's `varlen_attn` (`gpu_attention`) or a loop on a GPU.
+a CPU). `cpu_attention` computes them on a CPU, PyTorch's `varlen_attn` (`gpu_attention`) or a loop on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from mm_moslora.kernels.attention import matmul_attention
-from mm_moslora.kernels.attention.cpu_segments import attend_on_cpu
+from mm_moslora.kernels.attention import cpu_attention
+from mm_moslora.kernels.attention.cpu_attention import attend_on_cpu
 from mm_moslora.kernels.attention.gpu_attention import HeadShape, VarlenKernel, pytorch_kernel
 from mm_moslora.utils.errors import ConfigError
 
@@ -126,7 +126,7 @@ def picture_attention(
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
     by_products = (
-        query.device.type == "cpu" and query.dtype.itemsize == 2 and matmul_attention.products_are_faster(query[0])
+        query.device.type == "cpu" and query.dtype.itemsize == 2 and cpu_attention.products_are_faster(query[0])
     )
     if plain and by_products:
         # One row, a segment per picture.

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, segment_attention
-from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.lora.seeded_dropout import set_dropout_kernels
-from mm_moslora.kernels.triton_availability import why_not_triton
+from mm_moslora.kernels.triton_availability import LIGER_RANGE, installed_liger, why_not_liger, why_not_triton
 from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.models.memory_efficient.loss_head import LossHead, head_form

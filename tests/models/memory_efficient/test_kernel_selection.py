@@ -15,7 +15,6 @@ import torch
 
 from mm_moslora.config import ModelConfig, Recipe, TrainConfig
 from mm_moslora.kernels import triton_availability
-from mm_moslora.kernels.fused_ops import liger_availability
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 from mm_moslora.kernels.triton_availability import why_not_triton
 from mm_moslora.models.memory_efficient import kernel_selection
@@ -34,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
             raise PackageNotFoundError
         return found
 
-    monkeypatch.setattr(liger_availability, "version", version)
+    monkeypatch.setattr(triton_availability, "version", version)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +57,13 @@ def test_without_a_liger_that_fits_it_is_refused(
 
 def test_a_liger_that_does_not_import_is_no_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "0.8.5")
-    monkeypatch.setattr(liger_availability, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(triton_availability, "why_not_triton", lambda *_: None)
 
     def broken(name: str) -> None:
         raise RuntimeError(f"{name}: the driver is too old")
 
-    monkeypatch.setattr(liger_availability.importlib, "import_module", broken)
-    reason = liger_availability.why_not_liger(GPU, torch.bfloat16)
+    monkeypatch.setattr(triton_availability.importlib, "import_module", broken)
+    reason = triton_availability.why_not_liger(GPU, torch.bfloat16)
     assert reason == "liger-kernel 0.8.5 does not import (RuntimeError: liger_kernel.ops: the driver is too old)"
 
 
