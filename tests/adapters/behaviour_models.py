@@ -53,12 +53,11 @@ class LayerType:
 
     make: Callable[[int], nn.Module]
     shape: tuple[int, ...]
-    all_linear: bool = False
 
 
 LAYERS = {
-    "Linear": LayerType(make=lambda _: _Block(nn.Linear(8, 8)), shape=(4, 5, 8), all_linear=True),
-    "Conv1D": LayerType(make=lambda _: _Block(Conv1D(8, 8)), shape=(4, 5, 8), all_linear=True),
+    "Linear": LayerType(make=lambda _: _Block(nn.Linear(8, 8)), shape=(4, 5, 8)),
+    "Conv1D": LayerType(make=lambda _: _Block(Conv1D(8, 8)), shape=(4, 5, 8)),
     "Embedding": LayerType(make=lambda _: _EmbeddingBlock(), shape=(4, 5, 8)),
     "Conv2d-3x3": LayerType(make=lambda _: _Block(nn.Conv2d(8, 8, 3, padding=1)), shape=(4, 8, 3, 3)),
 }

@@ -25,7 +25,6 @@ from tests.adapters.adapter_models import folded, train_a_bit
 from tests.adapters.behaviour_models import LAYERS, inputs, network
 
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
-where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -84,23 +83,21 @@ def test_trains(kind: str) -> None:
     assert sum("lora_mixer" in name for name, _ in model.named_parameters()) == len(_layers(model))
 
 
-@every_layer
-def test_save_and_load(kind: str, tmp_path: Path) -> None:
-    """Save and load: output and every factor come back"""
-    model = _adapted(kind)
-    save_adapter(model, tmp_path / "a")
-    loaded = load_adapter(network(kind), tmp_path / "a")
-    _assert_same(_run(loaded, kind), _run(model, kind))
-    assert any("lora_mixer" in name for name in load_file(tmp_path / "a" / "moslora.safetensors"))
+WRITERS = {"save_adapter": save_adapter, "save_pretrained": peft.PeftModel.save_pretrained}
 
 
 @every_layer
-def test_save_pretrained(kind: str, tmp_path: Path) -> None:
-    """`save_pretrained` writes the double folder too"""
+@pytest.mark.parametrize("writer", WRITERS)
+def test_save_and_load(kind: str, writer: str, tmp_path: Path) -> None:
+    """Both savers write the double folder; without this package PEFT reads plain LoRA with the same output"""
     model = _adapted(kind)
-    model.save_pretrained(tmp_path / "a")
+    WRITERS[writer](model, tmp_path / "a")
     _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), _run(model, kind))
-    assert not any("lora_mixer" in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    names = [list(load_file(tmp_path / "a" / f"{name}.safetensors")) for name in ("moslora", "adapter_model")]
+    assert [any("lora_mixer" in name for name in own) for own in names] == [True, False]
+    stock = folded(network(kind), tmp_path / "a")
+    assert not any(isinstance(module, MoSLoRALayer) for module in stock.modules())
+    torch.testing.assert_close(_run(stock, kind), _run(model, kind), **CLOSE)
 
 
 @every_layer
@@ -115,72 +112,49 @@ def test_selected_adapters(kind: str, tmp_path: Path) -> None:
 
 
 @every_layer
-def test_stock_peft_loads(kind: str, tmp_path: Path) -> None:
-    """Without this package PEFT's `from_pretrained` gives plain LoRA with the same output"""
-    model = _adapted(kind)
-    save_adapter(model, tmp_path / "a")
-    stock = folded(network(kind), tmp_path / "a")
-    assert not any(isinstance(module, MoSLoRALayer) for module in stock.modules())
-    torch.testing.assert_close(_run(stock, kind), _run(model, kind), **CLOSE)
-
-
-@every_layer
-def test_low_memory_load(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainable", [True, False])
+def test_low_memory_load(kind: str, trainable: bool, tmp_path: Path) -> None:
     """Low-memory loading through the meta device"""
-    model = _adapted(kind)
+    model = _adapted(kind, mixer_trainable=trainable)
     save_adapter(model, tmp_path / "a")
     config = MoSLoRAConfig.from_pretrained(str(tmp_path / "a"))
     loaded = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a", config=config, low_cpu_mem_usage=True)
-    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
     torch.testing.assert_close(_run(loaded.eval(), kind), _run(model, kind), **CLOSE)
 
 
 @every_layer
-def test_state_dict(kind: str) -> None:
-    """PEFT's state dict carries A, M and B"""
-    model = _adapted(kind)
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    fresh = add_moslora(network(kind), _config(), targets=["target"])
-    result = peft.set_peft_model_state_dict(fresh, state)
-    assert not result.unexpected_keys
-    _assert_same(_run(fresh, kind), _run(model, kind))
-
-
-@every_layer
-def test_plain_state_dict(kind: str, tmp_path: Path) -> None:
-    """A state dict without mixers counts as identity mixers"""
-    model = _adapted(kind)
+@pytest.mark.parametrize("part", ["moslora", "adapter_model"])
+def test_state_dict(kind: str, part: str, tmp_path: Path) -> None:
+    """PEFT's state dict carries A, M and B; one without mixers counts as identity mixers"""
+    model, fresh = _adapted(kind), _adapted(kind, seed=9)
     save_adapter(model, tmp_path / "a")
-    fresh = _adapted(kind, seed=9)
-    peft.set_peft_model_state_dict(fresh, load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    state = load_file(tmp_path / "a" / f"{part}.safetensors")
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert part != "moslora" or {name: tensor.shape for name, tensor in own.items()} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
+    assert not peft.set_peft_model_state_dict(fresh, state).unexpected_keys
     torch.testing.assert_close(_run(fresh, kind), _run(model, kind), **CLOSE)
 
 
+MERGES = {
+    "unsafe": lambda model: model.merge_and_unload(),
+    "safe": lambda model: model.merge_and_unload(safe_merge=True),
+    "checked": merge,
+}
+
+
 @every_layer
-def test_merge(kind: str) -> None:
-    """Merge and unload"""
+@pytest.mark.parametrize("way", MERGES)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_merge(kind: str, way: str) -> None:
+    """Merge and unload; `mm_moslora.adapters.merge` compares outputs before and after"""
     model = _adapted(kind)
     live = _run(model, kind)
-    merged = model.merge_and_unload()
+    merged = MERGES[way](model)
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(_run(merged, kind), live, **CLOSE)
-
-
-@every_layer
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_checked_merge(kind: str) -> None:
-    """`mm_moslora.adapters.merge` compares outputs before and after"""
-    model = _adapted(kind)
-    live = _run(model, kind)
-    torch.testing.assert_close(_run(merge(model), kind), live, **CLOSE)
-
-
-@every_layer
-def test_safe_merge(kind: str) -> None:
-    """Safe merge"""
-    model = _adapted(kind)
-    live = _run(model, kind)
-    torch.testing.assert_close(_run(model.merge_and_unload(safe_merge=True), kind), live, **CLOSE)
 
 
 @every_layer
@@ -269,27 +243,26 @@ def test_modules_to_save(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(_run(folded(network(kind), tmp_path / "a"), kind), _run(model, kind), **CLOSE)
 
 
-@every_layer
-def test_layers_to_transform(kind: str) -> None:
-    """`layers_to_transform` restricts the layers"""
-    config = _config(target_modules=["target"], layers_to_transform=[1], layers_pattern="layers")
-    model = peft.get_peft_model(network(kind), config)
-    adapted = {name for name, module in model.named_modules() if isinstance(module, MoSLoRALayer)}
-    assert {name.split(".")[3] for name in adapted} == {"1"}
-
-
-@every_layer
-def test_regex_target(kind: str) -> None:
-    """A regular expression as target"""
-    model = add_moslora(network(kind), _config(), targets=r"layers\.0\.target")
-    assert {name.split(".")[3] for name, module in model.named_modules() if isinstance(module, MoSLoRALayer)} == {"0"}
-
-
-@where_linear
-def test_all_linear(kind: str) -> None:
-    """`all-linear` finds the layers"""
-    model = add_moslora(network(kind), _config())
-    assert sum("target" in name for name, m in model.named_modules() if isinstance(m, MoSLoRALayer)) == 2
+@pytest.mark.parametrize(
+    ("wrap", "layers"),
+    [
+        (lambda net: add_moslora(net, _config(), targets=r"layers\.0\.target"), ["0"]),
+        (lambda net: add_moslora(net, _config()), ["0", "1"]),
+        (
+            lambda net: peft.get_peft_model(
+                net, _config(target_modules=["target"], layers_to_transform=[1], layers_pattern="layers")
+            ),
+            ["1"],
+        ),
+    ],
+    ids=["expression", "all-linear", "layers_to_transform"],
+)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_targets(kind: str, wrap, layers: list[str]) -> None:
+    """A regular expression, `all-linear` and `layers_to_transform` as targets"""
+    model = wrap(network(kind))
+    adapted = [name.split(".") for name, module in model.named_modules() if isinstance(module, MoSLoRALayer)]
+    assert [parts[3] for parts in adapted if parts[-1] == "target"] == layers
 
 
 @every_layer

@@ -252,17 +252,8 @@ def test_all_linear_leaves_out_what_fused_kernels_read(kind: str, fused: int, ca
 @pytest.mark.parametrize("way", WAYS)
 def test_embeddings_that_look_up_something_else_are_refused(way: str) -> None:
     """They took an adapter and ended the first step with a traceback."""
-    model = t.OPTForCausalLM(
-        t.OPTConfig(
-            vocab_size=64,
-            hidden_size=32,
-            ffn_dim=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            word_embed_proj_dim=32,
-        )
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = t.OPTForCausalLM(t.OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=32))
     names = list(model.state_dict())
     with pytest.raises(AdapterError, match=r"embed_positions'? cannot carry .*forward pass \(attention_mask, .*rows"):
         WAYS[way](model, ["embed_positions", "q_proj"])
@@ -271,14 +262,9 @@ def test_embeddings_that_look_up_something_else_are_refused(way: str) -> None:
 
 
 def test_scaled_word_embeddings_take_adapters() -> None:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-    }
-    gemma = t.Gemma3ForCausalLM(t.Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, **sizes))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    gemma = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes, **heads))
     model = add_moslora(gemma.eval(), config(target_modules=["embed_tokens"]))
     train_a_bit(model)
     live = logits(model.eval())

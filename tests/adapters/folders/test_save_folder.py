@@ -29,7 +29,7 @@ from mm_moslora.adapters import (
 from mm_moslora.adapters.folder_format import PREFIX
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.identity import sha256_of
-from tests.adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
+from tests.adapters.adapter_models import IDS, llama, llava, llava_inputs, logits, train_a_bit
 
 TARGETS = ["q_proj", "down_proj"]
 FILES = {"adapter_config.json", "adapter_model.safetensors", "moslora.json", "moslora.safetensors"}
@@ -138,21 +138,6 @@ def test_stock_peft_gives_the_same_logits_in_a_llava(tmp_path: Path, python: Pre
     )
 
 
-def test_stock_config_has_stock_keys_only(saved: Path) -> None:
-    keys = json.loads((saved / "adapter_config.json").read_text()).keys()
-    assert not [key for key in keys if "mixer" in key]
-    assert not [key for key in load_file(saved / "adapter_model.safetensors") if "mixer" in key]
-
-
-def test_peft_save_pretrained_writes_the_double_folder(tmp_path: Path) -> None:
-    model = _adapted()
-    model.save_pretrained(tmp_path / "a")
-    assert {path.name for path in (tmp_path / "a").iterdir()} >= FILES
-    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
-    stock = folded(llama(), tmp_path / "a")
-    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_plain_lora_folder_is_an_identity_mixer(tmp_path: Path, trainable: bool) -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS, rank_pattern={"q_proj": 2}))
@@ -231,15 +216,19 @@ def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch
     _edited(lambda data: data["files"].update({path.name: sha256_of(path)}))(folder)
 
 
-def _reshape_mixer(folder: Path) -> None:
-    _edit_tensor(folder, "lora_mixer", lambda _: torch.eye(3))
+def _mixers_as_stock(folder: Path) -> None:
+    (folder / "moslora.safetensors").replace(folder / "adapter_model.safetensors")
+    (folder / "moslora.json").unlink()
 
 
 DAMAGE = {
     "truncated": (_truncate("moslora.safetensors"), "damaged or truncated"),
     "truncated_folded": (_truncate("adapter_model.safetensors"), "not the fold of"),
     "stale_folded": (_retrain_folded, "another program saved over it"),
-    "mixer_shape": (_reshape_mixer, r"lora_mixer.weight has shape \[3, 3\], expected \[4, 4\]"),
+    "mixer_shape": (
+        lambda folder: _edit_tensor(folder, "lora_mixer", lambda _: torch.eye(3)),
+        r"lora_mixer.weight has shape \[3, 3\], expected \[4, 4\]",
+    ),
     "no_folded": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "lacks adapter_model"),
     "no_manifest": (lambda folder: (folder / "moslora.json").unlink(), "no moslora.json"),
     "no_factors": (lambda folder: (folder / "moslora.safetensors").unlink(), "no moslora.safetensors"),
@@ -253,6 +242,7 @@ DAMAGE = {
     "alpha": (_edited(lambda data: data["config"].update(lora_alpha="8")), "json: lora_alpha is '8', expected a num"),
     "pattern": (_edited(lambda data: data["config"].update(mixer_pattern=5)), "mixer_pattern is 5, expected a dict"),
     "bias": (_edited(lambda data: data["config"].update(bias="x")), "configuration sets bias to 'x'"),
+    "no_declaration": (_mixers_as_stock, "holds mixers"),
     "gone": (shutil.rmtree, "no adapter folder"),
 }
 
@@ -274,13 +264,6 @@ def test_an_adapter_for_another_base_is_refused(saved: Path) -> None:
     with pytest.raises(AdapterError, match="revision '1', this one has '2'"):
         load_adapter(llama(), saved, base={"id": "tiny", "revision": "2"})
     load_adapter(llama(), saved, base={"id": "tiny", "revision": "1", "date": "today"})
-
-
-def test_mixers_without_a_manifest_are_refused(copied: Path) -> None:
-    (copied / "moslora.safetensors").replace(copied / "adapter_model.safetensors")
-    (copied / "moslora.json").unlink()
-    with pytest.raises(AdapterError, match="holds mixers"):
-        load_adapter(llama(), copied)
 
 
 def test_new_rows_of_an_adapted_embedding_come_back(tmp_path: Path) -> None:
@@ -310,16 +293,6 @@ def test_a_bias_without_a_place_is_not_merged() -> None:
     with pytest.raises(AdapterError, match=r"lora_bias, and .* has no bias to merge it into"):
         merge(model)
     assert torch.equal(logits(model), before)
-
-
-def test_mixers_that_do_not_train_load_through_the_meta_device(tmp_path: Path) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_trainable=False))
-    train_a_bit(model)
-    save_adapter(model, tmp_path)
-    config = MoSLoRAConfig.from_pretrained(str(tmp_path))
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, config=config, low_cpu_mem_usage=True).eval()
-    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
-    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", [None, lambda tensor: tensor[:-1].clone()], ids=["lost", "cut"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters import MIXER_INITS, MoSLoRAConfig, add_moslora, merge
 from mm_moslora.utils.errors import AdapterError
-from tests.adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit
+from tests.adapters.adapter_models import IDS, llama, logits, train_a_bit
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 PLAIN = {"mixer_init": "identity", "mixer_trainable": False}
@@ -48,21 +48,14 @@ def test_identity_and_frozen_is_peft_lora_bit_for_bit(dtype: torch.dtype, dropou
 
 
 @pytest.mark.parametrize("kind", MIXER_INITS)
-def test_training_starts_at_the_base_model(kind: str) -> None:
-    base = logits(llama())
+def test_training_starts_at_the_base_model_and_reaches_every_factor(kind: str) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind))
-    assert torch.equal(logits(model), base)
-
-
-@pytest.mark.parametrize("kind", MIXER_INITS)
-def test_every_factor_gets_a_gradient_after_one_step(kind: str) -> None:
-    model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind))
+    assert torch.equal(logits(model), logits(llama()))
     _train(model, 1)
     model(IDS, labels=IDS).loss.backward()
-    assert any("lora_mixer" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().max() > 0, name
+    trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lora_mixer" in name for name in trained)
+    assert all(gradient.abs().max() > 0 for gradient in trained.values())
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "butterfly"])
@@ -92,15 +85,6 @@ def test_live_merged_and_unmerged_agree(kind: str, rslora: bool) -> None:
     merged = merge(model)
     assert not any("lora" in name for name, _ in merged.named_modules())
     torch.testing.assert_close(logits(merged), live, atol=1e-5, rtol=0)
-
-
-def test_conv1d_layers_merge_right() -> None:
-    base = logits(gpt2())
-    model = add_moslora(gpt2(), MoSLoRAConfig(r=4, lora_alpha=8))
-    train_a_bit(model)
-    live = logits(model)
-    assert (live - base).abs().max() > 0.02
-    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("merging", [merge, lambda model: model.merge_and_unload()])

@@ -23,7 +23,7 @@ from mm_moslora.adapters.layers.base_weights import quantisation, stop_repacking
 from mm_moslora.utils.errors import AdapterError
 from tests.adapters.adapter_models import folded, train_a_bit
 
-KINDS = ["4bit", "8bit"]
+every_kind = pytest.mark.parametrize("kind", ["4bit", "8bit"])
 
 
 class _Net(nn.Module):
@@ -74,7 +74,7 @@ def _layers(model: nn.Module) -> list[MoSLoRALayer]:
     return [module for module in model.modules() if isinstance(module, MoSLoRALayer)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_the_mixer_is_there_and_is_used(kind: str) -> None:
     bare = _quantised(kind)
     stop_repacking(bare)
@@ -95,7 +95,7 @@ def test_the_mixer_is_there_and_is_used(kind: str) -> None:
         torch.testing.assert_close(_run(model), live, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_all_linear_finds_quantised_layers_and_training_reaches_every_factor(kind: str) -> None:
     net = _quantised(kind)
     assert resolve_targets(net) == ["layers.0", "layers.1", "head"]
@@ -107,7 +107,7 @@ def test_all_linear_finds_quantised_layers_and_training_reaches_every_factor(kin
     assert all("lora_" in name for name in trained)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_batch_of_mixed_adapters_has_the_mixers(kind: str) -> None:
     bare = _quantised(kind)
     stop_repacking(bare)
@@ -124,7 +124,7 @@ def test_a_batch_of_mixed_adapters_has_the_mixers(kind: str) -> None:
         torch.testing.assert_close(model.eval()(X, adapter_names=names), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -> None:
     model = add_moslora(_quantised(kind), _config(), targets=["0", "1"])
     train_a_bit(model)
@@ -137,7 +137,7 @@ def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -
     torch.testing.assert_close(_run(stock), _run(loaded), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@every_kind
 def test_merging_adds_the_mixed_update(kind: str) -> None:
     model = add_moslora(_quantised(kind), _config(), targets=["0", "1"])
     train_a_bit(model)
@@ -146,14 +146,14 @@ def test_merging_adds_the_mixed_update(kind: str) -> None:
     assert (merged - live).norm() < 0.2 * (live - base).norm()
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@every_kind
 def test_dora_on_a_quantised_base_on_a_cpu_is_refused(kind: str) -> None:
     plain = {"mixer_init": "identity", "mixer_trainable": False}
     with pytest.raises(AdapterError, match="works on a GPU only"):
         add_moslora(_quantised(kind), _config(use_dora=True, **plain), targets=["0", "1"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_identity_and_frozen_is_pefts_own_branch(kind: str) -> None:
     plain = {"mixer_init": "identity", "mixer_trainable": False}
     model = add_moslora(_quantised(kind), _config(**plain), targets=["0", "1"])
@@ -165,7 +165,7 @@ def test_identity_and_frozen_is_pefts_own_branch(kind: str) -> None:
         torch.testing.assert_close(layer(X), layer.get_base_layer()(X) + branch, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@every_kind
 def test_a_mixer_on_a_layer_that_stock_peft_wrapped_is_refused(kind: str) -> None:
     net = _quantised(kind)
     setattr(net, f"is_loaded_in_{kind}", True)
@@ -197,7 +197,7 @@ def test_another_quantisation_is_refused_by_name_and_the_error_says_which_to_tak
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@every_kind
 def test_quantised_base_on_a_gpu(kind: str) -> None:
     model = add_moslora(_quantised(kind).to("cuda"), _config(), targets=["0", "1"]).train()
     train_a_bit(model)
