@@ -133,26 +133,6 @@ def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(form: dict, 
             assert torch.equal(resumed[name], tensor), name
 
 
-def test_peft_loads_our_values_into_an_adapter_that_is_there(tmp_path: Path) -> None:
-    model = adapted()
-    save_adapter(model, tmp_path / "a")
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train_a_bit(model, seed=5)
-    model.train()
-    model.load_adapter(str(tmp_path / "a"), "default", is_trainable=True)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
-    assert model.training
-    (tmp_path / "a" / "moslora.safetensors").write_bytes(b"short")
-    with pytest.raises(AdapterError, match="damaged or truncated"):
-        model.load_adapter(str(tmp_path / "a"), "default")
-    own = MoSLoRAConfig.from_pretrained(str(tmp_path / "a"))
-    adapted().save_pretrained(tmp_path / "a")
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "a", config=own, low_cpu_mem_usage=True)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-
-
 @pytest.mark.parametrize("way", ["add_moslora", "get_peft_model", "add_adapter"])
 def test_an_injection_that_fails_halfway_is_taken_back(way: str) -> None:
     torch.manual_seed(0)

@@ -184,13 +184,6 @@ def test_copies_pickles_and_other_precisions_of_an_adapted_model_work(form: dict
     assert not any(tensor.is_meta for tensor in meta.state_dict().values())
 
 
-def test_pefts_own_loading_trains_on_with_the_mixers_where_it_is_given_the_configuration(saved: Path) -> None:
-    own = MoSLoRAConfig.from_pretrained(str(saved))
-    model = peft.PeftModel.from_pretrained(llama(), saved, config=own, is_trainable=True)
-    assert torch.equal(logits(model), logits(load_adapter(llama(), saved)))
-    assert sum("lora_mixer" in name and p.requires_grad for name, p in model.named_parameters()) == 4
-
-
 def mamba(kind: str) -> t.PreTrainedModel:
     sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
     if kind == "mamba":
