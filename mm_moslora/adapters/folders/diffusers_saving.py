@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -27,11 +26,6 @@ _NAMES_OF_B = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weigh
 _OWN_FIELDS = {field.name for field in dataclasses.fields(MoSLoRAConfig)} - {
     field.name for field in dataclasses.fields(LoraConfig)
 }
-
-
-def without_mixers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a pipeline's adapters, under PEFT's or diffusers' names, as plain LoRA: ``B' = B M``."""
-    return fold_state_dict(tensors, names_of_B=_NAMES_OF_B) if mixers_in(tensors) else dict(tensors)
 
 
 def patch_diffusers() -> None:
@@ -52,7 +46,8 @@ def patch_diffusers() -> None:
         if metadata:  # LoraConfig of the reader takes its own fields only
             of_lora = {key: value for key, value in metadata.items() if key.rpartition(".")[2] not in _OWN_FIELDS}
             kwargs["lora_adapter_metadata"] = of_lora
-        stock_write(without_mixers(state_dict), *args, **kwargs)
+        folded = fold_state_dict(state_dict, names_of_B=_NAMES_OF_B) if mixers_in(state_dict) else state_dict
+        stock_write(folded, *args, **kwargs)
 
     @functools.wraps(stock_save)
     def save_lora_adapter(self: Any, save_directory: Any, adapter_name: str = "default", **kwargs: Any) -> None:

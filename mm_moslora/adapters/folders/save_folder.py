@@ -300,7 +300,7 @@ def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Mo
     data |= {"base_model_name_or_path": base, "revision": revision}
     if kind is not None:
         data |= {"task_type": None, "auto_mapping": _class_of(kind)}
-    replace_text(folder / STOCK_CONFIG, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / STOCK_CONFIG, data)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
