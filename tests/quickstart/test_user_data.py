@@ -411,7 +411,7 @@ def test_truncated_pictures_are_left_out_and_named(tmp_path: Path, suffix: str, 
     cut = sorted((tmp_path / "photos").rglob(f"[0-6]{suffix}"))
     for path in cut:
         data = path.read_bytes()
-        path.write_bytes(data[: 60 if suffix == ".png" else len(data) // 2])
+        path.write_bytes(data[: 60 if suffix == ".png" else -60])  # the headers stay
     made(file if of_file else tmp_path / "photos", tmp_path / "my", most_left_out=1)
     used = {item["image"] for name in ("train", "test") for item in read(tmp_path / "my" / f"{name}.jsonl")}
     assert used == {item["image"] for item in rows} - {f"{path.parent.name}/{path.name}" for path in cut}
