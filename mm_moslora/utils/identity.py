@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from io import BufferedReader
@@ -18,6 +19,8 @@ from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import MANIFEST
 from mm_moslora.utils.untrusted_data import parse_json
 from mm_moslora.utils.untrusted_files import opened
+
+logger = logging.getLogger(__name__)
 
 Bytes = bytes | bytearray | memoryview
 
@@ -183,7 +186,8 @@ def _samples(stream: BufferedReader, size: int) -> Iterator[tuple[int, int]]:
 def check_stored(path: Path) -> None:
     """Refuse weights that the manifest of the checkpoint that holds them shows as missing, truncated or altered.
 
-    Other files may be edited, such as a chat template: `check_preprocessing` compares what they do.
+    Other files may be edited, such as a chat template or the path of a base, which is said: `check_preprocessing`
+    compares what they do.
     """
     checkpoint = next((folder for folder in (path, path.parent) if (folder / MANIFEST).is_file()), None)
     if checkpoint is None:
@@ -197,9 +201,13 @@ def check_stored(path: Path) -> None:
     inside = "" if path == checkpoint else path.relative_to(checkpoint).as_posix()
     for name, expected in stored.items():
         wanted = not inside or name == inside or name.startswith(f"{inside}/")
-        if not wanted or not name.endswith(".safetensors") or name.startswith(_RESUME_ONLY):
+        if not wanted or name.startswith(_RESUME_ONLY):
             continue
         file = checkpoint / name
+        if not name.endswith(".safetensors"):
+            if file.is_file() and sha256_of(file) != expected:
+                logger.warning("%s was edited after the checkpoint was saved; it counts as it is.", file)
+            continue
         if not file.is_file() or sha256_of(file) != expected:
             what = "was altered or truncated: its sha256 differs from" if file.is_file() else "is missing, named by"
             raise CheckpointError(f"{file} {what} {MANIFEST}. Copy the checkpoint again, or choose another one.")

@@ -83,9 +83,16 @@ def test_damaged_weights_are_refused_by_every_reader(checkpoint, recipe):
     load(checkpoint)
 
 
-def test_other_files_may_be_edited_and_a_projector_alone_has_no_manifest(checkpoint, recipe, tmp_path):
+def test_other_files_may_be_edited_which_is_said_and_a_projector_alone_has_no_manifest(
+    checkpoint, recipe, tmp_path, caplog
+):
     (checkpoint / "preprocessing.json").unlink()
     load(checkpoint)
+    assert "was edited" not in caplog.text
+    with (checkpoint / "config.yaml").open("a") as config:
+        config.write("# moved\n")
+    load(checkpoint.parent)
+    assert f"{checkpoint / 'config.yaml'} was edited after the checkpoint was saved" in caplog.text
     file = tmp_path / "projector.safetensors"
     shutil.copy(checkpoint / "projector.safetensors", file)
     alone = replace(recipe.model, projector=replace(recipe.model.projector, weights=str(file)))
