@@ -56,18 +56,23 @@ def doctor(
 
 def _refused(recipe: Recipe) -> list[Diagnosis]:
     """What `train` refuses in a recipe on this machine, every fault of it at once."""
-    from mm_moslora.planning.doctor import Diagnosis
+    from mm_moslora_eval.protocol.task_groups import tasks_of
+
+    from mm_moslora.planning.doctor import Diagnosis, check_parts
     from mm_moslora.training.preflight import checks_here
 
-    checks = {"recipe": lambda: refuse_early(recipe)} | checks_here(recipe)
-    found = {}
+    checks = {
+        "recipe": lambda: refuse_early(recipe), **checks_here(recipe),
+        "tasks": lambda: tasks_of(recipe.validate.tasks), "base": lambda: check_parts(recipe.model),
+    }  # fmt: skip
+    found: dict[str, Diagnosis] = {}
     for name, check in checks.items():
         try:
             check()
         except MoSLoRAError as error:
-            found[str(error)] = Diagnosis(name=name, status="bad", detail=str(error))
+            found.setdefault(str(error), Diagnosis(name=name, status="bad", detail=str(error)))
     if not found:
-        return [Diagnosis(name="recipe", detail="its keys, names and files are known")]
+        return [Diagnosis(name="recipe", detail="its keys, names, files, base and projector are known and fit")]
     return list(found.values())
 
 

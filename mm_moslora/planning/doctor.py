@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from mm_moslora.config import Recipe, needs
+from mm_moslora.config import ModelConfig, Recipe, needs
 from mm_moslora.kernels.triton_availability import LIGER_RANGE, fits, installed_liger, why_not_triton
 from mm_moslora.utils.errors import MoSLoRAError
 from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks, usable_cores
@@ -198,6 +199,20 @@ def _mixed_cards(names: Sequence[str], detail: str) -> Diagnosis:
         remedy="Every step waits for the slowest card, and a micro-batch must fit the smallest. Choose equal cards "
         "(CUDA_VISIBLE_DEVICES, or a SLURM constraint).",
     )  # fmt: skip
+
+
+def check_parts(config: ModelConfig) -> None:
+    """Read the configurations of a recipe's base, and the weights of its projector: what a run stops at first."""
+    from mm_moslora.models.assembly import load_parts, load_projector
+    from mm_moslora.models.model_paths import hub_names
+    from mm_moslora.utils.network.hub_access import hub_or_cache
+
+    with hub_or_cache(*hub_names(config)):
+        parts = load_parts(config, weights="shapes")
+    if config.vision is not None and config.projector.weights:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+            load_projector(parts.model.model.multi_modal_projector, Path(config.projector.weights))
 
 
 def _engine(recipe: Recipe | None) -> Iterator[Diagnosis]:
