@@ -67,10 +67,12 @@ def _refused(recipe: Recipe) -> list[Diagnosis]:
     }  # fmt: skip
     found: dict[str, Diagnosis] = {}
     for name, check in checks.items():
+        if name == "base" and found:  # it needs the packages and files that are missing
+            continue
         try:
             check()
-        except MoSLoRAError as error:
-            found.setdefault(str(error), Diagnosis(name=name, status="bad", detail=str(error)))
+        except (MoSLoRAError, OSError) as error:
+            found[str(error)] = Diagnosis(name=name, status="bad", detail=str(error))
     if not found:
         return [Diagnosis(name="recipe", detail="its keys, names, files, base and projector are known and fit")]
     return list(found.values())
