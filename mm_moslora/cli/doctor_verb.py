@@ -73,9 +73,8 @@ def _refused(recipe: Recipe) -> list[Diagnosis]:
             check()
         except (MoSLoRAError, OSError) as error:
             found[str(error)] = Diagnosis(name=name, status="bad", detail=str(error))
-    if not found:
-        return [Diagnosis(name="recipe", detail="its keys, names, files, base and projector are known and fit")]
-    return list(found.values())
+    sound = Diagnosis(name="recipe", detail="its keys, names, files, base and projector are known and fit")
+    return list(found.values()) or [sound]
 
 
 def _report(findings: list[Diagnosis]) -> int:
