@@ -44,14 +44,13 @@ def doctor(
         return _report(diagnose_model(model, revision=revision))
     from mm_moslora.planning.doctor import diagnose
 
-    resolved = None if recipe is None else load_recipe(recipe, override_items(overrides))
-    if resolved is None:
+    if recipe is None:
         return _report(diagnose())
+    resolved = load_recipe(recipe, override_items(overrides))
     refused = _refused(resolved)
     said = {item.detail for item in refused}
-    return _report(
-        [*refused, *(item for item in diagnose(Path(resolved.train.output), resolved) if item.detail not in said)]
-    )
+    others = diagnose(Path(resolved.train.output), resolved)
+    return _report([*refused, *(item for item in others if item.detail not in said)])
 
 
 def _refused(recipe: Recipe) -> list[Diagnosis]:
