@@ -23,7 +23,7 @@ def main() -> None:
 
 def _leave(*_: object) -> None:
     os.write(2, b"error: interrupted\n")
-    os._exit(130)  # `cli.root.EXIT_INTERRUPTED`
+    os._exit(130)  # `ExitStatus.INTERRUPTED`
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.utils.errors import DataError, EvalError, MoSLoRAError
+from mm_moslora.utils.errors import DataError, EvalError, ExitStatus, MoSLoRAError
 from mm_moslora.utils.run_paths import file_and_folder
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.report.result_tables import comparison_text
@@ -353,7 +353,7 @@ def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
     """0 if at most this share of the samples failed, and no judge and no aggregation failed, else 3."""
     if any(result.about.get("judge_failed") or result.about.get("rules_failed") for result in results):
-        return 3
+        return ExitStatus.UNSCORED
     total = sum(result.counts.total for result in results)
     failed = sum(result.counts.incomplete for result in results)
-    return 3 if failed > max_failed_share * total else 0
+    return ExitStatus.UNSCORED if failed > max_failed_share * total else 0

@@ -36,7 +36,7 @@ from mm_moslora.config import RECIPES_FOLDER, Recipe, load_recipe, override_item
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.imported_code import imported, without_imports
 from mm_moslora.launch.slurm_job import leave_foreign_step
-from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.errors import ExitStatus, MoSLoRAError
 from mm_moslora.utils.files import is_full
 from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
 from mm_moslora.utils.run_paths import adapter_folder
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """Matches `--output=~/runs`: shells expand a `~` only at the start of a word."""
 _STDOUT = 1
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 
 
 def _shown_default(value: object) -> str | None:
@@ -89,9 +88,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line.
 
     Returns:
-        0 on success, 1 on an error, 2 when the command line cannot be parsed, 75 when a signal stopped a run that can
-        be continued, 130 on Ctrl-C, 129 and 143 on SIGHUP and SIGTERM, 141 when the reader of the output has closed the
-        pipe (`| head`).
+        0 on success, an `ExitStatus`, or 129 and 143 on SIGHUP and SIGTERM.
     """
     if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts LOCAL_RANK there, too
         arguments = arguments[1:]
@@ -106,9 +103,9 @@ def run(arguments: list[str]) -> int:
             result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
     except CycloptsError as error:
-        return _fail(_usage(error), EXIT_USAGE)
+        return _fail(_usage(error), ExitStatus.USAGE)
     except MoSLoRAError as error:
-        return _fail(str(error), EXIT_ERROR)
+        return _fail(str(error), ExitStatus.ERROR)
     except OSError as error:
         reader_left = isinstance(error, BrokenPipeError) and _nobody_reads()
         try:  # otherwise the buffered output is written again when the process ends
@@ -116,17 +113,17 @@ def run(arguments: list[str]) -> int:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         if reader_left:
-            return EXIT_NO_READER
+            return ExitStatus.NO_READER
         if error.filename is None and not is_full(error):
             raise  # without a path the one-line error would not help
         hidden = _hidden_by(error)
-        return _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}", EXIT_ERROR)
+        return _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}", ExitStatus.ERROR)
     except Exception as error:
         if not is_full(error):
             raise
-        return _fail(_refused(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), EXIT_ERROR)
+        return _fail(_refused(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), ExitStatus.ERROR)
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return _fail("interrupted", ExitStatus.INTERRUPTED)
     except _EndedError as error:
         code = 128 + error.number
         with suppress(OSError):  # the terminal may be closed

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mm_moslora.cli.shard_jobs import refuse_two_engines
 from mm_moslora.cli.shared_options import Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items, require_sft
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.redaction import redacted_command
 
 if TYPE_CHECKING:
@@ -119,9 +119,8 @@ def compare(
             raise ConfigError("--cell does one run as it was planned: compare FOLDER --cell NAME [--stop-at STEP].")
         quiet_libraries()
         from mm_moslora.compare.comparison_cell import run_cell
-        from mm_moslora.launch.launcher import EXIT_REQUEUE
 
-        return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else EXIT_REQUEUE
+        return 0 if run_cell(Path(recipe), cell, stop_at=stop_at) else ExitStatus.STOPPED
     refuse_two_engines(slurm=slurm, ray=ray, parallel=parallel)
     shared = load_recipe(recipe, override_items(overrides))
     require_sft(shared, "compare")
@@ -178,11 +177,10 @@ def _rates(text: str) -> list[float]:
 def _show(comparison: ArmComparison, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.comparison_analysis import analyse
     from mm_moslora.compare.comparison_text import table
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.reporting.comparison.comparison_page import write_page
 
     results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))
     print(table(results))
     print(f"Page: {write_page(output / 'results.json', output / 'report.html')}")
     failed = any(run["status"] == "failed" for run in results["failures"])
-    return int(failed) if finished else EXIT_REQUEUE
+    return int(failed) if finished else ExitStatus.STOPPED

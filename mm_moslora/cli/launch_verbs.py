@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.files import discard, replace_text
 from mm_moslora.utils.run_paths import SHIPPED, shipped_folder
 from mm_moslora.utils.text_format import whole_number
@@ -105,7 +105,6 @@ def launch(
         Check the recipe, and print it and the command, without starting anything. Its files need not be here.
     """
     from mm_moslora.config import override_items
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Requeue, SlurmJob
     from mm_moslora.launch.topology import Topology
@@ -138,7 +137,7 @@ def launch(
             return start(topology, verb, run_folder=folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
-        return requeuing.stopped({stop.received}, EXIT_REQUEUE) if requeuing else EXIT_REQUEUE
+        return requeuing.stopped({stop.received}, ExitStatus.STOPPED) if requeuing else ExitStatus.STOPPED
 
 
 def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe | DiffusionRecipe:
@@ -233,7 +232,7 @@ def run_training(
         folder: the run folder; a stopped run leaves its mark there.
         advice: what to print about the checkpoint of a finished run.
     """
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, leave_mark, stopped_text
+    from mm_moslora.launch.launcher import STOPPED, leave_mark, stopped_text
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     stop = StopRequest()
@@ -258,7 +257,7 @@ def run_training(
     except Stopped:
         leave_mark(folder, stop.received)
         print(stopped_text(stop.received), end="")
-    return EXIT_REQUEUE
+    return ExitStatus.STOPPED
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from mm_moslora.launch.imported_code import import_words
 from mm_moslora.launch.shard import Shard, refuse_other_divisions
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 
 if TYPE_CHECKING:
     from mm_moslora.launch.jobs import Job
@@ -70,7 +70,6 @@ class ShardJobs:
             The folders whose shards are all done, and the exit code for the others: 0 where there are none.
         """
         from mm_moslora.launch.jobs import Job, cards_per_job, run_jobs
-        from mm_moslora.launch.launcher import EXIT_REQUEUE
         from mm_moslora.launch.ray_engine import open_engine
         from mm_moslora.launch.slurm_array import write_array
         from mm_moslora.training.supervision.stop_signals import StopRequest
@@ -107,9 +106,9 @@ class ShardJobs:
                 missing = [*run_jobs(lambda: jobs, engine, over=over, stop=lambda: bool(stop.received))]
         if stop.received:
             logger.info("Stopped by signal %d. The same command continues.", stop.received)
-            return [], EXIT_REQUEUE
+            return [], ExitStatus.STOPPED
         ready = [folder for folder in commands if all(Path(name).parent != folder for name in missing)]
-        return ready, 0 if not missing else EXIT_REQUEUE if engine is None else 1
+        return ready, 0 if not missing else ExitStatus.STOPPED if engine is None else 1
 
 
 HERE = ShardJobs()

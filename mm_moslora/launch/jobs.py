@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mm_moslora.launch.child_processes import Child, kill_tree, python_words, start_tied, terminate
-from mm_moslora.launch.launcher import EXIT_REQUEUE
 from mm_moslora.launch.topology import accelerators
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.files import writing_in_place
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Sums depend on the number of threads, so jobs get what this process has."""
 GRACE = 120.0
 """Seconds in which a job that is asked to end may save."""
-_SAVED = (0, EXIT_REQUEUE, 143, -signal.SIGTERM)
+_SAVED = (0, ExitStatus.STOPPED, 143, -signal.SIGTERM)
 """Exit codes of a job that was asked to end and has lost nothing: done, saved, or ended with all its work stored."""
 _ASK_AGAIN, _PAUSE = 1.0, 0.1
 """Seconds between two calls of `jobs` and `stop`, and between two polls of processes."""

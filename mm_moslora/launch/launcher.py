@@ -32,15 +32,13 @@ from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
 from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue, step_environment
 from mm_moslora.launch.topology import Topology, command
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.files import discard, open_in_place, read_json, replace_json, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 
 logger = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 75
-"""Exit code after a signal; the same command continues the run."""
 SILENT_SECONDS = 60.0
 STATE = "state.json"
 DEEPSPEED, TORCHRUN = "deepspeed", "torchrun"
@@ -112,7 +110,7 @@ def launch(
         return ended.code
     if not mark.exists():
         logger.info("Stopped by a signal without saving. The same command resumes from the newest checkpoint, if any.")
-    return requeue.stopped(ended.signals, EXIT_REQUEUE) if requeue is not None else EXIT_REQUEUE
+    return requeue.stopped(ended.signals, ExitStatus.STOPPED) if requeue is not None else ExitStatus.STOPPED
 
 
 @contextlib.contextmanager

@@ -19,8 +19,7 @@ from typing import Any
 
 from mm_moslora.launch.child_processes import kill_tree, output_of, python_words, terminate
 from mm_moslora.launch.jobs import GRACE, THREADS, TRIES, End, Job, JobEngine, ProcessEngine, close, start_process
-from mm_moslora.launch.launcher import EXIT_REQUEUE
-from mm_moslora.utils.errors import ConfigError, reason_of
+from mm_moslora.utils.errors import ConfigError, ExitStatus, reason_of
 from mm_moslora.utils.files import writing_in_place
 from mm_moslora.utils.package_requirements import install_extra
 from mm_moslora.utils.untrusted_files import read_text
@@ -129,7 +128,7 @@ class RayEngine:
         try:
             code = self._ray.get(one)
         except self._ray.exceptions.TaskCancelledError:
-            return End(job, EXIT_REQUEUE)  # before it began
+            return End(job, ExitStatus.STOPPED)  # before it began
         except self._ray.exceptions.RayError as error:
             return End(job, 1, reason_of(getattr(error, "cause", None) or error))
         deadline = time.monotonic() + _SEEN_LATE

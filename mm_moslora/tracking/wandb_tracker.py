@@ -27,7 +27,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
     headline,
     namespaced,
 )
-from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.files import read_json, replace_text
 from mm_moslora.utils.redaction import redact_text, redacted_argv
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -42,8 +42,6 @@ FINISH_SECONDS = 60.0
 MAX_SAMPLES = 200
 """Maximum rows of a sample table."""
 STEP = "train/step"
-EXIT_STOPPED = 75
-"""Exit code of `mm-moslora train` after a stop: the same command continues the run."""
 
 
 def has_credentials() -> bool:
@@ -205,7 +203,7 @@ class WandbTracker(Tracker):
         if self._run is not None:
             if ending == "stopped":
                 self._run.mark_preempting()
-            self._run.finish(exit_code={"finished": 0, "stopped": EXIT_STOPPED}.get(ending, 1))
+            self._run.finish(exit_code={"finished": 0, "stopped": ExitStatus.STOPPED}.get(ending, 1))
             self._run = None
 
 

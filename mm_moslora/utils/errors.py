@@ -1,4 +1,4 @@
-"""Exceptions of mm_moslora: one base class, and subclasses that also derive from the matching builtin exception.
+"""Exit statuses, and exceptions: one base class, and subclasses that also derive from the matching builtin exception.
 
 Every message states what was found, what was expected and what to do.
 """
@@ -7,6 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """How a command ends, besides 0 and 128 plus the number of a signal; docs/errors.md says what to do."""
+
+    ERROR = 1
+    USAGE = 2
+    UNSCORED = 3
+    HANG = 70
+    STOPPED = 75
+    INTERRUPTED = 130
+    NO_READER = 141
 
 
 class MoSLoRAError(Exception):

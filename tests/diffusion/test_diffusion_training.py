@@ -27,8 +27,7 @@ from mm_moslora.diffusion.diffusion_training import STATE, TakenDenoiser, train_
 from mm_moslora.diffusion.pipeline_families import DenoisingLoss
 from mm_moslora.tracking import read_metrics
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
-from mm_moslora.training.supervision.watchdog import EXIT_HANG
-from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError, ModelError
+from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitStatus, ModelError
 from mm_moslora.utils.identity import sha256_of
 from tests.builders.tiny_pipelines import SIDE, tiny_pipeline
 
@@ -242,7 +241,7 @@ def test_a_run_keeps_the_promises_of_every_run(
         train_diffusion(recipe(*few, run="full"))
     hanging = [sys.executable, "-c", _HANGING, "diffusion", "train", str(tmp_path / "own.yaml")]
     Path(hanging[-1]).write_text(recipe("train.timeout_minutes=0.05", run="hung").to_yaml())
-    assert subprocess.run(hanging, check=False).returncode == EXIT_HANG
+    assert subprocess.run(hanging, check=False).returncode == ExitStatus.HANG
     assert "No progress" in json.loads((tmp_path / "hung" / "state.json").read_text())["reason"]
     assert "stuck" in (tmp_path / "hung" / "stacks" / "rank-00000.txt").read_text()
 

@@ -88,7 +88,7 @@ def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
 def commanded(what: str, rank: str, step: str, *words: str) -> int:
     """The same under `mm-moslora`, with a tracker that takes its time at the end; gives its exit code."""
     from mm_moslora import cli
-    from mm_moslora.launch.launcher import EXIT_REQUEUE
+    from mm_moslora.utils.errors import ExitStatus
 
     _fail_within_step(what, rank, int(step))
     finish = Trackers.finish
@@ -101,7 +101,7 @@ def commanded(what: str, rank: str, step: str, *words: str) -> int:
     Trackers.finish = slowly
     code = cli.run(list(words))
     mark = Path(load_recipe(words[-1]).train.output) / "STOPPED"
-    assert code != EXIT_REQUEUE or mark.exists(), "torchrun would end rank 0 before it can leave its mark"
+    assert code != ExitStatus.STOPPED or mark.exists(), "torchrun would end rank 0 before it can leave its mark"
     return code
 
 

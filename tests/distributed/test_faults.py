@@ -24,6 +24,7 @@ from mm_moslora.launch.launcher import stopped_text
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training.supervision import watchdog
 from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ExitStatus
 
 pytestmark = pytest.mark.slow
 OFFLOADED = ("zero2_offload", "zero3_offload")
@@ -125,7 +126,7 @@ def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tm
     ranks.finish(group)
     said = group.output(1 - rank)
     assert group.codes[rank] == -signal.SIGKILL
-    assert group.codes[1 - rank] in (1, watchdog.EXIT_HANG), said
+    assert group.codes[1 - rank] in (1, ExitStatus.HANG), said
     assert "Traceback" not in said
     # A rank that is killed as it enters the loop may be gone before the other has joined.
     unjoined = "could not join the others" in said and place.endswith("check_recipe")
@@ -165,7 +166,7 @@ def check_named(group, run):
     state = read_state(run)
     assert (state.name, state.ranks) == ("failed", (1,))
     assert str(state.reason).startswith("No progress for ")
-    assert group.codes[0] == watchdog.EXIT_HANG
+    assert group.codes[0] == ExitStatus.HANG
 
 
 def test_a_rank_that_is_stopped_is_named_and_says_so_when_it_is_woken(parts, ranks, tmp_path):
@@ -186,7 +187,7 @@ def test_a_rank_that_hangs_is_named_with_stacks_in_time(parts, ranks, tmp_path):
     check_named(group, tmp_path / "run")
     assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
     assert "in lost_in_thought" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
-    assert group.codes == [watchdog.EXIT_HANG] * 2
+    assert group.codes == [ExitStatus.HANG] * 2
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from waiting import wait_until
 
 from mm_moslora.reporting.run_status import read_state
-from mm_moslora.training.supervision import watchdog
+from mm_moslora.utils.errors import ExitStatus
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.run_paths import shipped_folder
 
@@ -132,7 +132,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on_exactly(
     parts: dict[str, Path], ranks: Any, tmp_path: Path
 ) -> None:
     straight = faulty(parts, tmp_path / "straight")
-    for fault, code in (("SIGKILL", 1), ("SIGSTOP", watchdog.EXIT_HANG)):
+    for fault, code in (("SIGKILL", 1), ("SIGSTOP", ExitStatus.HANG)):
         recipe = faulty(parts, tmp_path / fault, step_timeout_minutes=0.1)
         group = ranks.start(["faults:preferring", fault, "1", "3", recipe])
         if fault == "SIGSTOP":

@@ -26,14 +26,12 @@ from mm_moslora.launch.child_processes import start
 from mm_moslora.launch.heartbeat import Heartbeat, means_lost
 from mm_moslora.training.supervision.run_folder import record_failure
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
+from mm_moslora.utils.errors import DistributedError, ExitStatus, MoSLoRAError, TrainingError
 from mm_moslora.utils.files import discard, make_subfolder, replacing, writing_in_place
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
 
-EXIT_HANG = 70
-"""Exit code of a rank that stopped waiting."""
 _TORCHRUN_SECONDS = 30
 """Seconds for torchrun to end after SIGTERM."""
 _KILL_LATER = 'exec >&- 2>&-; for _ in $(seq "$2"); do kill -0 "$1" || exit 0; sleep 0.2; done; kill -KILL "$1"'
@@ -191,7 +189,7 @@ class Watchdog:
         logger.error("%s %s Stacks: %s.%s", why, blame, self.stacks, hint)
         sys.stderr.flush()
         release_torchrun()
-        os._exit(EXIT_HANG)
+        os._exit(ExitStatus.HANG)
 
     def _ask_for_stacks(self) -> None:
         """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang."""
