@@ -16,11 +16,13 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
 )
 
-from mm_moslora.adapters import MoSLoRALayer
+from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora
 
 VOCABULARY = 64
+SIBLINGS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(14).reshape(2, 7) % 11
 
 _LLAMA = {
@@ -93,4 +95,11 @@ def folded(base: nn.Module, folder: Path) -> peft.PeftModel:
     config.inference_mode = True
     model = peft.get_peft_model(base, config)
     assert not peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors")).unexpected_keys
+    return model.eval()
+
+
+def adapted(base: PreTrainedModel | None = None, **changes) -> peft.PeftModel:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": SIBLINGS, "task_type": "CAUSAL_LM"}
+    model = add_moslora(base or llama(), MoSLoRAConfig(**(options | changes)))
+    train_a_bit(model)
     return model.eval()

@@ -17,8 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from mm_moslora.adapters import merge, save_adapter
 from mm_moslora.utils.errors import AdapterError
-from tests.adapters.adapter_models import IDS
-from tests.adapters.test_adapter_ecosystem import adapted
+from tests.adapters.adapter_models import IDS, adapted
 
 
 def both_kinds(folder: str) -> None:

@@ -18,7 +18,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -34,16 +33,7 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.utils.errors import AdapterError
-from tests.adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
-
-SIBLINGS = ["q_proj", "k_proj", "v_proj"]
-
-
-def adapted(base: PreTrainedModel | None = None, **changes) -> peft.PeftModel:
-    options = {"r": 4, "lora_alpha": 8, "target_modules": SIBLINGS, "task_type": "CAUSAL_LM"}
-    model = add_moslora(base or llama(), MoSLoRAConfig(**(options | changes)))
-    train_a_bit(model)
-    return model.eval()
+from tests.adapters.adapter_models import IDS, SIBLINGS, adapted, folded, llama, logits, train_a_bit
 
 
 def small() -> peft.PeftModel:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from tiny import CHATML, make_tokenizer
+from tokenizers import AddedToken
 
 VICUNA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% set rest = messages[1:] %}"
@@ -55,6 +56,8 @@ WITHOUT_END = "{% for message in messages %}\n### {{ message['role'] }}:\n{{ mes
     "{% if add_generation_prompt %}\n### assistant:\n{% endif %}"
 )
 
+SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
+
 TEMPLATES = {
     "bytes-chatml": ("bytes", CHATML),
     "bytes-qwen": ("bytes", QWEN),
@@ -87,6 +90,16 @@ def build_tokenizer(kind: str, template: str | None, *, image: bool = True, add_
 def shared_tokenizer(name: str):
     """One of `TEMPLATES`, made once; do not change it."""
     return build_tokenizer(*TEMPLATES[name])
+
+
+def tokenizer_of(name: str):
+    """One of `TEMPLATES`, or a new one with the tokens of thinking and a template that TRL carries."""
+    if name in TEMPLATES:
+        return shared_tokenizer(name)
+    made = make_tokenizer()
+    made.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    made.chat_template = SHIPPED.joinpath(f"{name}.jinja").read_text()
+    return made
 
 
 NAMES = ("llama-legacy", "llama", "mistral-v3", "tekken", "open_clip", "smollm2", "gpt2", "stories260k")

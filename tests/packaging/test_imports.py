@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ def test_the_picture_of_packages_is_that_of_the_imports(check_imports: ModuleTyp
     """If not: `python scripts/check_imports.py --draw`."""
     text = check_imports.PICTURE.read_text()
     assert check_imports.drawn(text) == text
+
+
+def test_no_test_imports_from_another() -> None:
+    """What several need stands beside them, in `builders` or in `support`."""
+    imported = re.compile(r"\b(?:from|import)\s+(?:[\w.]+\.)?test_\w+")
+    files = [path for path in (CHECKOUT / "tests").rglob("*.py") if path != Path(__file__)]
+    assert not {str(path): found for path in files if (found := imported.findall(path.read_text("utf-8")))}
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

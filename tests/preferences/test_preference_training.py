@@ -36,7 +36,7 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError, DataError, DivergedError
 from mm_moslora.utils.files import read_json
 from mm_moslora.utils.identity import sha256_of
-from tests.data.chat.test_thinking_form import tokenizer_of
+from tests.data.chat_templates import tokenizer_of
 
 pytest.importorskip("trl", reason="trl is not installed")
 LOG_2 = math.log(2)

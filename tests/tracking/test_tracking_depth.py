@@ -18,16 +18,13 @@ from trials import colour_task, make_recipe, write
 from waiting import wait_until
 
 from mm_moslora.config import TRACKERS, TrackConfig, ValidateConfig
-from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
+from mm_moslora.tracking import SampleAnswer, build_trackers, run_environment
 from mm_moslora.tracking.run_environment import git_state
 from mm_moslora.tracking.tracker import adapter_digest
 from mm_moslora.utils.errors import ConfigError
+from tests.tracking.tracked_run import SECRET, everything
 
-SCORES = [
-    {"name": "tuned", "label": "tuned", "task": "shapes", "n": 50, "mean": 0.8, "low": 0.7, "high": 0.9},
-    {"name": "blind", "label": "blind", "task": "shapes", "n": 50, "mean": 0.3, "low": 0.2, "high": 0.4},
-]
-SECRET = "hf_" + "Q7x" * 10
+CANARY = "pa55word-canary"
 
 
 @pytest.fixture
@@ -37,24 +34,6 @@ def adapter(tmp_path: Path) -> Path:
     (folder / "adapter_config.json").write_text('{"r": 8}')
     (folder / "moslora.safetensors").write_bytes(b"weights")
     return folder
-
-
-CANARY = "pa55word-canary"
-
-
-def everything(
-    trackers: Trackers, run: Path, sample: SampleAnswer, adapter: Path, *, resume_step: int | None = None
-) -> None:
-    """A short life of a run, with a secret where it might slip through."""
-    run.mkdir(exist_ok=True)
-    trackers.start({"optim": {"lr": 1e-4}, "note": SECRET}, run, resume_step=resume_step)
-    for step in range((resume_step or 0) + 1, (resume_step or 0) + 3):
-        trackers.log({"loss": 1.0 / step, "lr/mixer": 1e-4, "mixer/moved": 0.3}, step)
-    trackers.log_samples("answers", [sample], 2)
-    trackers.log_folder("adapter", adapter)
-    trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
-    trackers.alert("Save failed", f"Step 2: {SECRET}")
-    trackers.finish()
 
 
 def no_secret_below(folder: Path) -> None:
@@ -159,7 +138,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: SampleAnswer, adapter: Pa
     """In a process of its own: trackio reads its folder from the environment once."""
     code = (
         "import sys; from pathlib import Path; from mm_moslora.tracking import SampleAnswer, build_trackers\n"
-        "from mm_moslora.config import TrackConfig; from tests.tracking.test_tracking_depth import everything\n"
+        "from mm_moslora.config import TrackConfig; from tests.tracking.tracked_run import everything\n"
         "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests', name='run')\n"
         "trackers = build_trackers(config, active=True)\n"
         "sample = SampleAnswer(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,9 @@ from mm_moslora.data.chat.thinking_form import SAMPLED
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.training_set import TrainingSet
-from tests.data.chat_templates import TEMPLATES, shared_tokenizer
+from tests.data.chat_templates import SHIPPED, TEMPLATES, shared_tokenizer, tokenizer_of
 from tests.data.sets import turns
 
-SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 THINKING = [
     "deepseek_r1_distill", "deepseek_r1_distill_training", "deepseekv3", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5",
     "nemotron_3_nano", "nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8",
@@ -30,15 +28,6 @@ THINKING = [
 THOUGHT, PLAIN = "<think>\nIt is round.\n</think>\n\na ball", "a ball"
 DATA = {"all": (8, 0), "most": (6, 2), "half": (4, 4), "few": (2, 6), "none": (0, 8)}
 """Records that think, and records that do not."""
-
-
-def tokenizer_of(name: str):
-    if name in TEMPLATES:
-        return shared_tokenizer(name)
-    made = make_tokenizer()
-    made.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    made.chat_template = SHIPPED.joinpath(f"{name}.jinja").read_text()
-    return made
 
 
 def records(thinking: int, plain: int) -> list[dict]:

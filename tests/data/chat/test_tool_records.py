@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import pickle
 import re
@@ -22,10 +21,9 @@ from mm_moslora.data.check.data_views import view_tokens
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
-from tests.data.chat_templates import shared_tokenizer
+from tests.data.chat_templates import SHIPPED, shared_tokenizer
 from tests.data.sets import parsed
 
-SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 WEATHER = {
     "type": "function",
     "function": {

@@ -28,7 +28,7 @@ from mm_moslora_eval.task_files.ocrbench_v2.text_overlap import meteor
 from mm_moslora.utils.errors import MissingRequirementError
 from mm_moslora.utils.package_requirements import is_installed
 from tests.eval.protocol_runs import Runs
-from tests.eval.scoring.test_measured_scores import PARTS, fitting, samples
+from tests.eval.scored_samples import PARTS, fitting, samples
 
 LONG = 1_000_000
 TABLE = "<table><tr><td>a</td></tr></table>"
