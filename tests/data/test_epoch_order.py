@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from mm_moslora.data.epoch_order import MicroBatchLimit, deal, fill_rate, pack, plan_epoch, records_of_epoch
 
 ORDERS = ["grouped", "random", "sequential"]
-sets = st.lists(st.tuples(st.integers(1, 4000), st.booleans()), min_size=1, max_size=150)
+
+
+def lists_of(items, most: int, *, least: int = 1):
+    """Lists of any length alike; those of `st.lists` alone have about six items."""
+    return st.integers(least, most).flatmap(lambda size: st.lists(items, min_size=size, max_size=size))
+
+
+sets = lists_of(st.tuples(st.integers(1, 4000), st.booleans()), 150)
 
 
 def plan(examples, *, seed=0, epoch=0, global_batch=8, order="grouped"):
@@ -90,6 +97,7 @@ class TestMixture:
         for numbers, weight in zip(members, weights, strict=True):
             counts = [seen[number] for number in numbers]
             assert all(int(weight) <= count <= int(weight) + 1 for count in counts)
+            assert any(counts) or not counts
             if counts and weight >= 1:
                 assert abs(sum(counts) - weight * len(counts)) <= 0.5
 
@@ -98,11 +106,12 @@ class TestMixture:
         assert [len(epoch) for epoch in epochs] == [5, 5, 5, 5]
         assert sorted(epochs[0] + epochs[1]) == list(range(10))
         assert set(Counter(number for epoch in epochs for number in epoch).values()) == {2}
+        assert records_of_epoch([range(3), range(3, 103)], [0.01, 1.0], seed=0, epoch=0)[0] < 3
 
 
 class TestPacking:
     @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.integers(1, 100), min_size=1, max_size=120), st.integers(1, 40))
+    @given(lists_of(st.integers(1, 100), 120), st.integers(1, 40))
     def test_every_example_once_and_no_row_overflows(self, lengths, waiting) -> None:
         rows = pack(range(len(lengths)), lengths, tokens=100, waiting=waiting)
         assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
@@ -121,7 +130,7 @@ class TestPacking:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.integers(1, 2048), max_size=64), st.integers(1, 8), st.integers(1, 8),
+    lists_of(st.integers(1, 2048), 64, least=0), st.integers(1, 8), st.integers(1, 8),
     st.none() | st.integers(2048, 9000), st.booleans(),
 )  # fmt: skip
 def test_a_micro_batch_has_no_more_tokens_than_allowed(lengths, world, micro, tokens, padded):

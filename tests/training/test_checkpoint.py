@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from disk_trace import trace_disk
 from trials import commit
 
+from mm_moslora.training.checkpointing import checkpoint_folder
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid, remove_old
 from mm_moslora.utils import files
@@ -40,6 +42,32 @@ def test_a_committed_checkpoint_reads_back(tmp_path):
     assert set(found.files) == {"trainer/rank-00000/state.bin", "adapter.safetensors"}
     assert (tmp_path / "latest").read_text() == "checkpoint-000003"
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_power_loss_leaves_a_whole_checkpoint_or_none(tmp_path, monkeypatch):
+    events = trace_disk(monkeypatch, tmp_path)
+    make(tmp_path, 1)
+    temporary = ".tmp-checkpoint-000001"
+    committed = events.index(f"{temporary} -> checkpoint-000001")
+    contents = ["", "/trainer", "/trainer/rank-00000", "/trainer/rank-00000/state.bin", "/adapter.safetensors"]
+    assert {f"sync {temporary}{name}" for name in (*contents, "/.manifest.json~")} <= set(events[:committed])
+    assert events[committed + 1] == "sync ."
+
+
+def test_a_file_that_another_rank_left_incomplete_is_not_committed(tmp_path, monkeypatch):
+    make(tmp_path, 1)
+    path = tmp_path / ".tmp-checkpoint-000002" / "adapter.safetensors"
+    just_before(monkeypatch, checkpoint_folder, "seal", lambda: os.truncate(path, 100), when=lambda *_: True)
+    with pytest.raises(CheckpointError, match=r"adapter\.safetensors was written by another rank and is not complete"):
+        make(tmp_path, 2)
+    assert newest_valid(tmp_path)[1].step == 1
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_put_aside(tmp_path):
+    (make(tmp_path, 1) / "adapter.safetensors").write_bytes(b"")
+    make(tmp_path, 1)
+    assert newest_valid(tmp_path)[1].step == 1
+    assert (tmp_path / "checkpoint-000001.corrupt" / "manifest.json").is_file()
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_trace(tmp_path):
@@ -121,12 +149,13 @@ def test_checkpoints_of_another_version_are_never_renamed(tmp_path, older_is_goo
     assert [folder for _, folder in checkpoints(tmp_path)] == folders
 
 
-def test_a_flipped_bit_in_the_number_of_the_format_is_damage_and_no_other_version(tmp_path):
+@pytest.mark.parametrize("key", ["format", "step", "lr"])
+def test_a_flipped_bit_of_a_manifest_is_damage_and_no_other_version(tmp_path, key):
     """This version writes one format only, so the one before is used."""
     make(tmp_path, 1)
     manifest = make(tmp_path, 2) / "manifest.json"
     content = manifest.read_bytes()
-    place = content.index(b'"format": 2') + len(b'"format": ')
+    place = content.index(f'"{key}": '.encode()) + len(f'"{key}": ')
     manifest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     assert newest_valid(tmp_path)[1].step == 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from disk_trace import trace_disk
 
 from mm_moslora.utils import files, folder_marks
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
@@ -57,7 +58,11 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
     files.replace_text(run / "state.json", "{}")
     with lock_file(run / "run.lock", wait=False) as lock:
         files.write_owner(lock, "process 1")
-    assert mine.read_text() == "years\n"
+    alone, linked = tmp_path / "alone", tmp_path / "linked"
+    alone.write_text("years\n")
+    linked.hardlink_to(alone)
+    files.Appender(linked).add("a line")
+    assert [path.read_text() for path in (mine, alone)] == ["years\n"] * 2
     assert (run / "metrics.jsonl").read_text() == "years\na line\n"
     assert (run / folder_marks.MARK).read_text() == "years\nrun\n"
     assert (run / "stacks.txt").read_text() == ""
@@ -65,6 +70,21 @@ def test_a_hard_link_keeps_what_it_had(tmp_path):
         files.write_owner(lock, "a long owner")
         files.write_owner(lock, "process 1")
     assert (tmp_path / "run.lock").read_text() == "process 1"
+
+
+def test_a_power_loss_leaves_the_old_or_the_new_content(tmp_path, monkeypatch):
+    events = trace_disk(monkeypatch, tmp_path)
+    files.replace_text(tmp_path / "state.json", "{}")
+    assert events == ["sync .state.json~", ".state.json~ -> state.json", "sync ."]
+
+
+def test_what_is_put_aside_replaces_nothing(tmp_path):
+    for number, kind in enumerate(("file", "file", "folder")):
+        path = tmp_path / "it"
+        path.mkdir() if kind == "folder" else path.write_text(str(number))
+        files.set_aside(path, "old")
+    assert [(tmp_path / f"it.old{number}").read_text() for number in ("", "1")] == ["0", "1"]
+    assert (tmp_path / "it.old2").is_dir()
 
 
 def test_a_mark_is_not_written_through_a_link(tmp_path):

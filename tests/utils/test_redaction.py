@@ -50,6 +50,8 @@ def test_values_that_look_like_secrets_go_wherever_they_stand(secret: str) -> No
     assert secret not in str(cleaned)
     assert cleaned["notes"] == [f"use {REDACTED} please"]
     assert secret not in redact_text(f"failed with {secret}")
+    if len(secret) != 40:  # a commit may be a name
+        assert secret not in str(redact({secret: 1}))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("STRIPE_KEY", "another-looking canary")  # a name that code uses for other things, too
     assert redact_text("sent plain-looking canary over") == f"sent {REDACTED} over"
     assert redact_text("sent another-looking canary over") == f"sent {REDACTED} over"
+    monkeypatch.setenv("MY_LONGER_API_KEY", "plain-looking canary-12345")
+    assert redact_text("sent plain-looking canary-12345 over") == f"sent {REDACTED} over"
 
 
 @pytest.mark.parametrize("secret", ['can"ary-12345', "can\\ary-12345", "can'ary-\"12345", "can ary/é&<1>+%2345"])
