@@ -180,6 +180,10 @@ def test_failed_samples_of_a_shard_count_as_in_the_undivided_run(data: Path, tmp
         ask(data, tmp_path / "run", f"{number}/3", model=FakeModel(fail_on=("q3", "q50")))
     own, wrong, _ = merge(data, tmp_path / "run")
     assert (own.counts.failed, wrong.counts.failed, own.n) == (2, 2, 70)
+    again = FakeModel()
+    for number in (1, 2, 3):
+        ask(data, tmp_path / "run", f"{number}/3", model=again)
+    assert sorted(again.asked) == ["q3", "q3", "q50", "q50"]
 
 
 def test_a_tiny_model_answers_alike_in_shards(tmp_path: Path, language_folder: Path, vision_folder: Path) -> None:
