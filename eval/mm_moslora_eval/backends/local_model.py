@@ -63,6 +63,7 @@ class LocalModel:
         self.trained_frames, self.trained_fps = trained_frames, trained_fps
         self.model = assembly.model.eval()
         self.encoder = ConversationEncoder.of(assembly)
+        self._thinks = self.encoder.asks_to_think
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference, store=store)
         self._ids: dict[str, list[int]] = {"": []}
@@ -86,15 +87,14 @@ class LocalModel:
     @property
     def thinking_tokens(self) -> int:
         """See `thinking_tokens_of`; 0: the model is not asked to think."""
-        return thinking_tokens_of(self.model.config) if self.encoder.asks_to_think else 0
+        return thinking_tokens_of(self.model.config) if self._thinks else 0
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
         for indices, prompts in self._prompts(requests, batch_size):
             chosen = [requests[index] for index in indices]
             limit = max(request.max_new_tokens for request in chosen)
-            thinks = self.encoder.asks_to_think
-            references = [[ids] if not thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
+            references = [[ids] if not self._thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
             beams, stops = chosen[0].beams, self.stop_ids  # the requests of a call are of one task
             if beams > 1:
                 answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)
@@ -103,7 +103,7 @@ class LocalModel:
                 answers, scores = generate_and_score(
                     self.model, prompts, references, max_new_tokens=limit, stop_ids=stops, draws=draws_of(chosen)
                 )
-            if thinks:
+            if self._thinks:
                 scores = self._behind_thinking(prompts, chosen, answers)
             for index, request, tokens, score in zip(indices, chosen, answers, scores, strict=True):
                 yield index, self._answer(request, tokens, score)
@@ -171,7 +171,10 @@ class LocalModel:
     def _answer(self, request: Request, tokens: list[int], reference: Sequence[ContinuationScore]) -> Answer:
         stopped = len(tokens) < request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
-        text = self.encoder.opened() + self._markers.text(tokens, self.encoder.decode_answer)
+        decode = self.encoder.decode_answer
+        text = self._markers.text(tokens, decode) if self._markers.kept else decode(tokens)
+        if self._thinks:
+            text = self.encoder.opened() + text
         for stop in request.stop:
             text, mark, _ = text.partition(stop)
             stopped |= bool(mark)

@@ -13,7 +13,7 @@ from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
-from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, is_judged
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeated
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
@@ -202,7 +202,7 @@ class Task:
     @property
     def code(self) -> dict[str, dict[str, str]]:
         """File and hash of those of its rules that an imported file added, by the key of the task."""
-        metrics: NamedParts[Any] = JUDGED if self.metric in JUDGED else METRICS
+        metrics: NamedParts[Any] = JUDGED if is_judged(self.metric) else METRICS
         tables: tuple[NamedParts[Any], ...] = (EXTRACTORS, metrics, AGGREGATIONS, OVER_SAMPLES, WORDINGS)
         parts = self.extraction, self.metric, self.aggregation, self.over_samples, self.prompt.function or ""
         return {table.kind: origin for table, part in zip(tables, parts, strict=True) if (origin := table.origin(part))}
@@ -224,7 +224,7 @@ class Task:
 
     def reference_of(self, document: Document) -> str:
         """The reference answer as the model would say it; empty without one, and where a judge scores the task."""
-        answer = "" if self.metric in JUDGED else document.reference
+        answer = "" if is_judged(self.metric) else document.reference
         return self.reference.replace("{answer}", answer) if answer else ""
 
     @property

@@ -35,7 +35,7 @@ from mm_moslora_eval.run.scored_subsets import (
 from mm_moslora_eval.run.stored_types import StoredSample, check_row
 from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task, select
 from mm_moslora_eval.scoring import error_bars
-from mm_moslora_eval.scoring.answer_scoring import JUDGED
+from mm_moslora_eval.scoring.answer_scoring import is_judged
 from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
 from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
 from mm_moslora_eval.scoring.score_aggregation import facts_of
@@ -111,7 +111,7 @@ def evaluate(
         if settings.shard is not None:  # all shards together are scored
             return []
         documents = select(data, settings, aggregation=task.aggregation)
-        if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
+        if settings.rank == 0 and not is_judged(task.metric) and any(document.answers for document in documents):
             own_result = next((result for result in results if result.mode == "own" and result.scored), None)
             own = read_scored(output / own_result.folder) if own_result is not None and baselines else []
             floors = [

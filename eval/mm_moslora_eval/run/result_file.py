@@ -38,7 +38,7 @@ from mm_moslora_eval.run.scored_subsets import (
     write_samples,
 )
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
-from mm_moslora_eval.scoring.answer_scoring import JUDGED, PLACES, score_answer
+from mm_moslora_eval.scoring.answer_scoring import PLACES, is_judged, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
 from mm_moslora_eval.scoring.repeated_answers import combined
@@ -164,7 +164,7 @@ def _likelihood(
     if likelihood := mean_likelihood(answers, [row["cluster"] for row in rows]):
         return likelihood
     referenced = any(row["answers"] for row in rows)
-    return {"none": reason_without(referenced=referenced, judged=task.metric in JUDGED, thinks=thinks)}
+    return {"none": reason_without(referenced=referenced, judged=is_judged(task.metric), thinks=thinks)}
 
 
 ABOUT = (
@@ -235,9 +235,9 @@ def _scored(
         )
         for one in answers
     ]  # fmt: skip
-    if all(not one.document.answers for one in answers) and task.metric not in JUDGED:
+    if all(not one.document.answers for one in answers) and not is_judged(task.metric):
         return plain, _Unscored("The data holds no reference answers.")
-    if judge is not None or task.metric in JUDGED:
+    if judge is not None or is_judged(task.metric):
         outcome = judgement(judge, task, plain, view=view)
         about |= outcome.about
         if outcome.samples is not None:
@@ -352,7 +352,7 @@ def summarise(
     except AggregationError as error:
         remarks.append(f"No score of a category: {error}")
     if folder:
-        remarks += [*answers_alike(given), *(wordy(given) if task.metric not in JUDGED else ())]
+        remarks += [*answers_alike(given), *(wordy(given) if not is_judged(task.metric) else ())]
     return replace(
         result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
         stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups, counts=counts,
@@ -412,6 +412,8 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
     sums them up), unless the older one is more complete: it has a score and the new one has none, or fewer of its
     samples failed.
     """
+    if not results:
+        return []
     with _alone(folder):
         merged = {result.key: result for result in read_results(folder)}
         behind = [

@@ -75,6 +75,11 @@ JUDGED: NamedParts[Callable[..., Any]] = NamedParts("grader", {"judge": without_
 """Metrics that need a judge: name -> function with which it grades one answer; without a judge a task is unscored."""
 
 
+def is_judged(metric: str) -> bool:
+    """Whether a metric needs a judge."""
+    return metric not in METRICS and metric in JUDGED
+
+
 def score_answer(
     document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None,
     markers: Sequence[Markers] = (THINK,),

@@ -102,9 +102,9 @@ class NamedParts(Mapping[str, F], Generic[F]):
     def check(self, part: str, *, also: Collection[str] = ()) -> None:
         """Refuse a part that no task can have."""
         name = name_of(part)
-        if part in also:
-            return
         if part not in self:
+            if part in also:
+                return
             known = [*self, *also]
             raise EvalError(
                 f"{self.kind} {name!r} is not known.{suggestion(name, known)} Known: {', '.join(known)}. "
@@ -114,7 +114,8 @@ class NamedParts(Mapping[str, F], Generic[F]):
 
     def origin(self, part: str) -> dict[str, str]:
         """File and hash of a function of an imported file, for results; empty for one of this package."""
-        return origin_of(self.find(part)) if part in self else {}
+        added = self._added.get(name_of(part))
+        return {} if added is None else origin_of(added)
 
     def find(self, part: str) -> F:
         """The function without its options; see `__getitem__`."""

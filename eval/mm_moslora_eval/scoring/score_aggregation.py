@@ -162,5 +162,5 @@ _FACTS = {
 def facts_of(aggregation: str) -> AggregationFacts:
     """What is known of an aggregation besides its numbers."""
     name = name_of(aggregation)
-    found: AggregationFacts | None = _FACTS.get(name) or rule("FACTS", name)
+    found: AggregationFacts | None = _FACTS.get(name) or (None if name in _OWN else rule("FACTS", name))
     return found or AggregationFacts()

@@ -26,7 +26,7 @@ from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest, logits_error
 from mm_moslora.models.decoding.token_sampling import Draw, choose
 from mm_moslora.models.vision.feature_cache import StepFeatureCache
-from mm_moslora.models.vlm import image_features, is_multimodal
+from mm_moslora.models.vlm import image_features
 from mm_moslora.utils.errors import ModelError
 
 _WORTH_SHARING = 16
@@ -56,9 +56,10 @@ def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
     table: Any = model.get_input_embeddings()
     ids = prompt.input_ids
     row = table(ids.to(table.weight.device, non_blocking=True))
-    if not is_multimodal(model):
+    image_token_id = getattr(model.config, "image_token_id", None)
+    if image_token_id is None:
         return row
-    is_image = ids == model.config.image_token_id
+    is_image = ids == image_token_id
     placeholders, visual = int(is_image.sum()), 0 if prompt.features is None else prompt.features.shape[0]
     if placeholders != visual:
         raise ModelError(
