@@ -24,9 +24,8 @@ from mm_moslora_eval.protocol.task_registry import all_tasks
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.named_parts import name_of
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
 from mm_moslora_eval.scoring.rule_forms import JudgeRule
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 
 PAGE = Path(__file__).parents[1] / "eval" / "README.md"
 BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"

@@ -76,8 +76,8 @@ def ways(folder: Path) -> dict[str, Way]:
     Args:
         folder: an empty folder for tiny models, records and runs.
     """
-    from mm_moslora_eval import eval_commands
     from mm_moslora_eval.backends.local_model import LocalModel
+    from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
     from trials import make_parts, make_recipe, write_questions
 
     from mm_moslora.adapters import save_adapter
@@ -100,7 +100,7 @@ def ways(folder: Path) -> dict[str, Way]:
         run.engine.module(batch, bool(batch.images)).backward()
 
     def score(number: int) -> None:
-        eval_commands.run(model, [f"llava:{names[number]}"], folder / f"eval{number}")
+        evaluate_tasks(model, [f"llava:{names[number]}"], folder / f"eval{number}")
 
     def save(number: int) -> None:
         attach_adapters(again[number], recipe.model, recipe.adapter)

@@ -6,9 +6,8 @@ This module imports nothing heavy at module level, so that `--help`, listing and
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,75 +20,13 @@ from mm_moslora_eval.report.result_tables import table as table
 
 if TYPE_CHECKING:
     from mm_moslora_eval.backends.openai_endpoint import ServiceSettings
-    from mm_moslora_eval.protocol.model_interface import Model
     from mm_moslora_eval.protocol.task import Task
     from mm_moslora_eval.run.baselines import TrainingAnswer
-    from mm_moslora_eval.run.evaluate_suite import PairedComparison
     from mm_moslora_eval.run.judging.llm_judge import Judge
-    from mm_moslora_eval.run.task_runner import EvaluationSettings
+    from mm_moslora_eval.run.paired_comparison import PairedComparison
     from mm_moslora_eval.scoring.task_result import TaskResult
-    from mm_moslora_eval.sources.document import DataSet, Document
+    from mm_moslora_eval.sources.document import Document
     from mm_moslora_eval.sources.image_controls import ImageMode
-
-
-def run(
-    model: Model | Callable[[], Model],
-    tasks: Sequence[str],
-    output: Path,
-    *,
-    modes: Sequence[ImageMode] = ("own",),
-    baselines: Sequence[str] = (),
-    training: Sequence[TrainingAnswer] = (),
-    settings: EvaluationSettings | None = None,
-    progress: Callable[[str, ImageMode, int, int], None] | None = None,
-    judge: Judge | None = None,
-    named: str = "",
-    merge: bool = False,
-    changes: Sequence[str] = (),
-) -> list[TaskResult]:
-    """Evaluate a model on tasks, one after the other; results are written after each."""
-    from mm_moslora_eval.protocol.task import shown_name
-    from mm_moslora_eval.protocol.task_registry import get_task, with_changes
-    from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
-    from mm_moslora_eval.run.evaluate_suite import evaluate
-    from mm_moslora_eval.run.provenance import record
-    from mm_moslora_eval.run.run_lock import claim_run, hold_run
-    from mm_moslora_eval.run.task_runner import EvaluationSettings
-
-    opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
-    data: list[DataSet | None] = []
-    checksums = []
-    for task in opened_tasks:  # fail before the model is loaded
-        read = task.load()
-        checksums.append((task, read.sha256))
-        data.append(None if data and read.holds_pictures else read)
-    chosen = settings or EvaluationSettings()
-    chosen = replace(chosen, retry_failed=chosen.retry_failed and not merge)
-    divided = merge or chosen.shard is not None
-    work = work_of(checksums, modes, chosen, model=named) if divided else {}
-    folder = output if chosen.shard is None else folder_of_shard(output, chosen.shard)
-    with hold_run(folder, rank=chosen.rank, wait=chosen.shard is not None, below=output):
-        if chosen.shard is not None and is_finished(folder, work):
-            return []
-        opened = partial(gather, output, work) if merge else model
-        loaded: Any = opened() if callable(opened) and not hasattr(opened, "generate") else opened
-        try:
-            claim_run(folder, loaded)
-            if chosen.rank == 0:
-                record(folder, loaded, asdict(chosen))
-            results: list[TaskResult] = []
-            for task in opened_tasks:
-                report = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
-                results += evaluate(
-                    loaded, task, folder, modes=modes, baselines=baselines, training=training, settings=chosen,
-                    progress=report, judge=judge, locked=True, data=data.pop(0),
-                )  # fmt: skip
-            if chosen.shard is not None and chosen.rank == 0:
-                finish(folder, loaded, work)
-            return results
-        finally:
-            if loaded is not model:
-                loaded.close()
 
 
 def training_answers(*names: str) -> Sequence[TrainingAnswer]:
@@ -342,8 +279,8 @@ def check(name: str) -> str:
 
 def compare_runs(a: str, b: str) -> list[tuple[PairedComparison, str]]:
     """Compare runs or task folders; several seeds of one system are separated by commas."""
-    from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
-    from mm_moslora_eval.run.evaluate_suite import paired_folders
+    from mm_moslora_eval.run.paired_comparison import compare as compare_samples
+    from mm_moslora_eval.run.paired_comparison import paired_folders
 
     pairs = paired_folders([Path(name) for name in a.split(",")], [Path(name) for name in b.split(",")])
     results = [compare_samples(left, right) for left, right in pairs]

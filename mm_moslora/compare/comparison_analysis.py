@@ -56,7 +56,7 @@ def analyse(comparison: ArmComparison, *, command: str = "") -> dict[str, Any]:
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
     add_controls(arms, scores)
     comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
-    from mm_moslora_eval.run.provenance import environment
+    from mm_moslora_eval.run.run_records import environment
     from mm_moslora_eval.scoring.task_result import strict_json
 
     results = strict_json(

@@ -67,8 +67,7 @@ def with_readable(
 
 
 def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
-    from mm_moslora_eval.run.evaluate_suite import read_samples
-    from mm_moslora_eval.run.scored_subsets import SAMPLES, task_of, view_below
+    from mm_moslora_eval.run.scored_subsets import SAMPLES, read_samples, task_of, view_below
 
     if OWN not in views:
         raise DataError(f"The outcome names no samples of {task}. Delete the run's outcome.json to measure it again.")
@@ -115,8 +114,7 @@ class Answers:
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
-        from mm_moslora_eval.run.evaluate_suite import read_samples
-        from mm_moslora_eval.run.scored_subsets import SAMPLES, task_of, view_below
+        from mm_moslora_eval.run.scored_subsets import SAMPLES, read_samples, task_of, view_below
 
         views = [{mode: view_below(self._folder, path) for mode, path in o.places[task].items()} for _, o in good]
         rows = [read_samples(of_seed["own"] / SAMPLES) for of_seed in views]
@@ -172,8 +170,7 @@ def _score_name(aggregation: str) -> str:
 
 def _scores(view: Path) -> list[float]:
     """The contribution of every answer to the task's score; without a task, the samples' own scores."""
-    from mm_moslora_eval.run.evaluate_suite import read_samples
-    from mm_moslora_eval.run.scored_subsets import SAMPLES, read_scored, task_of
+    from mm_moslora_eval.run.scored_subsets import SAMPLES, read_samples, read_scored, task_of
 
     rules = task_of(view)
     if rules is None:
@@ -184,8 +181,7 @@ def _scores(view: Path) -> list[float]:
 
 def _nats(views: Sequence[Path]) -> list[list[float]]:
     """Log-likelihoods by seed and document, NaN where one is missing; empty where a seed has none."""
-    from mm_moslora_eval.run.evaluate_suite import read_samples
-    from mm_moslora_eval.run.scored_subsets import SAMPLES
+    from mm_moslora_eval.run.scored_subsets import SAMPLES, read_samples
 
     grid = [[nats_of(row) for row in read_samples(view / SAMPLES)] for view in views]
     return grid if all(any(math.isfinite(value) for value in one) for one in grid) else []

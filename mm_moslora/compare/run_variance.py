@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mm_moslora_eval.scoring.error_bars import f_upper_tail
+from mm_moslora_eval.scoring.estimates import f_upper_tail
 
 ROUNDING = 1e-24
 """A variance of shares below this is rounding: all differences are equal."""

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from mm_moslora_eval.scoring.error_bars import alike_interval, alike_p_value, shown_by_t_test, t_quantile, t_two_sided
+from mm_moslora_eval.scoring.estimates import alike_interval, alike_p_value, shown_by_t_test, t_quantile, t_two_sided
 from numpy.typing import NDArray
 
 from mm_moslora.compare.run_variance import ROUNDING, Runs, Spread, pooled, residual, variance_of_means

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mm_moslora_eval.metrics.box_iou import fault_of_reference
 from mm_moslora_eval.metrics.exact_match import holds_answer
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, score_answer
-from mm_moslora_eval.scoring.visible_text import without_thinking
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 from mm_moslora_eval.sources.document import Document
 
 from mm_moslora.batch import ImageProcessing

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from mm_moslora_eval.scoring import named_parts
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel

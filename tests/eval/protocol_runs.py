@@ -17,7 +17,7 @@ from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, Opti
 from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run import answer_log, run_lock, task_runner
+from mm_moslora_eval.run import answer_log, run_records, task_runner
 from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
@@ -106,7 +106,7 @@ class Runs:
         folder = self.folder()
         model = GivenAnswers({document.id: answer for document, answer in zip(documents, answers, strict=True)})
         data = DataSet(documents=tuple(documents), path="golden", sha256="0")
-        with run_lock.open_run(folder, model):
+        with run_records.open_run(folder, model):
             place = task_runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
         asked = None if judge is None else Judge(scripted(judge), cache=folder / "judge")
         result = score_folder(place, judge=asked)
@@ -127,7 +127,7 @@ def answered(folder: Path, metric: str = "mmvet_judge", *, said: str = SAID, cou
         for n in range(count)
     )
     model = GivenAnswers({document.id: said for document in documents})
-    with run_lock.open_run(folder, model):
+    with run_records.open_run(folder, model):
         return task_runner.run_task(
             model, task, folder, settings=ONE, data=DataSet(documents=documents, path="x", sha256="0")
         )

@@ -14,11 +14,13 @@ from pathlib import Path
 import datasets
 import pytest
 from huggingface_hub import constants
-from mm_moslora_eval import eval_commands, sources
+from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.task_registry import get_task, load_file
-from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.evaluate_suite import compare, read_samples
+from mm_moslora_eval.run import run_records
+from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.run.scored_subsets import read_samples
 from preloaded import Preloaded
 
 from mm_moslora import cli
@@ -101,7 +103,7 @@ def test_the_data_of_a_task_are_read_once(question_file: Path, tmp_path: Path, m
     load = sources.load
     monkeypatch.setattr(sources, "load", lambda source, **given: read.append(source.path) or load(source, **given))
     tasks = [f"llava:{question_file}", f"llava:{write_questions(tmp_path / 'other', count=4)}"]
-    eval_commands.run(FakeModel(), tasks, tmp_path / "run")
+    evaluate_tasks(FakeModel(), tasks, tmp_path / "run")
     assert len(read) == len(set(read)) == 2
 
 
@@ -109,7 +111,7 @@ def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:
     address = "https://me:pa55word-canary@example.org/v1"
     command = ["mm-moslora", "eval", "run", "pope", "--model", f"{address}#m", "--api-key", "k3y-canary"]
     monkeypatch.setattr("sys.argv", command)
-    provenance.record(tmp_path, FakeModel(), {"judge": address})
+    run_records.record(tmp_path, FakeModel(), {"judge": address})
     text = (tmp_path / "invocations.jsonl").read_text()
     assert "canary" not in text
     assert "example.org/v1#m" in text

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring import estimates
 from mm_moslora_eval.scoring.estimates import estimate, mean_of
 
 from tests.eval import golden_answers as answers
@@ -37,7 +37,7 @@ def mean_stderr(row: Row) -> Any:
     return {
         "mean": found.value,
         "mean_stderr": found.stderr,
-        "sample_stddev": error_bars.sample_stddev(scores),
+        "sample_stddev": estimates.sample_stddev(scores),
     }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from tests.builders.miniature_benchmarks import SCENES

@@ -6,7 +6,7 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import Request
-from mm_moslora_eval.scoring.visible_text import without_thinking
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 from mm_moslora_eval.sources.image_controls import image_size
 
 

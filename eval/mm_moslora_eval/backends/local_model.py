@@ -94,7 +94,9 @@ class LocalModel:
         for indices, prompts in self._prompts(requests, batch_size):
             chosen = [requests[index] for index in indices]
             limit = max(request.max_new_tokens for request in chosen)
-            references = [[ids] if not self._thinks and (ids := self._encoded(item.reference)) else [] for item in chosen]
+            references = [
+                [ids] if not self._thinks and (ids := self._encoded(item.reference)) else [] for item in chosen
+            ]
             beams, stops = chosen[0].beams, self.stop_ids  # the requests of a call are of one task
             if beams > 1:
                 answers = generate_beams(self.model, prompts, beams=beams, max_new_tokens=limit, stop_ids=stops)

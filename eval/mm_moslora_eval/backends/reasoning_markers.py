@@ -11,7 +11,7 @@ from mm_moslora.data.chat.chat_template import MARK, ProcessorTemplate, Template
 from mm_moslora.data.chat.record_keys import REASONING
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.identity import sha256_of_values
-from mm_moslora_eval.scoring.visible_text import Markers
+from mm_moslora_eval.scoring.scored_sample import Markers
 
 
 class ReasoningMarkers:

@@ -15,9 +15,8 @@ from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
 from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, is_judged
 from mm_moslora_eval.scoring.named_parts import NamedParts
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, check_repeated
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, check_ids
-from mm_moslora_eval.scoring.visible_text import THINK, Markers
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES, check_ids, check_repeated
+from mm_moslora_eval.scoring.scored_sample import THINK, Markers
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, first_id
 from mm_moslora_eval.sources.hf_dataset import from_cache
@@ -142,7 +141,7 @@ class Task:
     grading: Grading | None = None
     """With `metric: judge`: how a judge grades the answers."""
     over_samples: str = "mean"
-    """A name in `repeated_answers.OVER_SAMPLES`: what several answers to a question come to."""
+    """A name in `score_aggregation.OVER_SAMPLES`: what several answers to a question come to."""
     thinking: AnswerReasoning = field(default_factory=AnswerReasoning)
     reference: str = "{answer}"
     """The text whose log-likelihood is reported; `{answer}` is the most frequent reference."""

@@ -22,11 +22,11 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import visible
 from mm_moslora.utils.untrusted_data import build_known
 from mm_moslora_eval.protocol.task import shown_name
-from mm_moslora_eval.run import provenance
-from mm_moslora_eval.run.evaluate_suite import PairedComparison, compare, read_samples
+from mm_moslora_eval.run.paired_comparison import PairedComparison, compare
 from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.run.run_records import read_calls
 from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, shown_samples, spread, stored_thumbnails, verdict
-from mm_moslora_eval.run.scored_subsets import SAMPLES, read_json, view_below
+from mm_moslora_eval.run.scored_subsets import SAMPLES, read_json, read_samples, view_below
 from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.score_remarks import beside
@@ -62,7 +62,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         model=model,
         date=max((str(r.about["date"]) for r in results if r.about.get("date")), default=""),
         environments=_environments(results, data),
-        invocations=provenance.read(run)[-MOST_INVOCATIONS:],
+        invocations=read_calls(run)[-MOST_INVOCATIONS:],
         rows=[_row(result) for result in results],
         tasks=[_task(name, group, run) for name, group in tasks.items()],
     )

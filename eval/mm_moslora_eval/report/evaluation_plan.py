@@ -16,7 +16,7 @@ from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import shown_as_trained
 from mm_moslora_eval.run.scored_subsets import views_below
-from mm_moslora_eval.run.task_runner import EvaluationSettings, select
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.score_remarks import kind_of
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.source_videos import WholeVideo, with_whole_videos
@@ -71,7 +71,7 @@ def plan_task(task: Task, settings: EvaluationSettings, *, counter: PromptTokens
     most = decoding.max_new_tokens * decoding.samples if decoding.kind == "generate" else 0
     try:
         data = task.load_cached()
-        documents = select(data, settings, aggregation=task.aggregation)
+        documents = settings.select(data, aggregation=task.aggregation)
     except MoSLoRAError as error:
         count = min(task.expected_count or 0, settings.limit or math.inf)
         return TaskPlan(

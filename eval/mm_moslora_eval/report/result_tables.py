@@ -10,7 +10,7 @@ from mm_moslora.reporting.verdicts import amount_text, between, resting_on, scor
 from mm_moslora.utils.text_format import aligned
 
 if TYPE_CHECKING:
-    from mm_moslora_eval.run.evaluate_suite import PairedComparison
+    from mm_moslora_eval.run.paired_comparison import PairedComparison
     from mm_moslora_eval.scoring.task_result import TaskResult
 
 

@@ -22,10 +22,17 @@ from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_json, replacing, set_aside
 from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.untrusted_data import build_known
-from mm_moslora_eval.run.evaluate_suite import read_samples
 from mm_moslora_eval.run.result_file import ABOUT, summarise
 from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, spread, stored_thumbnails
-from mm_moslora_eval.run.scored_subsets import SAMPLES, find_view, read_json, read_scored, read_view, task_of
+from mm_moslora_eval.run.scored_subsets import (
+    SAMPLES,
+    find_view,
+    read_json,
+    read_samples,
+    read_scored,
+    read_view,
+    task_of,
+)
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
 from mm_moslora_eval.scoring.measured_scores import difference_of_scores, whole_questions
 from mm_moslora_eval.scoring.score_aggregation import facts_of

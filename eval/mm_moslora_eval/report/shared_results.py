@@ -18,7 +18,7 @@ from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import aligned
 from mm_moslora_eval.report.evaluation_page import names_of
 from mm_moslora_eval.run.result_file import read_results
-from mm_moslora_eval.run.run_lock import RUN
+from mm_moslora_eval.run.run_records import RUN
 from mm_moslora_eval.run.scored_subsets import read_json
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult, strict_json

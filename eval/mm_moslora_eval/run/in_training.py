@@ -16,7 +16,8 @@ from mm_moslora.utils.files import make_subfolder, mark, remove
 from mm_moslora.utils.folder_marks import MARK
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_groups import tasks_of
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate, paired_folders
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.paired_comparison import compare, paired_folders
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.reference_likelihood import likelihood_difference
 from mm_moslora_eval.sources.image_controls import ImageMode

@@ -22,8 +22,8 @@ from mm_moslora_eval.backends.endpoints.rate_limits import Prices
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.judging.judged_scores import GRADED, graded_text, judgement
-from mm_moslora_eval.run.provenance import environment
 from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.run.run_records import environment
 from mm_moslora_eval.run.scored_subsets import (
     DOCUMENTS,
     RESCORED,
@@ -41,8 +41,7 @@ from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import PLACES, is_judged, score_answer
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
 from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
-from mm_moslora_eval.scoring.repeated_answers import combined
-from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids, facts_of
+from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids, combined, facts_of
 from mm_moslora_eval.scoring.score_remarks import (
     answers_alike,
     disagreement,
@@ -52,9 +51,8 @@ from mm_moslora_eval.scoring.score_remarks import (
     ungraded,
     wordy,
 )
-from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
+from mm_moslora_eval.scoring.scored_sample import Markers, Scored, with_scores
 from mm_moslora_eval.scoring.task_result import Counts, TaskResult, strict_json, variant_of
-from mm_moslora_eval.scoring.visible_text import Markers
 from mm_moslora_eval.sources.document import Document
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, find_below, read_b
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import Item
-from mm_moslora_eval.run.stored_types import StoredDocument, TaskSample, check_row, check_view
+from mm_moslora_eval.run.stored_types import StoredDocument, StoredSample, TaskSample, check_row, check_view
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.sources.document import DataSet, Document
 
@@ -189,6 +189,21 @@ def _repeated(several: Sequence[Scored]) -> dict[str, Any]:
 def last_line(error: str | None) -> str | None:
     """The last line of a traceback; None without an error."""
     return (error.strip().splitlines() or ["no message"])[-1] if error else None
+
+
+def read_samples(source: Path) -> list[dict[str, Any]]:
+    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE.
+
+    Raises:
+        EvalError: the file is missing or damaged.
+    """
+    path = find_view(source) / SAMPLES if source.is_dir() else Path(os.path.realpath(source))  # a user's path
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
+    rows = read_lines(path)
+    for row in rows:
+        check_row(StoredSample, row, source=f"{path}: sample {row.get('id')!r}")
+    return rows
 
 
 def read_scored(folder: Path) -> list[Scored]:

@@ -9,8 +9,8 @@ from mm_moslora.utils.files import replacing
 from mm_moslora.utils.folder_marks import output_file
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.scored_subsets import documents_of, find_view
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 from mm_moslora_eval.scoring.submission_forms import form_of_task, submission_forms
-from mm_moslora_eval.scoring.visible_text import without_thinking
 
 
 def write_submission(folder: Path, out: Path, *, form: str) -> int:

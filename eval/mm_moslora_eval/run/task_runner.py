@@ -17,15 +17,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import time
 import traceback
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +31,16 @@ from mm_moslora.launch.shard import Shard
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_text
-from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.text_format import whole_number
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run import provenance
 from mm_moslora_eval.run.answer_log import AnswerLog, Row, answer_row, line, merge, read_folder
 from mm_moslora_eval.run.judging.judged_scores import GRADED, graded_text
 from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal, windows
-from mm_moslora_eval.run.run_lock import claim_folder, protocol_differences
+from mm_moslora_eval.run.run_records import circumstances, claim_folder, protocol_differences
 from mm_moslora_eval.run.scored_subsets import DOCUMENTS, TASK, DocumentSelection, read_view, selection_of
 from mm_moslora_eval.scoring.answer_scoring import PLACES
-from mm_moslora_eval.scoring.score_aggregation import documents_together
+from mm_moslora_eval.scoring.document_selection import selected
 from mm_moslora_eval.scoring.task_result import variant_of
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
@@ -83,6 +79,21 @@ class EvaluationSettings:
     rank: int = field(default_factory=lambda: whole_number(os.environ, "RANK", 0))
     world_size: int = field(default_factory=lambda: whole_number(os.environ, "WORLD_SIZE", 1, least=1))
 
+    def select(self, data: DataSet, *, aggregation: str = "mean") -> tuple[Document, ...]:
+        """The documents that are asked, with all that the aggregation counts together with one of them.
+
+        A limit is at most so many documents, and at least those of one question; a stratified sample has about so many.
+
+        Raises:
+            EvalError: the data have no document with one of the ids.
+        """
+        if not self.samples and self.limit is None:
+            return data.documents
+        return selected(
+            data, aggregation=aggregation, samples=self.samples, limit=self.limit, stratify=self.stratify,
+            seed=self.seed,
+        )  # fmt: skip
+
     def share(self, items: Sequence[Item], rank: int, *, name: str) -> list[list[Item]]:
         """The windows of a rank; `name`, of the task and its mode, decides which shard has the first one."""
         dealt = windows(deal(items, rank=rank, world_size=self.world_size), self.batch_size * _WINDOW_BATCHES)
@@ -98,71 +109,6 @@ class EvaluationSettings:
 
 Settings = EvaluationSettings
 """The same class under the shorter name that scripts of users import."""
-
-
-def select(data: DataSet, settings: EvaluationSettings, *, aggregation: str = "mean") -> tuple[Document, ...]:
-    """The documents that the settings select, with all that the aggregation counts together with one of them.
-
-    A limit is at most so many documents, and at least those of one question; a stratified sample has about so many.
-
-    Raises:
-        EvalError: the data have no document with one of the ids.
-    """
-    documents = data.documents
-    if not settings.samples and settings.limit is None:
-        return documents
-    groups = {one.id: group for one, group in zip(documents, documents_together(aggregation, documents), strict=True)}
-    if settings.samples:
-        missing = set(settings.samples) - {document.id for document in documents}
-        if missing:
-            raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
-        chosen = {groups[name] for name in settings.samples}
-        documents = tuple(document for document in documents if groups[document.id] in chosen)
-    if settings.limit is None:
-        return documents
-    sizes = Counter(groups[document.id] for document in documents)
-    if settings.stratify is not None:
-        firsts: dict[Hashable, Document] = {}
-        for document in documents:
-            firsts.setdefault(groups[document.id], document)
-        count = max(1, settings.limit * len(sizes) // len(documents))
-        drawn = _stratified(tuple(firsts.values()), settings.stratify, count, seed=settings.seed)
-        chosen = {groups[document.id] for document in drawn}
-    else:
-        chosen = {
-            group for group, total in zip(sizes, accumulate(sizes.values()), strict=True) if total <= settings.limit
-        }
-        chosen = chosen or {groups[documents[0].id]}
-    return tuple(document for document in documents if groups[document.id] in chosen)
-
-
-def _stratified(documents: Sequence[Document], column: str, count: int, *, seed: int) -> tuple[Document, ...]:
-    """So many documents, in their order, with the shares of the values of a column (largest remainders).
-
-    The documents of a smaller sample are among those of a larger one, as far as the shares allow.
-
-    Raises:
-        EvalError: documents without a value in the column.
-    """
-    strata: dict[str, list[int]] = defaultdict(list)
-    for index, document in enumerate(documents):
-        strata[document.column(column)].append(index)
-    if without := strata.get(""):
-        known = dict.fromkeys(["category", *(key for document in documents for key in document.extra)])
-        raise EvalError(
-            f"stratify is {column!r}, and {len(without)} of {len(documents)} documents have nothing in this column. "
-            f"Columns: {', '.join(known)}."
-        )
-    share = min(1.0, count / len(documents))
-    quotas = {name: int(share * len(members)) for name, members in strata.items()}
-    left = min(count, len(documents)) - sum(quotas.values())
-    for name in sorted(strata, key=lambda name: (quotas[name] - share * len(strata[name]), name))[:left]:
-        quotas[name] += 1
-    chosen: set[int] = set()
-    for name, members in strata.items():
-        order = random.Random(sha256_of_values([seed, column, name])).sample(members, len(members))
-        chosen |= {*order[: quotas[name]]}
-    return tuple(document for index, document in enumerate(documents) if index in chosen)
 
 
 def run_task(
@@ -206,20 +152,12 @@ def run_task(
         )
     task = task.within(settings.max_new_tokens, thinking_tokens=_thinking_tokens(model))
     data = data or task.load()
-    documents = select(data, settings, aggregation=task.aggregation)
+    documents = settings.select(data, aggregation=task.aggregation)
     work = Preparation(
         task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
         pool=data.documents, videos=getattr(model, "videos", None),
     )  # fmt: skip
-    mode_folder = folder / task.id / mode
-    make_subfolder(mode_folder, below=folder)
-    identity = {"format": FORMAT, "task": task.id, "asked": task.request_hash}
-    claim_folder(
-        mode_folder / "asked.json",
-        identity,
-        what=str(mode_folder),
-        differs=partial(protocol_differences, mode_folder, task),
-    )
+    mode_folder = _own_folder(folder, task, mode)
     share = partial(settings.share, work.items, name=f"{task.id}/{mode}")
     items = work.items
     if settings.shard is not None:
@@ -234,10 +172,21 @@ def run_task(
         _describe(view, model, task, data, work, selection, mode, settings, asks=more)
     job.answer(share(settings.rank), retry=settings.retry_failed)
     if settings.rank == 0:
-        _wait_for_others(folder, job, settings)
+        if settings.world_size > 1:
+            _wait_for_others(folder, job, settings)
         job.answer(window for rank in range(settings.world_size) for window in share(rank))  # what died ranks left
         merge(mode_folder, [item.key for item in items])
     return view
+
+
+def _own_folder(run: Path, task: Task, mode: ImageMode) -> Path:
+    """The folder of the answers to a task in an image mode; refused if they were asked in another way."""
+    folder = run / task.id / mode
+    make_subfolder(folder, below=run)
+    identity = {"format": FORMAT, "task": task.id, "asked": task.request_hash}
+    differs = partial(protocol_differences, folder, task)
+    claim_folder(folder / "asked.json", identity, what=str(folder), differs=differs)
+    return folder
 
 
 def _thinking_tokens(model: Model) -> int:
@@ -292,7 +241,7 @@ def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]
         before = list(read_view(view)["computed_by"])
     except (EvalError, KeyError):
         before = []
-    now = getattr(model, "computed_by", None) or [provenance.circumstances(model)]
+    now = getattr(model, "computed_by", None) or [circumstances(model)]
     return before + [item for item in now if item not in before] if asks or not before else before
 
 

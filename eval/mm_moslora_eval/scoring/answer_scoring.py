@@ -12,8 +12,7 @@ from mm_moslora_eval.metrics import box_iou, document_vqa, exact_match, multiple
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
 from mm_moslora_eval.scoring.parts import parts_named
 from mm_moslora_eval.scoring.rule_forms import all_of, best_of, of_options, of_text
-from mm_moslora_eval.scoring.scored_sample import Scored
-from mm_moslora_eval.scoring.visible_text import THINK, Markers, without_thinking
+from mm_moslora_eval.scoring.scored_sample import THINK, Markers, Scored, without_thinking
 from mm_moslora_eval.sources.document import Document
 
 BOXES = "boxes"

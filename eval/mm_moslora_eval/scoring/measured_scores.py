@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mm_moslora.reporting.verdicts import Difference
-from mm_moslora_eval.scoring.error_bars import sign_test, t_quantile
-from mm_moslora_eval.scoring.estimates import LEVEL, ScoreEstimate, contributions, estimate, minus, value_of
+from mm_moslora_eval.scoring.estimates import (
+    LEVEL,
+    ScoreEstimate,
+    contributions,
+    estimate,
+    minus,
+    sign_test,
+    t_quantile,
+    value_of,
+)
 from mm_moslora_eval.scoring.score_aggregation import NoScoreError, facts_of, summed, together
 from mm_moslora_eval.scoring.scored_sample import Samples, Summed, connected, splits_of
 

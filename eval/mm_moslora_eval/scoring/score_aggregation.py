@@ -1,20 +1,21 @@
-"""How sample scores add up to a benchmark's number: means, and the field's corpus metrics.
+"""How sample scores add up to a benchmark's number, and several answers to one question to its score.
 
 Each aggregation gives the ratios of its score, from which `measured_scores` gets value, error and interval alike.
+Several answers (avg@n, pass@k, maj@n) become one sample: a question counts once, and its answers are one cluster.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.metrics import caption, ptb_tokeniser
-from mm_moslora_eval.scoring import error_bars
 from mm_moslora_eval.scoring.estimates import mean_of
 from mm_moslora_eval.scoring.named_parts import NamedParts, name_of, options_of
 from mm_moslora_eval.scoring.parts import parts_named
-from mm_moslora_eval.scoring.parts.grouped_scores import all_right
+from mm_moslora_eval.scoring.parts.grouped_scores import ROTATION
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts
 from mm_moslora_eval.scoring.scored_sample import Samples, Scored, Summed
 from mm_moslora_eval.sources.document import Document
@@ -24,19 +25,6 @@ from mm_moslora_eval.task_files.task_rules import rule
 def mean(samples: Samples) -> Summed:
     """Mean score."""
     return Summed(ratios=[mean_of([sample.score for sample in samples])])
-
-
-ROTATION = 1_000_000
-"""Difference between the ids of consecutive rotations of one question, as MMBench numbers them."""
-
-
-def circular(samples: Samples) -> Summed:
-    """MMBench: a question counts if all rotations of its options are answered correctly."""
-    questions = [int(sample.document.id) % ROTATION for sample in samples]
-    hits = all_right(questions, [sample.score == 1.0 for sample in samples])
-    vanilla = error_bars.mean([sample.score for sample in samples])
-    metrics = {"questions": float(len(set(questions))), "vanilla": vanilla}
-    return Summed(ratios=[hits], metrics=metrics, units=[str(one) for one in questions])
 
 
 def check_ids(aggregation: str, documents: Sequence[Document]) -> None:
@@ -72,46 +60,7 @@ def documents_together(aggregation: str, documents: Sequence[Document]) -> list[
         return [one.id for one in documents]
 
 
-def caption_scores(samples: Samples) -> Summed:
-    """COCO captions: CIDEr-D of the set, with BLEU-1 to 4 and ROUGE-L.
-
-    CIDEr-D weighs words by the whole set, so the error, which comes from the per-image values, is an approximation.
-    """
-    return _captions(samples, ptb_tokeniser.tokenize)
-
-
-def caption_scores_plain(samples: Samples) -> Summed:
-    """The same on unchanged text: VLMEvalKit's number divided by 100. ROUGE-L splits at single spaces, as there."""
-    return _captions(samples, str)
-
-
-_MOST_CIDER = 10.0
-
-
-def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Summed:
-    report = _caption_report(
-        tuple(sample.parsed for sample in samples), tuple(sample.document.answers for sample in samples), tokenize
-    )
-    numbers = {"cider": report.cider, "rouge_l": report.rouge_l}
-    numbers |= {f"bleu_{order}": value for order, value in enumerate(report.bleu, start=1)}
-    return Summed(ratios=[mean_of(report.cider_per_image, high=_MOST_CIDER)], metrics=numbers)
-
-
-@functools.lru_cache(maxsize=8)
-def _caption_report(
-    captions: tuple[str, ...], references: tuple[tuple[str, ...], ...], tokenize: Callable[[str], str]
-) -> caption.CaptionReport:
-    """Kept, since a set is scored once for its result and once for each difference."""
-    people = [[tokenize(answer) for answer in answers] for answers in references]
-    return caption.caption_report([tokenize(text) for text in captions], people)
-
-
-_OWN: dict[str, Callable[..., Summed]] = {
-    "mean": mean,
-    "circular": circular,
-    "caption": caption_scores,
-    "caption_plain": caption_scores_plain,
-}
+_OWN: dict[str, Callable[..., Summed]] = {"mean": mean}
 AGGREGATIONS: NamedParts[Callable[[Samples], Summed]] = NamedParts(
     "aggregation", _OWN | parts_named("AGGREGATIONS"), table="AGGREGATIONS"
 )
@@ -164,3 +113,79 @@ def facts_of(aggregation: str) -> AggregationFacts:
     name = name_of(aggregation)
     found: AggregationFacts | None = _FACTS.get(name) or (None if name in _OWN else rule("FACTS", name))
     return found or AggregationFacts()
+
+
+Combining = Callable[..., Scored]
+
+
+def mean_answer(answers: Sequence[Scored]) -> Scored:
+    """The mean score of the answers (avg@n)."""
+    return replace(answers[0], score=math.fsum(one.score for one in answers) / len(answers))
+
+
+def pass_at(answers: Sequence[Scored], *, k: int, right_from: float | None = None) -> Scored:
+    """The chance that one of `k` answers is right, without bias from all n answers (Chen et al. 2021)."""
+    graded = [one.score for one in answers if one.score not in (0.0, 1.0)]
+    if graded and right_from is None:
+        raise ValueError(f"pass_at asks what is right, and the metric gave {graded[0]:.4g}; set its right_from")
+    count, right = len(answers), sum(one.score >= (1.0 if right_from is None else right_from) for one in answers)
+    return replace(answers[0], score=1 - math.comb(count - right, k) / math.comb(count, k))
+
+
+def majority(answers: Sequence[Scored], *, ties: Literal["first", "share"] = "first") -> Scored:
+    """The score of the most frequent extracted answer (maj@n); answers that cannot be read do not vote.
+
+    Of equally frequent ones the one that was given first counts, or with `ties: share` their mean.
+    """
+    votes: dict[str, list[Scored]] = {}
+    for one in answers:
+        if vote := one.parsed.strip():
+            votes.setdefault(vote, []).append(one)
+    if not votes:
+        return replace(answers[0], score=0.0, parsed="")
+    most = max(map(len, votes.values()))
+    winners = [given[0] for given in votes.values() if len(given) == most]
+    score = math.fsum(one.score for one in winners) / len(winners) if ties == "share" else winners[0].score
+    return replace(winners[0], score=score)
+
+
+OVER_SAMPLES: NamedParts[Combining] = NamedParts(
+    "over_samples", {"mean": mean_answer, "pass_at": pass_at, "majority": majority}
+)
+"""Name -> function that makes one sample of several answers to a question."""
+
+
+def check_repeated(over_samples: str, aggregation: str, *, samples: int) -> None:
+    """Refuse what cannot be summed up."""
+    k = options_of(over_samples).get("k", 1)
+    if not 1 <= k <= samples:
+        raise EvalError(f"over_samples is {over_samples}, expected k from 1 to the {samples} of decoding.samples.")
+    if samples > 1 and name_of(over_samples) != "majority" and facts_of(aggregation).one_answer:
+        raise EvalError(
+            f"over_samples is {over_samples}, but the aggregation {name_of(aggregation)} needs one answer to each "
+            "question. Set over_samples: majority, or another aggregation."
+        )
+
+
+def combined(answers: Sequence[Scored], *, over_samples: str) -> Scored:
+    """One sample of the answers to one question.
+
+    A missing answer makes the sample a failed one, and one without a score makes it one without a score, until they are
+    there: a mean over fewer answers is another measure. Rules that fail on them are its fault. The sample can be read
+    if one of the answers can.
+    """
+    if len(answers) == 1 and over_samples == "mean":
+        return answers[0]
+    for odd in (lambda one: one.failed, lambda one: bool(one.fault), lambda one: math.isnan(one.score)):
+        if found := next(filter(odd, answers), None):
+            return found
+    try:
+        found = OVER_SAMPLES[over_samples](answers)
+        if not isinstance(found, Scored) or not 0 <= found.score <= 1:
+            raise ValueError(f"it gave {found!r}, expected a sample with a score from 0 to 1")
+    except Exception as error:  # of rules of any package: the other questions are scored all the same
+        return replace(answers[0], score=math.nan, fault=f"over_samples: {type(error).__name__}: {error}")
+    if found.parsed.strip():
+        return found
+    shown = next((one for one in answers if one.parsed.strip()), found)
+    return replace(found, text=shown.text, parsed=shown.parsed)

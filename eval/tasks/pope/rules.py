@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from mm_moslora_eval.scoring.error_bars import mean
-from mm_moslora_eval.scoring.estimates import Ratio
+from mm_moslora_eval.scoring.estimates import Ratio, mean
 from mm_moslora_eval.scoring.named_parts import Extractor
 from mm_moslora_eval.scoring.rule_forms import AggregationFacts, of_text
 from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Scored, Summed, splits_of

@@ -145,6 +145,7 @@ def eval_run(
         check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
+    from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
     from mm_moslora_eval.run.task_runner import EvaluationSettings
 
     automatic = batch_size == "auto" and not reference and is_local(name)
@@ -171,8 +172,8 @@ def eval_run(
     )  # fmt: skip
     if untuned:
         start = partial(opened_for, partial(opened, untuned=True), automatic=automatic)
-        before = eval_commands.run(start, names, output / UNTUNED, progress=bars.untuned, **shared)
-    results = eval_commands.run(
+        before = evaluate_tasks(start, names, output / UNTUNED, progress=bars.untuned, **shared)
+    results = evaluate_tasks(
         partial(opened_for, opened, automatic=automatic),
         names,
         output,

@@ -16,10 +16,11 @@ from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, Request
 from mm_moslora_eval.protocol.task import AnswerReasoning, Task
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.visible_text import without_thinking
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 

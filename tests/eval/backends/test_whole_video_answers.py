@@ -10,7 +10,8 @@ import torch
 from mm_moslora_eval.backends.open_model import open_model
 from mm_moslora_eval.protocol.task import Decoding, Task
 from mm_moslora_eval.protocol.task_prompt import TaskPrompt
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.source_videos import with_whole_videos

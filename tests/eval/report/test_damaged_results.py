@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.report.evaluation_page import write_report
-from mm_moslora_eval.run.evaluate_suite import compare
+from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, write_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
@@ -31,9 +32,7 @@ NATS = {"n": 4, "missing": 0, "nats": -1.0, "stderr": 0.1, "low": -2.0, "high": 
 def evaluated_again(run: Path, *, data: Path | None = None) -> list[TaskResult]:
     settings = EvaluationSettings(batch_size=4, rank=0, world_size=1)
     task = f"llava:{data or run.parent / 'data' / 'questions.jsonl'}"
-    return eval_commands.run(
-        FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",)
-    )
+    return evaluate_tasks(FakeModel(), [task], run, settings=settings, modes=("own", "wrong"), baselines=("majority",))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from mm_moslora_eval import eval_commands
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.evaluate_suite import read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 
 from mm_moslora import cli
@@ -29,7 +29,7 @@ def ask(data: Path, output: Path, text: str | None = None, *, model: FakeModel |
     """One command: a share of the documents, or all of them."""
     shard = None if text is None else Shard.parse(text)
     settings = EvaluationSettings(batch_size=1, rank=0, world_size=1, shard=shard, **options)  # type: ignore[arg-type]
-    return eval_commands.run(
+    return evaluate_tasks(
         model or FakeModel(), [f"llava:{data}"], output, modes=("own", "wrong"), baselines=("majority",),
         settings=settings, named="fake",
     )  # fmt: skip
@@ -39,7 +39,7 @@ def merge(
     data: Path, output: Path, *, modes: tuple[str, ...] = ("own", "wrong"), named: str = "fake", **options: object
 ):  # type: ignore[no-untyped-def]
     settings = EvaluationSettings(**({"batch_size": 1, "rank": 0, "world_size": 1} | options))  # type: ignore[arg-type]
-    return eval_commands.run(
+    return evaluate_tasks(
         lambda: pytest.fail("a merge loads no model"), [f"llava:{data}"], output, modes=modes,  # type: ignore[arg-type]
         baselines=("majority",), settings=settings, named=named, merge=True,
     )  # fmt: skip
@@ -136,10 +136,10 @@ def test_shards_of_another_model_task_or_data_are_refused(data: Path, tmp_path: 
     yaml = tmp_path / "mine.yaml"
     yaml.write_text(f"name: mine\nsource: {{kind: llava, path: {data}}}\n")
     settings = EvaluationSettings(batch_size=1, rank=0, world_size=1, shard=Shard(1, 1))
-    eval_commands.run(FakeModel(), [str(yaml)], tmp_path / "third", settings=settings)
+    evaluate_tasks(FakeModel(), [str(yaml)], tmp_path / "third", settings=settings)
     yaml.write_text(f"name: mine\nversion: 2\nsource: {{kind: llava, path: {data}}}\n")
     with pytest.raises(ConfigError, match=r"its mine@own: version is 1, expected 2"):
-        eval_commands.run(
+        evaluate_tasks(
             FakeModel(), [str(yaml)], tmp_path / "third", merge=True,
             settings=EvaluationSettings(batch_size=1, rank=0, world_size=1),
         )  # fmt: skip

@@ -14,8 +14,9 @@ from mm_moslora_eval.backends.openai_endpoint import Endpoint
 from mm_moslora_eval.protocol.grading import Grading
 from mm_moslora_eval.protocol.task_registry import load_file
 from mm_moslora_eval.report.evaluation_page import write_report
-from mm_moslora_eval.run.evaluate_suite import compare
+from mm_moslora_eval.run.evaluate_suite import evaluate_tasks
 from mm_moslora_eval.run.judging.llm_judge import Judge
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.document import Document
@@ -75,7 +76,7 @@ def good(payload: dict[str, Any]) -> str:
 def run(folder: Path, judge: Judge | None = None, *, said: tuple[str, ...] = SAID, **options: Any) -> TaskResult:
     model = GivenAnswers({str(n): text for n, text in enumerate(said)})
     task = str(written(folder, **options))
-    (result,) = eval_commands.run(model, [task], folder / "run", settings=ONE, judge=judge)
+    (result,) = evaluate_tasks(model, [task], folder / "run", settings=ONE, judge=judge)
     return result
 
 
@@ -307,14 +308,14 @@ def test_a_grader_of_an_imported_file_is_named_with_its_hash(tmp_path: Path) -> 
     model = GivenAnswers({str(n): "x" for n in range(4)})
     with serve(lambda payload: "no" if "Q1?" in payload["messages"][0]["content"] else "yes") as server:
         judge = judge_at(server.url, tmp_path)
-        (result,) = eval_commands.run(model, [str(path)], tmp_path / "run", settings=ONE, judge=judge)
+        (result,) = evaluate_tasks(model, [str(path)], tmp_path / "run", settings=ONE, judge=judge)
     assert result.score == 0.25
     assert result.about["judge"]["wording"].startswith(str(own))
     assert result.about["code"]["grader"]["file"] == str(own)
     path.write_text(text[: text.index("metric:")] + "metric: ends\n")
     with serve(lambda payload: "yes") as server:
         judge = judge_at(server.url, tmp_path)
-        (result,) = eval_commands.run(model, [str(path)], tmp_path / "ended", settings=ONE, judge=judge)
+        (result,) = evaluate_tasks(model, [str(path)], tmp_path / "ended", settings=ONE, judge=judge)
     assert (result.score, result.counts.scored, result.counts.faults) == (1.0, 3, 1)
     assert "it raised SystemExit: 0" in " ".join(result.remarks)
 

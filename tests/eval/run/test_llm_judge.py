@@ -17,9 +17,10 @@ from mm_moslora_eval import eval_commands
 from mm_moslora_eval.backends.openai_endpoint import Endpoint
 from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.evaluate_suite import evaluate, evaluate_tasks
 from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
 from mm_moslora_eval.run.judging.llm_judge import THINKING_TOKENS, Judge
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import read_results, score_folder
 from mm_moslora_eval.run.scored_subsets import find_view
 from mm_moslora_eval.run.submissions import write_submission
@@ -133,9 +134,7 @@ def test_input_08_a_judge_that_is_down_is_no_zero_and_does_not_stop_the_next_tas
     names, run = [str(tmp_path / "j.yaml"), f"tsv:{plain}"], tmp_path / "run"
     with serve(lambda _: reply, faults=[503] * 99 if reply == 503 else []) as server:
         endpoint = Endpoint(url=server.url, model="j", attempts=2, first_wait=0.001)
-        results = eval_commands.run(
-            FakeModel(), names, run, settings=ONE, judge=Judge(endpoint, cache=tmp_path / "judge")
-        )
+        results = evaluate_tasks(FakeModel(), names, run, settings=ONE, judge=Judge(endpoint, cache=tmp_path / "judge"))
     assert [result.task for result in results] == ["judged", "plain"]
     assert math.isnan(results[0].score)
     assert "The judge failed" in results[0].about["unscored"]

@@ -16,10 +16,11 @@ from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES, combined
+from mm_moslora_eval.scoring.score_aggregation import OVER_SAMPLES, combined
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 

@@ -27,10 +27,12 @@ from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.report.evaluation_page import write_report
 from mm_moslora_eval.run import result_file
 from mm_moslora_eval.run.answer_log import read_folder
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate, evaluate_tasks
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import read_results, score_folder
-from mm_moslora_eval.run.run_lock import hold_run, open_run
-from mm_moslora_eval.run.task_runner import EvaluationSettings, select
+from mm_moslora_eval.run.run_records import hold_run, open_run
+from mm_moslora_eval.run.scored_subsets import read_samples
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.sources.image_controls import MODES
 from waiting import wait_until
@@ -70,7 +72,7 @@ def stripped(path: Path) -> object:
 @pytest.mark.parametrize("place", ["{task}", "{task}/{mode}", "{task}/{mode}/{view}", "shards", "shards/1-of-2"])
 def test_nothing_is_written_through_a_linked_folder_of_a_run(place: str, tmp_path: Path) -> None:
     data, run, mine = write_questions(tmp_path / "data", count=4), tmp_path / "run", tmp_path / "mine"
-    (result,) = eval_commands.run(FakeModel(), [f"llava:{data}"], run, settings=ONE, modes=("own",), baselines=())
+    (result,) = evaluate_tasks(FakeModel(), [f"llava:{data}"], run, settings=ONE, modes=("own",), baselines=())
     (run / "shards/1-of-2").mkdir(parents=True)
     task, mode, view = Path(result.folder).parts
     linked = run / place.format(task=task, mode=mode, view=view)
@@ -81,7 +83,7 @@ def test_nothing_is_written_through_a_linked_folder_of_a_run(place: str, tmp_pat
     before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
     shard = Shard.parse("1/2") if "shards" in place else None
     with pytest.raises(ConfigError, match=r"is a link to .* Nothing is written through it"):
-        eval_commands.run(FakeModel(), [f"llava:{data}"], run, settings=replace(ONE, shard=shard), modes=("own",))
+        evaluate_tasks(FakeModel(), [f"llava:{data}"], run, settings=replace(ONE, shard=shard), modes=("own",))
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
 
@@ -89,7 +91,7 @@ def test_the_folder_of_a_run_itself_may_be_a_link(tmp_path: Path) -> None:
     data, scratch = write_questions(tmp_path / "data", count=4), tmp_path / "scratch"
     scratch.mkdir()
     (tmp_path / "run").symlink_to(scratch)
-    eval_commands.run(FakeModel(), [f"llava:{data}"], tmp_path / "run", settings=ONE, modes=("own",), baselines=())
+    evaluate_tasks(FakeModel(), [f"llava:{data}"], tmp_path / "run", settings=ONE, modes=("own",), baselines=())
     assert answers_of(scratch).is_file()
 
 
@@ -424,7 +426,7 @@ def test_a_stratified_sample_has_the_shares_of_the_data_and_a_view_of_its_own(tm
     task = get_task(f"llava:{questions}")
 
     def chosen(**settings: Any) -> list[Document]:
-        return list(select(task.load(), EvaluationSettings(rank=0, world_size=1, **settings)))
+        return list(EvaluationSettings(rank=0, world_size=1, **settings).select(task.load()))
 
     sample = chosen(limit=10, stratify="category")
     assert [document.category for document in sample].count("rare") == 2
@@ -481,7 +483,7 @@ def test_answers_of_a_selection_are_reused_by_other_selections(tmp_path: Path) -
 
 def test_two_processes_that_score_one_run_keep_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
-    one, other = eval_commands.run(FakeModel(), [f"llava:{data}"], run, modes=("own", "wrong"), settings=ONE)
+    one, other = evaluate_tasks(FakeModel(), [f"llava:{data}"], run, modes=("own", "wrong"), settings=ONE)
     (run / "results.json").unlink()
     later = threading.Thread(target=result_file.write_results, args=(run, [other]))
 
@@ -499,7 +501,7 @@ def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: p
     easy, hard = write_questions(tmp_path / "easy", count=12), write_questions(tmp_path / "hard", count=12)
     hard.write_text(hard.read_text().replace("colour", "shade"))
     run = tmp_path / "run"
-    results = eval_commands.run(
+    results = evaluate_tasks(
         FakeModel(), [f"llava:{easy}", f"llava:{hard}"], run, settings=ONE, baselines=("majority",)
     )
     assert [item.to_dict() for item in read_results(run)] == [item.to_dict() for item in results]
@@ -510,10 +512,10 @@ def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: p
     html = write_report(run).read_text()
     assert html.count("<section id=") == 2
     other = tmp_path / "other"
-    eval_commands.run(FakeModel(fingerprint="f2"), [f"llava:{hard}", f"llava:{easy}"], other, settings=ONE)
+    evaluate_tasks(FakeModel(fingerprint="f2"), [f"llava:{hard}", f"llava:{easy}"], other, settings=ONE)
     assert len(eval_commands.compare_runs(str(run), str(other))) == 2
     alone = tmp_path / "alone"
-    eval_commands.run(FakeModel(), [f"llava:{hard}"], alone, settings=ONE)
+    evaluate_tasks(FakeModel(), [f"llava:{hard}"], alone, settings=ONE)
     assert len(eval_commands.compare_runs(str(run), str(alone))) == 1
 
 
@@ -580,10 +582,10 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -
         raise AssertionError("loaded")
 
     with hold_run(tmp_path / "run"), pytest.raises(EvalError, match="is in use"):
-        eval_commands.run(load, [f"llava:{data}"], tmp_path / "run", settings=ONE)
+        evaluate_tasks(load, [f"llava:{data}"], tmp_path / "run", settings=ONE)
     (tmp_path / "file").write_text("")
     with pytest.raises(EvalError, match="cannot be made"):
-        eval_commands.run(load, [f"llava:{data}"], tmp_path / "file", settings=ONE)
+        evaluate_tasks(load, [f"llava:{data}"], tmp_path / "file", settings=ONE)
 
 
 def two_protocols(folder: Path, data: Path) -> Path:
@@ -600,7 +602,7 @@ def two_protocols(folder: Path, data: Path) -> Path:
 def test_another_protocol_scores_the_answers_to_its_own_task_beside_the_first(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
     bench = two_protocols(tmp_path, data)
-    eval_commands.run(FakeModel(), [f"{bench}@strict", f"llava:{data}"], run, settings=ONE)
+    evaluate_tasks(FakeModel(), [f"{bench}@strict", f"llava:{data}"], run, settings=ONE)
     before = {result.key: result for result in read_results(run)}
     (result,) = eval_commands.score(run, protocol=f"{bench}@loose")
     assert (result.task, result.protocol, result.about["asked_as"]) == ("bench", "loose", "strict")

@@ -12,9 +12,10 @@ import pytest
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
-from mm_moslora_eval.run.task_runner import EvaluationSettings, select
+from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
@@ -99,7 +100,7 @@ def test_answers_that_count_together_are_asked_together(spec: str) -> None:
     data = DataSet(documents=documents_of(spec), path="data", sha256="")
 
     def units(**settings: Any) -> list[str]:
-        chosen = select(data, EvaluationSettings(rank=0, world_size=1, **settings), aggregation=spec)
+        chosen = EvaluationSettings(rank=0, world_size=1, **settings).select(data, aggregation=spec)
         found = [document.extra["unit"] for document in chosen]
         assert [one for one in data.documents if one.extra["unit"] in found] == list(chosen)
         return found

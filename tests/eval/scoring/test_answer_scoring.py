@@ -19,7 +19,7 @@ from mm_moslora_eval.run.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation, deal
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring import estimates
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.estimates import estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
@@ -78,13 +78,13 @@ def test_input_03_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
 
 
 def test_intervals() -> None:
-    assert error_bars.binomial_interval(0, 20) == (0.0, pytest.approx(0.16843, abs=1e-5))
-    assert error_bars.binomial_interval(3, 20) == pytest.approx((0.03207, 0.37893), abs=1e-5)
-    assert error_bars.t_quantile(0.95, 10) == pytest.approx(2.228138852, abs=1e-8)
-    assert error_bars.t_two_sided(2.228138852, 10) == pytest.approx(0.05, abs=1e-9)
-    assert error_bars.t_two_sided(1.0, 1) == pytest.approx(0.5, abs=1e-12)
-    assert error_bars.sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
-    assert error_bars.sign_test(0, 0) == 1.0
+    assert estimates.binomial_interval(0, 20) == (0.0, pytest.approx(0.16843, abs=1e-5))
+    assert estimates.binomial_interval(3, 20) == pytest.approx((0.03207, 0.37893), abs=1e-5)
+    assert estimates.t_quantile(0.95, 10) == pytest.approx(2.228138852, abs=1e-8)
+    assert estimates.t_two_sided(2.228138852, 10) == pytest.approx(0.05, abs=1e-9)
+    assert estimates.t_two_sided(1.0, 1) == pytest.approx(0.5, abs=1e-12)
+    assert estimates.sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
+    assert estimates.sign_test(0, 0) == 1.0
 
 
 def test_the_interval_covers_the_true_value_at_its_level() -> None:
@@ -92,7 +92,7 @@ def test_the_interval_covers_the_true_value_at_its_level() -> None:
     hits = 0
     for _ in range(1000):
         successes = sum(generator.random() < 0.9 for _ in range(60))
-        low, high = error_bars.binomial_interval(successes, 60)
+        low, high = estimates.binomial_interval(successes, 60)
         hits += low <= 0.9 <= high
     assert 0.94 <= hits / 1000 <= 0.99
 
@@ -112,7 +112,7 @@ def test_equal_scores_have_the_interval_of_their_number_of_pictures(right: float
     ]
     found = aggregate("mean", samples)
     assert (found.stderr_kind, found.value, found.clusters) == ("clustered", right, 10)
-    assert (found.low, found.high) == error_bars.binomial_interval(10 * right, 10)
+    assert (found.low, found.high) == estimates.binomial_interval(10 * right, 10)
 
 
 def test_a_paired_comparison_shows_more_than_two_intervals() -> None:

@@ -13,8 +13,10 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores

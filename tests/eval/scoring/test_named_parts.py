@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.task_registry import get_task
-from mm_moslora_eval.run.evaluate_suite import compare, evaluate
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
@@ -213,7 +214,7 @@ ENDS = """
 import sys
 from dataclasses import replace
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+from mm_moslora_eval.scoring.score_aggregation import OVER_SAMPLES
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, mean
 
 class Panic(BaseException):

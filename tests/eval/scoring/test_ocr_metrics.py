@@ -18,8 +18,7 @@ from mm_moslora_eval.metrics.general import lexicons
 from mm_moslora_eval.metrics.general.python_literals import mapping_in
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.task_files.ocrbench_v2 import rules as ocrbench_v2

@@ -9,7 +9,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[3]
 EVAL, COMPARE = "eval/mm_moslora_eval", "mm_moslora/compare"
 LOW_LEVEL = {
-    f"{EVAL}/scoring/error_bars.py", f"{EVAL}/scoring/estimates.py", f"{EVAL}/scoring/measured_scores.py",
+    f"{EVAL}/scoring/estimates.py", f"{EVAL}/scoring/measured_scores.py",
     f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py",
 }  # fmt: skip
 """One place for scores of samples, one for arms with several seeds."""
@@ -27,9 +27,7 @@ def _shortcuts(tree: ast.AST, place: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module, names = node.module or "", {item.name for item in node.names}
-            if module.endswith("error_bars") and names - PLAIN and place not in LOW_LEVEL:
-                yield f"imports {names - PLAIN}"
-            if module.endswith(".estimates") and names - DESCRIBING and place not in ESTIMATING:
+            if module.endswith(".estimates") and names - DESCRIBING - PLAIN and place not in ESTIMATING:
                 yield f"imports {names} of estimates"
             if module == "statistics" and "NormalDist" in names and place not in LOW_LEVEL:
                 yield "imports NormalDist"
@@ -38,8 +36,6 @@ def _shortcuts(tree: ast.AST, place: str) -> Iterator[str]:
         elif isinstance(node, ast.Import) and any(item.name.startswith("scipy") for item in node.names):
             yield "imports scipy"
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "error_bars" and node.attr not in PLAIN and place not in LOW_LEVEL:
-                yield f"error_bars.{node.attr}"
             if node.attr == "NormalDist" and place not in LOW_LEVEL:
                 yield "NormalDist"
         elif isinstance(node, ast.Constant) and isinstance(node.value, float):

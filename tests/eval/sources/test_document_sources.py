@@ -14,9 +14,10 @@ import pytest
 from mm_moslora_eval import eval_commands
 from mm_moslora_eval.protocol.model_interface import Answer, Request
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task, load_file, task_file
-from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document

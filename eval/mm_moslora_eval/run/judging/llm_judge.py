@@ -19,7 +19,7 @@ from mm_moslora.utils.files import make_subfolder, read_json, replace_text
 from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora_eval.backends.endpoints.service_replies import NoAnswerError, Usage, is_cut_off, reply_text
-from mm_moslora_eval.scoring.visible_text import without_thinking
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 
 logger = logging.getLogger(__name__)
 

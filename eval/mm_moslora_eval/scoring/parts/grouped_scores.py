@@ -189,8 +189,21 @@ def _mean(scores: Sequence[float]) -> float:
     return mean_of(scores).values()[0]
 
 
+ROTATION = 1_000_000
+"""Difference between the ids of consecutive rotations of one question, as MMBench numbers them."""
+
+
+def circular(samples: Samples) -> Summed:
+    """MMBench: a question counts if all rotations of its options are answered correctly."""
+    questions = [int(sample.document.id) % ROTATION for sample in samples]
+    hits = all_right(questions, [sample.score == 1.0 for sample in samples])
+    vanilla = _mean([sample.score for sample in samples])
+    metrics = {"questions": float(len(set(questions))), "vanilla": vanilla}
+    return Summed(ratios=[hits], metrics=metrics, units=[str(one) for one in questions])
+
+
 AGGREGATIONS: dict[str, Callable[..., Summed]] = {
-    "all_within": all_within, "consecutive": consecutive, "detailed_mean": detailed_mean, "tree": tree,
-    "weighted": weighted,
+    "all_within": all_within, "circular": circular, "consecutive": consecutive, "detailed_mean": detailed_mean,
+    "tree": tree, "weighted": weighted,
 }  # fmt: skip
 """Name -> function that sums up scored samples."""

@@ -1,28 +1,42 @@
-"""Whose a run folder is: one process of each rank works in it; its answers are those of one model, asked in one way."""
+"""Whose a run folder is, and what it records of its calls.
+
+One process of each rank works in it; its answers are those of one model, asked in one way. The environment (precision,
+device, versions, commit) is stored with the answers of every view and in `results.json`; `invocations.jsonl` also has
+the commands.
+"""
 
 from __future__ import annotations
 
 import json
+import platform
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.tracking.run_environment import CHECKOUT, git_state
+from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.file_locks import lock_file
-from mm_moslora.utils.files import make_subfolder, read_json, replace_text
+from mm_moslora.utils.files import make_subfolder, read_json, replace_text, writing_in_place
 from mm_moslora.utils.folder_marks import refuse_strangers
-from mm_moslora.utils.untrusted_data import parse_json
+from mm_moslora.utils.package_requirements import installed_version
+from mm_moslora.utils.redaction import redact, redacted_command
+from mm_moslora.utils.untrusted_data import build_known, parse_json, parse_lines
+from mm_moslora.utils.untrusted_files import read_text_below
 from mm_moslora_eval.protocol.model_interface import Model
 from mm_moslora_eval.protocol.task import Task
-from mm_moslora_eval.run import provenance
+from mm_moslora_eval.run.answer_log import line
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.scored_subsets import TASK, read_view
+from mm_moslora_eval.run.stored_types import Call
 
+CALLS = "invocations.jsonl"
 RUN = "run.json"
 """File in a run folder that identifies the model of its answers."""
-_FILES = ("results.json", "report.html", provenance.FILE)
+_FILES = ("results.json", "report.html", CALLS)
 _LOCK_ATTEMPTS = 10
 
 
@@ -106,3 +120,46 @@ def _short(value: Any) -> str:
 def _compared(value: Any) -> Any:
     """Only the fingerprint identifies a model, because its folder may be renamed or spelled differently."""
     return value.get("fingerprint") if isinstance(value, dict) else value
+
+
+def environment() -> dict[str, str]:
+    """Versions of the software that can change an answer or a score."""
+    versions = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    packages = ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy")
+    return versions | {name: version for name in packages if (version := installed_version(name)) is not None}
+
+
+def circumstances(model: Model) -> dict[str, Any]:
+    """The current environment: details of the model (precision, device, attention), versions, commit."""
+    details: Mapping[str, Any] = getattr(model, "details", {})
+    return {"model": dict(details), "environment": environment(), "code": commit()}
+
+
+def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
+    """Append a record of this call: command, settings, hardware and precision, versions, commit."""
+    now = circumstances(model)
+    row = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": redact(dict(settings)),
+        **now,
+        "model": redact({"name": model.name, **now["model"]}) | {"fingerprint": model.fingerprint},
+    }
+    with writing_in_place(folder / CALLS, append=True) as stream:
+        stream.write(line(row))
+
+
+def read_calls(folder: Path) -> list[Call]:
+    """The recorded calls; an incomplete or damaged line is left out."""
+    calls = []
+    for row in parse_lines(read_text_below(folder, CALLS) or "", skip_damaged=True):
+        with suppress(ConfigError):
+            calls.append(build_known(Call, row, source=CALLS))
+    return calls
+
+
+@lru_cache(maxsize=1)
+def commit() -> dict[str, Any] | None:
+    """The commit of the checkout from which this code runs and whether it has changes; None outside a checkout."""
+    state = git_state(CHECKOUT) if (CHECKOUT / ".git").exists() else {}
+    return {"commit": state["git_commit"], "dirty": state["git_changed"]} if state else None
