@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mm_moslora_eval.run.paired_comparison import PairedComparison
     from mm_moslora_eval.scoring.task_result import TaskResult
     from mm_moslora_eval.sources.document import Document
-    from mm_moslora_eval.sources.image_controls import ImageMode
+    from mm_moslora_eval.sources.source_images import ImageMode
 
 
 def training_answers(*names: str) -> Sequence[TrainingAnswer]:
@@ -252,7 +252,7 @@ def check(name: str) -> str:
     """Read a task's data and report all faults."""
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.request_preparation import Preparation
-    from mm_moslora_eval.sources.image_controls import Hasher, open_image
+    from mm_moslora_eval.sources.source_images import Hasher, open_image
 
     task = get_task(name)
     data = task.load()

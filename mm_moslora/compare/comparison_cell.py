@@ -34,7 +34,7 @@ from mm_moslora.utils.untrusted_files import read_text_below
 
 if TYPE_CHECKING:
     from mm_moslora_eval.protocol.task import Task
-    from mm_moslora_eval.sources.image_controls import ImageMode
+    from mm_moslora_eval.sources.source_images import ImageMode
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def _evaluate(job: CellRun, names: list[str]) -> Iterator[tuple[str, float, dict
 
 def _modes(task: Task) -> tuple[ImageMode, ...]:
     """All image modes for a task with at least two different pictures, else only its own."""
-    from mm_moslora_eval.sources.image_controls import MODES, Hasher
+    from mm_moslora_eval.sources.source_images import MODES, Hasher
 
     from mm_moslora.utils.errors import DataError
 

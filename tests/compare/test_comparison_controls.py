@@ -15,7 +15,7 @@ from comparison_results import comparison_results
 from mm_moslora_eval.protocol.model_interface import Answer, OptionScore, Request
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.sources.image_controls import MODES, Hasher
+from mm_moslora_eval.sources.source_images import MODES, Hasher
 
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_analysis import analyse

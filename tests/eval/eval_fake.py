@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
-from mm_moslora_eval.sources.image_controls import Hasher
+from mm_moslora_eval.sources.source_images import Hasher
 
 WORDS = ("yes", "no", "blue", "green")
 

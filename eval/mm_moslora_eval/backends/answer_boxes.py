@@ -7,7 +7,7 @@ from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.protocol.model_interface import Request
 from mm_moslora_eval.scoring.scored_sample import without_thinking
-from mm_moslora_eval.sources.image_controls import image_size
+from mm_moslora_eval.sources.source_images import image_size
 
 
 def boxes_of(request: Request, text: str, processing: ImageProcessing | None) -> tuple[tuple[float, ...], ...] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from itertools import takewhile
@@ -19,19 +22,94 @@ from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import (
     ContinuationScore,
     Prompt,
+    encode_images,
     generate_and_score,
     generate_beams,
     score_options,
     stop_token_ids,
 )
 from mm_moslora.models.decoding.token_sampling import Draw, Sampling
-from mm_moslora.models.vision.feature_cache import FeatureStore
+from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache, FeatureStore, StepFeatureCache
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.backends.answer_boxes import boxes_of
-from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
-from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
-from mm_moslora_eval.backends.visual_token_cache import VisualTokens
+from mm_moslora_eval.backends.model_fingerprint import ReasoningMarkers, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
+from mm_moslora_eval.sources.document import ImageLike
+from mm_moslora_eval.sources.source_images import Hasher, open_image
+
+logger = logging.getLogger(__name__)
+
+
+_ENCODE_TOGETHER = 16
+_WORKERS = max(1, min(4, os.cpu_count() or 1))
+
+
+class VisualTokens:
+    """Visual tokens by picture: pictures are decoded ahead in worker threads and encoded in batches, each once.
+
+    Shapes: ``N`` images, ``Q`` visual tokens per image, ``D`` LLM width.
+    """
+
+    def __init__(self, assembly: Parts, *, keep: bool = True, store: FeatureStore | None = None) -> None:
+        self._assembly, self._keep = assembly, keep
+        self._hash = Hasher()
+        self._cache = FeatureCache(memory_bytes=MEMORY_BYTES if keep else 0)
+        self._states = StepFeatureCache(store)
+        self._decoding: dict[str, Future[Tensor]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def keys(self, images: Sequence[ImageLike]) -> tuple[str, ...]:
+        """Hashes of pictures."""
+        return tuple(self._hash(image) for image in images)
+
+    def ahead(self, images: Sequence[ImageLike]) -> None:
+        """Start to decode the pictures of later batches."""
+        if not self._keep:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="decode")
+        for image in images:
+            key = self._hash(image)
+            if key not in self._cache and key not in self._decoding:
+                self._decoding[key] = self._pool.submit(self._decode, image)
+
+    def __call__(self, images: Sequence[ImageLike]) -> dict[str, Tensor]:
+        """Visual tokens ``[Q, D]`` of pictures, by hash."""
+        keys = self.keys(images)
+        together = _ENCODE_TOGETHER if self._keep else 1
+
+        def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
+            rows: list[Tensor] = []
+            for start in range(0, len(numbers), together):
+                chosen = numbers[start : start + together]
+                pixels = torch.stack([self._decoded(keys[number], images[number]) for number in chosen])
+                # Each row is copied, so that dropping one picture frees its memory.
+                rows += [row.clone() for row in encode_images(self._assembly.model, pixels, self._states)]
+            return rows
+
+        return dict(zip(keys, self._cache.get_many(keys, encode), strict=True))
+
+    def close(self) -> None:
+        """Drop the cached tokens and stop the threads."""
+        if (store := self._states.store) is not None:
+            total = store.counts.read + store.counts.encoded
+            logger.info("Features of %d of %d pictures were in %s.", store.counts.read, total, store.folder)
+        self._cache.forget()
+        self._decoding.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _decoded(self, key: str, image: ImageLike) -> Tensor:
+        waiting = self._decoding.pop(key, None)
+        return self._decode(image) if waiting is None else waiting.result()
+
+    def _decode(self, image: ImageLike) -> Tensor:
+        if self._assembly.image_processing is None:
+            raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
+        (seen,) = self._assembly.image_processing.process([open_image(image)])
+        return seen.tensors["pixel_values"][0]
 
 
 class LocalModel:
@@ -212,6 +290,20 @@ def _batches(requests: Sequence[Request], keys: Sequence[tuple[str, ...]], batch
 
 def _size(request: Request) -> int:
     return sum(len(message.text) for message in request.messages) + 1000 * len(request.images)
+
+
+def circumstances(model: torch.nn.Module) -> dict[str, str]:
+    """Precision, device and attention kernel of a model; they may change the choice between near-equal tokens."""
+    parameter = next(model.parameters())
+    device = str(parameter.device)
+    if parameter.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(parameter.device)})"
+    return {
+        "precision": str(parameter.dtype).removeprefix("torch."),
+        "device": device,
+        "attention": str(model.config._attn_implementation),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def thinking_tokens_of(config: Any) -> int:

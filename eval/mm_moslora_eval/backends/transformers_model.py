@@ -38,11 +38,10 @@ from mm_moslora.utils.errors import EvalError, ModelError, reason_of
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import PREPROCESSING
 from mm_moslora_eval.backends.answer_boxes import boxes_of
-from mm_moslora_eval.backends.local_model import draws_of, thinking_tokens_of
-from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
-from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
+from mm_moslora_eval.backends.local_model import circumstances, draws_of, thinking_tokens_of
+from mm_moslora_eval.backends.model_fingerprint import ReasoningMarkers, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
-from mm_moslora_eval.sources.image_controls import open_image
+from mm_moslora_eval.sources.source_images import open_image
 from mm_moslora_eval.sources.source_videos import WholeVideo
 
 _GROWING = ("token_type_ids", "mm_token_type_ids")

@@ -19,7 +19,7 @@ from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 from mm_moslora_eval.scoring.scored_sample import THINK, Markers
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import DataSet, Document, first_id
-from mm_moslora_eval.sources.hf_dataset import from_cache
+from mm_moslora_eval.sources.source_tables import from_cache
 
 _NAME = re.compile(r"\w[\w.+-]*")
 THINKING_TOKENS = 2048

@@ -31,7 +31,7 @@ from mm_moslora_eval.run.stored_types import SHOWN, Scoring
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.score_remarks import beside
 from mm_moslora_eval.scoring.task_result import RULES, TaskResult
-from mm_moslora_eval.sources.image_controls import open_image
+from mm_moslora_eval.sources.source_images import open_image
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 from mm_moslora_eval.backends.local_model import thinking_tokens_of, turn_of
 from mm_moslora_eval.protocol.model_interface import Message
 from mm_moslora_eval.sources.document import ImageLike
-from mm_moslora_eval.sources.image_controls import image_size
+from mm_moslora_eval.sources.source_images import image_size
 from mm_moslora_eval.sources.source_videos import VideoFrame, WholeVideo
 
 

@@ -24,7 +24,7 @@ from mm_moslora_eval.run.answer_log import line, read_folder
 from mm_moslora_eval.run.request_preparation import FORMAT
 from mm_moslora_eval.run.scored_subsets import SHARDS, TASK, read_json
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.sources.image_controls import ImageMode
+from mm_moslora_eval.sources.source_images import ImageMode
 
 DONE = "shard.json"
 _DIVIDING = ("batch_size", "limit", "stratify", "samples", "seed", "max_new_tokens", "world_size")

@@ -19,7 +19,7 @@ from mm_moslora_eval.scoring.measured_scores import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import DataSet, Document
-from mm_moslora_eval.sources.image_controls import Hasher
+from mm_moslora_eval.sources.source_images import Hasher
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings, run_task
 from mm_moslora_eval.scoring.answer_scoring import is_judged
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import DataSet, Document
-from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
+from mm_moslora_eval.sources.source_images import MODES, Hasher, ImageMode
 from mm_moslora_eval.sources.source_videos import with_whole_videos
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Req
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.scoring.answer_scoring import BOX_METRICS, BOXES, PLACES
 from mm_moslora_eval.sources.document import Document, ImageLike, StoredImage
-from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, image_size, mean_image
+from mm_moslora_eval.sources.source_images import Hasher, ImageMode, derangement, image_size, mean_image
 from mm_moslora_eval.sources.source_videos import about_videos, with_whole_videos
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import make_subfolder, replacing
 from mm_moslora.utils.untrusted_files import FileError, find_below, read_bytes
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, open_image
+from mm_moslora_eval.sources.source_images import Hasher, ImageMode, open_image
 
 FOLDER = "pictures"
 """Folder name within a run folder."""

@@ -43,7 +43,7 @@ from mm_moslora_eval.scoring.answer_scoring import PLACES
 from mm_moslora_eval.scoring.document_selection import selected
 from mm_moslora_eval.scoring.task_result import variant_of
 from mm_moslora_eval.sources.document import DataSet, Document
-from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
+from mm_moslora_eval.sources.source_images import Hasher, ImageMode
 
 logger = logging.getLogger(__name__)
 

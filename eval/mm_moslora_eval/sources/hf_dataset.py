@@ -4,47 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import product
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
-from mm_moslora.utils.identity import sha256_of, sha256_of_values
-from mm_moslora.utils.untrusted_files import FileError, find_below, opened, read_text_below
+from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.untrusted_files import FileError, read_text_below
 from mm_moslora_eval.sources.answer_options import answers_of, options_of
 from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked
 from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
-from mm_moslora_eval.sources.source import Source
-from mm_moslora_eval.sources.source_files import find_data, find_file, folder_checksum, matches, picture_folder
-from mm_moslora_eval.sources.source_images import Pictures, holds_pictures, pictures_of_record, rules_of
-from mm_moslora_eval.sources.source_videos import END, START, frames_of_record
+from mm_moslora_eval.sources.source import Source, find_data, find_file, matches, picture_folder
+from mm_moslora_eval.sources.source_images import pictures_of_record, rules_of
+from mm_moslora_eval.sources.source_tables import (
+    BRACED,
+    KEYS,
+    READERS,
+    Pictures,
+    Table,
+    check_columns,
+    open_tables,
+    refuse_unread_pictures,
+)
+from mm_moslora_eval.sources.source_videos import frames_of_record
 
 if TYPE_CHECKING:
     from mm_moslora.data.images.record_picture import PictureRules
 
-_KEYS = ("id", "image", "video", START, END, "question", "options", "answer", "category", "hint")
-_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-_BRACED = re.compile(r"\{([^{}]+)\}")
-
 
 def load(source: Source, *, beside: Path | None = None) -> DataSet:
     """Read a split."""
-    unknown = source.columns.keys() - set(_KEYS)
+    unknown = source.columns.keys() - set(KEYS)
     if unknown:
         name = sorted(unknown)[0]
         raise EvalError(
-            f"source.columns: {name!r} is not a document field.{suggestion(name, _KEYS)} Fields: {', '.join(_KEYS)}."
+            f"source.columns: {name!r} is not a document field.{suggestion(name, KEYS)} Fields: {', '.join(KEYS)}."
         )
     from mm_moslora.data.sources.hf_tables import hub_revision, hub_store
 
-    find = find_file if Path(source.path).suffix in _READERS else find_data  # a file is no id on the hub
+    find = find_file if Path(source.path).suffix in READERS else find_data  # a file is no id on the hub
     local = find(source.path, beside=beside)
-    tables, sha256 = _open(source, local)
+    tables, sha256 = open_tables(source, local)
     revision = hub_revision(tables[0].table)
-    _check_columns(tables, source)
+    check_columns(tables, source)
     if local is None and source.image_folder is None:  # from the hub: below the fetched files
         folder = hub_store(source.path)[0].resolve()
     else:
@@ -53,161 +55,10 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     read = [*_documents(tables, source, rules, of_hub=local is None)]
     kept = [document for document in read if document is not None]
     if not any(document.images or document.problem for document in kept):
-        _refuse_unread_pictures(tables, source)
+        refuse_unread_pictures(tables, source)
     dropped = read.count(None)
     documents = checked(kept, source, path=source.path, dropped=dropped)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
-
-
-@contextmanager
-def from_cache() -> Iterator[None]:
-    """Read data sets of the hub from the caches of its libraries alone; the network is not touched."""
-    import datasets
-    from huggingface_hub import constants
-
-    places: tuple[Any, ...] = (constants, datasets.config)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for place, offline in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = offline
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Table:
-    """A table of `datasets`, and the columns that the task adds to its rows."""
-
-    table: Any
-    name: str
-    """For messages."""
-    source: Source
-    added: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def own(self) -> dict[str, None]:
-        """Names of its columns, and of those of the rows that its rows stand for."""
-        names = dict.fromkeys(self.table.column_names)
-        shown = [name for name, feature in self.table.features.items() if holds_pictures(feature)]
-        for row in self.table.remove_columns(shown) if self.source.rows else ():
-            with suppress(ValueError):
-                names |= {key: None for one in self.source.rows_of(row) for key in one}
-        return names
-
-    @property
-    def names(self) -> dict[str, None]:
-        """Names of all columns of its rows."""
-        return {**self.own, **dict.fromkeys(self.added)}
-
-
-def _open(source: Source, path: Path | None) -> tuple[list[_Table], str]:
-    import datasets
-
-    from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
-
-    datasets.disable_progress_bars()  # they would overwrite this package's own progress
-    configs = [name.strip() for name in source.config.split(",")] if source.config else [None]
-
-    def whole(table: Any, name: str = source.path) -> _Table:
-        return _Table(table=table, name=name, source=source)
-
-    def read(name: str, **options: Any) -> Any:
-        tables = [load_checked(name, name=config, split=source.split, **options) for config in configs]
-        if len(tables) > 1:  # what one lacks is empty in the joined table
-            parts = zip(tables, configs, strict=True)
-            _check_columns([whole(table, f"{source.path}, {config}") for table, config in parts], source)
-        return undecoded(tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables))
-
-    def read_file(file: Path) -> tuple[Any, str]:
-        kind = _READERS.get(file.suffix)
-        if kind is None:
-            raise EvalError(f"{file} is neither parquet, JSON nor CSV.")
-        with opened(file, most=None) as stream:
-            sha256 = sha256_of(stream)
-        return undecoded(load_checked(kind, data_files=str(file), split="train")), sha256
-
-    def read_fetched(name: str) -> tuple[Any, str]:
-        table = undecoded(load_checked(source.path, data_files=name, split="train", revision=source.revision))
-        return table, str(getattr(table, "_fingerprint", ""))
-
-    try:
-        if source.files:
-            links = source.follow_links
-            found = [
-                read_file(find_below(path, name, follow_links=links)) if path else read_fetched(name)
-                for name in source.files
-            ]
-            tables = [
-                _Table(table=one, name=f"{source.path}/{name}", source=source, added=more)
-                for (one, _), (name, more) in zip(found, source.files.items(), strict=True)
-            ]
-            return tables, sha256_of_values([sha256 for _, sha256 in found])
-        if path is None:
-            table = read(source.path, revision=source.revision)
-            return [whole(table)], str(getattr(table, "_fingerprint", ""))
-        if path.is_dir() and (path / "dataset_info.json").is_file():
-            return [whole(undecoded(load_saved(path)))], folder_checksum(path)
-        if path.is_dir():
-            return [whole(read(str(path)))], folder_checksum(path)
-        if path.is_file():
-            table, sha256 = read_file(path)
-            return [whole(table)], sha256
-        raise EvalError(f"{path} is neither a file nor a folder.")
-    except MoSLoRAError:
-        raise
-    except Exception as error:  # datasets raises many types and wraps the cause
-        cause = error.__cause__ or error
-        raise EvalError(
-            f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
-            "Give a local parquet file or folder, or a hub id; online, `mm-moslora eval check TASK` fetches it."
-        ) from error
-
-
-def _check_columns(tables: Sequence[_Table], source: Source) -> None:
-    """Refuse tables without a column that is named or that another one has, and further columns that they have already.
-
-    Columns of documents that no table has and that are not named are optional.
-    """
-    named = {name: name for name in source.has} | source.columns
-    some = {name: name for name in _KEYS if name not in named and any(name in one.names for one in tables)}
-    wanted = [
-        (name, f"for {document_field}")
-        for document_field, columns in (named | some).items()
-        for part in columns.split(",")
-        for name in _BRACED.findall(part) or [part.strip()]
-    ]
-    wanted += [(name, "for source.where") for name in source.where]
-    lists = [columns.split(",")[1:] for columns in named.values()] if not source.files else []
-    optional = {name.strip() for names in lists for name in names}  # a configuration may have fewer pictures or options
-    known = {name for one in tables for name in one.names if name in optional}
-    for one, (name, use) in product(tables, wanted):
-        if name not in one.names and name not in known:
-            none = f" If this file has none, say so in source.files: `{name}: ''`." if source.files else ""
-            raise EvalError(
-                f"{one.name} has no column {name!r} ({use}).{suggestion(name, one.names)} "
-                f"Columns: {', '.join(one.names)}.{none}"
-            )
-    for one in tables:
-        added = [name for name, text in one.added.items() if text]  # an empty one states that there is none
-        further = [*added, *source.texts]
-        for number, name in enumerate(further):
-            if name in one.own or name in further[:number]:
-                raise EvalError(
-                    f"{one.name} has a column {name!r} already, and source.files or texts makes another one; "
-                    "take another name."
-                )
-
-
-def _refuse_unread_pictures(tables: Sequence[_Table], source: Source) -> None:
-    """Refuse a table with pictures of which none is read."""
-    unread = [name for one in tables for name, feature in one.table.features.items() if holds_pictures(feature)]
-    if unread:
-        raise EvalError(
-            f"{source.path}: no document has a picture, but the column {unread[0]!r} holds pictures; name it, such as "
-            f"`columns: {{image: {unread[0]}}}`."
-        )
 
 
 def _rows(row: Mapping[str, Any], added: Mapping[str, str], source: Source) -> list[tuple[dict[str, Any], str | None]]:
@@ -220,7 +71,7 @@ def _rows(row: Mapping[str, Any], added: Mapping[str, str], source: Source) -> l
 
 
 def _documents(
-    tables: Sequence[_Table], source: Source, rules: PictureRules, *, of_hub: bool
+    tables: Sequence[Table], source: Source, rules: PictureRules, *, of_hub: bool
 ) -> Iterator[Document | None]:
     """A document for each row; None for one that is left out on purpose, or stands for no row.
 
@@ -269,7 +120,7 @@ def _of_row(
 
 def _file_name(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, or a text such as `data/{videoID}.mp4` with columns in braces."""
-    return _BRACED.sub(lambda match: str(row.get(match[1], "")), column) if "{" in column else row.get(column)
+    return BRACED.sub(lambda match: str(row.get(match[1], "")), column) if "{" in column else row.get(column)
 
 
 def document(
@@ -288,7 +139,7 @@ def document(
     options, unread = _options(row, columns, lettered=answer_is == "letter")
     identity = str(cell("id") if cell("id") is not None else default_id)
     answers, unknown = answers_of(cell("answer"), options, answer_is, where=identity)
-    used = {part.strip() for name in _KEYS for part in columns.get(name, name).split(",")}
+    used = {part.strip() for name in KEYS for part in columns.get(name, name).split(",")}
     return Document(
         id=identity,
         images=tuple(images),

@@ -20,9 +20,8 @@ from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
 from mm_moslora_eval.sources.answer_options import options_of
 from mm_moslora_eval.sources.document import Document, ImageLike
-from mm_moslora_eval.sources.image_controls import image_size
-from mm_moslora_eval.sources.source_files import matches
-from mm_moslora_eval.sources.source_images import shown_of_record
+from mm_moslora_eval.sources.source import matches
+from mm_moslora_eval.sources.source_images import image_size, shown_of_record
 from mm_moslora_eval.sources.source_videos import END, START
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.sources.image_controls import image_size
+from mm_moslora_eval.sources.source_images import image_size
 
 BoxForm = Literal["box_xyxy", "box_xywh", "box_norm1"]
 """Corners in pixels; corner, width and height in pixels; corners as shares of width and height (0 to 1)."""

@@ -1,28 +1,31 @@
-"""Pictures that documents name, found by the rules of training, and pictures inside a Hugging Face table.
+"""Pictures of documents: found and opened by the rules of training, identified, and replaced in controls.
 
-Pictures of a table are read when they are needed, because a benchmark's decoded pictures do not fit in memory.
+The two controls are the mean colour (blind) and another item's picture (wrong).
 """
 
 from __future__ import annotations
 
-import base64
-import re
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.identity import sha256_of, sha256_of_bytes
+from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import ImageLike, StoredImage
 from mm_moslora_eval.sources.source import Source
-from mm_moslora_eval.sources.source_videos import frames_of_record
+from mm_moslora_eval.sources.source_videos import WholeVideo, frames_of_record
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mm_moslora.data.images.record_picture import PictureRules
+
 
 FRAMES = 8
 """Frames of a video, where neither a task nor the training of the model says how many."""
-_AT_ONCE = 4096
-_BASE64 = re.compile(r"[A-Za-z0-9+/]{256,}")
-"""The beginning of a picture as base64; names of files are shorter or have a period."""
 
 
 def rules_of(folder: Path, source: Source) -> PictureRules:
@@ -66,79 +69,99 @@ def pictures_of_record(
     return tuple(pictures), None
 
 
-class Pictures:
-    """The picture columns of a table."""
-
-    def __init__(
-        self, table: Any, names: Sequence[str], *, file: Path, rules: PictureRules, store: Sequence[Path] = ()
-    ) -> None:
-        import datasets
-
-        features = table.features
-        self.columns = [
-            name
-            for name in names
-            if name in features and (isinstance(_item(features[name]), datasets.Image) or _is_base64(table, name))
-        ]
-        self._file, self._rules, self._store = file, rules, store
-        self._arrow = table.select_columns(self.columns).with_format("arrow") if self.columns else None
-        self._counts = {name: self._count(name, len(table)) for name in self.columns}
-
-    def of(self, row: int) -> tuple[StoredImage, ...]:
-        """The pictures of a row, in the order of the columns."""
-        return tuple(
-            StoredImage(self._read, row, name, number)
-            for name in self.columns
-            for number in range(self._counts[name][row])
-        )
-
-    def _count(self, name: str, rows: int) -> list[int]:
-        import pyarrow
-
-        counts: list[int] = []
-        for start in range(0, rows, _AT_ONCE):
-            column = self._arrow[start : min(rows, start + _AT_ONCE)].column(name)  # type: ignore[index]
-            if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
-                counts += [value or 0 for value in pyarrow.compute.list_value_length(column).to_pylist()]
-            else:
-                counts += [int(valid) for valid in column.is_valid().to_pylist()]
-        return counts
-
-    def _read(self, row: int, name: str, number: int) -> bytes:
-        from mm_moslora.data.images.record_picture import LocalPicture, find_picture, read_picture
-        from mm_moslora.data.record_faults import Where
-        from mm_moslora.data.sources.hf_tables import fetched_file
-
-        value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
-        if isinstance(value, list):
-            value = value[number]
-        if isinstance(value, str):
-            return base64.b64decode(value)
-        if value.get("bytes") is not None:
-            return bytes(value["bytes"])
-        fetched = fetched_file(value.get("path"), self._store)
-        if fetched is not None:
-            return fetched.read()
-        picture = find_picture(value, number, Where(file=self._file, line=None, row=row), self._rules)
-        return read_picture(picture.path) if isinstance(picture, LocalPicture) else picture.read()
+ImageMode = Literal["own", "blind", "wrong"]
+MODES: tuple[ImageMode, ...] = ("own", "blind", "wrong")
 
 
-def _is_base64(table: Any, name: str) -> bool:
-    """Whether the first row has a picture as base64."""
-    value = table[0][name] if len(table) else None
-    return isinstance(value, str) and _BASE64.match(value) is not None
+class Hasher:
+    """SHA-256 of pictures; a file is read once per process."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path | StoredImage, str] = {}
+
+    def __call__(self, image: ImageLike) -> str:
+        """Hash of the file's bytes, or of size, mode and pixels of an opened picture."""
+        if isinstance(image, bytes):
+            return sha256_of_bytes(image)
+        if isinstance(image, Path | StoredImage):
+            if image not in self._known:
+                self._known[image] = _digest(image)
+            return self._known[image]
+        return sha256_of_bytes(f"{image.size} {image.mode} ".encode(), image.tobytes())
 
 
-def holds_pictures(feature: Any) -> bool:
-    """Whether a column has pictures, or the objects in which tables store them."""
-    import datasets
+def _digest(image: Path | StoredImage) -> str:
+    from mm_moslora.data.images.picture_faults import MAX_BYTES
 
-    item = _item(feature)
-    return isinstance(item, datasets.Image) or (isinstance(item, dict) and item.keys() == {"bytes", "path"})
+    if isinstance(image, StoredImage):
+        return sha256_of_bytes(image.identity.encode() or image.read())
+    with opened(image, most=MAX_BYTES) as stream:
+        return sha256_of(stream)
 
 
-def _item(feature: Any) -> Any:
-    """The element of a list feature, or the feature itself."""
-    if isinstance(feature, list):
-        return feature[0]
-    return getattr(feature, "feature", feature)
+def open_image(image: ImageLike) -> Image:
+    """Decode to RGB by the rules of training (`mm_moslora.data.images.record_picture`)."""
+    from mm_moslora.data.images import record_picture
+
+    if isinstance(image, Path):
+        return record_picture.open_image(image)
+    if isinstance(image, StoredImage):
+        image = image.read()
+    return record_picture.open_image_bytes(image) if isinstance(image, bytes) else record_picture.as_rgb(image)
+
+
+def image_size(image: ImageLike) -> tuple[int, int]:
+    """Width and height of a picture, upright, by its header where it has one; see `open_image`."""
+    from mm_moslora.data.images import record_picture
+
+    if isinstance(image, Path):
+        return record_picture.check_image(image)
+    if isinstance(image, StoredImage):
+        image = image.read()
+    return record_picture.check_image_bytes(image) if isinstance(image, bytes) else open_image(image).size
+
+
+def mean_image(image: ImageLike) -> ImageLike:
+    """A picture of the same size filled with the mean colour of all pixels; of a video a video."""
+    from PIL import Image as Pillow
+    from PIL import ImageStat
+
+    if isinstance(image, WholeVideo):
+        return replace(image, blank=True)
+    opened = open_image(image)
+    colour = tuple(round(value) for value in ImageStat.Stat(opened).mean)
+    return Pillow.new("RGB", opened.size, (colour[0], colour[1], colour[2]))
+
+
+def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequence[str]] = ()) -> dict[str, str]:
+    """Another picture for every picture: a seeded permutation without fixed points."""
+    distinct = sorted(set(identities))
+    if len(distinct) < 2:
+        raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")
+    random.Random(seed).shuffle(distinct)
+    # A cyclic shift of the shuffled list has no fixed point.
+    return _spread_apart(dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True)), _companions(apart))
+
+
+def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
+    """Picture -> all pictures that occur in a document with it, including itself."""
+    companions: dict[str, set[str]] = {}
+    for names in documents:
+        for name in names if len(set(names)) > 1 else ():
+            companions.setdefault(name, {name}).update(names)
+    return companions
+
+
+def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
+    """The permutation with pictures exchanged until, if possible, none replaces a picture of the same document."""
+    # Quadratic, but only in pictures of documents with several; without a partner to exchange, a pair stays.
+    names = list(other)
+    for name in companions:
+        if other[name] not in companions[name]:
+            continue
+        for third in names:
+            fits = other[third] not in companions[name] | {name}
+            if fits and other[name] not in companions.get(third, {third}):
+                other[name], other[third] = other[third], other[name]
+                break
+    return other

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources.document import Document, ImageLike
-from mm_moslora_eval.sources.source_files import matches
+from mm_moslora_eval.sources.source import matches
 from mm_moslora_eval.sources.source_images import pictures_of_record
 from mm_moslora_eval.sources.source_videos import frames_of_record
 

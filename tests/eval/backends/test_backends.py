@@ -113,7 +113,7 @@ def test_answers_after_solved_questions_are_those_of_reference_mode_and_of_trans
 
 def test_the_log_likelihood_of_the_reference_is_that_of_transformers(exported: Path) -> None:
     """Teacher forcing over prompt and reference at once gives the same nats; answers do not change."""
-    from mm_moslora_eval.sources.image_controls import open_image
+    from mm_moslora_eval.sources.source_images import open_image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     texts = ("red", "a blue square", "yes", "red", "")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mm_moslora_eval.backends.model_fingerprint import ReasoningMarkers
 from mm_moslora_eval.backends.open_model import open_model
-from mm_moslora_eval.backends.reasoning_markers import ReasoningMarkers
 from mm_moslora_eval.backends.replay_model import ReplayModel
 from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, Request
 from mm_moslora_eval.protocol.task import AnswerReasoning, Task

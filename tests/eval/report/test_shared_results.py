@@ -21,7 +21,7 @@ from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import TaskResult, read_results
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.sources.image_controls import Hasher
+from mm_moslora_eval.sources.source_images import Hasher
 
 from mm_moslora import cli
 from mm_moslora.cli.evaluation.eval_result_verbs import eval_compare, eval_table

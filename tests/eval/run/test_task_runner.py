@@ -34,7 +34,7 @@ from mm_moslora_eval.run.run_records import hold_run, open_run
 from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.sources.image_controls import MODES
+from mm_moslora_eval.sources.source_images import MODES
 from waiting import wait_until
 
 from mm_moslora import cli

@@ -25,7 +25,7 @@ from mm_moslora_eval.scoring.estimates import estimate, mean_of
 from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
-from mm_moslora_eval.sources.image_controls import Hasher, derangement, mean_image
+from mm_moslora_eval.sources.source_images import Hasher, derangement, mean_image
 from mm_moslora_eval.task_files.mmvet import rules as mmvet
 from mm_moslora_eval.task_files.pope import rules as pope
 

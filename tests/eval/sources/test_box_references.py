@@ -14,8 +14,8 @@ from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.scoring.answer_scoring import score_answer
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode, image_size
 from mm_moslora_eval.sources.llava_file import read
+from mm_moslora_eval.sources.source_images import MODES, Hasher, ImageMode, image_size
 from PIL import Image
 
 from mm_moslora.batch import PictureFrame

@@ -21,8 +21,8 @@ from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import load
 from mm_moslora_eval.sources.document import Document
-from mm_moslora_eval.sources.image_controls import Hasher
 from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.sources.source_images import Hasher
 from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
 from PIL import Image
 
@@ -292,7 +292,7 @@ def test_every_shipped_task_is_valid_and_described() -> None:
 def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
     """Transparent on white, wide grey scaled, rotation applied; the blind control is made from the same pixels."""
     import numpy as np
-    from mm_moslora_eval.sources.image_controls import mean_image, open_image
+    from mm_moslora_eval.sources.source_images import mean_image, open_image
     from PIL import Image
 
     from mm_moslora.data.images.record_picture import open_image as decoded_for_training

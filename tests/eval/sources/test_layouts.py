@@ -22,8 +22,8 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources import hf_dataset, load
 from mm_moslora_eval.sources.document import Document, StoredImage
-from mm_moslora_eval.sources.image_controls import Hasher, mean_image, open_image
 from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.sources.source_images import Hasher, mean_image, open_image
 from PIL import Image
 from video_files import write_video
 

@@ -14,7 +14,7 @@ from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources import Source
 from mm_moslora_eval.sources.document import StoredImage
-from mm_moslora_eval.sources.image_controls import open_image
+from mm_moslora_eval.sources.source_images import open_image
 from video_files import number_of, write_frames, write_video
 
 from mm_moslora.data.images.video_clip import Clip

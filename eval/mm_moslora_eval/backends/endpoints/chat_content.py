@@ -36,7 +36,7 @@ def data_url(image: ImageLike) -> str:
     """A picture as a data URL: files unchanged, opened pictures as PNG."""
     if isinstance(image, bytes | Path | StoredImage):
         from mm_moslora.data.images.record_picture import read_picture
-        from mm_moslora_eval.sources.image_controls import open_image
+        from mm_moslora_eval.sources.source_images import open_image
 
         data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
         image = open_image(data)
