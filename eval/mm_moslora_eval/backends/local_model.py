@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
@@ -292,7 +293,7 @@ def _size(request: Request) -> int:
     return sum(len(message.text) for message in request.messages) + 1000 * len(request.images)
 
 
-def circumstances(model: torch.nn.Module) -> dict[str, str]:
+def circumstances(model: PreTrainedModel) -> dict[str, str]:
     """Precision, device and attention kernel of a model; they may change the choice between near-equal tokens."""
     parameter = next(model.parameters())
     device = str(parameter.device)
