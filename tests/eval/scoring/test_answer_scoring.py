@@ -100,7 +100,7 @@ def test_the_interval_covers_the_true_value_at_its_level() -> None:
 def test_clusters_widen_the_error_of_correlated_samples() -> None:
     values = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     scores = [mean_of(values)]
-    assert estimate(scores, range(8)).stderr == pytest.approx(error_bars.sample_stddev(values) / math.sqrt(8))
+    assert estimate(scores, range(8)).stderr == pytest.approx(estimates.sample_stddev(values) / math.sqrt(8))
     assert estimate(scores, list("aaaabbbb")).stderr > 1.5 * estimate(scores, range(8)).stderr
 
 
