@@ -276,7 +276,7 @@ class TrackConfig:
     tags: list[str] = field(default_factory=list)
     """Short labels for searching; empty: WANDB_TAGS."""
     mixers_every: int = field(default=0, metadata=OWN_LOOP)
-    """Steps between records of what the adapter learned (`mixer/...`, see docs/subspace_lens.md), besides those at
+    """Steps between records of what the adapter learned (`mixer/...`, see docs/adapters.md), besides those at
     `train.save_every` and at the end; 0: only those."""
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
 """Measures of an adapter's modules as heat maps of kinds by layers, and the table and picture of `mm-moslora adapters
-inspect`: these maps, energies by pairs, spectra; see docs/subspace_lens.md."""
+inspect`: these maps, energies by pairs, spectra; see docs/adapters.md."""
 
 from __future__ import annotations
 
