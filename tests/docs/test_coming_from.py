@@ -15,7 +15,7 @@ from tests.docs.blocks import ROOT
 def rows() -> list[tuple[str, str]]:
     """Both columns of the table."""
     text = (ROOT / "docs" / "tutorials" / "coming_from.md").read_text(encoding="utf-8")
-    table = text[text.index("| LLaVA | here |") : text.index("```yaml")]
+    table = text[text.index("| LLaVA | here |") :].partition("\n\n")[0]
     lines = [line for line in table.splitlines() if line.startswith(("| `", "| none"))]
     return [(left, right) for left, right in (line.strip("| ").split(" | ") for line in lines)]
 
