@@ -12,6 +12,9 @@ from mm_moslora.utils.identity import sha256_of, sha256_of_values
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
+    import torch
+
+    from mm_moslora.models.assembly import Parts
     from mm_moslora_eval.backends.openai_endpoint import Endpoint, ServiceSettings
     from mm_moslora_eval.protocol.model_interface import Model
 
@@ -85,20 +88,21 @@ def open_model(
     """
     check_name(name)
     kind, separator, rest = name.partition(":")
-    expected = service.expect_preprocessing if service else None
-    if expected is not None and not (separator and kind == "openai"):
+    kind = kind if separator else ""
+    if kind != "openai" and service and service.expect_preprocessing is not None:
         raise EvalError(
             f"--expect-preprocessing is for openai:URL#MODEL of `mm-moslora serve`, and the model is {name!r}. A "
             "folder is compared with its training without it."
         )
-    if separator and kind == "openai":
+    if kind == "openai":
         from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 
-        endpoint = (service or ServiceSettings()).endpoint(name)
-        if expected is not None:
-            _require_preprocessing(endpoint, expected)
+        chosen = service or ServiceSettings()
+        endpoint = chosen.endpoint(name)
+        if chosen.expect_preprocessing is not None:
+            _require_preprocessing(endpoint, chosen.expect_preprocessing)
         return EndpointModel(endpoint, reference=reference)
-    if separator and kind == "replay":
+    if kind == "replay":
         from mm_moslora_eval.backends.replay_model import ReplayModel
 
         return ReplayModel(Path(rest))
@@ -108,31 +112,33 @@ def open_model(
     if distributed.device().type == "cpu":
         keep_freed_memory()
     dtype = dtype_of(resolve_precision(precision))
-    if separator and kind == "hf":
+    if kind == "hf":
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(
             rest, dtype=dtype, reference=reference, other_preprocessing=other_preprocessing
         )
+    return _open_folder(
+        name, dtype=dtype, reference=reference, untuned=untuned, features=features,
+        other_preprocessing=other_preprocessing,
+    )  # fmt: skip
+
+
+def _open_folder(
+    name: str, *, dtype: torch.dtype, reference: bool, untuned: bool, features: Path | None, other_preprocessing: bool
+) -> Model:
+    """The model of a run, a checkpoint or an export, shown as in its training."""
     from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
     from mm_moslora.data.preprocessing_print import check_preprocessing, trained_videos
-    from mm_moslora.models.assembly import load_parts
-    from mm_moslora.models.load_model import load, model_of, recipe_of
+    from mm_moslora.models.load_model import load
     from mm_moslora.models.vision.feature_cache import FeatureStore
     from mm_moslora.models.vlm import has_own_forward
-    from mm_moslora.utils.distributed import seed_everything
+    from mm_moslora.utils import distributed
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
         raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
-    if untuned:
-        seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
-        config = model_of(folder)
-        if (weights := recipe_of(folder).model.projector.weights) and config.projector.weights is None:
-            raise EvalError(f"{weights} (model.projector.weights) is no longer what {folder} began with. Restore it.")
-        assembly = load_parts(config, dtype=dtype)
-    else:
-        assembly = load(folder, dtype=dtype)
+    assembly = _before_tuning(folder, dtype) if untuned else load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     if check_preprocessing(folder, assembly, accepted=other_preprocessing):
         name = f"{name}, other preprocessing"
@@ -151,6 +157,19 @@ def open_model(
 
     store = None if features is None or reference else FeatureStore.of(assembly.model, features)
     return LocalModel(assembly, name=name, reference=reference, store=store, trained_frames=frames, trained_fps=fps)
+
+
+def _before_tuning(folder: Path, dtype: torch.dtype) -> Parts:
+    """The model from which a run or a checkpoint started."""
+    from mm_moslora.models.assembly import load_parts
+    from mm_moslora.models.load_model import model_of, recipe_of
+    from mm_moslora.utils.distributed import seed_everything
+
+    seed_everything(recipe_of(folder).train.seed)  # a new projector is drawn as in the run
+    config = model_of(folder)
+    if (weights := recipe_of(folder).model.projector.weights) and config.projector.weights is None:
+        raise EvalError(f"{weights} (model.projector.weights) is no longer what {folder} began with. Restore it.")
+    return load_parts(config, dtype=dtype)
 
 
 def _require_preprocessing(endpoint: Endpoint, folder: Path) -> None:

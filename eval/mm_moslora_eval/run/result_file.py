@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,33 +80,16 @@ def score_folder(
     `about["unscored"]` is the reason, and a submission file is written to the samples' folder.
     """
     view = find_view(folder)
-    stored_format = read_json(view / TASK).get("format")
-    if stored_format != FORMAT:
-        raise EvalError(
-            f"{view} has format {stored_format!r}, this version reads {FORMAT}; score it with the version that wrote "
-            "it."
-        )
-    described = read_view(view)
-    task = build_strictly(Task, described["task"], source=str(view / TASK))
+    described, task = _asked_task(view)
     rows = documents_of(view)
-    answers = read_folder(view.parent)
-    keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
-    missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
-    if missing and not (partial and len(missing) < len(rows)):
-        raise EvalError(
-            f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
-            "run the same evaluation again to continue, or score what is there: mm-moslora eval score RUN --partial."
-        )
-    answers = dict.fromkeys(itertools.chain(*keys), _UNASKED) | answers
+    given = _given(view, rows, partial=partial)
     if rules is not None:
         view, task = _with_rules(view, described, task, rules)
-    given = [[answers[key] for key in own] for own in keys]
     in_order = [next((one for one in several if one["error"]), several[0]) for several in given]
     about = {key: described[key] for key in ABOUT if key in described}
     about |= _spent(list(itertools.chain(*given)), described.get("prices"))
-    about["date"] = max(
-        (str(answer["time"]) for several in given for answer in several if answer.get("time")), default=None
-    )
+    times = (str(answer["time"]) for several in given for answer in several if answer.get("time"))
+    about["date"] = max(times, default=None)
     documents = [Document.from_dict(row) for row in rows]
     check_ids(task.aggregation, documents)
     asked = [
@@ -125,16 +108,40 @@ def score_folder(
         "errors": [last_line(answer["error"]) for answer in in_order],
         "likelihood": _likelihood(task, rows, in_order, thinks=bool(described.get("asked_to_think"))),
     }  # fmt: skip
-    if reason is not None:
-        if not has_scores(view):  # keep the scores of an earlier judge
-            write_samples(view, rows, in_order, scored, repeated=repeated)
-        from mm_moslora_eval.run.submissions import keep_submission
+    if reason is None or not has_scores(view):  # without new scores, those of an earlier judge are kept
+        write_samples(view, rows, in_order, scored, repeated=repeated)
+    if reason is None:
+        return summarise(task, scored, about=about, each=each, **settled)
+    from mm_moslora_eval.run.submissions import keep_submission
 
-        about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
-        about |= {"judge_failed": True} if reason.failed else {}
-        return unscored(task, scored, about=about, each=each, **settled)
-    write_samples(view, rows, in_order, scored, repeated=repeated)
-    return summarise(task, scored, about=about, each=each, **settled)
+    about["unscored"] = f"{reason.text} {keep_submission(view, task.name)}"
+    about |= {"judge_failed": True} if reason.failed else {}
+    return unscored(task, scored, about=about, each=each, **settled)
+
+
+def _asked_task(view: Path) -> tuple[dict[str, Any], Task]:
+    """The description of a view and the task in it."""
+    stored_format = read_json(view / TASK).get("format")
+    if stored_format != FORMAT:
+        raise EvalError(
+            f"{view} has format {stored_format!r}, this version reads {FORMAT}; score it with the version that wrote "
+            "it."
+        )
+    described = read_view(view)
+    return described, build_strictly(Task, described["task"], source=str(view / TASK))
+
+
+def _given(view: Path, rows: Sequence[dict[str, Any]], *, partial: bool) -> list[list[dict[str, Any]]]:
+    """The stored answers to each document; with `partial` some may be missing."""
+    answers = read_folder(view.parent)
+    keys = [(row["key"], *row.get("more_keys", ())) for row in rows]
+    missing = [row["id"] for row, own in zip(rows, keys, strict=True) if any(key not in answers for key in own)]
+    if missing and not (partial and len(missing) < len(rows)):
+        raise EvalError(
+            f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
+            "run the same evaluation again to continue, or score what is there: mm-moslora eval score RUN --partial."
+        )
+    return [[answers.get(key, _UNASKED) for key in own] for own in keys]
 
 
 _UNASKED = dict.fromkeys(("text", "finish_reason", "options", "seconds")) | {"tokens": 0, "error": "not asked yet"}
@@ -310,51 +317,60 @@ def summarise(
         result.counts, scored=len(done), not_inferable=sum(not sample.parsed.strip() for sample in done),
         ungraded=len(scored) - len(graded), faults=sum(bool(sample.fault) for sample in scored), **_thinking(given),
     )  # fmt: skip
-    remarks = [*_asked(task, about), *failures(errors), *thinking(given), *disagreement(about.get("judge", {}))]
+    remarks = (*_asked(task, about), *failures(errors), *thinking(given), *disagreement(about.get("judge", {})))
+    result = replace(result, counts=counts, remarks=remarks)
     missing = [sample.fault for sample in scored if sample.fault.startswith(MissingRequirementError.__name__)]
     if missing:  # a score over the other answers would pass for that of the benchmark
         needed = missing[0].partition(": ")[2]
-        about = result.about | {
-            "unscored": f"{len(missing)} answers need what is not here. {needed}",
-            "rules_failed": True,
-        }
-        remarks += ungraded(scored)
-        return replace(result, counts=counts, remarks=tuple(remarks), about=about)
+        result = _with_remarks(result, ungraded(scored))
+        return _without_score(result, f"{len(missing)} answers need what is not here. {needed}", rules_failed=True)
     if not graded:
-        remarks += ungraded(scored)
-        reason = {"unscored": f"The rules of {task.id} failed on every answer; mend them and score again."}
-        return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
+        result = _with_remarks(result, ungraded(scored))
+        return _without_score(result, f"The rules of {task.id} failed on every answer; mend them and score again.")
     try:
         whole = whole_questions(task.aggregation, scored)
         counts = replace(counts, left_out=len(graded) - len(whole))
-        remarks += ungraded(scored, left_out=counts.left_out)
-        remarks += parted(task.aggregation, whole, about.get("selection", {}))
+        result = _with_remarks(replace(result, counts=counts), ungraded(scored, left_out=counts.left_out))
+        result = _with_remarks(result, parted(task.aggregation, whole, about.get("selection", {})))
         if not whole:
-            reason = {"unscored": "No question has a score of each of its answers; score again when they have one."}
-            return replace(result, counts=counts, remarks=tuple(remarks), about=result.about | reason)
-        headline = aggregate(task.aggregation, whole)
-        answered = whole_questions(
-            task.aggregation, [replace(one, score=math.nan) if one.failed else one for one in scored]
-        )
-        completed: dict[str, float] = {"n": len(answered)}
-        if answered:
-            with suppress(NoScoreError):  # only questions that failed have a part of the score
-                found = headline if len(answered) == len(whole) else aggregate(task.aggregation, answered)
-                completed |= {"score": found.value, "stderr": found.stderr}
+            reason = "No question has a score of each of its answers; score again when they have one."
+            return _without_score(result, reason)
+        result = _with_score(result, task.aggregation, whole, scored)
     except AggregationError as error:
-        about = result.about | {"unscored": str(error), "rules_failed": True}
-        return replace(result, counts=counts, remarks=tuple(remarks), about=about)
-    categories = {}
-    try:
-        categories = by_category(task.aggregation, whole)
-    except AggregationError as error:
-        remarks.append(f"No score of a category: {error}")
+        return _without_score(result, str(error), rules_failed=True)
     if folder:
-        remarks += [*answers_alike(given), *(wordy(given) if not is_judged(task.metric) else ())]
+        alike = (*answers_alike(given), *(wordy(given) if not is_judged(task.metric) else ()))
+        result = _with_remarks(result, alike)
+    return result
+
+
+def _with_remarks(result: TaskResult, remarks: Iterable[str]) -> TaskResult:
+    return replace(result, remarks=(*result.remarks, *remarks))
+
+
+def _without_score(result: TaskResult, reason: str, *, rules_failed: bool = False) -> TaskResult:
+    about = result.about | {"unscored": reason} | ({"rules_failed": True} if rules_failed else {})
+    return replace(result, about=about)
+
+
+def _with_score(result: TaskResult, aggregation: str, whole: Sequence[Scored], scored: Sequence[Scored]) -> TaskResult:
+    """A result with the score over whole questions, over those that were answered, and by category."""
+    headline = aggregate(aggregation, whole)
+    answered = whole_questions(aggregation, [replace(one, score=math.nan) if one.failed else one for one in scored])
+    completed: dict[str, float] = {"n": len(answered)}
+    if answered:
+        with suppress(NoScoreError):  # only questions that failed have a part of the score
+            found = headline if len(answered) == len(whole) else aggregate(aggregation, answered)
+            completed |= {"score": found.value, "stderr": found.stderr}
+    try:
+        categories = by_category(aggregation, whole)
+    except AggregationError as error:
+        categories = {}
+        result = _with_remarks(result, [f"No score of a category: {error}"])
     return replace(
         result, score=headline.value, stderr=headline.stderr, low=headline.low, high=headline.high,
-        stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups, counts=counts,
-        completed=completed, metrics=dict(headline.metrics), remarks=tuple(remarks),
+        stderr_kind=headline.stderr_kind, clusters=headline.clusters, groups=headline.groups,
+        completed=completed, metrics=dict(headline.metrics),
         categories={
             name: {"n": part.n, "score": part.value, "stderr": part.stderr, "low": part.low, "high": part.high}
             for name, part in categories.items()
