@@ -21,7 +21,7 @@ from typing import Any
 
 from mm_moslora_eval.protocol.grading import BY_PROMPT
 from mm_moslora_eval.protocol.task_registry import all_tasks
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
+from mm_moslora_eval.run.judging.judged_scores import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
 from mm_moslora_eval.scoring.named_parts import name_of
 from mm_moslora_eval.scoring.rule_forms import JudgeRule

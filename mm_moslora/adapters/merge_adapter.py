@@ -14,9 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.base_weights import quantisation, why_not_whole
 from mm_moslora.adapters.layers.fused_linear import use_kernel
-from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tree import adapted_layers, named_adapter_layers, untie, unwrapped
 from mm_moslora.kernels.lora.lora_math import without_autocast
 from mm_moslora.utils.errors import AdapterError, reason_of

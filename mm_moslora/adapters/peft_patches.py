@@ -35,7 +35,7 @@ from mm_moslora.adapters.folder_format import (
 from mm_moslora.adapters.folders.diffusers_saving import patch_diffusers
 from mm_moslora.adapters.folders.folder_tensors import initial_mixers
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.layers.base_weights import why_not_whole
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
 from mm_moslora.utils.errors import AdapterError

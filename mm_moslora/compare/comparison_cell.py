@@ -237,7 +237,7 @@ def _train(job: CellRun, stop_at: int | None) -> bool:
 
 def _as_trained(job: CellRun) -> Recipe:
     """The run's recipe without what an earlier run has done: the rehearsal, and features of pictures."""
-    from mm_moslora.models.vision.feature_cache import SHARED_GIB
+    from mm_moslora.models.vision.feature_store import SHARED_GIB
 
     model, train = job.recipe.model, job.recipe.train
     ended = (known_outcome(file.parent) for file in job.folder.glob(f"runs/{job.cell.arm.slug}_lr*/{OUTCOME}"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora_eval.scoring.reference_likelihood import nats_of, reason_without
+from mm_moslora_eval.scoring.measured_scores import nats_of, reason_without
 
 from mm_moslora.compare.comparison_plan import ALL, Cell, ComparisonSettings, Outcome, reported_cells
 from mm_moslora.compare.seed_statistics import ArmEstimate, TaskScores, arm_mean, holm

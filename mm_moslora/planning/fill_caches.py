@@ -20,7 +20,7 @@ from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.sources.record_file import RecordSource
 from mm_moslora.data.training_set import source_caches
 from mm_moslora.models.precision import dtype_of, resolve_precision
-from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
+from mm_moslora.models.vision.feature_store import FeatureStore, tower_hash
 from mm_moslora.models.vision.vision_tower import load_vision
 from mm_moslora.models.vlm import tower_states
 from mm_moslora.planning.recipe_data import DataParts, data_sets, parts_of

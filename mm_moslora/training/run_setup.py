@@ -24,7 +24,8 @@ from mm_moslora.models.precision import dtype_of, resolve_precision
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
 from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
-from mm_moslora.models.vision.feature_cache import FeatureStore, StepFeatureCache, tower_hash
+from mm_moslora.models.vision.feature_cache import StepFeatureCache
+from mm_moslora.models.vision.feature_store import FeatureStore, tower_hash
 from mm_moslora.models.vlm import is_multimodal, needs_padding
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TrainingEngine, build_engine, weights_device

@@ -18,7 +18,7 @@ from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run import answer_log, run_records, task_runner
-from mm_moslora_eval.run.judging.answer_graders import GRADERS, grade_by_prompt, judged_extraction
+from mm_moslora_eval.run.judging.judged_scores import GRADERS, grade_by_prompt, judged_extraction
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.result_file import TaskResult, score_folder
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS

@@ -21,7 +21,7 @@ from mm_moslora_eval.protocol.model_interface import Message, Request
 from mm_moslora_eval.protocol.task import Decoding
 from mm_moslora_eval.protocol.task_groups import SIGN, expanded, shipped_groups, with_protocol
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
-from mm_moslora_eval.run.judging.answer_graders import WORDING
+from mm_moslora_eval.run.judging.judged_scores import WORDING
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
 from mm_moslora_eval.scoring.submission_forms import form_of_task

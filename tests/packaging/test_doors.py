@@ -161,7 +161,8 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     ".rmdir": "files",
     ".save_model": "examples",
     ".save_to_json": "trl_trainers",
-    ".save": "chat_content data_views diffusion_training evaluation_page examples inline_images scripts source_videos",
+    ".save": "data_views diffusion_training evaluation_page examples inline_images openai_endpoint scripts"
+    " source_videos",
     ".save_pretrained": "asset_conversion examples export_huggingface import_checkpoint llava_processor peft_methods"
     " scripts snapshot",
     ".save_to_disk": "hf_tables",
@@ -174,7 +175,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
     "os.ftruncate": "files",
-    "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_cache"
+    "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_store"
     " import_checkpoint peft_methods save_folder snapshot",
     "shutil": "asset_cache examples files scripts",
     "tempfile": "doctor examples files folder_marks launcher lexicons scripts",

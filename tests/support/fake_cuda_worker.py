@@ -27,7 +27,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.attention_choice import set_attention
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, prefill_row, score_options
-from mm_moslora.models.vision.feature_cache import FeatureStore
+from mm_moslora.models.vision.feature_store import FeatureStore
 from mm_moslora.models.vlm import has_own_forward, is_multimodal
 from mm_moslora.training import run_setup, weight_init
 from mm_moslora.training.engine import OptimizerSettings, TorchEngine

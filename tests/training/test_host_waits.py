@@ -25,7 +25,7 @@ LOG_EVERY, STEPS = 3, 5
 ON_THE_HOST = {
     "deepspeed utils.py is_invalid_grad_norm",  # of the norm that was read
     "mm_moslora deepspeed_engine.py _update",
-    "mm_moslora feature_cache.py bytes_of",  # of pictures before they are sent
+    "mm_moslora feature_store.py bytes_of",  # of pictures before they are sent
 }
 """Reads of values that are on the host."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mm_moslora.models.vision.feature_cache import bytes_of
+from mm_moslora.models.vision.feature_store import bytes_of
 from mm_moslora.utils import identity
 
 VALUE = {"b": [1, 2.5, None], "a": "ü\ud800"}

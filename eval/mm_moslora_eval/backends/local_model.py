@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mm_moslora.batch import ImageProcessing
+from mm_moslora.data.boxes.box_forms import read_boxes
 from mm_moslora.data.chat.answer_thinking import THINK_END
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.record_turns import IMAGE, Turn
@@ -30,14 +32,15 @@ from mm_moslora.models.decoding.generation import (
     stop_token_ids,
 )
 from mm_moslora.models.decoding.token_sampling import Draw, Sampling
-from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache, FeatureStore, StepFeatureCache
+from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache, StepFeatureCache
+from mm_moslora.models.vision.feature_store import FeatureStore
 from mm_moslora.utils.errors import EvalError
-from mm_moslora_eval.backends.answer_boxes import boxes_of
 from mm_moslora_eval.backends.model_fingerprint import ReasoningMarkers, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
 from mm_moslora_eval.protocol.task import THINKING_TOKENS
+from mm_moslora_eval.scoring.scored_sample import without_thinking
 from mm_moslora_eval.sources.document import ImageLike
-from mm_moslora_eval.sources.source_images import Hasher, open_image
+from mm_moslora_eval.sources.source_images import Hasher, image_size, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -323,3 +326,20 @@ def turn_of(message: Message) -> Turn:
             offsets.append(len(text))
             text += IMAGE
     return Turn(role=message.role, text=text, offsets=tuple(offsets) if message.role == "user" else None)
+
+
+def boxes_of(request: Request, text: str, processing: ImageProcessing | None) -> tuple[tuple[float, ...], ...] | None:
+    """`Answer.boxes` of a text.
+
+    In a control the model sees another picture. What it wrote counts as shares of that one, and lies in its own.
+    """
+    if request.boxes is None or not request.images:
+        return None
+    if processing is None or processing.boxes is None:
+        raise EvalError(
+            "The task scores boxes, and neither family nor vocabulary of this model says in which form it writes them. "
+            "Set model.boxes in the recipe of its training."
+        )
+    shown = image_size(request.images[-1])
+    boxes = read_boxes(without_thinking(text).text, processing, request.boxes, shown=shown)
+    return tuple(box.numbers for box in boxes)

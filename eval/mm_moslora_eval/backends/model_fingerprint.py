@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.data.chat.answer_thinking import EXCHANGE
 from mm_moslora.data.chat.chat_template import MARK, ProcessorTemplate, Template
 from mm_moslora.data.chat.record_keys import REASONING
-from mm_moslora.models.vision.feature_cache import bytes_of
+from mm_moslora.models.vision.feature_store import bytes_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_values
 from mm_moslora.utils.untrusted_data import parse_json

@@ -131,7 +131,7 @@ def _open_folder(
     from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
     from mm_moslora.data.preprocessing_print import check_preprocessing, trained_videos
     from mm_moslora.models.load_model import load
-    from mm_moslora.models.vision.feature_cache import FeatureStore
+    from mm_moslora.models.vision.feature_store import FeatureStore
     from mm_moslora.models.vlm import has_own_forward
     from mm_moslora.utils import distributed
 

@@ -5,8 +5,10 @@ Standard library only. The key is read from the environment and never written.
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
+import io
 import json
 import logging
 import math
@@ -28,7 +30,6 @@ from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.network.http_fetch import TimeLimit
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
-from mm_moslora_eval.backends.endpoints.chat_content import chat_messages
 from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
 from mm_moslora_eval.backends.endpoints.service_replies import (
@@ -40,9 +41,11 @@ from mm_moslora_eval.backends.endpoints.service_replies import (
     reply_text,
     tokens_of,
 )
-from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
+from mm_moslora_eval.sources.document import ImageLike, StoredImage
 
 logger = logging.getLogger(__name__)
+
 
 KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
 """Environment variables for the key, in order of priority."""
@@ -352,3 +355,40 @@ class EndpointModel:
             raise RuntimeError(f"the endpoint gives no probability for option {missing[0]!r} among its first tokens")
         best = max(logprobs, key=lambda text: logprobs[text])
         return tuple(OptionScore(logprob=logprobs[option], tokens=1, greedy=option == best) for option in item.options)
+
+
+_FIRST_BYTES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+
+
+def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+    """Messages in the OpenAI form, with pictures as data URLs in their places."""
+    left = iter(images)
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if all(isinstance(part, str) for part in message.content):
+            result.append({"role": message.role, "content": message.text})
+            continue
+        parts = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(next(left))}}
+            for part in message.parts
+        ]
+        result.append({"role": message.role, "content": parts})
+    return result
+
+
+def data_url(image: ImageLike) -> str:
+    """A picture as a data URL: files unchanged, opened pictures as PNG."""
+    if isinstance(image, bytes | Path | StoredImage):
+        from mm_moslora.data.images.record_picture import read_picture
+        from mm_moslora_eval.sources.source_images import open_image
+
+        data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
+        image = open_image(data)
+        kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
+        if kind is not None:
+            return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

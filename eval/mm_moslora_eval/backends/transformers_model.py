@@ -37,8 +37,7 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import EvalError, ModelError, reason_of
 from mm_moslora.utils.network.hub_access import hub_or_cache
 from mm_moslora.utils.run_paths import PREPROCESSING
-from mm_moslora_eval.backends.answer_boxes import boxes_of
-from mm_moslora_eval.backends.local_model import circumstances, draws_of, thinking_tokens_of
+from mm_moslora_eval.backends.local_model import boxes_of, circumstances, draws_of, thinking_tokens_of
 from mm_moslora_eval.backends.model_fingerprint import ReasoningMarkers, model_fingerprint
 from mm_moslora_eval.protocol.model_interface import Answer, FinishReason, OptionRequest, OptionScore, Request
 from mm_moslora_eval.sources.source_images import open_image

@@ -22,8 +22,14 @@ from mm_moslora_eval.run.scored_subsets import (
     scored_row,
 )
 from mm_moslora_eval.scoring.estimates import sample_stddev
-from mm_moslora_eval.scoring.measured_scores import ScoreDifference, difference_of_scores, units_of
-from mm_moslora_eval.scoring.reference_likelihood import LikelihoodDifference, likelihood_difference, nats_of
+from mm_moslora_eval.scoring.measured_scores import (
+    LikelihoodDifference,
+    ScoreDifference,
+    difference_of_scores,
+    likelihood_difference,
+    nats_of,
+    units_of,
+)
 from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import RULES

@@ -39,8 +39,13 @@ from mm_moslora_eval.run.scored_subsets import (
 )
 from mm_moslora_eval.run.stored_types import MAY_BE_NULL, check_result
 from mm_moslora_eval.scoring.answer_scoring import PLACES, is_judged, score_answer
-from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, whole_questions
-from mm_moslora_eval.scoring.reference_likelihood import mean_likelihood, reason_without
+from mm_moslora_eval.scoring.measured_scores import (
+    aggregate,
+    by_category,
+    mean_likelihood,
+    reason_without,
+    whole_questions,
+)
 from mm_moslora_eval.scoring.score_aggregation import AggregationError, NoScoreError, check_ids, combined, facts_of
 from mm_moslora_eval.scoring.score_remarks import (
     answers_alike,

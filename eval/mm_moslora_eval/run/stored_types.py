@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from mm_moslora.utils.errors import ConfigError, EvalError
 from mm_moslora.utils.untrusted_data import build_known, build_strictly, read_value
-from mm_moslora_eval.scoring.reference_likelihood import LARGEST
+from mm_moslora_eval.scoring.measured_scores import LARGEST
 
 MAY_BE_NULL = ("expected_count", "date")
 """Keys of `TaskResult.about` that are written without a value."""

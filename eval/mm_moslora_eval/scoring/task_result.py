@@ -72,7 +72,7 @@ class TaskResult:
     """n, score and stderr over the samples that were answered, with all that count together with them."""
     metrics: dict[str, float] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
-    """See `reference_likelihood.mean_likelihood`, or the reason `none`; empty for a baseline."""
+    """See `measured_scores.mean_likelihood`, or the reason `none`; empty for a baseline."""
     clusters: int | None = None
     """Pictures on which the interval rests, with samples that share none."""
     groups: int | None = None

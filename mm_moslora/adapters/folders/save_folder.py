@@ -42,7 +42,7 @@ from mm_moslora.adapters.folders.folder_tensors import (
     read_initial_mixers,
     shapes_by_rank,
 )
-from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.layers.base_weights import why_not_whole
 from mm_moslora.adapters.tree import base_fingerprint, base_model, named_adapter_layers, unwrapped
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import discard, read_json, replace_text, staging

@@ -10,9 +10,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.base_weights import fetches_whole, only_fetches, weight_of
 from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
-from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
 from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.kernels.lora.lora_linear import LinearOperands, compute_dtype, fused_linears
 from mm_moslora.kernels.lora.lora_math import is_traced

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.base_weights import fetches_whole, weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
-from mm_moslora.adapters.layers.sharded_weights import fetches_whole
 from mm_moslora.batch import Batch
 from mm_moslora.kernels.attention.segment_attention import StepContext, segment_arguments
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled

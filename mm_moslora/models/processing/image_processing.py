@@ -13,7 +13,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mm_moslora.batch import Example, ImageProcessing, PictureFrame, ProcessedImage
 from mm_moslora.config import BoxFormName
-from mm_moslora.models.vision.feature_cache import tensor_hash
+from mm_moslora.models.vision.feature_store import tensor_hash
 from mm_moslora.utils.errors import ModelError
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_i
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.load_model import load, model_of, recipe_of
 from mm_moslora.models.processing.anyres import newline_of
-from mm_moslora.models.vision.feature_cache import FeatureCache, tensor_hash
+from mm_moslora.models.vision.feature_cache import FeatureCache
+from mm_moslora.models.vision.feature_store import tensor_hash
 from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
 from mm_moslora.utils import distributed

@@ -17,8 +17,7 @@ from mm_moslora_eval.backends.endpoints.parallel_calls import in_parallel
 from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate
-from mm_moslora_eval.run.judging.answer_graders import GRADERS
-from mm_moslora_eval.run.judging.judged_scores import MOST_UNREADABLE
+from mm_moslora_eval.run.judging.judged_scores import GRADERS, MOST_UNREADABLE
 from mm_moslora_eval.run.judging.llm_judge import Judge
 from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, score_folder

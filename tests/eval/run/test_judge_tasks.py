@@ -291,7 +291,7 @@ def test_a_judge_is_named_as_a_model_is(language_folder: Path, tmp_path: Path) -
 
 def test_a_grader_of_an_imported_file_is_named_with_its_hash(tmp_path: Path) -> None:
     (own := tmp_path / "graders.py").write_text(
-        "import sys\nfrom mm_moslora_eval.run.judging.answer_graders import GRADERS, Grade\n\n\n"
+        "import sys\nfrom mm_moslora_eval.run.judging.judged_scores import GRADERS, Grade\n\n\n"
         "@GRADERS.add\n"
         "def likes(judge, document, answer, *, word: str = 'yes'):\n"
         "    graded = judge.ask(f'Q{document.id}? {answer}: {word}?', str.strip, max_tokens=4)\n"

@@ -18,7 +18,7 @@ from mm_moslora_eval.backends.openai_endpoint import Endpoint
 from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.protocol.task_registry import get_task
 from mm_moslora_eval.run.evaluate_suite import evaluate, evaluate_tasks
-from mm_moslora_eval.run.judging.answer_graders import WORDING, prompt_of
+from mm_moslora_eval.run.judging.judged_scores import WORDING, prompt_of
 from mm_moslora_eval.run.judging.llm_judge import THINKING_TOKENS, Judge
 from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import read_results, score_folder

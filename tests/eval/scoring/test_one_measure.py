@@ -13,7 +13,7 @@ LOW_LEVEL = {
     f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py",
 }  # fmt: skip
 """One place for scores of samples, one for arms with several seeds."""
-ESTIMATING = LOW_LEVEL | {f"{EVAL}/scoring/score_aggregation.py", f"{EVAL}/scoring/reference_likelihood.py"}
+ESTIMATING = LOW_LEVEL | {f"{EVAL}/scoring/score_aggregation.py"}
 DIFFERENCES = {
     "mm_moslora/reporting/verdicts.py", f"{EVAL}/scoring/estimates.py", f"{COMPARE}/comparison_controls.py",
 }  # fmt: skip

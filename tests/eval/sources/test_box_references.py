@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mm_moslora_eval.backends.answer_boxes import boxes_of
+from mm_moslora_eval.backends.local_model import boxes_of
 from mm_moslora_eval.protocol.task import Source, Task
 from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.scoring.answer_scoring import score_answer

@@ -14,7 +14,8 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.kernel_selection import use_loss_head
-from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, StepFeatureCache, tensor_hash, tower_hash
+from mm_moslora.models.vision.feature_cache import FeatureCache, StepFeatureCache
+from mm_moslora.models.vision.feature_store import FeatureStore, tensor_hash, tower_hash
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -171,7 +172,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeyp
     def no_room(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mm_moslora.models.vision.feature_cache.save_file", no_room)
+    monkeypatch.setattr("mm_moslora.models.vision.feature_store.save_file", no_room)
     pixels = torch.zeros(1, 3, 28, 28)
     found = image_features(assembly.model, pixels, keys=[tensor_hash(pixels[0])], cache=memory)
     assert torch.isfinite(found).all()

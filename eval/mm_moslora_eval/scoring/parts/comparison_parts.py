@@ -8,7 +8,7 @@ from typing import Literal
 from mm_moslora.utils.errors import MissingRequirementError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora_eval.metrics.exact_match import best
-from mm_moslora_eval.metrics.general import math_answers, table_similarity
+from mm_moslora_eval.metrics.general import number_answers, table_similarity
 from mm_moslora_eval.metrics.general.number_answers import number_text, numbers_in
 from mm_moslora_eval.metrics.general.number_answers import within as _within
 from mm_moslora_eval.metrics.general.point_hits import first_point, inside
@@ -63,7 +63,7 @@ def mathematics(
     if not is_installed("math_verify"):
         raise MissingRequirementError(f"Mathematics is compared by math-verify: {install_extra('math')}.")
     try:
-        return PROCESS.value(math_answers.equal, seconds=seconds, answer=parsed, references=document.answers)
+        return PROCESS.value(number_answers.equal, seconds=seconds, answer=parsed, references=document.answers)
     except TimeoutError:
         if endless == "wrong":
             return 0.0
