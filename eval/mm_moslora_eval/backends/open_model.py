@@ -106,12 +106,7 @@ def open_model(
         from mm_moslora_eval.backends.replay_model import ReplayModel
 
         return ReplayModel(Path(rest))
-    from mm_moslora.models.precision import dtype_of, resolve_precision
-    from mm_moslora.utils import distributed
-
-    if distributed.device().type == "cpu":
-        keep_freed_memory()
-    dtype = dtype_of(resolve_precision(precision))
+    dtype = _weights_dtype(precision)
     if kind == "hf":
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
@@ -122,6 +117,15 @@ def open_model(
         name, dtype=dtype, reference=reference, untuned=untuned, features=features,
         other_preprocessing=other_preprocessing,
     )  # fmt: skip
+
+
+def _weights_dtype(precision: Precision) -> torch.dtype:
+    from mm_moslora.models.precision import dtype_of, resolve_precision
+    from mm_moslora.utils import distributed
+
+    if distributed.device().type == "cpu":
+        keep_freed_memory()
+    return dtype_of(resolve_precision(precision))
 
 
 def _open_folder(

@@ -105,13 +105,10 @@ def evaluate(
 
     Args:
         model: the model; questions with an answer in `output` are not asked again.
-        task: the protocol.
         output: run folder; it belongs to one model.
         modes: own (the real pictures), blind (their mean colour), wrong (another item's picture).
         baselines: names of `baselines.BASELINES`.
         training: training answers for the baselines; None: the answers of the evaluated set.
-        settings: batch size, limits, rank.
-        progress: called with (mode, answered, all).
         judge: grades free answers; without a judge such tasks stay unscored.
         locked: the caller has opened the run folder (`run_records.open_run`), over several tasks.
         data: what `task.load` gives, if it is loaded already.

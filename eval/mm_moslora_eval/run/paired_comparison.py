@@ -71,11 +71,7 @@ class PairedComparison:
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
-    """The views that all runs have (same task, protocol, image mode and documents), or the given folders themselves.
-
-    Raises:
-        EvalError: the runs have no view in common.
-    """
+    """The views that all runs have (same task, protocol, image mode and documents), or the given folders themselves."""
     everything = [*runs_a, *runs_b]
     missing = [str(run) for run in everything if not run.exists()]
     if missing:
@@ -118,9 +114,6 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Pai
     """Compare the samples of task folders (of two systems, or of two image modes of one run).
 
     Several folders of one system are its seeds: every sample counts with its mean over them.
-
-    Raises:
-        EvalError: they hold different documents, or are unscored.
     """
     systems = [[runs] if isinstance(runs, Path) else list(runs) for runs in (runs_a, runs_b)]
     views_a, views_b = _alike(*systems)

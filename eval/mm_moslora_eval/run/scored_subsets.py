@@ -192,11 +192,7 @@ def last_line(error: str | None) -> str | None:
 
 
 def read_samples(source: Path) -> list[dict[str, Any]]:
-    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE.
-
-    Raises:
-        EvalError: the file is missing or damaged.
-    """
+    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE."""
     path = find_view(source) / SAMPLES if source.is_dir() else Path(os.path.realpath(source))  # a user's path
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")

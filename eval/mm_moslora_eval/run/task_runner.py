@@ -128,11 +128,6 @@ def run_task(
     done.
 
     Args:
-        model: the model.
-        task: the protocol.
-        folder: the run folder.
-        mode: the pictures to show.
-        settings: batch size, limits, rank.
         data: the documents, if they are loaded already.
         progress: called after every answer.
         hasher: shared between tasks, so that a picture is read once.

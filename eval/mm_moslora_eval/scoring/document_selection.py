@@ -45,9 +45,6 @@ def _stratified(documents: Sequence[Document], column: str, count: int, *, seed:
     """So many documents, in their order, with the shares of the values of a column (largest remainders).
 
     The documents of a smaller sample are among those of a larger one, as far as the shares allow.
-
-    Raises:
-        EvalError: documents without a value in the column.
     """
     strata: dict[str, list[int]] = defaultdict(list)
     for index, document in enumerate(documents):
