@@ -20,84 +20,33 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import logging
-import os
+import math
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import peft
 import torch
-import transformers
-from json_output import results_alone
-from measuring import PRODUCTS, Rows, head, interleaved, kernel_seconds, ratio, settings_of
+from harness import PRODUCTS, Benchmark, Case, Row, interleaved, kernel_seconds, ratio
+from llava_models import DTYPES
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
-from yardstick import saved_by
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, use_kernel
-from mm_moslora.utils.hardware import keep_freed_memory
-from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.models.meta_model import kept_bytes
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
-RANKS = (16, 64)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RANK, RANKS = 16, (16, 64)
+"""Of the small Llama, and of single layers."""
 PLAIN: dict[str, Any] = {"mixer_init": "identity", "mixer_trainable": False}
-TARGETS = {"overhead_fp32": 0.12, "overhead_bf16": 0.07, "time_ratio_vs_peft_geomean": 0.85}
-TARGETS |= {"saved_bytes_ratio_vs_peft_bf16": 0.5, "moslora_vs_own_lora": 1.01}
-
 MODEL, OWN, BYTES = "llama 576 x 6", "llama 576 x 6, own LoRA", "linears of a llama block"
 SEQUENCE = 512
-"""Tokens of a sequence; 2,048 tokens are the four sequences of the yardstick's batch."""
+"""Tokens of a sequence; 2,048 tokens are four sequences."""
 
 Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """The settings of one row."""
-
-    case: str
-    """`MODEL`, `OWN`, `BYTES`, or the widths of a single linear layer."""
-    dtype: str
-    rank: int
-    tokens: int
-    dropout: float = 0.0
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """``(D_in, D_out)`` of a single layer."""
-        width_in, width_out = self.case.split("->")
-        return int(width_in), int(width_out)
-
-    @property
-    def weight(self) -> float:
-        """Estimated share of the run's time, in units of a 2048 x 2048 layer on 2048 tokens in bfloat16."""
-        if self.case == BYTES:
-            return 0.0
-        if self.case in (MODEL, OWN):
-            return self.tokens / 2**10 * (1.0 if self.case == MODEL else 2.5)
-        width_in, width_out = self.widths
-        return width_in * width_out * self.tokens / 2**33 * (1.5 if self.dtype == "fp32" else 1.0)
-
-
-class Single(nn.Module):
-    """One linear layer, for PEFT to wrap."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width_in, width_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, D_out]``."""
-        return self.proj(x)
 
 
 def llama(dtype: torch.dtype) -> LlamaModel:
@@ -108,15 +57,10 @@ def llama(dtype: torch.dtype) -> LlamaModel:
 
 
 def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: bool = True) -> nn.Module:
-    """The base with one contender's adapter in every linear layer.
+    """The base, which is changed in place, with one contender's adapter in every linear layer.
 
-    Args:
-        base: the model; changed in place.
-        kind: frozen, peft, own lora or moslora.
-        rank: R.
-        dropout: dropout on the adapter's input.
-        wide: keep the factors in float32 under a bfloat16 base, PEFT's default; this project's training loop keeps them
-            in the base's dtype, and float32 masters in the optimiser.
+    Wide factors are in float32 under a bfloat16 base, PEFT's default. This project's training loop keeps them in the
+    base's dtype, and float32 masters in the optimiser.
     """
     options: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout}
     torch.manual_seed(1)
@@ -150,74 +94,71 @@ def step(model: nn.Module, kind: str, inputs: Tensor) -> Step:
     return run
 
 
-def single_row(case: Case, rounds: int) -> dict[str, Any]:
+def single_row(name: str, widths: tuple[int, int], rank: int, tokens: int, dropout: float, rounds: int) -> Row:
     """One linear layer."""
     torch.manual_seed(2)
-    width_in, width_out = case.widths
-    inputs = torch.randn(case.tokens, width_in).to(DTYPES[case.dtype])
-    steps = {}
+    inputs, steps = torch.randn(tokens, widths[0]).to(DTYPES[name]), {}
     for kind in ("frozen", "peft", "moslora"):
         torch.manual_seed(0)
-        base = Single(width_in, width_out).to(DTYPES[case.dtype])
-        steps[kind] = step(adapt(base, kind, rank=case.rank, dropout=case.dropout), kind, inputs)
+        base = nn.Sequential(OrderedDict(proj=nn.Linear(*widths, bias=False))).to(DTYPES[name])
+        steps[kind] = step(adapt(base, kind, rank=rank, dropout=dropout), kind, inputs)
     times = interleaved(steps, rounds)
     return {
         "vs_peft": ratio(times, "moslora", "peft"),
         "vs_frozen": ratio(times, "moslora", "frozen"),
-        "flop_bound_vs_frozen": 1 + 1.5 * case.rank * (width_in + width_out) / (width_in * width_out),
+        "flop_bound_vs_frozen": 1 + 1.5 * rank * sum(widths) / math.prod(widths),
     }
 
 
-def model_row(case: Case, rounds: int) -> dict[str, Any]:
-    """The small Llama with adapters in all linear layers; this project's factors as in training, PEFT's both ways."""
+def llama_steps(name: str, tokens: int, contenders: Mapping[str, tuple[str, bool]]) -> dict[str, Step]:
+    """Steps of the small Llama for contenders, whose adapters are of a kind and wide or not."""
     torch.manual_seed(2)
-    name, rank, dtype = case.dtype, case.rank, DTYPES[case.dtype]
-    inputs = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
-    models = {kind: adapt(llama(dtype), kind, rank=rank) for kind in ("frozen", "peft")}
-    models["moslora"] = adapt(llama(dtype), "moslora", rank=rank, wide=False)
-    steps = {kind: step(model, kind, inputs) for kind, model in models.items()}
+    inputs = torch.randn(tokens // SEQUENCE, SEQUENCE, 576).to(DTYPES[name])
+    return {
+        contender: step(adapt(llama(DTYPES[name]), kind, rank=RANK, wide=wide), kind, inputs)
+        for contender, (kind, wide) in contenders.items()
+    }
+
+
+def model_row(name: str, tokens: int, rounds: int) -> Row:
+    """The small Llama with adapters in all linear layers; this project's factors as in training, PEFT's both ways."""
+    contenders = {"frozen": ("frozen", True), "peft": ("peft", True), "moslora": ("moslora", False)}
     if name == "bf16":
-        steps["peft bf16"] = step(adapt(llama(dtype), "peft", rank=rank, wide=False), "peft", inputs)
-        steps["moslora fp32"] = step(adapt(llama(dtype), "moslora", rank=rank), "moslora", inputs)
+        contenders |= {"peft bf16": ("peft", False), "moslora fp32": ("moslora", True)}
+    steps = llama_steps(name, tokens, contenders)
     times = interleaved(steps, rounds)
-    linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in llama(DTYPES[name]).modules() if isinstance(module, nn.Linear)]
     work = sum(4 * layer.in_features * layer.out_features for layer in linears)
-    extra = sum(6 * rank * (layer.in_features + layer.out_features) for layer in linears)
-    thin, _ = kernel_seconds(steps["moslora"], partial(_is_thin, rank=rank))
-    others = {kind: ratio(times, kind, "frozen") for kind in ("peft", "peft bf16", "moslora fp32") if kind in times}
+    extra = sum(6 * RANK * (layer.in_features + layer.out_features) for layer in linears)
+    thin, _ = kernel_seconds(steps["moslora"], _is_thin)
     return {
         "vs_peft": ratio(times, "moslora", "peft"),
         "vs_frozen": ratio(times, "moslora", "frozen"),
-        "others_vs_frozen": others,
+        "others_vs_frozen": {kind: ratio(times, kind, "frozen") for kind in times if kind not in ("frozen", "moslora")},
         "flop_bound_vs_frozen": 1 + extra / work,
         "products_vs_frozen": 1 + thin / statistics.median(times["frozen"]),
     }
 
 
-def _is_thin(name: str, shapes: list[list[int]], *, rank: int) -> bool:
+def _is_thin(name: str, shapes: list[list[int]]) -> bool:
     """Whether an operator is a product with a factor of an adapter, or with up to three stacked factors."""
-    return name in PRODUCTS and min(size for shape in shapes for size in shape) <= 3 * rank
+    return name in PRODUCTS and min(size for shape in shapes for size in shape) <= 3 * RANK
 
 
-def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
+def own_lora_row(name: str, rounds: int) -> Row:
     """The small Llama with and without mixers under the same kernel."""
-    torch.manual_seed(2)
-    dtype = DTYPES[case.dtype]
-    inputs = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
-    kinds = ("own lora", "moslora")
-    models = {kind: adapt(llama(dtype), kind, rank=case.rank, wide=False) for kind in kinds}
-    steps = {kind: step(model, kind, inputs) for kind, model in models.items()}
+    steps = llama_steps(name, SEQUENCE, {kind: (kind, False) for kind in ("own lora", "moslora")})
     return {"vs_own_lora": ratio(interleaved(steps, rounds), "moslora", "own lora")}
 
 
-def saved_row(case: Case, rounds: int) -> dict[str, Any]:
+def saved_row() -> Row:
     """Bytes that the linear layers of one Llama block save for the backward pass, counted once per storage."""
-    saved = {kind: _saved_bytes(kind, case.tokens) for kind in ("peft", "moslora")}
+    saved = {kind: _saved_bytes(kind, SEQUENCE) for kind in ("peft", "moslora")}
     return {"saved_bytes": saved, "saved_ratio": saved["moslora"] / saved["peft"]}
 
 
 def _saved_bytes(kind: str, tokens: int) -> int:
-    model = adapt(llama(torch.bfloat16), kind, rank=16)
+    model = adapt(llama(torch.bfloat16), kind, rank=RANK)
     block = model.base_model.model.layers[0]
     hidden, inner = (torch.randn(1, tokens, width).bfloat16().requires_grad_() for width in (576, 1536))
     attended = torch.randn_like(hidden).requires_grad_()
@@ -225,49 +166,31 @@ def _saved_bytes(kind: str, tokens: int) -> int:
     attention, mlp = block.self_attn, block.mlp
     uses = [(attention.q_proj, hidden), (attention.k_proj, hidden), (attention.v_proj, hidden)]
     uses += [(attention.o_proj, attended), (mlp.gate_proj, normed), (mlp.up_proj, normed), (mlp.down_proj, inner)]
-    return saved_by(model, lambda: [layer(x) for layer, x in uses])
+    return kept_bytes(lambda: [layer(x) for layer, x in uses], model)
 
 
-def cases(tokens: tuple[int, ...]) -> list[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     """All rows; models before single layers."""
-    whole = [
-        *(Case(MODEL, dtype, 16, count) for count in tokens for dtype in DTYPES),
-        *(Case(OWN, dtype, 16, SEQUENCE) for dtype in DTYPES),
-        Case(BYTES, "bf16", 16, SEQUENCE),
-    ]
-    singles = [
-        Case(f"{width_in}->{width_out}", dtype, rank, count, dropout)
-        for dtype, (width_in, width_out), rank, count, dropout in itertools.product(
-            DTYPES, SHAPES, RANKS, tokens, (0.0, 0.05)
-        )
-    ]
-    return [*whole, *singles]
+    sizes, rounds = (SEQUENCE,) if options.quick else (SEQUENCE, 2048), options.rounds
+
+    def case(what: str, dtype: str, measure: Callable[[], Row], *, rank: int = RANK, tokens: int = SEQUENCE, **more):
+        names = {"case": what, "dtype": dtype, "rank": rank, "tokens": tokens, "dropout": 0.0}
+        return Case(names=names | more, measure=measure)
+
+    for tokens, name in itertools.product(sizes, DTYPES):
+        yield case(MODEL, name, partial(model_row, name, tokens, rounds), tokens=tokens)
+    for name in DTYPES:
+        yield case(OWN, name, partial(own_lora_row, name, rounds))
+    yield case(BYTES, "bf16", saved_row)
+    for name, widths, rank, tokens, dropout in itertools.product(DTYPES, SHAPES, RANKS, sizes, (0.0, 0.05)):
+        measure = partial(single_row, name, widths, rank, tokens, dropout, rounds)
+        what = f"{widths[0]}->{widths[1]}"
+        yield case(what, name, measure, rank=rank, tokens=tokens, dropout=dropout)
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """One row."""
-    kinds: dict[str, Callable[[Case, int], dict[str, Any]]] = {MODEL: model_row, OWN: own_lora_row, BYTES: saved_row}
-    return asdict(case) | kinds.get(case.case, single_row)(case, rounds)
-
-
-def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
-    """Measure the missing rows; returns the rows in the order of `wanted`."""
-    share = 100 / sum(case.weight for case in wanted)
-    measured = {case: row for case in wanted if (row := rows.find(**asdict(case))) is not None}
-    ready = sum(case.weight for case in measured) * share
-    with Progress("adapters", 100, unit="part", initial=round(ready)) as progress:
-        for case in wanted:
-            if case in measured:
-                continue
-            measured[case] = rows.add(measure(case, rounds))
-            ready += case.weight * share
-            progress.update(round(ready), f"{case.case} {case.dtype} r {case.rank}, {case.tokens} tokens")
-    return [measured[case] for case in wanted]
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rows: list[Row]) -> dict[str, float]:
     """The summary under stable keys."""
-    # The yardstick's batch, which with --quick is the only one.
+    # The larger batch, which with --quick is the only one.
     models = {row["dtype"]: row for row in sorted(rows, key=lambda row: row["tokens"]) if row["case"] == MODEL}
     singles = [row["vs_peft"] for row in rows if "->" in row["case"]]
     return {
@@ -279,44 +202,25 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
-    """Print the table."""
-    print(f"{'case':26} dtype rank tokens drop   vs PEFT  vs frozen  FLOP bound  products")
-    for row in rows:
-        if "vs_peft" in row:
-            print(
-                f"{row['case']:26} {row['dtype']:5} {row['rank']:4} {row['tokens']:6} {row['dropout']:4}   "
-                f"{row['vs_peft']:7.3f}  {row['vs_frozen']:9.3f}  {row['flop_bound_vs_frozen']:10.3f}"
-                + (f"  {row['products_vs_frozen']:8.3f}" if "products_vs_frozen" in row else "")
-            )
-    for key, value in summary.items():
-        print(f"{key:32} {value:7.3f}   target <= {TARGETS[key]}")
+def lines(row: Row) -> Iterator[dict[str, str]]:
+    """Ratios of times; the summary has the others."""
+    if "vs_peft" in row:
+        yield {
+            "case": row["case"], "dtype": row["dtype"], "rank": str(row["rank"]), "tokens": str(row["tokens"]),
+            "dropout": str(row["dropout"]), "over PEFT": f"{row['vs_peft']:.3f}",
+            "over frozen": f"{row['vs_frozen']:.3f}", "FLOP bound": f"{row['flop_bound_vs_frozen']:.3f}",
+            "products": f"{row['products_vs_frozen']:.3f}" if "products_vs_frozen" in row else "",
+        }  # fmt: skip
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--quick", action="store_true", help="512 tokens only, 3 rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
-    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
-    options = parser.parse_args()
-    output = results_alone() if options.json else sys.stdout
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    rounds = options.rounds or (3 if options.quick else 5)
-    opening = head("adapters", "peft")
-    stored = Rows(options.rows, settings_of(opening, rounds=rounds))
-    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, stored)
-    summary = summarise(rows)
-    if options.json:
-        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
-    else:
-        show(rows, summary)
-    return 0
-
+BENCHMARK = Benchmark(
+    name="adapters", about=__doc__, cases=cases, lines=lines, summarise=summarise,
+    targets={
+        "overhead_fp32": "<= 0.12", "overhead_bf16": "<= 0.07", "time_ratio_vs_peft_geomean": "<= 0.85",
+        "saved_bytes_ratio_vs_peft_bf16": "<= 0.5", "moslora_vs_own_lora": "<= 1.01",
+    },
+    packages=("peft",), quick="512 tokens only", keeps_memory=True,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

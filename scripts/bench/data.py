@@ -17,32 +17,27 @@ import argparse
 import functools
 import importlib.resources
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import numpy as np
 import torch
-from json_output import results_alone
-from measuring import head
+from harness import Benchmark, Case, Row, interleaved, ratio
 from PIL import Image
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.epoch_order import fill_rate, pack
+from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 
@@ -112,28 +107,27 @@ def open_file(code: str, path: Path) -> tuple[int, float, float]:
     return int(done[0]), float(done[1]), float(done[2])
 
 
-def measure_opening(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure_opening(rounds: int) -> Row:
     """This project's reader and `json.load` on one file, interleaved."""
+    runs: dict[str, list[tuple[int, float, float]]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.json"
         write_large(path)
         size = path.stat().st_size / 2**20
-        runs_of: dict[str, list[tuple[int, float, float]]] = {"ours": [], "peer": []}
         for _ in range(rounds):
-            runs_of["ours"].append(open_file(OPEN_OURS, path))
-            runs_of["peer"].append(open_file(OPEN_PEER, path))
-    rows = []
-    for who, runs in runs_of.items():
-        assert {run[0] for run in runs} == {ROWS}
-        rows.append({
-            "what": f"open {ROWS} records ({size:.0f} MiB), {who}",
-            "seconds": statistics.median(run[1] for run in runs), "peak_mib": max(run[2] for run in runs),
-        })  # fmt: skip
-    summary = {
-        "open_665k_seconds": rows[0]["seconds"], "open_665k_peak_mib": rows[0]["peak_mib"],
-        "open_665k_seconds_peer": rows[1]["seconds"], "open_665k_peak_mib_peer": rows[1]["peak_mib"],
+            runs["ours"].append(open_file(OPEN_OURS, path))
+            runs["peer"].append(open_file(OPEN_PEER, path))
+    assert {count for run in runs.values() for count, *_ in run} == {ROWS}
+    seconds = {who: statistics.median(run[1] for run in opened) for who, opened in runs.items()}
+    peaks = {who: max(run[2] for run in opened) for who, opened in runs.items()}
+    what = f"open {ROWS} records ({size:.0f} MiB)"
+    return {
+        "table": [{"what": f"{what}, {who}", "seconds": seconds[who], "peak_mib": peaks[who]} for who in runs],
+        "summary": {
+            "open_665k_seconds": seconds["ours"], "open_665k_peak_mib": peaks["ours"],
+            "open_665k_seconds_peer": seconds["peer"], "open_665k_peak_mib_peer": peaks["peer"],
+        },
     }  # fmt: skip
-    return rows, summary
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -220,7 +214,7 @@ class LazyPeer:
         return ids
 
 
-def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure_samples(count: int, rounds: int) -> Row:
     """Samples per CPU second of this project and of the peer, on the same files."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -244,55 +238,44 @@ def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict
         )
         encoder = ConversationEncoder(own, image_token_id=token, tokens_per_image=VISUAL_TOKENS)
         source = SourceConfig(path=str(path), image_folder=name)
+        lazy = LazyPeer(path, folder, CLIPImageProcessorPil(**size))
         sets: dict[str, Callable[[int], Any]] = {
             "ours": TrainingSet([source], encoder, image_processing, config=DataConfig(max_length=4096)).load,
             "ours, token cache": TrainingSet(
                 [source], encoder, image_processing, config=DataConfig(max_length=4096, cache=str(folder / "cache"))
             ).load,
-            "peer": LazyPeer(path, folder, CLIPImageProcessorPil(**size)).__getitem__,
+            "peer": lazy.__getitem__,
         }
         check_equal(sets["ours"], sets["peer"], count, token)
-        seconds: dict[str, list[float]] = {who: [] for who in sets}
-        names = list(sets)
-        for turn in range(rounds):
-            for who in names[turn % len(names) :] + names[: turn % len(names)]:
-                began = time.process_time()
-                for number in range(count):
-                    sets[who](number)
-                seconds[who].append((time.process_time() - began) / count)
-        text_seconds = text_alone(encoder, sets["peer"], source, rows, rounds)
-    table = [{"what": f"a sample, {who}", "seconds": statistics.median(values)} for who, values in seconds.items()]
-    table += [{"what": f"text of a sample, {who}", "seconds": value} for who, value in text_seconds.items()]
-    ratios = [peer / ours for peer, ours in zip(seconds["peer"], seconds["ours"], strict=True)]
-    cached = [peer / ours for peer, ours in zip(seconds["peer"], seconds["ours, token cache"], strict=True)]
-    return table, {
-        "samples_per_second": 1 / statistics.median(seconds["ours"]),
-        "samples_per_second_peer": 1 / statistics.median(seconds["peer"]),
-        "sample_speedup_vs_llava": statistics.median(ratios),
-        "sample_speedup_vs_llava_cached": statistics.median(cached),
-        "text_speedup_vs_llava": text_seconds["peer"] / text_seconds["ours"],
+        file, records = open_source(source), range(count)
+        texts: dict[str, Callable[[int], Any]] = {
+            "ours": lambda number: encoder.encode(file[number].turns),
+            "peer": lambda number: lazy._tokens(rows[number]["conversations"], has_image="image" in rows[number]),
+        }
+        times, text_times = (
+            interleaved({who: partial(_each, load, records) for who, load in work.items()}, rounds)
+            for work in (sets, texts)
+        )
+    table = [
+        {"what": f"{what}, {who}", "seconds": statistics.median(spent) / count}
+        for what, timed in (("a sample", times), ("text of a sample", text_times))
+        for who, spent in timed.items()
+    ]
+    return {
+        "table": table,
+        "summary": {
+            "samples_per_second": count / statistics.median(times["ours"]),
+            "samples_per_second_peer": count / statistics.median(times["peer"]),
+            "sample_speedup_vs_llava": ratio(times, "peer", "ours"),
+            "sample_speedup_vs_llava_cached": ratio(times, "peer", "ours, token cache"),
+            "text_speedup_vs_llava": ratio(text_times, "peer", "ours"),
+        },
     }
 
 
-def text_alone(
-    encoder: ConversationEncoder, peer: Any, source: SourceConfig, rows: list[Any], rounds: int
-) -> dict[str, float]:
-    """CPU seconds per sample of records and tokens without pictures."""
-    from mm_moslora.data.sources.open_sources import open_source
-
-    file, lazy = open_source(source), peer.__self__
-    work: dict[str, Callable[[int], Any]] = {
-        "ours": lambda number: encoder.encode(file[number].turns),
-        "peer": lambda number: lazy._tokens(rows[number]["conversations"], has_image="image" in rows[number]),
-    }
-    seconds: dict[str, list[float]] = {who: [] for who in work}
-    for turn in range(rounds):
-        for who in list(work)[:: 1 if turn % 2 else -1]:
-            began = time.process_time()
-            for number in range(len(rows)):
-                work[who](number)
-            seconds[who].append((time.process_time() - began) / len(rows))
-    return {who: statistics.median(values) for who, values in seconds.items()}
+def _each(load: Callable[[int], Any], numbers: range) -> None:
+    for number in numbers:
+        load(number)
 
 
 def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: int, token: int) -> None:
@@ -312,7 +295,7 @@ def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: i
         assert supervised == other["labels"][other["labels"] != -100].tolist(), f"labels of record {number} differ"
 
 
-def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure_packing() -> Row:
     """Fill of packed rows for lengths distributed like LLaVA-665k's, against padding within LLaVA's grouped batches.
 
     94 % of the records have a picture of 576 tokens. Texts are log-normal (median 148 tokens, sigma 0.75) plus the 40
@@ -336,7 +319,7 @@ def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows.append({"what": "20,000 of them in rows of 2048", "share": filled})
     rows.append({"what": "the same, a bound that no packing exceeds", "share": fill_bound(few, tokens=2048)})
     summary |= {"packing_fill_rate_2048": rows[-2]["share"], "packing_fill_bound_2048": rows[-1]["share"]}
-    return rows, summary
+    return {"table": rows, "summary": summary}
 
 
 def fill_bound(lengths: list[int], *, tokens: int, grain: int = 4) -> float:
@@ -375,37 +358,31 @@ def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.nd
     return best, last
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=96)
-    options = parser.parse_args()
-    output = results_alone() if options.json else sys.stdout
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    summary: dict[str, float] = {}
-    for part in (
-        lambda: measure_opening(options.rounds),
-        lambda: measure_samples(options.samples, options.rounds),
-        measure_packing,
-    ):
-        more, keys = part()
-        rows, summary = rows + more, summary | keys
-    if options.json:
-        opening = head("data", "transformers", "pillow", "numpy")
-        print(json.dumps(opening | {"rows": rows, "summary": summary}), file=output)
-        return 0
-    for row in rows:
-        shown = [f"{row['seconds']:.4f} s"] if "seconds" in row else []
-        shown += [f"{row['peak_mib']:.0f} MiB"] if "peak_mib" in row else []
-        shown += [f"{row['share']:.1%}"] if "share" in row else []
-        print(f"{row['what']:56} {'  '.join(shown)}")
-    for name, value in summary.items():
-        print(f"{name:40} {value:.4g}")
-    return 0
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The three parts."""
+    parts: dict[str, Callable[[], Row]] = {
+        "opening": partial(measure_opening, options.rounds),
+        "samples": partial(measure_samples, options.samples, options.rounds),
+        "packing": measure_packing,
+    }
+    return [Case(names={"part": name}, measure=measure) for name, measure in parts.items()]
 
+
+def lines(row: Row) -> Iterator[dict[str, str]]:
+    """Figures of a part."""
+    for one in row["table"]:
+        yield {
+            "": one["what"], "CPU s": f"{one['seconds']:.4f}" if "seconds" in one else "",
+            "peak MiB": f"{one['peak_mib']:.0f}" if "peak_mib" in one else "",
+            "share": f"{one['share']:.1%}" if "share" in one else "",
+        }  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    name="data", about=__doc__, cases=cases, lines=lines, packages=("transformers", "pillow", "numpy"),
+    summarise=lambda rows: {name: figure for row in rows for name, figure in row["summary"].items()},
+    add_options=lambda parser: parser.add_argument("--samples", type=int, default=96),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

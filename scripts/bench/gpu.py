@@ -46,19 +46,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from gpu_contenders import BY_NAME, CONTENDERS, Contender
+from contenders import BY_NAME, CONTENDERS, Contender
 from gpu_table import PREDICTIONS, table
-from parent import end_with_parent
+from harness import ROOT, Row, Rows, end_with_parent, read_rows, version_of
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from mm_moslora.utils.hardware import hardware  # noqa: E402  (needs the path)
-from mm_moslora.utils.identity import sha256_of_bytes  # noqa: E402
+from mm_moslora.utils.hardware import hardware
+from mm_moslora.utils.identity import sha256_of_bytes
 
 logger = logging.getLogger("gpu")
 LIMIT = 60.0
@@ -110,18 +105,11 @@ def sources() -> str:
 
 def measuring() -> str:
     """A hash of the files that build a contender and measure it."""
-    return digest_of(path for path in Path(__file__).parent.glob("gpu_*.py") if path.name != "gpu_table.py")
+    names = ("contenders", "gpu_batches", "gpu_decode", "gpu_measure", "llava_models")
+    return digest_of(Path(__file__).with_name(f"{name}.py") for name in names)
 
 
-def version_of(package: str) -> str | None:
-    """The installed version; None: not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def key_of(contender: Contender, shape: str, card: str) -> dict[str, Any]:
+def key_of(contender: Contender, shape: str, card: str) -> Row:
     """What a row is found by."""
     versions = {package: version_of(package) for package in contender.packages} | {"benchmark": measuring()}
     if contender.runs_sources:
@@ -129,47 +117,14 @@ def key_of(contender: Contender, shape: str, card: str) -> dict[str, Any]:
     return {"shape": shape, "contender": contender.name, "card": card, "versions": versions}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file; a last line that was not finished is left out.
-
-    Raises:
-        SystemExit: the file holds something else.
-    """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    try:
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise SystemExit(f"{path} holds no rows of this script ({error}). Name another file.") from error
-    if any(not isinstance(row, dict) or not {*KEY} <= row.keys() for row in rows):
-        raise SystemExit(f"{path} holds no rows of this script. Name another file.")
-    return rows
+def last_row(rows: Rows, key: Row) -> Row | None:
+    """The last row with a key; None: there is none but that of a contender that was killed once."""
+    found = rows.find(key)
+    once = len(found) == 1 and found[0].get("killed")
+    return found[-1] if found and not once else None
 
 
-class RowFile:
-    """The rows of a file, which grows as contenders end."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.rows = [] if path is None else read_rows(path)
-        if path is not None and path.is_file():  # without a line that was not finished
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The last row with a key; None: there is none but that of a contender that was killed once."""
-        rows = [row for row in self.rows if all(row[name] == key[name] for name in KEY)]
-        once = len(rows) == 1 and rows[0].get("killed")
-        return rows[-1] if rows and not once else None
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write a row; it takes the place of an earlier one with its key in the table."""
-        self.rows.append(row)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-
-
-def measure(contender: Contender, shape: str, device: str, seconds: float) -> dict[str, Any]:
+def measure(contender: Contender, shape: str, device: str, seconds: float) -> Row:
     """Run a contender's process; its figures, or its error."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -179,8 +134,10 @@ def measure(contender: Contender, shape: str, device: str, seconds: float) -> di
             "--device", device, "--until", str(started + seconds), "--row", str(row),
         ]  # fmt: skip
         with log.open("w") as stream:
-            hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # this project takes a GPU that it sees
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=os.environ | hidden)
+            environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # lengths vary
+            if device == "cpu":  # this project takes a GPU that it sees
+                environment["CUDA_VISIBLE_DEVICES"] = ""
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environment)
             try:
                 code = process.wait(timeout=seconds + GRACE)
             except subprocess.TimeoutExpired:
@@ -197,13 +154,13 @@ def measure(contender: Contender, shape: str, device: str, seconds: float) -> di
             return error | {"killed": code is None} | spent
 
 
-def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace, started: float) -> int:
+def run(wanted: Sequence[Contender], rows: Rows, options: argparse.Namespace, started: float) -> int:
     """Measure what is missing while there is time; returns the number of contenders that are left."""
     card = card_of(options.device)
     keys = {contender.name: key_of(contender, options.shape, card) for contender in wanted}
 
     def is_missing(contender: Contender) -> bool:
-        row = rows.find(keys[contender.name])
+        row = last_row(rows, keys[contender.name])
         return row is None or (options.retry and "error" in row)
 
     missing = [contender for contender in wanted if is_missing(contender)]
@@ -215,7 +172,7 @@ def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace,
             logger.info("%d contenders are left; the same command goes on with them.", len(missing) - number)
             return len(missing) - number
         if contender.needs and version_of(contender.needs) is None:
-            row: dict[str, Any] = {"left_out": f"{contender.needs} is not installed", "process_seconds": 0.0}
+            row: Row = {"left_out": f"{contender.needs} is not installed", "process_seconds": 0.0}
         else:
             limit = LIMIT if rows.rows else 2 * LIMIT
             row = measure(contender, options.shape, options.device, max(1.0, min(limit, left - 10.0)))
@@ -233,7 +190,7 @@ def run(wanted: Sequence[Contender], rows: RowFile, options: argparse.Namespace,
     return again
 
 
-def words(row: dict[str, Any]) -> str:
+def words(row: Row) -> str:
     """A row in a few words."""
     if "error" in row:
         return f"failed ({row['error']})"
@@ -260,14 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table is not None:
         if not options.table.is_file():
             parser.error(f"{options.table} does not exist.")
-        print(table(read_rows(options.table), options.predictions))
+        print(table(read_rows(options.table, *KEY), options.predictions))
         return 0
     if options.device == "cpu" and options.shape != "tiny":
         parser.error("--device cpu takes --shape tiny; the others are for GPUs.")
     started = time.monotonic()
     end_with_parent()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    rows = RowFile(options.out)
+    rows = Rows(options.out, *KEY)
     wanted = [BY_NAME[name] for name in options.only] if options.only else CONTENDERS
     try:
         left = run(wanted, rows, options, started)

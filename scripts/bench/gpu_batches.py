@@ -1,39 +1,65 @@
-"""Shapes and batches of the GPU benchmark (`gpu.py`).
-
-Shapes: ``G`` conversations of a batch, ``T`` tokens of the longest.
-"""
+"""Shapes, batches and the clock of the GPU benchmark (`gpu.py`)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from llava_models import Shape, examples, visual_tokens
 
-from mm_moslora.batch import IGNORED, Example, ProcessedImage
+from mm_moslora.batch import Example
 
-WITH_PICTURE = 0.939
-"""Share of conversations with a picture in LLaVA's 665k mix; the others are texts."""
+T = TypeVar("T")
+WITH_IMAGE = 0.939
+"""Share of conversations with an image in LLaVA's 665k mix; the others are texts."""
 SUPERVISED = 0.45
 """Share of the text that is supervised; assumed."""
+WARM_UP, STEPS = 3, 10
+"""Steps before the measured ones, and measured steps."""
+
+
+class Clock:
+    """Times work on a device, and knows when this process should end."""
+
+    def __init__(self, device: torch.device, deadline: float) -> None:
+        self.device = device
+        self.deadline = deadline
+        """On `time.monotonic`, which all processes of a machine share."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time of this process is over."""
+        return time.monotonic() > self.deadline
+
+    def timed(self, work: Callable[[], T]) -> tuple[float, T]:
+        """Seconds on the device, the host's waits included, and the result."""
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            result = work()
+            return time.perf_counter() - start, result
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        result = work()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e3, result
+
+    def median(self, work: Callable[[], Any], *, warm_up: int = WARM_UP, steps: int = STEPS) -> float:
+        """Median seconds of repeated work."""
+        times = [self.timed(work)[0] for _ in range(warm_up + steps)]
+        return statistics.median(times[warm_up:])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class GpuShape(Shape):
     """Sizes of a model and of its batches."""
 
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    vision: tuple[int, int, int, int] = (1024, 4096, 24, 16)
-    """Width, MLP width, layers and heads of the CLIP tower; the default is CLIP-L."""
-    pixels: int = 336
-    rank: int = 128
     conversations: int = 50
     """Of the three rotating batches together."""
     longest: int = 2048
@@ -43,17 +69,12 @@ class Shape:
     new_tokens: int = 128
     """Decoded tokens per prompt."""
 
-    @property
-    def image_tokens(self) -> int:
-        """Visual tokens of a picture."""
-        return (self.pixels // 14) ** 2
-
 
 SHAPES = {
-    "llava-1.5-7b": Shape(width=4096, inner=11008, layers=32, heads=32, kv_heads=32, vocabulary=32_000),
-    "3b": Shape(width=3072, inner=8192, layers=28, heads=24, kv_heads=8, vocabulary=128_256),
-    "1b": Shape(width=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocabulary=128_256),
-    "tiny": Shape(
+    "llava-1.5-7b": GpuShape(width=4096, inner=11008, layers=32, heads=32, kv_heads=32, vocabulary=32_000),
+    "3b": GpuShape(width=3072, inner=8192, layers=28, heads=24, kv_heads=8, vocabulary=128_256),
+    "1b": GpuShape(width=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocabulary=128_256),
+    "tiny": GpuShape(
         width=64, inner=160, layers=2, heads=4, kv_heads=2, vocabulary=300, vision=(32, 64, 2, 2), pixels=28, rank=8,
         conversations=6, longest=64, text_scale=0.06, new_tokens=4,
     ),
@@ -61,7 +82,7 @@ SHAPES = {
 """3b and 1b have the language models of Llama 3.2, and `tiny` is for CPUs."""
 
 
-def lengths_of(shape: Shape) -> list[list[int]]:
+def lengths_of(shape: GpuShape) -> list[list[int]]:
     """Tokens of the conversations of three batches of about equal sums, each with conversations of similar lengths.
 
     Texts are log-normal like those of LLaVA's 665k mix (mean 297 tokens). Grouping by length is LLaVA's order, so
@@ -71,8 +92,8 @@ def lengths_of(shape: Shape) -> list[list[int]]:
     lengths = []
     for _ in range(shape.conversations):
         text = max(8, round(min(1472, rng.lognormvariate(5.45, 0.7)) * shape.text_scale))
-        picture = shape.image_tokens if rng.random() < WITH_PICTURE else 0
-        lengths.append(min(shape.longest, text + picture))
+        image = shape.image_tokens if rng.random() < WITH_IMAGE else 0
+        lengths.append(min(shape.longest, text + image))
     lengths.sort()
     batches: list[list[int]] = [[], [], []]
     reached, whole = 0, sum(lengths)
@@ -82,26 +103,16 @@ def lengths_of(shape: Shape) -> list[list[int]]:
     return batches
 
 
-def examples(shape: Shape, lengths: Sequence[int], *, seed: int) -> list[Example]:
-    """Conversations with one picture each, where it has room, and random text."""
-    generator = torch.Generator().manual_seed(seed)
-    conversations = []
-    for number, length in enumerate(lengths):
-        ids = torch.randint(3, shape.vocabulary - 1, (length,), generator=generator)
-        visual = shape.image_tokens if length >= shape.image_tokens + 8 else 0
-        ids[4 : 4 + visual] = shape.vocabulary - 1
-        supervised = torch.zeros(length, dtype=torch.bool)
-        supervised[length - max(1, round((length - visual) * SUPERVISED)) :] = True
-        pixels = torch.randn(1, 3, shape.pixels, shape.pixels, generator=generator)
-        pictures = [ProcessedImage(tensors={"pixel_values": pixels})] if visual else []
-        conversations.append(Example(id=str(number), input_ids=ids, supervised=supervised, pictures=pictures))
-    return conversations
+def conversations_of(shape: GpuShape, lengths: Sequence[int], *, seed: int) -> list[Example]:
+    """Conversations of these lengths, of whose text a share is supervised."""
+    texts = [length - visual_tokens(shape, length) for length in lengths]
+    return examples(shape, lengths, [max(1, round(text * SUPERVISED)) for text in texts], seed=seed)
 
 
-def batches_of(shape: Shape) -> tuple[list[list[Example]], list[Example]]:
+def batches_of(shape: GpuShape) -> tuple[list[list[Example]], list[Example]]:
     """The three rotating batches, and a full one: eight conversations of the longest length."""
-    rotating = [examples(shape, lengths, seed=seed) for seed, lengths in enumerate(lengths_of(shape))]
-    return rotating, examples(shape, [shape.longest] * 8, seed=3)
+    rotating = [conversations_of(shape, lengths, seed=seed) for seed, lengths in enumerate(lengths_of(shape))]
+    return rotating, conversations_of(shape, [shape.longest] * 8, seed=3)
 
 
 def split(items: Sequence[Example], parts: int) -> list[list[Example]]:
@@ -110,16 +121,3 @@ def split(items: Sequence[Example], parts: int) -> list[list[Example]]:
     for item in sorted(items, key=lambda item: -item.length):
         min(groups, key=lambda group: sum(item.length for item in group)).append(item)
     return groups
-
-
-def padded(items: Sequence[Example], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A Hugging Face collator's batch: ``[G, T]`` ids, labels and mask, padded on the right, and all pictures."""
-    rows = {"input_ids": [item.input_ids for item in items], "labels": [item.labels for item in items]}
-    rows["attention_mask"] = [torch.ones(item.length, dtype=torch.long) for item in items]
-    fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
-    made = {
-        name: nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill[name]).to(device)
-        for name, values in rows.items()
-    }
-    pictures = [picture.tensors["pixel_values"] for item in items for picture in item.pictures]
-    return made | ({"pixel_values": torch.cat(pictures).to(device, dtype)} if pictures else {})

@@ -1,7 +1,7 @@
 """Greedy decoding of the GPU benchmark (`gpu.py`): this project's, transformers' and vLLM's, 1, 8 and 32 prompts.
 
-A prompt is a picture and 64 words, the same number for all, so no row is padded. The model has no adapters, as after a
-merge. Times include the pictures and the prompts. vLLM gets as many words in place of the picture, since it would want
+A prompt is an image and 64 words, the same number for all, so no row is padded. The model has no adapters, as after a
+merge. Times include the images and the prompts. vLLM gets as many words in place of the image, since it would want
 a processor for it, and its own random weights.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_batches import Shape, examples, padded
-from gpu_clock import Clock
-from gpu_contenders import Contender
-from gpu_models import base
+from contenders import Contender
+from gpu_batches import Clock, GpuShape, conversations_of
+from llava_models import base, padded, without_end
 from torch import Tensor
 
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate
@@ -27,9 +26,9 @@ Decode = Callable[[dict[str, Tensor], int], list[list[int]]]
 """New tokens of each row of a padded batch, for a number of new tokens."""
 
 
-def by_ours(shape: Shape, device: torch.device) -> Decode:
+def by_ours(shape: GpuShape, device: torch.device) -> Decode:
     """`mm_moslora.models.decoding.generation`, as evaluation and serving use it."""
-    model = base(shape, device).eval()
+    model = without_end(base(shape, device, torch.bfloat16))
 
     def decode(batch: dict[str, Tensor], count: int) -> list[list[int]]:
         features = encode_images(model, batch["pixel_values"])
@@ -40,26 +39,24 @@ def by_ours(shape: Shape, device: torch.device) -> Decode:
     return decode
 
 
-def by_transformers(shape: Shape, device: torch.device) -> Decode:
+def by_transformers(shape: GpuShape, device: torch.device) -> Decode:
     """`generate` of transformers with its default cache and attention."""
-    model: Any = base(shape, device).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model: Any = without_end(base(shape, device, torch.bfloat16))
 
     @torch.inference_mode()
     def decode(batch: dict[str, Tensor], count: int) -> list[list[int]]:
         given = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = model.generate(**given, max_new_tokens=count, do_sample=False)
-        return output[:, given["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+        return output[:, given["input_ids"].shape[1] :].tolist()
 
     return decode
 
 
-def by_vllm(shape: Shape, device: torch.device) -> Decode:
+def by_vllm(shape: GpuShape, device: torch.device) -> Decode:
     """vLLM's offline engine on the language model alone."""
     from vllm import LLM, SamplingParams
 
-    config = base(shape, torch.device("meta")).config.get_text_config()
+    config = base(shape, torch.device("meta"), torch.bfloat16).config.get_text_config()
     config.architectures = ["LlamaForCausalLM"]
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -77,22 +74,23 @@ def by_vllm(shape: Shape, device: torch.device) -> Decode:
     return decode
 
 
-MAKERS: dict[str, Callable[[Shape, torch.device], Decode]] = {
+MAKERS: dict[str, Callable[[GpuShape, torch.device], Decode]] = {
     "decode-ours": by_ours, "decode-transformers": by_transformers, "decode-vllm": by_vllm,
 }  # fmt: skip
 
 
-def decoding_row(contender: Contender, shape: Shape, clock: Clock) -> dict[str, Any]:
+def decoding_row(contender: Contender, shape: GpuShape, clock: Clock) -> dict[str, Any]:
     """Tokens per second and seconds to the first token for every batch that there is time for."""
     decode = MAKERS[contender.kind](shape, clock.device)
+    layout = base(shape, torch.device("meta"))
     words = max(8, round(WORDS * shape.text_scale))
     found: dict[str, Any] = {}
     for size in BATCHES:
         if clock.is_over:
             found[str(size)] = {"error": "no time left"}
             continue
-        items = examples(shape, [shape.image_tokens + words] * size, seed=4)
-        batch = padded(items, clock.device, torch.bfloat16)
+        items = conversations_of(shape, [shape.image_tokens + words] * size, seed=4)
+        batch = padded(layout, items, clock.device, torch.bfloat16)
         first = clock.median(lambda batch=batch: decode(batch, 1), warm_up=1, steps=3)
         times, answers = [], [[0]]
         while len(times) < 3 and not (times and clock.is_over):

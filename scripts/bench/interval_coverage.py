@@ -12,15 +12,14 @@ that share. The intervals are those of `mm_moslora_eval.scoring.measured_scores`
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-from json_output import results_alone
+from harness import Benchmark, Case, Row
 from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
@@ -127,7 +126,7 @@ def worlds() -> Iterator[World]:
                 aggregation="mmstar_macro", categories=4)  # fmt: skip
 
 
-def row(world: World, *, runs: int, seed: int = 0) -> dict[str, Any]:
+def row(world: World, *, runs: int, seed: int = 0) -> Row:
     """Coverage and mean width of one row's intervals."""
     generator, truth = np.random.default_rng(seed), world.truth()
     covered, widths, points = [], [], 0
@@ -138,25 +137,23 @@ def row(world: World, *, runs: int, seed: int = 0) -> dict[str, Any]:
         covered.append(low <= truth <= high)
         widths.append(high - low)
         points += high - low <= 0
-    return {"row": world.name, "held": fmean(covered), "width": fmean(widths), "no_width": points}
+    return {"held": fmean(covered), "width": fmean(widths), "no_width": points}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=1500, help="draws per row")
-    parser.add_argument("--json", action="store_true", help="one object on stdout")
-    options = parser.parse_args(arguments)
-    output, rows = results_alone() if options.json else sys.stdout, []
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """A row for each world."""
     for world in worlds():
-        rows.append(row(world, runs=options.runs))
-        if not options.json:
-            print(f"{rows[-1]['row']:44}  held {rows[-1]['held']:6.1%}  mean width {rows[-1]['width']:.3g}")
-    if options.json:
-        summary = {"least": min(one["held"] for one in rows), "no_width": sum(one["no_width"] for one in rows)}
-        report = {"benchmark": "interval_coverage", "runs": options.runs, "rows": rows, "summary": summary}
-        print(json.dumps(report), file=output, flush=True)
+        yield Case(names={"row": world.name}, measure=partial(row, world, runs=options.runs))
 
+
+BENCHMARK = Benchmark(
+    name="interval_coverage", about=__doc__, cases=cases, rounds=None,
+    lines=lambda row: [{"": row["row"], "held": f"{row['held']:.1%}", "mean width": f"{row['width']:.3g}"}],
+    summarise=lambda rows: {
+        "least": min(row["held"] for row in rows), "no_width": sum(row["no_width"] for row in rows)
+    },
+    add_options=lambda parser: parser.add_argument("--runs", type=int, default=1500, help="draws per row"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    sys.exit(BENCHMARK.main())

@@ -25,29 +25,21 @@ Contenders:
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
-import os
 import statistics
 import sys
 import tempfile
-import warnings
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import llava_models as models
 import torch
-import transformers
-import yardstick
-from json_output import results_alone
-from measuring import head, interleaved, ratio
-from tokenizers import Tokenizer, models
+from harness import Benchmark, Case, Row, interleaved, peak_mib, ratio
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mm_moslora import adapters
@@ -61,7 +53,7 @@ from mm_moslora.preferences.trl_trainers import PairTrainer
 MODELS = ("qwen2_5_vl", "assembled")
 KINDS = ("padded", "apart", "packed")
 PAIRS = ((320, (16, 16), 60, 140), (288, (12, 16), 20, 30), (416, (24, 24), 100, 40), (560, (32, 32), 160, 90))
-"""Tokens of each prompt, patches of its picture (of Qwen2.5-VL; four make one visual token), tokens of both answers."""
+"""Tokens of each prompt, patches of its image (of Qwen2.5-VL; four make one visual token), tokens of both answers."""
 LAYERS, WIDTH = 4, 256
 
 
@@ -86,8 +78,7 @@ class Pairs:
 def base(name: str, vocabulary: int) -> PreTrainedModel:
     """A frozen model; equal weights at every call."""
     if name == "assembled":
-        setting = yardstick.Setting(width=WIDTH, layers=LAYERS)
-        return yardstick.base(vocabulary, torch.float32, setting).requires_grad_(False)
+        return models.base(models.small(WIDTH, LAYERS, vocabulary)).requires_grad_(False)
     torch.manual_seed(0)
     heads = WIDTH // 64
     text = {
@@ -106,13 +97,13 @@ def base(name: str, vocabulary: int) -> PreTrainedModel:
 
 
 def pairs_of(model: PreTrainedModel, name: str, vocabulary: int) -> list[tuple[Example, Example]]:
-    """Pairs with a picture each."""
+    """Pairs with an image each."""
     torch.manual_seed(1)
     pairs = []
     for number, (length, (rows, columns), *answers) in enumerate(PAIRS):
         prompt = torch.randint(10, vocabulary - 1, (length,))
         if name == "assembled":
-            visual = yardstick.IMAGE_TOKENS
+            visual = model.config.image_seq_length
             tensors = {"pixel_values": torch.randn(1, 3, 224, 224)}
         else:
             visual, side = rows * columns // 4, model.config.vision_config.patch_size
@@ -134,11 +125,11 @@ def pairs_of(model: PreTrainedModel, name: str, vocabulary: int) -> list[tuple[E
 def step_of(kind: str, name: str, vocabulary: int, folder: Path) -> Callable[[], float]:
     """A step of one contender, on its own model; it gives the loss."""
     model = base(name, vocabulary)
-    config = adapters.MoSLoRAConfig(r=yardstick.RANK, lora_alpha=yardstick.ALPHA, task_type="CAUSAL_LM")
-    peft_model = adapters.add_moslora(model, config, component=yardstick.LANGUAGE, autocast_adapter_dtype=False)
+    config = adapters.MoSLoRAConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")
+    peft_model = adapters.add_moslora(model, config, component=models.LANGUAGE, autocast_adapter_dtype=False)
     rows = None if kind == "padded" else PairRows.of(model, 2**20)
     rows = replace(rows, shares=False) if kind == "apart" and rows is not None else rows
-    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
     recipe = Recipe.from_dict(
         {
             "objective": "dpo", "model": {"vlm": name}, "data": {"train": [{"path": "none"}]},
@@ -171,22 +162,7 @@ def step_of(kind: str, name: str, vocabulary: int, folder: Path) -> Callable[[],
     return step
 
 
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def peak_mib(step: Callable[[], float]) -> float:
-    """Largest resident size during a step, beyond that before it."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
-    before = _memory("VmRSS")
-    step()
-    return (_memory("VmHWM") - before) / 1024
-
-
-def measure(name: str, vocabulary: int, *, rounds: int) -> dict[str, Any]:
+def measure(name: str, vocabulary: int, *, rounds: int) -> Row:
     """One row: a model with one vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         steps = {kind: step_of(kind, name, vocabulary, Path(folder)) for kind in KINDS}
@@ -195,12 +171,9 @@ def measure(name: str, vocabulary: int, *, rounds: int) -> dict[str, Any]:
     if difference > 1e-5:
         raise SystemExit(f"{name}: the losses are {losses}, expected equal ones")
     times = interleaved(steps, rounds)
-    peaks: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(rounds):
-        for kind, step in steps.items():
-            peaks[kind].append(peak_mib(step))
+    peaks = {kind: [peak_mib(step) for _ in range(rounds)] for kind, step in steps.items()}
     return {
-        "model": name, "vocabulary": vocabulary, "loss_difference": difference,
+        "loss_difference": difference,
         "time_ratio": {kind: ratio(times, kind, "padded") for kind in KINDS},
         "peak_ratio": {kind: ratio(peaks, kind, "padded") for kind in KINDS},
         "cpu_seconds": {kind: statistics.median(spent) for kind, spent in times.items()},
@@ -208,40 +181,35 @@ def measure(name: str, vocabulary: int, *, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    print(f"{'model':11} {'contender':9} {'time / padded':>13} {'seconds':>8} {'peak / padded':>13} {'MiB':>6}")
-    for row in rows:
-        for kind in KINDS:
-            print(
-                f"{row['model']:11} {kind:9} {row['time_ratio'][kind]:13.2f} "
-                f"{row['cpu_seconds'][kind]:8.2f} {row['peak_ratio'][kind]:13.2f} {row['peak_mib'][kind]:6.0f}"
-            )
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """A row for each model."""
+    for name in [options.model] if options.model else MODELS:
+        yield Case(
+            names={"model": name, "vocabulary": options.vocabulary},
+            measure=partial(measure, name, options.vocabulary, rounds=options.rounds),
+        )
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
+def lines(row: Row) -> Iterator[dict[str, str]]:
+    """The contenders."""
+    for kind in KINDS:
+        yield {
+            "model": row["model"], "contender": kind, "time / padded": f"{row['time_ratio'][kind]:.2f}",
+            "seconds": f"{row['cpu_seconds'][kind]:.2f}", "peak / padded": f"{row['peak_ratio'][kind]:.2f}",
+            "MiB": f"{row['peak_mib'][kind]:.0f}",
+        }  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The models."""
     parser.add_argument("--model", choices=MODELS, help="one model; both without it")
     parser.add_argument("--vocabulary", type=int, default=1024, help="tokens that the models know (default 1024)")
-    options = parser.parse_args()
-    output = results_alone() if options.json else sys.stdout
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)
-    rows = [
-        measure(name, options.vocabulary, rounds=options.rounds)
-        for name in ([options.model] if options.model else MODELS)
-    ]
-    if options.json:
-        result = head("preferences", "transformers", "peft", "trl") | {"rows": rows}
-        print(json.dumps(result), file=output)
-    else:
-        show(rows)
-    return 0
 
+
+BENCHMARK = Benchmark(
+    name="preferences", about=__doc__, cases=cases, lines=lines, add_options=add_options,
+    packages=("transformers", "peft", "trl"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -1,6 +1,6 @@
 """Continuous batching against one answer at a time: process CPU time of the same answers, interleaved.
 
-    python scripts/bench/serve.py MODEL --answers 16 --tokens 24 --rounds 3 [--json]
+    python scripts/bench/serve.py MODEL --answers 16 --tokens 24 --rounds 3
 
 MODEL is a run, a checkpoint or an export with a vision encoder. One thread runs both ways on the same jobs in every
 round, and the ratio is the median over rounds. The answers of both ways are compared token by token.
@@ -9,17 +9,15 @@ round, and the ratio is the median over rounds. The answers of both ways are com
 from __future__ import annotations
 
 import argparse
-import json
 import queue
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from json_output import results_alone
-from measuring import head, interleaved, ratio
-from parent import end_with_parent
+from harness import Benchmark, Case, Row, interleaved, ratio
 from PIL import Image
 
 from mm_moslora.models.decoding.token_sampling import Sampling
@@ -30,7 +28,7 @@ from mm_moslora.serve.inference.served_models import Models, load_models
 
 
 def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[AnswerPart]) -> list[GenerationJob]:
-    """Questions of different lengths, each about its own picture."""
+    """Questions of different lengths, each about its own image."""
     from mm_moslora.serve.inference.prompt_preparation import turns_of
 
     jobs = []
@@ -60,61 +58,55 @@ def answer(
     return [job.tokens for job in jobs]
 
 
-def measure(engine: GenerationEngine, answers: int, tokens: int, rounds: int) -> tuple[dict[str, list[float]], bool]:
+def measure(options: argparse.Namespace) -> Row:
     """CPU seconds of both ways in every round, and whether their answers are equal. Prompts are prepared beforehand."""
-    done: queue.Queue[AnswerPart] = queue.Queue()
-    ready = [jobs_for(engine.models, answers, tokens, done) for _ in range(2 * (rounds + 1))]
-    answers_of: dict[str, list[Any]] = {}
-    times = interleaved(
-        {
-            "alone": lambda: answer(engine, ready.pop(), done, together=False),
-            "together": lambda: answer(engine, ready.pop(), done, together=True),
-        },
-        rounds,
-        results=answers_of,
-    )
-    return times, answers_of["alone"] == answers_of["together"]
-
-
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--answers", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one object on stdout")
-    options = parser.parse_args()
-    output = results_alone() if options.json else sys.stdout
-    end_with_parent()
-    torch.set_num_threads(1)
-    models = load_models(options.model)
+    models = load_models(Path(options.model))
     models.stops = []  # so that all answers have the same length
     engine = GenerationEngine(models, Limits(batch=options.answers))
+    done: queue.Queue[AnswerPart] = queue.Queue()
+    ready = [jobs_for(models, options.answers, options.tokens, done) for _ in range(2 * (options.rounds + 1))]
+    answers: dict[str, list[Any]] = {}
+
+    def way(*, together: bool) -> list[list[int]]:
+        return answer(engine, ready.pop(), done, together=together)
+
     engine.start()
     try:
-        times, same = measure(engine, options.answers, options.tokens, options.rounds)
+        steps = {"alone": partial(way, together=False), "together": partial(way, together=True)}
+        times = interleaved(steps, options.rounds, results=answers)
     finally:
         engine.stop()
-    speedup = ratio(times, "alone", "together")
-    result = head("serve", "transformers") | {
-        "rows": [
-            {"alone_cpu_seconds": alone, "together_cpu_seconds": together}
-            for alone, together in zip(times["alone"], times["together"], strict=True)
-        ],
-        "summary": {"speedup_continuous_batching": round(speedup, 2), "identical_answers": float(same)},
-    }
-    print(
-        json.dumps(result)
-        if options.json
-        else f"{speedup:.2f} times less CPU time together; identical answers: {same}",
-        file=output,
-    )
-    return 0
+    return {
+        "alone_cpu_seconds": times["alone"], "together_cpu_seconds": times["together"],
+        "speedup": ratio(times, "alone", "together"), "identical": answers["alone"] == answers["together"],
+    }  # fmt: skip
 
+
+def summarise(rows: list[Row]) -> dict[str, float]:
+    """The one row's."""
+    (row,) = rows
+    speedup, same = round(row["speedup"], 2), float(row["identical"])
+    return {"speedup_continuous_batching": speedup, "identical_answers": same}
+
+
+def lines(row: Row) -> Iterator[dict[str, str]]:
+    """The rounds."""
+    for alone, together in zip(row["alone_cpu_seconds"], row["together_cpu_seconds"], strict=True):
+        yield {"alone, CPU s": f"{alone:.2f}", "together": f"{together:.2f}"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The model, and what is asked of it."""
+    parser.add_argument("model")
+    parser.add_argument("--answers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24)
+
+
+BENCHMARK = Benchmark(
+    name="serve", about=__doc__, lines=lines, summarise=summarise, add_options=add_options, rounds=3,
+    cases=lambda options: [Case(names={"case": "serve"}, measure=partial(measure, options))],
+    packages=("transformers",),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(BENCHMARK.main())

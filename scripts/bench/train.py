@@ -6,7 +6,7 @@
     python scripts/bench/train.py --rows rows.jsonl  keep finished rows there; a stopped run continues
     python scripts/bench/train.py --quick            3 rounds, the large vocabulary only
 
-The model is that of `yardstick.py` (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
+The model is small (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
 512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples. They run in
 turn, in an order that rotates from round to round. Times are process CPU times of one thread, and figures are medians
 of the ratios of single rounds. Losses and fp32 gradients are compared before the timing. Saved bytes are counted.
@@ -36,50 +36,32 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
-import json
 import logging
-import os
 import random
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints its choice to stdout
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-import transformers
-import yardstick
-from json_output import results_alone
-from measuring import (
-    PRODUCTS,
-    Rows,
-    head,
-    interleaved,
-    kernel_seconds,
-    ratio,
-    settings_of,
-)  # fmt: skip
-from yardstick import YARDSTICK, Contender, check_equal
+from contenders import Way
+from harness import PRODUCTS, Benchmark, Case, Row, interleaved, kernel_seconds, ratio
+from llava_models import DTYPES, Runner, Shape, check_equal, examples, hf, needed_flops, ours, small, trl
 
 from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
-from mm_moslora.utils.hardware import keep_freed_memory
-from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.models.meta_model import kept_bytes
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARIES = (32_000, 4_000)
+LENGTHS = (304, 352, 416, 512)
+"""Tokens per conversation, 256 visual ones included: 1,584 in total, 2,048 when padded."""
+SUPERVISED = (20, 40, 63, 100)
+"""Supervised tokens at the end of each conversation: 223 in total."""
 DROPOUT = 0.05
-TARGETS = {
-    "step_speedup_vs_hf_fp32": 2.3, "step_speedup_vs_hf_bf16": 2.7, "step_speedup_vs_best_hf": 1.5,
-    "saved_activation_ratio": 0.35, "useful_mfu_fp32": 0.80, "useful_mfu_bf16": 0.60, "padding_efficiency": 0.97,
-}  # fmt: skip
 
 
 class Product:
@@ -95,92 +77,61 @@ class Product:
         self.left @ self.right.t()
 
 
-def products(dtype: torch.dtype) -> dict[str, Product]:
+def products(shape: Shape, dtype: torch.dtype) -> dict[str, Product]:
     """The matrix products by rows, inner and columns; the fastest one is the peak."""
-    tokens, width, inner = sum(yardstick.LENGTHS), YARDSTICK.width, YARDSTICK.inner
+    tokens, width, inner = sum(LENGTHS), shape.width, shape.inner
     shapes = ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), (1024, 1024, 1024))
-    return {f"product {shape}": Product(*shape, dtype) for shape in shapes}
+    return {f"product {sizes}": Product(*sizes, dtype) for sizes in shapes}
 
 
-def needed_flops(vocabulary: int) -> float:
-    """FLOPs that a step on the yardstick needs; see the module docstring."""
-    width, inner, layers, rank = YARDSTICK.width, YARDSTICK.inner, YARDSTICK.layers, yardstick.RANK
-    tokens, supervised = sum(yardstick.LENGTHS), sum(yardstick.SUPERVISED)
-    pairs = sum(length * (length + 1) // 2 for length in yardstick.LENGTHS)
-    attention_in, rest = 3 * width * width, width * width + 3 * width * inner
-    adapters_in, adapters_rest = 3 * rank * 2 * width, rank * (2 * width + 3 * (width + inner))
-    per_token = 4 * attention_in + 6 * adapters_in
-    behind = 4 * rest + 6 * adapters_rest
-    decoder = layers * tokens * per_token + ((layers - 1) * tokens + supervised) * behind
-    scores = layers * pairs * width * 2 * (2 + 4)
-    head = 4 * vocabulary * width * supervised
-    pictures, patches, vision = len(yardstick.LENGTHS), yardstick.IMAGE_TOKENS + 1, 256
-    blocks = 5  # features come from the layer before the last
-    tower = pictures * patches * (blocks * (2 * 12 * vision * vision + 4 * patches * vision) + 2 * 3 * 14 * 14 * vision)
-    projector = pictures * yardstick.IMAGE_TOKENS * (4 * vision * width + 6 * width * width)
-    return float(decoder + scores + head + tower + projector)
+def contenders_on(shape: Shape, name: str, *, dropout: float = 0.0) -> dict[str, Runner]:
+    """The contenders with targets."""
+    way = partial(Way, dtype=name, dropout=dropout, mixed=True)
+    return {
+        "hf": hf(shape, way(wide_adapters=True)),
+        "best hf": hf(shape, way(supervised_only=True)),
+        "ours": ours(shape, way()),
+    }
 
 
-def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> None:
-    """Add the missing rows, one per vocabulary and dtype."""
-    cases = list(itertools.product(vocabularies, DTYPES))
-    missing = [case for case in cases if rows.find(vocabulary=case[0], dtype=case[1]) is None]
-    total, done = len(cases) * (rounds + 1), (len(cases) - len(missing)) * (rounds + 1)
-    with Progress("train benchmark", total, unit="round", initial=done) as progress:
-        for vocabulary, name in missing:
-
-            def after_round(note: str = f"{name}, vocabulary {vocabulary:,}") -> None:
-                progress.update(progress.done + 1, note)
-
-            beside = extras and vocabulary == VOCABULARIES[0]
-            rows.add(step_row(vocabulary, name, rounds, beside=beside, after_round=after_round))
-
-
-def shown_beside(vocabulary: int, dtype: torch.dtype) -> dict[str, Contender]:
+def shown_beside(shape: Shape, name: str) -> dict[str, Runner]:
     """Contenders without targets, as far as their requirements are installed."""
-    contenders = {"stock layers": yardstick.ours(vocabulary, dtype, lean=False)}
+    contenders = {"stock layers": ours(shape, Way(dtype=name, mixed=True, lean=False))}
     if any(map(shutil.which, ("c++", "g++", "clang++"))):
-        contenders["compiled"] = yardstick.ours(vocabulary, dtype, compiler="inductor")
+        contenders["compiled"] = ours(shape, Way(dtype=name, mixed=True, kernels="inductor"))
     else:
         logger.warning("No C++ compiler here: the compiled step is left out.")
     if importlib.util.find_spec("trl") is not None:
-        contenders["trl"] = yardstick.trl(vocabulary, dtype)
+        contenders["trl"] = trl(shape, Way(dtype=name, mixed=True))
     else:
         logger.warning("TRL is not installed and left out.")
     return contenders
 
 
-def step_row(
-    vocabulary: int,
-    name: str,
-    rounds: int,
-    *,
-    beside: bool,
-    after_round: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """All contenders on one vocabulary in one dtype."""
-    dtype = DTYPES[name]
-    contenders = {
-        "hf": yardstick.peer(vocabulary, dtype),
-        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False),
-        "ours": yardstick.ours(vocabulary, dtype),
+def saved_mib(contenders: dict[str, Runner], items: list[Any]) -> dict[str, float]:
+    """What each contender keeps for the backward pass."""
+    return {
+        kind: kept_bytes(partial(runner.loss, runner.prepare(items)), runner.model) / 2**20
+        for kind, runner in contenders.items()
     }
-    if beside:
-        contenders |= shown_beside(vocabulary, dtype)
-    equal = check_equal(contenders, "hf", name)
-    saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
-    bare = products(dtype)
-    steps = {kind: timed.step for kind, timed in (contenders | bare).items()}
-    times = interleaved(steps, rounds, after_round=after_round)
-    kernels, whole = kernel_seconds(
-        contenders["ours"].step,
-        lambda name, _: name in PRODUCTS or "attention" in name.lower(),
-    )
+
+
+def step_row(vocabulary: int, name: str, rounds: int, *, beside: bool) -> Row:
+    """All contenders on one vocabulary in one dtype."""
+    shape = small(vocabulary=vocabulary)
+    contenders = contenders_on(shape, name) | (shown_beside(shape, name) if beside else {})
+    items, bare = examples(shape, LENGTHS, SUPERVISED, seed=1), products(shape, DTYPES[name])
+    equal, saved = check_equal(contenders, items, "hf", name), saved_mib(contenders, items)
+    steps: dict[str, Callable[[], Any]] = {kind: runner.step_on(items) for kind, runner in contenders.items()}
+    times = interleaved(steps | {kind: product.step for kind, product in bare.items()}, rounds)
+    kernels, whole = kernel_seconds(steps["ours"], lambda name, _: name in PRODUCTS or "attention" in name.lower())
     peak = max(product.flops / statistics.median(times[key]) for key, product in bare.items())
     seconds = {kind: statistics.median(times[kind]) for kind in contenders}
-    mfu = {kind: needed_flops(vocabulary) / spent / peak for kind, spent in seconds.items()}
+    seen = replace(shape, vision=(256, 1024, 5, 4))  # features come from the layer before the last
+    (flops,) = needed_flops(seen, [items])
+    mfu = {kind: flops / spent / peak for kind, spent in seconds.items()}
     return {
-        "case": "step", "dtype": name, "vocabulary": vocabulary, **equal,
+        **equal,
         "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
         "seconds": seconds, "saved_mib": saved, "saved_ratio": saved["ours"] / saved["hf"],
         "gemm_peak_gflops": peak / 1e9,
@@ -188,26 +139,22 @@ def step_row(
     }  # fmt: skip
 
 
-def dropout_row(name: str, rounds: int) -> dict[str, Any]:
+def dropout_row(name: str, rounds: int) -> Row:
     """The large vocabulary with adapter dropout; every contender draws its own masks."""
-    vocabulary, dtype = VOCABULARIES[0], DTYPES[name]
-    contenders = {
-        "hf": yardstick.peer(vocabulary, dtype, dropout=DROPOUT),
-        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False, dropout=DROPOUT),
-        "stock layers": yardstick.ours(vocabulary, dtype, lean=False, dropout=DROPOUT),
-        "ours": yardstick.ours(vocabulary, dtype, dropout=DROPOUT),
-        "ours without dropout": yardstick.ours(vocabulary, dtype),
+    shape = small()
+    contenders = contenders_on(shape, name, dropout=DROPOUT) | {
+        "stock layers": ours(shape, Way(dtype=name, mixed=True, lean=False, dropout=DROPOUT)),
+        "ours without dropout": ours(shape, Way(dtype=name, mixed=True)),
     }
-    steps = {kind: timed.step for kind, timed in contenders.items()}
-    times = interleaved(steps, rounds)
+    items = examples(shape, LENGTHS, SUPERVISED, seed=1)
+    times = interleaved({kind: runner.step_on(items) for kind, runner in contenders.items()}, rounds)
     return {
-        "case": "dropout", "dtype": name, "dropout": DROPOUT,
-        "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
-        "saved_mib": {kind: yardstick.saved_bytes(timed) / 2**20 for kind, timed in contenders.items()},
+        "dropout": DROPOUT, "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
+        "saved_mib": saved_mib(contenders, items),
     }  # fmt: skip
 
 
-def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> dict[str, Any]:
+def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> Row:
     """Share of real tokens among all computed ones, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
 
     The waiting time of a rank counts as padding. The text lengths are assumed (log-normal, mean 297, at most 1,472);
@@ -228,10 +175,24 @@ def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) ->
             for start in range(0, len(members), whole):
                 spent += whole * max(lengths[i] for i in members[start : start + whole])
         shares[name] = sum(lengths) / spent
-    return {"case": "padding", "samples": samples, "ranks": ranks, "per_rank": per_rank, "useful_share": shares}
+    return {"samples": samples, "ranks": ranks, "per_rank": per_rank, "useful_share": shares}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Padding, dropout, and steps for each vocabulary and dtype."""
+    yield Case(names={"case": "padding"}, measure=padding_row)
+    for name in () if options.quick else DTYPES:
+        yield Case(names={"case": "dropout", "dtype": name}, measure=partial(dropout_row, name, options.rounds))
+    for vocabulary in VOCABULARIES[: 1 if options.quick else None]:
+        for name in DTYPES:
+            beside = not options.quick and vocabulary == VOCABULARIES[0]
+            yield Case(
+                names={"case": "step", "dtype": name, "vocabulary": vocabulary},
+                measure=partial(step_row, vocabulary, name, options.rounds, beside=beside),
+            )
+
+
+def summarise(rows: list[Row]) -> dict[str, float]:
     """The summary under stable keys; the slower dtype decides the speed-up over the best peer."""
     large = {row["dtype"]: row for row in rows if row.get("vocabulary") == VOCABULARIES[0]}
     return {
@@ -247,61 +208,31 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
-    """Print the table."""
-    print(f"{'vocabulary':>10} dtype {'contender':14} {'ours faster by':>14} {'saved MiB':>10} {'useful MFU':>10}")
-    for row in rows:
-        for kind in row.get("seconds", ()):
-            speedup = row["speedup_vs"].get(kind, 1.0)
-            print(
-                f"{row['vocabulary']:10,} {row['dtype']:5} {kind:14} {speedup:14.2f} {row['saved_mib'][kind]:10.0f} "
-                f"{row['useful_mfu'][kind]:10.2f}"
-            )
-        if row["case"] == "dropout":
-            for kind, speedup in row["speedup_vs"].items():
-                print(f"dropout {row['dropout']}, {row['dtype']}: ours faster by {speedup:5.2f} than {kind}")
-        if row["case"] == "padding":
-            for kind, share in row["useful_share"].items():
-                print(f"useful tokens, {row['ranks']} ranks x {row['per_rank']}: {kind:26} {share:.3f}")
-    for key, value in summary.items():
-        sign = "<=" if key == "saved_activation_ratio" else ">="
-        target = f"   target {sign} {TARGETS[key]}" if key in TARGETS else ""
-        print(f"{key:28} {value:6.3f}{target}")
+def lines(row: Row) -> Iterator[dict[str, str]]:
+    """Contenders of a step, speed-ups with dropout, or shares of useful tokens."""
+    for kind in row.get("seconds", ()):
+        yield {
+            "vocabulary": f"{row['vocabulary']:,}", "dtype": row["dtype"], "contender": kind,
+            "ours faster by": f"{row['speedup_vs'].get(kind, 1.0):.2f}", "saved MiB": f"{row['saved_mib'][kind]:.0f}",
+            "useful MFU": f"{row['useful_mfu'][kind]:.2f}",
+        }  # fmt: skip
+    if row["case"] == "dropout":
+        for kind, speedup in row["speedup_vs"].items():
+            yield {f"dropout {row['dropout']}": row["dtype"], "contender": kind, "ours faster by": f"{speedup:.2f}"}
+    for kind, share in row.get("useful_share", {}).items():
+        yield {f"{row['ranks']} ranks x {row['per_rank']}": kind, "useful tokens": f"{share:.3f}"}
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
-    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
-    options = parser.parse_args()
-    output = results_alone() if options.json else sys.stdout
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    transformers.logging.set_verbosity_error()
-    peers = ["trl"] if importlib.util.find_spec("trl") is not None else []
-    opening = head("train", "transformers", "peft", *peers)
-    kernels = choose_kernels("auto", torch.device("cpu")).words
-    opening |= {"kernels": kernels}
-    rounds = options.rounds or (3 if options.quick else 5)
-    rows = Rows(options.rows, settings_of(opening, rounds=rounds))
-    if rows.find(case="padding") is None:
-        rows.add(padding_row())
-    for name in () if options.quick else DTYPES:
-        if rows.find(case="dropout", dtype=name) is None:
-            rows.add(dropout_row(name, rounds))
-    vocabularies = VOCABULARIES[:1] if options.quick else VOCABULARIES
-    measure_steps(rows, rounds, vocabularies, extras=not options.quick)
-    summary = summarise(rows.rows)
-    if options.json:
-        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}), file=output)
-    else:
-        show(rows.rows, summary)
-    return 0
-
+BENCHMARK = Benchmark(
+    name="train", about=__doc__, cases=cases, lines=lines, summarise=summarise,
+    targets={
+        "step_speedup_vs_hf_fp32": ">= 2.3", "step_speedup_vs_hf_bf16": ">= 2.7", "step_speedup_vs_best_hf": ">= 1.5",
+        "saved_activation_ratio": "<= 0.35", "useful_mfu_fp32": ">= 0.80", "useful_mfu_bf16": ">= 0.60",
+        "padding_efficiency": ">= 0.97",
+    },
+    packages=("transformers", "peft", "trl"), facts={"kernels": choose_kernels("auto", torch.device("cpu")).words},
+    quick="the large vocabulary only", keeps_memory=True,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -1,4 +1,4 @@
-"""Contenders of the GPU benchmark (`gpu.py`) by name. Imports no torch."""
+"""Ways to train, and the contenders of the GPU benchmark (`gpu.py`) by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,30 +16,46 @@ PACKAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to train or to decode, measured in a process of its own."""
+class Way:
+    """A way to train."""
+
+    dtype: str = "bf16"
+    """Of the base, and of adapters that are not wide."""
+    dropout: float = 0.0
+    """Of the adapters."""
+    checkpointing: bool = False
+    """Whether the decoder's layers are computed again for the backward pass."""
+    mixed: bool = False
+    """Whether orthogonal mixers are in the adapters, of peers, too. Otherwise MoSLoRA's are the identity, and it
+    computes the loss of LoRA."""
+    wide_adapters: bool = False
+    """For peers: PEFT's default, adapters in fp32."""
+    autocast: bool = False
+    """For peers: run under autocast."""
+    supervised_only: bool = False
+    """For peers: compute logits at supervised positions only."""
+    mixer: bool = True
+    """For `ours`: whether the mixers train; otherwise plain LoRA."""
+    lean: bool = True
+    """For `ours`: `model.lean_layers`."""
+    kernels: str = "auto"
+    """For `ours`: `model.kernels`, or `inductor` for `train.compile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender(Way):
+    """One way to train or to decode on a GPU, measured in a process of its own."""
 
     name: str
     kind: str
     """Key of `PACKAGES`."""
-    mixer: bool = True
-    """For `ours`: whether the mixers train; otherwise plain LoRA."""
     half_rank: bool = False
-    dropout: float = 0.0
-    """Of the adapters."""
-    checkpointing: bool = False
-    kernels: str = "auto"
-    """For `ours`: `model.kernels`, or `inductor` for `train.compile`."""
     zero: str = "none"
     """For `ours`: `train.zero`."""
     needs: str = ""
     """A package without which it is left out."""
     gradients: bool = False
     """Whether its gradients are compared with fp64."""
-
-    def rank_of(self, rank: int) -> int:
-        """Its rank where the full one is `rank`."""
-        return rank // 2 if self.half_rank else rank
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -55,7 +71,7 @@ class Contender:
 CONTENDERS = (
     Contender(name="ours", kind="ours", gradients=True),
     Contender(name="hf-best", kind="hf-best", gradients=True),
-    Contender(name="hf", kind="hf", checkpointing=True, gradients=True),
+    Contender(name="hf", kind="hf", checkpointing=True, wide_adapters=True, autocast=True, gradients=True),
     Contender(name="ours-zero2", kind="ours", zero="zero2", needs="deepspeed"),
     Contender(name="ours-torch", kind="ours", kernels="torch", gradients=True),
     Contender(name="ours-lora", kind="ours", mixer=False),
