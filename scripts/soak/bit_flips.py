@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
-from parts import make_parts, make_recipe
+from parts import make_parts, make_recipe, soak
 
 from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
 from mm_moslora.utils.errors import CheckpointError
@@ -49,22 +48,12 @@ def run(flips: int, folder: Path) -> Counter[str]:
     return outcomes
 
 
-def main() -> int:
-    """Run and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=1000)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        from mm_moslora.training.training_loop import train
+def work(options: argparse.Namespace, folder: Path) -> Counter[str]:
+    """Flips in a checkpoint of a run."""
+    from mm_moslora.training.training_loop import train
 
-        folder = Path(scratch)
-        result = train(make_recipe(make_parts(folder), folder / "run", "none", steps=2))
-        outcomes = run(options.flips, result.checkpoint)
-        files = len([path for path in result.checkpoint.rglob("*") if path.is_file()])
-    missed = options.flips - outcomes["found"]
-    print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
-    return 1 if missed else 0
+    return run(options.flips, train(make_recipe(make_parts(folder), folder / "run", "none", steps=2)).checkpoint)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(soak(__doc__, work, good={"found"}, flips=(1000, "bits to flip")))

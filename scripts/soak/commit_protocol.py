@@ -9,7 +9,6 @@ succeed.
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -20,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+from parts import soak
 from simulated_disk import Operation, SimulatedDisk, note_file, recording
 
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name, rank_folder
@@ -30,6 +28,8 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 
 RANKS = 2
+GOOD = ("nothing yet", "the last reported one", "one that was just being committed")
+"""What may be there after a crash."""
 
 
 def manifest(step: int) -> Manifest:
@@ -110,27 +110,14 @@ def crash_point(operations: list[Operation], stop: int, seed: int, disk: Path) -
     except CheckpointError as error:
         return f"unrecoverable: {error}"
     if newest is None:
-        return "nothing yet" if simulated.reported == 0 else f"lost: step {simulated.reported} was reported"
+        return GOOD[0] if simulated.reported == 0 else f"lost: step {simulated.reported} was reported"
     folder, written = newest
     if written.step < simulated.reported:
         return f"lost: step {simulated.reported} was reported, step {written.step} came back"
     for name in written.files:
         if (folder / name).read_bytes() != content_of(written.step, name):
             return f"altered: {folder / name}"
-    return "the last reported one" if written.step == simulated.reported else "one that was just being committed"
-
-
-def main() -> int:
-    """Run and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=12_000, help="crash points to try")
-    options = parser.parse_args()
-    outcomes = run(options.points)
-    bad = sum(count for outcome, count in outcomes.items() if outcome.startswith(("lost", "unrec", "altered")))
-    for outcome, count in outcomes.most_common():
-        print(f"{count:8}  {outcome}")
-    print(f"{sum(outcomes.values())} crash points, {bad} unrecoverable")
-    return 1 if bad else 0
+    return GOOD[1] if written.step == simulated.reported else GOOD[2]
 
 
 def run(points: int) -> Counter[str]:
@@ -150,4 +137,5 @@ def run(points: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    count = (12_000, "crash points to try")
+    sys.exit(soak(__doc__, lambda options, _: run(options.points), good=GOOD, points=count))

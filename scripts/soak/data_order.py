@@ -7,14 +7,15 @@ contains every sample as often as its weight requires, and the same steps follow
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from parts import soak
 
 from mm_moslora.batch import Example
 from mm_moslora.config import DataConfig
@@ -118,19 +119,19 @@ def run(seeds: range, *, with_workers: int = 0) -> Counter[str]:
     return outcomes
 
 
-def main() -> int:
-    """Run and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
-    parser.add_argument("--first", type=int, default=0, help="seed of the first case, to continue or to share the work")
-    parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
-    options = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    outcomes = run(range(options.first, options.first + options.cases), with_workers=options.with_workers)
-    bad = sum(outcomes.values()) - outcomes[GOOD]
-    print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
-    return 1 if bad else 0
+def work(options: argparse.Namespace, _: Path) -> Counter[str]:
+    """Cases from a first seed on."""
+    return run(range(options.first, options.first + options.cases), with_workers=options.with_workers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        soak(
+            __doc__,
+            work,
+            good={GOOD},
+            cases=(5000, "cases with batches prepared in a thread"),
+            first=(0, "seed of the first case, to continue or to share the work"),
+            with_workers=(10, "more cases, with worker processes"),
+        )
+    )

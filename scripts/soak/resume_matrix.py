@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import sys
-import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from parts import Ledger, Ranks, full, hexed, make_parts, make_recipe, weights, write
+from parts import Ledger, Ranks, full, hexed, make_parts, make_recipe, soak, weights, write
 
 from mm_moslora.config import Recipe
 from mm_moslora.utils.progress_bar import Progress
@@ -53,19 +52,12 @@ def _continues(ranks: Ranks, recipe: Recipe) -> bool:
     return hexed(straight) == hexed(resumed) and weights(straight, STEPS) == weights(resumed, STEPS)
 
 
-def main() -> int:
-    """Run and print the matrix."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ledger", type=Path, help="JSON lines of finished combinations; a restart skips them")
-    options = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+def work(options: argparse.Namespace, folder: Path) -> Counter[str]:
+    """Combinations that resume exactly, and the others by name."""
     ledger = Ledger(options.ledger)
-    with tempfile.TemporaryDirectory() as scratch:
-        run(Path(scratch), ledger=ledger)
-    equal = {entry["name"]: entry["equal"] for entry in ledger.entries}
-    print("\n".join(f"{'equal' if value else 'NOT EQUAL':<10}{name}" for name, value in equal.items()))
-    return int(not all(equal.values()))
+    run(folder, ledger=ledger)
+    return Counter("equal" if entry["equal"] else f"NOT EQUAL {entry['name']}" for entry in ledger.entries)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(soak(__doc__, work, good={"equal"}, ledger="combinations"))

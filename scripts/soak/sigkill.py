@@ -10,32 +10,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from parts import Ledger, Ranks, hexed, make_parts, make_recipe, metrics, weights, write
+from parts import Ledger, Ranks, hexed, make_parts, make_recipe, metrics, soak, weights, write
 
 from mm_moslora.utils.progress_bar import Progress
 
 STEPS, KILLS_PER_RUN = 12, 8
 STAGES = ("zero2", "zero3", "zero0", "zero1")
+MOMENTS = ("while a checkpoint was being written", "before the first checkpoint", "between saves")
 
 
 def _moment(run: Path) -> str:
     """The phase of a run, from its folder."""
     if list(run.glob(".tmp-checkpoint-*")):
-        return "while a checkpoint was being written"
-    if not list(run.glob("checkpoint-*")):
-        return "before the first checkpoint"
-    return "between saves"
+        return MOMENTS[0]
+    return MOMENTS[2] if list(run.glob("checkpoint-*")) else MOMENTS[1]
 
 
 def _steps(run: Path) -> int:
@@ -65,18 +62,8 @@ def _end_like_a_launcher(pids: list[int], grace: float) -> None:
 
 
 def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random) -> list[str]:
-    """Kill a run several times, at a random moment of a random step or of the start, then let it end.
-
-    Args:
-        ranks: starts and stops the runs.
-        recipe: the recipe's file.
-        run: the run folder.
-        seconds: duration of its longest step.
-        rng: source of the moments.
-
-    Returns:
-        The phase of the run at each kill.
-    """
+    """Kill a run, whose longest step takes some seconds, several times, at a random moment of a random step or of the
+    start, then let it end; the phase of the run at each kill."""
     moments = []
     for number in range(KILLS_PER_RUN):
         group = ranks.start([recipe])
@@ -121,25 +108,18 @@ def run(kills: int, root: Path, *, stages: tuple[str, ...] = STAGES, ledger: Led
             progress.update(done, f"{sum(not entry['equal'] for entry in ledger.entries)} runs not bit-equal")
 
 
-def main() -> int:
-    """Run and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; a restart skips them")
-    options = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+def work(options: argparse.Namespace, folder: Path) -> Counter[str]:
+    """Kills by the phase of their runs, each of which is bit-equal or not."""
     ledger = Ledger(options.ledger)
-    with tempfile.TemporaryDirectory() as scratch:
-        run(options.kills, Path(scratch), ledger=ledger)
-    moments = Counter(moment for entry in ledger.entries for moment in entry["moments"])
-    unequal = sum(not entry["equal"] for entry in ledger.entries)
-    result = {
-        "kills": sum(moments.values()), "runs": len(ledger.entries), "unequal": unequal,
-        "stages": Counter(entry["stage"] for entry in ledger.entries), "moments": moments,
-    }  # fmt: skip
-    print("\n".join(f"{key}: {value}" for key, value in result.items()))
-    return 1 if unequal else 0
+    run(options.kills, folder, ledger=ledger)
+    return Counter(
+        f"{moment}, {'bit-equal' if entry['equal'] else 'NOT EQUAL'} under {entry['stage']}"
+        for entry in ledger.entries
+        for moment in entry["moments"]
+    )
 
+
+GOOD = {f"{moment}, bit-equal under {stage}" for moment in MOMENTS for stage in STAGES}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(soak(__doc__, work, good=GOOD, ledger="runs", kills=(100, "kills in all")))
