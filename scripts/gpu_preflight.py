@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
@@ -47,19 +48,20 @@ def canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-class Packages:
-    """The installed packages, with wheels in the place of those of the same name.
+def fields_of(wheel: Path) -> Message:
+    """Metadata of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
 
-    Args:
-        wheels: a folder with them, which need not exist.
-    """
+
+class Packages:
+    """The installed packages, with the wheels of a folder in the place of those of the same name."""
 
     def __init__(self, wheels: Path) -> None:
         self.carried: dict[str, tuple[str, list[str]]] = {}
         for path in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(path) as archive:
-                (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-                fields = Parser().parsestr(archive.read(name).decode())
+            fields = fields_of(path)
             self.carried[canonical(fields["Name"])] = fields["Version"], fields.get_all("Requires-Dist") or []
 
     def version(self, name: str) -> str | None:

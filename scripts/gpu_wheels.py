@@ -26,16 +26,14 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from email.parser import Parser
 from functools import cache
 from pathlib import Path
 
-from gpu_preflight import NEEDED
+from gpu_preflight import NEEDED, ROOT, fields_of
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "transformers", "huggingface-hub", "hf-xet", "tokenizers", "safetensors", "fsspec", "peft", "liger-kernel",  # newer
     "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",  # train.zero
@@ -70,19 +68,11 @@ def declared() -> dict[str, SpecifierSet]:
 @cache
 def metadata(wheel: Path) -> list[Requirement]:
     """What a wheel requires, on any platform and with any extras."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
-        lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
-    return [Requirement(line) for line in lines]
+    return [Requirement(line) for line in fields_of(wheel).get_all("Requires-Dist") or []]
 
 
 def required(wheels: Sequence[Path], python: str) -> list[tuple[Path, Requirement]]:
-    """What wheels require on Linux, with the extras that others ask of them.
-
-    Args:
-        wheels: the files.
-        python: version, such as 3.12.
-    """
+    """What wheels require on Linux under a version of Python, with the extras that others ask of them."""
     environment = {
         "python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
         "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
@@ -105,12 +95,7 @@ def required(wheels: Sequence[Path], python: str) -> list[tuple[Path, Requiremen
 
 
 def slim(wheel: Path, cuda: str) -> None:
-    """Take libraries for other platforms out of a wheel, in place.
-
-    Args:
-        wheel: the file.
-        cuda: version of the machine's CUDA without its dot.
-    """
+    """Take libraries for other platforms than this version of CUDA, without its dot, out of a wheel, in place."""
     with zipfile.ZipFile(wheel) as archive:
         others = {
             name for name in archive.namelist() if (match := LIBRARIES.search(name)) and match[1] != f"cuda{cuda}"
@@ -127,11 +112,7 @@ def slim(wheel: Path, cuda: str) -> None:
 
 
 def fetch(name: str, versions: SpecifierSet, folder: Path, python: str) -> Path:
-    """Download or build one wheel.
-
-    Raises:
-        SystemExit: pip fails.
-    """
+    """Download or build one wheel."""
     wanted = f"{name}{versions}"
     before = set(folder.iterdir())
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -170,15 +151,7 @@ def collect(
 ) -> list[str]:
     """Collect wheels into a folder; returns what they require beyond each other, sorted.
 
-    Args:
-        names: of the packages.
-        folder: gets the wheels.
-        python: version, such as 3.12.
-        cuda: version of the machine's CUDA without its dot.
-        have: packages of the machine; whatever else is required is collected, too. None: they are not known.
-
-    Raises:
-        SystemExit: a wheel cannot be had, or collected versions do not go together.
+    `have` are the packages of the machine: whatever else is required is collected, too. None: they are not known.
     """
     wanted: list[str] = [canonicalize_name(name) for name in names]
     wheels: list[Path] = []
