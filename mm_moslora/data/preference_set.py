@@ -30,7 +30,7 @@ from mm_moslora.data.chat.preference_records import (
     parse_question,
 )
 from mm_moslora.data.chat.record_turns import Record
-from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.quarantine import summary
 from mm_moslora.data.record_examples import SourceExamples, check_headers, decoded, sizes_of, written

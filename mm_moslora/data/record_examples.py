@@ -26,8 +26,7 @@ from mm_moslora.data.chat.conversation_encoder import (
 from mm_moslora.data.chat.guarded_tokens import SpecialTextError
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.chat.thinking_form import ThinkingForm, settled
-from mm_moslora.data.images.picture_faults import ImageError, similar_file
-from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.images.record_picture import ImageError, LocalPicture, similar_file
 from mm_moslora.data.images.video_clip import Clip, Frame
 from mm_moslora.data.quarantine import Quarantine
 from mm_moslora.data.record_faults import Code, RecordError

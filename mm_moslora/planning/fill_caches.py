@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import LocalPicture
+from mm_moslora.data.images.record_picture import ImageError, LocalPicture
 from mm_moslora.data.record_examples import RecordExamples
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources

@@ -17,8 +17,7 @@ from mm_moslora.data.check.check_findings import Finding, findings, leakage, len
 from mm_moslora.data.check.data_views import view_findings, view_matches, view_report, view_statistics
 from mm_moslora.data.check.record_check import CheckReport, Fingerprint, Match, check, fingerprint
 from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import open_image
+from mm_moslora.data.images.record_picture import ImageError, open_image
 from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize

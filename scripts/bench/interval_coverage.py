@@ -20,7 +20,8 @@ from statistics import fmean
 
 import numpy as np
 from harness import Benchmark, Case, Row
-from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 

@@ -34,8 +34,9 @@ from mm_moslora_eval.run.scored_subsets import (
     task_of,
 )
 from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_leniently
-from mm_moslora_eval.scoring.measured_scores import difference_of_scores, whole_questions
+from mm_moslora_eval.scoring.measured_scores import whole_questions
 from mm_moslora_eval.scoring.score_aggregation import facts_of
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
 

@@ -15,7 +15,7 @@ from mm_moslora_eval.run.request_preparation import Preparation
 from mm_moslora_eval.run.result_file import summarise
 from mm_moslora_eval.run.scored_subsets import selection_of
 from mm_moslora_eval.scoring.answer_scoring import score_answer
-from mm_moslora_eval.scoring.measured_scores import difference_of_scores
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import TaskResult
 from mm_moslora_eval.sources.document import DataSet, Document

@@ -19,7 +19,7 @@ from mm_moslora_eval.protocol.task_groups import tasks_of
 from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.paired_comparison import compare, paired_folders
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.measured_scores import likelihood_difference
+from mm_moslora_eval.scoring.score_differences import likelihood_difference
 from mm_moslora_eval.sources.source_images import ImageMode
 
 if TYPE_CHECKING:

@@ -22,15 +22,14 @@ from mm_moslora_eval.run.scored_subsets import (
     scored_row,
 )
 from mm_moslora_eval.scoring.estimates import sample_stddev
-from mm_moslora_eval.scoring.measured_scores import (
+from mm_moslora_eval.scoring.measured_scores import nats_of, units_of
+from mm_moslora_eval.scoring.score_aggregation import facts_of
+from mm_moslora_eval.scoring.score_differences import (
     LikelihoodDifference,
     ScoreDifference,
     difference_of_scores,
     likelihood_difference,
-    nats_of,
-    units_of,
 )
-from mm_moslora_eval.scoring.score_aggregation import facts_of
 from mm_moslora_eval.scoring.scored_sample import Scored, with_scores
 from mm_moslora_eval.scoring.task_result import RULES
 from mm_moslora_eval.sources.document import Document

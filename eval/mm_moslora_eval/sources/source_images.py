@@ -91,7 +91,7 @@ class Hasher:
 
 
 def _digest(image: Path | StoredImage) -> str:
-    from mm_moslora.data.images.picture_faults import MAX_BYTES
+    from mm_moslora.data.images.record_picture import MAX_BYTES
 
     if isinstance(image, StoredImage):
         return sha256_of_bytes(image.identity.encode() or image.read())

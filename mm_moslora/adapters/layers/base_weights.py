@@ -2,8 +2,9 @@
 
 Shapes: x ``[..., D_in]``, W ``[D_out, D_in]``.
 
-A weight is dequantised into the dtype that its library computes in, once forward and once backward; no dense weight is
-kept in between.
+DeepSpeed gathers a parameter when its module is called. A kernel that reads weights without calling their modules needs
+them registered as external parameters. A quantised weight is dequantised into the dtype that its library computes in,
+once forward and once backward; no dense weight is kept in between.
 """
 
 from __future__ import annotations

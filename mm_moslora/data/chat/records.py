@@ -30,8 +30,7 @@ from mm_moslora.data.chat.record_keys import (
     weight_of,
 )
 from mm_moslora.data.chat.record_turns import IMAGE, VIDEO, Record, Role, Turn
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import Picture, PictureRules, find_picture
+from mm_moslora.data.images.record_picture import ImageError, Picture, PictureRules, find_picture
 from mm_moslora.data.record_faults import (
     Code,
     RecordError,

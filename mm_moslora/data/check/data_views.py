@@ -21,7 +21,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encod
 from mm_moslora.data.chat.record_turns import Record
 from mm_moslora.data.check.check_findings import Finding, findings, length_percentiles
 from mm_moslora.data.check.record_check import CheckReport, Match
-from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import RecordError
 
 SUPERVISED = "bold green"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mm_moslora.data.images.picture_faults import ImageError, check_size
+from mm_moslora.data.images.record_picture import ImageError, check_size
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.package_requirements import install_command

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from mm_moslora.data.images.picture_faults import MAX_BYTES, ImageError
 from mm_moslora.data.images.record_picture import (
     DATA_URL,
+    MAX_BYTES,
+    ImageError,
     PictureRules,
     check_image_bytes,
     content_of,

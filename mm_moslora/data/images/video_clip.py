@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from PIL import Image
 
 from mm_moslora.config.data_config import MAX_VIDEO_FRAMES
-from mm_moslora.data.images.picture_faults import FAULT_CODES, ImageError, faults_of_pictures
 from mm_moslora.data.images.pyav_decode import (
     MAX_FRAMES,
     Choose,
@@ -43,11 +42,14 @@ from mm_moslora.data.images.pyav_decode import (
     frame_indices,
 )
 from mm_moslora.data.images.record_picture import (
+    FAULT_CODES,
+    ImageError,
     PictureRules,
     StoredPicture,
     as_rgb,
     check_image,
     content_of,
+    faults_of_pictures,
     find_file,
     open_image,
 )

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mm_moslora.data.images.picture_faults import FORMATS, ImageError, check_size
-from mm_moslora.data.images.record_picture import open_image_bytes
+from mm_moslora.data.images.record_picture import FORMATS, ImageError, check_size, open_image_bytes
 from mm_moslora.data.record_faults import Code
 from mm_moslora.serve.api.api_errors import ApiError, client_left
 from mm_moslora.serve.api.chat_request import MessagePicture

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from mm_moslora.data.images import record_picture
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import check_image, open_image, open_image_bytes
+from mm_moslora.data.images.record_picture import ImageError, check_image, open_image, open_image_bytes
 from mm_moslora.data.record_faults import Code
 
 

@@ -24,8 +24,7 @@ from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.check.data_views import RecordSample, page
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.images import pyav_decode, video_clip
-from mm_moslora.data.images.picture_faults import ImageError
-from mm_moslora.data.images.record_picture import PictureRules
+from mm_moslora.data.images.record_picture import ImageError, PictureRules
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.data.record_faults import Code, RecordError, Where
 from mm_moslora.data.sources.open_sources import open_source

@@ -18,7 +18,7 @@ from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.images import remote_files
-from mm_moslora.data.images.picture_faults import ImageError
+from mm_moslora.data.images.record_picture import ImageError
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.open_sources import RecordFile, open_source, open_sources
 from mm_moslora.data.training_set import TrainingSet

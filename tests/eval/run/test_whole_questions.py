@@ -16,7 +16,8 @@ from mm_moslora_eval.run.evaluate_suite import evaluate
 from mm_moslora_eval.run.paired_comparison import compare
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.task_runner import EvaluationSettings
-from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 

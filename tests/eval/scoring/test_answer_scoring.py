@@ -22,7 +22,8 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring import estimates
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.scoring.estimates import estimate, mean_of
-from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores
+from mm_moslora_eval.scoring.measured_scores import aggregate
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import DataSet, Document
 from mm_moslora_eval.sources.source_images import Hasher, derangement, mean_image

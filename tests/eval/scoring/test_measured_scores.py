@@ -19,13 +19,8 @@ from mm_moslora_eval.run.result_file import TaskResult, read_results
 from mm_moslora_eval.run.scored_subsets import read_samples
 from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.scoring.estimates import Ratio, ScoreEstimate, estimate, mean_of
-from mm_moslora_eval.scoring.measured_scores import (
-    aggregate,
-    by_category,
-    difference_of_scores,
-    likelihood_difference,
-    mean_likelihood,
-)
+from mm_moslora_eval.scoring.measured_scores import aggregate, by_category, mean_likelihood
+from mm_moslora_eval.scoring.score_differences import difference_of_scores, likelihood_difference
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 

@@ -10,6 +10,7 @@ CHECKOUT = Path(__file__).parents[3]
 EVAL, COMPARE = "eval/mm_moslora_eval", "mm_moslora/compare"
 LOW_LEVEL = {
     f"{EVAL}/scoring/estimates.py", f"{EVAL}/scoring/measured_scores.py",
+    f"{EVAL}/scoring/score_differences.py",
     f"{COMPARE}/seed_statistics.py", f"{COMPARE}/run_variance.py",
 }  # fmt: skip
 """One place for scores of samples, one for arms with several seeds."""

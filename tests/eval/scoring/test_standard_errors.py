@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mm_moslora_eval.metrics import caption
-from mm_moslora_eval.scoring.measured_scores import aggregate, difference_of_scores, score_by_sample
+from mm_moslora_eval.scoring.measured_scores import aggregate, score_by_sample
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, facts_of
+from mm_moslora_eval.scoring.score_differences import difference_of_scores
 from mm_moslora_eval.scoring.scored_sample import Scored
 from mm_moslora_eval.sources.document import Document
 
