@@ -1,4 +1,7 @@
-"""Numbers in answers, as digits or as words, and their comparison with a tolerance."""
+"""Numbers in answers, as digits or as words, compared with a tolerance, and formulas, compared by `math-verify`.
+
+`math-verify` may take for ever: see `timed_calls`.
+"""
 
 from __future__ import annotations
 

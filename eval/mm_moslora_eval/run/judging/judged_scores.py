@@ -1,7 +1,8 @@
 """The scores of a task by a judge and by the rules that need none, and how far the judge agrees with graded answers.
 
 A file of graded answers has a JSON object a line: `response` (or `text`, as in `samples.jsonl`), `grade` from 0 to 1,
-and the document: `question`, `answers` (or `answer`), `options`, `category`, `hint`, and further columns.
+and the document: `question`, `answers` (or `answer`), `options`, `category`, `hint`, and further columns. Prompts of
+benchmarks are worded by this project in every protocol (`WORDING`); a task with `metric: judge` has its own.
 """
 
 from __future__ import annotations
