@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check docs gpu gpu-wheels clean
+.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image newest extras check constraints docs gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make newest      the same part on Python 3.13 and the index's newest torch, a CUDA build of 6 GB"
 	@echo "make extras      whether every extra of pyproject.toml can be installed"
 	@echo "make check       format, lint, types, import layers and circles, shell scripts"
+	@echo "make constraints write constraints.txt, the versions that are installed for the tests"
 	@echo "make docs        the documents as a site with an API reference, into build/site; links are checked"
 	@echo "make gpu         tests/gpu and the benchmark on a GPU, with the Python that is there (PYTHON=...); again until done"
 	@echo "make gpu-wheels  what a bare GPU machine lacks, into build/gpu_wheels"
@@ -94,6 +95,12 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/shellcheck -x .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
+
+constraints: $(VENV)/.installed-dev
+	$(PIP) freeze --exclude-editable | sed -n 's/^\([^ ]*==[^+ ]*\).*/\1/p' > $(VENV)/tested.txt
+	{ head -n 1 constraints.txt && $(UV) pip compile --quiet pyproject.toml --universal --no-annotate --no-header \
+	  $(addprefix --extra ,serve quant video smolvlm diffusion trl math) --constraint $(VENV)/tested.txt; } \
+	  | grep -v emscripten > $(VENV)/constraints.txt && mv $(VENV)/constraints.txt constraints.txt
 
 docs: $(VENV)/docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict

@@ -36,8 +36,9 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         version = installed_version(package)
         if version is not None:
-            # A local version such as +cpu depends on how torch was installed here, and no requirement needs it.
-            facts[package] = version.partition("+")[0]
+            # A local version such as +cpu depends on how torch was installed here, and no requirement needs it. This
+            # package's own is its commit.
+            facts[package] = version if package == "mm-moslora" else version.partition("+")[0]
     facts["processors"] = os.cpu_count() or 0
     facts |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
     own = git_state(CHECKOUT) if os.path.lexists(CHECKOUT / ".git") else {}
