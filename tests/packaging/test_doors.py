@@ -85,6 +85,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "builtins.compile": "imported_code",
     "builtins.exec": "imported_code",
     "importlib": "doctor scripts seeded_dropout task_rules timed_process triton_availability",
+    "lazy_loader": "__init__",
     "os.chdir": "examples scripts",
     "runpy": "examples",
     "sys.modules": "cli_app diffusers_saving imported_code lens_maps run_environment uncalled_layers",
