@@ -21,12 +21,12 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import grimp
+from marked_text import replaced
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = {"mm_moslora": CHECKOUT / "mm_moslora", "mm_moslora_eval": CHECKOUT / "eval" / "mm_moslora_eval"}
 SCRIPTS = CHECKOUT / "scripts"
 PICTURE = CHECKOUT / "docs" / "architecture.md"
-BEGIN, END = "<!-- imports:begin -->", "<!-- imports:end -->"
 LIMIT = 14
 """Maximum number of modules in a folder."""
 COMMON = ("__init__.py", "__main__.py")
@@ -139,9 +139,7 @@ def mermaid(graph: Graph) -> str:
 
 def drawn(text: str) -> str:
     """A document with the current graph between its markers."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{mermaid(package_graph(file_graph()))}\n{END}{after}"
+    return replaced(text, "imports", mermaid(package_graph(file_graph())))
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score the answers that benchmarks publish, and write docs/scores_reproduced.md and docs/conformance.md.
+"""Score the answers that benchmarks publish, and write docs/scores_reproduced.md with its two tables.
 
     python scripts/scores_reproduced.py ANSWERS [--only MATH-V] [--write]
 
@@ -12,26 +12,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from marked_text import replaced
 from mm_moslora_eval.protocol.task_registry import get_task, name_and_protocol, task_file
 from mm_moslora_eval.run.result_file import TaskResult, read_results, score_folder
 from mm_moslora_eval.run.scored_subsets import find_view
-
-sys.path.insert(0, str(Path(__file__).parent))
 from published_answers import READERS, PublishedRun
 
 from mm_moslora import cli
 
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).parents[1] / "docs" / "scores_reproduced.md"
+DATA = PAGE.parent / "results" / "data"
+Table = list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,57 +109,59 @@ def found_in(folder: Path, only: Sequence[str]) -> Iterator[PublishedRun]:
             yield from reader(folder / name)
 
 
-def reproduced_table(rows: Sequence[Reproduced]) -> str:
-    """benchmark, model, published, here, and why they differ."""
-    lines = [
-        "| benchmark | model | answers | published | here | other verdicts | why |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def reproduced_table(rows: Sequence[Reproduced]) -> Table:
+    """Published score, score here, and why they differ."""
+    table = [["benchmark", "model", "answers", "published", "here", "other verdicts", "why"]]
     for row in rows:
         published = row.run.published
         same = published is not None and abs(published - row.score) < 1e-9
         why = "" if same and not row.differ else row.run.why
         if row.unread and why:
             why += f" Read as nothing: {row.unread}."
-        verdicts = "-" if row.differ is None else str(row.differ)
-        cells = (
-            row.run.task,
-            row.run.model,
-            row.run.source,
-            _shown(published),
-            _shown(row.score),
-            verdicts,
-            why.strip(),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    same = sum(row.run.published is not None and abs(row.run.published - row.score) < 1e-9 for row in rows)
-    return f"{same} of {len(rows)} scores are the published ones in every digit.\n\n" + "\n".join(lines)
+        scores, verdicts = [_shown(published), _shown(row.score)], "-" if row.differ is None else str(row.differ)
+        table.append([row.run.task, row.run.model, row.run.source, *scores, verdicts, why])
+    return table
 
 
 def _shown(score: float | None) -> str:
     return "-" if score is None else f"{score:.2f}"
 
 
-def conformance_table(rows: Sequence[Reproduced]) -> str:
+def other_rules_table(rows: Sequence[Reproduced]) -> Table:
     """What the rules of other protocols make of the same answers, in points."""
-    lines = [
-        "| benchmark | model | protocol | score | by the rules of | score | points |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    table = [["benchmark", "model", "protocol", "score", "by the rules of", "score by those rules", "points"]]
     for row in rows:
-        for other, score in row.others.items():
-            own = name_and_protocol(row.run.task)[1]
-            cells = (
-                row.name,
-                row.run.model,
-                own,
-                _shown(row.score),
-                other,
-                _shown(score),
-                f"{score - row.score:+.2f}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
+        name, own = name_and_protocol(row.run.task)
+        table += [
+            [name, row.run.model, own, _shown(row.score), other, _shown(score), f"{score - row.score:+.2f}"]
+            for other, score in row.others.items()
+        ]
+    return table
+
+
+def summary(reproduced: Table, other_rules: Table) -> str:
+    """Both tables by benchmark, as Markdown."""
+    lines = ["| benchmark, answers | files | equal in every digit | here less published, points |", "|---|---|---|---|"]
+    files = [(task.partition("@")[0], *rest) for task, *rest in reproduced[1:]]
+    for group, rows in _grouped(files, 0, 2):
+        spread = _spread(float(row[4]) - float(row[3]) for row in rows)
+        lines.append(f"| {group} | {len(rows)} | {sum(not row[6] for row in rows)} | {spread} |")
+    lines += ["", "| benchmark | read by the rules of | files | points |", "|---|---|---|---|"]
+    for group, rows in _grouped(other_rules[1:], 0, 4):
+        lines.append(f"| {group.replace(', ', ' | ')} | {len(rows)} | {_spread(float(row[6]) for row in rows)} |")
     return "\n".join(lines)
+
+
+def _grouped(rows: Iterable[Sequence[str]], *columns: int) -> Iterator[tuple[str, list[Sequence[str]]]]:
+    groups: dict[str, list[Sequence[str]]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(row[column] for column in columns), []).append(row)
+    yield from groups.items()
+
+
+def _spread(points: Iterable[float]) -> str:
+    found = list(points)
+    return f"{min(found):+.2f} to {max(found):+.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,21 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{run.task} {run.model} ({run.source}): {rows[-1].score:.2f}", file=sys.stderr)
     if not rows:
         raise SystemExit(f"{chosen.answers} holds none of {', '.join(READERS)}.")
-    tables = {"scores_reproduced": reproduced_table(rows), "conformance": conformance_table(rows)}
+    tables = {"scores_reproduced": reproduced_table(rows), "other_rules": other_rules_table(rows)}
     for name, table in tables.items():
-        if chosen.write:
-            write_between(DOCS / f"{name}.md", table)
-        else:
-            print(table)
+        with (
+            (DATA / f"{name}.csv").open("w", newline="") if chosen.write else contextlib.nullcontext(sys.stdout) as file
+        ):
+            csv.writer(file, lineterminator="\n").writerows(table)
+    if chosen.write:
+        PAGE.write_text(replaced(PAGE.read_text("utf-8"), "summary", summary(*tables.values())), "utf-8")
     return 0
-
-
-def write_between(page: Path, table: str) -> None:
-    """Replace what stands between the markers of a page."""
-    begin, end = "<!-- table: begin -->", "<!-- table: end -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from marked_text import replaced
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests/builders")]
 DOCUMENT = HOME / "docs/architecture.md"
-MARKS = "<!-- {}:begin -->\n", "<!-- {}:end -->"
 
 Way = dict[Path, list[str]]
 """Executed files with their executed functions, in the order of the first call."""
@@ -130,9 +131,7 @@ def main() -> None:
         if given.files:
             for path, functions in way.items():
                 print(f"  {path.as_posix()}: {', '.join(functions)}")
-        begin, end = (mark.format(name) for mark in MARKS)
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}{table(way)}{end}{rest.partition(end)[2]}"
+        text = replaced(text, name, table(way))
     if given.write:
         DOCUMENT.write_text(text, "utf-8")
 

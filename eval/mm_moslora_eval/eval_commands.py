@@ -184,16 +184,21 @@ class Bars:
 
 
 def list_tasks(words: Sequence[str] = ()) -> str:
-    """The registered tasks with their tags, and the groups; with words, only the lines that contain all of them."""
+    """The registered tasks and groups; with words, only the lines with all of them, also of names for task files."""
     from mm_moslora_eval.protocol.task_groups import SIGN, shipped_groups
     from mm_moslora_eval.protocol.task_registry import all_tasks
+    from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
     from mm_moslora_eval.scoring.named_parts import name_of
+    from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+    from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 
     rows = []
     for task in all_tasks().values():
         count, tags = str(task.expected_count or "?"), ", ".join(task.tags)
         rows.append((task.name, task.protocol, count, name_of(task.metric), tags, task.title))
-    groups = [(f"{SIGN}{name}", ", ".join(items)) for name, items in shipped_groups().items()]
+    named = [(f"{SIGN}{name}", ", ".join(items)) for name, items in shipped_groups().items()]
+    for parts in (EXTRACTORS, METRICS, JUDGED, AGGREGATIONS, OVER_SAMPLES) if words else ():
+        named += [(f"{parts.kind} {name}", parts.meaning(name)) for name in parts]
 
     def kept(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         return [line for line in lines if all(word.lower() in " ".join(line).lower() for word in words)]
@@ -201,8 +206,8 @@ def list_tasks(words: Sequence[str] = ()) -> str:
     shown = []
     if found := kept(rows):
         shown.append("\n".join(aligned(("task", "protocol", "documents", "metric", "tags", "title"), found)))
-    shown += [textwrap.fill(f"{name}: {tasks}", 110, subsequent_indent="  ") for name, tasks in kept(groups)]
-    return "\n\n".join(shown) or f"No task and no group has all of these words: {', '.join(words)}."
+    shown += [textwrap.fill(f"{name}: {text}", 110, subsequent_indent="  ") for name, text in kept(named)]
+    return "\n\n".join(shown) or f"No task, group or name has all of these words: {', '.join(words)}."
 
 
 def describe(name: str) -> str:

@@ -6,8 +6,8 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
+import docs_site
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -28,22 +28,12 @@ def test_the_notebook_runs_and_its_model_learns(notebook: Path, tmp_path: Path, 
     assert names["difference"] < 1e-4
 
 
-@pytest.fixture(scope="module")
-def site() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_site_has_every_page_and_every_module_of_the_reference(site: ModuleType):
+def test_the_site_has_every_page_and_every_module_of_the_reference():
     nav = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     pages = {page.replace("README.md", "index.md") if page == "README.md" else page for page in pages}
-    assert sorted(nav) == sorted(pages | set(site.OUTSIDE.values()) | {f"api/{name}.md" for name in site.API})
-    for module in (module for modules in site.API.values() for module in modules):
+    assert sorted(nav) == sorted(pages | set(docs_site.OUTSIDE.values()) | {f"api/{name}.md" for name in docs_site.API})
+    for module in (module for modules in docs_site.API.values() for module in modules):
         assert importlib.util.find_spec(module) is not None, module
 
 
@@ -58,5 +48,5 @@ def test_the_site_has_every_page_and_every_module_of_the_reference(site: ModuleT
         ("[a](https://x.org/y.md) [b](#c)", "README.md", "index.md", "[a](https://x.org/y.md) [b](#c)"),
     ],
 )
-def test_links_of_a_checkout_lead_to_pages_of_the_site(site, text, source, page, expected):
-    assert site.linked(text, source, page) == expected
+def test_links_of_a_checkout_lead_to_pages_of_the_site(text, source, page, expected):
+    assert docs_site.linked(text, source, page) == expected

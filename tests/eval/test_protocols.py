@@ -23,7 +23,10 @@ from mm_moslora_eval.protocol.task_groups import SIGN, expanded, shipped_groups,
 from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
 from mm_moslora_eval.run.judging.judged_scores import WORDING
 from mm_moslora_eval.run.submissions import write_submission
-from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, score_answer
+from mm_moslora_eval.scoring.named_parts import NamedParts
+from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
 from mm_moslora_eval.scoring.submission_forms import form_of_task
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.task_files import task_rules
@@ -360,3 +363,10 @@ def test_the_list_shows_tags_and_groups() -> None:
     assert "classic, captions" in list_tasks(["coco_caption"])
     assert list_tasks(["@nanovlm"]).startswith("@nanovlm: ")
     assert max(map(len, list_tasks(["@report2026"]).splitlines())) <= 110
+
+
+@pytest.mark.parametrize("parts", [EXTRACTORS, METRICS, JUDGED, AGGREGATIONS, OVER_SAMPLES], ids=lambda one: one.kind)
+def test_the_list_says_what_every_name_for_task_files_stands_for(parts: NamedParts) -> None:
+    listed = list_tasks([parts.kind])
+    assert [name for name in parts if not re.search(rf"^{parts.kind} {name}: \S+ \S", listed, re.MULTILINE)] == []
+    assert "partial(func" not in listed

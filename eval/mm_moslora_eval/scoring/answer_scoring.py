@@ -11,7 +11,7 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.metrics import box_iou, document_vqa, exact_match, multiple_choice, vqa_accuracy
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric, NamedParts
 from mm_moslora_eval.scoring.parts import parts_named
-from mm_moslora_eval.scoring.rule_forms import all_of, best_of, of_options, of_text
+from mm_moslora_eval.scoring.rule_forms import all_of, best_of, documented, of_options, of_text
 from mm_moslora_eval.scoring.scored_sample import THINK, Markers, Scored, without_thinking
 from mm_moslora_eval.sources.document import Document
 
@@ -19,12 +19,19 @@ BOXES = "boxes"
 PLACES = frozenset({BOXES, "points"})
 """Extractions of a place in the picture; the backend reads it, since its form and pixels depend on the model."""
 _EXTRACTORS: dict[str, Extractor] = {
-    BOXES: of_text(box_iou.first_box),
-    "text": of_text(str.strip),
-    "first_line": of_text(lambda text: text.strip().split("\n")[0].strip()),
+    BOXES: documented(
+        of_text(box_iou.first_box), "The first box of the answer in the model's form, in pixels of the image's file."
+    ),
+    "text": documented(of_text(str.strip), "The answer without space around it."),
+    "first_line": documented(
+        of_text(lambda text: text.strip().split("\n")[0].strip()), "The first line of the answer."
+    ),
     "letter": of_options(multiple_choice.extract_letter),
-    "letter_or_text": lambda text, document: (
-        multiple_choice.extract_letter(text, document.options) if document.options else text.strip()
+    "letter_or_text": documented(
+        lambda text, document: (
+            multiple_choice.extract_letter(text, document.options) if document.options else text.strip()
+        ),
+        "`letter` where a question has options, else `text`.",
     ),
     "letter_vlmevalkit": of_options(multiple_choice.vlmevalkit),
     "letter_vlmevalkit_2024_06": of_options(multiple_choice.vlmevalkit_2024_06),
@@ -40,8 +47,16 @@ EXTRACTORS: NamedParts[Extractor] = NamedParts(
 """Name -> function that extracts the answer; an empty string means that nothing can be inferred."""
 
 
-def _letter_or(metric: Metric) -> Metric:
-    return lambda parsed, document: float(parsed in document.answers) if document.options else metric(parsed, document)
+def _equal(parsed: str, document: Document) -> float:
+    """Equal to a reference, such as a letter."""
+    return float(parsed in document.answers)
+
+
+def _letter_or(name: str, metric: Metric) -> Metric:
+    return documented(
+        lambda parsed, document: (_equal if document.options else metric)(parsed, document),
+        f"`equal` where a question has options, else `{name}`.",
+    )
 
 
 BOX_METRICS = ("iou", "iou_50")
@@ -49,13 +64,21 @@ _METRICS: dict[str, Metric] = {
     "iou": best_of(box_iou.iou),
     "iou_50": best_of(box_iou.iou_50),
     "exact": best_of(exact_match.exact_match),
-    "equal": lambda parsed, document: float(parsed in document.answers),
-    "equal_ignore_case": best_of(lambda parsed, answer: float(parsed.lower() == answer.strip().lower().rstrip("."))),
-    "vqa": all_of(vqa_accuracy.soft_accuracy),
-    "letter_or_vqa": _letter_or(all_of(vqa_accuracy.soft_accuracy)),
-    "letter_or_exact": _letter_or(best_of(exact_match.exact_match)),
-    "vqa_textvqa": all_of(vqa_accuracy.textvqa),
-    "vqa_vlmevalkit": all_of(vqa_accuracy.vlmevalkit),
+    "equal": _equal,
+    "equal_ignore_case": documented(
+        best_of(lambda parsed, answer: float(parsed.lower() == answer.strip().lower().rstrip("."))),
+        "Equal to a reference without case and a period at its end.",
+    ),
+    "vqa": documented(
+        all_of(vqa_accuracy.soft_accuracy),
+        "VQA accuracy over ten people, with this project's normalisation of both sides.",
+    ),
+    "letter_or_vqa": _letter_or("vqa", all_of(vqa_accuracy.soft_accuracy)),
+    "letter_or_exact": _letter_or("exact", best_of(exact_match.exact_match)),
+    "vqa_textvqa": documented(
+        all_of(vqa_accuracy.textvqa), "LLaVA and lmms-eval for TextVQA: EvalAI's normalisation of both sides."
+    ),
+    "vqa_vlmevalkit": documented(all_of(vqa_accuracy.vlmevalkit), "VLMEvalKit's VQA score."),
     "anls": all_of(document_vqa.anls),
     "anls_stvqa_llava": all_of(document_vqa.anls_stvqa_llava),
     "relaxed": best_of(document_vqa.relaxed_accuracy),
@@ -66,7 +89,7 @@ METRICS: NamedParts[Metric] = NamedParts("metric", _METRICS | parts_named("METRI
 
 
 def without_judge(*_: Any) -> NoReturn:
-    """No function of this package scores such an answer."""
+    """The grade that a judge gives by the prompt of the task file (`grading`), whose replies alone count."""
     raise EvalError("Only a judge can grade these answers.")
 
 

@@ -117,6 +117,14 @@ class NamedParts(Mapping[str, F], Generic[F]):
         added = self._added.get(name_of(part))
         return {} if added is None else origin_of(added)
 
+    def meaning(self, name: str) -> str:
+        """What a name stands for, and its options: the beginning of the docstring of its function."""
+        function: Any = self.find(name)
+        text = getattr(function, "func", getattr(function, "read", function)).__doc__ or ""
+        parameters = inspect.signature(function).parameters.values()
+        options = ", ".join(f"`{item.name}`" for item in parameters if item.kind == item.KEYWORD_ONLY)
+        return " ".join(text.split("\n\n")[0].split()) + (f" Options: {options}." if options else "")
+
     def find(self, part: str) -> F:
         """The function without its options; see `__getitem__`."""
         found = self._known(name_of(part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.metrics.metric_text import letters
@@ -14,23 +14,30 @@ from mm_moslora_eval.scoring.named_parts import Extractor, Metric
 from mm_moslora_eval.sources.document import Document
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Callable[..., Any])
 BETWEEN_LETTERS = ", "
 """Between several letters of which any counts."""
 
 
+def documented(rule: R, meaning: str | None) -> R:
+    """A rule with its meaning, which `eval list` shows."""
+    rule.__doc__ = meaning
+    return rule
+
+
 def of_text(read: Callable[[str], str]) -> Extractor:
     """An extraction that reads the answer alone."""
-    return lambda text, _: read(text)
+    return documented(lambda text, _: read(text), read.__doc__)
 
 
 def of_options(read: Callable[[str, Options], str]) -> Extractor:
     """An extraction that knows the options."""
-    return lambda text, document: read(text, document.options)
+    return documented(lambda text, document: read(text, document.options), read.__doc__)
 
 
 def of_letters(read: Callable[[str, Options], list[str]]) -> Extractor:
     """An extraction of several letters, for the metric `one_of_letters`."""
-    return lambda text, document: BETWEEN_LETTERS.join(read(text, document.options))
+    return documented(lambda text, document: BETWEEN_LETTERS.join(read(text, document.options)), read.__doc__)
 
 
 def with_usual(found: list[str], text: str, options: Options) -> list[str]:
@@ -46,12 +53,12 @@ def first_match(patterns: Sequence[re.Pattern[str]], text: str) -> str:
 
 def best_of(metric: Callable[[str, str], float]) -> Metric:
     """The best score over the references."""
-    return lambda parsed, document: best(metric, parsed, document.answers)
+    return documented(lambda parsed, document: best(metric, parsed, document.answers), metric.__doc__)
 
 
 def all_of(metric: Callable[[str, Sequence[str]], float]) -> Metric:
     """The score by all references at once."""
-    return lambda parsed, document: metric(parsed, document.answers)
+    return documented(lambda parsed, document: metric(parsed, document.answers), metric.__doc__)
 
 
 @dataclass(frozen=True, kw_only=True)

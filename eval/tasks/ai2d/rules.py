@@ -6,7 +6,7 @@ import re
 import string
 
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
-from mm_moslora_eval.scoring.rule_forms import best_of
+from mm_moslora_eval.scoring.rule_forms import best_of, documented
 
 _LEADING_LETTER = re.compile(r"^\s*([A-Z])\.")
 
@@ -25,5 +25,7 @@ def ai2d_lmms_eval(text: str, reference: str) -> float:
     return float(ai2d_filter(text).lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
 
 
-EXTRACTORS: dict[str, Extractor] = {"ai2d_lmms_eval": lambda text, _: ai2d_filter(text.strip())}
+EXTRACTORS: dict[str, Extractor] = {
+    "ai2d_lmms_eval": documented(lambda text, _: ai2d_filter(text.strip()), ai2d_filter.__doc__)
+}
 METRICS: dict[str, Metric] = {"ai2d_lmms_eval": best_of(ai2d_lmms_eval)}

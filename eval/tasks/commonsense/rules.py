@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from mm_moslora_eval.scoring.named_parts import Extractor
+from mm_moslora_eval.scoring.rule_forms import documented
 from mm_moslora_eval.sources.document import Document
 
 _ANSWERS = {
@@ -51,7 +52,7 @@ def prompt(instruction: str, context: str | None = None) -> str:
 
 
 def _answer(dataset: str) -> Extractor:
-    return lambda text, _: extract_answer(text, dataset)
+    return documented(lambda text, _: extract_answer(text, dataset), extract_answer.__doc__)
 
 
 EXTRACTORS: dict[str, Extractor] = {f"commonsense_{name.lower().replace('-', '_')}": _answer(name) for name in DATASETS}

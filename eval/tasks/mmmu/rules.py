@@ -13,6 +13,7 @@ from mm_moslora_eval.metrics import multiple_choice
 from mm_moslora_eval.metrics.metric_text import strip_each
 from mm_moslora_eval.metrics.multiple_choice import Options
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
+from mm_moslora_eval.scoring.rule_forms import documented
 from mm_moslora_eval.sources.document import Document
 
 
@@ -124,11 +125,15 @@ _CAPITALS = tuple(string.ascii_uppercase)
 
 
 def _mmmu_mixed(extract: Callable[[str, Options], str]) -> Extractor:
-    return lambda text, document: extract(text, document.options) if document.options else text
+    return documented(
+        lambda text, document: extract(text, document.options) if document.options else text, extract.__doc__
+    )
 
 
 def _mmmu_vlmevalkit(extract: Callable[[str, Options], str]) -> Extractor:
-    return lambda text, document: extract(text, document.options or options_vlmevalkit(document.answers))
+    return documented(
+        lambda text, document: extract(text, document.options or options_vlmevalkit(document.answers)), extract.__doc__
+    )
 
 
 def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:

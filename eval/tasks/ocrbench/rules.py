@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from mm_moslora_eval.metrics.metric_text import FULL_WIDTH
 from mm_moslora_eval.scoring.estimates import mean_of
 from mm_moslora_eval.scoring.named_parts import Metric
+from mm_moslora_eval.scoring.rule_forms import documented
 from mm_moslora_eval.scoring.scored_sample import Numbers, Samples, Summed
 
 _HANDWRITTEN_MATHS = "Handwritten Mathematical Expression Recognition"
@@ -47,7 +48,9 @@ GROUPS = {
 
 
 def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
-    return lambda parsed, document: float(metric(parsed, document.answers, document.category or ""))
+    return documented(
+        lambda parsed, document: float(metric(parsed, document.answers, document.category or "")), metric.__doc__
+    )
 
 
 def ocrbench(samples: Samples) -> Summed:

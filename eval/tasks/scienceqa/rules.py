@@ -6,7 +6,7 @@ import re
 
 from mm_moslora_eval.metrics.multiple_choice import Options
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
-from mm_moslora_eval.scoring.rule_forms import best_of
+from mm_moslora_eval.scoring.rule_forms import best_of, documented
 
 _SQA_PHRASE = re.compile(r"The answer is ([A-Z]).")
 
@@ -35,6 +35,8 @@ def scienceqa_lmms_eval(text: str, reference: str) -> float:
 
 
 EXTRACTORS: dict[str, Extractor] = {
-    "scienceqa_llava": lambda text, document: scienceqa_llava(text.strip(), document.options)
+    "scienceqa_llava": documented(
+        lambda text, document: scienceqa_llava(text.strip(), document.options), scienceqa_llava.__doc__
+    )
 }
 METRICS: dict[str, Metric] = {"scienceqa_lmms_eval": best_of(scienceqa_lmms_eval)}

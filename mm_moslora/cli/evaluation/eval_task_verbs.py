@@ -73,12 +73,13 @@ def eval_plan(
 
 
 def eval_list(*words: str) -> int:
-    """List all tasks, or only those with all the given words in their line.
+    """List all tasks and groups, or with words only the lines with all of them.
 
     Parameters
     ----------
     words
-        Such as: mmbench lmms_eval
+        Such as: mmbench lmms_eval. `extraction`, `metric`, `grader`, `aggregation` and `over_samples` list the names
+        that a task file can take, with their meaning.
     """
     from mm_moslora_eval import eval_commands
 

@@ -1,7 +1,7 @@
 """Extractions, metrics and aggregations by subject; `named_parts` describes how a task names them.
 
 A module defines `EXTRACTORS`, `METRICS` and `AGGREGATIONS`, as far as it has any, and is listed in `MODULES`. The
-beginning of a function's docstring is its meaning in eval/README.md.
+beginning of a function's docstring is its meaning in `eval list`.
 """
 
 from __future__ import annotations
