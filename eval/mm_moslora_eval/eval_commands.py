@@ -189,8 +189,7 @@ def list_tasks(words: Sequence[str] = ()) -> str:
     from mm_moslora_eval.protocol.task_registry import all_tasks
     from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
     from mm_moslora_eval.scoring.named_parts import name_of
-    from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
-    from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+    from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 
     rows = []
     for task in all_tasks().values():

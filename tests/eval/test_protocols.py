@@ -25,8 +25,7 @@ from mm_moslora_eval.run.judging.judged_scores import WORDING
 from mm_moslora_eval.run.submissions import write_submission
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, score_answer
 from mm_moslora_eval.scoring.named_parts import NamedParts
-from mm_moslora_eval.scoring.repeated_answers import OVER_SAMPLES
-from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES
 from mm_moslora_eval.scoring.submission_forms import form_of_task
 from mm_moslora_eval.sources.document import Document
 from mm_moslora_eval.task_files import task_rules
