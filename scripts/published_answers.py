@@ -116,7 +116,7 @@ _MMMU_MODELS = (
 
 
 def _counts(summary: Path) -> dict[str, dict[str, int]]:
-    from mm_moslora_eval.backends.stored_answers import _workbook
+    from mm_moslora_eval.backends.replay_model import _workbook
 
     rows = [row for row in _workbook(summary.read_bytes()) if row]
     return {

@@ -138,7 +138,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "ast": "scripts untrusted_data",
     "json": "checkpoint_folder examples record_file scripts untrusted_data",
     "tomllib": "package_requirements scripts",
-    "xml": "stored_answers",
+    "xml": "replay_model",
     "yaml": "examples scripts untrusted_data",
     # Files to be read: of the system and the package, downloads with a checksum, streams, caches of this project
     ".open": "answer_log asset_cache cli_app examples files http_fetch identity inline_images openai_endpoint"
@@ -155,7 +155,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "os.open": "cli_app files untrusted_files",
     "pyarrow": "hf_tables source_tables token_cache",
     "tarfile": "webdataset_tars",
-    "zipfile": "asset_cache scripts stored_answers submission_forms",
+    "zipfile": "asset_cache replay_model scripts submission_forms",
     # Files to be written: temporary ones, those in a folder just made, streams; and those to be taken away
     ".rename": "files",
     ".replace": "files",

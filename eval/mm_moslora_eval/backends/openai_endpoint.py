@@ -30,8 +30,7 @@ from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora.utils.network.http_fetch import TimeLimit
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.untrusted_data import parse_json
-from mm_moslora_eval.backends.endpoints.parallel_calls import ServerError, in_parallel
-from mm_moslora_eval.backends.endpoints.rate_limits import Prices, RateLimit
+from mm_moslora_eval.backends.endpoints.parallel_calls import Prices, RateLimit, ServerError, in_parallel
 from mm_moslora_eval.backends.endpoints.service_replies import (
     NoAnswerError,
     Usage,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from mm_moslora.utils.text_format import aligned
-from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+from mm_moslora_eval.backends.endpoints.parallel_calls import Prices
 from mm_moslora_eval.protocol.task import THINKING_TOKENS, Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.evaluate_suite import shown_as_trained

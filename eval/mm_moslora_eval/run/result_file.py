@@ -18,7 +18,7 @@ from mm_moslora.utils.file_locks import lock_file
 from mm_moslora.utils.files import make_subfolder, replace_text
 from mm_moslora.utils.untrusted_data import build_known, build_strictly
 from mm_moslora.utils.untrusted_files import read_text
-from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+from mm_moslora_eval.backends.endpoints.parallel_calls import Prices
 from mm_moslora_eval.protocol.task import Task
 from mm_moslora_eval.run.answer_log import read_folder
 from mm_moslora_eval.run.judging.judged_scores import GRADED, graded_text, judgement

@@ -14,8 +14,8 @@ from mm_moslora.utils.errors import EvalError
 from mm_moslora.utils.identity import md5_of, sha256_of
 from mm_moslora.utils.untrusted_files import opened
 from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
+from mm_moslora_eval.sources.answer_options import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.document import DataSet, Document, checked
-from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source, find_file, picture_folder
 from mm_moslora_eval.sources.source_images import pictures_of_record, rules_of
 

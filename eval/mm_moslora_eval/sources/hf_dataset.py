@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
-from mm_moslora_eval.sources.answer_options import answers_of, options_of
+from mm_moslora_eval.sources.answer_options import BOX_FORMS, answers_of, options_of, with_reference_box
 from mm_moslora_eval.sources.document import DataSet, Document, ImageLike, checked
-from mm_moslora_eval.sources.reference_boxes import BOX_FORMS, with_reference_box
 from mm_moslora_eval.sources.source import Source, find_data, find_file, matches, picture_folder
 from mm_moslora_eval.sources.source_images import pictures_of_record, rules_of
 from mm_moslora_eval.sources.source_tables import (

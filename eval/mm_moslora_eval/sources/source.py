@@ -55,7 +55,7 @@ class Source:
     """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
     answer_is: Literal["auto", "letter", "index", "text", "box_xyxy", "box_xywh", "box_norm1"] = "auto"
     """hf: form of the answer to a question with options, and no other counts; auto: a number is an index from 0, text a
-    letter or an option, and what could be two of these is an error. hf, tsv: a box, see `reference_boxes.BoxForm`."""
+    letter or an option, and what could be two of these is an error. hf, tsv: a box, see `answer_options.BoxForm`."""
     unanswerable: tuple[str, ...] = ()
     """Ids of documents whose published reference is none of their options: they are asked, and no answer is right."""
     where: dict[str, str] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def eval_plan(
     picture_tokens
         Prompt tokens of a picture; not with the folder of a model, which counts them.
     """
-    from mm_moslora_eval.backends.endpoints.rate_limits import Prices
+    from mm_moslora_eval.backends.endpoints.parallel_calls import Prices
     from mm_moslora_eval.backends.open_model import KINDS, check_name
     from mm_moslora_eval.protocol.task_groups import with_protocol
     from mm_moslora_eval.protocol.task_registry import get_task, with_changes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.backends.endpoints.rate_limits import RateLimit
+from mm_moslora_eval.backends.endpoints.parallel_calls import RateLimit
 from mm_moslora_eval.backends.openai_endpoint import EndpointModel, ServiceSettings
 from mm_moslora_eval.protocol.model_interface import IMAGE, Answer, Message, Request
 from mm_moslora_eval.run.result_file import read_results

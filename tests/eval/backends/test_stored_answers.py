@@ -162,7 +162,7 @@ def test_replay_reads_files_of_other_harnesses(name: str, write: Callable[[Path]
 
 def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte of a zip file may unpack to a gigabyte; the size in its header is not trusted."""
-    monkeypatch.setattr("mm_moslora_eval.backends.stored_answers._MOST_CELLS", 1 << 16)
+    monkeypatch.setattr("mm_moslora_eval.backends.replay_model._MOST_CELLS", 1 << 16)
     bomb = tmp_path / "bomb.xlsx"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as book:
         book.writestr("xl/worksheets/sheet1.xml", " " * (1 << 17))
