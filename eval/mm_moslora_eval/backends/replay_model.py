@@ -254,14 +254,14 @@ class ReplayModel:
             self._column = max(
                 self._by_column,
                 key=lambda column: sum(
-                    any(name in self._by_column[column] for name in _names(request)) for request in requests
+                    any(name in self._by_column[column] for name in _names_of(request)) for request in requests
                 ),
                 default="id",
             )
 
     def _stored(self, request: Request) -> ReplayedAnswer:
         rows = self._by_column[self._column or "id"]
-        name = next((name for name in _names(request) if name in rows), None)
+        name = next((name for name in _names_of(request) if name in rows), None)
         answers = [] if name is None else rows[name]
         self._asked.add(name or "")
         if request.draw is not None:
@@ -279,7 +279,7 @@ class ReplayModel:
         return answers[0]
 
 
-def _names(request: Request) -> tuple[str, ...]:
+def _names_of(request: Request) -> tuple[str, ...]:
     """Ids of a question; programs that keep numbers as floats write `1.0` for `1`."""
     names = (request.id, *request.aliases)
     return (*names, *(f"{name}.0" for name in names if name.isdecimal()))

@@ -104,7 +104,7 @@ def number_text(value: float) -> str:
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
-MOST_CHARACTERS = 20_000
+MOST_FORMULA_CHARACTERS = 20_000
 """Characters of an answer that are read, from its end, where the result stands."""
 
 
@@ -115,7 +115,7 @@ def equal(answer: str, references: Sequence[str]) -> bool:
     if answer.strip() in {reference.strip() for reference in references}:
         return True
     # The time limit is that of the other process: signals do not end a computation within one long number.
-    found = parse(answer[-MOST_CHARACTERS:], parsing_timeout=None)
+    found = parse(answer[-MOST_FORMULA_CHARACTERS:], parsing_timeout=None)
     unread = []
     for reference in references:
         text = reference if "$" in reference or "\\boxed" in reference else f"${reference}$"
