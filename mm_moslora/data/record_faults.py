@@ -44,7 +44,7 @@ def is_empty(value: Any) -> bool:
 
 
 class Code(StrEnum):
-    """Faults that make one record unusable. The names are stable, so scripts may rely on them."""
+    """Faults that make one record unusable. The names are stable, so scripts may rely on them; see docs/errors.md."""
 
     BAD_JSON = "BAD_JSON"
     """Not JSON, or JSON that readers interpret differently (a key written twice)."""
