@@ -75,9 +75,6 @@ def get_task(name: str) -> Task:
     Args:
         name: `NAME` (its first protocol), `NAME@PROTOCOL`, the path of a task file (`FILE.yaml`, `FILE.yaml@PROTOCOL`),
             `llava:FILE`, `llava:FILE@IMAGE_FOLDER` or `tsv:FILE`.
-
-    Raises:
-        EvalError: no such task; the message suggests one.
     """
     kind, separator, rest = name.partition(":")
     if separator and (kind == "llava" or kind == "tsv"):

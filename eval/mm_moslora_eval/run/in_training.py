@@ -39,9 +39,6 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     Returns:
         `eval/TASK/score` and `eval/TASK/METRIC` on rank 0; nothing on other ranks. None on ranks that stopped because
         one rank received a signal, or because it would take longer than `most_seconds`.
-
-    Raises:
-        EvalError: see `task_groups.tasks_of`; or every sample fails.
     """
     settings = EvaluationSettings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)

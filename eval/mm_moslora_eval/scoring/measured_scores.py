@@ -123,10 +123,8 @@ def nats_of(row: Mapping[str, Any]) -> float:
 def mean_likelihood(rows: Sequence[Mapping[str, Any]], clusters: Sequence[Hashable]) -> dict[str, float]:
     """Means over the stored answers' `reference`; empty if no answer has a log-likelihood.
 
-    Returns:
-        `nats`, the mean of the sums over a reference's tokens (0 or less), with `stderr`, `low` and `high` (95 %,
-        clustered by picture); `n`, the answers that have one, and `missing`, those that failed or have none that is
-        finite; `per_token`, the mean of the log-likelihoods by token, with `per_token_stderr`.
+    `nats`: mean of the sums over a reference's tokens, with a 95 % interval clustered by picture; `n`: answers that
+    have one, `missing`: those that failed or have none that is finite; `per_token`: the mean by token.
     """
     with_nats = [(nats_of(row), row, cluster) for row, cluster in zip(rows, clusters, strict=True)]
     with_nats = [item for item in with_nats if not math.isnan(item[0])]

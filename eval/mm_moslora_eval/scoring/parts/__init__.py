@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm_moslora_eval.scoring.parts import caption_scores, comparison_parts, grouped_scores
+from mm_moslora_eval.scoring.parts import comparison_parts, grouped_scores
 
-MODULES = (caption_scores, comparison_parts, grouped_scores)
+MODULES = (comparison_parts, grouped_scores)
 
 
 def parts_named(table: str) -> dict[str, Any]:

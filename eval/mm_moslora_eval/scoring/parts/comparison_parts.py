@@ -7,11 +7,11 @@ from typing import Literal
 
 from mm_moslora.utils.errors import MissingRequirementError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
+from mm_moslora_eval.metrics.box_iou import first_point, inside
 from mm_moslora_eval.metrics.exact_match import best
 from mm_moslora_eval.metrics.general import number_answers, table_similarity
 from mm_moslora_eval.metrics.general.number_answers import number_text, numbers_in
 from mm_moslora_eval.metrics.general.number_answers import within as _within
-from mm_moslora_eval.metrics.general.point_hits import first_point, inside
 from mm_moslora_eval.metrics.general.timed_calls import PROCESS, SECONDS, TABLE_SECONDS
 from mm_moslora_eval.metrics.metric_text import levenshtein
 from mm_moslora_eval.scoring.named_parts import Extractor, Metric
