@@ -262,3 +262,24 @@ def test_scaled_word_embeddings_take_adapters() -> None:
     train_a_bit(model)
     live = logits(model.eval())
     torch.testing.assert_close(logits(merge(model)), live, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("factor", "value", "tolerance", "message"),
+    [
+        ("lora_A", float("nan"), None, "lora_A of .*q_proj holds NaN or infinity.*Nothing was merged"),
+        ("lora_mixer", float("inf"), None, "lora_mixer of .*q_proj holds NaN or infinity.*Nothing was merged"),
+        ("lora_B", 1.0, 0.0, "changes its output by .*expected at most 0e.*taken out of the weights again"),
+    ],
+)
+def test_a_merge_that_would_change_the_model_is_refused_and_the_base_stays(
+    factor: str, value: float, tolerance: float | None, message: str
+) -> None:
+    model, base = adapted(), llama().state_dict()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if factor in name)[0, 0] = value
+    with pytest.raises(AdapterError, match=message):
+        merge(model, tolerance=tolerance)
+    found = {name.replace("base_layer.", ""): weight for name, weight in model.get_base_model().state_dict().items()}
+    for name, weight in base.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=0)

@@ -119,6 +119,19 @@ def test_a_pattern_leaves_modules_without_a_mixer(tmp_path: Path) -> None:
         torch.testing.assert_close(merge(model)(**llava_inputs()).logits, live, atol=1e-5, rtol=0)
 
 
+def test_a_mixer_changes_no_start_of_a() -> None:
+    """With one seed, LoRA and MoSLoRA begin at the same A in every layer."""
+
+    def starts(**form) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, **form), targets=["q_proj", "v_proj"])
+        return [layer.factors("default").A.detach() for layer in layers(model)]
+
+    plain = starts(mixer_pattern={".*": "none"})
+    for init in ("orthogonal", "kaiming", "butterfly"):
+        assert all(map(torch.equal, starts(mixer_init=init), plain))
+
+
 def test_mixed_starts_are_a_fold_into_a(tmp_path: Path) -> None:
     torch.manual_seed(3)
     plain = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init="identity", mixer_trainable=False), targets=["q_proj"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import supervised_logits
 from trials import hexed, losses, with_train
 
@@ -20,6 +20,7 @@ from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.training import resume
 from mm_moslora.training.engine import TorchEngine
+from mm_moslora.training.snapshot import OPTIMIZER, OPTIMIZER_DETAILS
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError, TrainingError
@@ -42,6 +43,23 @@ def test_every_checkpoint_is_complete_and_loads(recipe, tmp_path):
     assert json.loads((run / "mixers.json").read_text())[0]["moved"] > 0
     assert json.loads((run / "summary.json").read_text())["counters"]["steps"] == 6
     assert read_state(run).name == "finished"
+
+
+def test_the_state_of_a_rank_that_is_missing_is_a_gap(tmp_path):
+    """Its folder may be gone with its host."""
+    whole = torch.arange(12.0)
+    for rank, (start, end) in enumerate(((0, 4), (4, 9), (9, 12))):
+        folder = tmp_path / f"rank-{rank:05d}"
+        folder.mkdir()
+        save_file({f"exp_avg.{start}.head.weight": whole[start:end].clone()}, folder / OPTIMIZER)
+        (folder / OPTIMIZER_DETAILS).write_text(json.dumps({"steps": {"head.weight": 3.0}, "scaler": {}}))
+    folders = sorted(tmp_path.iterdir())
+    assert torch.equal(resume.StoredOptimizer(folders[::-1]).whole("exp_avg", "head.weight"), whole)
+    for there in (folders[1:], folders[::2]):
+        with pytest.raises(CheckpointError, match=r"exp_avg of head\.weight has a gap at element"):
+            resume.StoredOptimizer(there).whole("exp_avg", "head.weight")
+    with pytest.raises(CheckpointError, match=r"has no state of tail\.weight, which trains"):
+        resume.StoredOptimizer(folders).whole("exp_avg", "tail.weight")
 
 
 def test_the_loaded_model_gives_the_logits_of_the_trained_one(recipe, records, tmp_path):

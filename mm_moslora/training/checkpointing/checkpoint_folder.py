@@ -227,7 +227,6 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
     folders = [path for path in temporary.rglob("*") if path.is_dir()]
     for folder in sorted(folders, key=lambda path: -len(path.parts)):
         files.sync(folder)
-    files.sync(temporary)
     if final.exists():
         try:
             read_manifest(final)
