@@ -59,6 +59,8 @@ def test_a_value_of_an_arm_is_chosen_as_its_rate_is() -> None:
     assert [(cell.arm.apply(RECIPE).optim.mixer_factor, cell.rate, cell.seed) for cell in reported] == [
         (6, 2e-4, 0), (6, 2e-4, 1),
     ]  # fmt: skip
+    chosen, told = ({cell.recipe(RECIPE, Path()).train.seed for cell in some} for some in (cells, reported))
+    assert (len(told), chosen & told) == (2, set()), "no run that chose a rate is reported with it"
     assert run_count(asked, outcomes) == 10 + 6
     del outcomes[next(cell.name for cell in cells if cell.arm.name.endswith("=24"))]
     assert several not in {way.group for way in arms[1].ways if way.name in choose_rates(asked, outcomes)}
@@ -145,7 +147,7 @@ def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path):
 def test_arms_differ_only_in_the_keys_of_their_names():
     names = "lora,tsm,moslora:kaiming,moslora-init,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
     adapter = {"use_rslora": True, "dropout": 0.1, "mixer_init": "kaiming", "factor_form": "mixed"}
-    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": adapter})
+    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": adapter, "optim": {"lora_plus_ratio": 4.0}})
     made = {arm.name: arm.apply(shared) for arm in parse_arms(names, shared)}
     assert not made["lora"].adapter.mixer_trainable
     assert made["lora"].adapter.mixer_init == "identity"
@@ -153,7 +155,9 @@ def test_arms_differ_only_in_the_keys_of_their_names():
     assert made["moslora:kaiming"].adapter.mixer_trainable
     assert [name for name, one in made.items() if one.adapter.use_rslora] == ["rslora"]
     assert [name for name, one in made.items() if one.adapter.use_dora] == ["dora"]
-    assert made["lora+"].optim.lora_plus_ratio == 16
+    assert {name: one.optim.lora_plus_ratio for name, one in made.items() if one.optim.lora_plus_ratio != 1} == {
+        "lora+": 16
+    }
     forms = {name: one.adapter.factor_form for name, one in made.items() if one.adapter.factor_form != "free"}
     assert forms == {"moslora-init": "mixed"}
     for one in made.values():

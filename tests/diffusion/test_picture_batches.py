@@ -46,6 +46,7 @@ def test_orders_flips_and_random_crops_change_over_epochs(tmp_path: Path) -> Non
     assert [sorted(rows[i : i + 6]) for i in (0, 6)] == [[(entry, epoch) for entry in range(6)] for epoch in (0, 1)]
     assert [entry for entry, _ in rows[:6]] != [entry for entry, _ in rows[6:]]
     assert list(several.entries(5, 3)) == rows[5:8]
+    assert list(replace(several, seed=1).entries(0, 6)) != rows[:6]
 
 
 def test_a_cache_keeps_crops_and_latents_are_drawn_anew(recipe: Any, monkeypatch: Any, tmp_path: Path) -> None:
