@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import http.client
 import importlib.util
 import json
@@ -21,6 +22,8 @@ from preloaded import Preloaded
 from waiting import wait_until
 
 from mm_moslora.serve.api.http_server import bound
+from mm_moslora.serve.api.request_guard import Guard
+from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from tests.serve.serve_tools import asking
 
@@ -76,6 +79,24 @@ def test_a_client_that_sends_too_much_reads_why(port: int, chunked: bool) -> Non
     reply = connection.getresponse()
     assert reply.status in (404, 405, 413)  # the demo reads no body at this address
     assert json.loads(reply.read())
+
+
+def test_an_error_of_an_application_is_not_shown_and_its_secrets_are_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def failing(*_: Any) -> None:
+        raise RuntimeError("at https://me:pa55word-canary@host/")
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Guard(failing, limits=Limits()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/v1/models")
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, "https://" in reply.text) == (500, False)
+    assert reply.headers["x-request-id"] in reply.json()["error"]["message"]
+    assert "RuntimeError" in caplog.text
+    assert "canary" not in caplog.text
 
 
 def test_a_port_that_is_taken_or_impossible_is_named() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from trials import colour_task, make_recipe, write
 from waiting import wait_until
 
 from mm_moslora.config import TRACKERS, TrackConfig, ValidateConfig
-from mm_moslora.tracking import SampleAnswer, build_trackers, run_environment
+from mm_moslora.tracking import SampleAnswer, Trackers, build_trackers, run_environment
 from mm_moslora.tracking.run_environment import git_state
 from mm_moslora.tracking.tracker import adapter_digest
 from mm_moslora.utils.errors import ConfigError
@@ -252,3 +253,9 @@ def test_a_run_and_its_evaluation_are_one_run_of_wandb(
     digest = adapter_digest(weights)
     assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
     assert measured["summary"]["eval/adapter"] == digest
+
+
+def test_a_run_that_is_opened_again_gets_its_recipe_without_secrets(tmp_path: Path) -> None:
+    tracker = Mock()
+    Trackers([tracker], active=True).reopen({"optim": {"lr": 1e-4}, "note": SECRET}, tmp_path)
+    tracker.reopen.assert_called_once_with({"optim": {"lr": 1e-4}, "note": "[redacted]"}, tmp_path)
