@@ -101,7 +101,7 @@ def test_a_bad_record_is_named_counted_and_left_out(path, tmp_path):
     assert data.usable == [index for index in range(20) if index not in (2, 4)]
     assert data.quarantine.codes == {"BAD_JSON": 1, "IMAGE_MISSING": 1}
     broken, missing = quarantined(file)
-    assert (broken["line"], broken["code"], broken["id"]) == (3, "BAD_JSON", None)
+    assert (broken["line"], broken["row"], broken["code"], broken["id"]) == (3, 2, "BAD_JSON", None)
     assert (missing["line"], missing["code"], missing["id"]) == (5, "IMAGE_MISSING", "r4")
     assert missing["path"].endswith("4.png")
     assert missing["field"] == "image[0]"
@@ -178,8 +178,9 @@ def test_a_record_whose_first_pair_does_not_fit_is_quarantined(path):
                                            {"from": "gpt", "value": "no"}]} if index == 0 else None  # fmt: skip
 
     rewrite(path, lengthen)
-    data = make_set(path, max_length=200, max_bad_share=0.1)
-    assert data.quarantine.codes == {"TOO_LONG": 1}
+    for too_long, share in (("refuse", 0.1), ("drop", 0.0)):  # what is dropped on purpose is not bad
+        data = make_set(path, max_length=200, max_bad_share=share, too_long=too_long)
+        assert data.quarantine.codes == {"TOO_LONG": 1}
 
 
 def test_a_picture_damaged_inside_is_found_when_it_is_used(path, tmp_path):
