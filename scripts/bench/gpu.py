@@ -70,11 +70,7 @@ KEY = ("shape", "contender", "card", "versions")
 
 
 def card_of(device: str) -> str:
-    """The card's name, asked for in a process that then frees it; on a CPU the processor's.
-
-    Raises:
-        SystemExit: PyTorch finds no GPU.
-    """
+    """The card's name, asked for in a process that then frees it; on a CPU the processor's."""
     if device == "cpu":
         return hardware()
     code = "import torch; print(torch.cuda.get_device_name(0))"

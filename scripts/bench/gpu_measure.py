@@ -170,11 +170,7 @@ def reference(shape: Shape, device: torch.device, items: Sequence[Example]) -> d
 
 
 def gradient_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """Relative differences ``|g - e| / |e|`` of the gradients of factors: median, worst, and the worst one's name.
-
-    Raises:
-        RuntimeError: a factor has no gradient.
-    """
+    """Relative differences ``|g - e| / |e|`` of the gradients of factors: median, worst, and the worst one's name."""
     wanted = [name for name in expected if "lora_A" in name or "lora_B" in name]
     if missing := [name for name in wanted if name not in found]:
         raise RuntimeError(f"{len(missing)} factors have no gradient, {missing[0]} among them.")
@@ -253,11 +249,7 @@ def steps_of(contender: Contender, shape: GpuShape, clock: Clock, parts: int, pe
 
 
 def in_fewest_parts(device: torch.device, work: Callable[[int], dict[str, Any]], parts: int = 1) -> dict[str, Any]:
-    """The result of work on a batch in this number of micro-batches, or twice as many, until memory suffices.
-
-    Raises:
-        OutOfMemoryError: it does not suffice for `MOST_PARTS`.
-    """
+    """The result of work on a batch in this number of micro-batches, or twice as many, until memory suffices."""
     while True:
         clear(device)
         try:

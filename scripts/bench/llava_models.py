@@ -349,11 +349,7 @@ def has_liger(device: torch.device) -> bool:
 
 
 def ours(shape: Shape, way: Way, device: torch.device = CPU) -> Runner:
-    """The step of `mm-moslora train`.
-
-    Raises:
-        LeftOutError: its kernels cannot run here, or are those of `auto`.
-    """
+    """The step of `mm-moslora train`, where its kernels can run and, if they are named, are not those of `auto`."""
     compiler = "inductor" if way.kernels == "inductor" else None
     recipe = Recipe.from_dict(
         {

@@ -58,11 +58,7 @@ LAYERS, WIDTH = 4, 256
 
 
 class Pairs:
-    """What a trainer reads of a `PreferenceSet`.
-
-    Args:
-        pairs: both examples of every pair.
-    """
+    """What a trainer reads of a `PreferenceSet`: both examples of every pair."""
 
     def __init__(self, pairs: list[tuple[Example, Example]]) -> None:
         self.pairs = pairs
