@@ -25,7 +25,7 @@ from mm_moslora.utils.progress_bar import Progress
 
 STEPS, KILLS_PER_RUN = 12, 8
 STAGES = ("zero2", "zero3", "zero0", "zero1")
-MOMENTS = ("while a checkpoint was being written", "before the first checkpoint", "between saves")
+MOMENTS = ("while a checkpoint was being written", "before the first checkpoint", "between saves", "never killed")
 
 
 def _moment(run: Path) -> str:
@@ -115,7 +115,7 @@ def work(options: argparse.Namespace, folder: Path) -> Counter[str]:
     return Counter(
         f"{moment}, {'bit-equal' if entry['equal'] else 'NOT EQUAL'} under {entry['stage']}"
         for entry in ledger.entries
-        for moment in entry["moments"]
+        for moment in entry["moments"] or MOMENTS[3:]
     )
 
 
