@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = (
     "torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "huggingface-hub",
     "fsspec", "pillow", "numpy", "pyyaml", "xxhash", "packaging", "tqdm", "jinja2", "markupsafe", "cyclopts", "rich",
-    "psutil", "pytest", "pytest-xdist",
+    "lazy-loader", "psutil", "pytest", "pytest-xdist",
 )  # fmt: skip
 """Without these neither tests/gpu nor the benchmark start; tests and contenders that need more are left out."""
 

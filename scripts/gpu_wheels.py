@@ -37,7 +37,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 PACKAGES = (
     "transformers", "huggingface-hub", "hf-xet", "tokenizers", "safetensors", "fsspec", "peft", "liger-kernel",  # newer
     "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",  # train.zero
-    "cyclopts", "docstring-parser", "rich-rst",                              # the command line
+    "cyclopts", "docstring-parser", "rich-rst", "lazy-loader",               # the command line, imports of the package
     "httpx2", "httpcore2", "truststore", "anyio", "idna", "h11", "click", "attrs", "typing-extensions",  # of the above
     "datasets", "dill", "multiprocess", "open-clip-torch", "ftfy", "wcwidth", "gguf",
     "starlette", "uvicorn",                                                  # mm-moslora serve
