@@ -25,7 +25,7 @@ from mm_moslora.reporting.comparison.comparison_page import draw, read_results
 from mm_moslora.utils.errors import ConfigError
 
 Results = Mapping[str, Any]
-HEAD = ("arm", "rate", "parameters", "score", "points less the reference", "log-likelihood less the reference")
+HEAD = ("arm", "rate", "parameters", "score", "points less the reference")
 
 
 def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
@@ -45,18 +45,17 @@ def summary(parts: Sequence[tuple[str, Results]], drawn: str) -> str:
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     explained = (
         f"Percent on {' and '.join(sorted(tasks))}, mean ± standard error over documents and seeds. Differences have "
-        "95 % intervals; one that is shown (p by Holm below 0.05) has a verdict. Log-likelihoods of the reference "
-        "answer are in nats."
+        "95 % intervals; one that is shown (p by Holm below 0.05) has a verdict."
     )
-    picture = f"![Every arm against the reference, with 95 % intervals]({drawn})"
+    picture = f"![Every arm against the reference in points and in log-likelihood, with 95 % intervals]({drawn})"
     return "\n\n".join(["\n".join(table), explained, picture, *made])
 
 
 def _arm(arm: Results, task: str, results: Results) -> list[str]:
     cost, rate = arm["cost"], f"{arm['rate']:g}" if arm["rate"] is not None else "–"
-    differences = map(_difference, differences_of(results, arm, task))
+    points, _ = differences_of(results, arm, task)
     parameters = "–" if cost is None else f"{cost['trainable']:,}"
-    return [_code(arm.get("chosen") or arm["name"]), rate, parameters, means_of(arm, task)[0].text, *differences]
+    return [_code(arm.get("chosen") or arm["name"]), rate, parameters, means_of(arm, task)[0].text, _difference(points)]
 
 
 def _difference(measure: Measure) -> str:
