@@ -242,7 +242,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.launch.rank_logs import keep_rank_log
+    from mm_moslora.launch.child_processes import keep_rank_log
 
     keep_rank_log(os.environ)
     resolved = _recipe(recipe, overrides)

@@ -108,7 +108,7 @@ def data_view(
         Write one self-contained page with pictures instead, and print its path.
     """
     resolved = _recipe(recipe, overrides)
-    from mm_moslora.planning.record_views import view_page, view_recipe
+    from mm_moslora.planning.recipe_data import view_page, view_recipe
 
     if html is not None:
         print(view_page(resolved, html, start=start, count=count, records=records))

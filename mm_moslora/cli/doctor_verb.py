@@ -39,7 +39,7 @@ def doctor(
     if model:
         require_model("--model", model)  # before slow imports
         quiet_libraries()
-        from mm_moslora.planning.model_doctor import diagnose_model
+        from mm_moslora.planning.model_probes import diagnose_model
 
         return _report(diagnose_model(model, revision=revision))
     from mm_moslora.planning.doctor import diagnose

@@ -69,9 +69,8 @@ class ShardJobs:
         Returns:
             The folders whose shards are all done, and the exit code for the others: 0 where there are none.
         """
-        from mm_moslora.launch.jobs import Job, cards_per_job, run_jobs
+        from mm_moslora.launch.jobs import Job, cards_per_job, run_jobs, write_array
         from mm_moslora.launch.ray_engine import open_engine
-        from mm_moslora.launch.slurm_array import write_array
         from mm_moslora.training.supervision.stop_signals import StopRequest
 
         of = self.shards or 0

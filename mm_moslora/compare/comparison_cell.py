@@ -254,7 +254,7 @@ def _as_trained(job: CellRun) -> Recipe:
 def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
     from mm_moslora.launch.child_processes import python_words
     from mm_moslora.launch.imported_code import import_words
-    from mm_moslora.launch.launcher import STATE, TORCHRUN, run_tied
+    from mm_moslora.launch.launcher import TORCHRUN, is_finished, run_tied
 
     command = [
         *python_words("-m", "torch.distributed.run"), "--standalone", f"--nproc_per_node={job.cards}",
@@ -263,7 +263,7 @@ def _train_on_several(job: CellRun, stop_at: int | None) -> bool:
     ]  # fmt: skip
     ended = run_tied(TORCHRUN, command, {}, signals=[signal.SIGTERM])
     if ended.code == 0:
-        return bool(read_json(job.run_folder / STATE)["state"] == "finished")
+        return is_finished(job.run_folder)
     if ended.signals:
         return False
     raise MoSLoRAError(f"Training on {job.cards} devices ended with code {ended.code}; see {job.run_folder / LOG}.")

@@ -33,8 +33,7 @@ from mm_moslora.compare.run_cost import PROBE_STEPS, ArmCost, cost_line, cost_of
 from mm_moslora.config import Recipe
 from mm_moslora.data.sources.open_sources import open_source
 from mm_moslora.launch.imported_code import import_words
-from mm_moslora.launch.jobs import Job, JobEngine, run_jobs
-from mm_moslora.launch.slurm_array import write_array
+from mm_moslora.launch.jobs import Job, JobEngine, run_jobs, write_array
 from mm_moslora.models.model_paths import CONTENTS, same_parts, trained_on
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError

@@ -28,6 +28,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing.context import BaseContext
+import socket
+
+from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.text_format import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -211,3 +215,33 @@ def run_and_hand_on(
         return Ended(code=child.wait(), signals=frozenset([*early, *late]))
     finally:
         restore_handlers(previous)
+
+
+LOG_FOLDER = "MM_MOSLORA_LOG_DIR"
+"""Variable with the folder; `launch --log-dir` sets it for the ranks."""
+
+
+def keep_rank_log(environment: Mapping[str, str]) -> None:
+    """Write this process's output, also that outside Python, to `rank-00003.log` in a folder of `LOG_FOLDER`, too."""
+    folder = environment.get(LOG_FOLDER)
+    if not folder:
+        return
+    rank = whole_number(environment, "RANK", 0)
+    path = Path(folder) / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_in_place(path, append=True) as file:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        file.write(f"--- {now}: rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        number = stream.fileno()
+        # A program inherits which signals are blocked: no terminal or scheduler ends `tee` before the rank, so that no
+        # line is lost.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            tee = start(["tee", "-a", path], stdin=PIPE, stdout=number, start_new_session=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        assert tee.stdin is not None
+        os.dup2(tee.stdin.fileno(), number)
+        tee.stdin.close()

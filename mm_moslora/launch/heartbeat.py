@@ -73,8 +73,7 @@ class Heartbeat:
 
 
 def process_start(pid: int) -> int | None:
-    """Start of a process of this machine, in ticks since the boot, which no set clock changes; None where it is
-    gone."""
+    """Start of a process of this machine, in ticks since the boot, which no set clock changes; None: it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
@@ -83,8 +82,7 @@ def process_start(pid: int) -> int | None:
 
 
 def is_running(pid: int, *, started: int | None = None) -> bool:
-    """Whether a process runs on this machine. Ids are reused: `started` is its `process_start`; None: any with the id
-    counts."""
+    """Whether a process runs on this machine; `started`: its `process_start`, since ids are reused; None: any."""
     start = process_start(pid)
     return start is not None and started in (None, start)
 

@@ -40,8 +40,7 @@ def foreign_code() -> Iterator[None]:
 
 
 def without_imports(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """A command line without `--import FILE.py`, wherever it stands, and the files; ConfigError where the option ends
-    it."""
+    """A command line without `--import FILE.py`, wherever it stands, and the files."""
     rest: list[str] = []
     files: list[Path] = []
     words = iter(arguments)

@@ -3,13 +3,15 @@
 The command of a job, started by hand in the same folder, does the same: it begins where an earlier start ended, and it
 does nothing where its output is there. So a job that runs twice, or is tried again on another machine, changes nothing.
 
-`ProcessEngine` here, `ray_engine.py` and `slurm_array.py` run them; their results are the files that they write.
+`ProcessEngine` and `write_array` here and `ray_engine.py` run them; their results are the files that they write.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +23,8 @@ from typing import NamedTuple, Protocol
 from mm_moslora.launch.child_processes import Child, kill_tree, python_words, start_tied, terminate
 from mm_moslora.launch.topology import accelerators
 from mm_moslora.utils.errors import ConfigError, ExitStatus
-from mm_moslora.utils.files import writing_in_place
+from mm_moslora.utils.files import replace_text, writing_in_place
+from mm_moslora.utils.folder_marks import output_file
 
 logger = logging.getLogger(__name__)
 
@@ -246,3 +249,41 @@ def close(child: Child) -> int:
         with suppress(BrokenPipeError):
             child.stdin.close()
     return child.wait()
+
+
+_HEAD = """\
+#!/bin/bash
+# {count} jobs of mm-moslora, one in each element. An element that runs twice changes nothing.
+# What your cluster wants goes before the file: sbatch --partition=gpu --gpus-per-node=1 --time=8:00:00 FILE
+#SBATCH --job-name=mm-moslora
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1 --ntasks=1 --cpus-per-task={cores}
+{cards}#SBATCH --output=/dev/null
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+export PYTHONSAFEPATH=1
+case "$SLURM_ARRAY_TASK_ID" in
+"""
+_SIGN = re.compile(re.sub(r"\\\{\w+\\\}", r"(\\d+|#SBATCH --gpus-per-node=\\d+\n)?", re.escape(_HEAD)).encode())
+"""The whole head: a script with lines of a user in it is not replaced."""
+
+
+def write_array(file: Path, jobs: Sequence[Job]) -> None:
+    """Write a batch script with an element per job, in their order; cards and cores are those of the greatest."""
+    if not jobs:
+        raise ConfigError("No job is left for a SLURM array.")
+    cards = max(job.cards for job in jobs)
+    head = _HEAD.format(
+        count=len(jobs), last=len(jobs) - 1, cores=max(job.cores for job in jobs),
+        cards=f"#SBATCH --gpus-per-node={cards}\n" if cards else "",
+    )  # fmt: skip
+    output_file(file, sign=_SIGN)
+    replace_text(file, head + "".join(f"{index}) {_element(job)};;\n" for index, job in enumerate(jobs)) + "esac\n")
+
+
+def _element(job: Job) -> str:
+    """The commands of an element: output into the log, and the job in place of the shell, so that it gets signals."""
+    log = job.folder / job.log  # the array may be submitted from any folder
+    log_folder, folder, log_file = (shlex.quote(str(path)) for path in (log.parent, job.folder, log))
+    words = shlex.join(["env", *(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ), *job.words])
+    return f"mkdir -p {log_folder} && {{ cd {folder} && exec {words}; }} >>{log_file} 2>&1 </dev/null"

@@ -1,4 +1,4 @@
-"""`mm-moslora launch`: find this machine's accelerators, choose a launcher, start the ranks and wait for them.
+"""`mm-moslora launch`: start the ranks and wait for them.
 
 A signal is forwarded to the ranks once. They finish their step, save and exit, and the exit code is 75, also where they
 had not started. A third Ctrl-C ends them without saving.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -20,31 +22,73 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.launch.child_processes import (
+    LOG_FOLDER,
     Ended,
     child_environment,
+    end_with_parent,
     python_words,
     run_and_hand_on,
     start_tied,
     terminate,
 )
 from mm_moslora.launch.heartbeat import is_running
-from mm_moslora.launch.host_file import DEEPSPEED_ENV_FILE, exported_lines
-from mm_moslora.launch.rank_logs import LOG_FOLDER
 from mm_moslora.launch.slurm_job import Requeue, step_environment
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.utils.errors import ConfigError, ExitStatus
 from mm_moslora.utils.files import discard, open_in_place, read_json, replace_json, replace_text
 from mm_moslora.utils.folder_marks import refuse_strangers
+from mm_moslora.utils.redaction import is_secret_name
 from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
+from mm_moslora.utils.untrusted_files import read_text
 
 logger = logging.getLogger(__name__)
 
+DEEPSPEED_ENV_FILE = "DS_ENV_FILE"
+"""DeepSpeed's variable for the name of that file; absolute paths work, too."""
+PASSED_ON = (
+    "DS_", "GLOO_", "HF_", "MKL_", "MM_MOSLORA_", "NCCL_", "OMP_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_", "TORCH_",
+    "TRACKIO_", "TRANSFORMERS_", "WANDB_",
+)  # fmt: skip
+"""Beginnings of the names of variables that the hosts of a host file get."""
 SILENT_SECONDS = 60.0
 STATE = "state.json"
 DEEPSPEED, TORCHRUN = "deepspeed", "torchrun"
-"""Kinds of commands of `tied_command`."""
+"""Kinds of commands of `run_tied`."""
 STOPPED = "STOPPED"
 """File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
+
+
+def exported_lines(environment: Mapping[str, str]) -> str:
+    """The content of a file for `DS_ENV_FILE`: variables to pass on, then the lines of the user's own files."""
+    # By itself DeepSpeed exports variables that begin with MLFLOW, PYTHON, MV2, UCX and, with GPUs, NCCL, puts the
+    # working folder on PYTHONPATH, and reads `.deepspeed_env` in the home and in the working folder. Here the working
+    # folder has no say: its files may be somebody else's, and variables such as LD_PRELOAD run code. Names of secrets
+    # are left out, since DeepSpeed writes all values into command lines, which other users of the hosts can read, and
+    # values with line breaks, which such a file cannot hold.
+    chosen = {
+        name: value for name, value in environment.items() if name.startswith(PASSED_ON) and name != DEEPSPEED_ENV_FILE
+    }
+    exported = {name: value for name, value in chosen.items() if not is_secret_name(name) and "\n" not in value}
+    if left_out := sorted(chosen.keys() - exported.keys()):
+        logger.warning(
+            "%s: not passed on to the hosts. Log in on each host (hf auth login, wandb login), or use a .deepspeed_env "
+            "file.", ", ".join(left_out),
+        )  # fmt: skip
+    lines = [f"{name}={_escaped(value)}" for name, value in exported.items()]
+    lines.append(f"PYTHONPATH={_escaped(environment.get('PYTHONPATH', ''))}")
+    named = environment.get(DEEPSPEED_ENV_FILE)
+    files = [Path.home() / ".deepspeed_env"] if named is None else [Path.home() / named, Path(named)]
+    if named is None and Path(".deepspeed_env").is_file() and Path.cwd() != Path.home():
+        logger.warning(".deepspeed_env of this folder is not read. Name it: DS_ENV_FILE=.deepspeed_env")
+    for file in dict.fromkeys(files):
+        if file.is_file():  # later lines win; DeepSpeed fails on lines without a value
+            lines += [line for line in read_text(file).splitlines() if "=" in line]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _escaped(value: str) -> str:
+    """A value that DeepSpeed's double quotes keep as it is."""
+    return re.sub(r'([\\"$`])', r"\\\1", value)
 
 
 def stopped_text(number: int) -> str:
@@ -55,17 +99,14 @@ def stopped_text(number: int) -> str:
 
 
 def leave_mark(run_folder: Path, number: int) -> None:
-    """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged.
-
-    A process that was killed before has left its `state.json` at "running"; where it is gone, this is corrected.
-    """
+    """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged."""
     try:
         refuse_strangers(run_folder, RUN_FILES, kind="run", also=RUN_SIGNS)
         run_folder.mkdir(parents=True, exist_ok=True)
         os.close(open_in_place(run_folder / RUN_LOCK, os.O_WRONLY))  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
-            state = read_json(run_folder / STATE)
+            state = read_json(run_folder / STATE)  # of a process that was killed it says "running"
             runs_here = state["state"] == "running" and state["host"] == socket.gethostname()
             if runs_here and not is_running(int(state["process"]), started=state.get("started")):
                 replace_json(run_folder / STATE, state | {"state": "stopped", "ended": time.time()})
@@ -82,17 +123,7 @@ def launch(
     dry_run: bool = False,
     requeue: Requeue | None = None,
 ) -> int:
-    """Start the ranks and wait for them.
-
-    Args:
-        run_folder: gets the mark of a run that was stopped.
-        log_folder: gets the output of every rank, see `mm_moslora.launch.rank_logs`.
-        dry_run: print the command and start nothing.
-        requeue: decides whether a stopped run's SLURM job goes back into the queue.
-
-    Returns:
-        0 after a finished run, 75 after a requested stop, else the launcher's code.
-    """
+    """Start the ranks and wait for them; returns 0 after a finished run, 75 after a stop, else the launcher's code."""
     words = command(topology, arguments)
     logger.info("%s", shlex.join(words))
     if dry_run:
@@ -105,7 +136,7 @@ def launch(
     with _warning_of_silence(run_folder):
         ended = _run_ranks(topology, words, log_folder)
     # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
-    unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
+    unsaved = bool(ended.signals) and not (ended.code == 0 and is_finished(run_folder))
     if not mark.exists() and not unsaved:
         return ended.code
     if not mark.exists():
@@ -174,12 +205,24 @@ def _run_ranks(topology: Topology, words: Sequence[str], log_folder: Path | None
 
 def run_tied(kind: str, words: Sequence[str], changes: Mapping[str, str], **options: Any) -> Ended:
     """Run a launcher of ranks, which ends once this process is gone, however it ended; see `run_and_hand_on`."""
-    # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
-    tied = python_words("-m", "mm_moslora.launch.tied_command", kind, *words)
+    # torchrun and DeepSpeed do not watch whether their parent is there: `main` is between, and asks them to end. In its
+    # own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
+    tied = python_words("-m", "mm_moslora.launch.launcher", kind, *words)
     return run_and_hand_on(tied, begin=start_tied, changes=changes, **options)
 
 
-def _is_finished(run_folder: Path) -> bool:
+def main() -> int:
+    """Run the command of `run_tied`; returns its exit code, of one that a signal killed 128 and its number."""
+    end_with_parent()
+    kind, *words = sys.argv[1:]
+    request_stop = end_deepspeed if kind == DEEPSPEED else terminate
+    # In its own process group, which `end_deepspeed` signals.
+    code = run_and_hand_on(words, request_stop=request_stop, process_group=0).code
+    return code if code >= 0 else 128 - code
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether a run has recorded its end."""
     try:
         return bool(read_json(run_folder / STATE)["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
@@ -187,12 +230,10 @@ def _is_finished(run_folder: Path) -> bool:
 
 
 def end_deepspeed(runner: int) -> None:
-    """Ask a run under DeepSpeed's launcher to end, by the process id of the runner, which is also that of its group.
-
-    On one machine DeepSpeed's runner forwards no signal: it would exit while the launcher below it and the ranks train
-    on. The signal therefore goes to that launcher, which ends its ranks, and the runner waits for it. With several
-    hosts the runner forwards signals itself.
-    """
+    """Ask a run under DeepSpeed's launcher to end, by the process id of the runner, which is also that of its group."""
+    # On one machine DeepSpeed's runner forwards no signal: it would exit while the launcher below it and the ranks
+    # train on. The signal therefore goes to that launcher, which ends its ranks, and the runner waits for it. With
+    # several hosts the runner forwards signals itself.
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -208,3 +249,7 @@ def end_deepspeed(runner: int) -> None:
             os.killpg(runner, signal.SIGTERM)
         elif not launchers:
             process.terminate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,8 +39,7 @@ _OUTLIVES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 
 
 def open_engine(ray: str, *, parallel: int | None) -> JobEngine:
-    """The engine that a verb's options ask for: a Ray cluster, or, without `ray`, `parallel` processes of this
-    machine."""
+    """The engine of a verb's options: a Ray cluster, or, without `ray`, `parallel` processes of this machine."""
     if ray and parallel is not None:
         raise ConfigError("--parallel is for this machine; with --ray, Ray starts what its nodes have room for.")
     return RayEngine(ray) if ray else ProcessEngine(parallel=parallel)

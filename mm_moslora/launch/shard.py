@@ -48,9 +48,7 @@ class Shard:
 
 
 def finished(folder: Path, suffix: str) -> dict[Shard, Path]:
-    """The files that show that shards are done, in their order; `suffix` follows a shard's name in the path of its
-    file.
-    """
+    """The files that show that shards are done, in their order; `suffix` follows a shard's name in their paths."""
     files = _files_by_shard(folder, suffix)
     if not files:
         raise ConfigError(f"{folder} holds no finished shard. Run the command with --shard 1/N to N/N first.")

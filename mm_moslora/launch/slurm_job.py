@@ -87,8 +87,7 @@ class SlurmJob:
         return f"mm-moslora-{os.getpid()}"
 
     def srun(self) -> list[str]:
-        """The srun prefix that runs a command once on every node; ConfigError where each of several tasks would start
-        it."""
+        """The srun prefix that runs a command once on every node."""
         if self.tasks_of_step > 1:
             raise ConfigError(
                 f"mm-moslora launch runs in a step of {self.tasks_of_step} tasks, and each would start all ranks. "
@@ -147,8 +146,7 @@ def _cpus(environment: Mapping[str, str]) -> int | None:
 
 
 def step_tasks(environment: Mapping[str, str]) -> int:
-    """Number of tasks of srun's step that a process is in; 0 in a batch script, a shell of salloc, and outside a
-    job."""
+    """Tasks of srun's step that a process is in; 0 in a batch script, a shell of salloc, and outside a job."""
     if whole_number(environment, "SLURM_STEP_ID", _NO_STEP, most=2**32 - 1) >= _NO_STEP:
         return 0
     return whole_number(environment, "SLURM_STEP_NUM_TASKS", 1, least=1)
@@ -222,12 +220,8 @@ class Requeue:
         self.run_folder, self.began_with = run_folder, _newest(run_folder)
 
     def stopped(self, signals: Collection[int], code: int) -> int:
-        """Decide after a requested stop. SLURM itself requeues preempted jobs, and cancelled jobs must stay ended.
-
-        Returns:
-            `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not requeue.
-        """
-        if WARNING not in signals:
+        """Requeue after a warning of the limit; `code`, or 1 without a new checkpoint or where SLURM refuses."""
+        if WARNING not in signals:  # SLURM itself requeues preempted jobs, and cancelled jobs must stay ended
             return code
         if self.job.restarts and (self.run_folder is None or _newest(self.run_folder) <= self.began_with):
             logger.error(

@@ -25,7 +25,7 @@ from packaging.version import InvalidVersion, Version
 
 from mm_moslora.config import ModelConfig, Recipe, needs
 from mm_moslora.kernels.triton_availability import LIGER_RANGE, fits, installed_liger, why_not_triton
-from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.errors import MoSLoRAError, reason_of
 from mm_moslora.utils.hardware import available_memory, extensions_folder, stale_locks, usable_cores
 from mm_moslora.utils.package_requirements import (
     declared,
@@ -87,15 +87,21 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[D
         _threads,
         _wandb,
     ]
+    return findings_of(checks, what="the check failed", remedy="Reinstall the library that the error names.")
+
+
+def findings_of(
+    checks: Sequence[Callable[[], Iterator[Diagnosis]]], *, what: str, remedy: str, failed: Status = "bad"
+) -> list[Diagnosis]:
+    """The findings of all checks; one that raises, as of a broken library, is a finding and hides no other."""
     findings: list[Diagnosis] = []
     for check in checks:
         try:
             findings += check()
-        except Exception as error:  # one broken library must not hide the other findings
-            name = getattr(check, "func", check).__name__.strip("_")
-            detail = f"the check failed: {type(error).__name__}: {error}"
-            remedy = "Reinstall the library that the error names."
-            findings.append(Diagnosis(name=name, status="bad", detail=detail, remedy=remedy))
+        except Exception as error:
+            name = getattr(check, "func", check).__name__.strip("_").replace("_", " ")
+            detail = f"{what}: {type(error).__name__}: {reason_of(error)}"
+            findings.append(Diagnosis(name=name, status=failed, detail=detail, remedy=remedy))
     return findings
 
 

@@ -1,37 +1,125 @@
-"""Probes of a model: what trains and how, rows, labels, logits. Each gives findings."""
+"""`mm-moslora doctor --model`: whether a model would train right, by probes of the model itself.
+
+A finding is bad where training would be wrong or impossible. The probes' conversations are fixed: as training encodes
+them, and as the model's own processor does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mm_moslora.adapters.adapter_targets import ALL_LINEAR, linear_targets
-from mm_moslora.batch import Batch
+from mm_moslora.batch import Batch, Example, ProcessedImage
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.data.chat.chat_template import Template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.models.assembly import Parts
+from mm_moslora.data.chat.record_turns import Turn
+from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.row_probe import rows_of
 from mm_moslora.models.memory_efficient.kernel_selection import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import form_of
+from mm_moslora.models.model_sizes import sizes_of
 from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import LossModule, is_multimodal, needs_padding, projectors, supervised_hidden
-from mm_moslora.planning.doctor import Diagnosis
-from mm_moslora.planning.probe_conversations import (
-    conversations_of,
-    decoded,
-    differs_at,
-    example_of,
-    first_difference,
-    pictures_of,
-    runs_of,
-    stock_inputs,
-)
+from mm_moslora.planning.doctor import Diagnosis, Status, findings_of
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
-from mm_moslora.utils.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError, ConfigError
+
+_QUESTION, _ANSWER = "What is in the picture?", "A red square."
+SIGHTED = (Turn(role="user", text=f"<image>\n{_QUESTION}"), Turn(role="assistant", text=_ANSWER))
+"""The fixed conversation with a picture."""
+BLIND = (
+    Turn(role="user", text="Say one."), Turn(role="assistant", text="One."),
+    Turn(role="user", text="And two?"), Turn(role="assistant", text="Two, as you wish."),
+)  # fmt: skip
+WIDE, _TALL = (64, 48), (90, 120)
+"""Sizes of two pictures: processors cut and join others otherwise."""
+
+
+@cache
+def _picture(size: tuple[int, int]) -> Image.Image:
+    """Noise with a tint, so that no tile is plain."""
+    noise = Image.effect_noise(size, 60).convert("RGB")
+    return Image.blend(noise, Image.new("RGB", noise.size, (200, 30, 30)), 0.5)
+
+
+def stock_inputs(owner: Any, turns: Sequence[Turn], size: tuple[int, int] = WIDE) -> dict[str, Any]:
+    """What a processor or tokenizer itself makes of a conversation; of one that ends with a question, the prompt."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        text = turn.text.replace("<image>\n", "")
+        parts = [{"type": "image", "image": _picture(size)}] * turn.images + [{"type": "text", "text": text}]
+        messages.append({"role": turn.role, "content": parts if hasattr(owner, "image_processor") else text})
+    more: dict[str, Any] = {"add_generation_prompt": turns[-1].role == "user"}
+    if not hasattr(owner, "image_processor") and owner.chat_template is None:  # it gets the plain one
+        more["chat_template"] = Template(owner).source
+    return dict(owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **more))
+
+
+def conversations_of(parts: Parts) -> list[tuple[Sequence[Turn], tuple[int, int]]]:
+    """With sizes of their pictures; all with pictures where the processor takes no text alone."""
+    if not is_multimodal(parts.model):
+        return [(BLIND, WIDE), (BLIND[2:], WIDE)]
+    seeing: list[tuple[Sequence[Turn], tuple[int, int]]] = [(SIGHTED, WIDE), (SIGHTED, _TALL)]
+    try:
+        stock_inputs(parts.template_processor or parts.tokenizer, BLIND)
+    except Exception:  # whatever the processor raises
+        return seeing
+    return [(BLIND, WIDE), *seeing]
+
+
+def example_of(parts: Parts, turns: Sequence[Turn], size: tuple[int, int] = WIDE) -> Example:
+    """A conversation as training encodes it."""
+    pictures = pictures_of(parts, turns, size)
+    encoded = ConversationEncoder.of(parts).encode(turns, pictures=[item.placeholders for item in pictures])
+    return Example(id="probe", input_ids=encoded.input_ids, supervised=encoded.supervised, pictures=pictures)
+
+
+def pictures_of(parts: Parts, turns: Sequence[Turn], size: tuple[int, int]) -> Sequence[ProcessedImage]:
+    """The noise of a conversation's pictures, as training prepares it."""
+    processing = parts.image_processing
+    return processing.process([_picture(size)]) if processing and any(turn.images for turn in turns) else []
+
+
+def differs_at(parts: Parts, example: Example, expected: Sequence[int]) -> int | None:
+    """The first token that is not that of the processor, but for ends of answers that its template does not write."""
+    ids, end = example.input_ids.tolist(), parts.tokenizer.eos_token_id
+    written = [n for n, learned in zip(ids, example.supervised.tolist(), strict=True) if not learned or n != end]
+    places = [first_difference(own, expected) for own in (ids, written)]
+    return None if None in places else places[0]
+
+
+def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
+    """None where the ids begin the expected ones."""
+    different = (at for at, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1])
+    return next(different, len(expected) if len(ids) > len(expected) else None)
+
+
+def runs_of(example: Example) -> list[tuple[list[int], bool]]:
+    """Stretches of ids that are all supervised, or not at all."""
+    runs: list[tuple[list[int], bool]] = []
+    for number, supervised in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True):
+        if not runs or runs[-1][1] != supervised:
+            runs.append(([], supervised))
+        runs[-1][0].append(number)
+    return runs
+
+
+def decoded(parts: Parts, ids: Sequence[int]) -> str:
+    """Text with a run of image tokens as one."""
+    text, image = str(parts.tokenizer.decode(list(ids))), getattr(parts.processor, "image_token", None)
+    while image and image * 2 in text:
+        text = text.replace(image * 2, image)
+    return text.replace("\n", "\\n")
+
 
 _EXACT = 1e-4
 """Largest difference of logits in fp32, as a share of the largest logit. Faults of positions or masks give 1e-2."""
@@ -201,6 +289,37 @@ def _step(parts: Parts) -> Iterator[Diagnosis]:
 
 
 PROBES: tuple[Probe, ...] = (_parts_found, _experts, _rows, _labels, _prompts, _logits, _step)
-"""Of a model; the last two change it."""
-PROBES_WITHOUT_TEMPLATE: tuple[Probe, ...] = (_parts_found, _experts, _rows)
-"""Of one whose conversations cannot be encoded."""
+"""Of a model; the last two change it. The first three need no conversation."""
+
+
+def diagnose_model(name: str, *, revision: str | None = None) -> list[Diagnosis]:
+    """Probe a model: what trains, rows, labels, logits."""
+    config = sizes_of(name, revision, key="--model")
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config"):
+        model = ModelConfig(vlm=name, vlm_revision=revision)
+    else:
+        model = ModelConfig(language=name, language_revision=revision)
+    return probe_model(load_parts(model))
+
+
+def probe_model(parts: Parts) -> list[Diagnosis]:
+    """The findings of all probes that the model allows; it gets adapters, and the kernels of training."""
+    try:
+        ConversationEncoder.of(parts)
+    except ConfigError as error:
+        refused = Diagnosis(
+            name="chat template", status="bad", detail=f"training refuses it: {error}",
+            remedy="No conversation was probed. Put a chat_template.jinja into its folder.",
+        )  # fmt: skip
+        return [refused, *_findings(parts, PROBES[:3], failed="bad")]
+    owner = parts.template_processor
+    # A processor that writes prompts itself gives nothing to compare with.
+    silent = owner is not None and not (owner.chat_template or parts.tokenizer.chat_template)
+    return _findings(parts, PROBES, failed="warn" if silent else "bad")
+
+
+def _findings(parts: Parts, probes: Sequence[Probe], *, failed: Status) -> list[Diagnosis]:
+    return findings_of(
+        [partial(probe, parts) for probe in probes], failed=failed, what="the probe failed, so training may too",
+        remedy="Train another model, or report this with the command.",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`mm-moslora data check|stats`: a recipe's data as they are trained on, without loading the language model."""
+"""`mm-moslora data check|stats|view`: a recipe's data as they are trained on, without loading the language model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.panel import Panel
 from rich.text import Text
 
 from mm_moslora.batch import ImageProcessing
@@ -14,21 +15,36 @@ from mm_moslora.config import SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.thinking_form import settled
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles, repeated_records
-from mm_moslora.data.check.data_views import view_findings, view_matches, view_report, view_statistics
+from mm_moslora.data.check.data_views import (
+    RecordSample,
+    legend,
+    page,
+    view_findings,
+    view_matches,
+    view_record,
+    view_report,
+    view_statistics,
+)
 from mm_moslora.data.check.record_check import CheckReport, Fingerprint, Match, check, fingerprint
 from mm_moslora.data.epoch_order import fill_rate, pack, repeats_of
 from mm_moslora.data.images.record_picture import ImageError, open_image
+from mm_moslora.data.record_examples import encode_record
+from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import beginning, open_source, open_sources, require_sources
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.planning.run_plan import DataSize
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.folder_marks import PAGE_SIGN, output_file
 from mm_moslora.utils.progress_bar import Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
+    from mm_moslora.data.sources.record_file import RecordSource
+
 
 COUNTED = 1000
 """Records of each source that are read to plan a run; of a larger source these are a random choice, whose mean is off
@@ -170,8 +186,7 @@ def data_sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
 
 
 def with_beginnings(recipe: Recipe, records: int) -> tuple[Recipe, list[SourceConfig]]:
-    """The recipe with the first records of its streams (DataError: below 1) in place of these, and what these
-    became."""
+    """The recipe with the first records of its streams in place of these, and what these became."""
     if records < 1:
         raise DataError(f"records is {records}, expected 1 or more: the first ones of a stream without an end.")
     train = [beginning(source, records) for source in recipe.data.train]
@@ -238,3 +253,53 @@ def parts_of(recipe: Recipe) -> DataParts:
     files = open_sources(recipe.data.train, objective=recipe.objective)
     encoder, _ = settled(ConversationEncoder.of(parts), files, recipe.data.supervise)
     return DataParts(encoder, parts.image_processing)
+
+
+def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3, records: int = BEGINNING) -> list[RenderableType]:
+    """Training records with every token coloured by supervision; `start` counts over all of data.train, from 0."""
+    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
+    return [legend(), *(_view_one(sample, parts) for sample in samples)]
+
+
+def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20, records: int = BEGINNING) -> Path:
+    """Write an HTML page of training records; see `view_recipe`."""
+    output_file(path, sign=PAGE_SIGN)
+    parts, samples = _samples(with_beginnings(recipe, records)[0], start, count)
+    text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}). Name another path for the page.") from error
+    return path
+
+
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[DataParts, list[RecordSample]]:
+    parts = parts_of(recipe)
+    files = open_sources(recipe.data.train, objective=recipe.objective, processing=parts.image_processing)
+    total = sum(len(file) for file in files)
+    if not 0 <= start < total or count < 1:
+        raise DataError(
+            f"start is {start} and count is {count}, but data.train has {total} records. "
+            f"Choose start from 0 to {total - 1} and a count of at least 1."
+        )
+    return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
+
+
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: DataParts) -> RecordSample:
+    for file in files:
+        if number < len(file):
+            break
+        number -= len(file)
+    try:
+        record = file[number]
+        encoded = encode_record(record, parts.encoder, parts.image_processing, config=recipe.data)
+    except RecordError as error:
+        return RecordSample(None, None, error)
+    return RecordSample(record, encoded)
+
+
+def _view_one(sample: RecordSample, parts: DataParts) -> RenderableType:
+    if sample.record is None or sample.encoded is None:
+        return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
+    return view_record(sample.record, sample.encoded, parts.encoder)

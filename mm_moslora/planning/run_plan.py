@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,9 +59,7 @@ class DataSize:
 class Option:
     """One setting with its estimate."""
 
-    zero: str
-    checkpointing: bool | int
-    """See `StepMemory.checkpointing`."""
+    step: StepMemory = field(repr=False)
     micro_batch: int
     most: int | None
     """Most tokens of a micro-batch, where that is less than `micro_batch` of the longest examples."""
@@ -69,12 +68,20 @@ class Option:
     tokens_per_second: float
     """Over all GPUs, at the middle of the expected utilisation."""
     fits: bool
-    offload: bool = False
-    """See `StepMemory.offload`."""
-    main_memory: float = 0.0
+    main_memory: float
     """Main memory of the first host, bytes; see `StepMemory.main_memory`."""
-    generating: float = 0.0
+    generating: float
     """Memory of a validation that generates, bytes; see `StepMemory.generating`. 0: none does."""
+
+    @property
+    def zero(self) -> str:
+        """See `StepMemory.zero`."""
+        return self.step.zero
+
+    @property
+    def checkpointing(self) -> bool | int:
+        """See `StepMemory.checkpointing`."""
+        return self.step.checkpointing
 
     @property
     def peak(self) -> float:
@@ -87,9 +94,8 @@ class Option:
         most = "" if self.most is None else f" up to {self.most:,} tokens"
         some = "" if self.checkpointing is True else f" of {self.checkpointing} layers"
         again = f", checkpointing{some}" if self.checkpointing else ""
-        return (
-            f"{Path(self.zero).name}, micro-batch {self.micro_batch}{most}{again}{', offload' if self.offload else ''}"
-        )
+        again += ", offload" if self.step.offload else ""
+        return f"{Path(self.zero).name}, micro-batch {self.micro_batch}{most}{again}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,88 +220,93 @@ def plan(
         picture: width and height of a typical picture, for models that cut pictures into tiles or take them in any
             size; None: `PICTURE`.
     """
-    varies = size_decides(recipe.model)
+    train, varies = recipe.train, size_decides(recipe.model)
     if picture is not None and not varies:
         raise ConfigError(
             f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
             "one square of the same size. Leave --picture out."
         )
-    train = recipe.train
-    in_fp32 = train.precision == "fp32" or (train.precision == "auto" and not gpus.has_bf16)
-    size = model_cost(
-        recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
-        picture=picture or PICTURE, dtype=torch.float32 if in_fp32 else torch.bfloat16,
-    )  # fmt: skip
-    chosen = recipe.for_ranks(gpus.count)
-    planned = chosen.train
-    refuse_ranks(planned, gpus.count)
-    check_zero(chosen)
-    if planned.zero.endswith(".json"):
-        resolved = "fp32" if in_fp32 else "bf16" if train.precision == "auto" else train.precision
-        check_file(planned, precision=resolved, max_grad_norm=recipe.optim.max_grad_norm, trains_here=False)
-    check_model(recipe, size.model, layers=size.layers)
-    data = data or known_data(recipe.data.train, size.tokens_per_image)
-    if data is None:
-        raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
-    tokens = min(data.tokens, recipe.data.max_length)
-    supervised = 1.0 if recipe.data.train_on == "all" else data.supervised
-    data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens), supervised=supervised)
-    together = train.sequence_parallel
-    share = math.ceil(train.global_batch * together / gpus.count)  # of a step's rows, the most that a rank gets
-    busy = busy_share(train.global_batch, max(1, gpus.count // together))
-
-    longest = recipe.data.longest
-    generates = bool(recipe.validate.samples or recipe.validate.tasks)
-
-    def option(zero: str, checkpointing: bool | int, micro_batch: int, *, offload: bool = False) -> Option:
-        step = StepMemory(
-            size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload, together=together,
-            optimizer=recipe.optim.optimizer,
-        )  # fmt: skip
-        budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
-        tokens = min(budget, micro_batch * longest)
-        needed, generating = step.worst(tokens), step.generating if generates else 0.0
-        samples = min(micro_batch * data.per_row, budget / data.tokens)
-        return Option(
-            zero=zero, checkpointing=checkpointing, micro_batch=micro_batch,
-            most=tokens if tokens < micro_batch * longest else None, memory=needed,
-            tokens_per_second=busy * speed(
-                step, gpus, data, samples=samples / together,
-                number=max(1.0, share * data.per_row / samples),
-            ),
-            fits=max(needed.total, generating) <= FREE_SHARE * gpus.memory, offload=offload, generating=generating,
-            main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
-        )  # fmt: skip
-
+    size = _checked_cost(recipe, gpus, picture or PICTURE)
+    data = _epoch(recipe, data or known_data(recipe.data.train, size.tokens_per_image))
+    option, together = partial(_option, recipe, gpus, size, data), train.sequence_parallel
     options = [
         option(*setting)
         for setting in settings(train.global_batch, gpus, together=together, optimizer=recipe.optim.optimizer)
     ]
     own = option(
-        planned.zero, train.gradient_checkpointing,
-        min(train.micro_batch, share), offload=train.activation_offload,
+        recipe.for_ranks(gpus.count).train.zero, train.gradient_checkpointing,
+        min(train.micro_batch, _share(recipe, gpus)), offload=train.activation_offload,
     )  # fmt: skip
     fitting = [option for option in options if option.fits]
     # Estimates are good to a fifth (see `utilisation`), so a difference of 2 % decides nothing.
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
-    flops = _flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0)
-    epochs = train.epochs
-    if train.steps:
-        epochs = train.steps * train.global_batch * data.per_row / data.samples
-    shown = (picture or PICTURE) if varies else None
     return RunPlan(
-        gpus=gpus, cost=size,
-        picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
-        idle=max(0, gpus.count - together * train.global_batch), own=own,
-        remedy=_remedy(recipe, size, gpus, own),
+        gpus=gpus, cost=size, picture=(picture or PICTURE) if varies else None, data=data,
+        epochs=train.steps * train.global_batch * data.per_row / data.samples if train.steps else train.epochs,
+        flops=_flops(size, data, 1, checkpointing=float(best.checkpointing) if best else 0.0),
+        best=best, options=options, idle=max(0, gpus.count - together * train.global_batch), own=own,
+        remedy=_remedy(recipe, gpus, own),
     )  # fmt: skip
 
 
-def _remedy(recipe: Recipe, size: ModelCost, gpus: Gpus, own: Option) -> str:
+def _checked_cost(recipe: Recipe, gpus: Gpus, picture: tuple[int, int]) -> ModelCost:
+    """The cost of the recipe's model, after the checks that a run on these GPUs makes."""
+    train, chosen = recipe.train, recipe.for_ranks(gpus.count)
+    in_fp32 = train.precision == "fp32" or (train.precision == "auto" and not gpus.has_bf16)
+    size = model_cost(
+        recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing, picture=picture,
+        dtype=torch.float32 if in_fp32 else torch.bfloat16,
+    )  # fmt: skip
+    refuse_ranks(chosen.train, gpus.count)
+    check_zero(chosen)
+    if chosen.train.zero.endswith(".json"):
+        resolved = "fp32" if in_fp32 else "bf16" if train.precision == "auto" else train.precision
+        check_file(chosen.train, precision=resolved, max_grad_norm=recipe.optim.max_grad_norm, trains_here=False)
+    check_model(recipe, size.model, layers=size.layers)
+    return size
+
+
+def _epoch(recipe: Recipe, data: DataSize | None) -> DataSize:
+    """The size of an epoch of examples that are cut, packed and supervised as the recipe says."""
+    if data is None:
+        raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
+    tokens = min(data.tokens, recipe.data.max_length)
+    supervised = 1.0 if recipe.data.train_on == "all" else data.supervised
+    return replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens), supervised=supervised)
+
+
+def _share(recipe: Recipe, gpus: Gpus) -> int:
+    """Of a step's rows, the most that a rank gets."""
+    return math.ceil(recipe.train.global_batch * recipe.train.sequence_parallel / gpus.count)
+
+
+def _option(
+    recipe: Recipe, gpus: Gpus, size: ModelCost, data: DataSize, zero: str, checkpointing: bool | int,
+    micro_batch: int, *, offload: bool = False,
+) -> Option:  # fmt: skip
+    """The estimate of one setting."""
+    train, longest, together = recipe.train, recipe.data.longest, recipe.train.sequence_parallel
     step = StepMemory(
-        size=size, zero=own.zero, world=gpus.count, checkpointing=own.checkpointing, offload=own.offload,
-        together=recipe.train.sequence_parallel, optimizer=recipe.optim.optimizer,
+        size=size, zero=zero, world=gpus.count, checkpointing=checkpointing, offload=offload, together=together,
+        optimizer=recipe.optim.optimizer,
     )  # fmt: skip
+    budget = train.micro_tokens or step.token_budget(gpus.memory, longest=longest) or longest
+    tokens = min(budget, micro_batch * longest)
+    needed = step.worst(tokens)
+    generating = step.generating if recipe.validate.samples or recipe.validate.tasks else 0.0
+    samples = min(micro_batch * data.per_row, budget / data.tokens)
+    number = max(1.0, _share(recipe, gpus) * data.per_row / samples)
+    busy = busy_share(train.global_batch, max(1, gpus.count // together))
+    return Option(
+        step=step, micro_batch=micro_batch, most=tokens if tokens < micro_batch * longest else None, memory=needed,
+        tokens_per_second=busy * speed(step, gpus, data, samples=samples / together, number=number),
+        fits=max(needed.total, generating) <= FREE_SHARE * gpus.memory, generating=generating,
+        main_memory=step.main_memory(packed=recipe.model.quantisation != "none"),
+    )  # fmt: skip
+
+
+def _remedy(recipe: Recipe, gpus: Gpus, own: Option) -> str:
+    step = own.step
     if own.generating and (reason := step.cannot_generate(gpus.memory)):
         return reason
     budget, fits = recipe.train.micro_tokens or 0, step.token_budget(gpus.memory, longest=recipe.data.longest)

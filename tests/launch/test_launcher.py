@@ -17,9 +17,8 @@ from waiting import wait_until
 
 from mm_moslora import cli
 from mm_moslora.launch import child_processes, launcher, slurm_job, topology
-from mm_moslora.launch.child_processes import run_and_hand_on
-from mm_moslora.launch.host_file import exported_lines
-from mm_moslora.launch.rank_logs import keep_rank_log
+from mm_moslora.launch.child_processes import keep_rank_log, run_and_hand_on
+from mm_moslora.launch.launcher import exported_lines
 from mm_moslora.launch.slurm_job import Requeue, SlurmJob
 from mm_moslora.launch.topology import Topology, command
 from mm_moslora.training.supervision.run_folder import exclusive
@@ -117,7 +116,7 @@ def test_every_rank_has_a_log_of_its_own_that_signals_do_not_end(tmp_path):
     """What is written outside Python, too; standard output and error stay apart."""
     code = """
 import os, signal, sys
-from mm_moslora.launch.rank_logs import keep_rank_log
+from mm_moslora.launch.child_processes import keep_rank_log
 keep_rank_log(os.environ)
 children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
 for child in children:

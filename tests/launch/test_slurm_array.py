@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.launch.slurm_array import write_array
+from mm_moslora.launch.jobs import write_array
 from mm_moslora.utils.errors import ConfigError
 from tests.launch.job_runs import CHECKOUT, job, starts
 

@@ -14,7 +14,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.cli.export_verbs import export
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
-from mm_moslora.planning.probe_conversations import conversations_of, example_of
+from mm_moslora.planning.model_probes import conversations_of, example_of
 from mm_moslora.training.training_loop import train
 
 

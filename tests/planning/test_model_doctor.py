@@ -15,7 +15,7 @@ from vlms import make_vlm
 from mm_moslora.cli.doctor_verb import doctor
 from mm_moslora.models.batching import packed_batch
 from mm_moslora.planning import model_probes
-from mm_moslora.planning.model_doctor import diagnose_model, probe_model
+from mm_moslora.planning.model_probes import diagnose_model, probe_model
 from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
 from mm_moslora.utils.files import read_json
 

@@ -129,7 +129,7 @@ def test_view_colours_exactly_the_supervised_tokens(recipe):
 
     from mm_moslora.config import load_recipe
     from mm_moslora.data.check.data_views import SUPERVISED
-    from mm_moslora.planning.record_views import view_recipe
+    from mm_moslora.planning.recipe_data import view_recipe
 
     *_, panel = view_recipe(load_recipe(recipe(), []), start=0, count=1)
     console = Console(width=200)

@@ -24,7 +24,7 @@ from mm_moslora.models.processing.image_processing import SquareImageProcessing,
 from mm_moslora.models.processing.llava_processor import image_processor
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing
 from mm_moslora.models.vision.vision_tower import ImageSpec
-from mm_moslora.planning.probe_conversations import SIGHTED, example_of, stock_inputs
+from mm_moslora.planning.model_probes import SIGHTED, example_of, stock_inputs
 from mm_moslora.utils.errors import ConfigError, ModelError
 
 SIZES = [(640, 480), (150, 450), (51, 37)]

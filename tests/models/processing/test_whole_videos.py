@@ -29,7 +29,7 @@ from mm_moslora.data.check.data_views import RecordSample, page, view_tokens
 from mm_moslora.data.preprocessing_print import trained_videos
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.planning.model_doctor import diagnose_model
+from mm_moslora.planning.model_probes import diagnose_model
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 
