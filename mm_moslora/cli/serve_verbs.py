@@ -46,8 +46,8 @@ def chat(
     if image is not None and not image.is_file():
         raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
     quiet_libraries()
-    from mm_moslora.serve.inference.text_stream import ThinkingSplit
     from mm_moslora.serve.terminal_chat import Chat, interactive
+    from mm_moslora.serve.text_stream import ThinkingSplit
 
     talk = Chat.from_folder(model, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing)
     talk.shows_thinking = show_thinking
@@ -112,9 +112,9 @@ def serve(
     find_checkpoint(model)
     quiet_libraries()
     needs("starlette", "uvicorn", extra="serve")
-    from mm_moslora.serve.api.http_server import bound, is_loopback, run_app
-    from mm_moslora.serve.api.request_guard import KEY_NAME, SHORTEST_KEY, read_key
-    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.http_server import bound, is_loopback, run_app
+    from mm_moslora.serve.request_guard import KEY_NAME, SHORTEST_KEY, read_key
+    from mm_moslora.serve.request_limits import Limits
 
     limits = Limits(
         batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,
@@ -128,9 +128,9 @@ def serve(
         )
     sockets = bound(host, port)
     from mm_moslora.models.precision import dtype_of  # torch takes seconds to import
-    from mm_moslora.serve.api.api_routes import create_app
-    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.api_routes import create_app
+    from mm_moslora.serve.continuous_batching import GenerationEngine
+    from mm_moslora.serve.served_models import load_models
 
     models = load_models(
         model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision),
@@ -159,12 +159,12 @@ def demo(
     find_checkpoint(model)
     quiet_libraries()
     needs("gradio", extra="demo")
-    from mm_moslora.serve.api.http_server import bound
+    from mm_moslora.serve.http_server import bound
 
     for free in bound("127.0.0.1", port):  # before the model is loaded
         free.close()
     from mm_moslora.serve.gradio_demo import Demo, launch
-    from mm_moslora.serve.inference.served_models import load_models, why_no_base
+    from mm_moslora.serve.served_models import load_models, why_no_base
 
     reason = why_no_base(model)
     models = load_models(model, with_base=reason is None, other_preprocessing=other_preprocessing)

@@ -109,13 +109,8 @@ class Arm:
 
 
 def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
-    """Read `lora,moslora:kaiming,moslora:orthogonal@rank=16`.
-
-    Args:
-        text: arms separated by commas, or a list of them. Commas within brackets do not separate, and what begins with
-            a digit is a further value of the suffix before it.
-        recipe: the recipe that all arms share; every arm is applied to it once, so that a bad key is found here.
-    """
+    """Read `lora,moslora:kaiming@rank=16`, or a list of such texts; each is applied to the recipe once, as a check."""
+    # Commas within brackets do not separate, and what begins with a digit is a further value of the suffix before it.
     names = _joined(split(text) if isinstance(text, str) else [name for item in text for name in split(item)])
     if len(names) < 2:
         raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")

@@ -170,9 +170,7 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def run_cell(folder: Path, name: str, *, stop_at: int | None = None) -> bool:
-    """Train and measure a run; returns whether it has ended, and did not just save. Failed runs are run again. A probe
-    that measures the speed stops at step `stop_at`.
-    """
+    """Train and measure a run, or its first steps up to `stop_at`; whether it has ended. Failed ones are run again."""
     run = CellRun.read(folder, name)
     with lock_file(run.run_folder / ".cell.lock", wait=True), chdir(run.start):
         earlier = read_outcome(run.run_folder)

@@ -81,12 +81,7 @@ def _check(folder: Path, views: Mapping[str, str], task: str) -> None:
 
 
 class Answers:
-    """Reads the samples of reported runs.
-
-    Args:
-        chosen: learning rates, as `choose_rates` gives them.
-        names: display names of tasks.
-    """
+    """Reads the samples of reported runs; `chosen`: rates as `choose_rates` gives them, `names`: shown for tasks."""
 
     def __init__(
         self, settings: ComparisonSettings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
@@ -251,10 +246,7 @@ def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Difference:
-    """An estimate in the form that verdicts take; graded scores need no least number of questions.
-
-    Shares differ by 1 at most, whatever a t-interval of few runs says.
-    """
+    """An estimate in the form that verdicts take; graded scores need no least number of questions."""
     scores = [score for task in tasks for row in task.scores for score in row]
     most = 1.0 if all(abs(score) <= 1 for score in scores) else math.inf
     groups = None if any(score not in (-1.0, 0.0, 1.0) for score in scores) else estimate.fewest
@@ -263,11 +255,9 @@ def as_difference(estimate: ArmEstimate, tasks: Sequence[TaskScores]) -> Differe
 
 
 def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
-    """Add to each arm, by column, its differences from the controls.
-
-    An arm is above its controls where it is above each of them: the p-value is the largest one (an intersection-union
-    test), corrected over the arms by Holm's procedure, since a comparison needs only one such arm.
-    """
+    """Add to each arm, by column, its differences from the controls."""
+    # An arm is above its controls where it is above each of them: the p-value is the largest one (an intersection-union
+    # test), corrected over the arms by Holm's procedure, since a comparison needs only one such arm.
     for arm in arms:
         arm["controls"] = {
             column: differences
@@ -282,8 +272,7 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
 
 
 def above_controls(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """An arm's differences from the controls that all tasks have, or None; picture controls leave out tasks without
-    pictures."""
+    """An arm's differences from the controls that all tasks have, or None; picture controls need pictures."""
     rows, p_values, above = [], [], True
     for name in dict.fromkeys(name for one in answers for name in one.less):
         among = {t: a for t, a in zip(tasks, answers, strict=True) if a.pictures or name not in PICTURE_CONTROLS}

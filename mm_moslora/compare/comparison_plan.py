@@ -163,8 +163,7 @@ _NONE: Mapping[str, Outcome] = MappingProxyType({})
 
 
 def tuning_cells(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _NONE) -> list[Cell]:
-    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early. Grids
-    grow where the outcomes show a best rate at an edge."""
+    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early."""
     ways = [way for arm in settings.arms if settings.chooses(arm) for way in arm.ways]
     grids = {way.name: grid_of(settings, way, outcomes) for way in ways}
     rates = dict.fromkeys([*settings.rates, *(rate for grid in grids.values() for rate in grid)])
@@ -182,11 +181,9 @@ def _tuning(arm: Arm, rate: float, seed: int) -> Cell:
 
 
 def grid_of(settings: ComparisonSettings, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:
-    """An arm's learning rates in order: the given ones, and further ones where the best was at an edge.
-
-    A grid of at least three rates grows by the factor between its outer two, a rate at a time, at most `settings.grow`
-    times. A rate beyond the best that failed, or an edge that is only as good as its neighbour, ends it.
-    """
+    """An arm's learning rates in order: the given ones, and up to `settings.grow` where the best was at an edge."""
+    # A grid of at least three grows by the factor between its outer two. A rate beyond the best that failed, or an edge
+    # that is only as good as its neighbour, ends it.
     grid = sorted(settings.rates)
     for _ in range(settings.grow if len(grid) > 2 else 0):
         scores = _scores(settings, arm, grid, outcomes)
@@ -240,8 +237,7 @@ def run_count(settings: ComparisonSettings, outcomes: Mapping[str, Outcome] = _N
 
 
 def choose_rates(settings: ComparisonSettings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm (with alternatives: of the best one's name) after its tuning runs have ended, if one
-    succeeded."""
+    """The best rate of every arm, by the name of its best alternative, if its tuning runs ended and one worked."""
     chosen = {}
     for arm in settings.arms:
         if not settings.chooses(arm):

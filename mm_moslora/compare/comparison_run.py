@@ -63,8 +63,7 @@ class RunBudget:
 
 
 class ArmComparison:
-    """A comparison and its folder; `hold_out`: share of the training records for the validation split, where neither
-    the recipe nor the settings have one."""
+    """A comparison and its folder; `hold_out`: share of training records for validation, where there is no split."""
 
     def __init__(self, recipe: Recipe, settings: ComparisonSettings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
@@ -317,8 +316,7 @@ def _problem(run: CellRun, problem: str) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a comparison folder; ConfigError where it is locked, or other programs' files have names that a comparison
-    writes."""
+    """Lock a comparison folder; ConfigError where it is locked, or holds other programs' files of the same names."""
     refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "comparison")

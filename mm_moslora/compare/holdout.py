@@ -37,17 +37,10 @@ def check_share(share: float) -> float:
 
 
 def with_holdout(recipe: Recipe, folder: Path, *, share: float, reuse: bool) -> Recipe:
-    """Split the recipe's records into training and validation; the split is written once and reused.
-
-    Records that share a picture stay on one side, in whatever form and under whatever name they hold it, and so do
-    those that are linked by others. The side depends on the pictures' contents: it does not change with the seed or
-    with the order of records.
-
-    Args:
-        recipe: without validation sources.
-        folder: for the two files of every source.
-        reuse: whether files that are there hold the split of these records.
-    """
+    """Split the records of a recipe without validation sources into two files of every source in `folder`."""
+    # Records that share a picture stay on one side, in whatever form and under whatever name they hold it, and so do
+    # those that are linked by others. The side depends on the pictures' contents: it does not change with the seed or
+    # with the order of records. `reuse`: files that are there hold the split of these records.
     sources = recipe.data.train
     files = [
         tuple(folder / f"{side}-{number}.jsonl" for side in ("train", "validation")) for number in range(len(sources))

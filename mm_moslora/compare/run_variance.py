@@ -39,11 +39,9 @@ class Spread:
 
 
 def variance_of_means(spreads: Sequence[Spread], seeds: int) -> tuple[float, float]:
-    """The variance of a sum of means over seeds, one of each spread, and its degrees of freedom (0: unknown).
-
-    The mean over arms holds the squares of an arm that has a variance of its own, too; sums of squares that are
-    independent are taken apart, and count once each.
-    """
+    """The variance of a sum of means over seeds, one of each spread, and its degrees of freedom (0: unknown)."""
+    # The mean over arms holds the squares of an arm that has a variance of its own, too; sums of squares that are
+    # independent are taken apart, and count once each.
     alone = [spread for spread in spreads if not spread.pooled]
     together = [spread for spread in spreads if spread.pooled]
     of_each = len(together) / max(1, together[0].degrees) if together else 0.0  # a square's weight by the mean

@@ -58,8 +58,7 @@ class TaskScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Variance components by moments, negative ones set to 0: the squared error of a mean over ``K`` seeds and ``N``
-    documents is ``documents / N + seeds / K + answers / (K N)``."""
+    """Variance components; the squared error of a mean is ``documents / N + seeds / K + answers / (K N)``."""
 
     documents: float
     """Between documents (of one, clustering included)."""
@@ -107,8 +106,7 @@ class ArmEstimate:
         return (self.high - self.low) / 2
 
     def detectable(self, *, comparisons: int = 1) -> float:
-        """The smallest true value that a repetition would find significant at 5 %, with 80 % power; `comparisons`:
-        p-values that are corrected together (the strictest step of Holm's procedure)."""
+        """The true value that a repetition shows at 5 % with 80 % power, one of so many p-values that Holm corrects."""
         if math.isnan(self.stderr):
             return self.stderr
         level = 1 - (1 - LEVEL) / comparisons
@@ -135,20 +133,12 @@ def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, boun
 def differences(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
 ) -> dict[str, ArmEstimate]:
-    """Each arm - the reference on the same documents and seeds, with its error for new documents and new seeds.
-
-    The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs around
-    the common effects of the seeds, minus their common part (chance in single answers). A variance of runs is the
-    mean over all arms, with the degrees of freedom of all, unless the arm's own is larger than those of the others (an
-    F-test at the level 0.25): then it is the arm's own. With one seed, the variance between runs is unknown and left
-    out. A document without an answer of one arm is left out, and so is a seed without a run of one arm. An arm that has
-    no seed of the reference is not in the result.
-
-    Args:
-        arms: by name, task -> scores; the tasks weigh equally.
-        reference: its scores, on the same documents in the same order.
-        bounded: whether scores lie between 0 and 1, so that equal differences still bound the error.
-    """
+    """Each arm minus the reference, by document and seed, with its error for new documents and new seeds."""
+    # The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's runs
+    # around the common effects of the seeds, minus their common part (chance in single answers). With one seed, the
+    # variance between runs is unknown and left out. Left out are documents without an answer of one arm, seeds without
+    # a run of one, and arms without a seed of the reference. Tasks weigh equally. `bounded`: scores lie between 0 and
+    # 1, so that equal differences still bound the error.
     if other := next((tasks for tasks in arms.values() if tasks.keys() != reference.keys()), None):
         raise ValueError(f"The arms were measured on different tasks: {list(other)} and {list(reference)}.")
     seeds = {name: common for name, tasks in arms.items() if (common := _seeds(tasks, reference))}

@@ -70,9 +70,9 @@ class Diagnosis:
 
 
 def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Diagnosis]:
-    """Check versions, hardware, compiler, caches, disk, threads and trackers, for runs in `folder` (None: the current
-    one). Only packages that the recipe needs count as needed; without one, a missing package is bad only if every run
-    needs it."""
+    """Check this machine for runs in `folder` (None: the current one)."""
+    # Only packages that the recipe needs count as needed; without one, a missing package is bad only if every run needs
+    # it.
     checks: list[Callable[[], Iterator[Diagnosis]]] = [
         _python,
         partial(_libraries, recipe),
@@ -106,8 +106,7 @@ def findings_of(
 
 
 def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Diagnosis:
-    """Judge one library's version (None: not installed). `use` is its purpose, empty for a package that every run
-    needs. `needed`: whether the recipe needs it; None: no recipe, so it is needed exactly if `use` is empty."""
+    """Judge a library's version (None: not installed) and `use`; `needed` None: needed exactly if `use` is empty."""
     wanted = next((range_of(item) for item in declared_anywhere() if item.name == package), "")
     vital = needed if needed is not None else not use
     for_what = f" (for {use})" if use else ""

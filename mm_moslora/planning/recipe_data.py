@@ -80,14 +80,7 @@ def check_recipe(
     everything: bool = False,
     records: int = BEGINNING,
 ) -> Checked:
-    """Read every record and decode every picture of a recipe's training and validation data.
-
-    Args:
-        against: folders of held-out pictures; training pictures should not occur in them.
-        processes: number of processes that share the work; None: one per processor.
-        everything: show every fault on the console; the plain data always contain all.
-        records: of a stream without an end, look at its first ones, so many.
-    """
+    """Read all records and pictures of a recipe's data, of a stream the first `records`; find leaks to `against`."""
     check_data(recipe.data)
     recipe, streams = with_beginnings(recipe, records)
     parts = parts_of(recipe)

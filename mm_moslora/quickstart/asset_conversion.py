@@ -33,11 +33,9 @@ def _check_finite(name: str, model: torch.nn.Module) -> None:
 
 
 def convert_language_model(gguf: Path, folder: Path) -> None:
-    """GGUF -> bf16 `LlamaForCausalLM` folder.
-
-    transformers marks models from GGUF as quantised and refuses to save or train them. The values are therefore copied
-    into a model of the same configuration without that mark.
-    """
+    """GGUF -> bf16 `LlamaForCausalLM` folder."""
+    # transformers marks models from GGUF as quantised and refuses to save or train them. The values are therefore
+    # copied into a model of the same configuration without that mark.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -81,11 +79,9 @@ def convert_dinov2(onnx_file: Path, folder: Path) -> None:
 
 
 def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """Read transformers' original parameter names and values from the ONNX graph.
-
-    The exporter kept the names of biases and norms. It stored each linear weight transposed, as an unnamed initializer
-    of a MatMul node, and split the position embeddings into those of CLS and of the patches.
-    """
+    """Read transformers' original parameter names and values from the ONNX graph."""
+    # The exporter kept the names of biases and norms. It stored each linear weight transposed, as an unnamed
+    # initializer of a MatMul node, and split the position embeddings into those of CLS and of the patches.
     import onnx
     import torch
 

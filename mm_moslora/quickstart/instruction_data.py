@@ -83,14 +83,7 @@ def build_easy_vqa(
     seed: int = 0,
     replace: bool = True,
 ) -> DatasetFiles:
-    """Write training and held-out files from an easy-VQA folder.
-
-    Args:
-        train_images: pictures taken from the package's training half (4,000 there).
-        test_questions: held-out questions, half open and half yes/no, from the package's test half.
-        seed: chooses the training pictures, their questions and the order. The held-out questions are the same for
-            every seed.
-    """
+    """Write files of the training half, and held-out questions, half open and half yes/no, equal for every seed."""
     if turns < 1:
         raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
     rng, held_out_rng = random.Random(f"easy-vqa {seed}"), random.Random("easy-vqa held-out")
@@ -164,11 +157,9 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
 def asked_yes_no(
     image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random
 ) -> list[ImageQuestion]:
-    """Ask yes/no questions about a picture of known content, with equal numbers of yes and no, or a difference of one.
-
-    The package has few yes/no questions per picture, and their answers are unbalanced. This function draws the answer
-    first, so that over many pictures every text has as many yes as no answers.
-    """
+    """Ask yes/no questions about a picture of known content, with equal numbers of yes and no, or one more."""
+    # The package has few yes/no questions per picture, and their answers are unbalanced. This function draws the answer
+    # first, so that over many pictures every text has as many yes as no answers.
     _, color, shape = caption.split()
     by_kind = [[wording for wording in wordings if wording.is_color == kind] for kind in (True, False)]
     kinds = [members for members in by_kind if members]
@@ -193,10 +184,7 @@ yes/no questions, from which the model first learns to compare in text."""
 def _arranged(
     questions: Sequence[ImageQuestion], caption: str, wordings: Sequence[Wording], turns: int, rng: random.Random
 ) -> list[ImageQuestion]:
-    """Choose the turns of one conversation, in random order.
-
-    The conversation never answers its first question, so each kind of question must come first in some conversations.
-    """
+    """Choose the turns, in random order: a conversation never answers its first question, so each kind comes first."""
     open_questions = [question for question in questions if question.category == "open"]
     chosen = rng.sample(open_questions, min(OPEN_TURNS, len(open_questions)))[:turns]
     chosen += asked_yes_no(questions[0].image, caption, wordings, turns - len(chosen), rng)
@@ -289,11 +277,7 @@ def write_files(
     *,
     replace: bool = True,
 ) -> DatasetFiles:
-    """Write the three files.
-
-    Args:
-        replace: False: existing files must have the same contents, since a model was trained on them.
-    """
+    """Write the three files; without `replace` existing ones must be the same, since a model was trained on them."""
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")

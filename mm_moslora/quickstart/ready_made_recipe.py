@@ -41,12 +41,7 @@ class _Lengths:
 def ready_made_recipe(
     folder: Path, data: OwnData, *, vlm: str, sources: str, gpu: str | None = None
 ) -> tuple[str, int]:
-    """The recipe, and its number of steps.
-
-    Args:
-        vlm: folder or hub id of an image-text-to-text model.
-        gpu: the card that the recipe must fit, such as RTX4090; None: this machine's, if it has one.
-    """
+    """The recipe for a folder or hub id that fits `gpu`, or this machine's card, if any; and its number of steps."""
     name = str(Path(vlm).resolve()) if Path(vlm).is_dir() else vlm
     card = _card(gpu)
     lengths = _lengths(load_parts(ModelConfig(vlm=name), weights="none"), data)

@@ -1,7 +1,4 @@
-"""Training data and held-out questions from a user's pictures: a folder per class, or a file of records.
-
-The split is by picture: no picture stands on both sides.
-"""
+"""Training data and held-out questions from a user's pictures, a folder per class or a file, split by picture."""
 
 from __future__ import annotations
 
@@ -39,12 +36,7 @@ _SHOWN_CLASSES = 5
 
 
 def read_own(path: Path, *, images: Path | None = None, seed: int = 0, follow_links: bool = False) -> OwnData:
-    """Build data from a folder with a sub-folder per class, or from a LLaVA JSON or JSONL file.
-
-    Args:
-        images: for a file, the folder of its pictures; None: the file's own folder.
-        follow_links: accept links that lead out of the folder of the pictures.
-    """
+    """Build data from a folder with a sub-folder per class, or from a LLaVA file and the folder of its `images`."""
     if path.is_dir():
         if images is not None:
             raise DataError(f"--image-folder is {images}, but {path} is a folder of pictures. Leave it out.")
@@ -153,11 +145,7 @@ def _files(folder: Path, faults: list[str], *, follow_links: bool) -> Iterator[P
 
 
 def _class_name(folder: str, names: dict[str, tuple[str, str]]) -> str:
-    """The readable class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
-
-    Args:
-        names: folder and class name by the answer that exact match compares; gets this one.
-    """
+    """The readable class name of a folder; `names` has folder and name by the answer that exact match compares."""
     label = " ".join(folder.replace("_", " ").split())
     answer = relaxed(unicodedata.normalize("NFC", label))
     controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
@@ -211,11 +199,9 @@ def _split(
 
 
 def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int, list[dict[str, Any]]]:
-    """Distinct conversations, by the number of times that an epoch sees each; all classes get the same share.
-
-    Every class gets as many as the smallest class allows, at most `CONVERSATIONS` in total. Every picture gets at least
-    one, so where a class has more pictures than that, the smaller classes are repeated.
-    """
+    """Distinct conversations, by the number of times that an epoch sees each; all classes get the same share."""
+    # Every class gets as many as the smallest class allows, at most `CONVERSATIONS` in total. Every picture gets at
+    # least one, so where a class has more pictures than that, the smaller classes are repeated.
     by_class: dict[str, list[_Picture]] = defaultdict(list)
     for picture in pictures:
         by_class[picture.label].append(picture)
@@ -233,11 +219,9 @@ def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int
 def _of_class(
     pictures: Sequence[_Picture], others: Sequence[str], count: int, rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Distinct conversations about pictures of one class.
-
-    The other classes take turns over all pictures. Each class then occurs equally often, and both answers of every
-    yes/no question are about equally frequent. A picture gets one order of its questions again only with another class.
-    """
+    """Distinct conversations about pictures of one class."""
+    # The other classes take turns over all pictures. Each class then occurs equally often, and both answers of every
+    # yes/no question are about equally frequent. A picture gets one order again only with another class.
     turn = 0
     for index, picture in enumerate(pictures):
         orders: dict[str, list[list[tuple[str, str]]]] = {}
@@ -250,11 +234,9 @@ def _of_class(
 
 
 def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tuple[str, str]]]:
-    """The three questions about a picture (its class, one with yes, one with no) in all orders, shuffled.
-
-    In about half of the questions, earlier answers determine the answer, and the model learns to compare in text. The
-    other half needs the picture.
-    """
+    """The three questions about a picture (its class, one with yes, one with no) in all orders, shuffled."""
+    # In about half of the questions, earlier answers determine the answer, and the model learns to compare in text. The
+    # other half needs the picture.
     turns = [(OPEN, picture.label), (IS_IT.format(picture.label), "yes"), (IS_IT.format(other), "no")]
     orders = [list(order) for order in itertools.permutations(turns)]
     return rng.sample(orders, len(orders))

@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,77 +41,90 @@ class _SourceRows(Sequence[Any]):
         return self._source.value(self._rows[index])
 
 
-def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_links: bool) -> OwnData:
-    """Build data from a LLaVA JSON or JSONL file."""
-    source = open_source(
-        SourceConfig(
-            path=str(path), format="json", image_folder=str(images) if images else None, follow_links=follow_links
-        )
-    )
-    faults: list[str] = []
-    by_picture: dict[str, list[int]] = defaultdict(list)
-    """Rows by their one picture; equal pixels count as one picture."""
-    paths: dict[str, Path] = {}
+@dataclass(kw_only=True)
+class _Rows:
+    """Rows of a file by what they show; equal pixels count as one picture."""
+
+    by_picture: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Rows by their one picture."""
+    paths: dict[str, Path] = field(default_factory=dict)
     """The first file name of every picture."""
-    several: dict[int, set[str]] = {}
+    several: dict[int, set[str]] = field(default_factory=dict)
     """Rows without a picture, or with several."""
-    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    answers: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     """The answers to the questions about every picture."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """How often every question has every answer."""
+    faults: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: RecordSource) -> _Rows:
+        """Read all records of a file, and decode each picture once."""
+        rows, (same, damaged) = cls(), _decoded(source)
+        for row in range(len(source)):
+            try:
+                record = source[row]
+                shown = [same[picture.name] for picture in record.images]
+            except (RecordError, KeyError) as fault:
+                rows.faults.append(damaged[fault.args[0]] if isinstance(fault, KeyError) else str(fault))
+                continue
+            if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
+                rows.by_picture[shown[0]].append(row)
+                rows.paths.setdefault(shown[0], record.images[0].path)
+                for question, answer in _pairs(record):
+                    rows.answers[shown[0]][question] = relaxed(answer)
+                    rows.counts[question][relaxed(answer)] += 1
+            else:
+                rows.several[row] = set(shown)
+        return rows
+
+
+def _decoded(source: RecordSource) -> tuple[dict[str, str], dict[str, str]]:
+    """See `decode_all`, of all pictures of a file."""
     first: dict[str, int] = {}
-    """The first row that shows a picture."""
     for row in range(len(source)):
-        with suppress(RecordError):  # named below
+        with suppress(RecordError):  # named with the faults
             for picture in source[row].images:
                 first.setdefault(picture.name, row)
-    shown_first = (picture for row in dict.fromkeys(first.values()) for picture in source[row].images
-                   if first[picture.name] == row)  # fmt: skip
-    same, damaged = decode_all(shown_first, len(first))
-    for row in range(len(source)):
-        try:
-            record = source[row]
-            shown = [same[picture.name] for picture in record.images]
-        except (RecordError, KeyError) as fault:
-            faults.append(damaged[fault.args[0]] if isinstance(fault, KeyError) else str(fault))
-            continue
-        if len(shown) == 1 and isinstance(record.images[0], LocalPicture):
-            by_picture[shown[0]].append(row)
-            paths.setdefault(shown[0], record.images[0].path)
-            for question, answer in _pairs(record):
-                answers[shown[0]][question] = relaxed(answer)
-                counts[question][relaxed(answer)] += 1
-        else:
-            several[row] = set(shown)
-    if len(by_picture) < 2:
+    shown_first = (
+        picture for row in dict.fromkeys(first.values()) for picture in source[row].images if first[picture.name] == row
+    )
+    return decode_all(shown_first, len(first))
+
+
+def from_file(path: Path, images: Path | None, rng: random.Random, *, follow_links: bool) -> OwnData:
+    """Build data from a LLaVA JSON or JSONL file."""
+    folder = str(images) if images else None
+    source = open_source(SourceConfig(path=str(path), format="json", image_folder=folder, follow_links=follow_links))
+    found = _Rows.of(source)
+    if len(found.by_picture) < 2:
         raise DataError(
-            f"{path} has {len(by_picture)} different pictures with usable questions, expected at least 2: some to "
-            f"learn from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
-            f"{len(faults)} could not be used{', the first: ' + faults[0] if faults else ''}."
+            f"{path} has {len(found.by_picture)} different pictures with usable questions, expected at least 2: some "
+            f"to learn from and some to hold out. {len(found.several)} of {len(source)} records have no picture or "
+            f"several, {len(found.faults)} could not be used"
+            f"{', the first: ' + found.faults[0] if found.faults else ''}."
         )
-    held_out = draw(answers, paths, rng)
-    rows = [row for name, rows in by_picture.items() if name not in held_out for row in rows]
-    others = [row for row, shown in several.items() if not shown & held_out]
-    notes = []
-    if len(others) < len(several):
-        notes.append(f"{len(several) - len(others)} records with several pictures show a held-out one")
+    held_out = draw(found.answers, found.paths, rng)
+    rows = [row for name, rows in found.by_picture.items() if name not in held_out for row in rows]
+    others = [row for row, shown in found.several.items() if not shown & held_out]
+    hidden = len(found.several) - len(others)
     rows = sorted([*rows, *others])
-    folder = source.rules.folder
-    test, captions = _questions_of([(paths[name], source[row]) for name in by_picture if name in held_out
-                                    for row in by_picture[name]], folder, counts)  # fmt: skip
+    asked = [(found.paths[name], source[row]) for name in found.by_picture if name in held_out
+             for row in found.by_picture[name]]  # fmt: skip
+    test, captions = _questions_of(asked, source.rules.folder, found.counts)
     return OwnData(
-        images=folder,
+        images=source.rules.folder,
         follow_links=follow_links,
         source=f"{len(source)} records of {path}",
         train=_SourceRows(source, rows),
         test=test,
         captions=captions,
-        train_pictures=len(by_picture) - len(held_out),
+        train_pictures=len(found.by_picture) - len(held_out),
         test_pictures=len(held_out),
-        lopsided=lopsided(counts),
-        used=len(source) - len(faults),
-        faults=faults,
-        notes=notes,
+        lopsided=lopsided(found.counts),
+        used=len(source) - len(found.faults),
+        faults=found.faults,
+        notes=[f"{hidden} records with several pictures show a held-out one"] if hidden else [],
         **_sizes(source[row] for row in rows),
     )
 
@@ -139,10 +153,7 @@ def _pairs(record: Record) -> Iterator[tuple[str, str]]:
 def _questions_of(
     records: Sequence[tuple[Path, Record]], folder: Path, counts: Mapping[str, Counter[str]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every question of the records by itself, those with short answers and those with sentences.
-
-    A repeated question about one picture gets several answers.
-    """
+    """Every question of the records with all its answers: those with short answers, and those with sentences."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, record in records:
         for question, answer in _pairs(record):

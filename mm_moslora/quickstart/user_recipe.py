@@ -118,24 +118,7 @@ def initialise(
     most_left_out: float = MOST_LEFT_OUT,
     say: Say = silent,
 ) -> str:
-    """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
-
-    Questions with sentences as answers go into `captions.jsonl` and `captions.yaml`; repeated records add
-    `train-xN.jsonl`. `left_out.jsonl` names what is not used, with the reasons.
-
-    Args:
-        source: folder with a sub-folder per class, or a LLaVA file.
-        output: a new or empty folder.
-        images: for a file, the folder of its pictures.
-        follow_links: accept links that lead out of the folder of the pictures.
-        parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub; gguf: those that
-            llama.cpp holds.
-        vlm: folder or hub id of a ready-made model that takes the place of the parts.
-        most_left_out: largest share of unusable pictures or records.
-
-    Returns:
-        A summary, and the next commands.
-    """
+    """Write data, held-out questions, a recipe and `left_out.jsonl` into a new folder; a summary with next commands."""
     if vlm is None and gpu is not None:
         raise ConfigError(f"--gpu is {gpu}, which decides for a ready-made model only. Name one with --vlm.")
     if vlm is not None and parts != "quickstart":

@@ -1,7 +1,4 @@
-"""Small pictures for pages: thumbnails of samples, and heat maps of mixers.
-
-In a heat map the colour is the sign and the opacity the size, so it works on light and dark pages.
-"""
+"""Small pictures for pages: thumbnails of samples, and heat maps of mixers."""
 
 from __future__ import annotations
 

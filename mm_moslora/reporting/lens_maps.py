@@ -117,22 +117,16 @@ def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_lens(rows: Sequence[Mapping[str, Any]], picture: Path, *, most: int = 6) -> Path:
-    """Write a picture: heat maps of measures by module and layer, energies by pairs, and spectra of the updates.
-
-    Args:
-        rows: modules by depth, as `mm_moslora.adapters.adapter_inspection.ModuleReport.row` gives them.
-    """
+    """Draw modules by depth (`ModuleReport.row`): heat maps of measures, energies by pairs, spectra of the updates."""
     with default_style({}):
         return _draw(rows, picture, most=most)
 
 
 @contextmanager
 def default_style(changes: Any) -> Iterator[None]:
-    """matplotlib's default style with changes: everything that is drawn is drawn in it.
-
-    On import, matplotlib reads a `matplotlibrc` of the working folder before all others, whatever the environment says.
-    It may be a pipe, and have TeX read other files.
-    """
+    """matplotlib's default style with changes: everything that is drawn is drawn in it."""
+    # On import, matplotlib reads a `matplotlibrc` of the working folder before all others, whatever the environment
+    # says. It may be a pipe, and have TeX read other files.
     strange = "matplotlib" not in sys.modules and os.path.lexists("matplotlibrc")
     with chdir(Path(__file__).parent) if strange else nullcontext():
         from matplotlib import rc_context, style

@@ -38,30 +38,158 @@ summary.json, every key optional: `format` (version of this layout; missing befo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from mm_moslora.reporting.run_rows import (
-    EvaluationRow,
-    ForgettingRow,
-    MixerRecord,
-    SampleRow,
-    read_evaluation_row,
-    read_mixer,
-    read_sample_row,
-)
+from mm_moslora.reporting.lens_maps import MEASURES
 from mm_moslora.reporting.run_status import RunState, read_state
-from mm_moslora.reporting.verdicts import difference_of
+from mm_moslora.reporting.verdicts import Difference, difference_of
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact, redact_text
-from mm_moslora.utils.untrusted_data import build_known, parse_json, parse_lines, parse_yaml_value, read_value
+from mm_moslora.utils.untrusted_data import LARGEST, build_known, parse_json, parse_lines, parse_yaml_value, read_value
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
 
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A share of right answers, or another named score, with its 95 % interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """One system on one task."""
+
+    name: str
+    label: str
+    task: str
+    score: Score
+    categories: dict[str, Score]
+    protocol: str = ""
+    subject: str = ""
+    """Identifies task, protocol and documents; empty where it is unknown."""
+    selection: str = "all"
+    """Selected documents of the data: all, `first 5`, `3 chosen`."""
+    remarks: tuple[str, ...] = ()
+    """Caveats of the score."""
+    not_inferable: int = 0
+    """Answers that could not be read."""
+    failed: int = 0
+    """Questions without an answer."""
+    learned_from: str = ""
+    """For answers without a model: the data that they were learned from."""
+    less: Difference | None = None
+    """The tuned model minus this row, question by question; None where it is unknown."""
+    pictures: bool = True
+    """For the tuned model: whether its questions show pictures."""
+    unit: str = ""
+    """Name of the score; empty for a share of right answers."""
+
+    @property
+    def measured_on(self) -> tuple[Any, ...]:
+        """Rows with different values are never compared."""
+        return (self.task, self.protocol, self.subject or self.score.n, self.unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One held-out question with the answers before and after tuning."""
+
+    image: str | None = None
+    question: str = ""
+    answer: str = ""
+    before: str | None = None
+    after: str | None = None
+    before_correct: bool | None = None
+    after_correct: bool | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of a multiple-choice question by letter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerRecord:
+    """Measures of one adapted module, and its matrices where they were stored."""
+
+    path: str
+    rank: int | None
+    before: list[list[float]] | None
+    after: list[list[float]] | None
+    pairs: list[list[float]] | None
+    """Energies by pairs of directions of B and A."""
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgettingRow:
+    """A text or a task before the first step and at the end."""
+
+    what: str
+    before: float
+    after: float
+    difference: Difference
+    """After minus before, document by document."""
+
+
+def _score(item: Mapping[str, Any], source: str) -> Score:
+    values = {"n": 0, "low": item.get("mean"), "high": item.get("mean"), **item}
+    return build_known(Score, values, source=source)
+
+
+def evaluation_row(item: dict[str, Any]) -> EvaluationRow:
+    """A row of `evaluation.json`; an error where it is damaged."""
+    name = str(item.get("name", "?"))
+    categories = {key: _score(value, f"it, in {key},") for key, value in (item.get("categories") or {}).items()}
+    values = {"name": name, "label": name.replace("_", " "), "task": ""} | {k: v for k, v in item.items() if v}
+    values |= {"score": _score(item, "it"), "categories": categories, "less": difference_of(item.get("less"))}
+    return build_known(EvaluationRow, values | {"pictures": item.get("pictures") is not False}, source="it")
+
+
+def _sample_row(item: dict[str, Any]) -> SampleRow:
+    return build_known(SampleRow, item, source="it")
+
+
+def _forgetting_row(item: dict[str, Any]) -> ForgettingRow:
+    if (difference := difference_of(item.get("difference"))) is None:
+        raise ConfigError("`difference` is missing or damaged")
+    return build_known(ForgettingRow, {"what": "", **item, "difference": difference}, source="it")
+
+
+def _mixer(item: dict[str, Any]) -> MixerRecord:
+    before, after, pairs = (_matrix(item.get(name)) for name in ("before", "after", "pairs"))
+    figures = {name: float(item[name]) for name in MEASURES if _is_finite(item.get(name))}
+    rank = item.get("rank")
+    if not isinstance(rank, int):
+        rank = len(after) if after else None
+    return MixerRecord(
+        path=str(item.get("path", "?")), rank=rank, before=before, after=after, pairs=pairs, figures=figures
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST
+
+
+def _matrix(value: Any) -> list[list[float]] | None:
+    if value is None:
+        return None
+    rows = [[float(cell) for cell in row] for row in value]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("rows of different length, expected a matrix")
+    if not all(_is_finite(cell) for row in rows for cell in row):
+        raise ValueError("holds values that are not finite")
+    return rows
+
+
+Row = TypeVar("Row")
 _KINDS: dict[str, Any] = {
     "steps": int, "total_steps": int, "counters": dict[str, float], "world_size": int, "memory_gib": float,
     "seconds": float, "parts": dict[str, Any], "base": dict[str, Any], "commands": list[dict[str, Any]],
@@ -126,10 +254,10 @@ def load_run(folder: Path) -> RunData:
         summary={key: value for key, value in summary.items() if value is not None},
         metrics=_metrics(folder / "metrics.jsonl", notes) if has_metrics else None,
         config=recipe_text(folder / "config.yaml", notes),
-        evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := read_evaluation_row(item, notes))],
-        samples=[s for item in _rows(folder / "samples.json", notes) if (s := read_sample_row(item, notes))],
-        mixers=[m for item in _rows(folder / "mixers.json", notes) if (m := read_mixer(item, notes))],
-        forgetting=_forgetting(folder / "forgetting.json", notes),
+        evaluation=_rows(folder / "evaluation.json", notes, evaluation_row),
+        samples=_rows(folder / "samples.json", notes, _sample_row),
+        mixers=_rows(folder / "mixers.json", notes, _mixer),
+        forgetting=_rows(folder / "forgetting.json", notes, _forgetting_row),
         quarantine=_quarantine(folder, notes),
         state=read_state(folder),
         alerts=_alerts(folder, notes),
@@ -225,30 +353,25 @@ def _fitting(value: Mapping[str, Any], what: str, notes: list[str]) -> dict[str,
     return fitting
 
 
-def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, notes: list[str], read: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    """The rows of a file that `read` can read; damaged ones are left out, with a note."""
     value = _read_json(path, notes)
     if value is None:
         return []
     if not isinstance(value, list):
         notes.append(f"{path.name} holds {type(value).__name__}, expected a list.")
         return []
-    rows = [item for item in value if isinstance(item, dict)]
-    if len(rows) < len(value):
-        notes.append(f"{path.name}: {len(value) - len(rows)} entries are not objects and were left out.")
-    return rows
-
-
-def _forgetting(path: Path, notes: list[str]) -> list[ForgettingRow]:
-    found = []
-    for item in _rows(path, notes):
+    items = [item for item in value if isinstance(item, dict)]
+    if len(items) < len(value):
+        notes.append(f"{path.name}: {len(value) - len(items)} entries are not objects and were left out.")
+    rows = []
+    for item in items:
         try:
-            if (difference := difference_of(item.get("difference"))) is None:
-                raise ConfigError("`difference` is missing or damaged")
-            row = {"what": "", **item, "difference": difference}
-            found.append(build_known(ForgettingRow, row, source="forgetting.json: a row"))
-        except (ConfigError, AttributeError) as error:
-            notes.append(f"forgetting.json: a row was left out ({error}).")
-    return found
+            rows.append(read(item))
+        except (AttributeError, TypeError, ValueError) as error:
+            name = next((str(item[key]) for key in ("name", "path", "what", "question") if key in item), "?")
+            notes.append(f"{path.name}: {name[:80]!r} was left out ({error}).")
+    return rows
 
 
 def _quarantine(folder: Path, notes: list[str]) -> dict[str, int]:

@@ -12,8 +12,7 @@ from mm_moslora.reporting import summary_text
 from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
 from mm_moslora.reporting.lens_maps import MEASURES, TITLES, heat_maps
 from mm_moslora.reporting.page_templates import render_page, write_page
-from mm_moslora.reporting.run_data import RunData, load_run
-from mm_moslora.reporting.run_rows import EvaluationRow, MixerRecord
+from mm_moslora.reporting.run_data import EvaluationRow, MixerRecord, RunData, load_run
 from mm_moslora.reporting.svg_charts import Series, format_number, heat_chart, line_chart, smooth
 from mm_moslora.reporting.verdicts import OF_ONE_SCORE, forgetting_sentence, score_text
 from mm_moslora.utils.text_format import format_seconds
@@ -37,11 +36,7 @@ _COMPONENTS = {
 
 
 def build_report(run_folder: Path, out: Path) -> Path:
-    """Write the report of a run.
-
-    Returns:
-        `out`.
-    """
+    """Write the report of a run; returns `out`."""
     data = load_run(run_folder)
     return write_page(out, lambda: render(data))
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mm_moslora.reporting.run_data import RunData
-from mm_moslora.reporting.run_rows import EvaluationRow, SampleRow
+from mm_moslora.reporting.run_data import EvaluationRow, RunData, SampleRow
 from mm_moslora.reporting.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text, unread_text
 from mm_moslora.utils.text_format import format_seconds
 
@@ -163,12 +162,10 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
 
 
 def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
-    """The tuned row minus every other one.
-
-    Where rows were not paired question by question, their intervals are subtracted, which is valid for any correlation.
-    The best answer per question is left out where it was learned from the evaluated set, since it then knows the
-    answers.
-    """
+    """The tuned row minus every other one."""
+    # Where rows were not paired question by question, their intervals are subtracted, which is valid for any
+    # correlation. The best answer per question is left out where it was learned from the evaluated set, since it knows
+    # the answers.
     tuned = next(row for row in rows if row.name == "tuned")
     return {
         row.name: row.less

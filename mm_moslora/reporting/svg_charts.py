@@ -118,12 +118,8 @@ def number_axis(axis: Any, *, count: int = 5, log: bool = False, whole: bool = F
 
 
 def to_svg(figure: Any, label: str, *, titles: Sequence[str] = (), more: str = "") -> Markup:
-    """The figure as an element of a page.
-
-    Args:
-        figure: drawn in `chart_style`; an artist with the gid `title-3` shows `titles[3]` under the pointer.
-        more: further elements, for what a page's script does with the pointer and the keys.
-    """
+    """The figure, drawn in `chart_style`, as an element of a page; `more`: elements for the page's script."""
+    # An artist with the gid `title-3` shows `titles[3]` under the pointer.
     stream = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page has other fonts than matplotlib

@@ -134,11 +134,7 @@ class Judgement:
 
 
 def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True) -> Judgement:
-    """Whether tuning helped.
-
-    Args:
-        differences: the tuned model minus each baseline, by the keys of `AGAINST`; unmeasured ones are missing.
-    """
+    """Whether tuning helped, from the tuned model minus each measured baseline, by the keys of `AGAINST`."""
     shown = {name: difference.shown for name, difference in differences.items()}
     before = shown.get("untuned_lenient", shown.get("untuned"))
     missing = [name for name in PICTURE_CONTROLS if name not in shown] if pictures else []
@@ -214,12 +210,7 @@ def forgetting_sentence(what: str, difference: Difference) -> str:
 
 
 def resting_on(questions: int, pictures: int, groups: int) -> str:
-    """On how much an interval rests, as a sentence.
-
-    Args:
-        pictures: different ones, with questions that share none.
-        groups: pictures with equally many questions that would show as much.
-    """
+    """On how much an interval rests; `groups`: pictures with equally many questions that would show as much."""
     if pictures == questions:
         return f"The interval rests on {questions} documents."
     uneven = f", which show as much as {groups} with equally many questions" if groups < 0.8 * pictures else ""
@@ -238,13 +229,7 @@ UNJUDGED = ("one seed", "nothing follows")
 
 
 def verdict_of_arms(difference: Difference, p: float, *, runs: bool, stand: bool) -> Verdict:
-    """An arm against the reference.
-
-    Args:
-        p: p-value, corrected for the number of arms.
-        runs: whether the variation between runs is known.
-        stand: whether at least one of the two is above its controls.
-    """
+    """An arm against the reference; `runs`: the variation between runs is known, `stand`: one is above its controls."""
     if not stand:
         return "nothing follows"
     if not runs:

@@ -26,7 +26,7 @@ from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream, stream_padded_row
 from mm_moslora.models.load_model import load
 from mm_moslora.models.vlm import has_own_forward
-from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
+from mm_moslora.serve.text_stream import TextStream, ThinkingSplit
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError, MoSLoRAError
 from mm_moslora.utils.text_format import visible
@@ -95,11 +95,7 @@ class Chat:
         self.look(open_image(path), name=str(path))
 
     def watch(self, path: Path) -> int:
-        """Attach frames of a video file, or of a folder of frames, to the next question, sampled as in training.
-
-        Returns:
-            The number of frames.
-        """
+        """Attach the frames of a video, sampled as in training, to the next question; returns their number."""
         clip = Clip(path, str(path), self.video_frames, fps=self.video_fps, sampling=self.sampling)
         shown = clip.frames()
         self.look(*(shown if self.sampling is None else [clip.video()]), name=str(path))

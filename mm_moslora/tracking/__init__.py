@@ -25,11 +25,7 @@ _MAKERS: dict[str, Callable[[TrackConfig], Tracker]] = {
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
-    """The trackers of a recipe, JSONL first.
-
-    Raises:
-        ConfigError: a tracker's package is not installed.
-    """
+    """The trackers of a recipe, JSONL first; ConfigError where a tracker's package is not installed."""
     for name in config.trackers:
         if not is_installed(name):
             raise ConfigError(f"track.trackers holds {name!r}, which is not installed: {install_command(name)}")

@@ -28,10 +28,7 @@ _SCHEDULER = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, the scheduler's job, and the git state of the working folder and of this code's checkout.
-
-    Unknown values are left out.
-    """
+    """What is known of versions, hardware, the scheduler's job, and git in the working folder and this checkout."""
     facts: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         version = installed_version(package)
@@ -46,12 +43,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit of the working tree around a folder, read from files; empty outside one.
-
-    The git program would run what the folder's configuration names (`core.fsmonitor`, filters), and the folder may be
-    somebody else's. It is asked for changes only in this project's own checkout, whose code runs anyway. No remotes:
-    their URLs may hold keys.
-    """
+    """The commit of the working tree around a folder, read from files; empty outside one."""
+    # The git program would run what the folder's configuration names (`core.fsmonitor`, filters), and the folder may be
+    # somebody else's. It is asked for changes only in this project's own checkout, whose code runs anyway. No remotes:
+    # their URLs may hold keys.
     root = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent / ".git")), None)
     commit = None if root is None else _commit(root)
     if commit is None:

@@ -57,21 +57,13 @@ class SampleAnswer:
 
 
 class Tracker:
-    """A destination of metrics. Steps are optimiser steps and count from 1.
-
-    A destination overrides what it can hold; the rest does nothing.
-    """
+    """A destination of metrics, by optimiser steps from 1; it overrides what it can hold, the rest does nothing."""
 
     name: str
     """For messages."""
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
-        """Open the run.
-
-        Args:
-            run_folder: exists.
-            resume_step: the last step with results to keep; None for a fresh run.
-        """
+        """Open the run; `resume_step`: the last step with results to keep, None for a fresh run."""
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """Open a finished run to add to it; no record is removed."""
@@ -87,11 +79,7 @@ class Tracker:
         """Record a folder, such as an adapter, by name."""
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
-        """Record scores with the step and the adapter that they belong to.
-
-        Args:
-            adapter: sha256 of the adapter's weights; None: no adapter.
-        """
+        """Record scores with the step and the sha256 of the adapter's weights that they belong to, if there is one."""
 
     def alert(self, title: str, text: str) -> None:
         """Notify the user."""
@@ -101,11 +89,7 @@ class Tracker:
 
 
 class Trackers:
-    """Forwards all calls to several trackers, on rank 0 only.
-
-    Args:
-        active: False makes every call do nothing; None: whether this process is rank 0.
-    """
+    """Forwards all calls to several trackers; `active` False: does nothing, None: on rank 0 alone."""
 
     def __init__(self, trackers: Sequence[Tracker], *, active: bool | None = None) -> None:
         if active is None:

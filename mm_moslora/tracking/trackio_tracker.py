@@ -11,11 +11,7 @@ from mm_moslora.tracking.tracker import PROJECT, Ending, SampleAnswer, Tracker, 
 
 
 class TrackioTracker(Tracker):
-    """One trackio run per run folder, in trackio's own store on this machine.
-
-    Args:
-        config: the recipe's `track`; trackio has names and groups, but no tags and notes.
-    """
+    """One trackio run per run folder, in trackio's own store on this machine; trackio has no tags and notes."""
 
     name = "trackio"
 

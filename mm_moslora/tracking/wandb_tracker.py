@@ -61,10 +61,8 @@ def has_credentials() -> bool:
 
 
 def refuse_workspace_settings() -> None:
-    """Before anything of wandb reads its settings: those of the working folder could send the user's key elsewhere.
-
-    wandb reads them first, and has no setting that leaves them out.
-    """
+    """Refuse settings of wandb in the working folder, which could send the user's key elsewhere."""
+    # wandb reads them first, and has no setting that leaves them out.
     for file in (Path(name).absolute() / "settings" for name in ("wandb", ".wandb")):
         if os.path.lexists(file):
             raise ConfigError(

@@ -21,15 +21,15 @@ from harness import Benchmark, Case, Row, interleaved, ratio
 from PIL import Image
 
 from mm_moslora.models.decoding.token_sampling import Sampling
-from mm_moslora.serve.api.chat_request import ChatMessage, MessagePicture
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
-from mm_moslora.serve.inference.served_models import Models, load_models
+from mm_moslora.serve.chat_request import ChatMessage, MessagePicture
+from mm_moslora.serve.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import Models, load_models
 
 
 def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[AnswerPart]) -> list[GenerationJob]:
     """Questions of different lengths, each about its own image."""
-    from mm_moslora.serve.inference.prompt_preparation import turns_of
+    from mm_moslora.serve.prompt_preparation import turns_of
 
     jobs = []
     for index in range(count):

@@ -32,7 +32,7 @@ from mm_moslora.data.preprocessing_print import (
 from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
-from mm_moslora.serve.inference.served_models import load_models
+from mm_moslora.serve.served_models import load_models
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import DataError, ModelError

@@ -105,8 +105,8 @@ def test_the_demo_draws_attention(trained, picture, device) -> None:
     from PIL import Image
 
     from mm_moslora.data.chat.record_turns import Turn
-    from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
-    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.gradio_demo import attention_maps, overlay
+    from mm_moslora.serve.served_models import load_models
 
     models = load_models(trained, name="tiny")
     assert next(models.assembly.model.parameters()).device.type == device.type
@@ -121,9 +121,9 @@ def test_the_server_answers(trained, picture) -> None:
         pytest.importorskip(name, reason=f"{name} is not installed")
     from PIL import Image
 
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.continuous_batching import GenerationEngine
+    from mm_moslora.serve.request_limits import Limits
+    from mm_moslora.serve.served_models import load_models
     from tests.serve.serve_tools import asking, data_url, serving
 
     models, limits = load_models(trained, name="tiny", with_base=True), Limits(context=512, max_tokens=64)

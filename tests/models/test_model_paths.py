@@ -20,7 +20,7 @@ from mm_moslora.cli import run as mm_moslora
 from mm_moslora.config import Recipe
 from mm_moslora.models.load_model import load
 from mm_moslora.models.model_paths import resolve_model_paths
-from mm_moslora.serve.inference.adapter_compatibility import _differing_keys
+from mm_moslora.serve.served_models import _differing_keys
 from mm_moslora.training.training_loop import train
 from mm_moslora.utils.errors import EvalError, ModelError
 from mm_moslora.utils.identity import fingerprint

@@ -142,7 +142,7 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     "yaml": "examples scripts untrusted_data",
     # Files to be read: of the system and the package, downloads with a checksum, streams, caches of this project
     ".open": "answer_log asset_cache cli_app examples files http_fetch identity inline_images openai_endpoint"
-    " pyav_decode record_picture remote_files request_images scripts untrusted_files user_recipe"
+    " pyav_decode prompt_preparation record_picture remote_files scripts untrusted_files user_recipe"
     " video_clip webdataset_tars",
     ".read_bytes": "examples instruction_data rank_agreement scripts",
     ".read_text": "distributed doctor examples hardware heartbeat package_requirements page_templates precision scripts"

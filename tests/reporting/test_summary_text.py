@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mm_moslora.reporting.run_rows import EvaluationRow, SampleRow, Score
+from mm_moslora.reporting.run_data import EvaluationRow, SampleRow, Score
 from mm_moslora.reporting.summary_text import explained, sample_kind, verdict
 from mm_moslora.reporting.verdicts import Difference
 

@@ -35,7 +35,7 @@ def assembly(language_folder: Path, vision_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def models(assembly: Any) -> Any:
-    from mm_moslora.serve.inference.served_models import Models, Variant
+    from mm_moslora.serve.served_models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
     return Models(assembly, {"tiny": Variant(adapter=None, projector=projector, source="tiny")})
@@ -44,8 +44,8 @@ def models(assembly: Any) -> Any:
 @pytest.fixture(scope="session")
 def server(models: Any) -> Iterator[Running]:
     """One server with ordinary limits, for all tests that do not change it."""
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
+    from mm_moslora.serve.continuous_batching import GenerationEngine
+    from mm_moslora.serve.request_limits import Limits
 
     limits = Limits(context=512, max_tokens=64, default_tokens=8, drain_seconds=1)
     with serving(GenerationEngine(models, limits), limits) as running:
@@ -55,8 +55,8 @@ def server(models: Any) -> Iterator[Running]:
 @pytest.fixture
 def serve_with(models: Any) -> Callable[..., Any]:
     """A server for one test: `with serve_with(queue=2, key="...") as running:`."""
-    from mm_moslora.serve.api.request_limits import Limits
-    from mm_moslora.serve.inference.continuous_batching import GenerationEngine
+    from mm_moslora.serve.continuous_batching import GenerationEngine
+    from mm_moslora.serve.request_limits import Limits
 
     @contextmanager
     def start(engine: Any = None, key: str | None = None, local: bool = True, **limits: Any) -> Iterator[Running]:

@@ -85,7 +85,7 @@ class Running:
 @contextmanager
 def listening(app: Any, limits: Any, *, end: Any = lambda: None) -> Iterator[int]:
     """Run an application on a free port; at the end its answers are ended at once, as after a second Ctrl-C."""
-    from mm_moslora.serve.api.http_server import Server, bound
+    from mm_moslora.serve.http_server import Server, bound
 
     sockets = bound("127.0.0.1", 0)
     server = Server(app, limits, end=end)
@@ -108,7 +108,7 @@ def listening(app: Any, limits: Any, *, end: Any = lambda: None) -> Iterator[int
 
 @contextmanager
 def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
-    from mm_moslora.serve.api.api_routes import create_app
+    from mm_moslora.serve.api_routes import create_app
 
     app = create_app(engine, limits, **options)
     with listening(app, limits, end=engine.stop) as port:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.serve.inference.text_stream import TextStream
 from mm_moslora.serve.terminal_chat import Chat, interactive
+from mm_moslora.serve.text_stream import TextStream
 from tests.serve.serve_tools import asking, data_url
 
 SAID = '<think>[1, 2, 3, 4]</think>[{"bbox_2d": [100, 375, 500, 625], "label": "a dog"}]'

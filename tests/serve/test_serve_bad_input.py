@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mm_moslora.serve.api.chat_request import chat_request
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-from mm_moslora.serve.inference.prompt_preparation import prepare
-from mm_moslora.serve.inference.request_images import picture_files
-from mm_moslora.serve.inference.served_models import Models, Variant
+from mm_moslora.serve.chat_request import chat_request
+from mm_moslora.serve.continuous_batching import GenerationEngine
+from mm_moslora.serve.prompt_preparation import picture_files, prepare
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import Models, Variant
 from tests.serve.serve_tools import HEAD, KEY, asking, data_url
 
 RED = data_url(Image.new("RGB", (20, 20), "red"))

@@ -121,7 +121,7 @@ def test_a_too_long_conversation_is_an_error_and_continues_after_a_reset(
 
 
 def test_chat_and_server_run_on_the_accelerator(language_folder, vision_folder, records, tmp_path, monkeypatch):
-    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.served_models import load_models
     from mm_moslora.serve.terminal_chat import Chat
     from mm_moslora.training.training_loop import train
 

@@ -13,9 +13,8 @@ import torch
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
-from mm_moslora.serve.gradio_demo import Demo, launch, messages_of
-from mm_moslora.serve.inference.attention_maps import attention_maps
-from mm_moslora.serve.inference.served_models import Models, Variant
+from mm_moslora.serve.gradio_demo import Demo, attention_maps, launch, messages_of
+from mm_moslora.serve.served_models import Models, Variant
 from mm_moslora.serve.terminal_chat import Chat
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from waiting import wait_until
 
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.request_limits import Limits
 from tests.serve.serve_tools import HEAD, asking, data_url
 
 MIB = 2**20
@@ -63,9 +63,7 @@ def test_requests_above_the_limits_are_refused_before_tokenising_or_decoding(
     with serve_with() as server:
         asked: list[Any] = []
         monkeypatch.setattr(models, "prompt", lambda *arguments: asked.append(arguments))
-        monkeypatch.setattr(
-            "mm_moslora.serve.inference.prompt_preparation.open_pictures", lambda *a, **k: asked.append(a)
-        )
+        monkeypatch.setattr("mm_moslora.serve.prompt_preparation.open_pictures", lambda *a, **k: asked.append(a))
         reply = server.post(asking("red " * 3000)).json()["error"]
         assert reply["code"] == "context_length_exceeded"
         pictures = [data_url(Image.new("RGB", (20, 20), (number, 0, 0))) for number in range(16)]
@@ -93,7 +91,7 @@ def test_pictures_are_counted_by_their_memory(serve_with: Any, mode: str, size: 
 
 def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypatch: Any) -> None:
     """The deadline passes while the first of two pictures is opened; the second one is not opened."""
-    from mm_moslora.serve.inference import request_images as pictures
+    from mm_moslora.serve import prompt_preparation as pictures
 
     opened, go = [], threading.Event()
     real = pictures.open_image_bytes
@@ -114,7 +112,7 @@ def test_abandoned_work_stops_and_releases_its_memory(serve_with: Any, monkeypat
 
 
 def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serve_with: Any, monkeypatch: Any) -> None:
-    from mm_moslora.serve.inference import request_images as pictures
+    from mm_moslora.serve import prompt_preparation as pictures
 
     opened, go = threading.Event(), threading.Event()
     real = pictures.open_image_bytes

@@ -18,8 +18,8 @@ from PIL import Image
 from preloaded import Preloaded
 from waiting import wait_until
 
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import GenerationEngine
+from mm_moslora.serve.continuous_batching import GenerationEngine
+from mm_moslora.serve.request_limits import Limits
 from tests.serve.serve_tools import HEAD, asking, before_steps, data_url, pixels_of
 
 
@@ -293,7 +293,7 @@ def test_an_answer_is_cut_when_its_time_is_over(serve_with: Any, slow_engine: An
 def test_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """SIGTERM during a stream of a real process: the stream is complete, and the process exits with 0."""
     code = (
-        "import sys, time; from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "import sys, time; from mm_moslora.serve.continuous_batching import GenerationEngine\n"
         "step = GenerationEngine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
         "GenerationEngine._step = slow\n"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.continuous_batching import GenerationEngine
 from mm_moslora.serve.gradio_demo import Demo, messages_of
-from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-from mm_moslora.serve.inference.served_models import Models, Variant, load_models
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import Models, Variant, load_models
 from mm_moslora.serve.terminal_chat import Chat
 from tests.serve.serve_tools import asking, data_url, serving
 

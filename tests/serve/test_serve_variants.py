@@ -16,9 +16,9 @@ from PIL import Image
 
 from mm_moslora.cli.serve_verbs import parse_adapters
 from mm_moslora.data.preprocessing_print import preprocessing_digest, stored_preprocessing
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import GenerationEngine
-from mm_moslora.serve.inference.served_models import load_models, why_no_base
+from mm_moslora.serve.continuous_batching import GenerationEngine
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import load_models, why_no_base
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.utils.errors import AdapterError, ConfigError, EvalError, ModelError
 from mm_moslora.utils.run_paths import PREPROCESSING

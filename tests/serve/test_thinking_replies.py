@@ -14,15 +14,15 @@ from tiny import make_tokenizer
 from tokenizers import AddedToken
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.chat_replies import Reply
-from mm_moslora.serve.api.chat_request import chat_request
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.api_errors import ApiError
+from mm_moslora.serve.api_routes import Reply
+from mm_moslora.serve.chat_request import chat_request
+from mm_moslora.serve.continuous_batching import AnswerPart
 from mm_moslora.serve.gradio_demo import messages_of
-from mm_moslora.serve.inference.continuous_batching import AnswerPart
-from mm_moslora.serve.inference.prompt_preparation import refuse_unfit
-from mm_moslora.serve.inference.text_stream import TextStream, ThinkingSplit
+from mm_moslora.serve.prompt_preparation import refuse_unfit
+from mm_moslora.serve.request_limits import Limits
 from mm_moslora.serve.terminal_chat import folded
+from mm_moslora.serve.text_stream import TextStream, ThinkingSplit
 
 SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 TEXTS = {

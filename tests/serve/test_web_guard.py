@@ -21,9 +21,9 @@ import pytest
 from preloaded import Preloaded
 from waiting import wait_until
 
-from mm_moslora.serve.api.http_server import bound
-from mm_moslora.serve.api.request_guard import Guard
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.http_server import bound
+from mm_moslora.serve.request_guard import Guard
+from mm_moslora.serve.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from tests.serve.serve_tools import asking
 
@@ -138,18 +138,18 @@ def test_every_application_has_the_guard_and_one_module_serves() -> None:
     assert set().union(*(calls(path, MAKERS) for path in modules)) == {
         "mm_moslora/cli/serve_verbs.py:demo",  # calls `launch` of gradio_demo.py
     }
-    assert set().union(*(calls(path, SERVERS) for path in modules)) == {"mm_moslora/serve/api/http_server.py:__init__"}
+    assert set().union(*(calls(path, SERVERS) for path in modules)) == {"mm_moslora/serve/http_server.py:__init__"}
 
 
 def slow_server(python: Preloaded, folder: Path, *more: str) -> tuple[subprocess.Popen[str], str, list[str]]:
     """A server whose tokens take 0.2 s; its process, its address, and what it logs."""
     code = (
         "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
-        "from mm_moslora.serve.inference.continuous_batching import GenerationEngine\n"
+        "from mm_moslora.serve.continuous_batching import GenerationEngine\n"
         "step = GenerationEngine._step\n"
         "def slow(*a): time.sleep(0.2); step(*a)\n"
         "GenerationEngine._step = slow\n"
-        "import mm_moslora.serve.api.request_limits as limits\n"
+        "import mm_moslora.serve.request_limits as limits\n"
         "make = limits.Limits\n"
         "limits.Limits = lambda **kinds: make(**kinds, drain_seconds=2)\n"
         "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
@@ -223,6 +223,6 @@ def test_options_are_checked_before_a_model_is_loaded(
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("MM_MOSLORA_SERVE_KEY", "")  # an empty one is none
     monkeypatch.setattr("mm_moslora.cli.serve_verbs.find_checkpoint", lambda path: path)
-    monkeypatch.setattr("mm_moslora.serve.inference.served_models.load_models", pytest.fail)
+    monkeypatch.setattr("mm_moslora.serve.served_models.load_models", pytest.fail)
     assert run(["serve", str(tmp_path), *more]) == 1
     assert what in capsys.readouterr().err

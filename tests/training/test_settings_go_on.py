@@ -21,7 +21,7 @@ from mm_moslora.compare.comparison_plan import Cell, ComparisonSettings
 from mm_moslora.config import load_recipe
 from mm_moslora.data.preprocessing_print import differences, preprocessing_of, stored_preprocessing, trained_videos
 from mm_moslora.models.assembly import load_parts
-from mm_moslora.serve.inference.served_models import load_models
+from mm_moslora.serve.served_models import load_models
 from mm_moslora.serve.terminal_chat import Chat
 
 MODEL = {

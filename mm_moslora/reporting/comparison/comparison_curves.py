@@ -34,11 +34,7 @@ class RateChart:
 
 
 def rate_charts(arms: Sequence[Mapping[str, Any]], *, loss: bool) -> list[RateChart]:
-    """A chart per tuned arm, all with the same axes; none without two rates that worked.
-
-    Args:
-        loss: whether the value is a loss, otherwise a share. Runs that failed are drawn at the worse edge.
-    """
+    """A chart per tuned arm, with the same axes; failed runs lie at the worse edge. None without two rates."""
     points = [point for arm in arms for point in arm["curve"]]
     values = [point["value"] * (1 if loss else 100) for point in points if point["value"] is not None]
     if len({point["rate"] for point in points if point["value"] is not None}) < 2:

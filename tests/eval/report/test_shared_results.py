@@ -26,7 +26,7 @@ from mm_moslora_eval.sources.source_images import Hasher
 from mm_moslora import cli
 from mm_moslora.cli.evaluation.eval_result_verbs import eval_compare, eval_table
 from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
-from mm_moslora.reporting.run_rows import read_evaluation_row
+from mm_moslora.reporting.run_data import evaluation_row
 from mm_moslora.reporting.summary_text import verdict
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny
@@ -171,10 +171,10 @@ def test_every_place_of_a_score_says_that_many_answers_were_not_read(
     for name, label in (("tuned", "After tuning"), ("untuned", "Before tuning")):
         other = {"tuned": "untuned", "untuned": "tuned"}[name]
         written = [
-            read_evaluation_row(row_of(NamedResult(name=one, label=label, result=result, less=None)), [])
+            evaluation_row(row_of(NamedResult(name=one, label=label, result=result, less=None)))
             for one, result in ((name, found["bad"]), (other, found["good"]))
         ]
-        conclusion = verdict("t", [row for row in written if row is not None])
+        conclusion = verdict("t", written)
         assert conclusion is not None
         places[name] = " ".join(conclusion.sentences)
     words = ("could not be read and count as wrong", f"None of {unread} answers could be read")

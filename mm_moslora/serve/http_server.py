@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 
 from mm_moslora.launch.child_processes import install_handler, restore_handlers
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.text_format import LARGEST_PORT
@@ -77,11 +77,7 @@ def run_app(app: App, sockets: list[socket.socket], *, limits: Limits, end: Call
 
 
 class Server(uvicorn.Server):
-    """Logs the address once the server listens, and ends answers before it closes their connections.
-
-    Args:
-        end: ends all answers at once; called in a thread after that time, or after a second Ctrl-C.
-    """
+    """Logs the address once it listens; `end` ends all answers at once, after their time or after a second Ctrl-C."""
 
     def __init__(self, app: App, limits: Limits, *, end: Callable[[], object] = lambda: None) -> None:
         super().__init__(

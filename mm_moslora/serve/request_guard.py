@@ -1,8 +1,4 @@
-"""The middleware of every web application of this project: server and demo.
-
-It checks the Host and Origin headers, the key and the size of the body, drops slow readers and formats errors.
-`tests/serve/test_web_guard.py` finds an application without it.
-"""
+"""The middleware of every web application here: Host, Origin, key, size of the body, slow readers, form of errors."""
 
 from __future__ import annotations
 
@@ -20,9 +16,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from mm_moslora.serve.api.api_errors import ApiError, internal, stopping
-from mm_moslora.serve.api.http_server import App, Receive, Scope, Send, is_loopback
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.api_errors import ApiError, internal, stopping
+from mm_moslora.serve.http_server import App, Receive, Scope, Send, is_loopback
+from mm_moslora.serve.request_limits import Limits
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.identity import sha256_of_bytes, sha256_of_text
 from mm_moslora.utils.redaction import redacted_traceback
@@ -44,13 +40,7 @@ class SlowReaderError(Exception):
 
 
 class Guard:
-    """ASGI middleware around all routes.
-
-    Args:
-        key: the expected token of `Authorization: Bearer`; None: no key.
-        local: accept only this machine's names as Host and in Origin, so that no web page reaches the server by making
-            its own host name resolve to this machine.
-    """
+    """ASGI middleware around all routes; `key`: of `Authorization: Bearer`, `local`: only this machine's names."""
 
     def __init__(
         self, app: App, *, limits: Limits, logged: bool = False, key: str | None = None, local: bool = True
@@ -94,20 +84,13 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, counted, watched)
-        except asyncio.CancelledError:  # the time in which answers may end is over
-            await self._refuse(stopping(), scope, receive, watched, started=status != 0)
         except SlowReaderError:
             logger.warning("%s: the client stopped reading; dropped.", request_id)
             raise
-        except ApiError as error:
-            await self._refuse(error, scope, receive, watched, started=status != 0)
-        except HTTPException as error:
-            what = "does not support this method" if error.status_code == 405 else "is not known to this server"
-            refusal = ApiError(f"This address {what}.", status=error.status_code, code="not_found")
-            await self._refuse(refusal, scope, receive, watched, started=status != 0)
-        except Exception as error:
-            logger.error("%s failed: %s", request_id, redacted_traceback(error))
-            await self._refuse(internal(request_id), scope, receive, watched, started=status != 0)
+        except (Exception, asyncio.CancelledError) as error:
+            refusal = _refusal(error, request_id)
+            if status == 0:  # else the status line is already sent
+                await self._refuse(refusal, scope, receive, watched)
         finally:
             if self._logged:  # the query is left out, since it may hold a key
                 seconds, path = time.monotonic() - started, repr(scope["path"][:80])
@@ -135,9 +118,7 @@ class Guard:
     def _too_large(self) -> ApiError:
         return ApiError(f"The body is larger than {self._limits.body_bytes} bytes.", status=413, code="body_too_large")
 
-    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
-        if started:  # the status line is already sent
-            return
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         if error.status in (408, 413) and not any(name == b"expect" for name, _ in scope["headers"]):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_SECONDS):
@@ -146,6 +127,19 @@ class Guard:
         # Unread bytes of a body would be parsed as the next request.
         headers = {**error.headers(), "Connection": "close"} if error.status in (408, 413) else error.headers()
         await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)  # type: ignore[arg-type]
+
+
+def _refusal(error: BaseException, request_id: str) -> ApiError:
+    """What the client gets for an error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, asyncio.CancelledError):  # the time in which answers may end is over
+        return stopping()
+    if isinstance(error, HTTPException):
+        what = "does not support this method" if error.status_code == 405 else "is not known to this server"
+        return ApiError(f"This address {what}.", status=error.status_code, code="not_found")
+    logger.error("%s failed: %s", request_id, redacted_traceback(error))
+    return internal(request_id)
 
 
 def read_key() -> str | None:

@@ -17,13 +17,12 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from mm_moslora.serve.api.api_errors import ApiError, busy, client_left
-from mm_moslora.serve.api.chat_request import ChatRequest, chat_request, read_json
-from mm_moslora.serve.api.http_server import Receive
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.prompt_preparation import Prepared, prepare, refuse_unfit
-from mm_moslora.serve.inference.request_images import picture_files, refuse_large
-from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.serve.api_errors import ApiError, busy, client_left
+from mm_moslora.serve.chat_request import ChatRequest, chat_request, read_json
+from mm_moslora.serve.http_server import Receive
+from mm_moslora.serve.prompt_preparation import Prepared, picture_files, prepare, refuse_large, refuse_unfit
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import Models
 
 _WORKERS = 2
 """Threads that parse, decode pictures and tokenise."""

@@ -24,10 +24,10 @@ from torch import Tensor
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.decoding.token_sampling import Draw, choose
-from mm_moslora.serve.api.api_errors import busy, stopping
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.served_models import Models
-from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.serve.api_errors import busy, stopping
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.served_models import Models
+from mm_moslora.serve.text_stream import TextStream
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.redaction import redacted_traceback
 

@@ -12,12 +12,7 @@ _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of one answer, piece by piece; the joined pieces equal the text of all tokens.
-
-    Args:
-        stop: texts that end the answer. Neither they nor the text after them is returned.
-        thinking: the form of the prompt; where the prompt opened a thinking block, the text begins with that.
-    """
+    """The text of one answer, piece by piece, up to a text of `stop`; `thinking`: the form of the prompt."""
 
     def __init__(self, encoder: ConversationEncoder, stop: Sequence[str] = (), *, thinking: bool | None = None) -> None:
         self._encoder, self._stop = encoder, tuple(stop)
@@ -26,7 +21,7 @@ class TextStream:
         """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
         self._end = 0
         """Tokens with text in `_pending` or already returned."""
-        self._pending = encoder.opened(thinking)
+        self._pending = encoder.opened(thinking)  # where the prompt opened a thinking block, the text begins with that
         self.stopped = False
         """Whether a stop string was found."""
 

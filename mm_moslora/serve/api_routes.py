@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +17,106 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from mm_moslora.serve.api.api_errors import ApiError, busy, internal, stopping
-from mm_moslora.serve.api.chat_replies import DONE, Reply, frame
-from mm_moslora.serve.api.http_server import App, Receive, Scope, Send
-from mm_moslora.serve.api.request_guard import Guard
-from mm_moslora.serve.api.request_intake import Intake, unless_left
-from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.serve.inference.continuous_batching import AnswerPart, GenerationEngine, GenerationJob
-from mm_moslora.serve.inference.prompt_preparation import Prepared
+from mm_moslora.data.boxes.box_forms import FoundBox
+from mm_moslora.serve.api_errors import ApiError, busy, internal, stopping
+from mm_moslora.serve.chat_request import ChatRequest
+from mm_moslora.serve.continuous_batching import AnswerPart, Ending, GenerationEngine, GenerationJob
+from mm_moslora.serve.http_server import App, Receive, Scope, Send
+from mm_moslora.serve.prompt_preparation import Prepared
+from mm_moslora.serve.request_guard import Guard
+from mm_moslora.serve.request_intake import Intake, unless_left
+from mm_moslora.serve.request_limits import Limits
+from mm_moslora.serve.text_stream import ThinkingSplit
 from mm_moslora.utils.errors import suggestion
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream."""
+
+
+@dataclass(kw_only=True)
+class _Choice:
+    """One answer so far."""
+
+    text: str = ""
+    thoughts: str = ""
+    tokens: int = 0
+    ending: Ending | None = None
+    opened: bool = False
+    split: ThinkingSplit = field(default_factory=ThinkingSplit)
+
+
+@dataclass(kw_only=True)
+class Reply:
+    """The answers to one request while they are generated."""
+
+    request: ChatRequest
+    prompt_tokens: int
+    boxes: Callable[[str], list[FoundBox]] = lambda _: []
+    """Reads the boxes of an answer."""
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._choices = [_Choice() for _ in range(self.request.choices)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(choice.ending for choice in self._choices)
+
+    def add(self, index: int, part: AnswerPart) -> bytes:
+        """Record an event of one answer; returns its events where the request asks for a stream."""
+        choice = self._choices[index]
+        thinking, text = choice.split.add(part.text, last=part.ending is not None)
+        choice.thoughts += thinking
+        choice.text += text
+        choice.tokens, choice.ending = part.tokens, part.ending
+        if not self.request.stream:
+            return b""
+        deltas: list[dict[str, Any]] = [] if choice.opened else [{"role": "assistant", "content": ""}]
+        choice.opened = True
+        deltas += [{key: new} for key, new in (("reasoning_content", thinking), ("content", text)) if new]
+        events = b"".join(self._event(index, delta) for delta in deltas)
+        return events + (self._event(index, {}, part.ending) if part.ending else b"")
+
+    def whole(self) -> dict[str, Any]:
+        """The reply to a request without streaming."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "refusal": None, "content": choice.text}
+                | ({"reasoning_content": choice.thoughts} if choice.thoughts else {})
+                | ({"boxes": [asdict(box) for box in boxes]} if (boxes := self.boxes(choice.text)) else {}),
+                "finish_reason": choice.ending, "logprobs": None,
+            }
+            for index, choice in enumerate(self._choices)
+        ]  # fmt: skip
+        return self._object("chat.completion", choices) | {"usage": self._usage()}
+
+    def closing(self) -> bytes:
+        """The events after the last piece."""
+        if not self.request.include_usage:
+            return DONE
+        return frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + DONE
+
+    def _event(self, index: int, delta: dict[str, Any], ending: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": ending, "logprobs": None}
+        return frame(self._object("chat.completion.chunk", [choice]))
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.request.model, "choices": choices,
+        }  # fmt: skip
+
+    def _usage(self) -> dict[str, int]:
+        completion, prompt = sum(choice.tokens for choice in self._choices), self.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def frame(value: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
 
 logger = logging.getLogger(__name__)
 

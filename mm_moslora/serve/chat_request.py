@@ -1,8 +1,4 @@
-"""Parse and check a request body into a `ChatRequest`. Every error names the field that is wrong.
-
-Unknown fields are ignored, since clients send many; the log names them. Fields that ask for an unsupported feature
-(log-probabilities, another output format) are refused, because the answer would not be what the client asked for.
-"""
+"""Parse and check a request body into a `ChatRequest`. Every error names the field that is wrong."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_moslora.models.decoding.token_sampling import Sampling
-from mm_moslora.serve.api.api_errors import ApiError
-from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.api_errors import ApiError
+from mm_moslora.serve.request_limits import Limits
 from mm_moslora.utils.untrusted_data import StrictJsonError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -21,13 +17,13 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "web_search_options": (), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
 }  # fmt: skip
-"""Unsupported fields, each with the values besides empty ones that do not change an answer."""
+"""Unsupported fields, refused with other values than empty ones and these, since the answer would not be as asked."""
 _READ = frozenset({
     *_HARMLESS, "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
     "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "n", "chat_template_kwargs",
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 })  # fmt: skip
-"""Fields that are read, and those of OpenAI that change no answer."""
+"""Fields that are read, and those of OpenAI that change no answer; the log names others, which clients send."""
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,4 @@
-"""Errors of the HTTP server in OpenAI's format.
-
-The texts are this project's own. Texts of libraries may hold file names, memory addresses and data of other clients.
-"""
+"""Errors of the HTTP server in OpenAI's format. Texts of libraries, which may hold data of others, stay in the log."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""Models, prompts and continuous batching for the server."""
