@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median, stdev
 from typing import Any
 
@@ -224,42 +224,31 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """An arm against the reference."""
-
-    estimate: ArmEstimate
-    p_corrected: float
-    """P-value corrected over the arms."""
-
-    def numbers(self, *, comparisons: int) -> dict[str, Any]:
-        """The numbers of a row of `results.json`; the detectable difference is that of so many p-values."""
-        estimate = self.estimate
-        return {
-            "difference": estimate.value,
-            "stderr": estimate.stderr,
-            "low": estimate.low,
-            "high": estimate.high,
-            "half_width": estimate.half_width,
-            "p": estimate.p_value,
-            "p_corrected": self.p_corrected,
-            "detectable": estimate.detectable(comparisons=comparisons),
-            "components": asdict(estimate.components),
-            "run_degrees": estimate.run_degrees,
-            "seeds": estimate.size[0],
-            "documents": estimate.size[1],
-            "clusters": estimate.groups,
-        }
-
-
-def judge(
+def _judged(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
-) -> dict[str, Judged]:
-    """Each arm that has a seed of the reference against it; see `differences`."""
+) -> dict[str, tuple[ArmEstimate, float]]:
+    """Each arm that has a seed of the reference against it, with its p-value corrected over the arms."""
     estimates = differences(arms, reference, bounded=bounded)
     corrected = holm([one.p_value for one in estimates.values()])
+    return {name: (one, p) for (name, one), p in zip(estimates.items(), corrected, strict=True)}
+
+
+def _numbers(estimate: ArmEstimate, p_corrected: float, *, comparisons: int) -> dict[str, Any]:
+    """The numbers of a row of `results.json`; the detectable difference is that of so many p-values."""
     return {
-        name: Judged(estimate=one, p_corrected=p) for (name, one), p in zip(estimates.items(), corrected, strict=True)
+        "difference": estimate.value,
+        "stderr": estimate.stderr,
+        "low": estimate.low,
+        "high": estimate.high,
+        "half_width": estimate.half_width,
+        "p": estimate.p_value,
+        "p_corrected": p_corrected,
+        "detectable": estimate.detectable(comparisons=comparisons),
+        "components": asdict(estimate.components),
+        "run_degrees": estimate.run_degrees,
+        "seeds": estimate.size[0],
+        "documents": estimate.size[1],
+        "clusters": estimate.groups,
     }
 
 
@@ -275,14 +264,27 @@ def _comparisons(
         right = {task: reference[task].own for task in tasks}
         lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
         nats = {mode: _differences_in_nats(scores, reference, names, (tasks, mode)) for mode in _SHOWN}
-        for arm, judged in judge(lefts, right).items():
+        for arm, (estimate, p) in _judged(lefts, right).items():
             of_both = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in of_both)
-            pair = [*lefts[arm].values(), *right.values()]
-            row = _row(settings, (arm, column), judged, pair, comparisons=len(names), stand=stand)
-            row["nats"] = {mode: by_arm[arm] for mode, by_arm in nats.items() if arm in by_arm}
+            difference = as_difference(estimate, [*lefts[arm].values(), *right.values()])
             answers = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
-            rows.append(row | {"controls_complete": pictures_controlled(answers)})
+            rows.append(
+                {
+                    "arm": arm,
+                    "reference": settings.reference_arm,
+                    "task": column,
+                    **_numbers(estimate, p, comparisons=len(names)),
+                    "low": difference.low,
+                    "high": difference.high,
+                    "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
+                    "share_of_documents": estimate.documents,
+                    "groups": difference.groups,
+                    "verdict": verdict_of_arms(difference, p, runs=estimate.run_degrees > 0, stand=stand),
+                    "nats": {mode: by_arm[arm] for mode, by_arm in nats.items() if arm in by_arm},
+                    "controls_complete": pictures_controlled(answers),
+                }
+            )
     return rows
 
 
@@ -294,27 +296,7 @@ def _differences_in_nats(
     right = _nats(reference, *measure)
     lefts = {arm: left for arm in arms if right and (left := _nats(scores[arm], *measure))}
     return {
-        arm: judged.numbers(comparisons=len(lefts))
-        | {"left_out": sum(len(one.clusters) for one in right.values()) - judged.estimate.size[1]}
-        for arm, judged in judge(lefts, right, bounded=False).items()
-    }
-
-
-def _row(
-    settings: ComparisonSettings, subject: tuple[str, str], judged: Judged, pair: Sequence[TaskScores], *,
-    comparisons: int, stand: bool,
-) -> dict[str, Any]:  # fmt: skip
-    estimate = judged.estimate
-    difference = as_difference(estimate, pair)
-    return {
-        "arm": subject[0],
-        "reference": settings.reference_arm,
-        "task": subject[1],
-        **judged.numbers(comparisons=comparisons),
-        "low": difference.low,
-        "high": difference.high,
-        "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
-        "share_of_documents": estimate.documents,
-        "groups": difference.groups,
-        "verdict": verdict_of_arms(difference, judged.p_corrected, runs=estimate.run_degrees > 0, stand=stand),
+        arm: _numbers(estimate, p, comparisons=len(lefts))
+        | {"left_out": sum(len(one.clusters) for one in right.values()) - estimate.size[1]}
+        for arm, (estimate, p) in _judged(lefts, right, bounded=False).items()
     }

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -201,11 +201,16 @@ def _scores(
     settings: ComparisonSettings, arm: Arm, grid: Sequence[float], outcomes: Mapping[str, Outcome]
 ) -> dict[float, float] | None:
     """Validation scores of the rates that worked; None while a run has not ended."""
-    cells = [_tuning(arm, rate, seed) for rate in grid for seed in range(settings.tuning_seeds)]
-    if any(cell.name not in outcomes for cell in cells):
-        return None
-    scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in grid}
-    return {rate: score for rate, score in scores.items() if score is not None}
+    scores = {}
+    for rate in grid:
+        names = [_tuning(arm, rate, seed).name for seed in range(settings.tuning_seeds)]
+        if any(name not in outcomes for name in names):
+            return None
+        values = [measured(settings, outcomes[name]) for name in names]
+        good = [value for value in values if value is not None]
+        if len(good) == len(values):  # a rate must work for all seeds
+            scores[rate] = math.fsum(good) / len(good)
+    return scores
 
 
 def best_rate(settings: ComparisonSettings, scores: Mapping[float, float]) -> float | None:
@@ -267,15 +272,6 @@ def hopeless_arms(settings: ComparisonSettings, outcomes: Mapping[str, Outcome])
     missing = {cell.arm.group for cell in tuning_cells(settings, outcomes) if cell.name not in outcomes}
     worked = {way.group for arm in settings.arms for way in arm.ways if way.name in chosen}
     return [arm.name for arm in settings.arms if arm.name not in worked | missing]
-
-
-def validation_score(
-    settings: ComparisonSettings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
-) -> float | None:
-    """Mean validation value of an arm at a rate; None where one of its runs failed: a rate must work for all seeds."""
-    values = [measured(settings, outcomes[cell.name]) for cell in cells if cell.rate == rate]
-    good = [value for value in values if value is not None]
-    return math.fsum(good) / len(good) if good and len(good) == len(values) else None
 
 
 def measured(settings: ComparisonSettings, outcome: Outcome) -> float | None:

@@ -122,14 +122,6 @@ def arm_mean(tasks: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEst
     return _estimate([tasks], [Spread(squares=squares, degrees=degrees)], bounded=bounded)
 
 
-def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, bounded: bool = True) -> ArmEstimate:
-    """A - B on the same documents: `differences` of one arm; ValueError, too, where they have no seed in common."""
-    estimates = differences({"": a}, b, bounded=bounded)
-    if not estimates:
-        raise ValueError("The arms have no seed in common, so they cannot be compared seed by seed.")
-    return estimates[""]
-
-
 def differences(
     arms: Mapping[str, Mapping[str, TaskScores]], reference: Mapping[str, TaskScores], *, bounded: bool = True
 ) -> dict[str, ArmEstimate]:
