@@ -3,7 +3,7 @@
 
     python examples/dreambooth.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 --pictures cat/
 
-`mm-moslora diffusion train` does this with other families and precisions, prior preservation and resuming.
+`mm-moslora train` does this with other families and precisions, prior preservation and resuming.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ teaches it one subject (a picture under small shifts and mirrored) with prior pr
 adapters are in the linear layers of attention and feed-forward blocks, which every arm can adapt. Scored by the cosine
 between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of the quickstart;
 what the model scores before tuning is printed first. Rates are tuned and seeds kept apart as in `mm-moslora compare`;
-its analysis and its page are used. The paper's own setting is `mm-moslora diffusion config sdxl_subject`. Again
+its analysis and its page are used. The paper's own setting is `mm-moslora config sdxl_subject`. Again
 continues.
 
 Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.

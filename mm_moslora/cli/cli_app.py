@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
@@ -28,11 +28,10 @@ from mm_moslora.cli import (
     serve_verbs,
 )
 from mm_moslora.cli.data_verbs import data_app
-from mm_moslora.cli.diffusion_verbs import diffusion_app
 from mm_moslora.cli.evaluation.eval_app import eval_app
-from mm_moslora.cli.launch_verbs import refuse_early, run_training, show_recipe
-from mm_moslora.cli.shared_options import Overrides, quiet_libraries
-from mm_moslora.config import RECIPES_FOLDER, Recipe, load_recipe, override_items
+from mm_moslora.cli.launch_verbs import load_any_recipe, refuse_early, run_training, show_folders, show_recipe
+from mm_moslora.cli.shared_options import Overrides, StopAt, quiet_libraries
+from mm_moslora.config import Recipe
 from mm_moslora.launch.child_processes import end_with_parent, install_handler, restore_handlers
 from mm_moslora.launch.imported_code import imported, without_imports
 from mm_moslora.launch.slurm_job import leave_foreign_step
@@ -43,6 +42,7 @@ from mm_moslora.utils.run_paths import adapter_folder
 from mm_moslora.utils.text_format import whole_number
 
 if TYPE_CHECKING:
+    from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
     from mm_moslora.training.run_driver import TrainResult
     from mm_moslora.training.supervision.stop_signals import StopRequest
 
@@ -68,9 +68,8 @@ app = App(
 )
 app.command(data_app)
 app.command(eval_app)
-app.command(diffusion_app)
 for _verb in (
-    serve_verbs.chat, serve_verbs.serve, serve_verbs.demo, init_verb.init, launch_verbs.launch, launch_verbs.files,
+    serve_verbs.chat, serve_verbs.serve, init_verb.init, launch_verbs.launch,
     export_verbs.export, doctor_verb.doctor, compare_verb.compare, plan_verb.plan,
 ):  # fmt: skip
     app.command(_verb)
@@ -225,28 +224,31 @@ def _set_up_logging() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:
-    return load_recipe(name, override_items(tokens))
-
-
 @app.command
-def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int | None = None) -> int:
+def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: StopAt = None) -> int:
     """Train a recipe; the same command again continues it.
 
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset (see `mm-moslora config`).
+        YAML file, or the name of a shipped recipe (see `mm-moslora config`).
     resume
         auto, required, never, or a checkpoint folder.
-    stop_at
-        Save and stop after this optimiser step.
     """
     from mm_moslora.launch.child_processes import keep_rank_log
 
     keep_rank_log(os.environ)
-    resolved = _recipe(recipe, overrides)
-    return run_training(Path(resolved.train.output), partial(_train, resolved, resume=resume, stop_at=stop_at))
+    resolved = load_any_recipe(recipe, overrides)
+    folder = Path(resolved.train.output)
+    if isinstance(resolved, Recipe):
+        return run_training(folder, partial(_train, resolved, resume=resume, stop_at=stop_at))
+    refuse_early(resolved)
+    session = partial(_train_diffusion, resolved, resume=resume, stop_at=stop_at)
+
+    def advice(checkpoint: Path) -> str:
+        return f'Draw with it: pipeline.load_lora_weights("{checkpoint}")\nReport: mm-moslora report {folder}'
+
+    return run_training(folder, session, advice=advice)
 
 
 def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> TrainResult:
@@ -264,19 +266,33 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
     return train(recipe, resume=resume, stop_at=stop_at, measure=tasks, forgotten=forgotten, stop=stop, checked=checked)
 
 
+def _train_diffusion(recipe: DiffusionRecipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> TrainResult:
+    quiet_libraries()
+    from mm_moslora.diffusion.diffusion_training import train_diffusion
+
+    return train_diffusion(recipe, resume=resume, stop_at=stop_at, stop=stop)
+
+
 @app.command
-def config(recipe: str | None = None, *overrides: Overrides) -> int:
-    """Check a recipe and print it with every default filled in; without a recipe, list the shipped presets.
+def config(
+    recipe: str | None = None, *overrides: Overrides, files: Annotated[bool, Parameter(negative="")] = False
+) -> int:
+    """Check a recipe and print it with every default filled in; without a recipe, list the shipped ones.
 
     Keys, values and names are checked; files of the recipe and packages need not be here.
 
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset; or a key or a group of keys, such as train or data.train.0, which is
-        explained.
+        YAML file, or the name of a shipped recipe; or a key or a group of keys, such as train, data.train.0, or
+        diffusion.train for recipes of diffusion models, which is explained.
+    files
+        Print shipped folders instead: that of scripts, deepspeed_configs, recipes or tutorials, or all of them, as in
+        `bash "$(mm-moslora config --files scripts)"/train.sh`.
     """
-    return show_recipe(recipe, overrides, load=load_recipe, presets=RECIPES_FOLDER, kind=Recipe)
+    if files:
+        return show_folders(recipe)
+    return show_recipe(recipe, overrides)
 
 
 @app.command
@@ -338,14 +354,14 @@ def quickstart(
 
 
 @adapters_app.command(name="inspect")
-def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path | None = None) -> int:
+def adapters_inspect(folder: Path, *, plot: Path | None = None, against: Path | None = None) -> int:
     """Show what an adapter's update is made of, by module: ranks, pairs of subspaces, mixers, what moved.
 
     Parameters
     ----------
     folder
         Adapter folder, or a checkpoint or run with one.
-    picture
+    plot
         Also draw measures by module and layer, energies by pairs and singular values into this PNG, SVG or PDF file.
     against
         Adapter folder, checkpoint or run whose mixers take the place of the start, such as an earlier checkpoint's.
@@ -361,7 +377,7 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None, against: Path
     lines.append(f"{'trained parameters':28} {trained_parameters(adapter):,}")
     if why := why_unknown(reports, against_other=other is not None):
         lines.append(why)
-    if picture is not None:
-        lines.append(f"picture: {draw_lens(rows, picture)}")
+    if plot is not None:
+        lines.append(f"plot: {draw_lens(rows, plot)}")
     print("\n".join(lines))
     return 0

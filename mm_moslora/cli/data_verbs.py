@@ -9,29 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli.shared_options import Overrides, quiet_libraries
+from mm_moslora.cli.shared_options import LIST, Overrides, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
-    from mm_moslora.planning.recipe_data import Checked
 
 data_app = App(name="data", help="Look at training data before the run.")
 
-Processes = Annotated[int | None, Parameter(help="Processes that share the work; default: one per processor.")]
 Records = Annotated[int, Parameter(help="Of a stream without an end, look at its first records, so many.")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout.")]
 
 
 @data_app.command(name="check")
 def data_check(
     recipe: str,
     *overrides: Overrides,
-    against: tuple[Path, ...] = (),
-    processes: Processes = None,
+    against: Annotated[tuple[Path, ...], LIST] = (),
+    processes: Annotated[
+        int | None, Parameter(help="Processes that share the work; default: one per processor.")
+    ] = None,
     records: Records = 1000,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
-    as_json: AsJson = False,
+    stats: Annotated[bool, Parameter(negative="")] = False,
+    caches: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout.")] = False,
 ) -> int:
     """Read every record and picture of a recipe's data and report all faults; exit code 1 when a run would stop.
 
@@ -43,45 +44,32 @@ def data_check(
         Folders of evaluation pictures; training pictures that look like one of them are listed.
     everything
         Show every fault instead of the first 20; --json always contains all.
+    stats
+        Print statistics instead: tokens, turns, answers, image sizes, fill rate of packed rows.
+    caches
+        Fill the recipe's caches instead: tokens (data.cache), features of a frozen vision encoder
+        (model.vision.feature_cache). Training fills what is missing by itself.
     """
     resolved = _recipe(recipe, overrides)
-    from mm_moslora.planning.recipe_data import check_recipe
+    from mm_moslora.planning.recipe_data import check_recipe, statistics_of
 
-    checked = check_recipe(resolved, against=against, processes=processes, everything=everything, records=records)
-    return _show(checked, as_json=as_json)
-
-
-@data_app.command(name="stats")
-def data_stats(
-    recipe: str, *overrides: Overrides, processes: Processes = None, records: Records = 1000, as_json: AsJson = False
-) -> int:
-    """Print statistics of a recipe's data: tokens, turns, answers, picture sizes, fill rate of packed rows.
-
-    Parameters
-    ----------
-    recipe
-        YAML file, preset, or the folder of a run.
-    """
-    resolved = _recipe(recipe, overrides)
-    from mm_moslora.planning.recipe_data import statistics_of
-
-    return _show(statistics_of(resolved, processes=processes, records=records), as_json=as_json)
+    if caches:
+        return _fill(resolved)
+    if stats:
+        checked = statistics_of(resolved, processes=processes, records=records)
+    else:
+        checked = check_recipe(resolved, against=against, processes=processes, everything=everything, records=records)
+    if as_json:
+        print(json.dumps(checked.plain))
+    else:
+        _print_all(checked.shown)
+    return checked.code
 
 
-@data_app.command(name="cache")
-def data_cache(recipe: str, *overrides: Overrides) -> int:
-    """Fill the recipe's caches before training: tokens (data.cache), features of a frozen vision tower
-    (model.vision.feature_cache). Training fills what is missing by itself.
-
-    Parameters
-    ----------
-    recipe
-        YAML file, preset, or the folder of a run.
-    """
-    resolved = _recipe(recipe, overrides)
+def _fill(recipe: Recipe) -> int:
     from mm_moslora.planning.fill_caches import fill_caches
 
-    filled = fill_caches(resolved)
+    filled = fill_caches(recipe)
     print(
         f"Caches: tokens of {filled.records} records; features of "
         f"{filled.pictures} pictures, {filled.encoded} of them new, {filled.unreadable} pictures cannot be read."
@@ -125,14 +113,6 @@ def _recipe(name: str, overrides: Sequence[str]) -> Recipe:
     check_data(resolved.data)
     quiet_libraries()
     return resolved
-
-
-def _show(checked: Checked, *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(checked.plain))
-    else:
-        _print_all(checked.shown)
-    return checked.code
 
 
 def _print_all(renderables: Sequence[Any]) -> None:

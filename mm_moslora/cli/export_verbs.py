@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.cli.shared_options import OtherPreprocessing, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -11,8 +11,12 @@ from mm_moslora.utils.file_locks import new_folder
 from mm_moslora.utils.folder_marks import refuse_full_folder
 from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
 
+if TYPE_CHECKING:
+    from mm_moslora.models.assembly import Parts
+
 Dtype = Literal["fp32", "bf16", "fp16"]
-Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "gguf"]
+Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "kohya", "gguf"]
+DENOISERS: tuple[Literal["unet", "transformer"], ...] = ("unet", "transformer")
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
@@ -34,33 +38,58 @@ def export(
     model
         A run, a checkpoint, an export, or an adapter folder of any trainer.
     output
-        New folder.
+        New folder; kohya: the .safetensors file.
     to
         llava: a folder that stock transformers loads, or a refusal with the reason. hf: one folder with any parts.
         lora: the adapter folded to plain LoRA for PEFT's Auto classes; it names its base, and the base of an assembled
         model is written to `base`. vllm, diffusers: the adapter alone in the format of these two (written and checked
-        without the model). gguf: model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
+        without the model). kohya: that of a diffusion model as a file for AUTOMATIC1111 and ComfyUI. gguf: model.gguf
+        and mmproj.gguf for llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
     base
         For an adapter folder: the model it was trained on, where the folder does not name it.
     component
-        diffusers only: the part of the pipeline to which the adapter belongs.
+        diffusers, kohya: the part of the pipeline to which the adapter belongs, where it is of no run.
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
-    if to in ("vllm", "diffusers"):
+    if to in ("vllm", "diffusers", "kohya"):
         return _hand_on_adapter(model, output, to=to, component=component)
-    return _hand_on(
-        model, output, to=to, dtype=dtype, base=base, licence=licence,
-        other_preprocessing=other_preprocessing,
-    )  # fmt: skip
+    find_checkpoint(model)
+    refuse_full_folder(output)  # before minutes of loading
+    if to == "gguf" and dtype == "bf16":
+        raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
+    quiet_libraries()
+    from mm_moslora.data.preprocessing_print import check_preprocessing
+    from mm_moslora.models.load_model import load
+
+    # An assembled base is not published anywhere, so it is written with plain LoRA, too, in full precision.
+    packed: Literal["dense", "reload", "keep"] = (
+        "dense" if to != "lora" else "reload" if _writes_base(model) else "keep"
+    )
+    assembly = load(model, merge=False, base=base, packed=packed)
+    check_preprocessing(model, assembly, accepted=other_preprocessing)
+    if to == "lora":
+        return _hand_on_lora(assembly, model, output, dtype=dtype, licence=licence)
+    return _hand_on_merged(assembly, model, output, to=to, dtype=dtype, licence=licence)
 
 
-def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffusers"], component: Component) -> int:
+def _hand_on_adapter(
+    model: Path, output: Path, *, to: Literal["vllm", "diffusers", "kohya"], component: Component
+) -> int:
     folder = adapter_folder(model)
+    for name in DENOISERS:
+        if (folder / name).is_dir():  # of a diffusion run
+            component, folder = name, folder / name
+    if to != "kohya":
+        refuse_full_folder(output)
     quiet_libraries()
     from mm_moslora.adapters.folders.export_adapter import export_adapter, largest_difference
+
+    if to == "kohya":
+        print(export_adapter(folder, output, layout=to, component=component))
+        return 0
     from mm_moslora.data.preprocessing_print import stored_preprocessing, write_preprocessing
 
     with new_folder(output) as part:
@@ -76,45 +105,34 @@ def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffuser
     return 0
 
 
-def _hand_on(
-    model: Path,
-    output: Path,
-    *,
-    to: Layout,
-    dtype: Dtype,
-    base: str | None,
-    licence: str | None,
-    other_preprocessing: bool,
-) -> int:
-    find_checkpoint(model)
-    quiet_libraries()
-    from mm_moslora.data.preprocessing_print import check_preprocessing, hand_on_preprocessing
-    from mm_moslora.models.export.export_huggingface import export_lora, export_model, merge_adapter, refuse_own_class
+def _hand_on_lora(assembly: Parts, model: Path, output: Path, *, dtype: Dtype, licence: str | None) -> int:
+    from mm_moslora.data.preprocessing_print import hand_on_preprocessing
+    from mm_moslora.models.export.export_huggingface import export_lora
     from mm_moslora.models.export.model_card import write_card
-    from mm_moslora.models.load_model import load
     from mm_moslora.models.model_sizes import is_packed
     from mm_moslora.models.precision import dtype_of
 
-    refuse_full_folder(output)  # before minutes of loading
-    if to == "lora":
-        # An assembled base is not published anywhere, so it is written too, in full precision.
-        assembly = load(model, merge=False, base=base, packed="reload" if _writes_base(model) else "keep")
-        check_preprocessing(model, assembly, accepted=other_preprocessing)
-        with new_folder(output) as part:
-            lora = export_lora(assembly, part, dtype=dtype_of(dtype), final=output)
-            write_card(assembly, part, source=model, licence=licence, adapter_of=lora.base)
-            hand_on_preprocessing(model, assembly, part)
-        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
-        print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
-        difference = lora.max_logit_difference
-        print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference}")
-        if is_packed(assembly.model):
-            print("This holds on the base in 4 or 8 bits, as it was trained; a dense one rounds otherwise.")
-        return 0
-    if to == "gguf" and dtype == "bf16":
-        raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
-    assembly = load(model, merge=False, base=base, packed="dense")
-    check_preprocessing(model, assembly, accepted=other_preprocessing)
+    with new_folder(output) as part:
+        lora = export_lora(assembly, part, dtype=dtype_of(dtype), final=output)
+        write_card(assembly, part, source=model, licence=licence, adapter_of=lora.base)
+        hand_on_preprocessing(model, assembly, part)
+    print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
+    print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
+    difference = lora.max_logit_difference
+    print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference}")
+    if is_packed(assembly.model):
+        print("This holds on the base in 4 or 8 bits, as it was trained; a dense one rounds otherwise.")
+    return 0
+
+
+def _hand_on_merged(
+    assembly: Parts, model: Path, output: Path, *, to: Layout, dtype: Dtype, licence: str | None
+) -> int:
+    from mm_moslora.data.preprocessing_print import hand_on_preprocessing
+    from mm_moslora.models.export.export_huggingface import export_model, merge_adapter, refuse_own_class
+    from mm_moslora.models.export.model_card import write_card
+    from mm_moslora.models.precision import dtype_of
+
     if to == "gguf":
         from mm_moslora.models.export.gguf_model import refuse_gguf
 

@@ -1,4 +1,4 @@
-"""The verbs `launch` (several processes or hosts) and `files`, and what both train and config verbs share."""
+"""The verb `launch` (several processes or hosts), and what `train`, `config` and others do with recipes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,19 +21,15 @@ from mm_moslora.utils.text_format import whole_number
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.diffusion.diffusion_recipe import DiffusionRecipe
+    from mm_moslora.launch.slurm_job import SlurmJob
+    from mm_moslora.launch.topology import Topology
     from mm_moslora.training.run_driver import TrainResult
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
 
-def files(name: str | None = None) -> int:
-    """Print a shipped folder, such as that of the launch scripts: `bash "$(mm-moslora files scripts)"/train.sh`.
-
-    Parameters
-    ----------
-    name
-        scripts, deepspeed_configs, recipes or tutorials; without one, all of them.
-    """
+def show_folders(name: str | None) -> int:
+    """Print the path of a shipped folder, or of all."""
     if name is not None:
         print(shipped_folder(name))
         return 0
@@ -42,21 +38,53 @@ def files(name: str | None = None) -> int:
     return 0
 
 
+@Parameter(name="*", group="Hosts")
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """Where the ranks run."""
+
+    nproc: int | None = None
+    """Processes on each host; default: $NPROC, else one per accelerator of that host."""
+    nnodes: int = 1
+    """Hosts; run the same command on each, with --rdzv."""
+    rdzv: str | None = None
+    """HOST:PORT of the rendezvous; it must belong to one of the hosts."""
+    rdzv_id: str | None = None
+    """Distinguishes runs with the same rendezvous; default: mm-moslora."""
+    local_addr: str | None = None
+    """This host's address, where its name resolves to another one."""
+    deepspeed: bool = False
+    """Start the processes of this machine by DeepSpeed's launcher instead of torchrun, which stops more gracefully."""
+    hostfile: Path | None = None
+    """File with lines such as `worker-1 slots=8`; the hosts are reached through ssh by DeepSpeed's launcher."""
+    max_restarts: int = 0
+    """Number of restarts from the newest checkpoint when a rank dies or hangs."""
+    through: str = ""
+    """Command prefix on every host, split as a shell does: a container ("apptainer exec --nv IMAGE"), or a script that
+    loads modules and ends with `exec "$@"`."""
+    python: str | None = None
+    """Python of the ranks, where --through or --srun leads into a container; default: this one."""
+    srun: Annotated[str, Parameter(allow_leading_hyphen=True)] = ""
+    """Further options of srun in a SLURM job, split as a shell does: "--container-image=IMAGE"."""
+
+    def topology(self, job: SlurmJob | None, *, requeue: bool) -> Topology:
+        """The processes and hosts; those of a SLURM job, where srun has to reach them."""
+        from mm_moslora.launch.topology import Topology
+
+        spread = job is not None and (requeue or self.srun or job.nodes > 1) and self.nnodes == 1 and not self.hostfile
+        nproc = self.nproc if self.nproc is not None else whole_number(os.environ, "NPROC", 0, least=1) or None
+        words = {name: _words(name, getattr(self, name)) for name in ("through", "srun")}
+        changed = {"nproc": nproc, "python": self.python or sys.executable, "job": job if spread else None, **words}
+        return Topology(**(vars(self) | changed))
+
+
+HERE = HostOptions()
+
+
 def launch(
     recipe: str,
     *overrides: Overrides,
-    diffusion: bool = False,
-    nproc: int | None = None,
-    nnodes: int = 1,
-    rdzv: str | None = None,
-    rdzv_id: str | None = None,
-    local_addr: str | None = None,
-    deepspeed: bool = False,
-    hostfile: Path | None = None,
-    max_restarts: int = 0,
-    through: str = "",
-    python: str | None = None,
-    srun: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    hosts: HostOptions = HERE,
     log_dir: Path | None = None,
     requeue: bool = False,
     dry_run: bool = False,
@@ -71,31 +99,6 @@ def launch(
     ----------
     recipe
         YAML file, or the name of a shipped preset.
-    diffusion
-        The recipe is one of `diffusion train`, which trains in one process.
-    nproc
-        Processes on each host; default: $NPROC, else one per accelerator of that host.
-    nnodes
-        Hosts; run the same command on each, with --rdzv.
-    rdzv
-        HOST:PORT of the rendezvous; it must belong to one of the hosts.
-    rdzv_id
-        Distinguishes runs with the same rendezvous; default: mm-moslora.
-    local_addr
-        This host's address, where its name resolves to another one.
-    deepspeed
-        Start the processes of this machine by DeepSpeed's launcher instead of torchrun, which stops more gracefully.
-    hostfile
-        File with lines such as `worker-1 slots=8`; the hosts are reached through ssh by DeepSpeed's launcher.
-    max_restarts
-        Number of restarts from the newest checkpoint when a rank dies or hangs.
-    through
-        Words before the command on every host, split as a shell does: a container ("apptainer exec --nv IMAGE"), or a
-        script that loads modules and ends with `exec "$@"`.
-    python
-        Python of the ranks, where --through or --srun leads into a container; default: this one.
-    srun
-        Further options of srun in a SLURM job, split as a shell does: "--container-image=IMAGE".
     log_dir
         Also write the output of every rank to rank-00000.log and so on in this folder.
     requeue
@@ -104,10 +107,8 @@ def launch(
     dry_run
         Check the recipe, and print it and the command, without starting anything. Its files need not be here.
     """
-    from mm_moslora.config import override_items
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Requeue, SlurmJob
-    from mm_moslora.launch.topology import Topology
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
 
     job = SlurmJob.current(os.environ)
@@ -116,23 +117,20 @@ def launch(
     try:
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
-            spread = job is not None and (requeue or srun or job.nodes > 1) and nnodes == 1 and hostfile is None
-            if nproc is None:
-                nproc = 1 if diffusion else whole_number(os.environ, "NPROC", 0, least=1) or None
-            if diffusion and (nproc, nnodes, hostfile) != (1, 1, None):
-                raise ConfigError("Diffusion models train in one process. Leave out --nproc, --nnodes and --hostfile.")
-            topology = Topology(
-                nproc=nproc, nnodes=nnodes, rdzv=rdzv, rdzv_id=rdzv_id, local_addr=local_addr,
-                deepspeed=deepspeed, hostfile=hostfile, max_restarts=max_restarts, through=_words("through", through),
-                python=python or sys.executable, srun=_words("srun", srun), job=job if spread else None,
-            )  # fmt: skip
             options, keys = _split_options(overrides)
-            resolved = _resolved(recipe, override_items(keys), diffusion=diffusion)
+            if is_diffusion_recipe(recipe):
+                hosts = hosts if hosts.nproc is not None else replace(hosts, nproc=1)
+                if (hosts.nproc, hosts.nnodes, hosts.hostfile) != (1, 1, None):
+                    raise ConfigError(
+                        "Diffusion models train in one process. Leave out --nproc, --nnodes and --hostfile."
+                    )
+            topology = hosts.topology(job, requeue=requeue)
+            resolved = load_any_recipe(recipe, keys)
             if dry_run:
                 print(resolved.to_yaml(), end="", flush=True)
-            others = dry_run or hostfile is not None  # other hosts may see other files
+            others = dry_run or hosts.hostfile is not None  # other hosts may see other files
             refuse_early(resolved, None if others else options.get("resume", "auto"))
-            verb = [*(["diffusion"] if diffusion else []), "train", recipe, *overrides]
+            verb = ["train", recipe, *overrides]
             folder = Path(resolved.train.output)
             return start(topology, verb, run_folder=folder, log_folder=log_dir, dry_run=dry_run, requeue=requeuing)
     except Stopped:
@@ -140,14 +138,30 @@ def launch(
         return requeuing.stopped({stop.received}, ExitStatus.STOPPED) if requeuing else ExitStatus.STOPPED
 
 
-def _resolved(recipe: str, overrides: list[str], *, diffusion: bool) -> Recipe | DiffusionRecipe:
-    """The recipe of the verb that the ranks run."""
-    from mm_moslora.config import load_recipe, recipe_names
-    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, load_diffusion_recipe
+def is_diffusion_recipe(recipe: str) -> bool:
+    """Whether this is a shipped diffusion recipe, or a file or run whose model has a `base`."""
+    from mm_moslora.config import recipe_names
+    from mm_moslora.config.recipe_reading import recipe_of_run
+    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES
+    from mm_moslora.utils.untrusted_data import parse_yaml
+    from mm_moslora.utils.untrusted_files import read_text
 
-    if not diffusion and recipe in recipe_names(DIFFUSION_RECIPES):
-        raise ConfigError(f"{recipe} is a diffusion recipe: `mm-moslora launch --diffusion {recipe}`.")
-    return load_diffusion_recipe(recipe, overrides) if diffusion else load_recipe(recipe, overrides)
+    path = Path(recipe)
+    if path.is_dir():
+        path = recipe_of_run(path)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return recipe in recipe_names(DIFFUSION_RECIPES)
+    model = parse_yaml(read_text(path), source=str(path)).get("model")
+    return isinstance(model, dict) and "base" in model
+
+
+def load_any_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe | DiffusionRecipe:
+    """A recipe of a vision-language model or of a diffusion model."""
+    from mm_moslora.config import load_recipe, override_items
+    from mm_moslora.diffusion.diffusion_recipe import load_diffusion_recipe
+
+    items = override_items(overrides)
+    return load_diffusion_recipe(recipe, items) if is_diffusion_recipe(recipe) else load_recipe(recipe, items)
 
 
 def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) -> bool:
@@ -176,20 +190,20 @@ def refuse_early(recipe: Recipe | DiffusionRecipe, resume: str | None = None) ->
     return False
 
 
-def show_recipe(
-    recipe: str | None, overrides: Sequence[str], *, load: Callable[[str, list[str]], Recipe | DiffusionRecipe],
-    presets: Path, kind: type[Recipe | DiffusionRecipe],
-) -> int:  # fmt: skip
+def show_recipe(recipe: str | None, overrides: Sequence[str]) -> int:
     """Print a resolved recipe; for a key the keys of its group, without either the names of the presets."""
-    from mm_moslora.config import override_items, recipe_names
+    from mm_moslora.config import Recipe, recipe_names
+    from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES, DiffusionRecipe
 
     if recipe is None:
-        print("\n".join(recipe_names(presets)))
+        print("\n".join([*recipe_names(), *recipe_names(DIFFUSION_RECIPES)]))
         return 0
-    if not overrides and not Path(recipe).exists() and (group := _group_of(kind, recipe)) is not None:
+    own = recipe.removeprefix("diffusion.")
+    kind = Recipe if own == recipe else DiffusionRecipe
+    if not overrides and not Path(recipe).exists() and (group := _group_of(kind, own)) is not None:
         _explain(kind, group)
         return 0
-    resolved = load(recipe, override_items(overrides))
+    resolved = load_any_recipe(recipe, overrides)
     refuse_early(resolved)
     print(resolved.to_yaml(), end="")
     return 0

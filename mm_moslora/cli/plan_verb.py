@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+
+from cyclopts import Parameter
 
 from mm_moslora.cli.launch_verbs import refuse_early
 from mm_moslora.cli.shared_options import Overrides, quiet_libraries
@@ -13,22 +15,69 @@ from mm_moslora.config import load_recipe, override_items, require_sft
 from mm_moslora.utils.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from mm_moslora.planning.run_plan import Option, RunPlan
+    from mm_moslora.config import Recipe
+    from mm_moslora.planning.run_plan import DataSize, Option, RunPlan
     from mm_moslora.training.metrics.gpu_memory import Memory
 
 SHOWN = 12
+
+
+@Parameter(name="*", group="Data")
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The data, where they are not at hand."""
+
+    samples: int | None = None
+    """Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data."""
+    tokens_per_sample: float | None = None
+    """Mean tokens of a record, visual tokens included."""
+    supervised: float = 0.15
+    """Share of the tokens that is supervised, with --samples."""
+    image_size: str | None = None
+    """Typical width and height of an image in pixels, for models that cut images into tiles or take them in any size;
+    default: 640x480."""
+
+    def check(self) -> None:
+        """Refuse numbers that describe no data."""
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"--samples is {self.samples}, expected 1 or more.")
+        if self.tokens_per_sample is not None and not 1 <= self.tokens_per_sample < math.inf:
+            raise ConfigError(f"--tokens-per-sample is {self.tokens_per_sample:g}, expected 1 or more.")
+        if not 0 < self.supervised <= 1:
+            raise ConfigError(f"--supervised is {self.supervised:g}, expected a share above 0 and up to 1.")
+        if (self.samples is None) != (self.tokens_per_sample is None):
+            raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+
+    def size(self, recipe: Recipe) -> tuple[DataSize | None, str]:
+        """The size of a recipe's data, None where `run_plan` knows it, and a line about where it comes from."""
+        from mm_moslora.planning.recipe_data import size_of
+        from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data
+
+        if self.samples is not None and self.tokens_per_sample is not None:
+            pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
+            return DataSize(
+                samples=self.samples, tokens=self.tokens_per_sample, supervised=self.supervised, pictures=pictures
+            ), ""
+        if known_data(recipe.data.train, LLAVA_VISUAL) is not None:
+            return None, ""
+        try:
+            return size_of(recipe)
+        except (DataError, ModelError) as error:
+            raise ConfigError(
+                f"The size of the data is not known: {error} Give --samples and --tokens-per-sample."
+            ) from error
+
+
+AT_HAND = DataOptions()
 
 
 def plan(
     recipe: str,
     *overrides: Overrides,
     gpus: str,
-    samples: int | None = None,
-    tokens_per_sample: float | None = None,
-    supervised: float = 0.15,
-    picture: str | None = None,
     price: float | None = None,
     network: float | None = None,
+    described: DataOptions = AT_HAND,
 ) -> int:
     """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
 
@@ -38,15 +87,6 @@ def plan(
         YAML file, or the name of a shipped preset.
     gpus
         Count, card and memory: 8xA100-80G, 1xRTX4090.
-    samples
-        Records of an epoch; known for LLaVA's and the commonsense data sets, else counted in the recipe's data.
-    tokens_per_sample
-        Mean tokens of a record, visual tokens included.
-    supervised
-        Share of the tokens that is supervised, with --samples.
-    picture
-        Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
-        size; default: 640x480.
     price
         Price per GPU and hour, in any currency.
     network
@@ -59,40 +99,21 @@ def plan(
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
 
     cards = parse_gpus(gpus)
-    if samples is not None and samples < 1:
-        raise ConfigError(f"--samples is {samples}, expected 1 or more.")
-    if tokens_per_sample is not None and not 1 <= tokens_per_sample < math.inf:
-        raise ConfigError(f"--tokens-per-sample is {tokens_per_sample:g}, expected 1 or more.")
-    if not 0 < supervised <= 1:
-        raise ConfigError(f"--supervised is {supervised:g}, expected a share above 0 and up to 1.")
+    described.check()
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price is {price:g}, expected 0 or more.")
-    if (samples is None) != (tokens_per_sample is None):
-        raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
     if network is not None:
         if not 0 < network < math.inf:
             raise ConfigError(f"--network is {network:g}, expected GB/s above 0.")
         cards = replace(cards, network=network * 1e9)
-    size = _size(picture) if picture is not None else None
+    image = _size(described.image_size) if described.image_size is not None else None
     quiet_libraries()
     from rich.console import Console
 
-    from mm_moslora.planning.recipe_data import size_of
-    from mm_moslora.planning.run_plan import LLAVA_VISUAL, DataSize, known_data
     from mm_moslora.planning.run_plan import plan as compute
 
-    data, found_by = None, ""
-    if samples is not None and tokens_per_sample is not None:
-        pictures = 0.0 if resolved.model.vision is None and resolved.model.vlm is None else 1.0
-        data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
-    elif known_data(resolved.data.train, LLAVA_VISUAL) is None:
-        try:
-            data, found_by = size_of(resolved)
-        except (DataError, ModelError) as error:
-            raise ConfigError(
-                f"The size of the data is not known: {error} Give --samples and --tokens-per-sample."
-            ) from error
-    computed = compute(resolved, cards, data, picture=size)
+    data, found_by = described.size(resolved)
+    computed = compute(resolved, cards, data, picture=image)
     console = Console()
     if found_by:
         console.print(found_by)
@@ -103,11 +124,11 @@ def plan(
     return 0 if computed.best is not None else 1
 
 
-def _size(picture: str) -> tuple[int, int]:
+def _size(text: str) -> tuple[int, int]:
     """Width and height of `640x480`."""
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", picture)
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if match is None:
-        raise ConfigError(f"--picture is {picture!r}, expected width and height in pixels: 640x480.")
+        raise ConfigError(f"--image-size is {text!r}, expected width and height in pixels: 640x480.")
     return int(match[1]), int(match[2])
 
 
@@ -119,7 +140,7 @@ def _pictures(plan: RunPlan) -> str:
     assert plan.picture is not None
     tiles = "" if size.picture.tiles == 1 else f"{size.picture.tiles} tiles, "
     width, height = plan.picture
-    line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
+    line = f"Pictures: of {width} x {height} pixels (--image-size), {tiles}{size.tokens_per_image:,} tokens each."
     if size.unseen:
         line += f" [yellow]Computed from the configuration, not by the model's processor[/]: {escape(size.unseen)}"
     return line

@@ -1,21 +1,23 @@
-"""The verbs `chat`, `serve` and `demo`. Parsing and printing only; heavy imports happen inside the verbs."""
+"""The verbs `chat` and `serve`. Parsing and printing only; heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from mm_moslora.cli.shared_options import OtherPreprocessing, quiet_libraries
+from mm_moslora.cli.shared_options import OtherPreprocessing, Several, quiet_libraries
 from mm_moslora.utils.errors import ConfigError, DataError
 from mm_moslora.utils.package_requirements import install_extra, is_installed
 from mm_moslora.utils.run_paths import find_checkpoint
 
-Adapters = Annotated[
-    tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
-]
+if TYPE_CHECKING:
+    from mm_moslora.serve.request_limits import Limits
+
+Adapters = Annotated[Several, Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base.")]
 
 
 def chat(
@@ -25,9 +27,11 @@ def chat(
     question: str | None = None,
     max_new_tokens: int = 128,
     show_thinking: bool = False,
+    web: Annotated[bool, Parameter(negative="")] = False,
+    port: int = 7860,
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
-    """Chat with a model in the terminal.
+    """Chat with a model in the terminal, or on a web page.
 
     Parameters
     ----------
@@ -41,8 +45,15 @@ def chat(
         Longest answer, tokens.
     show_thinking
         Show the thinking before an answer, which is folded otherwise; /thinking changes it.
+    web
+        Open a web page with the model and the model before tuning, with attention drawn over the image. An export, and
+        a run that trained weights of the base, have no model before tuning.
+    port
+        With --web: port on this machine only; 0 chooses a free port.
     """
     find_checkpoint(model)
+    if web:
+        return _web_chat(model, port=port, max_new_tokens=max_new_tokens, other_preprocessing=other_preprocessing)
     if image is not None and not image.is_file():
         raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
     quiet_libraries()
@@ -61,6 +72,38 @@ def chat(
     return 0
 
 
+@Parameter(name="*", group="Limits")
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """Limits of the server."""
+
+    max_batch: int = 32
+    """Answers decoded together."""
+    max_queue: int = 128
+    """Requests that may wait; further requests get 429 and Retry-After."""
+    max_tokens: int = 4096
+    """Largest max_tokens that a request may ask for."""
+    max_body_mib: int = 20
+    """Largest request body, MiB."""
+    max_image_megapixels: int = 40
+    """Largest image, million pixels."""
+    request_seconds: float = 120.0
+    """Time limit of one request."""
+
+    def limits(self) -> Limits:
+        """The limits in the server's units."""
+        from mm_moslora.serve.request_limits import Limits
+
+        return Limits(
+            batch=self.max_batch, queue=self.max_queue, max_tokens=self.max_tokens,
+            body_bytes=self.max_body_mib * 2**20, image_pixels=self.max_image_megapixels * 1_000_000,
+            request_seconds=self.request_seconds,
+        )  # fmt: skip
+
+
+USUAL_LIMITS = LimitOptions()
+
+
 def serve(
     model: Path,
     *,
@@ -70,13 +113,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    max_batch: int = 32,
-    max_queue: int = 128,
-    max_tokens: int = 4096,
-    max_body_mib: int = 20,
-    max_image_megapixels: int = 40,
-    request_seconds: float = 120.0,
     other_preprocessing: OtherPreprocessing = False,
+    limited: LimitOptions = USUAL_LIMITS,
 ) -> int:
     """Serve a model to OpenAI clients: /v1/chat/completions, /v1/models, /health.
 
@@ -96,30 +134,14 @@ def serve(
         0 chooses a free port.
     precision
         Dtype of the base weights.
-    max_batch
-        Answers decoded together.
-    max_queue
-        Requests that may wait; further requests get 429 and Retry-After.
-    max_tokens
-        Largest max_tokens that a request may ask for.
-    max_body_mib
-        Largest request body, MiB.
-    max_image_megapixels
-        Largest picture, million pixels.
-    request_seconds
-        Time limit of one request.
     """
     find_checkpoint(model)
     quiet_libraries()
     needs("starlette", "uvicorn", extra="serve")
     from mm_moslora.serve.http_server import bound, is_loopback, run_app
     from mm_moslora.serve.request_guard import KEY_NAME, SHORTEST_KEY, read_key
-    from mm_moslora.serve.request_limits import Limits
 
-    limits = Limits(
-        batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,
-        image_pixels=max_image_megapixels * 1_000_000, request_seconds=request_seconds,
-    )  # fmt: skip
+    limits = limited.limits()
     further, key, local = parse_adapters(adapter), read_key(), is_loopback(host)
     if not local and key is None:
         raise ConfigError(
@@ -141,22 +163,7 @@ def serve(
     return 0
 
 
-def demo(
-    model: Path, *, port: int = 7860, max_new_tokens: int = 128, other_preprocessing: OtherPreprocessing = False
-) -> int:
-    """Open a web page to chat with a model and the model before tuning, with attention drawn over the picture.
-
-    Parameters
-    ----------
-    model
-        A run, a checkpoint or an export; an export, and a run that trained weights of the base, have no model before
-        tuning.
-    port
-        Port on this machine only; 0 chooses a free port.
-    max_new_tokens
-        Longest answer, tokens.
-    """
-    find_checkpoint(model)
+def _web_chat(model: Path, *, port: int, max_new_tokens: int, other_preprocessing: bool) -> int:
     quiet_libraries()
     needs("gradio", extra="demo")
     from mm_moslora.serve.http_server import bound
@@ -185,7 +192,7 @@ def needs(*modules: str, extra: str) -> None:
     """
     for module in modules:
         if not is_installed(module):
-            raise ConfigError(f"This verb needs {module}, which is not installed. Run: {install_extra(extra)}")
+            raise ConfigError(f"This needs {module}, which is not installed. Run: {install_extra(extra)}")
 
 
 def parse_adapters(items: Sequence[str]) -> dict[str, Path]:

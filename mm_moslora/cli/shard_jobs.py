@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,22 +24,40 @@ logger = logging.getLogger(__name__)
 ARRAY = "shards.sbatch"
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Cluster")
 @dataclass(frozen=True, kw_only=True)
-class ShardJobs:
-    """Where the shards of an evaluation run."""
+class ClusterOptions:
+    """Where jobs run."""
 
-    shards: int | None = None
-    """Number of jobs that share the work, each this command with --shard; their results are merged at the end."""
     parallel: int | None = None
     """Jobs at the same time on this machine; default: one per accelerator, one on a CPU."""
     ray: str = ""
     """Run the jobs on a Ray cluster: HOST:PORT of its head, or auto. Its nodes share the file system of the files."""
     slurm: Annotated[bool, Parameter(negative="")] = False
-    """Write a SLURM array of the jobs that are not done, and exit with code 75; afterwards the same command merges."""
+    """Write a SLURM array of the jobs that can start, and exit with code 75; afterwards the same command goes on."""
 
-    def check(self, **others: object) -> bool:
-        """Whether the work is to be divided; `others` are options that exclude it.
+    def refuse_two_engines(self) -> None:
+        """Refuse a batch script together with jobs that run now."""
+        if self.slurm and (self.ray or self.parallel is not None):
+            raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
+
+
+@Parameter(name="*", group="Cluster")
+@dataclass(frozen=True, kw_only=True)
+class ShardJobs(ClusterOptions):
+    """Where the shards of an evaluation run."""
+
+    shard: str | None = None
+    """I/N: answer only this share of every task, into OUTPUT/shards/I-of-N; N such commands can run anywhere, at once.
+    """
+    merge: Annotated[bool, Parameter(negative="")] = False
+    """Score what all shards in OUTPUT have answered: the same command with --merge in place of --shard. The model is
+    not loaded."""
+    shards: int | None = None
+    """Number of jobs that share the work, each this command with --shard; their results are merged at the end."""
+
+    def check(self, *, dry_run: bool) -> bool:
+        """Whether the work is to be divided into jobs.
 
         Raises:
             ConfigError: the options contradict each other.
@@ -48,12 +65,15 @@ class ShardJobs:
         if self.shards is None:
             if self.parallel is not None or self.ray or self.slurm:
                 raise ConfigError("--parallel, --ray and --slurm are about the jobs of --shards N: add it.")
+            if self.merge and self.shard and not dry_run:
+                raise ConfigError("--shard answers a share, and --merge scores all shards: give one of them.")
             return False
         if self.shards < 1:
             raise ConfigError(f"--shards is {self.shards}, expected 1 or more.")
+        others = {"shard": self.shard, "merge": self.merge, "dry_run": dry_run}
         if excluded := [f"--{name}" for name, value in others.items() if value]:
             raise ConfigError(f"{' and '.join(excluded)} is for one command by hand, not for jobs: leave it out.")
-        refuse_two_engines(slurm=self.slurm, ray=self.ray, parallel=self.parallel)
+        self.refuse_two_engines()
         return True
 
     def run(
@@ -110,35 +130,18 @@ class ShardJobs:
         return ready, 0 if not missing else ExitStatus.STOPPED if engine is None else 1
 
 
-HERE = ShardJobs()
-
-
-def refuse_two_engines(*, slurm: bool, ray: str, parallel: int | None) -> None:
-    """Refuse a batch script together with jobs that run now."""
-    if slurm and (ray or parallel is not None):
-        raise ConfigError("--slurm writes a batch script, and --ray and --parallel run the jobs: give one of them.")
-
-
-def words_of(verb: Callable[..., Any], arguments: Mapping[str, Any], **changed: Any) -> list[str]:
-    """The words of a command line with which a verb gets its arguments again."""
+def words_of(options: Any) -> list[str]:
+    """The words of a command line that give a group of options again."""
     words: list[str] = []
-    for name, parameter in inspect.signature(verb).parameters.items():
-        value = changed.get(name, arguments[name])
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            words += map(str, value if parameter.kind is parameter.VAR_POSITIONAL else [value])
-        elif is_dataclass(value) and not isinstance(value, type):  # a group of options
-            for part in fields(value):
-                words += _option(part.name, getattr(value, part.name), default=getattr(parameter.default, part.name))
+    for part in fields(options):
+        value = getattr(options, part.name)
+        option = part.name.replace("_", "-")
+        if is_dataclass(value):
+            words += words_of(value)
+        elif value == part.default:
+            continue
+        elif isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{option}")
         else:
-            words += _option(name, value, default=parameter.default)
+            words += [f"--{option}={item}" for item in (value if isinstance(value, tuple) else (value,))]
     return words
-
-
-def _option(name: str, value: Any, *, default: Any) -> list[str]:
-    """An option with its value; none where it is the default."""
-    if value == default:
-        return []
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{'' if value else 'no-'}{option}"]
-    return [f"--{option}={item}" for item in (value if isinstance(value, tuple) else (value,))]

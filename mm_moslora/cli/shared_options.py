@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, convert
+
+from mm_moslora.utils.text_format import split_commas
+
+
+def by_commas(kind: Any, words: Sequence[Token]) -> tuple[Any, ...]:
+    """The values of an option that takes several with commas, or is given again; a path that exists stays whole."""
+
+    def values(text: str) -> list[str]:
+        path = text.partition(":")[2] or text  # llava:FILE
+        return [text] if Path(path).exists() else split_commas(text) or [text]
+
+    return convert(kind, [word.evolve(value=each) for word in words for each in values(word.value)])
+
+
+def once(kind: Any, words: Sequence[Token]) -> tuple[Any, ...]:
+    """As `by_commas`; what is named twice counts once."""
+    return tuple(dict.fromkeys(by_commas(kind, words)))
+
+
+LIST, SET = Parameter(converter=by_commas), Parameter(converter=once)
+Several = Annotated[tuple[str, ...], LIST]
+StopAt = Annotated[int | None, Parameter(show=False)]
+"""The optimiser step after which a run saves and stops; for tests and for `compare`."""
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 OtherPreprocessing = Annotated[

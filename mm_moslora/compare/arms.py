@@ -13,16 +13,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
-from mm_moslora.adapters.mixer import MIXER_INITS
-from mm_moslora.adapters.peft_methods import method_named
 from mm_moslora.config import AdapterConfig, Recipe
+from mm_moslora.config.model_config import MixerInit
 from mm_moslora.config.recipe_reading import parse_scalar, set_dotted
-from mm_moslora.models.meta_model import build_meta_model
-from mm_moslora.models.trainable_parts import adapter_config
 from mm_moslora.utils.errors import AdapterError, ConfigError, MoSLoRAError, reason_of, suggestion
 from mm_moslora.utils.identity import sha256_of_text
+from mm_moslora.utils.text_format import split_commas
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
 PEFT = "peft:"
@@ -34,7 +32,10 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "two-subspaces mixing, the paper's first step: a fixed butterfly mixer",
         {"adapter.mixer_init": "butterfly", "adapter.mixer_trainable": False},
     ),
-    **{f"moslora:{init}": (f"MoSLoRA, mixer started {init}", {"adapter.mixer_init": init}) for init in MIXER_INITS},
+    **{
+        f"moslora:{init}": (f"MoSLoRA, mixer started {init}", {"adapter.mixer_init": init})
+        for init in get_args(MixerInit)
+    },
     "moslora-rslora": (
         "MoSLoRA scaled by alpha / sqrt(rank)",
         {"adapter.mixer_init": "orthogonal", "adapter.use_rslora": True},
@@ -108,13 +109,20 @@ class Arm:
         return Recipe.from_dict(data, source=f"arm {self.name!r}")
 
 
+def named_arms(words: Sequence[str]) -> list[Arm]:
+    """The arms of `parse_arms`, not yet tried on a recipe; needs torch only for methods of PEFT."""
+    names = _joined([name for item in words for name in split_commas(item)])
+    if len(names) < 2:
+        raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")
+    return [_parse(name) for name in names]
+
+
 def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
     """Read `lora,moslora:kaiming@rank=16`, or a list of such texts; each is applied to the recipe once, as a check."""
     # Commas within brackets do not separate, and what begins with a digit is a further value of the suffix before it.
-    names = _joined(split(text) if isinstance(text, str) else [name for item in text for name in split(item)])
-    if len(names) < 2:
-        raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")
-    arms = [_parse(name) for name in names]
+    arms = named_arms([text] if isinstance(text, str) else text)
+    from mm_moslora.models.trainable_parts import adapter_config
+
     ways = [way for arm in arms for way in arm.ways]
     for number, way in enumerate(ways):
         if same := next((o for o in ways[:number] if o.slug == way.slug or o.changes == way.changes), None):
@@ -154,18 +162,6 @@ def reset_line(recipe: Recipe) -> list[str]:
     ]
 
 
-def split(text: str) -> list[str]:
-    """Split at commas outside brackets; empty parts are dropped."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _joined(names: Sequence[str]) -> list[str]:
     """Names with the further values of a suffix joined to it: `a@k=1`, `6` -> `a@k=1,6`."""
     joined: list[str] = []
@@ -180,7 +176,7 @@ def _joined(names: Sequence[str]) -> list[str]:
 def _parse(text: str) -> Arm:
     """One arm; where a suffix has several values, with its alternatives."""
     whole, *changes = text.split("@")
-    values = [(item.partition("=")[:2], split(item.partition("=")[2])) for item in changes]
+    values = [(item.partition("=")[:2], split_commas(item.partition("=")[2])) for item in changes]
     if all(len(several) < 2 for _, several in values):
         return _parse_way(text)
     combined = product(*([f"{key}{sign}{value}" for value in several] for (key, sign), several in values))
@@ -242,6 +238,8 @@ def _parse_way(text: str) -> Arm:
 
 def _method(name: str) -> tuple[str, dict[str, Any], Collection[str]]:
     """Description, recipe keys and options of a method of PEFT."""
+    from mm_moslora.adapters.peft_methods import method_named
+
     method = method_named(name)
     own = {"adapter.peft": {"type": method.name}, "adapter.mixer_init": AdapterConfig.mixer_init}
     shared = method.shared
@@ -276,6 +274,8 @@ def size_lines(arms: Sequence[Arm], recipe: Recipe, reference: str) -> list[str]
 
 def _size(arm: Arm, recipe: Recipe) -> tuple[int | None, list[str]]:
     """Trainable parameters, None where they cannot be counted; and what an arm cannot do, the reason for None first."""
+    from mm_moslora.models.meta_model import build_meta_model
+
     trained, limits = None, []
     try:
         meta = build_meta_model(recipe.model, recipe.adapter)

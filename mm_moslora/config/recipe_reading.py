@@ -46,7 +46,7 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
     path = Path(name_or_path)
     resolved = path.is_dir()  # a run's: it names every key
     if resolved:
-        path = _recipe_of_run(path)
+        path = recipe_of_run(path)
     is_file = path.is_file()
     if not is_file:
         preset = presets / f"{name_or_path}.yaml"
@@ -118,7 +118,7 @@ def _holds_records(path: Path) -> bool:
     return path.name.lower().endswith((".jsonl", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tsv"))
 
 
-def _recipe_of_run(folder: Path) -> Path:
+def recipe_of_run(folder: Path) -> Path:
     """The resolved recipe in the newest checkpoint of a run."""
     files = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
     for path in files:

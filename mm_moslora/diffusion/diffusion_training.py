@@ -232,7 +232,7 @@ def denoiser_adapter(folder: Path) -> dict[str, Path]:
         for name in ("unet", "transformer"):
             if (parent / "adapter" / name / OWN_CONFIG).is_file():
                 return {name: parent / "adapter" / name}
-    raise AdapterError(f"{folder} holds no adapter of a diffusion pipeline. Name a run of `diffusion train`.")
+    raise AdapterError(f"{folder} holds no adapter of a diffusion pipeline. Name a run of a diffusion recipe.")
 
 
 def adapt(family: PipelineFamily) -> None:

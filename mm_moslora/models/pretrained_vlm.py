@@ -68,7 +68,10 @@ def load_pretrained_processor(name: str, revision: str | None) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"The processor of model.vlm {name!r} does not load: {reason_of(error)}.") from error
+        raise ModelError(
+            f"The processor of model.vlm {name!r} does not load: {reason_of(error)}. Give a "
+            "folder with the model's files, or go online."
+        ) from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "image_token", None) is None:
         raise ModelError(
             f"The processor of model.vlm {name!r} ({type(processor).__name__}) takes no pictures with placeholders. "

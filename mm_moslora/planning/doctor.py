@@ -43,7 +43,7 @@ USES = {
     "pyarrow": "data of the hub, parquet and arrow files",
     "open-clip-torch": "open_clip: vision towers",
     "timm": "timm's vision towers, and init",
-    "matplotlib": "adapters inspect --picture",
+    "matplotlib": "adapters inspect --plot",
     "wandb": "track.trackers: [wandb]",
     "tensorboard": "track.trackers: [tensorboard], the default",
     "gguf": "the quickstart, and export --to gguf",

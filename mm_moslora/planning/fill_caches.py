@@ -1,4 +1,4 @@
-"""`mm-moslora data cache`: fills a recipe's caches before training."""
+"""`mm-moslora data check --caches`: fills a recipe's caches before training."""
 
 from __future__ import annotations
 

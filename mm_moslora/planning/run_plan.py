@@ -223,7 +223,7 @@ def plan(
     if picture is not None and not varies:
         raise ConfigError(
             f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
-            "one square of the same size. Leave --picture out."
+            "one square of the same size. Leave --image-size out."
         )
     size = _checked_cost(recipe, gpus, picture or PICTURE)
     data = _epoch(recipe, data or known_data(recipe.data.train, size.tokens_per_image))

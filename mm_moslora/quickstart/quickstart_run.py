@@ -76,8 +76,10 @@ def quickstart(
     code = _run_stages(run, folder, data)
     if code == 0:
         tune = folder / "tune"
-        commands = {"Chat with it": ("chat", tune, "--image", "PICTURE"), "Compare it with before": ("demo", tune),
-                    "Show supervised tokens": ("data", "view", tune)}  # fmt: skip
+        commands = {
+            "Chat with it": ("chat", tune, "--image", "PICTURE"), "Compare it with before": ("chat", tune, "--web"),
+            "Show supervised tokens": ("data", "view", tune),
+        }  # fmt: skip
         sys.stdout.write("\n" + "".join(f"{what + ':':<24}{_shown(*words)}\n" for what, words in commands.items()))
     return code
 

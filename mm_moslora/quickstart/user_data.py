@@ -169,7 +169,7 @@ def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
     remedy = (
         f"Put pictures of each class into a sub-folder of its own, at least two classes (found: "
         f"{_few(inner) or 'no sub-folders'}), or write questions into a file "
-        "(my_images.md in `mm-moslora files tutorials`)."
+        "(my_images.md in `mm-moslora config --files tutorials`)."
     )
     return f"{folder} holds {readable if counts else 'no readable pictures in sub-folders'}.{broken}{beside} {remedy}"
 

@@ -35,6 +35,18 @@ def visible(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def split_commas(text: str) -> list[str]:
+    """Split at commas outside brackets; empty parts are dropped."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with aligned columns, a line of dashes below the head."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -275,7 +275,9 @@ def parse_yaml_value(text: str) -> Any:
     except RecursionError as error:
         raise ConfigError("is not valid YAML: it is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"is not valid YAML: {place}{getattr(error, 'problem', None) or error}") from error
     except Exception as error:  # PyYAML raises errors of many kinds, for dates that do not exist and for `!!bool x`
         raise ConfigError(f"is not valid YAML: a value has another type than its tag ({error})") from error
 

@@ -66,7 +66,7 @@ def test_help_needs_no_heavy_library():
 
 def test_a_folder_that_is_not_there_is_told_before_anything_heavy_is_imported():
     verbs = [
-        "chat X", "serve X", "demo X", "export X Y", "import X Y", "adapters inspect X",
+        "chat X", "serve X", "chat X --web", "export X Y", "import X Y", "adapters inspect X",
         "eval run pope --model X", "train quickstart_tune --resume X", "compare X", "report X",
         "eval score X", "data check X",
     ]  # fmt: skip
@@ -369,7 +369,7 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setitem(matplotlib.rcParams, "text.latex.preamble", r"\input{/etc/hostname}")
     adapter = trained / "checkpoint-000002" / "adapter"
-    assert run(["adapters", "inspect", str(adapter), "--picture", str(tmp_path / "mixers.png")]) == 0
+    assert run(["adapters", "inspect", str(adapter), "--plot", str(tmp_path / "mixers.png")]) == 0
     assert capsys.readouterr().out.count("q_proj") == 2
     assert (tmp_path / "mixers.png").read_bytes().startswith(b"\x89PNG")
 
@@ -378,7 +378,7 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
 @pytest.mark.parametrize(
     "verb",
     [
-        "export RUN FILE/out --to lora", "adapters inspect RUN --picture FILE/out.png",
+        "export RUN FILE/out --to lora", "adapters inspect RUN --plot FILE/out.png",
         "report RUN --output FILE/out", "report RUN --output /proc/nowhere/out",
         "train RUN/config.yaml --train.output FILE/out", "quickstart --output FILE/out",
     ],
@@ -458,7 +458,7 @@ def test_mistakes_that_need_no_library_are_refused_before_one_is_imported(recipe
     path = write(recipe)
     absent = f"--data.train.0.path={tmp_path / 'absent.json'}"
     lines = [
-        ["data", "check", path, absent], ["data", "view", path, absent], ["data", "stats", path, absent],
+        ["data", "check", path, absent], ["data", "view", path, absent], ["data", "check", path, absent, "--stats"],
         ["doctor", "--model", "/absent"], ["compare", path], ["data", "check", "absent.yaml"],
     ]  # fmt: skip
     code = f"""

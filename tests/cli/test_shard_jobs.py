@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cyclopts import App
 
 from mm_moslora import cli
-from mm_moslora.cli.evaluation.eval_options import NO_LIMITS, ServiceOptions
-from mm_moslora.cli.evaluation.eval_run_verbs import eval_run
-from mm_moslora.cli.shard_jobs import words_of
+from mm_moslora.cli.evaluation.eval_options import QuestionOptions, ResultOptions, ServiceOptions
+from mm_moslora.cli.evaluation.eval_run_verbs import AS_USUAL, EvaluationOptions
+from mm_moslora.cli.shard_jobs import ShardJobs, words_of
 from tests.eval.eval_data import contents, write_questions
 
 pytestmark = pytest.mark.usefixtures("start_at_once")
@@ -126,17 +127,19 @@ def test_options_that_contradict_each_other(
     assert message in capsys.readouterr().err
 
 
-def test_the_words_of_a_command_give_its_arguments_again() -> None:
-    arguments: dict[str, Any] = {}
+def test_the_words_of_a_command_give_its_options_again() -> None:
+    options = EvaluationOptions(
+        asked=QuestionOptions(limit=3), samples=("b", "-c"), results=ResultOptions(report=False), untuned=True,
+        output=Path("y"), service=ServiceOptions(price="3/15"), jobs=ShardJobs(merge=True),
+    )  # fmt: skip
+    words = words_of(options)
+    assert {"--limit=3", "--samples=b", "--samples=-c", "--no-report", "--output=y", "--price=3/15"} < set(words)
+    again: dict[str, Any] = {}
+    app = App()
 
-    def verb(first: str, *more: str, limit: int | None = None, names: tuple[str, ...] = (), report: bool = True,
-             untuned: bool = False, output: Path = Path("x"), limits: ServiceOptions = NO_LIMITS) -> None:  # fmt: skip
-        arguments.update(locals())
+    @app.default
+    def verb(*tasks: str, options: EvaluationOptions = AS_USUAL) -> None:
+        again.update(tasks=tasks, options=options)
 
-    limits = ServiceOptions(price="3/15")
-    verb("a", "--data.x", "1", limit=3, names=("b", "-c"), report=False, untuned=True, limits=limits)
-    assert words_of(verb, arguments, output=Path("y")) == [
-        "a", "--data.x", "1", "--limit=3", "--names=b", "--names=-c", "--no-report", "--untuned", "--output=y",
-        "--price=3/15",
-    ]  # fmt: skip
-    assert eval_run.__kwdefaults__["report"]
+    app(["a", *words], result_action="return_value")
+    assert again == {"tasks": ("a",), "options": options}

@@ -12,11 +12,12 @@ import transformers as t
 
 from mm_moslora import adapters
 from mm_moslora.adapters.peft_methods import method_names
-from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines, split
+from mm_moslora.compare.arms import KNOWN, Arm, parse_arms, size_lines
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.utils.errors import AdapterError, MoSLoRAError
+from mm_moslora.utils.text_format import split_commas
 
 SMALL = {
     "C3A": "@block_size=16", "FOURIERFT": "@n_frequency=64", "ROAD": "@group_size=16", "VBLORA": "@vector_length=16",
@@ -120,7 +121,7 @@ def test_a_method_is_one_arm_however_it_is_spelt() -> None:
     assert arm("peft:hira").name == "peft:HIRA"
     with pytest.raises(MoSLoRAError, match="'peft:HIRA' is given twice"):
         parse_arms(["peft:hira", "peft:HIRA"], recipe())
-    assert split("a@b=[[0, 2], [1, 3]], c") == ["a@b=[[0, 2], [1, 3]]", "c"]
+    assert split_commas("a@b=[[0, 2], [1, 3]], c") == ["a@b=[[0, 2], [1, 3]]", "c"]
 
 
 def test_layers_that_peft_refuses_are_one_error(base: t.LlamaForCausalLM) -> None:

@@ -138,9 +138,7 @@ def test_every_verb_refuses_every_misspelt_name_before_a_queue(verb: str, capsys
         assert {"Did", "mean"} <= set(said.split()), said  # `doctor` has a table, in which lines break
 
 
-@pytest.mark.parametrize(
-    "verb", [["diffusion", "config"], ["launch", "--diffusion", "--dry-run"], ["diffusion", "train"]]
-)
+@pytest.mark.parametrize("verb", [["config"], ["launch", "--dry-run"], ["train"]])
 def test_misspelt_names_of_diffusion_recipes_are_refused(verb: list[str], capsys: Any) -> None:
     preset = recipe_names(DIFFUSION_RECIPES)[0]
     words = [
@@ -239,7 +237,7 @@ from mm_moslora.diffusion.diffusion_recipe import DIFFUSION_RECIPES
 for name in recipe_names():
     assert run(["config", name]) == 0, name
 for name in recipe_names(DIFFUSION_RECIPES):
-    assert run(["diffusion", "config", name]) == 0, name
+    assert run(["config", name]) == 0, name
 assert not {"torch", "transformers", "peft", "deepspeed"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -95,7 +95,7 @@ run(sys.argv[1:])
 
 def test_the_same_command_goes_on_when_killed(recipe: Make, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     straight = train_diffusion(recipe("train.save_every=1", run="straight")).checkpoint
-    command = ["diffusion", "train", str(tmp_path / "own.yaml")]
+    command = ["train", str(tmp_path / "own.yaml")]
     Path(command[-1]).write_text(recipe("train.save_every=1").to_yaml())
     assert subprocess.run([sys.executable, "-c", _KILLED, *command], check=False).returncode == -signal.SIGKILL
     plain, calls = DenoisingLoss.__call__, []
@@ -136,7 +136,7 @@ def test_stock_diffusers_draws_the_same_latents(
     for kind in ("tiny-sd", "tiny-sdxl", "tiny-sd3", "tiny-flux"):
         checkpoint = train_diffusion(recipe("train.steps=2", kind=kind, run=kind)).checkpoint
         kohya = tmp_path / f"{kind}.safetensors"
-        wrong = run(["diffusion", "export", str(checkpoint.parent), str(kohya), "--to", "kohya"])
+        wrong = run(["export", str(checkpoint.parent), str(kohya), "--to", "kohya"])
         assert wrong == (kind in ("tiny-sd3", "tiny-flux"))  # its names are of UNets
         pipeline, (adapter,) = tiny_pipeline(kind), (checkpoint / "adapter").iterdir()
         load_adapter(getattr(pipeline, adapter.name), adapter)
@@ -239,7 +239,7 @@ def test_a_run_keeps_the_promises_of_every_run(
     steps |= {1, 2, 3}
     with pytest.raises(CheckpointError, match="The last 3 saves failed; stopped"):
         train_diffusion(recipe(*few, run="full"))
-    hanging = [sys.executable, "-c", _HANGING, "diffusion", "train", str(tmp_path / "own.yaml")]
+    hanging = [sys.executable, "-c", _HANGING, "train", str(tmp_path / "own.yaml")]
     Path(hanging[-1]).write_text(recipe("train.timeout_minutes=0.05", run="hung").to_yaml())
     assert subprocess.run(hanging, check=False).returncode == ExitStatus.HANG
     assert "No progress" in json.loads((tmp_path / "hung" / "state.json").read_text())["reason"]

@@ -20,7 +20,7 @@ DOCUMENTS = sorted([
 ])  # fmt: skip
 _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<kind>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=mark)[ \t]*$", re.M | re.S)
 _SKIP = re.compile(r"<!-- docs: skip (?P<reason>.+?) -->\s*$", re.S)
-PARSED_ONLY = {"quickstart", "chat", "serve", "demo", "doctor", "launch"}
+PARSED_ONLY = {"quickstart", "chat", "serve", "doctor", "launch"}
 """Verbs that need a person or a network, or take minutes: their options are checked, nothing is run."""
 PLAIN = {"", "text", "bibtex", "json", "console", "html", "mermaid"}
 

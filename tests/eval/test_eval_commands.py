@@ -158,12 +158,12 @@ def test_scoring_again_changes_nothing_and_needs_no_torch(finished: Path, tmp_pa
     assert {path: path.read_bytes() for path in run.rglob("samples.jsonl")} == before
 
 
-@pytest.mark.parametrize("arguments", [["list", "pope"], ["describe", "mmbench_en_dev@moslora"]])
+@pytest.mark.parametrize("arguments", [["list", "pope"], ["list", "mmbench_en_dev@moslora", "--details"]])
 def test_lists_and_descriptions(arguments: list[str], capsys) -> None:
     assert cli.run(["eval", *arguments]) == 0
     out = capsys.readouterr().out
-    assert ("pope" in out) == (arguments[0] == "list")
-    assert ("The data cannot be read" in out) == (arguments[0] == "describe")
+    assert ("pope" in out) == ("--details" not in arguments)
+    assert ("The data cannot be read" in out) == ("--details" in arguments)
 
 
 def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +174,8 @@ def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: py
             monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
-        assert cli.run(["eval", "describe", "mathvision_test"]) == 0
-        assert "`mm-moslora eval check TASK` fetches it" in capsys.readouterr().out
+        assert cli.run(["eval", "list", "mathvision_test", "--details"]) == 0
+        assert "`mm-moslora eval plan TASK --check` fetches it" in capsys.readouterr().out
         assert cli.run(["eval", "plan", "mathvision_test", "blink_val", "--limit", "5"]) == 0
         assert "The prompts of mathvision_test@official and of 1 more are unknown" in capsys.readouterr().out
         hub.setblocking(False)
@@ -186,7 +186,7 @@ def test_descriptions_and_plans_do_not_touch_the_network(capsys, monkeypatch: py
 
 
 def test_check_and_dry_run(miniature: Path, capsys) -> None:
-    assert cli.run(["eval", "check", *(str(miniature / f"{name}.yaml") for name in TASKS)]) == 0
+    assert cli.run(["eval", "plan", *(str(miniature / f"{name}.yaml") for name in TASKS), "--check"]) == 0
     assert capsys.readouterr().out.count(" has no faults: ") == len(TASKS)
     assert cli.run(["eval", "run", str(miniature / "mme.yaml"), "--protocol", "lmms_eval", "--dry-run"]) == 0
     assert "mme@lmms_eval" in capsys.readouterr().out
@@ -198,12 +198,12 @@ BAD = [
     (["run", "llava:QUESTIONS", "--model", ""], "No model was given"),
     (["run", "llava:QUESTIONS", "--model", "replay:missing.jsonl"], "is missing"),
     (["run", "llava:QUESTIONS", "--batch-size", "0", "--model", "replay:x"], "batch_size is 0"),
-    (["check", "mmvet"], "was not found"),
-    (["check", "nlvr2_test@official"], "Data file 'nlvr/nlvr2/data/test1.json' was not found"),
-    (["check", "lvbench@official"], "Data file 'LVBench/video_info.meta.jsonl' was not found"),
+    (["plan", "mmvet", "--check"], "was not found"),
+    (["plan", "nlvr2_test@official", "--check"], "Data file 'nlvr/nlvr2/data/test1.json' was not found"),
+    (["plan", "lvbench@official", "--check"], "Data file 'LVBench/video_info.meta.jsonl' was not found"),
     (["score", "nowhere"], "is not part of an evaluation run"),
-    (["compare", "nowhere", "elsewhere"], "There is no 'nowhere'"),
-    (["compare", ".", "."], "no scored task in common"),
+    (["table", "nowhere", "elsewhere", "--paired"], "There is no 'nowhere'"),
+    (["table", ".", ".", "--paired"], "no scored task in common"),
 ]
 
 
@@ -242,20 +242,20 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     a, b, c = replayed(tmp_path, "a", 4), replayed(tmp_path, "b", 20), replayed(tmp_path, "c", 24)
     page = tmp_path / "page.html"
     capsys.readouterr()
-    assert cli.run(["eval", "compare", str(a), f"{b},{c}", "--html", str(page)]) == 0
+    assert cli.run(["eval", "table", str(a), f"{b},{c}", "--paired", "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "A 90.0 %, B 45.0 %. A is better than B: +45.0 points (95 % +40.2 to +49.8)" in out
     assert "A wins 20, B wins 0, equal 20 of 40; sign test p " in out
     assert "B 50.0 %, 40.0 %" in out
     assert re.search(r"20 pictures with 40 questions. A true difference of \d.\d points is detected with 80 %", out)
     html = page.read_text()
-    for verb in (["eval", "compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
+    for verb in (["eval", "table", str(a), str(b), "--paired", "--html"], ["report", str(a), "--output"]):
         assert cli.run([*verb, str(tmp_path)]) == 1
         assert f"{tmp_path} is a folder; expected the file to write" in capsys.readouterr().err
     assert "A is better than B" in html
     assert "<b>x</b>" not in html
     assert "&lt;b&gt;x&lt;/b&gt;" in html
-    assert cli.run(["eval", "compare", str(a), str(a)]) == 0
+    assert cli.run(["eval", "table", str(a), str(a), "--paired"]) == 0
     out = capsys.readouterr().out
     assert "It is not shown that A and B differ: +0.0 points" in out
     assert "The interval rests on 20 pictures with 40 questions. They all differ by the same amount" in out

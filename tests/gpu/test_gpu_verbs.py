@@ -50,7 +50,7 @@ def recipe_of(trained: Path) -> str:
         ["chat", "RUN", "--image", "PICTURE", "--question", "what is the color?", "--max-new-tokens", "4"],
         ["plan", "RECIPE", "--gpus", "1xH100-80G", "--samples", "40", "--tokens-per-sample", "60"],
         ["data", "check", "RECIPE"],
-        ["data", "stats", "RECIPE"],
+        ["data", "check", "--stats", "RECIPE"],
         ["data", "view", "RUN", "--count", "1"],
         ["adapters", "inspect", "RUN"],
         ["export", "RUN", "OUT", "--to", "hf"],

@@ -103,11 +103,11 @@ def test_the_wheel_holds_the_launchers_and_the_command_line_says_where(capsys: p
     included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for name in ("common.sh", *LAUNCHERS):
         assert included["force-include"][f"scripts/{name}"] == f"mm_moslora/scripts/{name}"
-    assert run(["files", "scripts"]) == 0
+    assert run(["config", "--files", "scripts"]) == 0
     assert Path(capsys.readouterr().out.strip()) == SCRIPTS
-    assert run(["files"]) == 0
+    assert run(["config", "--files"]) == 0
     assert str(ROOT / "deepspeed_configs") in capsys.readouterr().out
-    assert run(["files", "script"]) == 1
+    assert run(["config", "--files", "script"]) == 1
     assert "Did you mean 'scripts'" in capsys.readouterr().err
 
 

@@ -344,15 +344,13 @@ def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
 
 
 def test_diffusion_recipes_are_launched_too(capsys):
-    assert cli.run(["launch", "--diffusion", "--dry-run", "sdxl_subject", "--train.steps", "9"]) == 0
+    assert cli.run(["launch", "--dry-run", "sdxl_subject", "--train.steps", "9"]) == 0
     shown = capsys.readouterr()
     assert "steps: 9" in shown.out
-    assert "-m mm_moslora diffusion train sdxl_subject --train.steps 9" in shown.err
+    assert "-m mm_moslora train sdxl_subject --train.steps 9" in shown.err
     assert "nproc_per_node" not in shown.err
-    assert cli.run(["launch", "--diffusion", "--nproc", "2", "sdxl_subject"]) == 1
+    assert cli.run(["launch", "--nproc", "2", "sdxl_subject"]) == 1
     assert "Diffusion models train in one process" in capsys.readouterr().err
-    assert cli.run(["launch", "sdxl_subject"]) == 1
-    assert "`mm-moslora launch --diffusion sdxl_subject`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ gpus = ["--gpus", "8xA100-80G", "--samples", "1000", "--tokens-per-sample", "400
 for name in ("llava15_7b_moslora", "qwen3_vl_8b_moslora", "quickstart_tune"):
     assert run(["plan", name, *gpus]) == 0
 assert run(["eval", "list"]) == 0
-assert run(["eval", "describe", "ocrbench_v2_en"]) == 0      # rules of several files
+assert run(["eval", "list", "ocrbench_v2_en", "--details"]) == 0      # rules of several files
 assert run(["train", *sys.argv[1:]]) == 0
 assert run(["launch", sys.argv[1], "--train.output", "elsewhere", "--nproc", "2", "--dry-run"]) == 0
-assert run(["files"]) == 0
+assert run(["config", "--files"]) == 0
 """
 
 

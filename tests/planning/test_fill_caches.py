@@ -1,4 +1,4 @@
-"""`data cache` fills what a training reads."""
+"""`data check --caches` fills what a training reads."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_training_finds_everything_in_the_caches(
 ) -> None:
     told = []
     for _ in range(2):
-        assert run(["data", "cache", recipe]) == 0
+        assert run(["data", "check", recipe, "--caches"]) == 0
         told.append(capsys.readouterr().out)
         monkeypatch.setattr(token_cache, "_tokenise", None)
     assert told[0].startswith("Caches: tokens of 47 records; features of ")
@@ -61,5 +61,5 @@ def test_training_finds_everything_in_the_caches(
 
 def test_a_recipe_without_a_cache_has_nothing_to_fill(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     none = ["--data.cache", "null", "--model.vision.feature_cache", "null"]
-    assert run(["data", "cache", recipe, *none]) == 1
+    assert run(["data", "check", recipe, "--caches", *none]) == 1
     assert "names no cache" in capsys.readouterr().err

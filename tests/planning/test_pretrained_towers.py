@@ -71,12 +71,12 @@ def test_a_plan_says_what_a_picture_of_the_size_asked_for_takes(family: str, tmp
     folder = make_vlm(tmp_path / "vlm", family)
     (tmp_path / "recipe.yaml").write_text(f"model:\n  vlm: {folder}\n")
     words = ["plan", str(tmp_path / "recipe.yaml"), "--gpus", "1xA100-80G", "--samples", "9"]
-    words += ["--tokens-per-sample", "99", "--picture"]
+    words += ["--tokens-per-sample", "99", "--image-size"]
     assert cli.run([*words, "32x32"]) == 0
     tokens = {"llava_next": "3 tiles, 36", "internvl": "6", "qwen2_5_vl": "1"}[family]
-    assert f"Pictures: of 32 x 32 pixels (--picture), {tokens} tokens each.\n" in capsys.readouterr().out
+    assert f"Pictures: of 32 x 32 pixels (--image-size), {tokens} tokens each.\n" in capsys.readouterr().out
     assert cli.run([*words, "640"]) == 1
-    assert "--picture is '640', expected width and height in pixels: 640x480." in capsys.readouterr().err
+    assert "--image-size is '640', expected width and height in pixels: 640x480." in capsys.readouterr().err
 
     for file in ("processor_config.json", "preprocessor_config.json"):
         (folder / file).unlink(missing_ok=True)
@@ -95,5 +95,5 @@ def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:
     assert five.tokens_per_image == len(seen.placeholders)
     assert five.picture.kept > 4.5 * one.picture.kept
     assert five.picture.flops == pytest.approx(5 * one.picture.flops, rel=0.01)
-    with pytest.raises(ConfigError, match=r"one square of the same size\. Leave --picture out"):
+    with pytest.raises(ConfigError, match=r"one square of the same size\. Leave --image-size out"):
         plan(square, parse_gpus("1xA100-80G"), DataSize(samples=9, tokens=99), picture=(64, 64))

@@ -93,7 +93,7 @@ def test_streams_are_looked_at_in_their_first_records(recipe, tmp_path, capsys):
     plain = json.loads(capsys.readouterr().out)
     assert plain["streams"] == [{"source": f"{tmp_path}/shards/*.jsonl", "records": 21, "all": True}]
     assert plain["train"]["faults"][0].startswith(f"BAD_JSON: {tmp_path}/shards/2.jsonl:1 (record 0)")
-    assert run(["data", "stats", name, "--records", "11", "--json"]) == 0
+    assert run(["data", "check", "--stats", name, "--records", "11", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["records"] == 11
     assert run(["data", "view", name, "--start", "15", "--count", "1"]) == 0
     assert "r15: " in capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_several_processes_find_what_one_finds(recipe, tmp_path, capsys, monkeyp
 
 def test_stats_count_turns_sizes_answers_and_packing(recipe, tmp_path, capsys):
     name = recipe()
-    assert run(["data", "stats", name, "--data.max_length", "256", "--data.pack_tokens", "512"]) == 0
+    assert run(["data", "check", "--stats", name, "--data.max_length", "256", "--data.pack_tokens", "512"]) == 0
     text = capsys.readouterr().out
     assert "Answers per record: 1: 5, 2: 15" in text
     assert "tokens per record" in text
@@ -227,9 +227,9 @@ def test_stats_count_turns_sizes_answers_and_packing(recipe, tmp_path, capsys):
     assert "cannot be used" not in text
     path = tmp_path / "train.jsonl"
     path.write_text("null\n" + path.read_text())
-    assert run(["data", "stats", name]) == 0
+    assert run(["data", "check", "--stats", name]) == 0
     assert "1 records cannot be used and are not counted: see `mm-moslora data check`" in capsys.readouterr().out
-    assert run(["data", "stats", name, "--json"]) == 0
+    assert run(["data", "check", "--stats", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["packing_fill_rate"]["4096"] > 0
 
 

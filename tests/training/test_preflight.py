@@ -188,6 +188,6 @@ def test_data_check_names_a_file_that_is_not_there_before_it_loads_a_tokenizer(
     monkeypatch.setattr(
         "mm_moslora.planning.recipe_data.load_parts", lambda *_, **__: pytest.fail("the tokenizer is loaded")
     )
-    for verb in ("check", "stats"):
-        assert run(["data", verb, write(recipe), "--data.train.0.path", str(here / "gone.jsonl")]) == 1
+    for options in ([], ["--stats"]):
+        assert run(["data", "check", write(recipe), *options, "--data.train.0.path", str(here / "gone.jsonl")]) == 1
         assert "gone.jsonl does not exist" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def evaluated(folder: Path) -> dict[str, Any]:
 
 
 def served(folder: Path) -> dict[str, Any]:
-    """`serve` and `demo`."""
+    """`serve` and `chat --web`."""
     return preprocessing_of(load_models(folder).assembly, video_frames=[FRAMES])
 
 

@@ -19,7 +19,8 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from tiny import make_tokenizer
 from tokenizers import AddedToken
 
-from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
+from mm_moslora.cli.evaluation.eval_app import eval_plan
+from mm_moslora.cli.evaluation.eval_options import QuestionOptions
 from mm_moslora.config import DataConfig, Recipe, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.models.export.export_huggingface import export_model
@@ -107,7 +108,9 @@ def test_the_form_is_stored_with_the_run_and_its_exports(recipe, qwen3, tmp_path
     for place in (run, checkpoint, tmp_path / "export"):  # a plan has the new tokens that an evaluation may write
         assert open_model(str(place)).thinking_tokens == 256  # half the context of this model
         for given, most in ((None, 256), (7, 7)):
-            eval_plan(f"llava:{recipe.data.train[0].path}", model=str(place), max_new_tokens=given)
+            eval_plan(
+                f"llava:{recipe.data.train[0].path}", model=str(place), asked=QuestionOptions(max_new_tokens=given)
+            )
             said = capsys.readouterr().out
             assert said.partition("\n\n")[0].split()[-1] == f"{8 * most:,}"
             assert "asked to think" not in said

@@ -151,7 +151,7 @@ def plan_text(
     else:
         lines.append(
             f"Prompts: about {prompts:,} tokens, with {picture_tokens} for each of {pictures:,} pictures "
-            f"(--picture-tokens) and {BYTES_PER_TOKEN} bytes of text for one. --model with a folder counts them."
+            f"(--image-tokens) and {BYTES_PER_TOKEN} bytes of text for one. --model with a folder counts them."
         )
     uncounted = sum(not plan.documents for plan in plans)
     if 0 < unknown < len(plans):

@@ -104,7 +104,7 @@ def open_tables(source: Source, path: Path | None) -> tuple[list[Table], str]:
         cause = error.__cause__ or error
         raise EvalError(
             f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
-            "Give a local parquet file or folder, or a hub id; online, `mm-moslora eval check TASK` fetches it."
+            "Give a local parquet file or folder, or a hub id; online, `mm-moslora eval plan TASK --check` fetches it."
         ) from error
 
 

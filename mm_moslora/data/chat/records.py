@@ -289,7 +289,8 @@ def _check_image_count(turns: list[Turn], images: int, where: Where) -> None:
     if marked == images:
         return
     with_images = [index for index, turn in enumerate(turns) if turn.images]
-    what = f"{marked} {IMAGE} in the questions (turns {with_images}), {images} images"
+    place = f" (turns {with_images})" if with_images else ""
+    what = f"{marked} {IMAGE} in the questions{place}, {images} images"
     ignored = [index for index, turn in enumerate(turns) if turn.role != "user" and IMAGE in turn.text]
     if ignored:
         what += f"; the ones in turns {ignored} do not count"

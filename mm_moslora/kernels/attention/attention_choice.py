@@ -26,8 +26,9 @@ def require_attention(requested: str) -> None:
         )
     if requested in FLASH and not is_installed(requested):
         package = "flash-attn" if requested == FLASH[-1] else f"flash-attn-{requested[-1]}"
+        lacking = f"{package} is not installed" if torch.cuda.is_available() else "there is no GPU"
         raise ConfigError(
-            f"model.attention is {requested!r}, which needs a GPU and {package}; one of them is missing here. "
+            f"model.attention is {requested!r}, which needs a GPU and {package}; {lacking} here. "
             "Set model.attention to auto, which takes the fastest that is there."
         )
 

@@ -119,7 +119,7 @@ ROWS = {
     "huge text": (chat(("human", "q" * 2_000_001), ("gpt", "a")), Code.TOO_LARGE, "2000001 characters"),
     "unknown part": (chat(("human", [{"type": "audio"}]), ("gpt", "a")), Code.BAD_TURN, "content[0]"),
     "image in an answer": (chat(("human", "q"), ("gpt", [{"type": "image"}])), Code.BAD_TURN, "user's turns"),
-    "no placeholder": (with_image("a.png", "q"), Code.IMAGE_COUNT, "0 <image> in the questions (turns []), 1 images"),
+    "no placeholder": (with_image("a.png", "q"), Code.IMAGE_COUNT, "0 <image> in the questions, 1 images"),
     "two placeholders": (with_image("a.png", "<image><image>"), Code.IMAGE_COUNT, "2 <image>"),
     "placeholder without image": (chat(("human", "<image>"), ("gpt", "a")), Code.IMAGE_COUNT, "0 images"),
     "placeholder in the answer": (

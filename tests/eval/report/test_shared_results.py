@@ -24,8 +24,8 @@ from mm_moslora_eval.run.task_runner import EvaluationSettings
 from mm_moslora_eval.sources.source_images import Hasher
 
 from mm_moslora import cli
-from mm_moslora.cli.evaluation.eval_result_verbs import eval_compare, eval_table
-from mm_moslora.cli.evaluation.eval_task_verbs import eval_plan
+from mm_moslora.cli.evaluation.eval_app import eval_plan, eval_table
+from mm_moslora.cli.evaluation.eval_options import QuestionOptions
 from mm_moslora.reporting.run_data import evaluation_row
 from mm_moslora.reporting.summary_text import verdict
 from tests.eval.eval_fake import FakeModel
@@ -160,9 +160,9 @@ def test_every_place_of_a_score_says_that_many_answers_were_not_read(
     for name, model in (("good", Rambling(0)), ("bad", Rambling(unread))):
         (found[name],) = evaluate(model, task, tmp_path / name, modes=("own",), baselines=(), settings=settings)
     good, bad = tmp_path / "good", tmp_path / "bad"
-    eval_table(good, bad, html=tmp_path / "table.html")
+    eval_table(str(good), str(bad), html=tmp_path / "table.html")
     both = capsys.readouterr().out
-    eval_compare(str(good), str(bad), html=tmp_path / "pair.html")
+    eval_table(str(good), str(bad), paired=True, html=tmp_path / "pair.html")
     places = {
         "table": table([found["bad"]]), "results": (bad / "results.json").read_text(),
         "page": write_report(bad).read_text(), "models": both, "models page": (tmp_path / "table.html").read_text(),
@@ -188,7 +188,8 @@ def test_a_plan_counts_answers_tokens_hours_and_cost(
     settings = EvaluationSettings(rank=0, world_size=1, limit=6)
     evaluate(FakeModel(delay=0.01), get_task(name), tmp_path / "run", modes=("own",), baselines=(), settings=settings)
     changes = ("decoding.temperature=1", "decoding.samples=4", "decoding.max_new_tokens=100")
-    eval_plan(name, change=changes, measured=tmp_path / "run", price="1/10", picture_tokens=100, limit=5)
+    asked = QuestionOptions(change=changes, limit=5)
+    eval_plan(name, asked=asked, measured=tmp_path / "run", price="1/10", image_tokens=100)
     table, text = capsys.readouterr().out.split("\n\n")
     task = with_changes(get_task(name), changes)
     assert table.splitlines()[-1].split()[:4] == [task.id, "5", "20", "20"]
@@ -213,7 +214,7 @@ def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
     requests = [work.request(item) for item in work.items]
     asked = sum(len(model.encoder.encode_prompt([turn_of(one) for one in item.messages])) for item in requests)
     (folder / "model.safetensors").unlink()
-    eval_plan(name, model=str(folder), price="1/0", picture_tokens=100_000)
+    eval_plan(name, model=str(folder), price="1/0", image_tokens=100_000)
     said = capsys.readouterr().out
     assert f"Prompts: {asked:,} tokens, counted by the model's tokenizer and processor, pictures included." in said
     assert f"Cost: at most {asked / 1e6:,.2f}" in said
@@ -222,7 +223,7 @@ def test_a_folder_of_a_model_counts_its_own_tokens_without_its_weights(
 
 
 def test_data_that_are_not_at_hand_are_named_once_with_their_address(capsys: pytest.CaptureFixture[str]) -> None:
-    eval_plan("mmstar", "mme@llava", "pixmo_count", limit=100)
+    eval_plan("mmstar", "mme@llava", "pixmo_count", asked=QuestionOptions(limit=100))
     (tsv, hub) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The prompts of ")]
     assert tsv.startswith("The prompts of mmstar@llava and of 1 more are unknown: Data file 'MMStar.tsv' was not found")
     assert "VLMEvalKit's files are at https://opencompass.openxlab.space/utils/VLMEval/MMStar.tsv." in tsv
