@@ -13,7 +13,7 @@ BUDGETS = {
     "mm_moslora/models": 8200, "mm_moslora/planning": 1400, "mm_moslora/preferences": 1600,
     "mm_moslora/quickstart": 1950, "mm_moslora/reporting": 2650, "mm_moslora/serve": 2700,
     "mm_moslora/tracking": 1000, "mm_moslora/training": 7100, "mm_moslora/utils": 3000, "eval/mm_moslora_eval": 14150,
-    "eval/tasks": 3500, "scripts": 5450, "tests": 56800,
+    "eval/tasks": 3500, "scripts": 5450, "tests": 57100,
 }  # fmt: skip
 """Lines of Python of a folder. A budget is lowered when its folder has become smaller."""
 
