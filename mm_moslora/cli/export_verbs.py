@@ -29,6 +29,7 @@ def export(
     base: str | None = None,
     component: Component = "unet",
     licence: str | None = None,
+    push: str | None = None,
     other_preprocessing: OtherPreprocessing = False,
 ) -> int:
     """Export a tuned model, its adapter merged; prints the largest difference from the written files, read back.
@@ -53,7 +54,33 @@ def export(
         diffusers, kohya: the part of the pipeline to which the adapter belongs, where it is of no run.
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
+    push
+        Upload what was written to this repository of the Hugging Face hub, OWNER/NAME; a new one is private.
     """
+    if push is not None:  # before minutes of loading
+        from mm_moslora.utils.network.hub_access import check_login, upload
+
+        check_login(push)
+    status = _export(
+        model, output, to=to, dtype=dtype, base=base, component=component, licence=licence,
+        other_preprocessing=other_preprocessing,
+    )  # fmt: skip
+    if push is not None and status == 0:
+        print(f"Uploaded: {upload(output, push)}")
+    return status
+
+
+def _export(
+    model: Path,
+    output: Path,
+    *,
+    to: Layout,
+    dtype: Dtype,
+    base: str | None,
+    component: Component,
+    licence: str | None,
+    other_preprocessing: bool,
+) -> int:
     if to in ("vllm", "diffusers", "kohya"):
         return _hand_on_adapter(model, output, to=to, component=component)
     find_checkpoint(model)

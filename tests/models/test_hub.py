@@ -178,6 +178,22 @@ def test_what_is_pushed_to_the_hub_comes_back_by_its_name(folder, tmp_path):
     assert not hub.unknown
 
 
+def test_an_export_is_pushed_by_its_verb(folder, tmp_path, capsys):
+    words = ["export", str(folder / "stock"), str(tmp_path / "out"), "--push"]
+    assert run([*words, "me/it"]) == 1  # the tests are offline
+    assert run([*words, "no name"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    code = "import sys; from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
+    with fake_hub() as hub:
+        done = run_beside(hub, tmp_path, code, *words, "me/it")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Uploaded: http" in done.stdout
+    files = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*.*")}
+    assert hub.files["models", "me/it"] == {name: path.read_bytes() for name, path in files.items()}
+    assert not hub.unknown
+
+
 def test_rounding_grows_with_the_logits_and_another_model_is_refused():
     """SmolLM2's logits reach 40, and its folded adapter differs by 8e-4 in fp32: that is rounding."""
     logits = torch.linspace(-40, 40, 101)

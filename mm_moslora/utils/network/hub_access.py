@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mm_moslora.utils.errors import reason_of
+from mm_moslora.utils.errors import ConfigError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +69,32 @@ def hub_or_cache(*names: str | Path | None) -> Iterator[None]:
         yield
     finally:
         _hub.leave()
+
+
+def check_login(repository: str) -> None:
+    """Whether the hub answers and knows this user, before anything is made for it.
+
+    Raises:
+        ConfigError: the name is none, the hub is switched off or does not answer, or there is no login.
+    """
+    try:
+        validate_repo_id(repository)
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        if get_token() is None:
+            raise PermissionError("there is no login: run `hf auth login`, or set HF_TOKEN")
+        HfApi().whoami()
+    except Exception as error:  # of the hub's client and its transport
+        raise ConfigError(
+            f"--push {repository}: {constants.ENDPOINT} takes no upload ({reason_of(error)}). Export without --push, "
+            "and upload the folder later."
+        ) from error
+
+
+def upload(path: Path, repository: str) -> str:
+    """Upload a folder, or a file, and return its address; a repository that does not exist is made, private."""
+    api = HfApi()
+    name = api.create_repo(repository, private=True, exist_ok=True).repo_id
+    if path.is_file():
+        return str(api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name))
+    return str(api.upload_folder(repo_id=name, folder_path=path, commit_message=f"Add {path.name}"))
