@@ -75,7 +75,8 @@ def import_file(file: Path) -> ModuleType:
     """Execute a file that the user has named; one that was executed as it is now is not executed again."""
     path = file.expanduser().absolute()
     if file.suffix != ".py" or not path.is_file():
-        raise ConfigError(f"{OPTION} {file} is no Python file. Name one that ends in .py.")
+        found = "is no Python file" if path.exists() else "does not exist"
+        raise ConfigError(f"{OPTION} {file} {found}. Name a file that ends in .py.")
     try:
         source = read_bytes(path, most=MOST_TEXT_BYTES)
     except FileError as error:

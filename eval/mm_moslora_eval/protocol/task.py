@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.errors import EvalError, suggestion
 from mm_moslora.utils.identity import sha256_of_values
 from mm_moslora_eval import sources
 from mm_moslora_eval.protocol.grading import BY_PROMPT, Grading
-from mm_moslora_eval.protocol.task_prompt import WORDINGS, TaskPrompt
+from mm_moslora_eval.protocol.task_prompt import FIELDS, WORDINGS, TaskPrompt
 from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, is_judged
 from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, OVER_SAMPLES, check_ids, check_repeated
@@ -256,6 +256,13 @@ class Task:
             raise EvalError(
                 f"Task {self.name!r}: prompt.template names {{options}}, but no document of {data.path} has any: the "
                 "column has another name or another form (source.columns.options)."
+            )
+        columns = {name for document in data.documents for name in document.extra}
+        if unknown := sorted(self.prompt.columns - columns):
+            known = ", ".join(sorted({*FIELDS, *self.prompt.fragments, *columns}))
+            raise EvalError(
+                f"Task {self.name!r}: prompt.template names {{{unknown[0]}}}, which no document of {data.path} has. "
+                f"Known: {known}.{suggestion(unknown[0], known.split(', '))}"
             )
         check_ids(self.aggregation, data.documents)
         if (least := first_id(document.id for document in data.documents)) is not None:

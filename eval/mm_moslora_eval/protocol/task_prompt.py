@@ -13,6 +13,8 @@ from mm_moslora_eval.scoring.named_parts import NamedParts
 from mm_moslora_eval.sources.document import Document
 
 _FIELD = re.compile(r"\{(\w+(?:-\w+)*)\}")
+FIELDS = ("question", "options", "instruction", "category", "hint")
+"""What a template may name of every document; fragments and further columns of the data stand beside them."""
 _TAGS = {"plain": re.compile("<image>"), "numbered": re.compile(r"<image (\d+)>")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 WORDINGS: NamedParts[Callable[[Document], str]] = NamedParts("prompt function", {}, table="PROMPTS")
@@ -67,6 +69,12 @@ class TaskPrompt:
             raise EvalError(f"prompt.images is {self.images!r}, expected first or last.")
         if self.function is not None:
             WORDINGS.check(self.function)
+
+    @property
+    def columns(self) -> set[str]:
+        """Further columns of the data that the template names."""
+        named = () if self.function else _FIELD.findall(self.template)
+        return set(named) - {*FIELDS, *self.fragments}
 
     def decides(self) -> dict[str, Any]:
         """What decides an answer, besides the places of pictures, which the key of every answer covers."""

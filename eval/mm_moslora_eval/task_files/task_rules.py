@@ -11,6 +11,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from mm_moslora.utils.errors import EvalError
 from mm_moslora_eval.task_files import TASKS
 
 
@@ -28,7 +29,11 @@ def _folders() -> tuple[str, ...]:
 def _rules(folder: str) -> ModuleType | None:
     if not (TASKS / folder / "rules.py").is_file():
         return None
-    return importlib.import_module(f"mm_moslora_eval.task_files.{folder}.rules")
+    try:
+        return importlib.import_module(f"mm_moslora_eval.task_files.{folder}.rules")
+    except Exception as error:  # whatever the file raises
+        where = TASKS / folder / "rules.py"
+        raise EvalError(f"{where} cannot be imported: {type(error).__name__}: {error}. Mend it.") from error
 
 
 def rule(table: str, name: str) -> Any | None:

@@ -62,7 +62,7 @@ def projector_class(kind: str) -> type[Projector]:
     if kind not in PROJECTORS or kind == "mlpNx_gelu":
         raise ModelError(
             f"model.projector.kind is {kind!r}, expected one of {', '.join(PROJECTORS)} (N from 1 to 9)."
-            f"{suggestion(kind, PROJECTORS)}"
+            f"{suggestion(kind, PROJECTORS)} One of your own needs --import FILE.py."
         )
     return PROJECTORS[kind]
 

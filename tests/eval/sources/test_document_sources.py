@@ -94,6 +94,20 @@ def test_input_01_wrong_checksum_is_refused(tmp_path: Path) -> None:
         get_task(str(tmp_path / "t.yaml")).load()
 
 
+def test_a_template_that_names_no_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("index\tquestion\tanswer\tplace\n1\tq\ta\there\n")
+    for name in ("place", "questoin"):
+        (tmp_path / "t.yaml").write_text(
+            f"name: t\nsource: {{kind: tsv, path: d.tsv}}\nprompt: {{template: 'At {{{name}}}: {{question}}'}}\n"
+        )
+        task = get_task(str(tmp_path / "t.yaml"))
+        if name == "place":
+            assert task.prompt.text(task.load().documents[0]) == "At here: q"
+        else:
+            with pytest.raises(EvalError, match=r"\{questoin\}, which no document .*Did you mean 'question'"):
+                task.load()
+
+
 def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(picture(1))
     turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", "Yes")]
