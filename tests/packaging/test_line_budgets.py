@@ -12,7 +12,7 @@ BUDGETS = {
     "mm_moslora/data": 9350, "mm_moslora/diffusion": 900, "mm_moslora/kernels": 2150, "mm_moslora/launch": 1750,
     "mm_moslora/models": 8200, "mm_moslora/planning": 1400, "mm_moslora/preferences": 1600,
     "mm_moslora/quickstart": 1950, "mm_moslora/reporting": 2650, "mm_moslora/serve": 2700,
-    "mm_moslora/tracking": 1000, "mm_moslora/training": 7100, "mm_moslora/utils": 3050, "eval/mm_moslora_eval": 14150,
+    "mm_moslora/tracking": 1000, "mm_moslora/training": 7100, "mm_moslora/utils": 3050, "eval/mm_moslora_eval": 14200,
     "eval/tasks": 3500, "scripts": 5450, "tests": 57100,
 }  # fmt: skip
 """Lines of Python of a folder. A budget is lowered when its folder has become smaller."""
