@@ -126,6 +126,8 @@ def _hand_on_adapter(
             write_preprocessing(stored_preprocessing(folder.parent), part)
     reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
     print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
+    if to == "vllm" and (folder.parent / MANIFEST).is_file() and _writes_base(model):
+        print("Its base was assembled here and is not in it: --to llava writes the whole model, merged, for vLLM.")
     print(
         f"Largest difference of a layer's update, read back, from the adapter's: {difference:.1e} of its largest entry"
     )

