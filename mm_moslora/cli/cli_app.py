@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownCommandError
 
 from mm_moslora import __version__
 from mm_moslora.cli import (
@@ -160,10 +160,24 @@ def _ended_by_signals() -> Iterator[None]:
         restore_handlers(previous)
 
 
+OTHER_VERBS = {
+    "merge": "export RUN OUT --to hf", "merge-lora": "export RUN OUT --to hf", "demo": "chat RUN --web",
+    "webchat": "chat RUN --web", "infer": "chat RUN", "inference": "chat RUN", "sft": "train RECIPE",
+    "finetune": "train RECIPE", "rlhf": "train RECIPE, with objective: dpo", "deploy": "serve RUN", "api": "serve RUN",
+    "eval report": "report RUN", "eval compare": "eval table A B --paired", "eval describe": "eval list TASK --details",
+}  # fmt: skip
+"""What other programs call a verb -> what does it here."""
+
+
 def _usage(error: CycloptsError) -> str:
     """The error of a command line, and the command that shows its help."""
-    command = " ".join(("mm-moslora", *(error.command_chain or ())))
+    chain = error.command_chain or ()
+    command = " ".join(("mm-moslora", *chain))
     text = str(error).strip()
+    if isinstance(error, UnknownCommandError) and error.unused_tokens:
+        verb = " ".join((*chain, error.unused_tokens[0]))
+        if verb in OTHER_VERBS:
+            return f"There is no command {verb!r}; this does it: mm-moslora {OTHER_VERBS[verb]}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
         name, info = error.argument.name, error.argument.field_info
         text = f"{command} needs {name.lstrip('-').upper().replace('-', '_') if info.is_positional else name}."

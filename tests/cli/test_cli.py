@@ -112,6 +112,8 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(arguments, message, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["merge", "run", "out"], "mm-moslora export RUN OUT --to hf"),
+        (["eval", "compare", "a", "b"], "mm-moslora eval table A B --paired"),
         (["trian"], 'Unknown command "trian". Did you mean "train"?'),
         (["train"], "mm-moslora train needs RECIPE. See mm-moslora train --help."),
         (["plan", "quickstart_tune"], "mm-moslora plan needs --gpus."),

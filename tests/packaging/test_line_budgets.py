@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = {
-    "mm_moslora/adapters": 4600, "mm_moslora/cli": 2600, "mm_moslora/compare": 2950, "mm_moslora/config": 2250,
+    "mm_moslora/adapters": 4600, "mm_moslora/cli": 2650, "mm_moslora/compare": 2950, "mm_moslora/config": 2250,
     "mm_moslora/data": 9350, "mm_moslora/diffusion": 900, "mm_moslora/kernels": 2150, "mm_moslora/launch": 1750,
     "mm_moslora/models": 8200, "mm_moslora/planning": 1400, "mm_moslora/preferences": 1600,
     "mm_moslora/quickstart": 1950, "mm_moslora/reporting": 2650, "mm_moslora/serve": 2700,
