@@ -76,7 +76,7 @@ READERS[".csv"] = CsvRecords
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no Python file. Name one that ends in .py."),
+        (None, "does not exist. Name a file that ends in .py."),
         ("raise ValueError('odd')", "cannot be executed: ValueError: odd"),
         ("raise SystemExit(0)", "cannot be executed: ForeignExitError: it raised SystemExit: 0"),
         ("def", "cannot be executed: SyntaxError"),
