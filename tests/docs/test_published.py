@@ -50,7 +50,7 @@ def test_every_arm_of_the_published_table_trains(language_folder: Path, tmp_path
     lines = [json.dumps({"id": str(number), "conversations": turns}) for number in range(12)]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
     losses = {}
-    for arm in parse_arms(options["arms"], shared):
+    for arm in parse_arms(options["asked"].arms, shared):
         (tmp_path / "arm.yaml").write_text(arm.apply(shared).to_yaml())
         run = tmp_path / arm.slug
         tiny = load_recipe(

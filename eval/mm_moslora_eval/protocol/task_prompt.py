@@ -78,7 +78,8 @@ class TaskPrompt:
 
     def decides(self) -> dict[str, Any]:
         """What decides an answer, besides the places of pictures, which the key of every answer covers."""
-        return {key: value for key, value in asdict(self).items() if key not in ("image_tags", "strip_parts")}
+        decides = {key: value for key, value in asdict(self).items() if key not in ("image_tags", "strip_parts")}
+        return decides | {"fragments": {name: text for name, text in self.fragments.items() if text}}
 
     def text(self, document: Document) -> str:
         """The user's text, including the image tags of the data."""
