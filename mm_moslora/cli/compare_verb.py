@@ -121,7 +121,7 @@ def compare(
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset (see `mm-moslora config`).
+        YAML file, or the name of a shipped recipe (see `mm-moslora config`).
     """
     if cell or stop_at is not None:
         if overrides or not cell:

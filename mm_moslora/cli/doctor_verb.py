@@ -24,7 +24,7 @@ def doctor(
     Parameters
     ----------
     recipe
-        The recipe to be trained: YAML file, or the name of a shipped preset. Its settings are checked, and its packages
+        The recipe to be trained: YAML file, or the name of a shipped recipe. Its settings are checked, and its packages
         count as needed. Without one, only the required packages do.
     model
         Folder or hub id of a model: what would train and how, its labels, its logits, and whether conversations of one

@@ -98,7 +98,7 @@ def launch(
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset.
+        YAML file, or the name of a shipped recipe.
     log_dir
         Also write the output of every rank to rank-00000.log and so on in this folder.
     requeue

@@ -84,7 +84,7 @@ def plan(
     Parameters
     ----------
     recipe
-        YAML file, or the name of a shipped preset.
+        YAML file, or the name of a shipped recipe.
     gpus
         Count, card and memory: 8xA100-80G, 1xRTX4090.
     price

@@ -1,4 +1,4 @@
-"""Recipes by path or by the name of a preset, with overrides of the command line."""
+"""Recipes by path or by the name of a shipped one, with overrides of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ R = TypeVar("R", bound=YamlRecipe)
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
+    """Read a recipe by path or by the name of a shipped recipe, and apply dotted overrides.
 
     Args:
         name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
@@ -52,7 +52,7 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
         preset = presets / f"{name_or_path}.yaml"
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
             raise ConfigError(
-                f"No recipe {str(name_or_path)!r}: neither a file nor a preset."
+                f"No recipe {str(name_or_path)!r}: neither a file nor a shipped recipe."
                 f"{suggestion(str(name_or_path), recipe_names(presets))} Presets: {', '.join(recipe_names(presets))}."
             )
         path = preset
@@ -60,7 +60,7 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
         names = ", ".join(recipe_names(presets))
         raise ConfigError(
             f"{path} holds data, expected a recipe. Name the data in one: RECIPE --data.train '[{{path: {path}, "
-            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a preset ({names})."
+            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a shipped recipe ({names})."
         )
     data = parse_yaml(read_text(path), source=str(path))
     if is_file and path.resolve().parent != presets.resolve():
@@ -128,7 +128,7 @@ def recipe_of_run(folder: Path) -> Path:
 
 
 def recipe_names(presets: Path = RECIPES_FOLDER) -> list[str]:
-    """Names of the shipped presets."""
+    """Names of the shipped recipes."""
     return sorted(path.stem for path in presets.glob("*.yaml"))
 
 

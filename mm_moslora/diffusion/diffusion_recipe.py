@@ -186,5 +186,5 @@ class DiffusionRecipe(YamlRecipe):
 
 
 def load_diffusion_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> DiffusionRecipe:
-    """Read a recipe by path or by the name of a shipped preset; see `mm_moslora.config.load_recipe`."""
+    """Read a recipe by path or by the name of a shipped recipe; see `mm_moslora.config.load_recipe`."""
     return read_recipe(DiffusionRecipe, name_or_path, overrides, presets=DIFFUSION_RECIPES)

@@ -267,7 +267,7 @@ def test_a_key_in_place_of_a_recipe_is_explained(key, shown, capsys):
     assert run(["config", key]) == 0
     assert shown in capsys.readouterr().out
     assert run(["config", f"{key}x"]) == 1
-    assert "neither a file nor a preset" in capsys.readouterr().err
+    assert "neither a file nor a shipped recipe" in capsys.readouterr().err
 
 
 def test_a_home_folder_behind_an_equals_sign_is_found(tmp_path, monkeypatch, capsys):
