@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import pickle
 from types import SimpleNamespace
@@ -10,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import make_tokenizer
-from tokenizers import AddedToken
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.serve.api_errors import ApiError
@@ -23,8 +20,8 @@ from mm_moslora.serve.prompt_preparation import refuse_unfit
 from mm_moslora.serve.request_limits import Limits
 from mm_moslora.serve.terminal_chat import folded
 from mm_moslora.serve.text_stream import TextStream, ThinkingSplit
+from tests.data.chat_templates import tokenizer_of
 
-SHIPPED = importlib.resources.files("trl").joinpath("chat_templates")
 TEXTS = {
     "<think>\nIt is.\n\nYes.\n</think>\n\na ball": ("It is.\n\nYes.", "a ball"),
     "<think>It is.</think>a ball": ("It is.", "a ball"),
@@ -43,10 +40,7 @@ def request(**more):
 
 
 def encoder(name: str, thinking: str = "auto") -> ConversationEncoder:
-    made = make_tokenizer()
-    made.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    made.chat_template = SHIPPED.joinpath(f"{name}.jinja").read_text()
-    return ConversationEncoder(made, thinking=thinking)
+    return ConversationEncoder(tokenizer_of(name), thinking=thinking)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

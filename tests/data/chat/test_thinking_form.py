@@ -17,7 +17,7 @@ from mm_moslora.data.chat.thinking_form import SAMPLED
 from mm_moslora.data.check.check_findings import findings
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.training_set import TrainingSet
-from tests.data.chat_templates import SHIPPED, TEMPLATES, shared_tokenizer, tokenizer_of
+from tests.data.chat_templates import TEMPLATES, shared_tokenizer, shipped, tokenizer_of
 from tests.data.sets import turns
 
 THINKING = [
@@ -106,7 +106,7 @@ def test_conversations_of_several_turns_are_named(write, name, thinking, aside) 
 def test_blocks_of_thinking_are_no_spelt_special_tokens_and_one_answer_for_all_is_doubtful(write) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
-    tokenizer.chat_template = SHIPPED.joinpath("qwen3.jinja").read_text()
+    tokenizer.chat_template = shipped("qwen3")
     encoder = ConversationEncoder(tokenizer)
     rows = [*records(4, 0), conversation("a ball")]
     rows[0]["conversations"][0]["value"] = "What is <think>?"

@@ -21,7 +21,7 @@ from mm_moslora.data.check.data_views import view_tokens
 from mm_moslora.data.check.record_check import check
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
-from tests.data.chat_templates import SHIPPED, shared_tokenizer
+from tests.data.chat_templates import shared_tokenizer, shipped
 from tests.data.sets import parsed
 
 WEATHER = {
@@ -50,7 +50,7 @@ RECORD = {"tools": [WEATHER], "messages": MESSAGES}
 
 def tokenizer(name: str):
     """A tiny tokenizer with a template of TRL's and the special tokens that it writes."""
-    made, source = make_tokenizer(), SHIPPED.joinpath(f"{name}.jinja").read_text()
+    made, source = make_tokenizer(), shipped(name)
     special = sorted(set(re.findall(r"<\|[A-Za-z_]+\|>|<｜[^｜]+｜>|<[a-z_]+\|>|<\|[a-z_]+>|<end_of_[a-z]+>", source)))
     made.add_tokens([AddedToken(text, special=True) for text in special if text not in made.get_vocab()])
     made.add_tokens(
@@ -316,7 +316,7 @@ def test_conversations_without_tools_are_planned_as_before() -> None:
 
 def test_pictures_and_tools_go_through_a_processors_template() -> None:
     _, processor = FAMILIES["qwen3_vl"]()
-    processor.chat_template = SHIPPED.joinpath("qwen3_vl.jinja").read_text()
+    processor.chat_template = shipped("qwen3_vl")
     made, image = processor.tokenizer, processor.image_token_id
     encoder = ConversationEncoder(made, image_token_id=image, tokens_per_image=3, processor=processor)
     turns = list(parsed(RECORD).turns)
@@ -393,7 +393,7 @@ def test_labels_are_those_of_trl(name, kind) -> None:
     made, messages = tokenizer(name), CONVERSATIONS[kind]
     if kind == "thinking" and name == "deepseek_r1_distill":  # TRL's template has it in the text alone
         messages = [ASKED[0], {"role": "assistant", "content": "<think>\nCount.\n</think>\n\nIt is 1."}]
-    made.chat_template = SHIPPED.joinpath(f"{name}_training.jinja").read_text()
+    made.chat_template = shipped(f"{name}_training")
     tools = {"tools": [WEATHER]} if kind == "tools" else {}
     turns = parsed({"messages": messages} | tools).turns
     encoder = ConversationEncoder(made, thinking="always" if kind == "thinking" else "auto")
