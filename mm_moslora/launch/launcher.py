@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 DEEPSPEED_ENV_FILE = "DS_ENV_FILE"
 """DeepSpeed's variable for the name of that file; absolute paths work, too."""
 PASSED_ON = (
-    "DS_", "GLOO_", "HF_", "MKL_", "MM_MOSLORA_", "NCCL_", "OMP_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_", "TORCH_",
-    "TRACKIO_", "TRANSFORMERS_", "WANDB_",
+    "DS_", "GLOO_", "HF_", "LOCAL_KERNELS", "MKL_", "MM_MOSLORA_", "NCCL_", "OMP_", "PYTORCH_", "TENSORBOARD_",
+    "TOKENIZERS_", "TORCH_", "TRACKIO_", "TRANSFORMERS_", "USE_HUB_KERNELS", "WANDB_",
 )  # fmt: skip
 """Beginnings of the names of variables that the hosts of a host file get."""
 SILENT_SECONDS = 60.0

@@ -415,6 +415,17 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
 
 
+def _wrapped_video(processor: Any) -> str:
+    """The marks of a video with the tokens around it, where the processor replaces these, too (Qwen3-VL), or ""."""
+    names = ("vision_start_token", "video_token", "vision_end_token")
+    marks = "".join(str(getattr(processor, name, "") or "") for name in names)
+    replaced = getattr(processor, "get_text_with_replacements", lambda texts, **_: (texts, []))
+    try:
+        return marks if replaced([marks], videos_replacements=["a"])[0] == ["a"] else ""
+    except Exception:  # processors raise nearly anything
+        return ""
+
+
 class ProcessorTemplate(Template):
     """The chat template of a processor."""
 
@@ -430,8 +441,8 @@ class ProcessorTemplate(Template):
             )
         super().__init__(processor.tokenizer)
         self.source, self._processor = without_note(source), processor
-        self.video_text = str(getattr(processor, "video_token", None) or processor.image_token)
-        self.media = re.compile(f"{re.escape(processor.image_token)}|{re.escape(self.video_text)}")
+        marks = [_wrapped_video(processor), getattr(processor, "video_token", None), processor.image_token]
+        self.media = re.compile("|".join(re.escape(str(mark)) for mark in marks if mark))
 
     def missing_bos(self) -> list[int]:
         """See `Template.missing_bos`; also what the processor itself puts before a text."""

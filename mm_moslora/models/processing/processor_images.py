@@ -41,6 +41,7 @@ class ProcessorImageProcessing:
         self.processor, self.image_token_id, self.boxes = processor, image_token_id, boxes
         self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
+        self._tiled: dict[tuple[int, tuple[int, ...]], tuple[int, ...] | str] = {}
         self.frame = functools.lru_cache(maxsize=65_536)(self._frame)
         self._shapes = functools.lru_cache(maxsize=4_096)(self._video_shapes)
 
@@ -170,6 +171,11 @@ class ProcessorImageProcessing:
         if count is None:
             return self._one(Image.new("RGB", (width, height))).placeholders
         visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
+        tiles = getattr(self.processor.image_processor, "get_number_of_image_patches", lambda *_: 0)(height, width, {})
+        if isinstance(tiles, tuple):  # with rows and columns, whose text some versions do not count
+            if (visual, tiles) not in self._tiled:
+                self._tiled[visual, tiles] = self._one(Image.new("RGB", (width, height))).placeholders
+            return self._tiled[visual, tiles]
         return (self.image_token_id,) * (visual + self._uncounted)
 
     @functools.cached_property
