@@ -52,6 +52,7 @@ from mm_moslora.models.processing.llava_processor import build_processor
 from mm_moslora.models.processing.processor_images import ProcessorImageProcessing, limit_pixels
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.vision.patch_embedding import use_linear_patches
 from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
 from mm_moslora.models.vision.vision_tower import FusedVisionModel, ImageSpec, load_vision, sketch_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
@@ -283,8 +284,10 @@ def pretrained_parts(
     Args:
         image_token_id: what visual features replace; None: the model says it.
     """
+    if model is not None:
+        use_linear_patches(model.eval())
     parts = Parts(
-        model=cast(PreTrainedModel, model if model is None else model.eval()), tokenizer=processor.tokenizer,
+        model=cast(PreTrainedModel, model), tokenizer=processor.tokenizer,
         processor=processor, image_token_id=image_token_id, base=base, thinking=thinking, boxes=boxes,
     )  # fmt: skip
     assert parts.image_processing is not None

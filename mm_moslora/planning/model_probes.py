@@ -28,6 +28,7 @@ from mm_moslora.models.memory_efficient.loss_head import form_of
 from mm_moslora.models.model_sizes import sizes_of
 from mm_moslora.models.pretrained_vlm import decoder_path
 from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vision.patch_embedding import patch_embedding_words
 from mm_moslora.models.vlm import LossModule, is_multimodal, needs_padding, projectors, supervised_hidden
 from mm_moslora.planning.doctor import Diagnosis, Status, findings_of
 from mm_moslora.training.engine.model_execution import kernels_of, prepare_execution
@@ -134,6 +135,7 @@ def _parts_found(parts: Parts) -> Iterator[Diagnosis]:
     if tower and parts.image_processing is not None:
         whole = parts.image_processing.videos is not None
         seeing += "; a video stays a video" if whole else "; a video becomes pictures"
+    seeing += patch_embedding_words(model)
     detail = f"{type(model).__name__}: decoder {type(model.get_decoder()).__name__}{seeing}"
     yield Diagnosis(name="class and parts", detail=detail)
 

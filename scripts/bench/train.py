@@ -26,6 +26,9 @@ With the large vocabulary and without --quick, there are also:
     trl           TRL's SFTTrainer, where it is installed, padded and without checkpointing. Its head is limited to
                   supervised positions on GPUs only, so its time on a CPU does not predict its time on a GPU
 
+The case `patches` times the patch embedding of Qwen2.5-VL 7B alone, as transformers has it (a convolution) and as this
+project runs it.
+
 Useful MFU is the speed of the needed FLOPs relative to the step's fastest matrix product, measured in the same rounds.
 Needed FLOPs exclude padding, unsupervised positions in the head and after the last attention, gradients of frozen
 weights, and recomputation; a multiply-add counts as two. The bound of useful MFU is its value if this project's step
@@ -50,10 +53,13 @@ import torch
 from contenders import Way
 from harness import PRODUCTS, Benchmark, Case, Row, interleaved, kernel_seconds, ratio
 from llava_models import DTYPES, Runner, Shape, check_equal, examples, hf, needed_flops, ours, small, trl
+from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 from mm_moslora.data.epoch_order import MicroBatchLimit, deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.models.meta_model import kept_bytes
+from mm_moslora.models.vision.patch_embedding import use_linear_patches
 
 logger = logging.getLogger(__name__)
 VOCABULARIES = (32_000, 4_000)
@@ -154,6 +160,28 @@ def dropout_row(name: str, rounds: int) -> Row:
     }  # fmt: skip
 
 
+def patches_row(name: str, rounds: int, *, patches: int = 4096) -> Row:
+    """A picture of 896 x 896 pixels as patches of 1,176 numbers, without and with gradients of the weights."""
+    torch.manual_seed(0)
+    contenders = {kind: Qwen2_5_VisionPatchEmbed(embed_dim=1280).to(DTYPES[name]) for kind in ("hf", "ours")}
+    contenders["ours"].load_state_dict(contenders["hf"].state_dict())
+    use_linear_patches(contenders["ours"])
+    pixels, pull = torch.randn(patches, 1176).to(DTYPES[name]), torch.randn(patches, 1280).to(DTYPES[name])
+    steps = {kind: partial(layer, pixels) for kind, layer in contenders.items()}
+    with torch.no_grad():
+        forward = ratio(interleaved(steps, rounds), "hf", "ours")
+    trained = {kind: partial(_step_of, layer, pixels, pull) for kind, layer in contenders.items()}
+    return {
+        "patches": patches,
+        "speedup_vs_hf": {"forward": forward, "step": ratio(interleaved(trained, rounds), "hf", "ours")},
+    }
+
+
+def _step_of(layer: nn.Module, pixels: Tensor, pull: Tensor) -> None:
+    layer(pixels).backward(pull)
+    layer.zero_grad()
+
+
 def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> Row:
     """Share of real tokens among all computed ones, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
 
@@ -179,8 +207,10 @@ def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) ->
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Padding, dropout, and steps for each vocabulary and dtype."""
+    """Padding, patches, dropout, and steps for each vocabulary and dtype."""
     yield Case(names={"case": "padding"}, measure=padding_row)
+    for name in DTYPES:
+        yield Case(names={"case": "patches", "dtype": name}, measure=partial(patches_row, name, options.rounds))
     for name in () if options.quick else DTYPES:
         yield Case(names={"case": "dropout", "dtype": name}, measure=partial(dropout_row, name, options.rounds))
     for vocabulary in VOCABULARIES[: 1 if options.quick else None]:
@@ -219,6 +249,8 @@ def lines(row: Row) -> Iterator[dict[str, str]]:
     if row["case"] == "dropout":
         for kind, speedup in row["speedup_vs"].items():
             yield {f"dropout {row['dropout']}": row["dtype"], "contender": kind, "ours faster by": f"{speedup:.2f}"}
+    for kind, speedup in row.get("speedup_vs_hf", {}).items():
+        yield {f"{row['patches']:,} patches": row["dtype"], "pass": kind, "ours faster by": f"{speedup:.2f}"}
     for kind, share in row.get("useful_share", {}).items():
         yield {f"{row['ranks']} ranks x {row['per_rank']}": kind, "useful tokens": f"{share:.3f}"}
 

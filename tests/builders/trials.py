@@ -25,6 +25,8 @@ from mm_moslora.config import (
 )
 from mm_moslora.config.run_config import OPTIMIZERS
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.run_paths import shipped_folder
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS, HALF = 4, 2
@@ -57,6 +59,14 @@ def make_recipe(
         train=TrainConfig(**(settings | train)),
         track=TrackConfig(trackers=[]),
     )
+
+
+def divided_weights(path: Path) -> str:
+    """Settings of a ZeRO-3 that divides small weights, too."""
+    settings = read_json(shipped_folder("deepspeed_configs") / "zero3.json")
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(settings))
+    return str(path)
 
 
 def with_train(recipe: Recipe, **changes) -> Recipe:

@@ -13,23 +13,14 @@ import torch
 import yaml
 from pairs import logged, make_pairs, make_questions, make_recipe, train
 from safetensors.torch import load_file
+from trials import divided_weights
 from waiting import wait_until
 
 from mm_moslora.reporting.run_status import read_state
 from mm_moslora.utils.errors import ExitStatus
-from mm_moslora.utils.files import read_json
-from mm_moslora.utils.run_paths import shipped_folder
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = pytest.mark.slow
-
-
-def divided_weights(path: Path) -> str:
-    """Settings of a ZeRO-3 that divides small weights, too."""
-    settings = read_json(shipped_folder("deepspeed_configs") / "zero3.json")
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path.write_text(json.dumps(settings))
-    return str(path)
 
 
 def test_two_ranks_learn_what_one_does(parts: dict[str, Path], ranks: Any, tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_that_trains_right_gets_no_bad_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(model=str(folder)) == 0
     shown = capsys.readouterr().out
-    for text in ("padding-free", "does not move the other", "[[A red square.<|im_end|>]]", "of the largest", "MoSLoRA"):
+    for text in (
+        "padding-free", "does not move the other", "[[A red square.<|im_end|>]]", "of the largest", "MoSLoRA",
+        "model.visual.patch_embed.proj runs as a linear layer",
+    ):  # fmt: skip
         assert text in " ".join(shown.split())
 
 

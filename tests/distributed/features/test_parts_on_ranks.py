@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 from tiny import make_records
-from trials import full, hexed, losses, make_recipe, metrics, with_optimizer, write
+from trials import divided_weights, full, hexed, losses, make_recipe, metrics, with_optimizer, write
 from vlms import make_vlm
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, Recipe, VisionConfig
@@ -18,8 +18,12 @@ from mm_moslora.training.training_loop import train
 
 pytestmark = pytest.mark.slow
 STAGES = ("none", "zero2", "zero3")
-SHAPES = {"blind": ("qwen3_vl", 2), "accumulating": ("llava_next", 4)}
-"""A model with features in several layers and one with tiles, and records per step.
+SHAPES = {
+    "blind": ("qwen3_vl", 2, "adapter"),
+    "accumulating": ("llava_next", 4, "adapter"),
+    "whole": ("qwen2_5_vl", 2, "full"),
+}
+"""Models with features in several layers, with tiles and with windows, records per step, and how the tower trains.
 
 Every other record has no picture, so that one of two ranks never sees one, or micro-batches see none.
 """
@@ -29,13 +33,14 @@ Every other record has no picture, so that one of two ranks never sees one, or m
 def ready_made(parts, ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ready-made")
     mixed = parts | {"records": make_records(folder / "records", 16, text_only_every=2)}
-    recipes = {}
-    for shape, (family, size) in SHAPES.items():
-        model = ModelConfig(vlm=str(make_vlm(folder / family, family)), vision=VisionConfig(mode="adapter"))
+    recipes, divided = {}, divided_weights(folder / "zero3.json")
+    for shape, (family, size, mode) in SHAPES.items():
+        model = ModelConfig(vlm=str(make_vlm(folder / family, family)), vision=VisionConfig(mode=mode))
         for stage in STAGES:
             recipe = make_recipe(
-                mixed, folder / f"{shape}-{stage}", stage, order="sequential", global_batch=size, micro_batch=1, steps=2
-            )
+                mixed, folder / f"{shape}-{stage}", divided if stage == "zero3" else stage, order="sequential",
+                global_batch=size, micro_batch=1, steps=2,
+            )  # fmt: skip
             recipes[shape, stage] = write(replace(recipe, model=model))
     ranks.run([path for (_, stage), path in recipes.items() if stage != "none"])
     ranks.run([path for (_, stage), path in recipes.items() if stage == "none"], ranks=1)
@@ -49,6 +54,12 @@ def test_losses_and_gradients_are_those_of_one_rank(shape, stage, ready_made):
     norms = [f"{kind}_norm/{part}" for kind in ("weight", "momentum") for part in ("adapter", "mixer", "vision")]
     for key in ("loss", "grad_norm", *norms):
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_patch_embedding_that_trains_keeps_its_name_and_shape(stage, ready_made):
+    found = load_file(ready_made / f"whole-{stage}" / "checkpoint-000002" / "vision.safetensors")
+    assert found["model.visual.patch_embed.proj.weight"].shape == (32, 3, 2, 14, 14)
 
 
 KINDS = ("c_abstractor", "perceiver", "qformer")
