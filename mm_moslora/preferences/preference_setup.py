@@ -20,10 +20,12 @@ from mm_moslora.models.assembly import Parts, is_quantised, load_parts
 from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.model_paths import resolve_model_paths, trained_on
 from mm_moslora.models.precision import dtype_of, resolve_precision
+from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.preferences.class_logits import infer_logit_transform
 from mm_moslora.preferences.pair_rows import PairRows
 from mm_moslora.preferences.rewards import Reward, check_box_rewards, fault_of_boxes, find_rewards
+from mm_moslora.preferences.shared_vision import SharedVision
 from mm_moslora.training.checkpointing.checkpoint_folder import rank_folder
 from mm_moslora.training.deepspeed_presets import stage_of
 from mm_moslora.training.engine import weights_device
@@ -63,6 +65,8 @@ class PreferenceRun(RunParts):
     """With `rows`: the pairs of the step at hand."""
     rewards: dict[str, Reward] = field(default_factory=dict)
     """See `find_rewards`."""
+    vision: SharedVision | None = None
+    """None: no rank waits in the tower for others."""
 
     @property
     def peft_model(self) -> PeftModel:
@@ -138,28 +142,24 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> PreferenceRun:
     if data.held_out:
         held_out = _records(kind, recipe, assembly, data.held_out, "validation_quarantine.jsonl")
     packed = 0 if rows is None else len(rows.epoch(cast(PreferenceSet, records), seed=recipe.train.seed, epoch=0))
-    for key, answers in (("data.train", records), ("data.validation", held_out)):
-        if answers is not None:
-            _refuse_mixed_media(recipe, key, answers.media)
+    media = records.media | (held_out.media if held_out is not None else set())
     return PreferenceRun(
         recipe=recipe, folder=Path(recipe.train.output), precision=precision, assembly=assembly, records=records,
         held_out=held_out, rows=rows, rows_per_epoch=packed, rewards=rewards,
+        vision=_shared_vision(recipe, assembly, media),
         frozen_projector=whole_projector(assembly),
         trained_on=trained_on(recipe.model, records.commits, before=checkpoint),
         preprocessing=described(recipe, assembly),
     )  # fmt: skip
 
 
-def _refuse_mixed_media(recipe: Recipe, key: str, media: set[frozenset[str]]) -> None:
-    """Refuse records of several kinds where ranks wait for each other in the tower, which some would not run."""
-    zero, vision = recipe.train.zero, recipe.model.vision
+def _shared_vision(recipe: Recipe, assembly: Parts, media: set[frozenset[str]]) -> SharedVision | None:
+    """For records of several kinds, where ranks wait for each other in the tower, which some would not run."""
+    zero, vision, images = recipe.train.zero, recipe.model.vision, assembly.image_processing
     waits = stage_of(zero) == 3 or (is_sharded(recipe) and vision is not None and vision.mode == "adapter")
-    if waits and len(media) > 1 and distributed.world_size() > 1:
-        kinds = sorted(" and ".join(sorted(shown)) or "neither pictures nor videos" for shown in media)
-        raise ConfigError(
-            f"train.zero is {zero}, and {key} has records with {', others with '.join(kinds)}. Ranks would wait for "
-            "each other's tower. Train on records of one kind, or leave train.zero out: ranks train data-parallel then."
-        )
+    if images is None or not waits or len(media) < 2 or distributed.world_size() == 1:
+        return None
+    return SharedVision(assembly.model, dummy_image_example(images))
 
 
 def _check_batch(recipe: Recipe) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,9 +134,15 @@ class ZeroTrainer(Trainer):
             clear_gradients(self.engine.engine, self.engine.stage)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def whole_weights(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
         """A context in which the model runs on every rank without the others."""
-        return nullcontext() if self.engine is None else self.engine.gathered()
+        vision = self.run.vision
+        with (
+            nullcontext() if self.engine is None else self.engine.gathered(),
+            nullcontext() if vision is None else vision.apart(),
+        ):
+            yield
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copies of what trains, in full, by their names in the model; all ranks take part, and rank 0 gets them."""

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pairs import logged, make_pairs, make_questions, make_recipe, train
+from pairs import logged, make_judged, make_pairs, make_questions, make_recipe, train
 from safetensors.torch import load_file
 from trials import divided_weights
+from video_files import write_animation
+from vlms import make_video_vlm, make_vlm
 from waiting import wait_until
 
 from mm_moslora.reporting.run_status import read_state
@@ -66,11 +68,7 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
         )  # fmt: skip
         files.append(str(tmp_path / f"{name}.yaml"))
         Path(files[-1]).write_text(yaml.safe_dump(recipe.to_dict()))
-    (own := tmp_path / "own.py").write_text(
-        "from mm_moslora.preferences.rewards import REWARDS\n"
-        "REWARDS['early'] = lambda text, document: sum(letter < 'm' for letter in text)\n"
-    )
-    ranks.run(["pairs:train", str(own), f"{files[0]}@2", *files[:2], f"{files[2]}@2", *files[2:]])
+    ranks.run(["pairs:train", str(own_reward(tmp_path)), f"{files[0]}@2", *files[:2], f"{files[2]}@2", *files[2:]])
     losses = logged(tmp_path / "straight")
     assert len(losses) == 4
     assert any(losses)
@@ -81,6 +79,16 @@ def test_a_run_on_two_ranks_stops_and_goes_on_as_if_it_had_not(
     whole, straight, cut = (load_file(tmp_path / name / adapter) for name in ("whole", "straight", "cut"))
     torch.testing.assert_close(whole, straight, rtol=1e-2, atol=5e-4)  # of a tenth of a step
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def own_reward(folder: Path) -> Path:
+    """Code with the reward `early`."""
+    path = folder / "own.py"
+    path.write_text(
+        "from mm_moslora.preferences.rewards import REWARDS\n"
+        "REWARDS['early'] = lambda text, document: sum(letter < 'm' for letter in text)\n"
+    )
+    return path
 
 
 def faulty(parts: dict[str, Path], folder: Path, zero: str = "auto", **train: Any) -> str:
@@ -155,3 +163,53 @@ def test_two_ranks_learn_from_rows_what_one_does(parts: dict[str, Path], ranks: 
     ranks.run(["pairs:train", str(files["two"]), f"{files['resumed']}@2", str(files["resumed"])])
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
     assert logged(tmp_path / "resumed") == logged(tmp_path / "two")
+
+
+MIXED = {
+    "dpo": ("llava", "zero3"),
+    "kto": ("qwen2_5_vl", "zero3"),
+    "grpo": ("qwen3_vl", "zero3"),
+    "dpo with adapters in the tower": ("qwen3_vl", "zero2"),
+}
+"""Objectives, ready-made models and engines."""
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_ranks_with_and_without_pictures_learn_as_data_parallel_ones_do(
+    case: str, parts: dict[str, Path], ranks: Any, tmp_path: Path
+) -> None:
+    """Of pictures, texts and, in models that take them, videos; in some steps one rank has text alone."""
+    family, zero = MIXED[case]
+    objective = case.partition(" ")[0]
+    path = make_pairs(tmp_path / "pairs", 8)
+    write_animation(path.parent / "images" / "video.gif", 4)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        question = line["messages"][0]
+        if number % 2:
+            del line["images"]
+            question["content"] = f"say {line['id']}"
+        if number in (4, 5) and family != "llava":
+            line["video"] = "video.gif"
+            question["content"] = f"<video>{question['content']}"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    path = {"dpo": path, "kto": make_judged(path), "grpo": make_questions(path)}[objective]
+    make = make_vlm if family == "llava" else make_video_vlm
+    engines = {"plain": "auto", "together": divided_weights(tmp_path / "zero3.json") if zero == "zero3" else zero}
+    tower = "frozen" if zero == "zero3" else "adapter"
+    model = {"vlm": str(make(tmp_path / "vlm", family)), "vision": {"mode": tower}}
+    held_out = [{"path": str(path), "image_folder": str(path.parent / "images"), "video_frames": 2}]
+    sections: dict[str, Any] = {"objective": objective, "data": {"train": held_out, "validation": held_out}}
+    if objective == "grpo":
+        sections["grpo"] = {"generations": 2, "max_new_tokens": 3, "rewards": ["early"]}
+    files = []
+    for name, engine in engines.items():
+        train = {"steps": 6, "global_batch": 4, "micro_batch": 1 + (objective == "kto"), "zero": engine}
+        recipe = make_recipe(tmp_path / name, path, model, **sections, train=train | {"step_timeout_minutes": 0.5})
+        files.append(str(tmp_path / f"{name}.yaml"))
+        Path(files[-1]).write_text(yaml.safe_dump(recipe.to_dict()))
+    ranks.run(["pairs:train", str(own_reward(tmp_path)), *files])
+    for key, count in (("loss", 6), ("grad_norm", 6), ("validation_loss", 1)):
+        found, expected = (logged(tmp_path / name, key) for name in engines)
+        assert len(found) == count
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), key

@@ -263,27 +263,6 @@ def test_a_run_goes_on_from_stage_to_stage_and_leaves_the_process_as_it_was(
     assert not is_deepspeed_zero3_enabled()
 
 
-def test_ranks_that_would_wait_for_a_tower_are_refused(
-    vlm: Path, picture_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = picture_pairs.read_text().splitlines()
-    bare = json.loads(lines[0])
-    del bare["images"]
-    bare["messages"][0]["content"] = "what is the color?"
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("\n".join([*lines, json.dumps(bare)]))
-    sources = [{"path": str(mixed), "image_folder": str(picture_pairs.parent / "images")}]
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value])
-    for zero, tower in (("zero3", "frozen"), ("zero2", "adapter")):
-        model = {"vlm": str(vlm), "vision": {"mode": tower}}
-        recipe = make_recipe(tmp_path / zero, picture_pairs, model, data={"train": sources}, train={"zero": zero})
-        with pytest.raises(
-            ConfigError, match=r"data.train has records with neither .* nor videos, others with pictures"
-        ):
-            prepare(recipe)
-
-
 def test_the_reference_is_the_adapter_that_a_run_starts_from(
     language_folder: Path, text_pairs: Path, tmp_path: Path
 ) -> None:

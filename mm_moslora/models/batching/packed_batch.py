@@ -8,6 +8,7 @@ positions that restart with every conversation; the three parts of Qwen-VL's are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -105,8 +106,11 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if not batch.images:
         return {}
     inputs = picture_inputs(model, batch.pixel_values, readable(batch))
-    if not has_mrope(model):
-        return inputs
+    return encoded_together(model, inputs) if has_mrope(model) else inputs
+
+
+def encoded_together(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures and videos among the inputs of a Qwen-VL model, encoded in one pass of its tower."""
     inner: Any = model.base_model
     if not takes(model, ENCODED):
         raise ModelError(
