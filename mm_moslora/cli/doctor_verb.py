@@ -82,10 +82,10 @@ def _report(findings: list[Diagnosis]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "check", "found", "remedy", box=None)
+    table = Table("", "check", "found", *["remedy"] * any(item.remedy for item in findings), box=None)
     signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
     for item in findings:
-        table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
+        table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)[: len(table.columns) - 1]))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # logs have no width of their own

@@ -197,10 +197,10 @@ def _parse_way(text: str) -> Arm:
     elif name in KNOWN:
         (about, own), options = KNOWN[name], ()
     else:
-        names = [*KNOWN, f"{PEFT}HIRA"]
+        names = ["moslora", *KNOWN, f"{PEFT}HIRA"]
         raise ConfigError(
-            f"Arm {name!r} is not known.{suggestion(name, names)} Known: {', '.join(KNOWN)}, and {PEFT}NAME for the "
-            "methods of PEFT."
+            f"Arm {name!r} is not known.{suggestion(name, names)} Known: moslora, {', '.join(KNOWN)}, and {PEFT}NAME "
+            "for the methods of PEFT."
         )
     method: dict[str, Any] = {}
     keys: dict[str, Any] = {}

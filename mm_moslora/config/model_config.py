@@ -73,6 +73,7 @@ class VisionConfig:
             "features at every step. Leave feature_cache out, or set mode: frozen.",
         )
         at_least("model.vision.feature_cache_gib", self.feature_cache_gib, 0)
+        at_least("model.vision.image_size", self.image_size or 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def read_recipe(kind: type[R], name_or_path: str | Path, overrides: Sequence[str
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
             raise ConfigError(
                 f"No recipe {str(name_or_path)!r}: neither a file nor a shipped recipe."
-                f"{suggestion(str(name_or_path), recipe_names(presets))} Presets: {', '.join(recipe_names(presets))}."
+                f"{suggestion(str(name_or_path), recipe_names(presets))} Shipped: {', '.join(recipe_names(presets))}."
             )
         path = preset
     elif _holds_records(path):

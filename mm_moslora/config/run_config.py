@@ -195,10 +195,11 @@ class TrainConfig:
             "train.activation_offload moves the inputs of checkpointed layers to main memory, and no layer is "
             "checkpointed. Set train.gradient_checkpointing to true, or leave it out.",
         )
+        below = self.global_batch // self.micro_batch * self.micro_batch
         require(
-            self.global_batch % self.micro_batch == 0,
+            below == self.global_batch,
             f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch "
-            f"({self.micro_batch}).",
+            f"({self.micro_batch}), such as {f'{below} or ' if below else ''}{below + self.micro_batch}.",
         )
         require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
         require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")

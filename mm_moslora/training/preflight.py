@@ -27,7 +27,7 @@ from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.launch.imported_code import import_words
 from mm_moslora.training.deepspeed_presets import read_preset, wants_cpu_adam
 from mm_moslora.training.supervision.run_folder import refuse_folder, refuse_resume
-from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
+from mm_moslora.utils.errors import AdapterError, ConfigError, DataError, TrainingError, suggestion
 from mm_moslora.utils.run_paths import (
     adapter_folder,
     checkpoints,
@@ -160,9 +160,12 @@ def _require_library(key: str, name: str) -> None:
 
 def check_data(config: DataConfig) -> None:
     """Refuse data sources with missing files."""
-    require_sources(config.train)
-    if config.validation:
-        require_sources(config.validation)
+    for key, sources in (("data.train", config.train), ("data.validation", config.validation)):
+        if sources or key == "data.train":
+            try:
+                require_sources(sources)
+            except DataError as error:
+                raise DataError(f"{key}: {error}") from error
 
 
 def check_zero(recipe: Recipe) -> None:

@@ -277,7 +277,10 @@ def parse_yaml_value(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ConfigError(f"is not valid YAML: {place}{getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(
+            f"is not valid YAML: {place}{getattr(error, 'problem', None) or error}. Close quotes and brackets, write "
+            "`key: value`, and indent the keys of one section alike"
+        ) from error
     except Exception as error:  # PyYAML raises errors of many kinds, for dates that do not exist and for `!!bool x`
         raise ConfigError(f"is not valid YAML: a value has another type than its tag ({error})") from error
 
@@ -396,6 +399,10 @@ def _build_sequence(origin: Any, arguments: tuple[Any, ...], data: Any, source: 
     return [_build(arguments[0], item, source, f"{where}.{index}") for index, item in enumerate(data)]
 
 
+_LARGEST_INTEGER = 2**63 - 1  # of a tensor's shape
+_SCALARS = {float: "a number such as 1.0e-4", int: "a whole number", bool: "true or false", str: "text"}
+
+
 def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
     if kind is float and isinstance(data, str):  # YAML 1.1 reads 1e-4 as text
         with contextlib.suppress(ValueError):
@@ -405,8 +412,11 @@ def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
     if kind is int and isinstance(data, float) and data.is_integer():
         data = int(data)
     if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
-        if kind in (int, float) and not abs(data) <= LARGEST:  # NaN is not, either
+        most = LARGEST if kind is float else _LARGEST_INTEGER
+        if kind in (int, float) and not abs(data) <= most:  # NaN is not, either
             shown = f"{float(data):g}" if isinstance(data, float) else "a longer number"
-            raise ConfigError(f"{source}: {where} is {shown}, expected a finite number of at most {LARGEST:g}.")
+            raise ConfigError(f"{source}: {where} is {shown}, expected a finite number of at most {most:g}.")
         return data
-    raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")
+    raise ConfigError(
+        f"{source}: {where} is {data!r} ({type(data).__name__}), expected {_SCALARS.get(kind, kind.__name__)}."
+    )

@@ -103,6 +103,8 @@ def eval_run(*tasks: str, options: EvaluationOptions = AS_USUAL) -> int:
     from mm_moslora_eval import eval_commands
     from mm_moslora_eval.protocol.task_groups import with_protocol
 
+    if modes := [name for name in tasks if name in ("own", "blind", "wrong")]:
+        raise ConfigError(f"{modes[0]!r} is no task. Write the modes in one word: --modes own,{modes[0]}.")
     names = with_protocol(tasks, options.asked.protocol)
     if options.dry_run:
         print(eval_commands.dry_run(names, changes=options.asked.change))
