@@ -97,7 +97,7 @@ def test_an_arm_trains_is_saved_loaded_and_merged(base: t.LlamaForCausalLM, tmp_
         ("peft:HIRRA", r"no method 'HIRRA'. Did you mean 'HIRA'"),
         ("pefft:HIRA", r"'pefft:HIRA' is not known. Did you mean 'peft:HIRA'"),
         ("peft:HIRA@hira_dropot=0.1", r"no key 'hira_dropot'. Did you mean 'hira_dropout'"),
-        ("peft:HIRA@r=many", r"adapter.peft.r is 'many' \(str\), expected int"),
+        ("peft:HIRA@r=many", r"adapter.peft.r is 'many' \(str\), expected a whole number"),
         ("peft:HIRA@init_weights=gausian", r"init_weights is 'gausian'.*"),
         ("peft:HIRA@mixer_init=kaiming", r"adapter.mixer_init would have no effect on PEFT's HIRA"),
         ("peft:PREFIX_TUNING", r"it learns what stands before the input"),

@@ -419,10 +419,9 @@ def _wrapped_video(processor: Any) -> str:
     """The marks of a video with the tokens around it, where the processor replaces these, too (Qwen3-VL), or ""."""
     names = ("vision_start_token", "video_token", "vision_end_token")
     marks = "".join(str(getattr(processor, name, "") or "") for name in names)
-    replaced = getattr(processor, "get_text_with_replacements", lambda texts, **_: (texts, []))
     try:
-        return marks if replaced([marks], videos_replacements=["a"])[0] == ["a"] else ""
-    except Exception:  # processors raise nearly anything
+        return marks if processor.get_text_with_replacements([marks], videos_replacements=["a"])[0] == ["a"] else ""
+    except Exception:  # absent before transformers 5.25; processors raise nearly anything
         return ""
 
 

@@ -62,7 +62,7 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     [
         ("metric: witin", "metric 'witin' is not known. Did you mean 'within'"),
         ("metric: {name: within, relativ: 0.05}", "has no option 'relativ'. Did you mean 'relative'"),
-        ("metric: {name: within, relative: [1]}", r"relative is \[1\] \(list\), expected float"),
+        ("metric: {name: within, relative: [1]}", r"relative is \[1\] \(list\), expected a number"),
         ("metric: {name: exact, relative: 1}", "has no option 'relative'.* It has none"),
         ("metric: {relative: 1}", "expected a mapping with `name`"),
         ("aggregation: all_within", r"needs the option 'columns': \{name: all_within, columns: ...\}"),
