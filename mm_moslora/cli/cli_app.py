@@ -70,7 +70,7 @@ app.command(data_app)
 app.command(eval_app)
 for _verb in (
     serve_verbs.chat, serve_verbs.serve, init_verb.init, launch_verbs.launch,
-    export_verbs.export, doctor_verb.doctor, compare_verb.compare, plan_verb.plan,
+    export_verbs.export, export_verbs.verify, doctor_verb.doctor, compare_verb.compare, plan_verb.plan,
 ):  # fmt: skip
     app.command(_verb)
 app.command(export_verbs.import_model, name="import")

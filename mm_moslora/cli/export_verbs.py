@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Dtype = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "kohya", "gguf"]
 DENOISERS: tuple[Literal["unet", "transformer"], ...] = ("unet", "transformer")
+_SHOWN = 10
+"""Tensors of a kind that `verify` names."""
 Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
@@ -194,6 +196,45 @@ def _hand_on_merged(
         hand_on_preprocessing(model, assembly, part)
     print(f"{output}: " + "\n".join(lines))
     return 0
+
+
+def verify(base: Path, adapter: Path, merged: Path) -> int:
+    """Prove from files alone that a merged model is base + adapter, tensor by tensor; exit code 1 where it is not.
+
+    Parameters
+    ----------
+    base
+        Folder of the base model, with safetensors.
+    adapter
+        Adapter folder of any trainer (LoRA, rsLoRA, DoRA, MoSLoRA), or a checkpoint or run with one.
+    merged
+        Folder of the merged model, with safetensors.
+    """
+    quiet_libraries()
+    from mm_moslora.adapters.folders.verify_merge import verify_merge
+
+    proof = verify_merge(base, adapter_folder(adapter), merged)
+    for old, new in proof.renamed.items():
+        print(f"renamed: {old}* is {new}*")
+    counts = {"base": proof.base, "base + fold": proof.folded, "tied": proof.tied}
+    print(f"{', '.join(f'{len(names)} {kind}' for kind, names in counts.items() if names)}.")
+    if proof.folded:
+        print(f"Largest difference from the fold: {proof.largest:.2g} of its rounding bound.")
+    if proof.vanished:
+        print(f"The update of {len(proof.vanished)} tensors is below the rounding of their dtype and vanished.")
+    faults = {
+        "left as it was, though the adapter changes it": proof.unmerged,
+        "different": [f"{name}: {how}" for name, how in proof.different.items()],
+        "lost": proof.lost,
+        "not in the base": proof.extra,
+    }
+    for fault, names in faults.items():
+        if names:
+            print(f"{fault}: {len(names)}")
+            print("".join(f"  {name}\n" for name in names[:_SHOWN]), end="")
+            print(f"  and {len(names) - _SHOWN} more\n" if len(names) > _SHOWN else "", end="")
+    print("The merge is proved." if proof.proved else "The merge is not proved.")
+    return 0 if proof.proved else 1
 
 
 def _writes_base(model: Path) -> bool:

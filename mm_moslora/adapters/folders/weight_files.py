@@ -1,0 +1,78 @@
+"""The safetensors files of a model's folder, read in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, OWN_WEIGHTS, START_WEIGHTS, STOCK_WEIGHTS, read_json
+from mm_moslora.utils.errors import AdapterError
+
+BLOCK = 2**24
+"""Numbers of a tensor that are in memory at once: 64 MiB in float32."""
+_INDEX = ".safetensors.index.json"
+_OF_ADAPTERS = {DIFFUSERS_WEIGHTS, OWN_WEIGHTS, START_WEIGHTS, STOCK_WEIGHTS}
+
+
+class WeightFiles:
+    """Names and shapes of a model's tensors, and their values block by block.
+
+    Raises:
+        AdapterError: no safetensors; a shard that is missing, truncated or besides the index; a name twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Any] = {}
+        index, names = _files_of(folder)
+        for name in names:
+            try:
+                file = safe_open(folder / name, framework="pt")
+                held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no dict)
+            except (SafetensorError, OSError) as error:
+                raise AdapterError(f"{folder / name} is damaged or truncated ({error}). Copy it again.") from error
+            if twice := held.keys() & self.shapes.keys():
+                raise AdapterError(f"{folder} holds {min(twice)!r} twice, in {name} and before. Delete the wrong file.")
+            self.shapes |= held
+            self._files |= dict.fromkeys(held, file)
+            for key in index and held:
+                if index.get(key) != name:
+                    raise AdapterError(f"{folder / name} holds {key!r}, which the index of {folder} does not say.")
+        if lost := index.keys() - self.shapes.keys():
+            raise AdapterError(f"The index of {folder} names {min(lost)!r}, which {index[min(lost)]} lacks.")
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """First row and values of each block of rows; a number without rows is one block."""
+        shape = self.shapes[name]
+        if not shape:
+            yield 0, self._files[name].get_tensor(name)
+            return
+        part, numbers = self._files[name].get_slice(name), 1
+        for size in shape[1:]:
+            numbers *= size
+        rows = max(1, BLOCK // max(1, numbers))
+        for start in range(0, shape[0], rows):
+            yield start, part[start : start + rows]
+
+
+def _files_of(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The index, tensor -> file (empty without one), and the files."""
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} is no folder; expected that of a model, with its safetensors files.")
+    names = {path.name for path in folder.glob("*.safetensors")} - _OF_ADAPTERS
+    indices = sorted(folder.glob(f"*{_INDEX}"))
+    if len(indices) > 1 or (indices and indices[0].name.replace(_INDEX, ".safetensors") in names):
+        raise AdapterError(f"{folder} holds one model in shards and one beside it. Delete the one that is not meant.")
+    if indices:
+        index = read_json(indices[0]).get("weight_map")
+        if not isinstance(index, dict) or not index or not set(index.values()) <= names:
+            raise AdapterError(f"{indices[0]} names files that {folder} lacks. Copy the whole folder.")
+        return index, sorted(set(index.values()))
+    if not names:
+        raise AdapterError(f"{folder} holds no weights as safetensors; pickles (.bin) are not read.")
+    return {}, sorted(names)
