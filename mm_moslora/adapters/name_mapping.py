@@ -31,7 +31,7 @@ def map_names(names: Shapes, others: Shapes, *, source: str, target: str, least:
             placed = {name: new + name.removeprefix(old) for name in left if name.startswith(old)}
             fitting = {a: b for a, b in placed.items() if b in free and list(others[b]) == list(names[a])}
             ways[tuple(sorted(fitting.items()))] = (len(fitting), common)
-        order = sorted(ways, key=lambda way: ways[way], reverse=True)
+        order = sorted(sorted(ways), key=lambda way: ways[way], reverse=True)
         if len(order) > 1 and ways[order[0]] == ways[order[1]]:
             raise AdapterError(
                 f"The names of {source} fit those of {target} in two ways: {first} may be {dict(order[0])[first]} or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from mm_moslora.adapters.folder_format import DIFFUSERS_WEIGHTS, OWN_WEIGHTS, START_WEIGHTS, STOCK_WEIGHTS, read_json
 from mm_moslora.utils.errors import AdapterError
 
-BLOCK = 2**24
-"""Numbers of a tensor that are in memory at once: 64 MiB in float32."""
+BLOCK = 2**20
+"""Numbers of a tensor that are computed with at once: 4 MiB in float32."""
 _INDEX = ".safetensors.index.json"
 _OF_ADAPTERS = {DIFFUSERS_WEIGHTS, OWN_WEIGHTS, START_WEIGHTS, STOCK_WEIGHTS}
 
@@ -28,18 +29,18 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
         index, names = _files_of(folder)
         for name in names:
             try:
-                file = safe_open(folder / name, framework="pt")
-                held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no dict)
+                with safe_open(folder / name, framework="pt") as file:
+                    held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise AdapterError(f"{folder / name} is damaged or truncated ({error}). Copy it again.") from error
             if twice := held.keys() & self.shapes.keys():
                 raise AdapterError(f"{folder} holds {min(twice)!r} twice, in {name} and before. Delete the wrong file.")
             self.shapes |= held
-            self._files |= dict.fromkeys(held, file)
+            self._files |= dict.fromkeys(held, name)
             for key in index and held:
                 if index.get(key) != name:
                     raise AdapterError(f"{folder / name} holds {key!r}, which the index of {folder} does not say.")
@@ -49,15 +50,15 @@ class WeightFiles:
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """First row and values of each block of rows; a number without rows is one block."""
         shape = self.shapes[name]
-        if not shape:
-            yield 0, self._files[name].get_tensor(name)
-            return
-        part, numbers = self._files[name].get_slice(name), 1
-        for size in shape[1:]:
-            numbers *= size
-        rows = max(1, BLOCK // max(1, numbers))
-        for start in range(0, shape[0], rows):
-            yield start, part[start : start + rows]
+        # Opened for each tensor: pages of a file that stays open count as memory of the process.
+        with safe_open(self.folder / self._files[name], framework="pt") as file:
+            if not shape:
+                yield 0, file.get_tensor(name)
+                return
+            rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+            part: Any = file.get_slice(name)
+            for start in range(0, shape[0], rows):
+                yield start, part[start : start + rows]
 
 
 def _files_of(folder: Path) -> tuple[dict[str, str], list[str]]:
