@@ -190,6 +190,11 @@ def _hand_on_merged(
         else:
             result = export_model(assembly, part, require_stock=to == "llava")
             lines = [f"{result.architecture}, largest logit difference {result.max_logit_difference}"]
+            if result.copied:
+                lines.append(
+                    f"{len(result.copied)} tensors of the base that its class does not load are copied as they are, "
+                    f"the first is {result.copied[0]}."
+                )
             if not result.stock:
                 lines.append("Loads with transformers after `import mm_moslora.models`.")
         write_card(assembly, part, source=model, licence=licence)

@@ -176,8 +176,8 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     " model_card preprocessing_print scripts snapshot token_cache watchdog",
     "builtins.open": "files",
     "os.ftruncate": "files",
-    "safetensors.torch.save_file": "asset_conversion examples export_adapter export_huggingface feature_store"
-    " import_checkpoint peft_methods save_folder snapshot",
+    "safetensors.torch.save_file": "asset_conversion base_tensors examples export_adapter export_huggingface"
+    " feature_store import_checkpoint peft_methods save_folder snapshot",
     "shutil": "asset_cache examples files scripts",
     "tempfile": "doctor examples files folder_marks launcher lexicons scripts",
     "torch.save": "diffusion_training examples",

@@ -9,7 +9,6 @@ deviations of that rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,9 +104,9 @@ def verify_merge(base: str | Path, adapter: str | Path, merged: str | Path) -> M
             different[name] = kind
         largest = max(largest, sums.ratio if kind == "folded" else 0.0)
     absent = before.shapes.keys() - pairs.keys()
-    tied = {name for name in absent if _twin(before, name, pairs.keys())}
+    tied = {name for name in absent if before.twin(name, pairs)}
     surplus = after.shapes.keys() - set(pairs.values())
-    extra = {name for name in surplus if not _twin(after, name, set(pairs.values()))}
+    extra = {name for name in surplus if not after.twin(name, pairs.values())}
     return MergeProof(
         **{kind: tuple(names) for kind, names in found.items()}, different=different, largest=largest,
         tied=tuple(sorted(tied)), lost=tuple(sorted(absent - tied)), extra=tuple(sorted(extra)),
@@ -213,13 +212,3 @@ def _add(sums: _Sums, start: int, W: Tensor, V: Tensor, update: _Update | None) 
         sums.arrived += float(((V.float() - W) * change).sum(dtype=torch.float64))
         sums.size += float(change.square().sum(dtype=torch.float64))
         sums.noise += float((bound * change).square().sum(dtype=torch.float64)) / 3
-
-
-def _twin(files: WeightFiles, name: str, others: Iterable[str]) -> str | None:
-    """A tensor with the same values, as that of tied weights."""
-    for other in sorted(others):
-        if files.shapes[other] == files.shapes[name] and len(files.shapes[name]) > 1:
-            pairs = zip(files.blocks(name), files.blocks(other), strict=True)
-            if all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs):
-                return other
-    return None

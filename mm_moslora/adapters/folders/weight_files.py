@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -59,6 +60,15 @@ class WeightFiles:
             part: Any = file.get_slice(name)
             for start in range(0, shape[0], rows):
                 yield start, part[start : start + rows]
+
+    def twin(self, name: str, others: Iterable[str]) -> str | None:
+        """Another tensor with the same values, as that of tied weights."""
+        for other in sorted(others):
+            if self.shapes[other] == self.shapes[name] and len(self.shapes[name]) > 1:
+                pairs = zip(self.blocks(name), self.blocks(other), strict=True)
+                if all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs):
+                    return other
+        return None
 
 
 def _files_of(folder: Path) -> tuple[dict[str, str], list[str]]:

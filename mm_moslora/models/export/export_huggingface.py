@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from mm_moslora.adapters.folders.export_adapter import layers_read_as_experts
 from mm_moslora.adapters.folders.save_folder import name_base
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.batching.padded_batch import padded_inputs
+from mm_moslora.models.export.base_tensors import copy_unloaded
 from mm_moslora.models.families import tower_family
 from mm_moslora.models.language_model import savable_generation_config
+from mm_moslora.models.model_paths import cached_snapshot
 from mm_moslora.models.model_sizes import load_base
 from mm_moslora.models.processing.llava_processor import save_processor, takes_plain_contents
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
@@ -64,6 +66,8 @@ class Exported:
     """Whether transformers alone loads it; else `import mm_moslora.models` first."""
     max_logit_difference: LogitDifference
     """Between the model in memory and the folder loaded back, fp32."""
+    copied: list[str] = field(default_factory=list)
+    """Tensors of the base that its class does not load, written as they are."""
 
 
 def refuse_own_class(model: nn.Module) -> None:
@@ -92,6 +96,8 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
     savable_generation_config(model)
     with writing(folder), new_folder(folder) as part:
         model.save_pretrained(part)
+        source = _base_folder(assembly)
+        copied = [] if source is None else copy_unloaded(source, part)
         if assembly.processor is not None:
             if not assembly.is_pretrained_vlm and tower_family(model.config.vision_config.model_type).nested_names:
                 _rename_tensors(part, "vision_tower.", "vision_tower.vision_model.")
@@ -99,7 +105,21 @@ def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) 
         else:
             assembly.tokenizer.save_pretrained(part)
         difference = _check(assembly, part)
-    return Exported(folder=folder, architecture=type(model).__name__, stock=stock, max_logit_difference=difference)
+    return Exported(
+        folder=folder, architecture=type(model).__name__, stock=stock, max_logit_difference=difference, copied=copied
+    )
+
+
+def _base_folder(assembly: Parts) -> Path | None:
+    """Where the ready-made model lies that the assembly was loaded from; None for one put together here."""
+    base = assembly.base
+    if base.get("exported") or base.get("vlm"):
+        name, revision = base.get("exported") or base["vlm"], base.get("revision") or base.get("vlm_revision")
+    elif base.get("language") and not is_multimodal(assembly.model):
+        name, revision = base["language"], base.get("language_revision")
+    else:
+        return None
+    return Path(name) if Path(name).is_dir() else cached_snapshot(name, revision)
 
 
 @dataclass(frozen=True, kw_only=True)
