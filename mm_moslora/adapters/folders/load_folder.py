@@ -31,6 +31,7 @@ from mm_moslora.adapters.folders.folder_tensors import (
     unexpected_entry,
 )
 from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign
+from mm_moslora.adapters.folders.moved_modules import at_paths_of
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.tree import base_fingerprint, named_adapter_layers, named_base_modules
@@ -51,6 +52,8 @@ def load_adapter(
 ) -> peft.PeftModel:
     """Load a folder of `save_adapter`, stock PEFT, diffusers or the paper's authors into a model.
 
+    Module paths of another version of the model's class are exchanged if exactly one way fits all modules by shapes.
+
     Args:
         model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
             modules, ranks and scalings are the same, and is added if there is none.
@@ -68,7 +71,9 @@ def load_adapter(
             wrong shape. The model is untouched then.
     """
     content = read_folder(folder, trainable=trainable, component=component)
-    config, source = content.config, str(folder)
+    source = str(folder)
+    content = at_paths_of(model, content, source=source)
+    config = content.config
     _check_base(model, content.base, base or {}, source)
     paths = sorted(config.target_modules or ())
     config.inference_mode = not trainable
