@@ -368,7 +368,9 @@ def quickstart(
 
 
 @adapters_app.command(name="inspect")
-def adapters_inspect(folder: Path, *, plot: Path | None = None, against: Path | None = None) -> int:
+def adapters_inspect(
+    folder: Path, *, plot: Path | None = None, against: Path | None = None, base: Path | None = None
+) -> int:
     """Show what an adapter's update is made of, by module: ranks, pairs of subspaces, mixers, what moved.
 
     Parameters
@@ -379,6 +381,8 @@ def adapters_inspect(folder: Path, *, plot: Path | None = None, against: Path | 
         Also draw measures by module and layer, energies by pairs and singular values into this PNG, SVG or PDF file.
     against
         Adapter folder, checkpoint or run whose mixers take the place of the start, such as an earlier checkpoint's.
+    base
+        Folder of a model; also show whether the adapter fits its files, and under which names.
     """
     adapter, other = adapter_folder(folder), None if against is None else adapter_folder(against)
     quiet_libraries()
@@ -393,5 +397,12 @@ def adapters_inspect(folder: Path, *, plot: Path | None = None, against: Path | 
         lines.append(why)
     if plot is not None:
         lines.append(f"plot: {draw_lens(rows, plot)}")
+    if base is not None:
+        from mm_moslora.adapters.folders.verify_merge import modules_in
+        from mm_moslora.adapters.name_mapping import exchanged
+
+        placed = modules_in(base, adapter)
+        lines.append(f"All {len(placed)} modules fit {base} by their shapes.")
+        lines += [f"  {old or '(nothing)'} -> {new or '(nothing)'}" for old, new in exchanged(placed).items()]
     print("\n".join(lines))
     return 0

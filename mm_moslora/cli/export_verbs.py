@@ -220,7 +220,7 @@ def verify(base: Path, adapter: Path, merged: Path) -> int:
 
     proof = verify_merge(base, adapter_folder(adapter), merged)
     for old, new in proof.renamed.items():
-        print(f"renamed: {old}* is {new}*")
+        print(f"renamed: {old or '(nothing)'} -> {new or '(nothing)'}")
     counts = {"base": proof.base, "base + fold": proof.folded, "tied": proof.tied}
     print(f"{', '.join(f'{len(names)} {kind}' for kind, names in counts.items() if names)}.")
     if proof.folded:

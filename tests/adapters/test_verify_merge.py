@@ -126,7 +126,9 @@ def test_other_names_are_mapped_and_a_tied_head_is_no_loss(tmp_path, capsys):
     nested = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
     rewrite(merged, nested)
     assert run(["verify", str(base), str(adapter), str(merged)]) == 0
-    assert "renamed: model.* is model.language_model.*" in capsys.readouterr().out
+    assert "renamed: model. -> model.language_model." in capsys.readouterr().out
+    assert run(["adapters", "inspect", str(adapter), "--base", str(merged)]) == 0
+    assert "model. -> model.language_model." in capsys.readouterr().out
     before = whole(base)
     rewrite(base, before | {"lm_head.weight": before["model.embed_tokens.weight"].clone()})
     rewrite(merged, {name: value for name, value in nested.items() if name != "lm_head.weight"})

@@ -114,6 +114,11 @@ def verify_merge(base: str | Path, adapter: str | Path, merged: str | Path) -> M
     )  # fmt: skip
 
 
+def modules_in(base: str | Path, adapter: str | Path) -> dict[str, str]:
+    """The modules that an adapter adapts -> their names in a model's files; refused as by `verify_merge`."""
+    return _updates(read_folder(adapter), WeightFiles(Path(base)), source=str(adapter))[1]
+
+
 def _updates(content: AdapterFolder, base: WeightFiles, *, source: str) -> tuple[dict[str, _Update], dict[str, str]]:
     """What the adapter does, by names of the base, and which of its modules is which of the base's."""
     config, tensors = content.config, dict(content.tensors)
