@@ -120,7 +120,7 @@ def _run_stages(run: Callable[[list[str]], int], folder: Path, data: DatasetFile
     stages: list[tuple[str | Path, ...]] = [
         *(("train", folder / _recipe_name(stage)) for stage in STAGES),
         ("eval", "run", f"llava:{data.test}@{data.images}", "--model", tune, "--output", folder / "eval", "--untuned",
-         "--modes", "own,wrong,blind", "--baselines", "majority,question_majority",
+         "--modes", "own,wrong,blind", "--baselines", "majority,question_majority", "--probe",
          "--train-answers", f"{data.train}@{data.images}", "--batch-size", "32",
          "--max-new-tokens", str(ANSWER_TOKENS)),
         ("export", tune, folder / "export", "--to", "hf"),

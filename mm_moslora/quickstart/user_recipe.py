@@ -275,10 +275,12 @@ def _closing_text(output: Path, data: OwnData, steps: int) -> str:
     trained = ["train.jsonl", *(_repeated_file(times) for times in sorted(data.repeated))]
     commands: Sequence[Sequence[str]] = (
         ("data", "check", str(output / "recipe.yaml")),
+        *([("eval", "run", short, "--model", str(output / "recipe.yaml"), "--output", str(output / "eval"), "--probe")]
+          if data.test else []),
         ("train", str(output / "recipe.yaml")),
         ("eval", "run", *([short] if data.test else []), *([str(output / "captions.yaml")] if data.captions else []),
          "--model", run, "--output", str(output / "eval"), "--untuned",
-         "--modes", ",".join(modes), *(("--baselines", "majority,question_majority") if data.test else ()),
+         "--modes", ",".join(modes), *(("--baselines", "majority,question_majority", "--probe") if data.test else ()),
          *(word for file in trained if data.test for word in ("--train-answers", f"{output / file}@{data.images}"))),
         ("report", run),
     )  # fmt: skip

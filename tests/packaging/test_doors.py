@@ -184,6 +184,8 @@ DOORS = dict.fromkeys(NOWHERE, "") | {
     # Hashes, so that each stands for the same bytes everywhere
     "hashlib": "identity",
     "xxhash": "identity",
+    # Processes and pickles beneath (joblib)
+    "sklearn": "linear_probe",
     # For developers
     "grimp": "scripts",
     "mkdocs": "scripts",

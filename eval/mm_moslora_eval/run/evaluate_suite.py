@@ -15,6 +15,7 @@ from mm_moslora_eval.protocol.task import Task, shown_name
 from mm_moslora_eval.protocol.task_registry import get_task, with_changes
 from mm_moslora_eval.run.answer_shards import finish, folder_of_shard, gather, is_finished, work_of
 from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
+from mm_moslora_eval.run.probing.linear_probe import Probed
 from mm_moslora_eval.run.result_file import score_folder, write_results
 from mm_moslora_eval.run.run_records import claim_run, hold_run, open_run, record
 from mm_moslora_eval.run.sample_thumbnails import store_thumbnails
@@ -49,8 +50,13 @@ def evaluate_tasks(
     named: str = "",
     merge: bool = False,
     changes: Sequence[str] = (),
+    probes: Sequence[Probed] = (),
 ) -> list[TaskResult]:
-    """Evaluate a model on tasks, one after the other; results are written after each."""
+    """Evaluate a model on tasks, one after the other; results are written after each.
+
+    Args:
+        probes: of every task, or none; see `linear_probe.probe_tasks`.
+    """
     opened_tasks = [with_changes(get_task(name), changes) for name in tasks]
     data: list[DataSet | None] = []
     checksums = []
@@ -73,11 +79,12 @@ def evaluate_tasks(
             if chosen.rank == 0:
                 record(folder, loaded, asdict(chosen))
             results: list[TaskResult] = []
-            for task in opened_tasks:
+            for number, task in enumerate(opened_tasks):
                 report = None if progress is None else partial(progress, shown_name(task.name, task.protocol))
                 results += evaluate(
                     loaded, task, folder, modes=modes, baselines=baselines, training=training, settings=chosen,
                     progress=report, judge=judge, locked=True, data=data.pop(0),
+                    probe=probes[number] if probes else None,
                 )  # fmt: skip
             if chosen.shard is not None and chosen.rank == 0:
                 finish(folder, loaded, work)
@@ -100,6 +107,7 @@ def evaluate(
     judge: Judge | None = None,
     locked: bool = False,
     data: DataSet | None = None,
+    probe: Probed | None = None,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
 
@@ -112,6 +120,7 @@ def evaluate(
         judge: grades free answers; without a judge such tasks stay unscored.
         locked: the caller has opened the run folder (`run_records.open_run`), over several tasks.
         data: what `task.load` gives, if it is loaded already.
+        probe: the linear probe of the task, a baseline of its own.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -135,8 +144,10 @@ def evaluate(
                 shown = _as_shown(data, model)
                 store_thumbnails(output, read_samples(view), shown, mode=mode, hasher=hasher)
                 _write(output, results[-1:])
-        if baselines and settings.rank == 0 and settings.shard is None:  # all shards together are scored
-            results += _floors(baselines, task, data, training, own_of=results, output=output, settings=settings)
+        if (baselines or probe) and settings.rank == 0 and settings.shard is None:  # all shards together are scored
+            results += _floors(
+                baselines, task, data, training, own_of=results, output=output, settings=settings, probe=probe
+            )
         return results
 
 
@@ -148,7 +159,7 @@ def _as_shown(data: DataSet, model: Model) -> Sequence[Document]:
 
 def _floors(
     names: Sequence[str], task: Task, data: DataSet, training: Sequence[TrainingAnswer], *,
-    own_of: Sequence[TaskResult], output: Path, settings: EvaluationSettings,
+    own_of: Sequence[TaskResult], output: Path, settings: EvaluationSettings, probe: Probed | None,
 ) -> list[TaskResult]:  # fmt: skip
     """Score and write the baselines of a task that has references."""
     documents = settings.select(data, aggregation=task.aggregation)
@@ -160,6 +171,11 @@ def _floors(
         baseline(name, task, documents, data=data, training=training, own=own, stratify=settings.stratify)
         for name in names
     ]
+    if probe is not None and probe.answers:
+        floors.append(
+            baseline("probe", task, documents, data=data, training=training, own=own, stratify=settings.stratify,
+                     answers=probe.answers, remark=probe.text)
+        )  # fmt: skip
     _write(output, floors)
     return floors
 

@@ -21,6 +21,7 @@ from mm_moslora_eval.scoring.estimates import (
     contributions,
     estimate,
     mean_of,
+    minus,
     t_quantile,
 )
 from mm_moslora_eval.scoring.score_aggregation import NoScoreError, facts_of, summed, together
@@ -32,6 +33,13 @@ def aggregate(aggregation: str, samples: Samples) -> ScoreEstimate:
     samples = whole_questions(aggregation, samples)
     total = summed(aggregation, samples)
     return replace(estimate(total.ratios, clusters_of(samples, total)), metrics=total.metrics)
+
+
+def aggregate_runs(aggregation: str, runs: Sequence[Samples]) -> ScoreEstimate:
+    """The mean score of several runs on the same documents, with its error for other pictures, not for other runs."""
+    totals = [summed(aggregation, samples) for samples in runs]
+    ratios = [ratio * (1 / len(runs)) for total in totals for ratio in total.ratios]
+    return estimate(minus(ratios, ()), clusters_of(runs[0], totals[0]))
 
 
 def whole_questions(aggregation: str, samples: Samples) -> Samples:

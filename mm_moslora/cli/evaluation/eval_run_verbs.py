@@ -40,6 +40,9 @@ class EvaluationOptions:
     """Answers without a model, scored alike."""
     train_answers: Several = ()
     """Training files (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself."""
+    probe: bool = False
+    """Also fit a linear probe of the frozen encoder to the recipe's training records, with a learning curve: a baseline
+    that sees the picture. With a recipe's YAML file as --model, before training: the probe alone."""
     batch_size: int | Literal["auto"] = 8
     """Questions decoded together; for a service, concurrent requests. auto: a local model's batches grow until memory
     or throughput says stop."""
@@ -112,7 +115,9 @@ def eval_run(*tasks: str, options: EvaluationOptions = AS_USUAL) -> int:
     from mm_moslora_eval.backends.automatic_batch import opened_for
     from mm_moslora_eval.backends.open_model import check_name, is_local, name_with_files, open_model
 
-    if name := "".join(options.model):  # without a model, errors of the tasks are reported first
+    name = "".join(options.model)
+    untrained = options.probe and Path(name).is_file()
+    if name and not untrained:  # without a model, errors of the tasks are reported first
         check_name(name)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
@@ -124,6 +129,14 @@ def eval_run(*tasks: str, options: EvaluationOptions = AS_USUAL) -> int:
         "settings": settings, "named": name_with_files(name) if name and (jobs.shard or jobs.merge) else name,
         "merge": jobs.merge, "changes": options.asked.change, "judge": options.judging.grader(options.output),
     }  # fmt: skip
+    probes = []
+    if options.probe and jobs.shard is None and settings.rank == 0:
+        from mm_moslora_eval.run.probing.linear_probe import probe_tasks
+
+        probes = probe_tasks(names, name, settings=settings, changes=options.asked.change)
+        print("\n".join(f"{task}: {probed.text}" for task, probed in zip(names, probes, strict=True)))
+        if untrained:
+            return 0
     before, bars = [], eval_commands.Bars(len(names) * (len(options.asked.modes) + options.untuned))
     opened = partial(
         open_model, name, precision=options.precision, reference=options.one_by_one,
@@ -135,7 +148,7 @@ def eval_run(*tasks: str, options: EvaluationOptions = AS_USUAL) -> int:
     results = evaluate_tasks(
         partial(opened_for, opened, automatic=automatic), names, options.output, modes=options.asked.modes,
         baselines=options.baselines, training=eval_commands.training_answers(*options.train_answers), progress=bars,
-        **shared,
+        probes=probes, **shared,
     )  # fmt: skip
     if jobs.shard is not None:
         print(f"Shard {jobs.shard} is answered. When all are: the same command with --merge in place of --shard.")
