@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = {
-    "mm_moslora/adapters": 4600, "mm_moslora/cli": 2650, "mm_moslora/compare": 2950, "mm_moslora/config": 2250,
+    "mm_moslora/adapters": 5100, "mm_moslora/cli": 2700, "mm_moslora/compare": 2950, "mm_moslora/config": 2250,
     "mm_moslora/data": 9350, "mm_moslora/diffusion": 900, "mm_moslora/kernels": 2150, "mm_moslora/launch": 1750,
-    "mm_moslora/models": 8200, "mm_moslora/planning": 1400, "mm_moslora/preferences": 1600,
-    "mm_moslora/quickstart": 1950, "mm_moslora/reporting": 2650, "mm_moslora/serve": 2700,
-    "mm_moslora/tracking": 1000, "mm_moslora/training": 7100, "mm_moslora/utils": 3050, "eval/mm_moslora_eval": 14200,
-    "eval/tasks": 3500, "scripts": 5450, "tests": 57100,
+    "mm_moslora/models": 8350, "mm_moslora/planning": 1450, "mm_moslora/preferences": 1700,
+    "mm_moslora/quickstart": 2000, "mm_moslora/reporting": 2650, "mm_moslora/serve": 2700,
+    "mm_moslora/tracking": 1000, "mm_moslora/training": 7100, "mm_moslora/utils": 3050, "eval/mm_moslora_eval": 14600,
+    "eval/tasks": 3500, "scripts": 5500, "tests": 58000,
 }  # fmt: skip
 """Lines of Python of a folder. A budget is lowered when its folder has become smaller."""
 
